@@ -44,7 +44,7 @@ def test_an_unknown_name_is_refused_with_those_there_are():
         _ = moe.MixtureLayer
 
 
-@pytest.mark.parametrize("gate", ["mixtral", "switch", "soft_moe", "expert_choice"])
+@pytest.mark.parametrize("gate", [slow_case("mixtral"), "switch", "soft_moe", "expert_choice"])
 def test_the_layer_alone(gate):
     y, report, routing = jax.jit(_layer(gate=gate).__call__)(_x(2, 6))
     assert y.shape == (2, 6, 8)

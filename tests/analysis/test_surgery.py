@@ -15,6 +15,7 @@ from moe.training.batches import forward
 from moe.training.step import build
 from tests.analysis.test_difference import _records
 from tests.analysis_helpers import random_batch, tiny_program
+from tests.helpers import slow_case
 from tests.run_helpers import write_run
 
 #: Room for every token by the dispatch that compiles fastest.
@@ -44,7 +45,7 @@ def _logits(config, mesh, batch, parameters, biases):
 @pytest.mark.parametrize(
     "overrides",
     [
-        {"gate": "mixtral", "num_experts": 4, **ROOM},
+        slow_case({"gate": "mixtral", "num_experts": 4, **ROOM}),
         {"gate": "switch", "num_experts": 4, **ROOM, "bias": "all"},
         {"gate": "deepseek_v4", "num_experts": 8, "experts_per_token": 2, **ROOM},
     ],

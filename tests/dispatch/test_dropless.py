@@ -461,8 +461,9 @@ def test_the_exchange_of_accelerators_equals_one_device(mesh, load, remat, rng, 
     _assert_close(_on_mesh(mesh, config, routing, x, "ragged exchange"), alone, 1e-5)
 
 
-@pytest.mark.parametrize("load", ["random", slow_case("one")])
-@pytest.mark.parametrize("remat", ["full", slow_case("none")])
+@pytest.mark.slow  # the exchange above and test_joined_experts_in_row_blocks are not
+@pytest.mark.parametrize("load", ["random", "one"])
+@pytest.mark.parametrize("remat", ["full", "none"])
 def test_row_blocks_behind_the_exchange_of_accelerators(remat, load, rng, monkeypatch):
     """Two experts a device, in blocks as on GPUs; under the load "one" a device receives more than one round."""
     config = tiny_model(num_experts=8, remat=remat)

@@ -159,8 +159,8 @@ def test_what_kernels_with_the_nonlinearity_write(precision, rng):
 @pytest.mark.parametrize(
     ("precision", "mesh"),
     [
-        ("int8", MeshConfig(data=2, fsdp=4)),
         ("float8", MeshConfig(data=1, fsdp=4, tensor=2)),
+        slow_case("int8", MeshConfig(data=2, fsdp=4)),
         slow_case("int8", MeshConfig(data=1, fsdp=4, tensor=2)),
         slow_case("float8", MeshConfig(data=2, fsdp=4)),
     ],

@@ -66,9 +66,10 @@ WRITTEN_AS = {
     SHARED / "deepseek_v2_lite": "deepseek_v2",
     HERE / "kimi_k2": "deepseek_v3",
 }
-#: The shown references, and Kimi-K2's, are of families that others in tests/data have too.
-CASES = [pytest.param(path, id=path.name) for path in OURS if path.name != "kimi_k2"] + [
-    slow_case(path, id=f"{path.parent.name}-{path.name}") for path in [*THEIRS, HERE / "kimi_k2"]
+#: Of families, or of parts of families, that others in tests/data are of too, as the shown references are.
+_AGAIN = [HERE / name for name in ("kimi_k2", "llama", "granitemoe")]
+CASES = [pytest.param(path, id=path.name) for path in OURS if path not in _AGAIN] + [
+    slow_case(path, id=f"{path.parent.name}-{path.name}") for path in [*THEIRS, *_AGAIN]
 ]
 
 

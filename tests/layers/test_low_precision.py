@@ -26,7 +26,7 @@ from moe.planner import arithmetic, kernels
 from moe.planner.chips import CHIPS
 from moe.planner.gpus import GPUS
 from moe.planner.records import GroupedMatmul
-from tests.helpers import random_parameters, rounded, tiny_model
+from tests.helpers import random_parameters, rounded, slow_case, tiny_model
 
 pytest.importorskip("qwix")
 
@@ -121,7 +121,7 @@ LATENT = {"q_lora_rank": 12, "kv_lora_rank": 8, "head_dim": 8, "rope_dim": 4, "v
     ("dispatch", "attention", "settings"),
     [
         ("gather", 0, {}),
-        ("dropless", 0, {}),
+        slow_case("dropless", 0, {}),
         # Queries, keys, values and outputs of two layers.
         ("dropless", 2 * 4, {"low_precision_in": "all"}),
         # Both latents, what is rotated of queries and what is not, and outputs.

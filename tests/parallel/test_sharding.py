@@ -190,7 +190,7 @@ def test_each_chunk_of_tokens_has_its_exchanges():
     np.testing.assert_allclose(results[1], results[0], atol=1e-6 * np.abs(results[0]).max())
 
 
-@pytest.mark.parametrize("low", [False, True])
+@pytest.mark.parametrize("low", [slow_case(False), True])
 def test_a_token_goes_once_to_each_host(low):
     """Two hosts of four devices: one all-to-all there and one back has a slot for every token of both hosts' devices
     in a place, 2·24; all others are of one host. In 8 bits a row there is its 16 numbers and 4 bytes of a scale."""
