@@ -112,7 +112,7 @@ def _drawn_probes(rng):
     return found | {f"mask_top/loss_{share}": rng.uniform(3, 4) for share in masks}
 
 
-@pytest.fixture(params=["drawn", *REPORTS], ids=lambda folder: getattr(folder, "name", folder))
+@pytest.fixture(scope="module", params=["drawn", *REPORTS], ids=lambda folder: getattr(folder, "name", folder))
 def report(request, drawn):
     """(runs, section title → text, suite, claims) of a report."""
     if request.param == "drawn":
