@@ -75,10 +75,13 @@ def test_values_and_gradients(activation, hidden, biases, turned, scaled, rng, i
     def expected(rows, weights, scale):
         return _oracle(rows.astype(jnp.float32), weights, jnp.ones(512) if scale is None else scale)
 
-    y, backward = jax.vjp(ours, rows, weights, scale)
-    y_exact, backward_exact = jax.vjp(expected, rows, exact, scale)
-    found = y, backward(gradient)
-    by_hand = y_exact, backward_exact(gradient.astype(jnp.float32))
+    @jax.jit
+    def run(rows, weights, exact, scale, gradient):
+        y, backward = jax.vjp(ours, rows, weights, scale)
+        y_exact, backward_exact = jax.vjp(expected, rows, exact, scale)
+        return (y, backward(gradient)), (y_exact, backward_exact(gradient.astype(jnp.float32)))
+
+    found, by_hand = run(rows, weights, exact, scale, gradient)
     for actual, right in zip(jax.tree.leaves(found), jax.tree.leaves(by_hand), strict=True):
         actual = np.asarray(actual, np.float32)
         actual, right = (actual[:filled], right[:filled]) if len(actual) == 512 else (actual, right)
