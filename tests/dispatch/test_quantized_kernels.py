@@ -48,8 +48,12 @@ def test_values_and_gradients(precision, transposed, tile_k, rng, monkeypatch):
         stored = matrices.swapaxes(1, 2) if transposed else matrices
         return tpu.quantized_matmul(rows, stored, jnp.asarray(SIZES), precision, transposed)[:filled]
 
-    y, backward = jax.vjp(product, jnp.asarray(rows), jnp.asarray(matrices))
-    d_rows, d_matrices = backward(jnp.asarray(gradient))
+    @jax.jit
+    def run(rows, matrices, gradient):
+        y, backward = jax.vjp(product, rows, matrices)
+        return y, *backward(gradient)
+
+    y, d_rows, d_matrices = run(rows, matrices, gradient)
     rows = rows[:filled]
     expected = (
         np.einsum("rd,rdf->rf", rounded(rows, -1, precision), rounded(matrices, 1, precision)[groups]),
@@ -85,8 +89,12 @@ def test_the_nonlinearity_in_kernels(precision, biases, turned, scaled, rng, mon
     def product(rows, weights, scale):
         return tpu.grouped_ffn(rows, jnp.asarray(SIZES), weights, scale)[:filled]
 
-    y, backward = jax.vjp(product, rows, weights, scale)
-    d_rows, d_weights, d_scale = backward(gradient)
+    @jax.jit
+    def run(rows, weights, scale, gradient):
+        y, backward = jax.vjp(product, rows, weights, scale)
+        return y, *backward(gradient)
+
+    y, d_rows, d_weights, d_scale = run(rows, weights, scale, gradient)
 
     def exact(array):
         return np.asarray(array, np.float32)
@@ -143,17 +151,24 @@ def test_what_kernels_with_the_nonlinearity_write(precision, rng):
         )
         return Factors(rows, matrices, scales=(of_rows, of_matrices), sums_dtype=quantized.TYPES[precision][1])
 
-    both = factors(rows, joined)
-    products, hidden, largest = gated.activated(both, None, None, sizes, "swiglu", jnp.bfloat16, tiles, interpret=True)
-    alone = grouped_products(both, sizes, jnp.bfloat16, tiles, interpret=True)
+    @jax.jit
+    def run(rows, gradient, joined, down):
+        both = factors(rows, joined)
+        forward = gated.activated(both, None, None, sizes, "swiglu", jnp.bfloat16, tiles, interpret=True)
+        alone = grouped_products(both, sizes, jnp.bfloat16, tiles, interpret=True)
+        backward = gated.activation_gradients(
+            factors(gradient, down), forward[0], None, sizes, "swiglu", tiles, interpret=True
+        )
+        return forward, alone, backward
+
+    (products, hidden, largest), alone, (d_products, again, d_scale, largest_gradient) = run(
+        rows, gradient, joined, down
+    )
     np.testing.assert_array_equal(products[:filled], alone[:filled])
     np.testing.assert_array_equal(largest[:filled], jnp.max(jnp.abs(hidden), -1)[:filled])
-    d_products, again, d_scale, largest = gated.activation_gradients(
-        factors(gradient, down), products, None, sizes, "swiglu", tiles, interpret=True
-    )
     assert d_scale is None
     np.testing.assert_array_equal(again[:filled], hidden[:filled])
-    np.testing.assert_array_equal(largest[:filled], jnp.max(jnp.abs(d_products), -1)[:filled])
+    np.testing.assert_array_equal(largest_gradient[:filled], jnp.max(jnp.abs(d_products), -1)[:filled])
 
 
 @pytest.mark.parametrize(
@@ -182,8 +197,9 @@ def test_shards_are_quantised_before_they_are_gathered(precision, mesh, rng, mon
         monkeypatch.setattr(ExpertWeights, "are_gathered_in_products", where)
         gradients = jax.grad(loss, argnums=(0, 1), has_aux=True)
         with jax.set_mesh(make_mesh(mesh)):
-            text = str(jax.make_jaxpr(gradients)(nnx.to_pure_dict(parameters), x))
-            return jax.tree.leaves(jax.jit(gradients)(nnx.to_pure_dict(parameters), x)), text
+            arguments = nnx.to_pure_dict(parameters), x
+            traced = jax.jit(gradients).trace(*arguments)
+            return jax.tree.leaves(traced.lower().compile()(*arguments)), str(traced.jaxpr)
 
     (whole, plain), (shards, text) = run(False), run(True)
     for ours, reference in zip(shards, whole, strict=True):
