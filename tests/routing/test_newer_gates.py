@@ -138,18 +138,17 @@ def test_thresholds_route_each_token_alone_and_as_many():
     np.testing.assert_allclose(alone[0].combine_weights[0, 0], [0.9, 0.0], rtol=1e-6)
 
 
+@pytest.mark.parametrize("full", [False, slow_case(True)])
 @pytest.mark.parametrize(
-    "case",
+    ("fields", "rule"),
     [
-        oracle.Case("noisy_topk", 2, 6, 5, 2, 2, 0.2, oracle.OVERFLOW, reference.Rule(overflow=True), draws=True),
-        oracle.Case(
-            "noisy_topk", 2, 6, 5, 2, 2, 0.2, oracle.LEAK | {"drop_policy": "probability"}, oracle.BY_PROBABILITY,
-            draws=True,
-        ),
+        (oracle.OVERFLOW, reference.Rule(overflow=True)),
+        (oracle.LEAK | {"drop_policy": "probability"}, oracle.BY_PROBABILITY),
     ],
     ids=["overflow", "priority"],
-)  # fmt: skip
-def test_what_overflows_under_noise_is_ranked_by_the_noisy_scores(case):
+)
+def test_what_overflows_under_noise_is_ranked_by_the_noisy_scores(fields, rule, full):
+    case = oracle.Case("noisy_topk", 2, 6, 5, 2, 2, 0.2, fields, rule, draws=True, full=full)
     for row in oracle.against_oracle(case, seed=1):
         assert row.passes, row
 
