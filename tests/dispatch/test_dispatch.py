@@ -294,7 +294,7 @@ def test_bfloat16_to_its_own_rounding(rng):
 @pytest.mark.parametrize(("train", "capacity"), [(True, 2), (False, 4)])
 def test_layer_takes_its_capacity_factor_from_the_phase(train, capacity, rng):
     # S = 8, E = 4, K = 1: factors 1 and 2 are capacities of 2 and 4.
-    config = tiny_model(gate="switch", capacity_factor=1.0, eval_capacity_factor=2.0)
+    config = tiny_model(gate="switch", capacity_factor=1.0, eval_capacity_factor=2.0, dispatch="einsum")
     layer = MoELayer(config, rngs=nnx.Rngs(0))
     # Equal tokens all choose one expert, which keeps its capacity of them.
     x = jnp.broadcast_to(jnp.asarray(rng.normal(size=config.d_model), jnp.float32), (3, 8, config.d_model))
@@ -307,7 +307,7 @@ def test_layer_takes_its_capacity_factor_from_the_phase(train, capacity, rng):
 @pytest.mark.parametrize("group_size", [4, 16])
 def test_groups_are_runs_of_the_batch_in_row_order(group_size, rng):
     """Rows of 8: a group is half a row or two rows, and the output is that of those tokens as a batch of their own."""
-    config = tiny_model(gate="switch", group_size=group_size, capacity_factor=1.0)
+    config = tiny_model(gate="switch", group_size=group_size, capacity_factor=1.0, dispatch="einsum")
     layer = MoELayer(config, rngs=nnx.Rngs(0))
     whole = MoELayer(dataclasses.replace(config, moe=dataclasses.replace(config.moe, group_size=0)), rngs=nnx.Rngs(0))
     x = jnp.asarray(rng.normal(size=(4, 8, config.d_model)), jnp.float32)

@@ -115,8 +115,7 @@ def test_who_looks_ahead(gate, leaks, rng):
         "down": rng.normal(size=(4, 5, 4)),
     }
     section = {"name": gate} | (ONE_GROUP["gate"] | {"k": 2} if gate == "deepseek_v3" else {})
-    mode = "einsum" if soft else "gather"
-    layer = single_layer(section, **weights, capacity={"eval": 1.0}, accept_future_leak=True, dispatch=mode)
+    layer = single_layer(section, **weights, capacity={"eval": 1.0}, accept_future_leak=True, dispatch="einsum")
     if not leaks:
         layer.config = dataclasses.replace(layer.config, capacity=Capacity(eval=4.0))
     x = jnp.asarray(rng.normal(size=(1, 8, 4)), jnp.float32)

@@ -109,7 +109,7 @@ def test_top_k_gradient_is_that_of_lax(rng):
 
 
 def _layer(**overrides):
-    config = tiny_model(**overrides)
+    config = tiny_model(dispatch="einsum", **overrides)
     return config, MoELayer(config, rngs=nnx.Rngs(0))
 
 
