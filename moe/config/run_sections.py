@@ -81,6 +81,11 @@ class DataConfig(Section, path="data."):
         return self.objective in ("chat", "preferences")
 
     @property
+    def is_posttraining(self) -> bool:
+        """Whether :mod:`moe.posttraining` makes the program; a second model is its reference, not a teacher."""
+        return self.objective in ("preferences", "policy")
+
+    @property
     def whole_examples(self) -> bool:
         """Whether rows hold whole examples and padding instead of texts that are cut at their ends."""
         return self.input_length > 0 or self.conversations or self.objective == "policy"

@@ -52,6 +52,7 @@ from moe.training.optimizer import averaged_weights
 from moe.training.recovery import Health, Recovery, next_batch
 from moe.training.report import finish, prompts
 from moe.training.step import Program, build
+from moe.training.teacher import read_teacher, teacher_step
 from moe.waiting import first_answer
 
 
@@ -110,8 +111,8 @@ def train(
         stack.enter_context(no_background_tracebacks())
         stack.enter_context(profiling.out_of_memory_as_config_error())
         stage("making the model")
-        taught = warm_start.teacher_step(config, None if new else directory)
-        program = make_program(config, mesh, warm_start.teacher(config, mesh, prepared.tokenizer, taught))
+        taught = teacher_step(config, None if new else directory)
+        program = make_program(config, mesh, read_teacher(config, mesh, prepared.tokenizer, taught))
         profiling.refuse_too_large(program)
         heldout = functools.cache(lambda: load_heldout(program, prepared))  # at the first evaluation
         rows = local_rows(mesh, config.train.batch_size)

@@ -234,7 +234,7 @@ class TextObjective:
         teacher: tuple[Model, Output] | None,
     ) -> Sums:
         """Nats over targets."""
-        if config.data.objective in ("preferences", "policy"):
+        if config.data.is_posttraining:
             raise ConfigError(
                 f"data.objective={config.data.objective!r}: build the program by moe.posttraining.make_program"
             )

@@ -1,4 +1,4 @@
-"""Initial state of a run that starts from a checkpoint: fine-tuning, sparse upcycling, adapters, distillation.
+"""Initial state of a run that starts from a checkpoint: fine-tuning, sparse upcycling, adapters.
 
 Parameters that both models have are copied layer by layer. Where an MoE layer replaces a dense one, every expert is a
 copy of the dense FFN, or of a shard of it, and the router is fresh; where a dense layer replaces an MoE one, its FFN is
@@ -16,20 +16,17 @@ import numpy as np
 from etils import epath
 from flax import nnx
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
 
-from moe.checkpoints import adapted
 from moe.checkpoints import parameters as stored
 from moe.checkpoints.integrity import DamagedError
-from moe.checkpoints.manager import Checkpoints, complete_steps
+from moe.checkpoints.manager import Checkpoints
 from moe.checkpoints.workdir import CONFIG, differing_settings, read_config
-from moe.config import Config, ConfigError, MeshConfig, ModelConfig, StartConfig, TrainConfig, validate_mesh
+from moe.config import Config, ConfigError, MeshConfig, ModelConfig, StartConfig
 from moe.config.references import refuse_modules
 from moe.data.tokenizer import Tokenizer
 from moe.data.tokenizer_files import find_tokenizer
 from moe.models.adapters import initial_adapters
 from moe.models.factory import abstract_parameters
-from moe.models.sampling import without_drops
 from moe.models.stack import part_of, restack_layers, unstack_layers
 from moe.models.state import AdaptedState, TrainState, join, set_schedule_step
 from moe.parallel.mesh import make_mesh
@@ -189,74 +186,6 @@ def _placed(program: Program, state: TrainState) -> TrainState:
         return jax.device_put(array if array.dtype == like.dtype else array.astype(like.dtype), like.sharding)
 
     return jax.tree.map(place, state, program.state)
-
-
-def teacher(
-    config: Config, mesh: Mesh, tokenizer: Tokenizer | None = None, step: int | None = None
-) -> tuple[ModelConfig, dict[str, Any]] | None:
-    """Model config of ``config.distill.teacher`` and its variables on the mesh; None without a teacher.
-
-    Args:
-        step: of the teacher's checkpoint; None: its newest.
-
-    Raises:
-        ConfigError: no such checkpoint, another vocabulary, another kind of model, or one that does not fit the mesh.
-    """
-    workdir = config.distill.teacher
-    if not workdir:
-        return None
-    model = read_config(workdir).model
-    if model.vocab_size != config.model.vocab_size:
-        raise ConfigError(f"model.vocab_size={config.model.vocab_size}: must be the teacher's {model.vocab_size}")
-    kinds = ["an encoder-decoder" if of.encoder_layers else "decoder-only" for of in (model, config.model)]
-    if kinds[0] != kinds[1]:
-        raise ConfigError(f"distill.teacher={workdir!r}: is {kinds[0]}, and this model is {kinds[1]}")
-    if model.encoder_vocab_size != config.model.encoder_vocab_size:
-        raise ConfigError(f"model.encoder_vocab_size: must be the teacher's {model.encoder_vocab_size}")
-    if tokenizer is not None:
-        theirs = find_tokenizer(workdir, chat=config.data.conversations)
-        if theirs.model_bytes != tokenizer.model_bytes:
-            raise ConfigError(f"distill.teacher={workdir!r}: has another tokenizer, so its ids are other texts")
-    if config.data.objective in ("preferences", "policy") and config.model.moe.dispatch == "dropless":
-        model = without_drops(model)  # else the reference would differ from the same model here
-    _check_teacher(config, model, mesh)
-    return model, stored.read_variables(workdir, model, mesh=mesh, step=step)
-
-
-def _check_teacher(config: Config, model: ModelConfig, mesh: Mesh) -> None:
-    """Check that a teacher fits the mesh and the rows of the run. Raises ConfigError."""
-    data = config.data
-    if data.objective in ("preferences", "policy"):
-        data = dataclasses.replace(data, objective="causal")
-    model = dataclasses.replace(model, moe=dataclasses.replace(model.moe, accept_future_leak=True))
-    train = TrainConfig(batch_size=config.train.batch_size, accumulation_steps=config.train.accumulation_steps)
-    try:
-        validate_mesh(Config(model=model, data=data, train=train), mesh.shape)
-    except ConfigError as error:
-        raise ConfigError(f"distill.teacher={config.distill.teacher!r}: {error}") from error
-
-
-def teacher_step(config: Config, directory: epath.Path | None) -> int | None:
-    """Step of the teacher's checkpoint that a run learns from to its end: noted at its start, else the newest.
-
-    Args:
-        directory: of the run; None: of a new one, whose folder may hold the note of a start that failed.
-
-    Raises:
-        ConfigError: the teacher has no checkpoints, or not the noted one.
-    """
-    if not config.distill.teacher:
-        return None
-    steps = complete_steps(epath.Path(config.distill.teacher))
-    if not steps:
-        raise ConfigError(f"distill.teacher={config.distill.teacher!r}: holds no checkpoints")
-    noted = None if directory is None else adapted.noted_step(directory / adapted.TEACHER_FILE)
-    if noted is not None and noted not in steps:
-        raise ConfigError(
-            f"distill.teacher={config.distill.teacher!r}: this run learns from its checkpoint of step {noted}, which "
-            "is gone; restore it"
-        )
-    return steps[-1] if noted is None else noted
 
 
 def _summary(config: Config, source: Config, theirs: Any) -> str:

@@ -30,11 +30,11 @@ from moe.data.tokenizer_files import find_tokenizer
 from moe.parallel.mesh import make_mesh
 from moe.posttraining import make_program
 from moe.posttraining.grpo import PolicyObjective, divergence, token_terms, token_weights
-from moe.training import warm_start
 from moe.training.batches import forward, place
 from moe.training.loop import train
 from moe.training.losses import token_cross_entropy
 from moe.training.step import build
+from moe.training.teacher import read_teacher
 from tests.data.test_chat import EXPECTED, HERE
 from tests.helpers import random_parameters, random_state, slow_case, tiny_model
 from tests.run_helpers import ONE, compile_once, rows, state_of, tiny, write_run
@@ -315,7 +315,7 @@ def test_a_reference_drops_no_tokens(start, place_of_run, tmp_path):
     }
     (reference / "config.json").write_text(json.dumps(tree))
     config = tiny(place_of_run / "cache", **start | {"distill.teacher": str(reference)})
-    model, _ = warm_start.teacher(config, make_mesh(config.mesh, ONE))
+    model, _ = read_teacher(config, make_mesh(config.mesh, ONE))
     assert (model.moe.dispatch, model.moe.group_size) == ("gather", 0)
     assert model.moe.capacity.eval == model.moe.num_experts / model.moe.experts_per_token  # room for every token
 

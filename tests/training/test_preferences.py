@@ -15,7 +15,7 @@ from moe.data.tokenizer import train_tokenizer
 from moe.parallel.mesh import make_mesh
 from moe.posttraining import make_program
 from moe.posttraining.dpo import PreferenceObjective, margins
-from moe.training import warm_start
+from moe.training import teacher, warm_start
 from moe.training.loop import train
 from moe.training.step import build
 from tests.data.test_chat import EXPECTED, HERE, tokenizer
@@ -156,9 +156,9 @@ def test_the_reference_may_have_two_tokenizers(tmp_path, monkeypatch):
     (tmp_path / "tokenizer.model").write_bytes(train_tokenizer(["word of a text\n" * 99], 272).model_bytes)
     for name, content in tokenizer("llama3").files.items():
         (tmp_path / name).write_bytes(content)
-    monkeypatch.setattr(warm_start.stored, "read_variables", lambda *_, **__: {})
+    monkeypatch.setattr(teacher.stored, "read_variables", lambda *_, **__: {})
     ours = warm_start.tokenizer(config, epath.Path(tmp_path / "run"))
-    assert warm_start.teacher(config, make_mesh(MeshConfig(), ONE), ours) == (config.model, {})
+    assert teacher.read_teacher(config, make_mesh(MeshConfig(), ONE), ours) == (config.model, {})
 
 
 def test_rows_are_resumed_exactly_and_need_a_reference(start, tmp_path):

@@ -48,6 +48,7 @@ from moe.training.batches import place
 from moe.training.losses import soft_cross_entropy
 from moe.training.optimizer import averaged_weights
 from moe.training.step import build
+from moe.training.teacher import read_teacher, teacher_step
 from tests.helpers import random_state
 
 HERE = Path(__file__).parents[1] / "data" / "checkpoints"
@@ -128,7 +129,7 @@ def test_a_dense_student_keeps_all_but_the_experts_and_learns_from_its_teacher(t
     config = _config((HERE / "mixtral", tmp_path), moe={"gate": "none"}, **changes)
     mesh, _ = _program(config)
     with jax.set_mesh(mesh):
-        teacher = warm_start.teacher(config, mesh)
+        teacher = read_teacher(config, mesh)
         program = build(config, mesh, teacher)
         state = warm_start.first_state(program)
         block, theirs = state.parameters["segment_0"]["block_0"], teacher[1]["segment_0"]["block_0"]
@@ -144,7 +145,7 @@ def test_a_dense_student_keeps_all_but_the_experts_and_learns_from_its_teacher(t
         _, metrics = build(half, mesh, teacher).train_step(warm_start.first_state(program), batch)
         np.testing.assert_allclose(metrics.loss, (losses[0] + metrics.cross_entropy) / 2, rtol=1e-5)
     with pytest.raises(ConfigError, match=r"model\.vocab_size=40: must be the teacher's 32"):
-        warm_start.teacher(dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=40)), mesh)
+        read_teacher(dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=40)), mesh)
 
 
 def test_soft_targets_by_hand():
@@ -426,14 +427,14 @@ def test_a_teacher_of_another_kind_or_tokenizer_is_refused(tmp_path):
     taught = dataclasses.replace(taught, model=dataclasses.replace(config.model, vocab_size=model.vocab_size))
     mesh = _program(config)[0]
     with pytest.raises(ConfigError, match="is an encoder-decoder, and this model is decoder-only"):
-        warm_start.teacher(taught, mesh)
+        read_teacher(taught, mesh)
     same = dataclasses.replace(config, distill=DistillConfig(str(tmp_path / "run"), 0.5))
     texts = [f"word {i} of some text\n" * 9 for i in range(99)]
     ours, theirs = (train_tokenizer(texts, size) for size in (320, 330))
     (tmp_path / "run" / "tokenizer.model").write_bytes(theirs.model_bytes)
-    assert warm_start.teacher(same, mesh, theirs) is not None
+    assert read_teacher(same, mesh, theirs) is not None
     with pytest.raises(ConfigError, match="has another tokenizer, so its ids are other texts"):
-        warm_start.teacher(same, mesh, ours)
+        read_teacher(same, mesh, ours)
 
 
 def test_a_teacher_that_does_not_fit_the_mesh_is_refused(tmp_path):
@@ -443,7 +444,7 @@ def test_a_teacher_that_does_not_fit_the_mesh_is_refused(tmp_path):
     taught = dataclasses.replace(config, distill=DistillConfig(str(tmp_path / "teacher"), 0.5))
     message = rf"distill\.teacher='.*': model\.moe\.num_experts={experts}: must be divisible by mesh\.expert = 8"
     with pytest.raises(ConfigError, match=message):
-        warm_start.teacher(taught, make_mesh(MeshConfig(data=1, expert=8)))
+        read_teacher(taught, make_mesh(MeshConfig(data=1, expert=8)))
 
 
 def test_a_student_learns_from_one_checkpoint_to_its_end(tmp_path):
@@ -451,15 +452,15 @@ def test_a_student_learns_from_one_checkpoint_to_its_end(tmp_path):
     config = dataclasses.replace(Config(), distill=DistillConfig(str(tmp_path / "teacher"), 0.5))
     folder = epath.Path(tmp_path / "student")
     folder.mkdir()
-    assert warm_start.teacher_step(config, folder) == 0
+    assert teacher_step(config, folder) == 0
     adapted.note_step(folder / adapted.TEACHER_FILE, 0)
     shutil.copytree(tmp_path / "teacher" / "checkpoints" / "0", tmp_path / "teacher" / "checkpoints" / "9")
-    assert warm_start.teacher_step(config, folder) == 0
-    assert warm_start.teacher_step(config, epath.Path(tmp_path)) == 9  # a new run takes the newest
-    assert warm_start.teacher_step(config, None) == 9  # also where a start that failed has left its note
+    assert teacher_step(config, folder) == 0
+    assert teacher_step(config, epath.Path(tmp_path)) == 9  # a new run takes the newest
+    assert teacher_step(config, None) == 9  # also where a start that failed has left its note
     shutil.rmtree(tmp_path / "teacher" / "checkpoints" / "0")
     with pytest.raises(ConfigError, match="learns from its checkpoint of step 0, which is gone"):
-        warm_start.teacher_step(config, folder)
+        teacher_step(config, folder)
 
 
 def test_a_run_needs_its_start_no_longer(tmp_path):
