@@ -89,7 +89,7 @@ def masked(config: Config, mesh: Mesh, experts: int) -> Probe:
     """
     moe = config.model.moe
     gate = moe.gate
-    if gate is None or not gate.chooses or gate.router == "slots" or gate.looks_ahead or moe.layer_gates:
+    if gate is None or not gate.routes_by_logits or gate.looks_ahead or moe.layer_gates:
         raise ConfigError(
             f"model.moe.gate={moe.gate_name!r}: experts can be masked only where tokens choose by a router"
         )

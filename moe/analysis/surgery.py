@@ -177,7 +177,7 @@ def check_groups(model: ModelConfig, groups: int) -> None:
 def check(model: ModelConfig) -> None:
     """Refuse a model whose experts cannot be taken apart. Raises ConfigError."""
     gate = model.moe.gate
-    if gate is None or not gate.chooses or gate.router == "slots" or model.moe.layer_gates:
+    if gate is None or not gate.routes_by_logits or model.moe.layer_gates:
         needed = "surgery needs one gate in all layers, whose router chooses the experts"
         raise ConfigError(f"model.moe.gate={model.moe.gate_name!r}: {needed}")
     if model.encoder_layers or model.prediction_layers:

@@ -287,7 +287,6 @@ class Hash(Gate):
     """
 
     router: ClassVar[RouterKind] = "none"
-    chooses: ClassVar[bool] = False
     reweighs: ClassVar[bool] = True
 
     k: int = setting(1, least=1)
@@ -322,7 +321,6 @@ class Random(Gate):
     """K experts drawn uniformly for each token, weighted equally: a baseline."""
 
     router: ClassVar[RouterKind] = "none"
-    chooses: ClassVar[bool] = False
     reweighs: ClassVar[bool] = True
 
     k: int = setting(1, least=1)

@@ -94,7 +94,7 @@ class Gate:
         router: router parameters: linear (W_g), noisy (W_g and W_noise, initialised to zero), slots (a W_g per slot of
             every expert) or none.
         looks_ahead: the experts of a token depend on later tokens, in training at least.
-        chooses: the router's logits decide where a token goes, as in all gates but those that go by its id or place.
+        chooses: the router's logits, if there are any, decide where a token goes, not its weights alone.
         experts_choose: each expert takes C tokens, so K is an average.
         lists_all: the output has a column for every expert, whatever K is.
         reweighs: the rule reads ``GateInputs.expert_index``.
@@ -148,6 +148,11 @@ class Gate:
     def state(self) -> RouterState:
         """State of the router that the rule needs."""
         return RouterState()
+
+    @property
+    def routes_by_logits(self) -> bool:
+        """Whether a router's logits decide to which experts a token goes."""
+        return self.chooses and self.router not in ("none", "slots")
 
     @property
     def generates(self) -> bool:

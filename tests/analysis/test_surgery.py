@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from moe.analysis import measures, merging, saliency, surgery
-from moe.config import ConfigError
+from moe.config import ConfigError, Losses, ModelConfig, MoEConfig
 from moe.interop import export_checkpoint
 from moe.models.state import join
+from moe.routing import gates
 from moe.training.batches import forward
 from moe.training.step import build
 from tests.analysis.test_difference import _records
@@ -296,6 +297,15 @@ def test_what_cannot_be_split_is_refused(overrides, parts, message):
     parameters, biases = _parts(program, variables)
     with pytest.raises(ConfigError, match=message):
         surgery.split(program.config.model, parameters, biases, parts)
+
+
+def test_a_users_gate_without_a_router_is_not_taken_apart():
+    class Unrouted(gates.Hash):
+        pass
+
+    model = ModelConfig(moe=MoEConfig(gate=Unrouted(), num_experts=8, losses=Losses(balance=0.0)))
+    with pytest.raises(ConfigError, match="surgery needs one gate in all layers, whose router chooses"):
+        surgery.check(model)
 
 
 @pytest.mark.transformers
