@@ -197,7 +197,7 @@ def read_adapters(workdir: str | os.PathLike[str], config: Config, **options: Un
     Raises:
         ConfigError: see :func:`read_parameters`.
     """
-    return _read(epath.Path(workdir), "parameters", abstract_trained(config), **options)
+    return _read(epath.Path(workdir), "parameters", abstract_trained(config.model, config.lora), **options)
 
 
 def _adapted(workdir: str | os.PathLike[str]) -> Config | None:

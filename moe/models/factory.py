@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from moe.config import Config, ModelConfig
+from moe.config import LoraConfig, ModelConfig
 from moe.layers.moe_layer import SelectionBias
 from moe.models.adapters import initial_adapters
 from moe.models.decoder import Transformer
@@ -45,12 +45,12 @@ def abstract_selection_biases(config: ModelConfig) -> nnx.State:
     return nnx.state(abstract_model(config), SelectionBias)
 
 
-def abstract_trained(config: Config) -> nnx.State:
+def abstract_trained(model: ModelConfig, lora: LoraConfig) -> nnx.State:
     """Parameters that a run trains, with ShapeDtypeStructs as values: those of its model, or adapters of them."""
-    parameters = abstract_parameters(config.model)
-    if not config.lora.rank:
+    parameters = abstract_parameters(model)
+    if not lora.rank:
         return parameters
-    return jax.eval_shape(lambda base: initial_adapters(base, config.lora, jax.random.key(0)), parameters)
+    return jax.eval_shape(lambda base: initial_adapters(base, lora, jax.random.key(0)), parameters)
 
 
 def variable_specs(config: ModelConfig) -> dict[str, Any]:

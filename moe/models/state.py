@@ -115,7 +115,7 @@ def continue_at(state: TrainState, step: int) -> TrainState:
 
 def state_specs(config: Config, shapes: TrainState) -> TrainState:
     """PartitionSpecs of a state of these shapes."""
-    parameters = parameter_specs(abstract_trained(config))
+    parameters = parameter_specs(abstract_trained(config.model, config.lora))
     specs = dataclasses.replace(
         shapes,
         step=REPLICATED,

@@ -21,7 +21,7 @@ from jax import numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moe.config import Config, LayerKind, ModelConfig, OptimizerConfig, stacks
+from moe.config import Config, LayerKind, LoraConfig, ModelConfig, OptimizerConfig, stacks
 from moe.dispatch.backends import gpu
 from moe.dispatch.exchange import ROUND_SIZE
 from moe.dispatch.ffn import GATED_ACTIVATIONS, ExpertWeights
@@ -126,20 +126,17 @@ def estimate(config: Config, sizes: Mapping[str, int], platform: str) -> Estimat
         platform: "tpu" or "gpu".
     """
     mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
-    parameters, optimizer = _shapes(same_parameters(config.model), config.optimizer)
+    parameters, trained, optimizer = _shapes(same_parameters(config.model), config.lora, config.optimizer)
     with jax.sharding.use_abstract_mesh(mesh):
         specs = parameter_specs(parameters)
         shapes = nnx.to_pure_dict(parameters)
         stored = shard_bytes(_placed(mesh, shapes, specs))
         of_no_stage = _of_no_stage(config, mesh, shapes, specs)
-        trained, gradients = (shapes, specs), stored
-        if config.lora.rank:
-            adapters = abstract_trained(dataclasses.replace(config, model=same_parameters(config.model)))
-            trained = nnx.to_pure_dict(adapters), parameter_specs(adapters)
-            optimizer = _state_of(config.optimizer, trained[0])
-            # A merged copy of the adapted matrices and its gradient, and the gradients of what is trained.
-            gradients = 2 * _adapted_bytes(mesh, shapes, specs, adapters) + shard_bytes(_placed(mesh, *trained))
-        placed = _placed(mesh, optimizer, optimizer_specs(*trained, optimizer))
+        of_trained = nnx.to_pure_dict(trained), parameter_specs(trained)
+        gradients = shard_bytes(_placed(mesh, *of_trained))
+        if config.lora.rank:  # and a merged copy of the adapted matrices, with its gradient
+            gradients += 2 * _adapted_bytes(mesh, shapes, specs, trained)
+        placed = _placed(mesh, optimizer, optimizer_specs(*of_trained, optimizer))
         state = 0 if config.optimizer.memory == "host" else shard_bytes(placed)
     train, stages, size = config.train, sizes.get("pipeline", 1), jnp.dtype(config.model.dtype).itemsize
     rows = train.batch_size // train.accumulation_steps // (sizes["data"] * sizes["fsdp"] * sizes["expert"])
@@ -177,14 +174,11 @@ def same_parameters(model: ModelConfig) -> ModelConfig:
 
 
 @functools.lru_cache
-def _shapes(model: ModelConfig, optimizer: OptimizerConfig) -> tuple[Any, Any]:
-    """The parameters and the optimizer's state with ShapeDtypeStructs as values."""
-    parameters = abstract_parameters(model)
-    return parameters, _state_of(optimizer, nnx.to_pure_dict(parameters))
-
-
-def _state_of(optimizer: OptimizerConfig, trained: Any) -> Any:
-    return jax.eval_shape(make_optimizer(optimizer, optimizer.warmup_steps + 1).init, trained)
+def _shapes(model: ModelConfig, lora: LoraConfig, optimizer: OptimizerConfig) -> tuple[Any, Any, Any]:
+    """The parameters, those that are trained, and the optimizer's state with ShapeDtypeStructs as values."""
+    trained = abstract_trained(model, lora)
+    init = make_optimizer(optimizer, optimizer.warmup_steps + 1).init
+    return abstract_parameters(model), trained, jax.eval_shape(init, nnx.to_pure_dict(trained))
 
 
 def _adapted_bytes(mesh: AbstractMesh, shapes: Any, specs: Any, adapters: nnx.State) -> int:

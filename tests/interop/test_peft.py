@@ -30,7 +30,7 @@ def workdirs(tmp_path, **changes):
     base = tiny(tmp_path, **settings)
     lora = {"start.checkpoint": str(tmp_path / "base"), "lora.rank": 2, "lora.alpha": 6.0}
     config = tiny(tmp_path, **settings | lora | changes)
-    shapes = abstract_parameters(base.model), abstract_trained(config)
+    shapes = abstract_parameters(base.model), abstract_trained(config.model, config.lora)
     for name, written, tree in zip(("base", "lora"), (base, config), map(nnx.to_pure_dict, shapes), strict=True):
         write_run(tmp_path / name, written, random_like(tree, len(name)))
     pin_base(epath.Path(tmp_path / "lora"), config)
