@@ -216,8 +216,7 @@ class MoEConfig(Section, path=_MOE):
         noisy = losses.load == 0 or gate.router == "noisy"
         no_noise = "needs the gate noisy_topk: the load has no gradient without its noise"
         require(noisy, f"{where}load", losses.load, no_noise)
-        all_groups = getattr(gate, "kept_groups", 1) == getattr(gate, "groups", 1)
-        only_noise = losses.load == 0 or (all_groups and gate.state.update == "none")
+        only_noise = losses.load == 0 or (_keeps_all_groups(gate) and gate.state.update == "none")
         allowed = "needs a gate without bias and kept_groups equal to groups: only the noise may decide who is chosen"
         require(only_noise, f"{where}load", losses.load, allowed)
         read = self.null_experts > 0 or losses.null == 1
@@ -248,8 +247,12 @@ class MoEConfig(Section, path=_MOE):
         )
         one_kind = "needs experts of one kind: set zero_, copy_, constant_ and novice_experts to 0"
         self._require("overflow_to_next", self.null_experts == 0, one_kind)
-        all_groups = getattr(gate, "kept_groups", 1) == getattr(gate, "groups", 1)
-        self._require("overflow_to_next", all_groups, "needs kept_groups equal to groups, which a retry may leave")
+        allowed = "needs kept_groups equal to groups, which a retry may leave"
+        self._require("overflow_to_next", _keeps_all_groups(gate), allowed)
+
+
+def _keeps_all_groups(gate: Gate) -> bool:
+    return getattr(gate, "kept_groups", 1) == getattr(gate, "groups", 1)
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ def executed_flops(config: Config, dropped_share: float) -> float:
     per_token -= dropped_share * flops.expert_flops_per_token(model, *lengths)
     if moe.gate is not None and moe.dispatch == "einsum":
         for stack, kinds in stacks(model).items():
-            length = data.input_length if stack == "encoder" else data.sequence_length
+            length = flops.row_lengths(*lengths)[stack]
             slots = moe.num_experts * layer_capacity(moe, moe.group_size or length) * length / data.sequence_length
             per_token += 3 * 2 * 2 * sum(kind.sparse for kind in kinds) * slots * model.expert_dim
     return per_token * tokens

@@ -63,7 +63,7 @@ def train_flops_per_token(config: ModelConfig, sequence_length: int, input_lengt
     the length: to read what is replaced, to write, and to read for the query. Soft MoE's mixing of tokens into slots
     and back is 2 matmuls of D for every slot. What an encoder computes, for U tokens a row, is divided by T.
     """
-    lengths = _lengths(sequence_length, input_length)
+    lengths = row_lengths(sequence_length, input_length)
     share = {stack: length / sequence_length for stack, length in lengths.items()}
     # Parameters, keys and numbers of memories, summed over layers, per token of the decoder.
     multiplied = sum(_multiplied(config, lengths).values())
@@ -89,12 +89,12 @@ def train_flops_per_token(config: ModelConfig, sequence_length: int, input_lengt
 
 def expert_flops_per_token(config: ModelConfig, sequence_length: int, input_length: int = 0) -> float:
     """The part of :func:`train_flops_per_token` that routed experts compute."""
-    multiplied = _multiplied(config, _lengths(sequence_length, input_length))
+    multiplied = _multiplied(config, row_lengths(sequence_length, input_length))
     return 6 * sum(count for path, count in multiplied.items() if "experts" in path)
 
 
-def _lengths(sequence_length: int, input_length: int) -> dict[str, int]:
-    """Tokens of a row in each stack."""
+def row_lengths(sequence_length: int, input_length: int) -> dict[str, int]:
+    """Tokens of a row in each stack (:func:`moe.config.stacks`)."""
     return {"": sequence_length, "decoder": sequence_length, "encoder": input_length}
 
 
