@@ -39,16 +39,16 @@ class ErnieConfig(OpenConfig):
 
 def read(source: ErnieConfig) -> tuple[Json, Json]:
     """See :class:`Family`."""
-    num_layers, width, last = source.num_hidden_layers, source.moe_intermediate_size, source.moe_layer_end_index
-    last = num_layers - 1 if last == -1 else min(last, num_layers - 1)
+    num_layers, width = source.num_hidden_layers, source.moe_intermediate_size
+    last = num_layers - 1 if source.moe_layer_end_index == -1 else min(source.moe_layer_end_index, num_layers - 1)
     moe = {
         "gate": {"name": "deepseek_v3", "score": "softmax", **ONE_GROUP, "scale": 1.0},
         "num_experts": source.moe_num_experts,
-        **{"d_ff": width, "shared_d_ff": width * source.moe_num_shared_experts},
-        "losses": {"scope": "batch"},
+        "d_ff": width,
+        "shared_d_ff": width * source.moe_num_shared_experts,
     }
     layers = [n for n in range(source.moe_layer_start_index, last + 1) if (n + 1) % source.moe_layer_interval == 0]
-    return {"rope_interleaved": True}, moe | read_sparse_layers(layers, num_layers)
+    return {"rope_interleaved": True}, moe | {"losses": {"scope": "batch"}} | read_sparse_layers(layers, num_layers)
 
 
 def write(model: ModelConfig) -> Json:

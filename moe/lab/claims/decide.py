@@ -285,13 +285,14 @@ def _lacks(
     elif n < SEEDS:
         lacks.append(f"{n} of at least {SEEDS} seeds")
     for outcome in outcomes:
-        margin, effect = outcome.part.margin, outcome.effect
+        if outcome.side != UNDECIDED:
+            continue
         if outcome.part.rule == "within":
-            needed = inference.smallest_margin(effect.sd, effect.n)
-            if outcome.side == UNDECIDED and margin < needed < math.inf:
+            needed = inference.smallest_margin(outcome.effect.sd, outcome.effect.n)
+            if (margin := outcome.part.margin) < needed < math.inf:
                 lacks.append(f"power: would show ±{needed:.3f} of no difference; the margin is ±{margin:.3f}")
             continue
         smallest = primary.smallest if primary and "loss[" in outcome.part.value else 0.0
-        if outcome.side == UNDECIDED and 0 < smallest < outcome.detectable < math.inf:
+        if 0 < smallest < outcome.detectable < math.inf:
             lacks.append(f"power: finds {outcome.detectable:.3f}; the smallest effect of interest is {smallest:.3f}")
     return tuple(lacks)

@@ -143,9 +143,9 @@ class Worker:
                     except ConfigError as error:
                         self._failed[key] = str(error)
                         self._progress.say(f"failed: {key}: {error}")
-            if key is None and not self._others_lead:
-                break
             if key is None:
+                if not self._others_lead:
+                    break
                 time.sleep(_LOOK_AGAIN)
         if self._failed:
             key, reason = next(iter(self._failed.items()))
@@ -189,8 +189,7 @@ class Worker:
                     self._progress.start(key, planned, done, list(unnamed))
                     yield key
                     return
-        unnamed = self._sweep and any(map(self._only, found.unnamed()))
-        self._others_lead = taken and (later or unnamed)
+        self._others_lead = taken and (later or (self._sweep and any(map(self._only, found.unnamed()))))
         yield None
 
     def _train(self, key: Key) -> None:
