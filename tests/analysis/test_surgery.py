@@ -11,7 +11,7 @@ from moe.analysis import measures, merging, saliency, surgery
 from moe.config import ConfigError, Losses, ModelConfig, MoEConfig
 from moe.interop import export_checkpoint
 from moe.models.state import join
-from moe.routing import gates
+from moe.routing.interface import Gate
 from moe.training.batches import forward
 from moe.training.step import build
 from tests.analysis.test_difference import _records
@@ -300,8 +300,8 @@ def test_what_cannot_be_split_is_refused(overrides, parts, message):
 
 
 def test_a_users_gate_without_a_router_is_not_taken_apart():
-    class Unrouted(gates.Hash):
-        pass
+    class Unrouted(Gate):
+        router, k = "none", 1
 
     model = ModelConfig(moe=MoEConfig(gate=Unrouted(), num_experts=8, losses=Losses(balance=0.0)))
     with pytest.raises(ConfigError, match="surgery needs one gate in all layers, whose router chooses"):
