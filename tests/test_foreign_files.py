@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from moe.checkpoints import adapted, workdir
+from moe.checkpoints import pinned, workdir
 from moe.config import Config, ConfigError, inherit_model, to_dict
 from moe.config.parse import to_config_dict
 from moe.fields import whole_number
@@ -119,9 +119,10 @@ def test_metrics_that_are_no_file_are_refused(tmp_path):
 def test_a_wrong_note_or_change_is_named(tmp_path, content, says):
     (tmp_path / "base.json").write_text(content)
     (tmp_path / "changes.jsonl").write_text(content)
-    for read in (adapted.base_step, workdir.latest_change):
+    folder = epath.Path(tmp_path)
+    for read in (lambda: pinned.noted_step(folder / pinned.BASE_FILE), lambda: workdir.latest_change(folder)):
         with pytest.raises(ConfigError) as caught:
-            read(epath.Path(tmp_path))
+            read()
         assert says in str(caught.value)
         assert len(str(caught.value)) < 500
 

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from tokenizers import models, normalizers, pre_tokenizers
 
 from moe.atomic_files import to_checked_json
-from moe.checkpoints import adapted, workdir
+from moe.checkpoints import pinned, workdir
 from moe.config import Config, ConfigError, inherit_model, to_dict
 from moe.config.parse import from_config_dict, to_config_dict
 from moe.data import columns, folders
@@ -95,7 +95,7 @@ def _read_workdir(folder: Path, name: str) -> None:
     elif name == "changes.jsonl":
         workdir.latest_change(epath.Path(folder))
     elif name == "base.json":
-        adapted.base_step(epath.Path(folder))
+        pinned.noted_step(epath.Path(folder) / name)
     else:
         workdir.read_config(folder)
         started = to_config_dict(Config())

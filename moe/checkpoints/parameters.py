@@ -18,10 +18,10 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from moe.atomic_files import from_checked_json, new_folder, write_atomic
-from moe.checkpoints.adapted import base_step
 from moe.checkpoints.arrays import array_handler
 from moe.checkpoints.integrity import NO_MESH, DamagedError, compare, quiet_orbax, unreadable_as_damaged
 from moe.checkpoints.manager import complete_steps, orbax_folder, refuse_special_files, refuse_unusable_path
+from moe.checkpoints.pinned import base_step
 from moe.checkpoints.workdir import CONFIG, read_config
 from moe.config import Config, ConfigError, ModelConfig, to_dict
 from moe.models.adapters import merge
@@ -176,7 +176,7 @@ def read_parameters(
     config = _adapted(workdir)
     if config is None:
         return _read(epath.Path(workdir), "parameters", abstract_parameters(model), **options)
-    base = options | {"step": base_step(epath.Path(workdir))}
+    base = options | {"step": base_step(config, workdir)}
     adapters = read_adapters(workdir, dataclasses.replace(config, model=model), **{**options, "only": ()})
     parameters = read_parameters(config.start.checkpoint, model, **base)
     mesh, dtype = options.get("mesh"), options.get("dtype")
@@ -206,20 +206,17 @@ def _adapted(workdir: str | os.PathLike[str]) -> Config | None:
     return config if config is not None and config.lora.rank else None
 
 
-def read_base(
-    config: Config, workdir: str | os.PathLike[str] | None, mesh: Mesh
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def read_base(config: Config, step: int | None, mesh: Mesh) -> tuple[dict[str, Any], dict[str, Any]]:
     """Parameters in float32, and selection biases, of the base of a run that trains adapters.
 
     Args:
         config: of the run.
-        workdir: of the run, which notes the base's checkpoint; None: its newest one.
+        step: of the base's checkpoint (:func:`moe.checkpoints.pinned.base_step`); None: its newest.
         mesh: to place the arrays on.
 
     Raises:
         ConfigError: the base is missing, or its model is not the run's.
     """
-    step = None if workdir is None else base_step(epath.Path(workdir))
     parameters = read_parameters(config.start.checkpoint, config.model, dtype=np.float32, mesh=mesh, step=step)
     return parameters, read_biases(config.start.checkpoint, config.model, mesh=mesh, step=step)
 

@@ -19,8 +19,8 @@ import pydantic
 from etils import epath
 
 from moe.atomic_files import write_atomic
-from moe.checkpoints.adapted import pin_base
 from moe.checkpoints.manager import Checkpoints, no_background_tracebacks
+from moe.checkpoints.pinned import PinnedSteps, base_step
 from moe.checkpoints.workdir import CONFIG, locked_workdir, refuse_other_run, write_run_files
 from moe.config import ConfigError, ModelConfig, from_config_dict, to_dict
 from moe.data import policy, rollouts
@@ -155,11 +155,11 @@ def train_online(program: Program, workdir: str, task: Task, engine: Engine, rou
             refuse_other_run(from_config_dict(to_dict(config)), directory)  # with what a file's config has filled in
         _pin_sizes(rounds, directory, new=new)
         stack.enter_context(no_background_tracebacks())
-        if config.lora.rank and new:
-            pin_base(directory, config)  # before the config, beside which a later start expects it
+        base = base_step(config, None if new else directory)
+        PinnedSteps(base, None).note(directory)
         checkpoints = Checkpoints(directory, config.train.keep_checkpoints, config.train.keep_every)
         stack.callback(checkpoints.close)
-        step, state = _begin(program, checkpoints, workdir)
+        step, state = _begin(program, checkpoints, base)
         write_run_files(config, {}, directory, new=new)
         writer = stack.enter_context(contextlib.closing(MetricsWriter(directory, step, config)))
         for number in range(step // rounds.updates, config.train.num_steps // rounds.updates):
@@ -188,14 +188,14 @@ def train_online(program: Program, workdir: str, task: Task, engine: Engine, rou
     return rows
 
 
-def _begin(program: Program, checkpoints: Checkpoints, workdir: str) -> tuple[int, TrainState]:
+def _begin(program: Program, checkpoints: Checkpoints, base: int | None) -> tuple[int, TrainState]:
     """Steps done and the state after them, of the newest good checkpoint or of a run's first start."""
     restored = checkpoints.resume(program.state, None, print)
     if restored is None:
-        return 0, warm_start.first_state(program, print, workdir)
+        return 0, warm_start.first_state(program, print, base)
     step, state = restored[:2]
     if program.config.lora.rank:  # a checkpoint holds the adapters, and this the base
-        state = warm_start.first_state(program, workdir=workdir).restored(state)
+        state = warm_start.first_state(program, base_step=base).restored(state)
     return step, state
 
 

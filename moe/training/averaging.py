@@ -13,6 +13,7 @@ from etils import epath
 from moe.atomic_files import refuse_files
 from moe.checkpoints import parameters as stored
 from moe.checkpoints.manager import complete_steps
+from moe.checkpoints.pinned import base_step
 from moe.checkpoints.workdir import read_config
 from moe.config import Config, ConfigError, LoraConfig, MeshConfig
 from moe.data.tokenizer_files import companions, find_tokenizer
@@ -63,6 +64,6 @@ def _moving_average(workdir: str, config: Config) -> Any:
     weights = averaged_weights(config.optimizer, optimizer_state(config, workdir, "--ema"))
     if config.lora.rank:
         mesh = make_mesh(MeshConfig(data=1), jax.local_devices()[:1])
-        base, _ = stored.read_base(config, workdir, mesh)
+        base, _ = stored.read_base(config, base_step(config, workdir), mesh)
         weights = merge(base, weights, config.lora.alpha / config.lora.rank)
     return jax.tree.map(np.asarray, weights)

@@ -20,9 +20,9 @@ from etils import epath
 
 from moe import process
 from moe.atomic_files import first_line, in_bucket
-from moe.checkpoints.adapted import TEACHER_FILE, note_step, pin_base
 from moe.checkpoints.integrity import is_finite
 from moe.checkpoints.manager import Checkpoints, no_background_tracebacks, refuse_unusable_path
+from moe.checkpoints.pinned import pinned_steps
 from moe.checkpoints.workdir import (
     CONFIG,
     REPORT,
@@ -52,7 +52,7 @@ from moe.training.optimizer import averaged_weights
 from moe.training.recovery import Health, Recovery, next_batch
 from moe.training.report import finish, prompts
 from moe.training.step import Program, build
-from moe.training.teacher import read_teacher, teacher_step
+from moe.training.teacher import read_teacher
 from moe.waiting import first_answer
 
 
@@ -111,8 +111,8 @@ def train(
         stack.enter_context(no_background_tracebacks())
         stack.enter_context(profiling.out_of_memory_as_config_error())
         stage("making the model")
-        taught = teacher_step(config, None if new else directory)
-        program = make_program(config, mesh, read_teacher(config, mesh, prepared.tokenizer, taught))
+        pinned = pinned_steps(config, None if new else directory)
+        program = make_program(config, mesh, read_teacher(config, mesh, prepared.tokenizer, pinned.teacher))
         profiling.refuse_too_large(program)
         heldout = functools.cache(lambda: load_heldout(program, prepared))  # at the first evaluation
         rows = local_rows(mesh, config.train.batch_size)
@@ -121,20 +121,17 @@ def train(
         )
         if new:
             iterator.start_prefetch()  # the first batch, while the rest is made
-        state = warm_start.first_state(program, say) if new else None
+        state = warm_start.first_state(program, say, pinned.base) if new else None
         if config.lora.rank and not new:
-            state = warm_start.first_state(program, workdir=workdir)  # the base, to which a checkpoint adds adapters
+            state = warm_start.first_state(program, base_step=pinned.base)  # to which a checkpoint adds adapters
         with disk_errors(directory):
             directory.mkdir(parents=True, exist_ok=True)
             if not started:
                 stack.enter_context(locked_workdir(directory))
             if new and jax.process_index() == 0 and holds_run(directory):
                 raise ConfigError(f"--workdir={workdir}: another run was started in it just now; use another one")
+            pinned.note(directory)
             write_run_files(config, prepared.tokenizer.files, directory, new=new)
-            if taught is not None:
-                note_step(directory / TEACHER_FILE, taught)
-            if config.lora.rank and new:
-                pin_base(directory, config)
             checkpoints = Checkpoints(directory, config.train.keep_checkpoints, config.train.keep_every)
         say(_description(program))
         if program.about:
@@ -143,7 +140,7 @@ def train(
             checkpoint = checkpoints.resume(program.state, iterator, say)
         if checkpoint is None:
             step, saved = 0, {}
-            state = state or warm_start.first_state(program, say)
+            state = state or warm_start.first_state(program, say, pinned.base)
         else:
             step, restored, saved = checkpoint
             state = state.restored(restored) if state is not None else restored

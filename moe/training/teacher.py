@@ -5,12 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from etils import epath
 from jax.sharding import Mesh
 
-from moe.checkpoints import adapted
 from moe.checkpoints import parameters as stored
-from moe.checkpoints.manager import complete_steps
 from moe.checkpoints.workdir import read_config
 from moe.config import Config, ConfigError, ModelConfig, TrainConfig, validate_mesh
 from moe.data.tokenizer import Tokenizer
@@ -24,7 +21,7 @@ def read_teacher(
     """Model config of ``config.distill.teacher`` and its variables on the mesh; None without a teacher.
 
     Args:
-        step: of the teacher's checkpoint; None: its newest.
+        step: of the teacher's checkpoint (:func:`moe.checkpoints.pinned.pinned_steps`); None: its newest.
 
     Raises:
         ConfigError: no such checkpoint, another vocabulary, another kind of model, or one that does not fit the mesh.
@@ -61,26 +58,3 @@ def _check_fit(config: Config, model: ModelConfig, mesh: Mesh) -> None:
         validate_mesh(Config(model=model, data=data, train=train), mesh.shape)
     except ConfigError as error:
         raise ConfigError(f"distill.teacher={config.distill.teacher!r}: {error}") from error
-
-
-def teacher_step(config: Config, directory: epath.Path | None) -> int | None:
-    """Step of the teacher's checkpoint that a run learns from to its end: noted at its start, else the newest.
-
-    Args:
-        directory: of the run; None: of a new one, whose folder may hold the note of a start that failed.
-
-    Raises:
-        ConfigError: the teacher has no checkpoints, or not the noted one.
-    """
-    if not config.distill.teacher:
-        return None
-    steps = complete_steps(epath.Path(config.distill.teacher))
-    if not steps:
-        raise ConfigError(f"distill.teacher={config.distill.teacher!r}: holds no checkpoints")
-    noted = None if directory is None else adapted.noted_step(directory / adapted.TEACHER_FILE)
-    if noted is not None and noted not in steps:
-        raise ConfigError(
-            f"distill.teacher={config.distill.teacher!r}: this run learns from its checkpoint of step {noted}, which "
-            "is gone; restore it"
-        )
-    return steps[-1] if noted is None else noted

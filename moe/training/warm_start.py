@@ -122,12 +122,14 @@ def tokenizer(config: Config, directory: epath.Path) -> Tokenizer | None:
         raise ConfigError(f"{error}, or set data.tokenizer") from error
 
 
-def first_state(program: Program, say: Callable[[str], Any] = lambda _: None, workdir: str = "") -> TrainState:
+def first_state(
+    program: Program, say: Callable[[str], Any] = lambda _: None, base_step: int | None = None
+) -> TrainState:
     """The state at step 0: random, or taken from a checkpoint as ``config.start`` says.
 
     Args:
         say: receives a line that says what was loaded, what is fresh and what is inherited.
-        workdir: of the run, which notes the base of adapters; empty: the base is the newest checkpoint.
+        base_step: of the checkpoint beneath adapters (:func:`moe.checkpoints.pinned.base_step`); None: the newest.
 
     Raises:
         ConfigError: no checkpoint, parameters of another shape, or no optimizer state in it.
@@ -136,7 +138,7 @@ def first_state(program: Program, say: Callable[[str], Any] = lambda _: None, wo
     if not start.checkpoint:
         return state
     if program.config.lora.rank:
-        return _adapted_state(program, state, workdir, say)
+        return _adapted_state(program, state, base_step, say)
     source = read_config(start.checkpoint)
     theirs = _host(stored.read_parameters(start.checkpoint, source.model, dtype=np.float32))
     _refuse_other_depth(program.config, source.model)
@@ -155,11 +157,11 @@ def first_state(program: Program, say: Callable[[str], Any] = lambda _: None, wo
     return state if start.optimizer == "carry" else _with_own_optimizer(program, state)
 
 
-def _adapted_state(program: Program, state: TrainState, workdir: str, say: Callable[[str], Any]) -> TrainState:
+def _adapted_state(program: Program, state: TrainState, base_step: int | None, say: Callable[[str], Any]) -> TrainState:
     """A fresh state with the base, and what is trained whole, from the checkpoint."""
     assert isinstance(state, AdaptedState)
     config = program.config
-    base, biases = stored.read_base(config, workdir or None, program.mesh)
+    base, biases = stored.read_base(config, base_step, program.mesh)
     model = program.model(join(base, biases or state.biases))
     adapters = nnx.to_pure_dict(initial_adapters(nnx.state(model, nnx.Param), config.lora, jax.random.key(config.seed)))
     counts = [sum(int(np.size(leaf)) for leaf in jax.tree.leaves(tree)) for tree in (adapters, base)]

@@ -11,7 +11,7 @@ import safetensors.numpy
 from etils import epath
 from flax import nnx
 
-from moe.checkpoints.adapted import pin_base
+from moe.checkpoints.pinned import pinned_steps
 from moe.config import Config, ConfigError, ModelConfig
 from moe.interop import export_checkpoint, import_checkpoint, peft
 from moe.interop.peft import export_adapters
@@ -33,7 +33,7 @@ def workdirs(tmp_path, **changes):
     shapes = abstract_parameters(base.model), abstract_trained(config.model, config.lora)
     for name, written, tree in zip(("base", "lora"), (base, config), map(nnx.to_pure_dict, shapes), strict=True):
         write_run(tmp_path / name, written, random_like(tree, len(name)))
-    pin_base(epath.Path(tmp_path / "lora"), config)
+    pinned_steps(config, None).note(epath.Path(tmp_path / "lora"))
     return tmp_path / "base", tmp_path / "lora"
 
 

@@ -134,7 +134,11 @@ def test_a_wrong_task_is_one_sentence(tmp_path, monkeypatch, task, says):
 
 @pytest.mark.parametrize("rank", [0, 2])
 def test_a_run_begins_with_its_checkpoint(tmp_path, monkeypatch, rank):
-    """The parameters that sample the first rollouts are those of ``start``; adapters do not change them yet."""
+    """The parameters that sample the first rollouts are those of ``start``; adapters do not change them yet.
+
+    The other run is trained further after the first start, which failed before any checkpoint: adapters belong to the
+    base that they began with, while a start anew without adapters takes the newest checkpoint.
+    """
 
     def load(variables, key):
         seen.append(variables)
@@ -147,18 +151,21 @@ def test_a_run_begins_with_its_checkpoint(tmp_path, monkeypatch, rank):
     seen, retention, Checkpoints = [], [], online.Checkpoints
     monkeypatch.setattr(online, "Checkpoints", kept)
     parameters = random_parameters(CONFIG.model)[1]
+    further = jax.tree.map(np.negative, parameters)
     write_run(tmp_path / "base", CONFIG, parameters)
+    write_run(tmp_path / "later", CONFIG, further)
     train = dataclasses.replace(CONFIG.train, keep_every=80)
     start = StartConfig(checkpoint=str(tmp_path / "base"))
     config = dataclasses.replace(CONFIG, start=start, lora=LoraConfig(rank=rank), train=train)
     with jax.set_mesh(mesh := make_mesh(MeshConfig(), ONE)):
         program = make_program(config, mesh)
-        for _ in range(2):  # a first start, and one after a failure before any checkpoint
+        for _ in range(2):
             with pytest.raises(Interrupted):
                 train_online(program, str(tmp_path / "run"), Evens(), Engine(None, load), Rounds())
-    for variables in seen:
-        jax.tree.map(np.testing.assert_array_equal, variables, parameters)
-    assert len(seen) == 2
+            source, target = (tmp_path / name / "checkpoints" / step for name, step in (("later", "0"), ("base", "9")))
+            shutil.copytree(source, target, dirs_exist_ok=True)
+    for variables, expected in zip(seen, (parameters, parameters if rank else further), strict=True):
+        jax.tree.map(np.testing.assert_array_equal, variables, expected)
     assert set(retention) == {(3, 80)}
     assert (tmp_path / "run" / "base.json").exists() == bool(rank)
 

@@ -21,7 +21,8 @@ from etils import epath
 from flax import nnx
 
 from configs import base, upcycle
-from moe.checkpoints import adapted, integrity, manager
+from moe.checkpoints import integrity, manager
+from moe.checkpoints.pinned import pinned_steps
 from moe.checkpoints.workdir import read_config
 from moe.config import (
     Config,
@@ -48,7 +49,7 @@ from moe.training.batches import place
 from moe.training.losses import soft_cross_entropy
 from moe.training.optimizer import averaged_weights
 from moe.training.step import build
-from moe.training.teacher import read_teacher, teacher_step
+from moe.training.teacher import read_teacher
 from tests.helpers import random_state
 
 HERE = Path(__file__).parents[1] / "data" / "checkpoints"
@@ -447,20 +448,29 @@ def test_a_teacher_that_does_not_fit_the_mesh_is_refused(tmp_path):
         read_teacher(taught, make_mesh(MeshConfig(data=1, expert=8)))
 
 
-def test_a_student_learns_from_one_checkpoint_to_its_end(tmp_path):
-    import_checkpoint(HERE / "mistral", tmp_path / "teacher")
-    config = dataclasses.replace(Config(), distill=DistillConfig(str(tmp_path / "teacher"), 0.5))
-    folder = epath.Path(tmp_path / "student")
+@pytest.mark.parametrize(
+    ("field", "reads"),
+    [
+        ("distill.teacher", {"distill": DistillConfig("other", 0.5)}),
+        ("start.checkpoint", {"start": StartConfig("other"), "lora": LoraConfig(rank=2)}),
+    ],
+)
+def test_a_run_reads_one_checkpoint_of_another_to_its_end(tmp_path, monkeypatch, field, reads):
+    monkeypatch.chdir(tmp_path)
+    import_checkpoint(HERE / "mistral", tmp_path / "other")
+    config, folder = dataclasses.replace(Config(), **reads), epath.Path(tmp_path / "run")
     folder.mkdir()
-    assert teacher_step(config, folder) == 0
-    adapted.note_step(folder / adapted.TEACHER_FILE, 0)
-    shutil.copytree(tmp_path / "teacher" / "checkpoints" / "0", tmp_path / "teacher" / "checkpoints" / "9")
-    assert teacher_step(config, folder) == 0
-    assert teacher_step(config, epath.Path(tmp_path)) == 9  # a new run takes the newest
-    assert teacher_step(config, None) == 9  # also where a start that failed has left its note
-    shutil.rmtree(tmp_path / "teacher" / "checkpoints" / "0")
-    with pytest.raises(ConfigError, match="learns from its checkpoint of step 0, which is gone"):
-        teacher_step(config, folder)
+    steps = pinned_steps(config, None)
+    assert (steps.base, steps.teacher) == ((None, 0) if field == "distill.teacher" else (0, None))
+    steps.note(folder)
+    shutil.copytree(tmp_path / "other" / "checkpoints" / "0", tmp_path / "other" / "checkpoints" / "9")
+    assert pinned_steps(config, folder) == steps
+    newest = dataclasses.replace(steps, **{name: 9 for name, step in dataclasses.asdict(steps).items() if step == 0})
+    assert pinned_steps(config, epath.Path(tmp_path)) == newest  # of a folder without notes
+    assert pinned_steps(config, None) == newest  # also where a start that failed has left its notes
+    shutil.rmtree(tmp_path / "other" / "checkpoints" / "0")
+    with pytest.raises(ConfigError, match=f"{field}='other': this run reads its checkpoint of step 0, which is gone"):
+        pinned_steps(config, folder)
 
 
 def test_a_run_needs_its_start_no_longer(tmp_path):
