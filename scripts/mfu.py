@@ -163,11 +163,11 @@ class Alternating:
         self._start = 0.0
 
     def make_program(self, *arguments: Any) -> Any:
-        """:func:`moe.training.step.build`."""
+        """:func:`moe.posttraining.make_program`."""
+        from moe import posttraining
         from moe.benchmarks.train_steps import Stepper
-        from moe.training.step import build
 
-        program = build(*arguments)
+        program = posttraining.make_program(*arguments)
         self._stepper = Stepper(program)
         self._stepper()
         return dataclasses.replace(program, train_step=self._around(program.train_step))
@@ -222,6 +222,7 @@ def main() -> None:
     config = cli.load_config(_CONFIG)
     import jax
 
+    from moe.benchmarks.train_steps import refuse_more_than_the_model
     from moe.config import validate_mesh
     from moe.parallel.mesh import make_mesh
 
@@ -230,6 +231,7 @@ def main() -> None:
     if _SAVES.value:
         whole_run(config)
         return
+    refuse_more_than_the_model(config)
     with jax.set_mesh(mesh):
         if _REMAT.value:
             remat(config, mesh)

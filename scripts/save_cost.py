@@ -34,6 +34,7 @@ def main() -> None:
     import scipy.stats
     from etils import epath
 
+    from moe.benchmarks.train_steps import refuse_more_than_the_model
     from moe.checkpoints.manager import Checkpoints
     from moe.config import validate_mesh
     from moe.data import pipeline
@@ -41,6 +42,7 @@ def main() -> None:
     from moe.training.batches import place
     from moe.training.step import build
 
+    refuse_more_than_the_model(config)
     mesh = make_mesh(config.mesh)
     validate_mesh(config, mesh.shape)
     prepared = pipeline.prepare_run(config)

@@ -35,6 +35,11 @@ CASES = [
         ("--claims", "--suite=configs/ablations/controls.py", "--workdir={new}"),
         says=("ablations/claims.toml", "no run of a suite"),
     ),
+    Case(
+        "scripts/ablate.py",
+        ("--suite=configs/ablations/distillation.py", "--workdir={new}", "--time=3"),
+        says=("--time", "distilled", "teacher's forward pass", "--arms"),
+    ),
     main("--workdir=", says=("--workdir", "must not be empty")),
     main("--config=configs/absent.py", says=("--config", "absent.py")),
     main("--config=", says="--config"),
@@ -372,6 +377,18 @@ CASES = [
     script("bench_moe", "--mesh=experts=2", says=("mesh", "expert")),
     script("mfu", "--steps=1", says="steps"),
     script("mfu", "--config.model.d_model=-1", says="model.d_model"),
+    script(
+        "mfu",
+        "--config.distill.teacher=run",
+        "--config.distill.soft_share=0.5",
+        says=("distill.teacher='run'", "--saves"),
+    ),
+    script(
+        "save_cost",
+        "--config.data.objective=policy",
+        "--config.model.moe.dispatch=dropless",
+        says=("data.objective='policy'", "--saves"),
+    ),
 ]
 
 #: Those found out late: when the first file is written, after everything was compiled, or after retries.

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from moe.benchmarks import timing
-from moe.config import Config
+from moe.config import Config, ConfigError
 from moe.parallel.mesh import make_mesh
 from moe.training import batches
 from moe.training.step import Program, build
@@ -29,11 +29,23 @@ def random_rows(config: Config) -> dict[str, np.ndarray]:
                 return np.broadcast_to(positions, shape)
             case batches.PREFIX_KEY:
                 return np.broadcast_to(positions < shape[1] // 2, shape)
-            case _:  # segment ids
+            case batches.EXPERTS_KEY:
+                every = np.broadcast_to(np.arange(model.moe.num_experts), (*shape[:-1], model.moe.num_experts))
+                return rng.permuted(every, axis=-1)[..., : shape[-1]]
+            case _:  # segment ids, and what a policy is given of its rollouts
                 return np.ones(shape)
 
     shapes = batches.batch_shapes(config).items()
     return {name: column(name, (config.train.batch_size, *shape)).astype(dtype) for name, (shape, dtype) in shapes}
+
+
+def refuse_more_than_the_model(config: Config) -> None:
+    """Raise ConfigError for a run whose step is more than the model's on a text: with a teacher, or on answers."""
+    if config.distill.teacher or config.data.is_posttraining:
+        raise ConfigError(
+            f"distill.teacher={config.distill.teacher!r}, data.objective={config.data.objective!r}: a step is timed by "
+            "itself on texts and without a teacher; use scripts/mfu.py --saves=N, which times the run as it is"
+        )
 
 
 class Stepper:

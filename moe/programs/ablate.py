@@ -63,6 +63,11 @@ def main() -> None:
     if _TIME.value:
         arms = _ARMS.value or list(suite.variants)
         runner.only(suite, arms, ())
+        if taught := [arm for arm in arms if suite.variants[arm].teacher]:
+            raise ConfigError(
+                f"--time: a step of {', '.join(taught)} has a teacher's forward pass, which is not timed; name other "
+                "arms with --arms"
+            )
         seconds = train_steps.processor_seconds({arm: suite.config(arm) for arm in arms}, _TIME.value)
         measured = step_seconds.StepSeconds(seconds, _TIME.value, runner.hardware(), commit())
         measured.write(output / suite.name)

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 from etils import epath
 
-from moe.config import Config, ConfigError, DataConfig, LoraConfig, MeshConfig, StartConfig, TrainConfig
+from moe.benchmarks.train_steps import random_rows, refuse_more_than_the_model
+from moe.config import Config, ConfigError, DataConfig, DistillConfig, LoraConfig, MeshConfig, StartConfig, TrainConfig
 from moe.config.run_sections import OptimizerConfig
 from moe.models.sampling import Rollout, check_prompts, make_sampler
 from moe.parallel.mesh import make_mesh
 from moe.posttraining import make_program, online
 from moe.posttraining.online import Engine, Rounds, make_groups, own_engine, train_online
+from moe.training.batches import EXPERTS_KEY
 from tests.helpers import random_parameters, tiny_model
 from tests.run_helpers import ONE, Interrupted, state_of, write_run
 
@@ -181,3 +183,16 @@ def test_sizes_that_do_not_divide_are_refused(tmp_path):
             with pytest.raises(ConfigError, match=f"rounds.{next(iter(sizes))}"):
                 Rounds(**sizes)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_step_is_timed_by_itself_on_texts_alone():
+    """A row for --saves, which times the run as it is, names K different experts for each token and layer."""
+    experts = random_rows(CONFIG)[EXPERTS_KEY]
+    assert experts.shape == (8, 9, CONFIG.model.num_layers, 2)
+    assert (experts[..., 0] != experts[..., 1]).all()
+    assert set(experts.flat) == set(range(5))
+    taught = Config(distill=DistillConfig("other", 0.5))
+    for config, says in ((CONFIG, "data.objective='policy': a step is timed"), (taught, "distill.teacher='other'")):
+        with pytest.raises(ConfigError, match=says):
+            refuse_more_than_the_model(config)
+    refuse_more_than_the_model(Config())
