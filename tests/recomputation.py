@@ -133,6 +133,21 @@ def interval(values):
     return mean, mean - half, mean + half, 2 * scipy.stats.t.sf(abs(mean) * np.sqrt(n) / sd, n - 1), sd
 
 
+def share(values, wholes):
+    """(ratio of the means, ends of its interval: where the t statistic of values - r·wholes crosses the quantile)."""
+    values, wholes = np.asarray(values), np.asarray(wholes)
+    ratio, critical = values.mean() / wholes.mean(), scipy.stats.t.ppf(0.975, len(values) - 1)
+    if abs(scipy.stats.ttest_1samp(wholes, 0).statistic) <= critical:
+        return ratio, None
+    if np.allclose(values, ratio * wholes, rtol=1e-9):  # of the whole itself
+        return ratio, [ratio, ratio]
+
+    def excess(r):
+        return abs(scipy.stats.ttest_1samp(values - r * wholes, 0).statistic) - critical
+
+    return ratio, [scipy.optimize.brentq(excess, ratio, ratio + side) for side in (-100, 100)]
+
+
 def power(effect, n):
     """Power of a two-sided t test of n values, for an effect in standard deviations."""
     chi = np.sqrt(scipy.stats.chi2.ppf((np.arange(20_000) + 0.5) / 20_000, n - 1) / (n - 1))

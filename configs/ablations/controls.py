@@ -28,6 +28,6 @@ def get_suite(size: str) -> Suite:
         seeds=(5, 6, 7, 8, 9),
         comparisons={
             "equal FLOPs and parameters": Comparison("top1_free", tuple(fixed), common.FLOPS_AND_PARAMETERS),
-            "from dense to dense × 8": Comparison("dense", ("dense_x8", *learnt, *fixed), ("steps",)),
+            "from dense to dense × 8": Comparison("dense", ("dense_x8", *learnt, *fixed), ("steps",), whole="dense_x8"),
         },
     )

@@ -72,6 +72,29 @@ def effect(values: ArrayLike) -> Effect:
     return Effect(mean, float(interval.low), float(interval.high), float(test.pvalue), n, sd)
 
 
+def share(values: ArrayLike, wholes: ArrayLike) -> Effect:
+    """Mean of ``values`` as a share of that of ``wholes``, paired by seed, with Fieller's interval (1954).
+
+    The interval holds every share r at which a paired t test finds no mean of values - r·wholes. It is not bounded
+    where the mean of the wholes is not told apart from zero. The p-value is that of the values' own mean.
+    """
+    a, b = np.asarray(values, np.float64), np.asarray(wholes, np.float64)
+    n, of_values, whole = len(a), effect(a), float(b.mean()) if len(b) else math.nan
+    mean = of_values.mean / whole if whole else math.nan
+    unbounded = Effect(mean, -math.inf, math.inf, of_values.p, n)
+    if n < 2 or not (np.isfinite(a).all() and np.isfinite(b).all()):
+        return unbounded
+    # mean(a - r·b)² ≤ t²/n · var(a - r·b): a quadratic in r, bounded where its leading coefficient is positive.
+    covariance = np.cov(a, b) * scipy.stats.t.ppf(1 - ALPHA / 2, n - 1) ** 2 / n
+    square = b.mean() ** 2 - covariance[1, 1]
+    middle = a.mean() * b.mean() - covariance[0, 1]
+    constant = a.mean() ** 2 - covariance[0, 0]
+    if square <= 0:
+        return unbounded
+    half = math.sqrt(max(middle**2 - square * constant, 0.0))
+    return Effect(mean, (middle - half) / square, (middle + half) / square, of_values.p, n)
+
+
 def smallest_detectable(sd: float, n: int) -> float:
     """Smallest mean difference that a two-sided paired t test of n seeds finds with a power of :data:`POWER`.
 

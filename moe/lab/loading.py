@@ -138,6 +138,8 @@ def _check_comparison(suite: Suite, name: str, comparison: Comparison, costs: di
             f"suite {suite.name!r}, {where}, variants={comparison.variants}: at least one, different ones, and not the "
             f"baseline {comparison.baseline!r}"
         )
+    if comparison.whole and comparison.whole not in comparison.variants:
+        raise ConfigError(f"suite {suite.name!r}, {where}, whole={comparison.whole!r}: must be one of its variants")
     for quantity in comparison.equal:
         if quantity not in QUANTITIES:
             raise ConfigError(f"suite {suite.name!r}, {where}: {quantity!r} is not one of {QUANTITIES}")

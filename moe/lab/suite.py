@@ -79,12 +79,15 @@ class Comparison:
         variants: the other arms.
         equal: names from :data:`QUANTITIES` that all arms share.
         tolerance: largest relative difference that counts as equal; a router adds a few parameters.
+        whole: arm of ``variants`` of whose difference to the baseline the others' are given as a share, too; empty:
+            none.
     """
 
     baseline: str
     variants: tuple[str, ...]
     equal: tuple[str, ...]
     tolerance: float = 0.04
+    whole: str = ""
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=_CONFIG)

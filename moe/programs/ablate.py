@@ -132,7 +132,7 @@ def _write_pages(workdir: Path, output: Path) -> None:
     if registered.primary:
         (name,) = {claim.suite for claim in registered.claims if claim.family == "primary"}
         seconds = step_seconds.read(output / name) or step_seconds.read(workdir / name)
-        answer.write_page(output, tables[name], registered, seconds)
+        answer.write_page(output, tables[name], registered, seconds, [*tables.values()])
     print(f"{output / 'claims.md'}: from {', '.join(found)}")
 
 

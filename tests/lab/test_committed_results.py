@@ -49,8 +49,9 @@ def drawn(tmp_path_factory):
     }  # fmt: skip
     arms["top2"] = dataclasses.replace(arms["top2"], probes=("specialisation",))
     suite = suite_of(
-        arms, {"all": Comparison("dense", ("free", "drop", "top2"), ("steps",))}, seeds=(1, 2, 3, 4, 5, 6),
-        horizons=(steps,), sweep=Sweep((1e-3, 3e-3, 9e-3), (7, 8)), dropping_differs="drawn at random",
+        arms, {"all": Comparison("dense", ("free", "drop", "top2"), ("steps",), whole="top2")},
+        seeds=(1, 2, 3, 4, 5, 6), horizons=(steps,), sweep=Sweep((1e-3, 3e-3, 9e-3), (7, 8)),
+        dropping_differs="drawn at random",
         domain_tokens={"literature": 10**6, "python": 10**6}, experts={"dense": 1, "free": 8, "drop": 16, "top2": 64},
     )  # fmt: skip
     registered = Registered(
@@ -79,7 +80,7 @@ def drawn(tmp_path_factory):
     page.write(folder / "test", {"test": found}, suite, registered, "COMMAND")
     claims_page.write_page(folder, registered, {"test": found})
     seconds = StepSeconds({arm: (0.1, 0.12, 0.2) for arm in suite.variants}, 5, "1 x cpu", "abc")
-    answer.write_page(folder, found, registered, seconds)
+    answer.write_page(folder, found, registered, seconds, [found])
     claims = {
         claim.number: {"part": [dict(vars(part)) for part in claim.parts], "family": claim.family}
         for claim in registered.claims
@@ -175,6 +176,20 @@ def interval_cell(where, cell, values):
     check(where, cell, (mean, "+.4f"), *([(low, "+.4f"), (high, "+.4f")] if len(values) > 1 else []))
 
 
+def share_cell(where, cell, values, wholes):
+    """A cell "share [low, high], n = N" of differences by seed, where both have the seed."""
+    both = pd.concat([values, wholes], axis=1, join="inner").dropna().to_numpy()
+    if not len(both):
+        assert cell == "–", where
+        return
+    if not both[:, 0].any():  # the baseline
+        assert cell == "0%", where
+        return
+    ratio, ends = again.share(*both.T) if len(both) > 1 else (both[0, 0] / both[0, 1], None)
+    assert ends or "without bounds" in cell, f"{where}: {cell!r}"
+    check(where, cell, *[(100 * value, ".0f") for value in (ratio, *(ends or ()))], (len(both), "d"))
+
+
 def test_comparisons(report):
     runs, sections, suite, _ = report
     checked, primary = 0, suite.primary_domains or PRIMARY
@@ -185,6 +200,8 @@ def test_comparisons(report):
             (header, rows), steps = tables(block)[0], int(steps.replace(",", ""))
             base, arms = rows[0][0], [row[0] for row in rows[1:]]
             assert f"less {base} [95 %]" in header
+            whole = re.fullmatch(r"share of (\w+)'s \[95 %\]", header[-1])
+            assert bool(whole) == (base == "dense" and title in ("All", "From dense to dense × 8"))
             differences = {arm: runs.difference(arm, base, steps) for arm in arms}
             several = [arm for arm in arms if len(differences[arm]) > 1]
             p = {arm: again.interval(differences[arm])[3] for arm in several}
@@ -198,6 +215,8 @@ def test_comparisons(report):
                 if arm != base:
                     found = again.bootstrap(runs, arm, base, steps, primary)
                     _comparison(where, row[2:], runs, (arm, base, steps), adjusted.get(arm), pooled.get(arm), found)
+                    if whole:
+                        share_cell(where, row[-1], losses[arm] - losses[base], losses[whole[1]] - losses[base])
                     checked += 1
     assert checked or len(runs.data.variant.unique()) == 1
 
@@ -377,8 +396,13 @@ def test_arms_of_the_answer(which, drawn):
         folder = RESULTS / suite.name
         seconds = json.loads((folder / "step_seconds.json").read_text())["arms"]
     runs = read(folder, suite)
+    scale, arm = (
+        (runs, "top2") if which == "drawn" else (again.read_records(RESULTS / "controls/records.parquet"), "dense_x8")
+    )
+    whole = scale.loss(arm, steps) - scale.loss("dense", steps)
     for arm, _, loss, own, last, *others in tables(path.read_text().partition("## Arms")[2])[0][1]:
-        unseen, (dropped, milliseconds) = others[: len(suite.unseen)], others[len(suite.unseen) :]
+        unseen, (dropped, share, milliseconds) = others[: len(suite.unseen)], others[len(suite.unseen) :]
+        share_cell(f"{arm}, share", share, runs.loss(arm, steps) - scale.loss("dense", steps), whole)
         for cell, values in (
             (loss, runs.loss(arm, steps)),
             (own, runs.last(arm, steps, "own_loss", "primary")),
@@ -387,8 +411,8 @@ def test_arms_of_the_answer(which, drawn):
         ):
             further = [(len(values), "d")] if cell is loss else []
             check(arm, cell, (values.mean(), ".4f"), (values.std(ddof=1), ".4f"), *further)
-        share = runs.rows(arm, steps, "train_fraction_tokens_dropped").value.mean()
-        check(arm, dropped, (0.0 if math.isnan(share) else 100 * share, ".1f"))
+        rate = runs.rows(arm, steps, "train_fraction_tokens_dropped").value.mean()
+        check(arm, dropped, (0.0 if math.isnan(rate) else 100 * rate, ".1f"))
         check(arm, milliseconds, *([(1000 * seconds[arm][1], ".0f")] if arm in seconds else []))
 
 

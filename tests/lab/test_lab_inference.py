@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 
 from moe.lab import inference, law
@@ -125,3 +126,28 @@ def test_the_interval_of_a_law_is_over_whole_seeds():
         assert low - 1e-6 <= value <= high + 1e-6
     assert law.intervals([points] * 3)["b"] == pytest.approx((exact.coefficients[2],) * 2)
     assert law.intervals(seeds[:2]) == {}
+
+
+def test_share_of_a_whole_by_hand():
+    """Values 1, 3 and wholes 4, 4: the whole has no variance, so that the interval is that of the values over 4.
+
+    Mean 2, sd √2, error √2 / √2 = 1, t(0.975, 1) = 12.7062: 2 ∓ 12.7062 over 4.
+    """
+    found = inference.share([1.0, 3.0], [4.0, 4.0])
+    assert (found.mean, found.n) == (0.5, 2)
+    assert found.low == pytest.approx((2 - 12.7062) / 4, abs=1e-4)
+    assert found.high == pytest.approx((2 + 12.7062) / 4, abs=1e-4)
+    whole = inference.share([2.0, 3.0, 4.0], [2.0, 3.0, 4.0])
+    assert (whole.low, whole.mean, whole.high) == pytest.approx((1.0, 1.0, 1.0))
+    open_ended = inference.share([1.0, 1.5, 2.0], [-1.0, 1.0, 3.0])  # a whole that may be nothing
+    assert (open_ended.low, open_ended.high) == (-math.inf, math.inf)
+
+
+@pytest.mark.parametrize("shape", [(1.0, 2.0), (2.0, 1.0), (-0.5, 3.0)])
+def test_the_interval_of_a_share_holds_what_the_paired_test_does_not_exclude(shape):
+    rng = np.random.default_rng(0)
+    values, wholes = (mean + rng.normal(0, 0.2, 6) for mean in shape)
+    found = inference.share(values, wholes)
+    for end, outside in ((found.low, found.low - 0.01), (found.high, found.high + 0.01)):
+        assert inference.effect(values - end * wholes).p == pytest.approx(0.05, abs=1e-6)
+        assert inference.effect(values - outside * wholes).p < 0.05

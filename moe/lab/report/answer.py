@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from moe.lab.inference import Effect
 from moe.lab.records import PRIMARY
 from moe.lab.report.claims_page import POST_HOC, rules
 from moe.lab.report.figures import colors, legend_beside, save
-from moe.lab.report.markdown import loss_cell, mean_sd
+from moe.lab.report.markdown import loss_cell, losses_by_seed, mean_sd, share_cell
 from moe.lab.report.regime import regime
 from moe.lab.step_seconds import StepSeconds
 from moe.lab.table import Table
@@ -39,8 +40,21 @@ The contrasts at evaluations of the same runs, by training tokens per active par
 rate has not come down at the earlier ones, so that they are not what runs of that length would give."""
 
 
-def write_page(directory: Path, found: Table, registered: Registered, seconds: StepSeconds | None = None) -> None:
-    """Write switch_or_mixtral.md and its two pictures from the suite's records, and from measured steps of its arms.
+def write_page(
+    directory: Path,
+    found: Table,
+    registered: Registered,
+    seconds: StepSeconds | None = None,
+    others: Sequence[Table] = (),
+) -> None:
+    """Write switch_or_mixtral.md and its pictures from the suite's records.
+
+    Args:
+        directory: to write to.
+        found: records of the suite of the primary family.
+        registered: claims and rules.
+        seconds: measured steps of the suite's arms.
+        others: records of other suites; the first comparison with a ``whole`` is the unit of every arm's gain.
 
     Raises:
         ConfigError: see :func:`moe.lab.claims.registration.read_claims`.
@@ -48,6 +62,7 @@ def write_page(directory: Path, found: Table, registered: Registered, seconds: S
     primary = registered.primary
     assert primary is not None, "the suite's claims have a primary family"
     findings = [f for f in assess(registered.claims, {found.suite.name: found}, primary) if f.claim.family == "primary"]
+    unit = _unit(others, found.suite.longest)
     parts = [
         "# Switch or Mixtral?",
         f"{markdown_text(primary.question)} {_answer(findings)}",
@@ -56,7 +71,8 @@ def write_page(directory: Path, found: Table, registered: Registered, seconds: S
         *_over_training(directory, found, findings),
         "## Arms",
         f"{regime(found)}." if found.horizons else "",
-        _arms(found, seconds),
+        _arms(found, seconds, unit),
+        *([unit.note] if unit else []),
         *_picture(_loss_by_cost(directory / f"{NAME}_cost.png", found, seconds)),
         *([_measured(seconds)] if seconds else []),
         "## What this does not say",
@@ -161,7 +177,33 @@ def _contrasts_over_training(path: Path, curves: Mapping[str, Mapping[float, Eff
     return save(fig, path)
 
 
-def _arms(found: Table, seconds: StepSeconds | None) -> str:
+@dataclasses.dataclass(frozen=True)
+class _Unit:
+    """A difference of which every arm's gain is a share: losses by seed of the two arms, the second one's name and
+    note."""
+
+    base: Mapping[int, float]
+    whole: Mapping[int, float]
+    name: str
+    note: str
+
+
+def _unit(others: Sequence[Table], steps: int) -> _Unit | None:
+    """Of the first comparison with a ``whole`` that has runs of a horizon; None without one."""
+    for table in others:
+        for comparison in table.suite.comparisons.values():
+            if comparison.whole and table.seeds(steps, comparison.baseline, comparison.whole):
+                name, base = comparison.whole, comparison.baseline
+                about = f"{markdown_text(table.suite.variants[name].note)}; suite `{table.suite.name}`"
+                note = (
+                    f"Share: of the difference between {base} and {name} ({about}) that an arm makes up, on the seeds "
+                    "of all three, with Fieller's interval."
+                )
+                return _Unit(losses_by_seed(table, base, steps), losses_by_seed(table, name, steps), name, note)
+    return None
+
+
+def _arms(found: Table, seconds: StepSeconds | None, unit: _Unit | None) -> str:
     """Losses of every arm by how they are measured, and its cost."""
     steps, rows = found.suite.longest, []
     columns = (("loss", name) for name in found.suite.unseen)
@@ -172,13 +214,15 @@ def _arms(found: Table, seconds: StepSeconds | None) -> str:
             curves = [found.curve(name, steps, seed, quantity, domain) for seed in found.seeds(steps, name)]
             cells.append(mean_sd([curve[-1][1] for curve in curves if curve]))
         cells += [f"{found.dropped(name, steps):.1%}"]
+        if unit:
+            cells += [share_cell(losses_by_seed(found, name, steps), unit.base, unit.whole)]
         if seconds:
             cells += [f"{1000 * seconds.arms[name][1]:.0f}" if name in seconds.arms else "–"]
         rows.append((name, markdown_text(found.suite.variants[name].note), loss_cell(found, name, steps), *cells))
     header = (
         "arm", "", "loss, without drops", "at its own capacity", "last tenth of training",
         *(f"{name}, without drops" for name in found.suite.unseen), "dropped in training",
-        *(["CPU ms a step"] if seconds else []),
+        *([f"share of {unit.name}'s gain [95 %]"] if unit else []), *(["CPU ms a step"] if seconds else []),
     )  # fmt: skip
     return markdown_table(header, rows) if rows else "No run is finished yet."
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from moe.lab import inference
 from moe.lab.table import Table
 
 
@@ -24,3 +25,21 @@ def loss_cell(found: Table, variant: str, steps: int) -> str:
     finite = [loss for loss in losses if math.isfinite(loss)]
     diverged = f", {len(losses) - len(finite)} diverged" if len(finite) < len(losses) else ""
     return f"{mean_sd(finite)} (n = {len(losses)}{diverged})"
+
+
+def losses_by_seed(found: Table, variant: str, steps: int) -> dict[int, float]:
+    """Seed → primary loss of an arm's runs."""
+    return {seed: found.record(variant, steps, seed).primary_loss for seed in found.seeds(steps, variant)}
+
+
+def share_cell(losses: Mapping[int, float], base: Mapping[int, float], whole: Mapping[int, float]) -> str:
+    """Share of the difference between two arms that a third one makes up, on the seeds of all three: losses by seed.
+
+    A dash without a seed, and without an interval where the difference of the two is not told apart from zero.
+    """
+    seeds = sorted(losses.keys() & base.keys() & whole.keys())
+    found = inference.share([losses[s] - base[s] for s in seeds], [whole[s] - base[s] for s in seeds])
+    if not math.isfinite(found.mean) or found.mean == 0:  # of the baseline itself
+        return "–" if found.mean else "0%"
+    interval = f"[{found.low:.0%}, {found.high:.0%}]" if math.isfinite(found.low) else "without bounds"
+    return f"{found.mean:.0%} {interval}, n = {found.n}"

@@ -15,7 +15,7 @@ from moe.lab.inference import Effect
 from moe.lab.records import OWN, PRIMARY
 from moe.lab.report import figures
 from moe.lab.report.figures import effect_of, loss_effect
-from moe.lab.report.markdown import loss_cell, mean_sd
+from moe.lab.report.markdown import loss_cell, losses_by_seed, mean_sd, share_cell
 from moe.lab.suite import MAX_DROP_DIFFERENCE, Comparison
 from moe.lab.table import Table
 
@@ -40,19 +40,28 @@ def comparison_section(found: Table, comparison: Comparison, note: str) -> str:
         effects = {arm: loss_effect(found, arm, base, steps) for arm in arms}
         decided = [arm for arm in arms if effects[arm].n > 1]
         adjusted = dict(zip(decided, inference.holm([effects[arm].p for arm in decided]), strict=True))
-        pooled = inference.pooled(_losses(found, [base, *arms], steps), base)
-        rows: list[tuple[str, ...]] = [(base, loss_cell(found, base, steps), "baseline", *[""] * 7)]
+        losses = {arm: losses_by_seed(found, arm, steps) for arm in [base, *arms]}
+        pooled = inference.pooled(losses, base)
+        whole = losses.get(comparison.whole)
+        rows: list[tuple[str, ...]] = [(base, loss_cell(found, base, steps), "baseline", *[""] * (7 + bool(whole)))]
         for arm in arms:
-            rows.append(_comparison_row(found, arm, base, steps, effects[arm], adjusted.get(arm), pooled.get(arm)))
+            row = _comparison_row(found, arm, base, steps, effects[arm], adjusted.get(arm), pooled.get(arm))
+            rows.append((*row, share_cell(losses[arm], losses[base], whole)) if whole else row)
         tokens = steps * found.suite.tokens_per_step / 1e6
         header = (
             "arm", "loss", f"less {base} [95 %]", "p", "p, Holm", "pooled model [95 %]", "rows × seeds [95 %]",
             "training [95 %]", "own capacity [95 %]", "steps to its loss",
+            *([f"share of {comparison.whole}'s [95 %]"] if whole else []),
         )  # fmt: skip
         warning = _comparability(found, [base, *arms], steps)
         blocks.append(f"**{steps:,} steps, {tokens:.3g} million tokens**{warning}\n\n{markdown_table(header, rows)}")
     equal = f"Held equal within {comparison.tolerance:.0%}: {', '.join(comparison.equal) or 'nothing'}."
-    return "\n\n".join([f"{equal} {note}".strip(), *blocks])
+    share = (
+        f"Share: of the difference between {base} and {comparison.whole} that an arm makes up, on the seeds of all "
+        "three, with Fieller's interval."
+    )
+    about = " ".join(filter(None, (equal, note, share if comparison.whole else "")))
+    return "\n\n".join([about, *blocks])
 
 
 def _comparison_row(
@@ -100,10 +109,6 @@ def _comparability(found: Table, arms: Sequence[str], steps: int) -> str:
 
 
 _UNEQUAL = "**Not comparable: the shares differ by more than the suite allows**"
-
-
-def _losses(found: Table, arms: Sequence[str], steps: int) -> dict[str, dict[int, float]]:
-    return {arm: {s: found.record(arm, steps, s).primary_loss for s in found.seeds(steps, arm)} for arm in arms}
 
 
 def _steps_to_loss(found: Table, arm: str, base: str, steps: int) -> str:
