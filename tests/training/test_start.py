@@ -44,13 +44,16 @@ from moe.interop import import_checkpoint, load_huggingface
 from moe.models.factory import abstract_parameters
 from moe.models.state import set_schedule_step
 from moe.parallel.mesh import make_mesh
+from moe.training import loop as training
 from moe.training import warm_start
 from moe.training.batches import place
+from moe.training.loop import train
 from moe.training.losses import soft_cross_entropy
 from moe.training.optimizer import averaged_weights
 from moe.training.step import build
 from moe.training.teacher import read_teacher
 from tests.helpers import random_state
+from tests.run_helpers import ONE, SETTINGS, Interrupted, tiny
 
 HERE = Path(__file__).parents[1] / "data" / "checkpoints"
 T = 8
@@ -471,6 +474,31 @@ def test_a_run_reads_one_checkpoint_of_another_to_its_end(tmp_path, monkeypatch,
     shutil.rmtree(tmp_path / "other" / "checkpoints" / "0")
     with pytest.raises(ConfigError, match=f"{field}='other': this run reads its checkpoint of step 0, which is gone"):
         pinned_steps(config, folder)
+
+
+def test_adapters_belong_to_the_base_that_was_read(tmp_path, monkeypatch, directory):
+    """The base is trained further while the run starts: the note names the step that was read, not the newest."""
+    config = tiny(directory, **SETTINGS)
+    (tmp_path / "base" / "checkpoints" / "0").mkdir(parents=True)
+    (tmp_path / "base" / "config.json").write_text(json.dumps(to_dict(config)))
+    config = dataclasses.replace(config, lora=LoraConfig(rank=2), start=StartConfig(str(tmp_path / "base")))
+    read = []
+
+    def first_state(program, say=print, base_step=None):
+        read.append(base_step)
+        (tmp_path / "base" / "checkpoints" / "9").mkdir()
+
+    def interrupt(*_):
+        raise Interrupted
+
+    monkeypatch.setattr(training.warm_start, "tokenizer", lambda *_: None)
+    monkeypatch.setattr(training.warm_start, "first_state", first_state)
+    monkeypatch.setattr(training.profiling, "refuse_too_large", lambda _: None)
+    monkeypatch.setattr(training, "Checkpoints", interrupt)
+    with pytest.raises(Interrupted):
+        train(config, str(tmp_path / "run"), ONE, make_program=lambda *_: None)
+    assert read == [0]
+    assert json.loads((tmp_path / "run" / "base.json").read_text()) == {"step": 0}
 
 
 def test_a_run_needs_its_start_no_longer(tmp_path):
