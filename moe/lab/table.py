@@ -89,6 +89,10 @@ class Table:
         except KeyError:
             raise MissingError(f"no run of {variant} at {steps:,} steps with seed {seed}") from None
 
+    def losses(self, variant: str, steps: int) -> dict[int, float]:
+        """Seed → primary loss of an arm's runs; infinite of a diverged one."""
+        return {seed: self.record(variant, steps, seed).primary_loss for seed in self.seeds(steps, variant)}
+
     def diverged(self, variant: str, steps: int) -> list[int]:
         """Seeds of the arm's diverged runs."""
         return [s for s in self.seeds(steps, variant) if self.record(variant, steps, s).status == DIVERGED]

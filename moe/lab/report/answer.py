@@ -19,7 +19,7 @@ from moe.lab.inference import Effect
 from moe.lab.records import PRIMARY
 from moe.lab.report.claims_page import POST_HOC, rules
 from moe.lab.report.figures import colors, legend_beside, save
-from moe.lab.report.markdown import loss_cell, losses_by_seed, mean_sd, share_cell
+from moe.lab.report.markdown import loss_cell, mean_sd, share_cell, share_note
 from moe.lab.report.regime import regime
 from moe.lab.step_seconds import StepSeconds
 from moe.lab.table import Table
@@ -189,17 +189,14 @@ class _Unit:
 
 
 def _unit(others: Sequence[Table], steps: int) -> _Unit | None:
-    """Of the first comparison with a ``whole`` that has runs of a horizon; None without one."""
+    """The first comparison with a ``whole`` that has runs of a horizon; None without one."""
     for table in others:
         for comparison in table.suite.comparisons.values():
             if comparison.whole and table.seeds(steps, comparison.baseline, comparison.whole):
                 name, base = comparison.whole, comparison.baseline
                 about = f"{markdown_text(table.suite.variants[name].note)}; suite `{table.suite.name}`"
-                note = (
-                    f"Share: of the difference between {base} and {name} ({about}) that an arm makes up, on the seeds "
-                    "of all three, with Fieller's interval."
-                )
-                return _Unit(losses_by_seed(table, base, steps), losses_by_seed(table, name, steps), name, note)
+                note = share_note(base, name, about)
+                return _Unit(table.losses(base, steps), table.losses(name, steps), name, note)
     return None
 
 
@@ -215,7 +212,7 @@ def _arms(found: Table, seconds: StepSeconds | None, unit: _Unit | None) -> str:
             cells.append(mean_sd([curve[-1][1] for curve in curves if curve]))
         cells += [f"{found.dropped(name, steps):.1%}"]
         if unit:
-            cells += [share_cell(losses_by_seed(found, name, steps), unit.base, unit.whole)]
+            cells += [share_cell(found.losses(name, steps), unit.base, unit.whole)]
         if seconds:
             cells += [f"{1000 * seconds.arms[name][1]:.0f}" if name in seconds.arms else "–"]
         rows.append((name, markdown_text(found.suite.variants[name].note), loss_cell(found, name, steps), *cells))

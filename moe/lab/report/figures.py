@@ -35,9 +35,8 @@ def colors(table: Table) -> dict[str, str]:
 
 def loss_effect(table: Table, variant: str, baseline: str, steps: int) -> inference.Effect:
     """Difference of the primary loss at the last step, paired by seed."""
-    seeds = table.seeds(steps, variant, baseline)
-    ours, base = ([table.record(name, steps, seed).primary_loss for seed in seeds] for name in (variant, baseline))
-    return inference.effect([a - b for a, b in zip(ours, base, strict=True)])
+    ours, base = (table.losses(name, steps) for name in (variant, baseline))
+    return inference.effect([loss - base[seed] for seed, loss in ours.items() if seed in base])
 
 
 def effect_of(
@@ -109,12 +108,7 @@ def losses(path: Path, table: Table, arms: Sequence[str]) -> str:
     fig = Figure(figsize=(7.2, 1.2 + 0.4 * len(arms)))
     axis = fig.subplots()
     color = colors(table)
-    finite = {
-        arm: {
-            s: loss for s in table.seeds(steps, arm) if math.isfinite(loss := table.record(arm, steps, s).primary_loss)
-        }
-        for arm in arms
-    }
+    finite = {arm: {s: loss for s, loss in table.losses(arm, steps).items() if math.isfinite(loss)} for arm in arms}
     for seed in sorted(set().union(*finite.values())):
         points = [(finite[arm][seed], -y) for y, arm in enumerate(arms) if seed in finite[arm]]
         axis.plot(*zip(*points, strict=True), color="0.8", linewidth=0.8, zorder=1)

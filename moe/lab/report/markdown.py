@@ -21,15 +21,10 @@ def mean_sd(values: Sequence[float]) -> str:
 
 def loss_cell(found: Table, variant: str, steps: int) -> str:
     """Mean ± standard deviation of the primary loss over finished runs, and how many diverged."""
-    losses = [found.record(variant, steps, seed).primary_loss for seed in found.seeds(steps, variant)]
+    losses = found.losses(variant, steps).values()
     finite = [loss for loss in losses if math.isfinite(loss)]
     diverged = f", {len(losses) - len(finite)} diverged" if len(finite) < len(losses) else ""
     return f"{mean_sd(finite)} (n = {len(losses)}{diverged})"
-
-
-def losses_by_seed(found: Table, variant: str, steps: int) -> dict[int, float]:
-    """Seed → primary loss of an arm's runs."""
-    return {seed: found.record(variant, steps, seed).primary_loss for seed in found.seeds(steps, variant)}
 
 
 def share_cell(losses: Mapping[int, float], base: Mapping[int, float], whole: Mapping[int, float]) -> str:
@@ -43,3 +38,12 @@ def share_cell(losses: Mapping[int, float], base: Mapping[int, float], whole: Ma
         return "–" if found.mean else "0%"
     interval = f"[{found.low:.0%}, {found.high:.0%}]" if math.isfinite(found.low) else "without bounds"
     return f"{found.mean:.0%} {interval}, n = {found.n}"
+
+
+def share_note(base: str, whole: str, about: str = "") -> str:
+    """What :func:`share_cell` shows; ``about``: what the whole is."""
+    named = f"{whole} ({about})" if about else whole
+    return (
+        f"Share: of the difference between {base} and {named} that an arm makes up, on the seeds of all three, with "
+        "Fieller's interval."
+    )

@@ -15,7 +15,7 @@ from moe.lab.inference import Effect
 from moe.lab.records import OWN, PRIMARY
 from moe.lab.report import figures
 from moe.lab.report.figures import effect_of, loss_effect
-from moe.lab.report.markdown import loss_cell, losses_by_seed, mean_sd, share_cell
+from moe.lab.report.markdown import loss_cell, mean_sd, share_cell, share_note
 from moe.lab.suite import MAX_DROP_DIFFERENCE, Comparison
 from moe.lab.table import Table
 
@@ -40,7 +40,7 @@ def comparison_section(found: Table, comparison: Comparison, note: str) -> str:
         effects = {arm: loss_effect(found, arm, base, steps) for arm in arms}
         decided = [arm for arm in arms if effects[arm].n > 1]
         adjusted = dict(zip(decided, inference.holm([effects[arm].p for arm in decided]), strict=True))
-        losses = {arm: losses_by_seed(found, arm, steps) for arm in [base, *arms]}
+        losses = {arm: found.losses(arm, steps) for arm in [base, *arms]}
         pooled = inference.pooled(losses, base)
         whole = losses.get(comparison.whole)
         rows: list[tuple[str, ...]] = [(base, loss_cell(found, base, steps), "baseline", *[""] * (7 + bool(whole)))]
@@ -56,11 +56,8 @@ def comparison_section(found: Table, comparison: Comparison, note: str) -> str:
         warning = _comparability(found, [base, *arms], steps)
         blocks.append(f"**{steps:,} steps, {tokens:.3g} million tokens**{warning}\n\n{markdown_table(header, rows)}")
     equal = f"Held equal within {comparison.tolerance:.0%}: {', '.join(comparison.equal) or 'nothing'}."
-    share = (
-        f"Share: of the difference between {base} and {comparison.whole} that an arm makes up, on the seeds of all "
-        "three, with Fieller's interval."
-    )
-    about = " ".join(filter(None, (equal, note, share if comparison.whole else "")))
+    share = share_note(base, comparison.whole) if comparison.whole else ""
+    about = " ".join(filter(None, (equal, note, share)))
     return "\n\n".join([about, *blocks])
 
 
