@@ -128,14 +128,22 @@ def gate_named(name: str, k: int | None = None, **fields: Any) -> Gate:
     return dataclasses.replace(gate, **fields)
 
 
-_route = jax.jit(lambda gate, logits, mask, rng: route(gate, logits, GateInputs(mask, rng=rng)), static_argnames="gate")
+@functools.partial(jax.jit, static_argnames=("gate", "fixed"))
+def _route(gate, logits, mask, arrays, replay, fixed):
+    return route(gate, logits, GateInputs(mask, **arrays, **dict(fixed)), replay=replay)
 
 
-def tiny_routing(gate: str, logits: Any, mask: Any = None, k: int | None = None, rng: Any = None) -> Routing:
-    """route() on logits [G,S,E], all tokens real unless said otherwise, K the gate's unless said otherwise."""
+def routed(gate: str, logits: Any, k: int | None = None, mask: Any = None, replay: Any = None, **given: Any) -> Routing:
+    """route() on logits [G,S,E], all tokens real unless said otherwise, K the gate's unless said otherwise.
+
+    ``given``: fields of the gate, inputs of the call. Jitted: written out, a gate is thirty programs to compile.
+    """
     logits = jnp.asarray(logits, jnp.float32)
-    mask = np.ones(logits.shape[:2], bool) if mask is None else mask
-    return _route(gate_named(gate, k), logits, mask, rng)
+    mask = np.ones(logits.shape[:2], bool) if mask is None else np.asarray(mask)
+    own = {field.name for field in dataclasses.fields(LAYERS[gate].gate)}
+    fields = {name: given.pop(name) for name in own & set(given)}
+    fixed = {name: given.pop(name) for name in ("train", "expert_capacity") if name in given}
+    return _route(gate_named(gate, k, **fields), logits, mask, given, replay, fixed=tuple(fixed.items()))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,7 @@ from moe.layers.moe_layer import MoELayer, Router
 from moe.parallel import target
 from moe.routing.interface import GateInputs
 from moe.routing.routing import Routing, route
-from tests.helpers import slow_case, tiny_model, tiny_routing
+from tests.helpers import routed, slow_case, tiny_model
 
 CAPACITY_MODES = ("gather", "einsum")
 
@@ -49,7 +49,7 @@ def _routing(expert_index, num_experts, chosen=None, weights=1.0) -> Routing:
     groups, tokens, k = expert_index.shape
     chosen = np.ones(expert_index.shape, bool) if chosen is None else np.asarray(chosen)
     return dataclasses.replace(
-        tiny_routing("mixtral", np.zeros((groups, tokens, num_experts)), k=k),
+        routed("mixtral", np.zeros((groups, tokens, num_experts)), k=k),
         expert_index=jnp.asarray(expert_index),
         chosen=jnp.asarray(chosen),
         combine_weights=jnp.asarray(np.where(chosen, weights, 0.0), jnp.float32),

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 
 from moe.dispatch.buffers import make_plan, overflow_to_next
-from tests.gate_helpers import routed
+from tests.helpers import routed
 
 
 def _one_expert(weights):

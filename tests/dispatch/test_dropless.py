@@ -26,7 +26,7 @@ from moe.parallel import partition_specs, target
 from moe.parallel.mesh import make_mesh
 from moe.parallel.parameters import parameter_specs
 from moe.planner import arithmetic, program
-from tests.helpers import slow_case, tiny_model, tiny_routing
+from tests.helpers import routed, slow_case, tiny_model
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 3e-2}
 
@@ -37,7 +37,7 @@ def _case(rng, groups, tokens, num_experts, k, load="random"):
     if load == "one":
         logits[..., 1 % num_experts] += 100.0
     mask = np.zeros((groups, tokens), bool) if load == "padding" else rng.random((groups, tokens)) < 0.9
-    routing = tiny_routing("mixtral", logits, mask, k=k)
+    routing = routed("mixtral", logits, mask=mask, k=k)
     weights = jnp.where(routing.chosen, rng.uniform(0.5, 1.5, routing.chosen.shape), 0.0)
     return dataclasses.replace(routing, combine_weights=weights.astype(jnp.float32))
 

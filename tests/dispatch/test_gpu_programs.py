@@ -32,7 +32,7 @@ from moe.layers.basic import Experts
 from moe.layers.moe_layer import MoELayer
 from moe.parallel import target
 from moe.parallel.mesh import make_mesh
-from tests.helpers import slow_case, tiny_model, tiny_routing
+from tests.helpers import routed, slow_case, tiny_model
 
 TARGETS = Path(__file__).parents[2] / "moe" / "planner" / "targets"
 
@@ -259,7 +259,7 @@ def _compile_layer(mode: str, capacity: int, name: str, *, e: int, d: int, f: in
     config = tiny_model(num_experts=e, experts_per_token=2, d_model=d, moe_d_ff=f)
     graphdef, parameters = nnx.split(nnx.eval_shape(lambda: Experts(config, rngs=nnx.Rngs(0))))
     routing = jax.eval_shape(
-        lambda: tiny_routing("mixtral", jnp.zeros((1, tokens, e)), jnp.ones((1, tokens), bool), k=2)
+        lambda: routed("mixtral", jnp.zeros((1, tokens, e)), mask=jnp.ones((1, tokens), bool), k=2)
     )
 
     def loss(x, parameters, weights, routing):

@@ -15,7 +15,7 @@ from moe.routing.balancing import dead_experts, max_violation, router_z_loss, to
 from moe.training.evaluation import routing_metrics
 from moe.training.losses import auxiliary_loss, mean_reports
 from moe.training.metrics import mean_row
-from tests.helpers import FOUR, slow_case, tiny_model, tiny_routing
+from tests.helpers import FOUR, routed, slow_case, tiny_model
 
 E = 8
 # Compiled whole, they take a fifth of the time of one small program per operation.
@@ -42,7 +42,7 @@ def _mask(logits: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize(("gate", "k"), [("switch", 1), ("switch", 2), ("mixtral", 2), ("gshard", 2), ("mixtral", E)])
 def test_load_balancing_loss_is_one_at_perfect_balance(gate, k):
     logits = _cyclic(0.7)
-    loss = load_balancing_loss(tiny_routing(gate, logits, k=k), _mask(logits))
+    loss = load_balancing_loss(routed(gate, logits, k=k), _mask(logits))
     assert float(loss) == pytest.approx(1.0, rel=1e-6)
 
 
@@ -50,7 +50,7 @@ def test_load_balancing_loss_is_one_at_perfect_balance(gate, k):
 @pytest.mark.parametrize(("k", "expected"), [(1, E), (2, E / 2)])
 def test_load_balancing_loss_at_collapse(k, expected):
     logits = _collapsed()
-    loss = load_balancing_loss(tiny_routing("switch", logits, k=k), _mask(logits))
+    loss = load_balancing_loss(routed("switch", logits, k=k), _mask(logits))
     assert float(loss) == pytest.approx(expected, rel=1e-6)
 
 
@@ -58,7 +58,7 @@ def test_load_balancing_loss_by_hand():
     # Three tokens over two experts: P of expert 0 is 3/4, 3/4, 1/4, mean 7/12; two of three choose it: f = (2/3, 1/3).
     # 2·(2/3·7/12 + 1/3·5/12) = 2·(14 + 5)/36 = 19/18.
     logits = np.log([[[3.0, 1.0], [3.0, 1.0], [1.0, 3.0]]])
-    loss = load_balancing_loss(tiny_routing("switch", logits, k=1), _mask(logits))
+    loss = load_balancing_loss(routed("switch", logits, k=1), _mask(logits))
     assert float(loss) == pytest.approx(19 / 18, rel=1e-6)
 
 
@@ -76,7 +76,7 @@ def _gshard_auxiliary_loss(logits: np.ndarray) -> float:
     ids=["uniform", "collapse", "random"],
 )
 def test_gshard_auxiliary_loss_is_ours_over_e_squared(logits, expected):
-    ours = float(load_balancing_loss(tiny_routing("gshard", logits), _mask(logits), counts="first_choice")) / E**2
+    ours = float(load_balancing_loss(routed("gshard", logits), _mask(logits), counts="first_choice")) / E**2
     assert ours == pytest.approx(_gshard_auxiliary_loss(logits), rel=1e-5)
     assert expected is None or ours == pytest.approx(expected, rel=1e-5)
 
@@ -84,7 +84,7 @@ def test_gshard_auxiliary_loss_is_ours_over_e_squared(logits, expected):
 def test_gshard_counts_first_choices_alone_and_the_others_all():
     assert [gate for gate in FOUR if LAYERS[gate].losses.counts == "first_choice"] == ["gshard"]
     # One token, second choice expert 1: over both choices f = (1/2, 1/2), over the first f = (1, 0); P = (2/3, 1/3).
-    routing = tiny_routing("gshard", np.log([[[2.0, 1.0]]]))
+    routing = routed("gshard", np.log([[[2.0, 1.0]]]))
     mask = jnp.ones((1, 1), bool)
     kept = routing.chosen
     assert float(report(routing, mask, kept, counts="first_choice").load_balancing_loss) == pytest.approx(2 * 2 / 3)
@@ -94,7 +94,7 @@ def test_gshard_counts_first_choices_alone_and_the_others_all():
 def test_load_balancing_gradient_flows_through_the_mean_probability_only(rng):
     logits = jnp.asarray(rng.normal(size=(2, 10, E)), jnp.float32)
     mask = jnp.asarray(rng.random((2, 10)) < 0.7)
-    routing = tiny_routing("switch", logits, mask, k=2)
+    routing = routed("switch", logits, mask=mask, k=2)
     share = np.zeros(E)
     for g, s in np.argwhere(np.asarray(mask)):
         for e in np.asarray(routing.expert_index[g, s]):
@@ -106,7 +106,7 @@ def test_load_balancing_gradient_flows_through_the_mean_probability_only(rng):
         return E * jnp.sum(jnp.asarray(share, jnp.float32) * mean)
 
     def ours(logits):
-        return load_balancing_loss(tiny_routing("switch", logits, mask, k=2), mask)
+        return load_balancing_loss(routed("switch", logits, mask=mask, k=2), mask)
 
     gradient = jax.jit(jax.grad(ours))(logits)
     np.testing.assert_allclose(gradient, jax.jit(jax.grad(with_constant_share))(logits), rtol=1e-5, atol=1e-8)
@@ -138,7 +138,7 @@ def test_max_violation_and_dead_experts(load, violation, dead):
 def test_report_by_hand():
     # Three tokens, E = 2, K = 1, C = 1: experts 0, 0, 1, so the second token is dropped.
     logits = np.log([[[3.0, 1.0], [3.0, 1.0], [1.0, 3.0]]])
-    routing = tiny_routing("switch", logits)
+    routing = routed("switch", logits)
     out = report(routing, _mask(logits), make_plan(routing, 1).kept)
     np.testing.assert_allclose(out.expert_load, [2 / 3, 1 / 3], rtol=1e-6)
     assert float(out.fraction_tokens_dropped) == pytest.approx(1 / 3)
@@ -148,7 +148,7 @@ def test_report_by_hand():
 
 
 def test_entropy_of_an_undecided_router_is_ln_e():
-    routing = tiny_routing("switch", np.zeros((1, 4, E)))
+    routing = routed("switch", np.zeros((1, 4, E)))
     assert float(report(routing, jnp.ones((1, 4), bool), routing.chosen).router_entropy) == (
         pytest.approx(math.log(E), rel=1e-6)
     )
@@ -160,8 +160,8 @@ def test_padding_changes_nothing(gate, rng):
     padded = np.concatenate([logits, rng.normal(size=(2, 7, 5)) * 10], axis=1)
     mask = np.concatenate([np.ones((2, 12)), np.zeros((2, 7))], axis=1).astype(bool)
     counts = LAYERS[gate].losses.counts
-    plain = tiny_routing(gate, logits)
-    with_padding = tiny_routing(gate, padded, mask)
+    plain = routed(gate, logits)
+    with_padding = routed(gate, padded, mask=mask)
     plain_report = report(plain, _mask(logits), make_plan(plain, 4).kept, counts=counts)
     padded_report = report(with_padding, mask, make_plan(with_padding, 4).kept, counts=counts)
     # To rounding: a sum with zeros appended may be taken in another order.
@@ -170,14 +170,14 @@ def test_padding_changes_nothing(gate, rng):
 
 
 def test_a_batch_of_padding_reports_zeros():
-    routing = tiny_routing("mixtral", np.ones((2, 3, 4)), np.zeros((2, 3), bool))
+    routing = routed("mixtral", np.ones((2, 3, 4)), mask=np.zeros((2, 3), bool))
     out = report(routing, jnp.zeros((2, 3), bool), routing.chosen)
     assert not any(np.any(values) for values in jax.tree.leaves(out))
 
 
 def test_declined_choices_are_not_counted():
     # Both tokens want experts 0 then 1; second choices of token 0 declined by hand: assignments 0:2, 1:1.
-    routing = tiny_routing("gshard", np.log([[[2.0, 1.0, 0.5], [2.0, 1.0, 0.5]]]))
+    routing = routed("gshard", np.log([[[2.0, 1.0, 0.5], [2.0, 1.0, 0.5]]]))
     routing = dataclasses.replace(routing, chosen=routing.chosen.at[0, 0, 1].set(False))
     out = report(routing, jnp.ones((1, 2), bool), routing.chosen, counts="first_choice")
     np.testing.assert_allclose(out.expert_load, [2 / 3, 1 / 3, 0], rtol=1e-6)
@@ -192,7 +192,7 @@ def test_token_mean_takes_real_tokens_alone():
 def test_broken_tokens_are_counted_over_microbatches_and_steps():
     logits = np.zeros((1, 4, E))
     logits[0, :3, 0] = np.nan
-    routing = tiny_routing("switch", logits)
+    routing = routed("switch", logits)
     one = report(routing, jnp.ones((1, 4), bool), routing.chosen)
     none = dataclasses.replace(one, broken_tokens=jnp.zeros(()))
     stacked = jax.tree.map(lambda *values: jnp.stack(values), one, none)
@@ -209,7 +209,7 @@ def test_metrics_of_batches_are_those_of_one_batch():
     mask = np.asarray([[True] * 6, [True] * 2 + [False] * 4])
     batches = []
     for group in (0, 1):
-        routing = tiny_routing("switch", logits[group : group + 1], mask[group : group + 1])
+        routing = routed("switch", logits[group : group + 1], mask=mask[group : group + 1])
         out = report(routing, jnp.asarray(mask[group : group + 1]), make_plan(routing, 2).kept)
         batches.append(jax.tree.map(lambda value: value[None], out))  # one layer
     metrics = routing_metrics(batches)
@@ -222,7 +222,7 @@ def test_metrics_of_batches_are_those_of_one_batch():
 
 def test_losses_without_a_weight_have_no_part_in_the_objective():
     """A product with 0 would make XLA compute their gradients all the same."""
-    reports = report(tiny_routing("switch", np.zeros((1, 4, E))), jnp.ones((1, 4), bool), jnp.ones((1, 4, 1), bool))
+    reports = report(routed("switch", np.zeros((1, 4, E))), jnp.ones((1, 4), bool), jnp.ones((1, 4, 1), bool))
     moe = tiny_model().moe
     moe = dataclasses.replace(moe, losses=dataclasses.replace(moe.losses, balance=0.5, z=0.0))
     jaxpr = jax.make_jaxpr(lambda reports: auxiliary_loss(reports, moe))(reports).jaxpr

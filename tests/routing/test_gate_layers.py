@@ -16,8 +16,7 @@ from moe.dispatch.modes import CONFIG_MODES
 from moe.interop.layers import single_layer
 from moe.layers.moe_layer import Router
 from moe.parallel.mesh import make_mesh
-from tests.gate_helpers import routed
-from tests.helpers import random_model, tiny_model
+from tests.helpers import random_model, routed, tiny_model
 
 
 def test_the_router_rounds_only_when_asked(rng):

@@ -18,8 +18,8 @@ from moe.parallel.mesh import make_mesh
 from moe.routing import balancing
 from moe.training.batches import place
 from moe.training.step import build
-from tests.gate_helpers import LOGITS, SIGMOID_LOGITS, SIGMOIDS, routed
-from tests.helpers import random_state, set_moe, slow_case, tiny_model
+from tests.gate_helpers import LOGITS, SIGMOID_LOGITS, SIGMOIDS
+from tests.helpers import random_state, routed, set_moe, slow_case, tiny_model
 
 # --- Losses ----------------------------------------------------------------------------------------------------------
 

@@ -13,8 +13,8 @@ from moe.config.registry import LAYERS
 from moe.dispatch.buffers import make_plan
 from moe.layers.moe_layer import MoELayer
 from moe.routing import balancing
-from tests.gate_helpers import LOGITS, SIGMOID_LOGITS, SOFTPLUS_LOGITS, routed
-from tests.helpers import FOUR, tiny_model
+from tests.gate_helpers import LOGITS, SIGMOID_LOGITS, SOFTPLUS_LOGITS
+from tests.helpers import FOUR, routed, tiny_model
 
 #: Weights of DeepSeek-V3 as they are: the sigmoids.
 RAW = {"renormalise": False, "scale": 1.0}

@@ -17,8 +17,8 @@ from moe.parallel.mesh import make_mesh
 from moe.routing import balancing
 from moe.routing.gates import TopK
 from moe.routing.interface import quantile
-from tests.gate_helpers import LOGITS, SOFTPLUS_LOGITS, routed
-from tests.helpers import random_model, slow_case, tiny_model
+from tests.gate_helpers import LOGITS, SOFTPLUS_LOGITS
+from tests.helpers import random_model, routed, slow_case, tiny_model
 
 
 def report_of(routing, **moe):

@@ -12,8 +12,8 @@ from moe.config import ConfigError
 from moe.config.registry import LAYERS
 from moe.routing.interface import Gate, GateInputs
 from moe.routing.routing import Choices, Routing, load_routing, route, save_routing
-from tests.gate_helpers import LOGITS, routed
-from tests.helpers import random_model, tiny_model
+from tests.gate_helpers import LOGITS
+from tests.helpers import random_model, routed, tiny_model
 
 
 def test_weights_of_recorded_experts_by_hand():

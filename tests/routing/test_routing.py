@@ -12,7 +12,7 @@ from moe.layers.moe_layer import MoELayer, Router
 from moe.routing.gates import TopK
 from moe.routing.interface import GateInputs, top_k
 from moe.routing.routing import route
-from tests.helpers import FOUR, tiny_model, tiny_routing
+from tests.helpers import FOUR, routed, tiny_model
 
 # Two tokens with probabilities in 12ths and 16ths: token 0 (6, 3, 1, 2)/12, token 1 (1, 2, 9, 4)/16.
 LOGITS = np.log([[[6.0, 3.0, 1.0, 2.0], [1.0, 2.0, 9.0, 4.0]]])
@@ -33,7 +33,7 @@ HAND_COMPUTED = [
 
 @pytest.mark.parametrize(("gate", "k", "experts", "weights"), HAND_COMPUTED)
 def test_hand_computed_values(gate, k, experts, weights):
-    routing = tiny_routing(gate, LOGITS, k=k)
+    routing = routed(gate, LOGITS, k=k)
     np.testing.assert_array_equal(routing.expert_index, [experts])
     np.testing.assert_allclose(routing.combine_weights, [weights], rtol=1e-6)
     assert bool(jnp.all(routing.chosen))
@@ -46,14 +46,14 @@ def test_every_gate_has_a_hand_computed_value():
 
 @pytest.mark.parametrize("gate", ["gshard", "mixtral"])
 def test_renormalised_weights_sum_to_one(gate, rng):
-    routing = tiny_routing(gate, rng.normal(size=(2, 30, 6)) * 3)
+    routing = routed(gate, rng.normal(size=(2, 30, 6)) * 3)
     np.testing.assert_allclose(routing.combine_weights.sum(-1), np.ones((2, 30)), rtol=1e-6)
 
 
 @pytest.mark.parametrize("gate", FOUR)
 def test_padding_is_never_chosen(gate, rng):
     mask = rng.random((2, 30)) < 0.5
-    routing = tiny_routing(gate, rng.normal(size=(2, 30, 6)), mask)
+    routing = routed(gate, rng.normal(size=(2, 30, 6)), mask=mask)
     np.testing.assert_array_equal(routing.chosen, np.broadcast_to(mask[..., None], routing.chosen.shape))
     assert (np.asarray(routing.combine_weights)[~mask] == 0).all()
     assert (np.asarray(routing.combine_weights)[mask] > 0).all()
@@ -64,7 +64,7 @@ def test_padding_is_never_chosen(gate, rng):
 def test_gshard_sends_the_second_expert_with_probability_2_g2(second, expected):
     tokens = 4000
     logits = np.log([1 - second, second, 1e-6]) * np.ones((1, tokens, 1))
-    routing = tiny_routing("gshard", logits, rng=jax.random.key(7))
+    routing = routed("gshard", logits, rng=jax.random.key(7))
     # Five standard deviations of a binomial share: 5·sqrt(0.2·0.8/4000) = 0.032 at the first.
     bound = 5 * np.sqrt(expected * (1 - expected) / tokens)
     assert abs(routing.chosen[..., 1].mean() - expected) <= bound
@@ -75,13 +75,13 @@ def test_gshard_sends_the_second_expert_with_probability_2_g2(second, expected):
 
 
 def test_gshard_without_a_key_sends_every_second_expert(rng):
-    assert bool(jnp.all(tiny_routing("gshard", rng.normal(size=(2, 50, 5)) * 4).chosen))
+    assert bool(jnp.all(routed("gshard", rng.normal(size=(2, 50, 5)) * 4).chosen))
 
 
 @pytest.mark.parametrize("gate", sorted(set(FOUR) - {"gshard"}))
 def test_other_gates_draw_nothing(gate, rng):
     logits = rng.normal(size=(1, 50, 5))
-    without, with_key = tiny_routing(gate, logits), tiny_routing(gate, logits, rng=jax.random.key(0))
+    without, with_key = routed(gate, logits), routed(gate, logits, rng=jax.random.key(0))
     jax.tree.map(np.testing.assert_array_equal, without, with_key)
 
 
