@@ -48,7 +48,7 @@ class DataConfig(Section, path="data."):
     pack: bool = True  # rows of an encoder-decoder hold several examples; False: one, and padding
     corruption_rate: float = setting(0.15, above=0, below=1)  # span_corruption: share of the tokens that is removed
     mean_span: float = setting(3.0, least=1, unit="tokens")  # span_corruption: removed at once, on average
-    #: independent document streams per batch, a multiple of processes; 0: gcd(8, batch_size)
+    #: independent document streams per batch, whole ones for each process; 0: gcd(8, batch_size), or as many as needed
     streams: int = setting(0, least=0, most=2**16)
     shuffle_window: int = setting(512, least=1, unit="rows")  # in the shuffle buffers of all streams
     heldout_rows: int = setting(64, least=1, unit="rows")  # of T tokens, per domain, in each evaluation
@@ -127,7 +127,7 @@ class OptimizerConfig(Section, path="optimizer."):
     learning_rate: float = setting(3e-3, above=0, most=1e3, resume="later")  # peak
     #: after a linear warm-up cosine decay, constant, or wsd (constant, then a decay); rsqrt: the peak, then 1/√step
     schedule: Schedule = setting("cosine", resume="later")
-    #: of the peak, at the last step; cosine and wsd
+    #: of the peak: of wsd the last step's, of cosine what the step after the last would have
     final_learning_rate_fraction: float = setting(0.1, least=0, most=1, resume="later")
     warmup_steps: int = setting(30, least=0, resume="later", unit="steps")  # of the linear rise to the peak
     decay_steps: int = setting(0, least=0, resume="later", unit="steps")  # of wsd's decay; 0: a tenth of num_steps

@@ -145,12 +145,12 @@ def chat_template(tokenizer: Tokenizer) -> ChatTemplate:
     """
     if not isinstance(tokenizer, JsonTokenizer):
         raise ConfigError(
-            "data.objective='chat': needs a tokenizer.json with a chat template, as imports of chat models have; set "
+            "conversations: they need a tokenizer.json with a chat template, as imports of chat models have; set "
             "data.tokenizer to one, or start from such an import (start.checkpoint)"
         )
     if tokenizer.chat_template is None:
         raise ConfigError(
-            "data.objective='chat': the tokenizer has no chat template (chat_template in tokenizer_config.json, or "
+            "conversations: the tokenizer has no chat template (chat_template in tokenizer_config.json, or "
             "chat_template.jinja); set data.chat_template to a file with one"
         )
     return _compiled(tokenizer.chat_template, tuple(tokenizer.special_tokens.items()), tokenizer.source)

@@ -229,11 +229,12 @@ def train_iterator(
     if batch_size % count:
         raise ConfigError(f"data.streams={count}: must divide train.batch_size={batch_size}")
     here = np.arange(batch_size) if rows is None else np.asarray(rows)
-    numbers = np.unique(here // per_stream)
-    if len(numbers) * per_stream != len(here):
+    numbers = streams.whole(here, per_stream)
+    if not len(numbers):
         raise ConfigError(
             f"data.streams={count}: must be a multiple of the number of processes that hold different rows, so that "
-            f"each holds whole streams; train.batch_size={batch_size} and the mesh give this one {len(here)} rows"
+            f"each holds whole streams; train.batch_size={batch_size} and the mesh give this one {len(here)} rows, "
+            f"for which {streams.least_number(batch_size, [here])} would do; a run that has begun needs fewer processes"
         )
     parts = {int(i): _stream(prepared, data, int(i), count, seed).batch(per_stream) for i in numbers}
     return iter(streams.run(parts, _digest(prepared)))

@@ -55,6 +55,13 @@ def domain_weights(data: DataConfig, domains: tuple[str, ...]) -> tuple[float, .
     return weights
 
 
+def describe_shares(data: DataConfig, domains: tuple[str, ...]) -> str:
+    """One line: the share of the rows that each domain has."""
+    weights = np.asarray(domain_weights(data, domains)) / sum(domain_weights(data, domains))
+    shares = (f"{domain} {weight:.1%}" for domain, weight in zip(domains, weights, strict=True))
+    return f"shares of the rows (data.weights): {', '.join(shares)}"
+
+
 def open_data(
     data: DataConfig, vocab_size: int, tokenizer: Tokenizer | None, progress: Callable[[str], None]
 ) -> Prepared:
@@ -145,7 +152,7 @@ def _chat_tokenizer(tokenizer: Tokenizer | None, template: str) -> Tokenizer:
     """The tokenizer with data.chat_template, if that is set. Raises ConfigError if it then has no chat template."""
     if tokenizer is None:
         raise ConfigError(
-            "data.objective='chat': a tokenizer trained on the text has no chat template; start from an import "
+            "conversations: a tokenizer trained on the text has no chat template; start from an import "
             "(start.checkpoint), or set data.tokenizer to a tokenizer.json"
         )
     if template and isinstance(tokenizer, JsonTokenizer):

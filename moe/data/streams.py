@@ -7,7 +7,8 @@ continue a stream from its file.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -21,6 +22,26 @@ from moe.atomic_files import from_checked_json, in_bucket, to_checked_json, writ
 from moe.config import ConfigError
 
 PREFETCH = 2  # batches made ahead of the train step
+
+
+def least_number(batch_size: int, rows: Iterable[Sequence[int] | np.ndarray]) -> int:
+    """Least number of streams, at least gcd(8, batch_size), of which each process can hold whole ones.
+
+    Args:
+      rows: of a batch, those that each process holds.
+    """
+    held = [np.asarray(own) for own in rows]
+    return next(
+        count
+        for count in range(math.gcd(8, batch_size), batch_size + 1)
+        if batch_size % count == 0 and all(len(whole(own, batch_size // count)) for own in held)
+    )
+
+
+def whole(rows: np.ndarray, per_stream: int) -> np.ndarray:
+    """Numbers of the streams whose rows of a batch these are; empty if they are part of a stream's."""
+    numbers = np.unique(rows // per_stream)
+    return numbers if len(numbers) * per_stream == len(rows) else numbers[:0]
 
 
 def run(streams: Mapping[int, grain.IterDataset], documents: str) -> grain.IterDataset:

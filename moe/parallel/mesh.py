@@ -164,10 +164,16 @@ def local_rows(mesh: Mesh, rows: int) -> np.ndarray:
     lines = mesh.devices.reshape(-1, mesh.shape.get("context", 1))
     if any(len({device.process_index for device in line}) > 1 for line in lines):
         raise ConfigError(f"mesh.context={mesh.shape['context']}: a row must be on the devices of one process")
-    indices = (
-        NamedSharding(mesh, on_mesh(P(ROW_AXES), mesh.axis_names)).addressable_devices_indices_map((rows,)).values()
-    )
-    return np.unique(np.concatenate([np.arange(rows)[index] for index in indices]))
+    return rows_by_process(mesh, rows)[jax.process_index()]
+
+
+def rows_by_process(mesh: Mesh, rows: int) -> dict[int, np.ndarray]:
+    """Indices [b] of the batch rows on the devices of each process, by its number."""
+    held: dict[int, list[np.ndarray]] = {}
+    split = NamedSharding(mesh, on_mesh(P(ROW_AXES), mesh.axis_names))
+    for device, index in split.devices_indices_map((rows,)).items():
+        held.setdefault(device.process_index, []).append(np.arange(rows)[index])
+    return {process: np.unique(np.concatenate(parts)) for process, parts in held.items()}
 
 
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 
 from moe import process
 from moe.atomic_files import first_line, in_bucket
@@ -31,18 +32,20 @@ from moe.checkpoints.workdir import (
     is_finished,
     latest_change,
     locked_workdir,
+    read_config,
     record_changes,
     refuse_other_run,
     write_run_files,
 )
 from moe.config import Config, ConfigError, read_small_file, sparse_layers, validate_mesh
-from moe.data import folders, pipeline
+from moe.data import folders, pipeline, streams
+from moe.data.preparation import describe_shares
 from moe.dispatch import modes
 from moe.metric_writers import find_writers
 from moe.metrics_files import METRICS, TIMING, MetricsWriter, read_rows
 from moe.models import flops
 from moe.models.state import TrainState
-from moe.parallel.mesh import local_rows, make_mesh
+from moe.parallel.mesh import local_rows, make_mesh, rows_by_process
 from moe.signals import StopSignals
 from moe.training import profiling, progress, warm_start
 from moe.training.batches import place
@@ -95,6 +98,7 @@ def train(
         new = not holds_run(directory)
         if new:
             warm_start.check(config)
+        config = _with_streams(config, mesh, None if new else read_config(directory), say)
         changes = {} if new else refuse_other_run(config, directory, allow_changes=allow_changes)
         if started:
             stack.enter_context(locked_workdir(directory))
@@ -136,6 +140,8 @@ def train(
         say(_description(program))
         if program.about:
             say(program.about)
+        if config.data.weights:
+            say(describe_shares(config.data, prepared.domains))
         with disk_errors(directory):
             checkpoint = checkpoints.resume(program.state, iterator, say)
         if checkpoint is None:
@@ -159,6 +165,22 @@ def train(
         if jax.process_index() == 0:
             with disk_errors(directory):
                 finish(program, state, prepared, directory, say)
+
+
+def _with_streams(config: Config, mesh: Mesh, begun: Config | None, say: Callable[[str], Any]) -> Config:
+    """The config with a number of document streams, where it leaves that open and the default does not fit: the number
+    of the run that has begun, or as many as the processes of a new one can share."""
+    if config.data.streams:
+        return config
+    number, size = 0, config.train.batch_size
+    if begun is not None:
+        number = begun.data.streams
+    elif jax.process_count() > 1:
+        needed = streams.least_number(size, rows_by_process(mesh, size).values())
+        if needed > streams.least_number(size, ()):
+            number = needed
+            say(f"data.streams: {number}, so that each process has whole ones")
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, streams=number))
 
 
 def _folder(workdir: str) -> epath.Path:

@@ -220,7 +220,7 @@ def test_what_conversations_need_is_said(config, tmp_path):
             pipeline.prepare(dataclasses.replace(config, **changes), 400, progress=lambda _: None)
 
     refuses("holds conversations .*; set data.objective=chat", objective="causal", domains=("table",))
-    refuses("trained on the text has no chat template", tokenizer="")
+    refuses("^conversations: a tokenizer trained on the text has no chat template", tokenizer="")
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
     refuses("has no chat template .*; set data.chat_template")
     (tmp_path / "own.jinja").write_text("{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}")
@@ -239,7 +239,7 @@ def test_a_run_with_a_template_is_evaluated_on_plain_text(tmp_path, monkeypatch)
     monkeypatch.setattr(open_run.pipeline, "prepare_run", lambda config, **_: config.data)
     monkeypatch.setattr(open_run, "find_tokenizer", lambda *_, **__: None)
     monkeypatch.setattr(open_run, "build", lambda *_: None)
-    for objective, template in ((None, "own.jinja"), ("causal", "")):
+    for objective, template in ((None, ""), ("causal", "")):
         opened = open_run.open_workdir(str(tmp_path), {("data", "objective"): objective})
         assert opened.prepared.chat_template == template
 

@@ -264,6 +264,20 @@ def test_streams_share_no_document_of_an_epoch(prepared, data):
 
 
 @pytest.mark.parametrize(
+    ("size", "rows", "number"),
+    [
+        (640, [range(40 * i, 40 * i + 40) for i in range(16)], 16),  # 16 hosts of 40 rows in a row: one stream each
+        (640, [range(80 * i, 80 * i + 80) for i in range(8)], 8),
+        (64, [[*range(8 * i, 8 * i + 2), *range(8 * i + 4, 8 * i + 6)] for i in range(8)], 32),  # pairs of a torus
+        (12, [range(4), range(4, 8), range(8, 12)], 6),  # gcd(8, 12) = 4 streams of three rows do not fit
+        (12, [], 4),
+    ],
+)
+def test_the_least_number_of_streams(size, rows, number):
+    assert streams.least_number(size, rows) == number
+
+
+@pytest.mark.parametrize(
     ("changes", "rows", "message"),
     [
         ({"streams": 3}, None, "data.streams=3: must divide train.batch_size=8"),

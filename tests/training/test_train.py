@@ -9,10 +9,10 @@ import jax
 import numpy as np
 import pytest
 
-from moe.config import ConfigError
+from moe.config import Config, ConfigError, TrainConfig
 from moe.metrics_files import read_rows
 from moe.parallel.mesh import make_mesh
-from moe.training import profiling
+from moe.training import loop, profiling
 from moe.training.evaluation import _summary, check_domains, sum_variance
 from moe.training.loop import train
 from tests.helpers import slow_case
@@ -195,6 +195,21 @@ def test_every_layer_trains_by_config_alone(directory, tmp_path, name):
     train(config, str(tmp_path), ONE)
     losses = [row["cross_entropy"] for row in train_rows(tmp_path)]
     assert losses[-1] < losses[0]
+
+
+def test_a_new_run_has_the_streams_that_its_hosts_need_and_keeps_them(monkeypatch):
+    config, said = Config(train=TrainConfig(batch_size=64)), []
+    mesh = make_mesh(config.mesh, ONE)
+    assert loop._with_streams(config, mesh, None, said.append) == config
+    hosts = {i: np.arange(4 * i, 4 * i + 4) for i in range(16)}
+    monkeypatch.setattr(loop, "rows_by_process", lambda mesh, rows: hosts)
+    monkeypatch.setattr(jax, "process_count", lambda: 16)
+    begun = loop._with_streams(config, mesh, None, said.append)
+    assert begun.data.streams == 16
+    assert said == ["data.streams: 16, so that each process has whole ones"]
+    for own in (config, begun):  # the default and the number itself, on whatever hosts, name the run
+        assert loop._with_streams(own, mesh, begun, said.append) == begun
+    assert loop._with_streams(config, mesh, config, said.append) == config
 
 
 def test_a_workdir_belongs_to_one_config(directory, whole, tmp_path):
