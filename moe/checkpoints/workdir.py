@@ -199,8 +199,9 @@ def write_run_files(config: Config, tokenizer_files: dict[str, bytes], workdir: 
         config: of the run.
         tokenizer_files: name → content.
         workdir: existing folder.
-        new: it holds no run yet; otherwise only a missing tokenizer file is written. The tokenizer of an earlier
-            start, which failed before its first step, is deleted.
+        new: it holds no run yet; otherwise only a missing tokenizer file is written, and the config while there is no
+            checkpoint: its train.save_every is that of the latest start. The tokenizer of an earlier start, which
+            failed before its first step, is deleted.
 
     Raises:
         ConfigError: a tokenizer file differs from this run's.
@@ -219,7 +220,7 @@ def write_run_files(config: Config, tokenizer_files: dict[str, bytes], workdir: 
                 f"{workdir / name}: differs from the tokenizer of this config and its data; if the file was damaged, "
                 "delete it to have it restored; if the data changed, use another workdir"
             )
-    if new:
+    if new or not complete_steps(workdir):
         write_atomic(workdir / CONFIG, json.dumps(to_dict(config), indent=2))
 
 

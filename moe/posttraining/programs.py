@@ -19,6 +19,11 @@ def make_program(config: Config, mesh: Mesh, teacher: Teacher | None = None) -> 
         section = getattr(config, name)
         if section != default and config.data.objective != name:
             raise ConfigError(f"{section}: is read with data.objective={name!r} alone, not {config.data.objective!r}")
+    if config.data.is_posttraining and config.model.prediction_layers:
+        raise ConfigError(
+            f"model.prediction_layers={config.model.prediction_layers}: must be 0 with data.objective="
+            f"{config.data.objective!r}, whose loss they are no part of; start.checkpoint may have them"
+        )
     if config.data.objective == "preferences":
         program = build(config, mesh, teacher, objective=PreferenceObjective())
         about = f"preferences (DPO), beta {config.preferences.beta:g}, against {config.distill.teacher}"

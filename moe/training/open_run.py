@@ -64,8 +64,7 @@ def open_workdir(path: str, instead: dict[tuple[str, str], Any]) -> Workdir:
     if any(others):  # weights and domains belong to the workdir's own text
         tree["data"]["weights"] = ()
         tree["data"]["domains"] = tree["data"]["domains"] if others[1] else ()
-    if tree["data"]["objective"] not in ("chat", "preferences"):
-        tree["data"]["chat_template"] = ""
+    tree["data"]["chat_template"] = ""  # the workdir's tokenizer has it
     tree["data"]["streams"] = 0
     tree["train"]["accumulation_steps"] = 1
     # Nothing here trains: an optimizer of the run's author is not imported.

@@ -47,10 +47,9 @@ def _warmup_stable_decay(config: OptimizerConfig, num_steps: int) -> optax.Sched
     """The peak, then a linear decay to the final fraction over the last decay_steps (Hu et al. 2024, MiniCPM)."""
     decay = config.decay_steps or max(num_steps // 10, 1)
     end = config.learning_rate * config.final_learning_rate_fraction
-    return optax.join_schedules(
-        [_constant(config, num_steps), optax.linear_schedule(config.learning_rate, end, decay)],
-        [num_steps - decay],
-    )
+    down = optax.linear_schedule(config.learning_rate, end, decay)
+    # Steps count from 0: the last one is step num_steps - 1, the decay's number decay - 1.
+    return optax.join_schedules([_constant(config, num_steps), lambda step: down(step + 1)], [num_steps - decay])
 
 
 def _rsqrt(config: OptimizerConfig, num_steps: int) -> optax.Schedule:

@@ -59,7 +59,7 @@ def _multiply(matrix: jax.Array, factor: jax.Array, chain: int) -> jax.Array:
     return jax.lax.fori_loop(0, chain, lambda _, product: product @ factor, matrix) if chain > 1 else matrix @ factor
 
 
-_REMEDY = "a smaller model or train.batch_size, more devices, or model.remat=full need less"
+_SMALLER = "a smaller model or train.batch_size, more devices"
 
 
 def refuse_too_large(program: Program) -> None:
@@ -74,8 +74,11 @@ def refuse_too_large(program: Program) -> None:
 
     # Activations [B,T,D] of a microbatch and their gradient.
     activations = 2 * size(program.batch["tokens"]) * config.model.d_model // config.train.accumulation_steps
-    needed = sum(map(size, jax.tree.leaves(program.state))) + activations
-    if devices[0].platform == "cpu":
+    on_cpu = devices[0].platform == "cpu"
+    # Moments in the memory of an accelerator's host take none of the accelerator's; a CPU is its own host.
+    kept = [leaf for leaf in jax.tree.leaves(program.state) if on_cpu or leaf.sharding.memory_kind != "pinned_host"]
+    needed = sum(map(size, kept)) + activations
+    if on_cpu:
         needed *= len(devices)
         available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     else:
@@ -83,7 +86,7 @@ def refuse_too_large(program: Program) -> None:
     if needed > available:
         raise ConfigError(
             f"model: training state and activations need {needed / 2**30:,.1f} GiB where there are "
-            f"{available / 2**30:,.1f} GiB; {_REMEDY}"
+            f"{available / 2**30:,.1f} GiB; {_SMALLER}, or a larger train.accumulation_steps need less"
         )
 
 
@@ -95,7 +98,7 @@ def out_of_memory_as_config_error() -> Iterator[None]:
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise ConfigError(f"model: does not fit in memory; {_REMEDY}") from error
+        raise ConfigError(f"model: does not fit in memory; {_SMALLER}, or model.remat=full need less") from error
 
 
 @dataclasses.dataclass(frozen=True)

@@ -91,8 +91,12 @@ def check(config: Config) -> None:
     """Check that start.checkpoint and distill.teacher exist, before anything is written.
 
     Raises:
-        ConfigError: a config or checkpoints are missing.
+        ConfigError: a config or checkpoints are missing, or start.* changes a start that is not named.
     """
+    if not config.start.checkpoint and config.start != StartConfig():
+        sections = ({"start": dataclasses.asdict(section)} for section in (StartConfig(), config.start))
+        changed = ", ".join(differing_settings(*sections))
+        raise ConfigError(f"start.checkpoint='': must name the workdir that {changed} is about; set it, or unset that")
     for field, workdir in (("start.checkpoint", config.start.checkpoint), ("distill.teacher", config.distill.teacher)):
         if workdir:
             try:
@@ -224,7 +228,9 @@ def _carry(program: Program, source: Config, fresh: Any) -> Any:
     same = jax.tree.structure(carried) == jax.tree.structure(fresh) and not start.fresh
     shapes = (jax.tree.map(np.shape, tree) for tree in (carried, fresh))
     if len(names) == 1 and same and next(shapes) == next(shapes):
-        return carried
+        decays = {config.optimizer.ema_decay for config in (source, program.config)}
+        # The factors of an average sum to 1 under its own decay alone: under another it begins anew.
+        return carried if len(decays) == 1 else jax.tree.map(_keep_average, fresh, carried, is_leaf=_is_average)
     if jax.tree.structure(carried, is_leaf=_is_tree) != jax.tree.structure(fresh, is_leaf=_is_tree) or len(names) > 1:
         raise ConfigError(
             f"start.optimizer='carry': the optimizer of {start.checkpoint} keeps another state; set optimizer.name, "
@@ -237,11 +243,18 @@ def _carry(program: Program, source: Config, fresh: Any) -> Any:
         )
 
     def move(own: Any, old: Any) -> Any:
-        if isinstance(own, WeightAverage):  # begins anew: the source has no weights of the fresh parameters
-            return own
-        return _transplant(program, source.model, old, own) if _is_tree(own) else old
+        # An average begins anew: the source has no weights of the fresh parameters.
+        return _transplant(program, source.model, old, own) if _is_tree(own) else _keep_average(own, old)
 
-    return jax.tree.map(move, fresh, carried, is_leaf=lambda node: _is_tree(node) or isinstance(node, WeightAverage))
+    return jax.tree.map(move, fresh, carried, is_leaf=lambda node: _is_tree(node) or _is_average(node))
+
+
+def _keep_average(own: Any, old: Any) -> Any:
+    return own if _is_average(own) else old
+
+
+def _is_average(node: Any) -> bool:
+    return isinstance(node, WeightAverage)
 
 
 def _is_tree(node: Any) -> bool:

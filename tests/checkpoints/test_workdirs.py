@@ -18,7 +18,7 @@ from moe import atomic_files, signals
 from moe.checkpoints import parameters
 from moe.checkpoints import workdir as workdirs
 from moe.checkpoints.workdir import latest_change, read_config, record_changes, write_run_files
-from moe.config import Config, ConfigError
+from moe.config import Config, ConfigError, TrainConfig
 from moe.data import tokenizer_files
 from moe.data.tokenizer import train_tokenizer
 from moe.interop import import_checkpoint
@@ -237,6 +237,15 @@ def test_a_long_message_of_tensorstore_keeps_its_reason():
         "Error writing " + "x" * 300 + ": File too large [os_error_code='27'] [tensorstore_spec='{" + "y" * 300
     )
     assert atomic_files.first_line(error).endswith("File too large [os_error_code='27']")
+
+
+def test_rows_without_a_checkpoint_are_judged_by_the_latest_start(tmp_path):
+    """A start that saves every 80 steps ends after 40, the next one, every 1,000, after 500: nothing was ever saved."""
+    folder = epath.Path(tmp_path)
+    write_run_files(Config(train=TrainConfig(save_every=80)), {}, folder, new=True)
+    write_run_files(Config(train=TrainConfig(save_every=1000)), {}, folder, new=False)
+    (folder / "metrics.jsonl").write_text('{"step": 500, "kind": "train"}\n')
+    assert workdirs.holds_run(folder)
 
 
 def test_changes_without_a_final_newline_are_not_glued(tmp_path):

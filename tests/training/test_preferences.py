@@ -149,6 +149,14 @@ def test_a_run_begins_at_the_reference_learns_and_resumes_to_the_bit(start, tmp_
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == metrics
 
 
+@pytest.mark.parametrize("objective", ["preferences", "policy"])
+def test_layers_that_no_loss_reaches_are_refused(objective, tmp_path):
+    data = {"data.objective": objective, "distill.teacher": str(tmp_path) if objective == "preferences" else ""}
+    config = tiny(tmp_path, **data, **{"model.prediction_layers": 1, "model.moe.dispatch": "dropless"})
+    with pytest.raises(ConfigError, match=r"model.prediction_layers=1: must be 0 with data.objective="):
+        make_program(config, make_mesh(config.mesh, ONE))
+
+
 def test_the_reference_may_have_two_tokenizers(tmp_path, monkeypatch):
     """An import keeps both files; conversations are rendered with the tokenizer.json of start and reference."""
     config = tiny(tmp_path, **{"data.objective": "preferences", "distill.teacher": str(tmp_path)})

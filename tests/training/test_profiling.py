@@ -1,5 +1,6 @@
 """Steps that a trace covers; tests/training/test_train.py traces a real run."""
 
+import contextlib
 import dataclasses
 import types
 from collections.abc import Callable
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from moe.config import ConfigError
+from moe.config import Config, ConfigError
 from moe.training import profiling
 
 
@@ -25,6 +26,25 @@ def test_the_flag_names_steps_of_the_run():
             profiling.parse(text, 100)
     with pytest.raises(ConfigError, match=r"ends at step 12, but train\.num_steps is 11"):
         profiling.parse("10:3", 11)
+
+
+@pytest.mark.parametrize("kind", ["device", "pinned_host"])
+def test_moments_in_the_hosts_memory_need_none_of_the_devices(kind):
+    """A device of 2 GiB: parameters and two moments of 1 GiB each."""
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    places = (one, one.with_memory_kind(kind))
+    gibibyte, moment = (jax.ShapeDtypeStruct((2**28,), jnp.float32, sharding=place) for place in places)
+    tokens = jax.ShapeDtypeStruct((8, 256), jnp.int32, sharding=one)
+    device = types.SimpleNamespace(platform="tpu", memory_stats=lambda: {"bytes_limit": 2 * 2**30})
+    program = types.SimpleNamespace(
+        mesh=types.SimpleNamespace(local_devices=[device]),
+        config=Config(),
+        batch={"tokens": tokens},
+        state=[gibibyte, moment, moment],
+    )
+    refused = pytest.raises(ConfigError, match=r"need 3\.0 GiB where there are 2\.0")
+    with refused if kind == "device" else contextlib.nullcontext():
+        profiling.refuse_too_large(program)
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,11 @@ from moe.config import OptimizerConfig
 from moe.config.run_sections import Schedule
 from moe.training.optimizer import SCHEDULES, learning_rate_schedule
 
-#: Rates after a peak of 1 at step 4 of 20, at steps 0, 2, 4, 12 and 20; the final fraction is 0.1.
+#: Rates after a peak of 1 at step 4 of 20, at steps 0, 2, 4, 12 and 20 (which none has); the final fraction is 0.1.
 EXPECTED = {
     "cosine": [0.2, 0.6, 1.0, 0.55, 0.1],
     "constant": [0.2, 0.6, 1.0, 1.0, 1.0],
-    "wsd": [0.2, 0.6, 1.0, 0.82, 0.1],  # a decay of 10 steps: 0.09 less a step from step 10 on
+    "wsd": [0.2, 0.6, 1.0, 0.73, 0.1],  # a decay of 10 steps: 0.09 less a step from step 10 on
     "rsqrt": [1.0, 1.0, 1.0, (4 / 12) ** 0.5, (4 / 20) ** 0.5],  # √(4 / max(step, 4)): no linear start
 }
 
@@ -23,6 +23,13 @@ def test_schedules_by_hand(name):
     config = OptimizerConfig(learning_rate=1.0, warmup_steps=4, schedule=name, decay_steps=10 if name == "wsd" else 0)
     schedule = learning_rate_schedule(config, 20)
     np.testing.assert_allclose([schedule(step) for step in (0, 2, 4, 12, 20)], EXPECTED[name], rtol=1e-5)
+
+
+@pytest.mark.parametrize("decay", [1, 10])
+def test_the_last_step_of_a_decay_has_the_final_rate(decay):
+    config = OptimizerConfig(learning_rate=1.0, warmup_steps=0, schedule="wsd", decay_steps=decay)
+    rates = [float(learning_rate_schedule(config, 20)(step)) for step in (19 - decay, 19)]
+    assert rates == pytest.approx([1.0, 0.1])
 
 
 def test_every_name_of_the_config_has_a_schedule():

@@ -49,7 +49,7 @@ from moe.training import warm_start
 from moe.training.batches import place
 from moe.training.loop import train
 from moe.training.losses import soft_cross_entropy
-from moe.training.optimizer import averaged_weights
+from moe.training.optimizer import WeightAverage, averaged_weights
 from moe.training.step import build
 from moe.training.teacher import read_teacher
 from tests.helpers import random_state
@@ -380,6 +380,28 @@ def test_the_average_of_weights_begins_anew_in_another_model(tmp_path):
         state, _ = program.train_step(warm_start.first_state(program), _batch(mesh, 32))
     average = averaged_weights(config.optimizer, state.optimizer)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), average, state.parameters)
+
+
+def test_the_average_of_weights_begins_anew_under_another_decay(tmp_path):
+    """Its factors sum to 1 - decay^steps, by which it is divided."""
+    _, config = _trained(tmp_path, "adamw", ema_decay=0.9)
+    config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, ema_decay=0.999))
+    mesh, make = _program(config)
+    with jax.set_mesh(mesh):
+        state = warm_start.first_state(make())
+    nodes = jax.tree.leaves(state.optimizer, is_leaf=lambda node: isinstance(node, WeightAverage))
+    (average,) = (node for node in nodes if isinstance(node, WeightAverage))
+    assert int(average.steps) == 0
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(average.total))
+    assert any(np.any(leaf) for leaf in jax.tree.leaves(optax.tree_utils.tree_get(state.optimizer, "mu")))
+
+
+def test_what_changes_a_start_needs_one():
+    config = Config(start=StartConfig(optimizer="carry", fresh=("router",)))
+    with pytest.raises(
+        ConfigError, match=r"start.checkpoint='': must name the workdir that start.fresh, start.optimizer"
+    ):
+        warm_start.check(config)
 
 
 def test_moments_are_carried_in_the_type_of_this_run(tmp_path):
