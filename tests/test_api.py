@@ -62,6 +62,12 @@ def test_soft_moe_is_a_layer_of_its_own():
         SoftMoE(**SIZES, gate="mixtral", rngs=nnx.Rngs(0))
 
 
+@pytest.mark.parametrize("gate", [gates.Hash(), gates.Random(), gates.DenseMixture()])
+def test_a_gate_that_no_balance_loss_moves_needs_none_unset(gate):
+    layer = MoELayer(**SIZES, gate=gate, rngs=nnx.Rngs(0))
+    assert layer.config.losses == moe.Losses()
+
+
 def test_no_mask_is_a_mask_of_real_tokens():
     run, x = jax.jit(_layer().__call__), _x(2, 6)
     np.testing.assert_array_equal(run(x)[0], run(x, np.ones((2, 6), bool))[0])

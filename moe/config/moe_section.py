@@ -127,7 +127,9 @@ class MoEConfig(Section, path=_MOE):
     @property
     def ffn_share(self) -> float:
         """Share of assignments that go to experts with an FFN where the balance loss is least: τE of τE + those without
-        (MoE++ 2024, heterogeneous balance loss)."""
+        (MoE++ 2024, heterogeneous balance loss); with τ = 0, which says nothing of that share, 1."""
+        if self.losses.null == 0:
+            return 1.0
         weighed = self.losses.null * self.num_experts
         return weighed / (weighed + self.null_experts)
 

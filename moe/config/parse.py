@@ -13,9 +13,9 @@ import ml_collections
 
 from moe.config import flat
 from moe.config.model_section import ModelConfig, check_is_model
-from moe.config.moe_section import MoEConfig
+from moe.config.moe_section import Losses, MoEConfig
 from moe.config.references import code_fields, refuse_modules
-from moe.config.registry import CONSTANTS, LAYERS, find_gate, find_layer
+from moe.config.registry import CONSTANTS, LAYERS, find_gate, find_layer, is_balanced
 from moe.config.run_sections import EMBEDDED_DOMAINS
 from moe.config.schema import Config
 from moe.fields import ConfigError, check_type, facts_of, item_name, type_hints
@@ -331,7 +331,11 @@ def _chosen_gate(tree: dict[str, typing.Any], path: str) -> tuple[dict[str, typi
     """The section of MoE layers without its gate, and the gate with what it sets: the constants of its paper."""
     tree = dict(tree)
     gate = tree.pop("gate", MoEConfig().gate_name)
-    values = {"gate": gate} if isinstance(gate, Gate) else _named_layer(gate, f"{path}gate")
+    values: dict[str, typing.Any] = {"gate": gate}
+    if not isinstance(gate, Gate):
+        values = _named_layer(gate, f"{path}gate")
+    elif not is_balanced(gate):
+        values["losses"] = Losses()
     gates = tree.get("layer_gates", ())
     if isinstance(gates, (list, tuple)):
         tree["layer_gates"] = tuple(_layer_gate(own, values["gate"], f"{path}layer_gates") for own in gates)

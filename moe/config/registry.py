@@ -53,6 +53,11 @@ def find_gate(name: str) -> Gate:
     return gate
 
 
+def is_balanced(gate: Gate) -> bool:
+    """Return True if a balance loss can move what the gate chooses."""
+    return hasattr(gate, "k") and gate.router != "none"
+
+
 def _import_layer(name: str) -> MoEConfig:
     value = import_object("model.moe.gate", name)
     where = f"model.moe.gate={name!r}"
@@ -64,8 +69,7 @@ def _import_layer(name: str) -> MoEConfig:
         raise ConfigError(f"{where}: must be a Gate, not {type(value).__name__}")
     with raised_as_errors(f"{where}: it"):
         _check_facts(where, gate)
-        balanced = hasattr(gate, "k") and gate.router != "none"
-        layer = MoEConfig(gate=gate, losses=Losses(balance=0.01 if balanced else 0.0))
+        layer = MoEConfig(gate=gate, losses=Losses(balance=0.01 if is_balanced(gate) else 0.0))
         return _named(name, value if isinstance(value, MoEConfig) else layer)
 
 

@@ -96,7 +96,7 @@ def _check_steps(config: Config) -> None:
     tokens = train.batch_size * data.sequence_length
     require(tokens <= LARGEST, "train.batch_size * data.sequence_length", tokens, f"must be at most {LARGEST}")
     divides = data.streams == 0 or train.batch_size % data.streams == 0
-    allowed = f"must divide train.batch_size={train.batch_size}, or be 0 for gcd(8, batch_size)"
+    allowed = f"must divide train.batch_size={train.batch_size}, or be 0"
     require(divides, "data.streams", data.streams, allowed)
     allowed = f"must be below train.num_steps={train.num_steps}"
     require(optimizer.warmup_steps < train.num_steps, "optimizer.warmup_steps", optimizer.warmup_steps, allowed)
@@ -159,9 +159,12 @@ def _check_causality(model: ModelConfig) -> None:
     moe = model.moe
     if moe.accept_future_leak:
         return
+    causal = {kind.gate for kind in layer_kinds(model) if kind.sparse and kind.role != "encoder"}
+    if not causal:
+        return
     accepted = f"which a causal model must not see; set {_MOE}accept_future_leak=True to accept that"
     ahead = f"chooses the experts of a token by looking at later tokens, {accepted}"
-    for gate in moe.gates:
+    for gate in [gate for gate in moe.gates if gate in causal]:
         require(not gate.looks_ahead, moe.field_of(gate), gate.name, ahead)
     in_order = moe.drop_policy == "position" or moe.dispatch == "dropless"
     require(in_order, f"{_MOE}drop_policy", moe.drop_policy, f"lets later tokens displace earlier ones, {accepted}")

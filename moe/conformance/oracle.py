@@ -317,7 +317,9 @@ def against_oracle(case: Case, seed: int, d: int = 6, f: int = 5) -> Iterator[Ro
         # The latent dimension is read off the matrices.
         fields = {name: value for name, value in case.fields.items() if name not in ("gate", "latent_dim")}
         if not soft:  # its slots are its capacity
-            fields["capacity"] = Capacity(eval=case.c * case.e / (case.k * case.s))
+            weighed = LAYERS[case.gate].losses.null * case.e
+            share = weighed / (weighed + sum(null_of(case.gate, case.fields)))  # of assignments to FFNs, by MoE++
+            fields["capacity"] = Capacity(eval=case.c * case.e / (case.k * case.s * share))
         try:
             layer = single_layer(section, **given, dispatch=mode, **fields)
         except ConfigError as reason:

@@ -53,11 +53,15 @@ def expert_capacity(capacity_factor: float, experts_per_token: int, group_size: 
 
 
 def layer_capacity(config: MoEConfig, group_size: int, *, train: bool = True) -> int:
-    """C of a layer: ``capacity.fixed`` where it is set, else by its capacity factor."""
+    """C of a layer: ``capacity.fixed`` where it is set, else by its capacity factor.
+
+    Beside N experts without an FFN the factor is of what an FFN gets at balance: factor·τ·K·S / (τ·E + N) (MoE++ 2024,
+    equation 8).
+    """
     if config.capacity.fixed:
         return min(config.capacity.fixed, group_size)
     factor = config.capacity.train if train else config.capacity.eval
-    return expert_capacity(factor, config.experts_per_token, group_size, config.num_experts)
+    return expert_capacity(factor * config.ffn_share, config.experts_per_token, group_size, config.num_experts)
 
 
 def plan_assignments(

@@ -80,6 +80,8 @@ def without_drops(config: ModelConfig) -> ModelConfig:
 
     A gate that looks ahead keeps its capacity, which is part of its function.
     """
+    if not all(gate.generates for gate in config.moe.gates):
+        return config
     moe = one_group_a_row(config).moe
     capacity = dataclasses.replace(moe.capacity, fixed=0)
     return dataclasses.replace(config, moe=dataclasses.replace(moe, capacity=capacity))
@@ -89,7 +91,8 @@ def one_group_a_row(config: ModelConfig) -> ModelConfig:
     """Like :func:`without_drops`, but keeps a fixed ``expert_capacity``. Used for the encoder."""
     if config.moe.gate is None or not all(gate.generates for gate in config.moe.gates):
         return config
-    capacity = dataclasses.replace(config.moe.capacity, eval=config.moe.num_experts / config.moe.experts_per_token)
+    rows = config.moe.experts_per_token * config.moe.ffn_share
+    capacity = dataclasses.replace(config.moe.capacity, eval=config.moe.num_experts / rows)
     moe = dataclasses.replace(config.moe, group_size=0, capacity=capacity)
     return dataclasses.replace(config, moe=moe)
 

@@ -44,7 +44,7 @@ def render(packed: Packed) -> str:
         "layers": [kind.sparse for kind in layer_kinds(model)],
         "num_experts": moe.num_experts,
         "k": moe.experts_per_token,
-        "capacity": 0 if moe.dispatch == "dropless" else moe.capacity.eval,
+        "capacity": 0 if moe.dispatch == "dropless" else moe.capacity.eval * moe.ffn_share,
         "logit_scale": model.logit_scale * (model.d_model**-0.5 if model.scale_logits else 1.0),
     }
     data = {name: value for name, value in packed.header.items() if name != "model"}

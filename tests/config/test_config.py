@@ -23,6 +23,7 @@ from moe.config.parse import from_config_dict
 from moe.dispatch.ffn import GATED_ACTIVATIONS, PLAIN_ACTIVATIONS
 from moe.dispatch.modes import CONFIG_MODES
 from moe.parallel.partition_specs import REMAT_POLICIES
+from tests.helpers import tiny_model
 
 LAYERS = ("dense", "switch", "gshard", "mixtral", "quickstart")
 
@@ -121,6 +122,13 @@ def test_refused(overrides, words):
     with pytest.raises(ConfigError) as error:
         from_config_dict(changed(**overrides))
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize("fields", [{"gate": "expert_choice"}, {"gate": "st_moe", "drop_policy": "probability"}])
+def test_an_encoders_layers_may_look_ahead(fields):
+    Config(model=tiny_model(encoder_layers=2, num_layers=2, layers=(0, 1), **fields))
+    with pytest.raises(ConfigError, match="accept_future_leak=True"):
+        Config(model=tiny_model(encoder_layers=2, num_layers=2, layers=(0, 2), **fields))
 
 
 def test_a_message_is_one_line():

@@ -10,16 +10,19 @@ from flax import nnx
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from moe.config import ModelConfig
+from moe.config.registry import LAYERS
 from moe.conformance import reference
-from moe.dispatch.buffers import Plan, expert_capacity, make_plan
+from moe.dispatch.buffers import Plan, expert_capacity, layer_capacity, make_plan
 from moe.dispatch.ffn import ExpertWeights
 from moe.dispatch.modes import dispatch
 from moe.layers.basic import Experts
 from moe.layers.moe_layer import MoELayer, Router
+from moe.models import sampling
 from moe.parallel import target
 from moe.routing.interface import GateInputs
 from moe.routing.routing import Routing, route
-from tests.helpers import routed, slow_case, tiny_model
+from tests.helpers import slow_case, tiny_model
 
 CAPACITY_MODES = ("gather", "einsum")
 
@@ -43,30 +46,37 @@ def test_expert_capacity(factor, k, tokens, num_experts, capacity):
     assert expert_capacity(factor, k, tokens, num_experts) == capacity
 
 
+def test_beside_experts_without_an_ffn_the_capacity_is_of_their_share():
+    layer = LAYERS["moe_plus_plus"]  # 8 FFNs and 4 others, tau 0.75, K 2, factor 1.1
+    assert layer_capacity(layer, 1000) == 165  # 1.1 * 0.75 * 2 * 1000 / (0.75 * 8 + 4)
+    whole = sampling.without_drops(ModelConfig(moe=layer)).moe
+    assert layer_capacity(whole, 64, train=False) == 64
+
+
 def _routing(expert_index, num_experts, chosen=None, weights=1.0) -> Routing:
     """A routing with these choices [G,S,K]; a plan reads only the shape of the logits."""
     expert_index = np.asarray(expert_index, np.int32)
-    groups, tokens, k = expert_index.shape
     chosen = np.ones(expert_index.shape, bool) if chosen is None else np.asarray(chosen)
-    return dataclasses.replace(
-        routed("mixtral", np.zeros((groups, tokens, num_experts)), k=k),
-        expert_index=jnp.asarray(expert_index),
-        chosen=jnp.asarray(chosen),
-        combine_weights=jnp.asarray(np.where(chosen, weights, 0.0), jnp.float32),
-    )
+    logits = np.zeros((*expert_index.shape[:2], num_experts), np.float32)
+    combine_weights = np.where(chosen, weights, 0.0).astype(np.float32)
+    broken = np.zeros(chosen.shape[:2], bool)
+    return jax.tree.map(jnp.asarray, Routing(expert_index, combine_weights, chosen, logits, logits, broken))
+
+
+_plan = jax.jit(make_plan, static_argnames="capacity")
 
 
 def test_first_choices_come_before_all_second_choices():
     # Expert 0 is the first choice of tokens 0, 1, 3 (positions 0, 1, 2) and the second of token 2 (position 3).
     # Expert 1 is the first choice of token 2 (position 0) and the second of tokens 0, 1, 3 (positions 1, 2, 3).
-    plan = make_plan(_routing([[[0, 1], [0, 1], [1, 0], [0, 1]]], 2), capacity=2)
+    plan = _plan(_routing([[[0, 1], [0, 1], [1, 0], [0, 1]]], 2), capacity=2)
     np.testing.assert_array_equal(plan.position_in_expert, [[[0, 1], [1, 2], [0, 3], [2, 3]]])
     np.testing.assert_array_equal(plan.kept, [[[True, True], [True, False], [True, False], [False, False]]])
 
 
 def test_unchosen_assignments_take_no_position_and_groups_count_apart():
     chosen = [[[False], [True], [True]], [[True], [True], [False]]]
-    plan = make_plan(_routing([[[0], [0], [0]], [[0], [1], [0]]], 2, chosen), capacity=1)
+    plan = _plan(_routing([[[0], [0], [0]], [[0], [1], [0]]], 2, chosen), capacity=1)
     # Group 0: token 0 is padding, so token 1 has position 0. Group 1 counts from 0 again.
     np.testing.assert_array_equal(plan.position_in_expert[0, 1:], [[0], [1]])
     np.testing.assert_array_equal(plan.kept, [[[False], [True], [False]], [[True], [True], [False]]])
@@ -78,7 +88,7 @@ def test_positions_are_counted_across_blocks(tokens):
     numbers = np.random.default_rng(tokens)
     experts = np.stack([numbers.permuted(np.tile(np.arange(3), (tokens, 1)), axis=1)[:, :2] for _ in range(2)])
     chosen = numbers.random(experts.shape) < 2 / 3
-    plan = make_plan(_routing(experts, 3, chosen), capacity=tokens)
+    positions = np.asarray(_plan(_routing(experts, 3, chosen), capacity=tokens).position_in_expert)
     for group in range(2):
         taken = [0, 0, 0]
         for choice in range(2):
@@ -87,7 +97,7 @@ def test_positions_are_counted_across_blocks(tokens):
                 if chosen[group, token, choice]:
                     expected = taken[experts[group, token, choice]]
                     taken[experts[group, token, choice]] += 1
-                assert plan.position_in_expert[group, token, choice] == expected
+                assert positions[group, token, choice] == expected
 
 
 @pytest.mark.parametrize(("mode", "on_cpu"), [("einsum", True), ("gather", True), ("gather", False)])
@@ -99,7 +109,7 @@ def test_outputs_by_hand(mode, on_cpu, monkeypatch):
     routing = _routing([[[0], [1], [0]]], 3, weights=[[[0.5], [1.0], [1.0]]])
     up = jnp.eye(2) * jnp.asarray([1.0, 2.0, 3.0])[:, None, None]
     weights = ExpertWeights(up, None, jnp.broadcast_to(jnp.eye(2), (3, 2, 2)), activation="relu")
-    y = dispatch(mode, x, routing, make_plan(routing, 1), weights)
+    y = jax.jit(lambda x: dispatch(mode, x, routing, make_plan(routing, 1), weights))(x)
     np.testing.assert_array_equal(y, [[[0.5, 5.0], [4.0, 40.0], [0.0, 0.0]]])
 
 
@@ -319,7 +329,7 @@ def test_groups_are_runs_of_the_batch_in_row_order(group_size, rng):
 
 
 def test_plan_is_a_pytree_with_static_sizes():
-    plan = make_plan(_routing([[[0]]], 2), 1)
+    plan = _plan(_routing([[[0]]], 2), capacity=1)
     assert len(jax.tree.leaves(plan)) == 2
     assert isinstance(plan, Plan)
     assert (plan.capacity, plan.num_experts) == (1, 2)

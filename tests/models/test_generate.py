@@ -153,6 +153,12 @@ def test_a_run_with_microbatches_or_groups_of_several_rows_can_generate_on_a_mes
 
 
 @pytest.mark.slow
+def test_expert_choice_keeps_its_capacity():
+    """It is part of the function that a reference model computes."""
+    config = ModelConfig(moe=moe_config(gate="expert_choice", expert_capacity=3, accept_future_leak=True))
+    assert sampling.without_drops(config) == config
+
+
 def test_a_row_ends_with_its_stop_token():
     config, variables = _model()
     free = sampling.sample(config, variables, PROMPTS, 8, GREEDY)

@@ -1,6 +1,7 @@
 """Balancing losses of the gates, and the selection bias of DeepSeek-V3."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -9,17 +10,21 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moe.config import Config, to_config_dict, validate_mesh
+from moe.config import Config, Losses, ModelConfig, MoEConfig, to_config_dict, validate_mesh
 from moe.config.parse import from_config_dict
 from moe.config.registry import LAYERS
 from moe.layers.moe_layer import MoELayer, SelectionBias
 from moe.models.stack import selection_biases
 from moe.parallel.mesh import make_mesh
 from moe.routing import balancing
+from moe.routing.gates import TopK
 from moe.training.batches import place
 from moe.training.step import build
 from tests.gate_helpers import LOGITS, SIGMOID_LOGITS, SIGMOIDS
 from tests.helpers import random_state, routed, set_moe, slow_case, tiny_model
+
+load_balancing_loss = jax.jit(balancing.load_balancing_loss, static_argnames=("counts", "parts"))
+load_loss = jax.jit(balancing.load_loss)
 
 # --- Losses ----------------------------------------------------------------------------------------------------------
 
@@ -29,14 +34,14 @@ def test_importance_and_load_loss_by_hand():
     routing = routed("noisy_topk", LOGITS, 2)
     importance = np.array([6 / 9, 3 / 9, 9 / 13, 4 / 13])
     expected = importance.var() / importance.mean() ** 2
-    assert float(balancing.importance_loss(routing)) == pytest.approx(expected, rel=1e-5)
+    assert float(jax.jit(balancing.importance_loss)(routing)) == pytest.approx(expected, rel=1e-5)
     mask = jnp.ones((1, 2), bool)
-    assert float(balancing.load_loss(routing, mask)) == pytest.approx(0.0, abs=1e-6)  # each expert once
+    assert float(load_loss(routing, mask)) == pytest.approx(0.0, abs=1e-6)  # each expert once
     smooth = jnp.asarray([[[0.9, 0.1, 0.0, 0.0], [0.7, 0.3, 0.0, 0.0]]])
     load = np.array([1.6, 0.4, 0, 0])
     routing = dataclasses.replace(routing, smooth_load=smooth)
-    assert float(balancing.load_loss(routing, mask)) == pytest.approx(load.var() / load.mean() ** 2, rel=1e-5)
-    half = balancing.load_loss(routing, jnp.asarray([[True, False]]))
+    assert float(load_loss(routing, mask)) == pytest.approx(load.var() / load.mean() ** 2, rel=1e-5)
+    half = load_loss(routing, jnp.asarray([[True, False]]))
     assert float(half) == pytest.approx(np.var([0.9, 0.1, 0, 0]) / 0.0625, rel=1e-5)
 
 
@@ -47,19 +52,19 @@ def test_deepseek_v3_balance_loss_counts_the_top_scores_without_bias_and_groups(
     np.testing.assert_array_equal(routing.expert_index, [[[1], [1]]])
     p = (SIGMOIDS / SIGMOIDS.sum(-1, keepdims=True))[0].mean(0)
     mask = jnp.ones((1, 2), bool)
-    loss = balancing.load_balancing_loss(routing, mask, counts=LAYERS["deepseek_v3"].losses.counts)
+    loss = load_balancing_loss(routing, mask, counts=LAYERS["deepseek_v3"].losses.counts)
     assert float(loss) == pytest.approx(4 * (p[0] + p[3]) / 2, rel=1e-6)
-    assert float(balancing.load_balancing_loss(routing, mask)) == pytest.approx(4 * p[1], rel=1e-6)
+    assert float(load_balancing_loss(routing, mask)) == pytest.approx(4 * p[1], rel=1e-6)
     # Of groups (0, 1) and (2, 3) token 0 keeps the first, token 1 the second; the scores alone take 0 and 2, 3 and 2.
     limited = routed("deepseek_v3", SIGMOID_LOGITS, 2, groups=2, kept_groups=1)
     np.testing.assert_array_equal(limited.expert_index, [[[0, 1], [3, 2]]])
-    loss = balancing.load_balancing_loss(limited, mask, counts="top_scores")
+    loss = load_balancing_loss(limited, mask, counts="top_scores")
     assert float(loss) == pytest.approx(4 * (p[0] / 4 + p[2] / 2 + p[3] / 4), rel=1e-6)
 
 
 def grouped_report(routing, groups):
     mask = jnp.ones(routing.chosen.shape[:2], bool)
-    return balancing.report(routing, mask, routing.chosen, expert_groups=groups)
+    return jax.jit(functools.partial(balancing.report, expert_groups=groups))(routing, mask, routing.chosen)
 
 
 def test_device_balance_by_hand():
@@ -70,10 +75,19 @@ def test_device_balance_by_hand():
     report = grouped_report(routing, 2)
     assert float(report.device_balance_loss) == pytest.approx(expected, rel=1e-6)
     collapsed = np.broadcast_to([100.0, 0, 0, 0], (1, 8, 4))
-    for groups in (1, 2, 4):
+    for groups in (2, 4):
         routing = routed("switch", collapsed, 1)
         report = grouped_report(routing, groups)
         assert float(report.device_balance_loss) == pytest.approx(groups, rel=1e-5)
+
+
+def test_a_layers_gate_without_groups_has_no_device_loss():
+    """Over one group it is 1 whatever the routing: a constant that the other layers' loss would be added to."""
+    losses = Losses(device=0.05)
+    moe = MoEConfig(gate=TopK(k=2, groups=4, kept_groups=2), losses=losses, layer_gates=(TopK(k=2),))
+    layer = MoELayer(ModelConfig(d_model=8, d_ff=8, moe=moe), gate=moe.layer_gates[0], rngs=nnx.Rngs(0))
+    report = jax.jit(lambda x: layer(x)[1])(jax.random.normal(jax.random.key(0), (1, 8, 8)))
+    assert float(report.device_balance_loss) == 0
 
 
 @pytest.mark.parametrize("shape", [(2, 4), (1, 8), (4, 2)])
@@ -83,11 +97,11 @@ def test_scopes_of_the_load_balancing_loss(shape):
     logits = np.repeat(100 * np.eye(2), 4, axis=0).reshape(*shape, 2)
     per_group = 1.0 if groups == 1 else 2.0
     for parts, expected in ((1, 1.0), (groups, per_group), (rows, 2.0)):
-        loss = balancing.load_balancing_loss(routed("switch", logits, 1), jnp.ones(shape, bool), parts=parts)
+        loss = load_balancing_loss(routed("switch", logits, 1), jnp.ones(shape, bool), parts=parts)
         assert float(loss) == pytest.approx(expected, rel=1e-5), parts
         # The second row being padding, it is no part of the mean.
         mask = np.arange(8).reshape(shape) < 4
-        loss = balancing.load_balancing_loss(routed("switch", logits, 1, mask), jnp.asarray(mask), parts=parts)
+        loss = load_balancing_loss(routed("switch", logits, 1, mask), jnp.asarray(mask), parts=parts)
         assert float(loss) == pytest.approx(2.0, rel=1e-5), parts
 
 
@@ -108,7 +122,7 @@ def test_sequence_loss_of_deepseek_v3_by_hand():
     shares = SIGMOIDS / SIGMOIDS.sum(-1, keepdims=True)
     counts = np.array([1, 0, 2, 1])
     expected = float((4 / (2 * 2) * counts * shares[0].mean(0)).sum())
-    loss = balancing.load_balancing_loss(routing, jnp.ones((1, 2), bool))
+    loss = load_balancing_loss(routing, jnp.ones((1, 2), bool))
     assert float(loss) == pytest.approx(expected, rel=1e-5)
 
 
