@@ -156,6 +156,8 @@ def keep_fields(source: Json, config: Config, model_type: str = "") -> Json:
         return write_config(config, model_type)
     ours, theirs = _write_as(config, FAMILIES[kept_type]), _write_as(before, FAMILIES[kept_type])
     changed = {name: value for name, value in ours.items() if theirs.get(name) != value}
+    if "num_experts" in changed:  # a later name of this field, which that library would read last
+        source = {name: value for name, value in source.items() if name != "num_local_experts"}
     result = {"architectures": ours["architectures"]} | source | changed
     depth = config.model.prediction_layers  # one that was not imported is still named in the source
     if _differences(config.model, dataclasses.replace(read_config(result).model, prediction_layers=depth)):
@@ -234,6 +236,7 @@ def _facts(model: ModelConfig) -> Json:
     sparse, moe = sparse_layers(model), model.moe
     facts = {f"model.{name}": getattr(model, name) for name in _MODEL_FACTS}
     facts["model.rope_dim"] = model.rope_dim or model.head_dim
+    facts["model.logit_scale"] = float(f"{model.logit_scale:.12g}")  # files hold its reciprocal
     facts["model.delta_net"] = model.delta_net if model.delta_net.layers else None
     facts |= {"model.moe.layers": sparse, "model.sliding_window": tuple(kind.window for kind in layer_kinds(model))}
     if not all(sparse):

@@ -210,6 +210,15 @@ def test_one_weight_that_is_not_renormalised_is_read():
     assert moe.experts_per_token == 1
 
 
+@pytest.mark.parametrize("kind", ["linear", "dynamic"])
+def test_a_factor_of_the_scores_is_of_yarn_alone(kind):
+    """DeepSeek's code scales them under every kind of positions."""
+    source = json.loads((HERE / "deepseek_v3" / "config.json").read_text())
+    scaling = {"type": kind, "factor": 4.0, "mscale_all_dim": 1.0}
+    with pytest.raises(ConfigError, match=rf"mscale_all_dim=1\.0: is read with yarn alone, not with {kind}"):
+        read_config(source | {"rope_scaling": scaling, "rope_parameters": None})
+
+
 #: (family, field of config.json, values that are refused)
 WRONG_VALUES = [
     ("mixtral", "model_type", (None, 3, ["mixtral"], {})),

@@ -200,6 +200,13 @@ def test_switch_without_sparse_layers_is_dense():
     assert not any(sparse_layers(read_open_config(source).model)[: source["num_layers"]])
 
 
+def test_a_dense_switch_comes_back():
+    source = json.loads((HERE / "switch_transformers" / "config.json").read_text())
+    source |= {"num_sparse_encoder_layers": 0, "num_sparse_decoder_layers": 0}
+    config = read_open_config(source)
+    assert read_open_config(keep_fields(source, config)).model == config.model
+
+
 def test_scope_of_the_balance_loss_of_deepseek():
     source = json.loads((HERE / "deepseek" / "config.json").read_text())
     for per_sequence, scope in ((True, "sequence"), (False, "batch")):
@@ -314,6 +321,25 @@ def test_a_changed_setting_replaces_the_field_that_the_source_had_it_in():
     assert written["initializer_range"] == source["initializer_range"]
 
 
+def test_a_changed_number_of_experts_leaves_no_other_one():
+    """transformers 5 reads the name num_local_experts last."""
+    source = json.loads((HERE / "qwen3_moe" / "config.json").read_text())
+    source["num_local_experts"] = source.pop("num_experts")
+    config = read_open_config(source)
+    moe = dataclasses.replace(config.model.moe, num_experts=config.model.moe.num_experts - 2)
+    changed = dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe))
+    written = keep_fields(source, changed)
+    names = {"num_experts", "num_local_experts"} & written.keys()
+    assert {written[name] for name in names} == {moe.num_experts}
+
+
+@pytest.mark.parametrize("base", [96, 128, 160, 192])
+def test_models_with_the_rules_of_a_base_width_are_exported(base):
+    model = ModelConfig(d_model=256, base_d_model=base, moe=moe_config(dispatch="dropless"))
+    again = read_open_config(write_config(Config(model=model))).model
+    assert again.logit_scale == pytest.approx(model.logit_scale, rel=1e-12)
+
+
 def test_a_model_that_no_family_expresses_is_refused(tmp_path):
     def refused(pattern: str, **changes):
         moe = changes.pop("moe", {})
@@ -329,6 +355,7 @@ def test_a_model_that_no_family_expresses_is_refused(tmp_path):
     refused(r": mixtral lacks model\.moe\.novice_experts; ", moe={"novice_experts": 1})
     refused(r"mixtral lacks model\.moe\.gate", moe={"gate": "dense_mixture"})
     refused(r": glm4_moe lacks model\.moe\.gate", moe={"gate": "deepseek_moe", "routing_scale": 2.0})
+    refused(r"lacks model\.embedding_scale", embedding_scale=2.0, moe={"gate": "none"})
     with pytest.raises(ConfigError, match=r"model_type='gpt'"):
         write_config(Config(), "gpt")
 

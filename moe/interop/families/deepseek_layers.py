@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from moe.config import ModelConfig, sparse_layers
+from moe.config import ConfigError, ModelConfig, sparse_layers
 from moe.interop.families.family import ATTENTION, DENSE, EXPERTS, read_sparse_layers, shared_expert, write_groups
 from moe.interop.schema import Count, Json, Off, OpenConfig, OptionalCount, Size
 
@@ -28,6 +28,9 @@ class LatentConfig(OpenConfig):
 
 def read_latent_attention(source: LatentConfig, interleaved: bool) -> Json:
     """Changes of ModelConfig."""
+    scale, kind = source.rope.mscale_all_dim, source.rope.rope_type
+    if scale and kind not in ("default", "yarn"):
+        raise ConfigError(f"config.json: mscale_all_dim={scale}: is read with yarn alone, not with {kind}")
     return {
         "num_kv_heads": source.num_attention_heads,
         "head_dim": source.qk_nope_head_dim + source.qk_rope_head_dim,

@@ -36,9 +36,15 @@ def write(model: ModelConfig) -> Json:
         "embedding_multiplier": model.embedding_scale,
         "residual_multiplier": model.residual_scale,
         "attention_multiplier": model.attention_scale or model.head_dim**-0.5,
-        "logits_scaling": round(1 / model.logit_scale, 12),
+        "logits_scaling": _reciprocal(model.logit_scale),
         "attention_bias": model.attention_bias == "all",
     }
+
+
+def _reciprocal(scale: float) -> float:
+    """1/scale, without the digits of rounding where twelve give the scale back."""
+    short = round(1 / scale, 12)
+    return short if short and 1 / short == scale else 1 / scale
 
 
 EXPERTS = {

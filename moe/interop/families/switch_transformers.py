@@ -53,9 +53,9 @@ def _sparse(num_layers: int, num_sparse: int, step: int | None) -> list[bool]:
 
 
 def _stacks_per_layer(model: ModelConfig) -> float:
-    """Stacks with MoE layers over MoE layers: there the losses of a stack are means over its layers."""
+    """Stacks with MoE layers over MoE layers: there the losses of a stack are means over its layers; 1 without any."""
     sparse = [any(kind.sparse for kind in kinds) for kinds in stacks(model).values()]
-    return sum(sparse) / max(sum(sparse_layers(model)), 1)
+    return sum(sparse) / sum(sparse_layers(model)) if any(sparse) else 1.0
 
 
 def read(source: SwitchConfig) -> tuple[Json, Json]:
