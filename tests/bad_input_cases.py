@@ -357,6 +357,8 @@ CASES = [
     script("conform", "--npz={new}/x.npz", says="x.npz: is not a regular file", break_it=fifo("x.npz")),
     script("plan_pod", "--diff", says="--diff=: must be two files"),
     script("plan_pod", "--diff=a,b", "--search", says="--search: is not read with --diff"),
+    script("plan_pod", "--diff=a,b", "--programs={new}", says="--programs: is not read with --diff"),
+    script("plan_pod", "--remake", "--page={new}/x.html", says="--page: is not read with --remake"),
     script("plan_pod", "--diff={new}/a,{new}/a", says="a: is not a regular file", break_it=fifo("a")),
     script("plan_pod", "--config=configs/tiny.py", "--topology=v5e:2x2", "--search", "--skew=2", says="--skew: is not"),
     script("plan_pod", "--topology=v5p:4x4x4", says="config"),

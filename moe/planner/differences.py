@@ -27,6 +27,7 @@ class _Plan(Fields):
 
     config: _Json
     topology: str
+    num_slices: int = 1
     platform: str
     scenario: str
     where: list[_Part]
@@ -54,10 +55,15 @@ def read(path: Path) -> _Json:
 def settings(a: _Json, b: _Json) -> list[tuple[str, Any, Any]]:
     """Fields of the two configs that differ: (name, A's, B's), and the slices."""
     first, second = dict(_flat(a["config"])), dict(_flat(b["config"]))
-    for name, field in (("topology", "topology"), ("what if", "scenario")):
-        first[name], second[name] = a[field] or "as estimated", b[field] or "as estimated"
+    first["topology"], second["topology"] = _slices(a), _slices(b)
+    first["what if"], second["what if"] = a["scenario"] or "as estimated", b["scenario"] or "as estimated"
     names = [name for name in {**first, **second} if first.get(name) != second.get(name)]
     return [(name, first.get(name, "-"), second.get(name, "-")) for name in names]
+
+
+def _slices(plan: _Json) -> str:
+    count = plan.get("num_slices", 1)
+    return f"{count} x {plan['topology']}" if count > 1 else plan["topology"]
 
 
 def _flat(tree: _Json, prefix: str = "") -> Iterator[tuple[str, Any]]:

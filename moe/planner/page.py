@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from moe.planner.chips import GiB
+from moe.planner.exchanges import ROUTED
 from moe.planner.plan import Plan
 
 
@@ -67,6 +68,8 @@ def _exchanges(plan: Plan) -> list[str]:
         lines.append("  another mesh or model.moe.dispatch does without: --search compiles and ranks them")
     elif plan.unnamed_gathers:
         lines.append("  the program does not name its exchanges; plan one slice to see whether tokens are gathered")
+    elif any(exchange.kind == "all-gather" and exchange.purpose == ROUTED for exchange in plan.exchanges):
+        lines.append("  tokens are gathered as model.moe.exchange=all_gather asks, and by nothing else")
     else:
         lines.append("  no all-gather of tokens")
     return lines

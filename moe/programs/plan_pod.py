@@ -69,6 +69,8 @@ def main() -> None:
     cli.only_with(bool(tries), "is read with --search or --changes alone", _CACHE)
     unread = _JSON, _ROOFLINE, _CHANGES, _SEARCH, _RECORD, _BANDWIDTH, _MATMUL_SHARE, _SKEW, _SLICES, _TOPOLOGY
     cli.only_with(compiles, "is not read with --diff or --remake", *unread)
+    cli.only_with(not _REMAKE.value, "is not read with --remake", _PAGE)
+    cli.only_with(not _DIFF.present, "is not read with --diff", _PROGRAMS, _REMAKE)
     if _DIFF.present:
         _print_difference()
         return

@@ -23,6 +23,7 @@ from moe.planner import (
     candidates,
     compiled,
     differences,
+    exchanges,
     kept_plans,
     layer,
     page,
@@ -179,6 +180,14 @@ def _shown_in_a_browser(text, folder):
     return run(text, folder, script, width=500)
 
 
+def test_the_page_says_that_tokens_are_gathered_where_that_was_asked_for(made):
+    asked = exchanges.Exchange("all-gather", ("expert",), exchanges.ROUTED, 12, 12, 2**30, 0.1, 0.05)
+    for found, words in (((), "no all-gather of tokens"), ((asked,), "as model.moe.exchange=all_gather asks")):
+        text = "\n".join(page._exchanges(dataclasses.replace(made, exchanges=found)))
+        assert words in text
+        assert ("no all-gather" in text) == (not found)
+
+
 def test_differences_name_settings_and_add_up(made, tmp_path):
     a = made.to_json()
     b = _plan(capacity_factor=2.0).to_json()
@@ -186,6 +195,7 @@ def test_differences_name_settings_and_add_up(made, tmp_path):
     b["step_seconds"] += 0.5
     b["counted_seconds"] += 0.5
     assert differences.settings(a, b) == [("model.moe.capacity.train", 1.25, 2.0)]
+    assert differences.settings(a, a | {"num_slices": 2}) == [("topology", "h100:1x1", "2 x h100:1x1")]
     rows = differences.by_part(a, b)
     assert rows[0]["part"] == "experts"
     assert sum(row["seconds"] for row in rows) == pytest.approx(b["step_seconds"] - a["step_seconds"])
