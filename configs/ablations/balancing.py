@@ -9,6 +9,8 @@ from typing import Any
 from configs.ablations import common
 from moe.lab.suite import Comparison, Suite, Variant
 
+_GATES = {"mixtral": "Mixtral's softmax gate", "deepseek_v3": "DeepSeek-V3's sigmoid gate without groups"}
+
 
 def get_suite(size: str) -> Suite:
     """Top-2 of 8, dropless, so that an uneven load drops no assignment."""
@@ -16,7 +18,8 @@ def get_suite(size: str) -> Suite:
 
     def top2(balance: float, gate: str = "mixtral", z: float = 0.0, **fields: Any) -> Variant:
         losses = {"losses.balance": balance, "losses.z": z}
-        return Variant(common.moe(size, gate, 8, 2, wide, **losses, **common.DROPLESS, **fields), rate_from="aux_0.01")
+        moe = common.moe(size, gate, 8, 2, wide, **losses, **common.DROPLESS, **fields)
+        return Variant(moe, rate_from="aux_0.01", note=f"{_GATES[gate]}, balance weight {balance:g}")
 
     variants = {
         "none": top2(0.0),

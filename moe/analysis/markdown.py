@@ -199,8 +199,8 @@ def _saturation_table(summary: dict[str, Any]) -> list[str]:
         lines += [
             f"## Saturation: share of {meaning} that an earlier step chose too, %",
             "",
-            f"Chance: {100 * found[f'chance_{name}']:.1f}. In brackets: excess over chance, from 0 (chance) to 100 "
-            "(the same experts).",
+            f"Chance: {100 * found[f'chance_{name}']:.1f}. In brackets: excess over the chance of as many experts as "
+            "that step chose, from 0 (chance) to 100 (the same experts).",
             "",
             markdown_table(["step", *(f"layer {layer}" for layer in summary["layers"])], rows),
             "",

@@ -146,7 +146,8 @@ def _with_k(moe: MoEConfig, k: int) -> Gate:
         ConfigError: the gate has a fixed one.
     """
     gate = moe.gate
-    if gate is None or not gate.sets_k:
+    # ReMoE's k is what its penalty aims at: how many experts a token has is for its logits.
+    if gate is None or not gate.sets_k or (gate.lists_all and not gate.experts_choose):
         raise ConfigError(f"model.moe.gate={moe.gate_name!r}: has no other number of experts per token than its own")
     return dataclasses.replace(gate, k=k)
 

@@ -115,7 +115,8 @@ def saturation(earlier: Mapping[int, Records], final: Records, untrained: Record
 
     Returns:
         steps; top_k and top_1: [steps][L]; chance_top_k = K/E (K: mean assignments per token) and chance_top_1 = 1/E;
-        excess_top_k and excess_top_1: [steps][L] (share − chance) / (1 − chance), 0 by chance and 1 for equal routing;
+        excess_top_k and excess_top_1: [steps][L] (share − chance) / (1 − chance), 0 by chance and 1 for equal routing,
+        the chance by the experts that the earlier router chose, who may be more or fewer (ReMoE);
         untrained_top_k and untrained_top_1 [L]: the same share for the untrained routers.
     """
     size = final.num_experts
@@ -128,7 +129,9 @@ def saturation(earlier: Mapping[int, Records], final: Records, untrained: Record
     for name, choices in (("top_k", None), ("top_1", 1)):
         last = members(final, choices)
         shares = np.array([measures.saturation(members(r, choices), last) for r in earlier.values()])
-        excess = (shares - chances[name]) / max(1 - chances[name], 1e-9)
+        chosen = [float(r.chosen[..., :choices].sum(-1).mean() / size) for r in earlier.values()]
+        chance = np.array(chosen)[:, None]
+        excess = (shares - chance) / np.maximum(1 - chance, 1e-9)
         result |= {name: shares.tolist(), f"chance_{name}": chances[name], f"excess_{name}": excess.tolist()}
         if untrained is not None:
             result[f"untrained_{name}"] = measures.saturation(members(untrained, choices), last).tolist()

@@ -139,11 +139,13 @@ def _moe(config: Config) -> Canonical:
     form["drops"] = moe.dispatch != "dropless"
     if form["drops"]:
         form |= {"drop_policy": moe.drop_policy, "overflow_to_next": moe.overflow_to_next}
+    sized = form["drops"] or any(gate.experts_choose for gate in moe.gates)  # which take as many tokens as the capacity
+    if sized:
         if moe.capacity.fixed:
             form["expert_capacity"] = moe.capacity.fixed
         else:
             form |= {"capacity_factor": moe.capacity.train, "eval_capacity_factor": moe.capacity.eval}
-    if form["drops"] or moe.losses.scope == "group":
+    if sized or moe.losses.scope == "group":
         form["group_tokens"] = moe.group_size or config.data.sequence_length
     return form
 

@@ -287,7 +287,9 @@ class Suite:
         """
         point = (variant, steps, learning_rate)
         if point not in self._forms:
-            config = self.config(variant, steps=steps, learning_rate=learning_rate)
+            # With its parents: without any, what is taken over from them would not count.
+            start, teacher = (parents.get(role, "") for role in ("starts_from", "teacher"))
+            config = self.config(variant, steps=steps, learning_rate=learning_rate, starts_from=start, teacher=teacher)
             unseen = dataclasses.replace(config.data, dataset="embedded", domains=self.unseen)
             evaluation = {"rows": self.heldout_rows, "unseen": identity.text_versions(unseen)}
             evaluation |= {"primary": list(self.primary)} if self.primary else {}

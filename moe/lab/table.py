@@ -138,7 +138,7 @@ class Table:
             MissingError: the run or the quantity is missing.
         """
         record = self.record(term.variant, steps, seed)
-        if record.status == DIVERGED and term.quantity == "loss":
+        if record.status == DIVERGED and term.quantity in ("loss", "own_loss"):
             return math.inf
         layers = self.layers(term.variant, term.quantity)
         if term.layers.endswith("-"):

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe.analysis import analyse, controls, probes
+from moe.analysis import analyse, controls, probes, summary
 from moe.analysis.record import Recorder
 from moe.config import Capacity, Config, ConfigError, MeshConfig
+from moe.config.registry import LAYERS
 from moe.data import pipeline
 from moe.parallel.mesh import make_mesh
 from moe.routing.interface import GateInputs
@@ -195,6 +196,25 @@ def test_probes_of_a_frozen_model(rng):
         expected = evaluate(build(config_two, mesh), silent, heldout)["all"]["loss"]
     assert swapped == pytest.approx(expected, rel=1e-5)
     assert abs(swapped - full["all"]) > 1e-3
+
+
+def test_a_router_that_chose_more_experts_is_not_saturated():
+    """Independent choices, 6 of 8 experts by the earlier router and one by the last: nothing over chance."""
+    rng = np.random.default_rng(0)
+
+    def records(share):
+        chosen = rng.random((1, 20_000, 8)) < share
+        index = np.broadcast_to(np.arange(8), chosen.shape)
+        return types.SimpleNamespace(num_experts=8, expert_index=index, chosen=chosen)
+
+    found = summary.saturation({1: records(6 / 8)}, records(1 / 8))
+    assert found["top_k"][0][0] == pytest.approx(0.75, abs=0.02)
+    assert found["excess_top_k"][0][0] == pytest.approx(0, abs=0.05)
+
+
+def test_a_gate_without_a_choice_of_k_has_no_fewer_experts():
+    with pytest.raises(ConfigError, match="no other number of experts per token than its own"):
+        probes._with_k(LAYERS["remoe"], 1)
 
 
 def test_impossible_probes_are_refused():

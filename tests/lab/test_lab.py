@@ -264,6 +264,28 @@ def test_parents_are_trained_before_their_children():
     assert found.run(key) != other.run(key)
 
 
+def test_what_is_taken_over_from_parents_is_part_of_a_run():
+    both = {"starts_from": "parent", "teacher": "parent"}
+    arms = {
+        "parent": SWITCH,
+        "quarter": Variant({"distill.soft_share": 0.25}, **both),
+        "half": Variant({"distill.soft_share": 0.5}, **both),
+        "reset": Variant({}, starts_from="parent"),
+        "carry": Variant({"start.optimizer": "carry"}, starts_from="parent"),
+    }
+    found = Plan(suite_of(arms, horizons=(20,)), [])
+    assert len({found.run(found.key(name, 20, 0)) for name in arms}) == len(arms)
+
+
+def test_the_capacity_of_experts_that_choose_is_part_of_a_run():
+    """They take as many tokens of a group as it says, dropless too."""
+    own = {"model.moe.gate": "expert_choice", "model.moe.dispatch": "dropless", "model.moe.accept_future_leak": True}
+    changes = ({}, {"model.moe.capacity.train": 2.0}, {"model.moe.group_size": 256})
+    arms = {f"arm_{i}": Variant(own | change) for i, change in enumerate(changes)}
+    found = Plan(suite_of(arms, horizons=(20,)), [])
+    assert len({found.run(found.key(name, 20, 0)) for name in arms}) == len(arms)
+
+
 def test_a_sweep_goes_from_the_base_rate_to_its_neighbours_at_each_horizon():
     sweep = Sweep((1e-3, 3e-3, 9e-3, 27e-3), (7,), (10, 20))
     arms = {"a": DENSE, "b": dataclasses.replace(SWITCH, rate_from="a")}

@@ -6,11 +6,11 @@ import math
 import pytest
 
 from moe.config import ConfigError
-from moe.lab import inference
+from moe.lab import inference, records
 from moe.lab.claims import decide
 from moe.lab.claims.registration import Part, Primary, hashes_at_start, read_claims
 from moe.lab.loading import with_seeds
-from moe.lab.report import answer, claims_page
+from moe.lab.report import answer, claims_page, sections
 from moe.lab.table import Table
 from tests.lab_helpers import CLAIMS, DENSE, REGISTERED, SWITCH, claim_of, record, suite_of, table, table_of
 
@@ -186,6 +186,20 @@ def test_diverged_runs_are_outcomes():
     claim = claim_of("not_above", margin=0.05)
     found = assess(claim, table_of((5.01,) * 5 + (math.inf,), (5.0,) * 6, claim=claim))
     assert "5 lower, 1 higher" in found.outcomes[0].note
+
+
+def test_diverged_runs_are_censored_and_infinite_at_their_own_capacity():
+    """Two of five runs of b end below a's loss; the three others diverge, without a held-out loss."""
+
+    def finished(name, seed, loss):
+        last = [(20, quantity, records.PRIMARY, "", loss) for quantity in ("loss", "own_loss")]
+        return record(name, seed, loss, rows=[(10, "loss", records.PRIMARY, "", loss + 0.5), *last])
+
+    runs = [finished("a", seed, 4.0) for seed in range(5)] + [finished("b", seed, 3.6) for seed in range(2)]
+    runs += [record("b", seed, 0.0, status=records.DIVERGED, rows=[]) for seed in range(2, 5)]
+    found = table(suite_of({"a": DENSE, "b": SWITCH}, seeds=range(5), horizons=(20,)), runs)
+    assert sections._steps_to_loss(found, "b", "a", 20).startswith("> 1")
+    assert len(found.values(20, "own_loss[b] - own_loss[a]")) == 5
 
 
 def test_less_variance_is_tested_on_pairs():

@@ -112,7 +112,9 @@ def _steps_to_loss(found: Table, arm: str, base: str, steps: int) -> str:
     shares = []
     for seed in found.seeds(steps, arm, base):
         target, curve = (found.curve(name, steps, seed, "loss", PRIMARY) for name in (base, arm))
-        if target and len(curve) > 1:
+        if target and seed in found.diverged(arm, steps):
+            shares.append(math.inf)
+        elif target and len(curve) > 1:
             shares.append(inference.steps_to_reach(curve, target[-1][1]) / steps)
     if not shares:
         return "–"
