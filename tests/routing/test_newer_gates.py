@@ -1,6 +1,7 @@
 """Gates of 2024 to 2026: quantile balancing, ReMoE, thresholds, zero-computation and latent experts, gates by layer."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,25 +15,25 @@ from moe.interop.layers import single_layer
 from moe.layers.moe_layer import MoELayer, SelectionBias
 from moe.parallel import partition_specs
 from moe.parallel.mesh import make_mesh
-from moe.routing import balancing
+from moe.routing import balancing, interface
 from moe.routing.gates import TopK
-from moe.routing.interface import quantile
 from tests.gate_helpers import LOGITS, SOFTPLUS_LOGITS
 from tests.helpers import random_model, routed, slow_case, tiny_model
+
+quantile = jax.jit(interface.quantile)
 
 
 def report_of(routing, **moe):
     """The report of a routing whose tokens are all real, under a layer's config."""
     moe = tiny_model(num_experts=routing.router_logits.shape[-1], **moe).moe
     mask = jnp.ones(routing.chosen.shape[:2], bool)
-    return balancing.report(
-        routing,
-        mask,
-        routing.chosen,
+    report = functools.partial(
+        balancing.report,
         k=moe.experts_per_token,
         null_experts=moe.null_experts,
         weights=balancing.balance_weights(moe.num_experts, moe.null_experts, moe.losses.null),
     )
+    return jax.jit(report)(routing, mask, routing.chosen)
 
 
 def test_quantile_by_hand(rng):
