@@ -49,7 +49,9 @@ _JSON = flags.DEFINE_string("json", "", "File to write all numbers to.")
 _ALONE = flags.DEFINE_bool(
     "experts_alone", False, "Also the experts by themselves: equal loads, no router or dispatch."
 )
-_TOPOLOGY = flags.DEFINE_string("topology", "", "Compile for this TPU topology, such as v5p:2x2x2, and run nothing.")
+_TOPOLOGY = flags.DEFINE_string(
+    "topology", "", "Compile for absent TPUs (v5p:2x2x2) or GPUs (h100:1x8), and run nothing."
+)
 _MODEL = flags.DEFINE_bool("model", False, "Time the train step of a 4-layer Mixtral-style model of 100.7M parameters.")
 
 #: Tokens of a row with --model.

@@ -109,7 +109,8 @@ def main() -> None:
     for entry in _MESH.value or []:
         axis, _, size = str(entry).partition("=")
         if axis not in AXES or whole_number(size.removeprefix("-")) is None:
-            raise ConfigError(f"--mesh={entry}: write axis=size with one of {', '.join(AXES)}")
+            allowed = ", ".join(axis for axis in AXES if axis != "context")
+            raise ConfigError(f"--mesh={entry}: write axis=size with one of {allowed}")
         axes[axis] = int(size)
     mesh = make_mesh(MeshConfig(**axes))
     if (context := mesh.shape.get("context", 1)) > 1:
