@@ -44,6 +44,7 @@ from moe.dispatch import modes
 from moe.metric_writers import find_writers
 from moe.metrics_files import METRICS, TIMING, MetricsWriter, read_rows
 from moe.models import flops
+from moe.models.pipeline import check as pipeline_check
 from moe.models.state import TrainState
 from moe.parallel.mesh import local_rows, make_mesh, rows_by_process
 from moe.signals import StopSignals
@@ -52,7 +53,7 @@ from moe.training.batches import place
 from moe.training.evaluation import Heldout, check_domains, evaluate, load_heldout
 from moe.training.metrics import StepClock, Throughput, mean_row, step_metrics
 from moe.training.optimizer import averaged_weights
-from moe.training.recovery import Health, Recovery, next_batch
+from moe.training.recovery import DivergedError, Health, Recovery, next_batch
 from moe.training.report import finish, prompts
 from moe.training.step import Program, build
 from moe.training.teacher import read_teacher
@@ -90,6 +91,7 @@ def train(
     folders.refuse_inside(config.data.dataset, workdir)
     mesh = make_mesh(config.mesh, devices)
     validate_mesh(config, mesh.shape)
+    pipeline_check(config, mesh.shape)
     find_writers(config.train.writers)
     with contextlib.ExitStack() as stack:
         signals = stack.enter_context(StopSignals())
@@ -161,6 +163,9 @@ def train(
                 loop = _Loop(program, iterator, heldout, checkpoints, directory, signals, step, saved, shown)
                 stage("compiling the train step (later starts find it in train.compilation_cache)")
                 state = loop.run(state)
+        else:
+            with disk_errors(directory):  # a run that was shortened to its newest checkpoint has rows of later steps
+                MetricsWriter(directory, step, config).close()
         checkpoints.close()
         if jax.process_index() == 0:
             with disk_errors(directory):
@@ -359,13 +364,13 @@ class _Loop:
         """Start a checkpoint, unless updates are being skipped: the cause may be in the parameters themselves.
 
         Raises:
-            ConfigError: this is the last step, and the parameters are not finite.
+            DivergedError: this is the last step, and the parameters are not finite.
         """
         self._pending = [step_metrics(metrics) for metrics in self._pending]
         skipping = self._pending[-1]["skipped"] if self._pending else self._health.skipped_in_a_row
         finite = is_finite((state.parameters, state.biases))
         if last and not finite:
-            raise ConfigError(
+            raise DivergedError(
                 f"step {step}: the parameters are not finite, so that the run cannot end here; a lower "
                 "optimizer.learning_rate may help (--change)"
             )

@@ -124,7 +124,7 @@ class Recovery:
             skipped: consecutive skipped updates, up to this step.
 
         Raises:
-            ConfigError: train.on_skipped_steps is "stop", or no good checkpoint is left.
+            DivergedError: train.on_skipped_steps is "stop", or no good checkpoint is left.
         """
         config = self._program.config.train
         first = step - skipped + 1
@@ -135,7 +135,7 @@ class Recovery:
         trouble = f"step {step}: the last {skipped} updates were skipped, from step {first} on"
         remedy = "look at the rows of kind 'warning' in metrics.jsonl; a lower optimizer.learning_rate may help"
         if config.on_skipped_steps == "stop":
-            raise ConfigError(f"{trouble}, and train.on_skipped_steps is 'stop': {remedy}")
+            raise DivergedError(f"{trouble}, and train.on_skipped_steps is 'stop': {remedy}")
         self._checkpoints.wait()
         for saved in self._checkpoints.before(self._tried or first, config.save_every):
             with contextlib.suppress(DamagedError):
@@ -143,7 +143,11 @@ class Recovery:
                 self._tried, self._handled, self._at = saved, skipped, step
                 text = f"{trouble}: parameters and optimizer are those of step {saved} again"
                 return continue_at(state.restored(good), step), [{"what": "rollback", "to": saved, "text": text}]
-        raise ConfigError(f"{trouble}, and no checkpoint is left to roll back to: {remedy}")
+        raise DivergedError(f"{trouble}, and no checkpoint is left to roll back to: {remedy}")
+
+
+class DivergedError(ConfigError):
+    """A run that cannot go on, or end, because its updates or its parameters are not finite."""
 
 
 def next_batch(iterator: Any, step: int, checkpoints: Checkpoints) -> dict[str, np.ndarray]:

@@ -20,6 +20,15 @@ from tests.run_helpers import ONE, SETTINGS, Interrupted, compile_once, interrup
 pytestmark = pytest.mark.usefixtures("compilation_cache")
 
 
+def test_a_shortened_run_has_no_rows_after_its_end(directory, programs, tmp_path):
+    settings, run = SETTINGS | {"train.eval_every": 2, "train.save_every": 4}, str(tmp_path / "run")
+    with interrupted(7), pytest.raises(Interrupted):
+        train(tiny(directory, **settings | {"train.num_steps": 12}), run, ONE, make_program=programs, quiet=True)
+    short = tiny(directory, **settings | {"train.num_steps": 4})
+    train(short, run, ONE, make_program=programs, allow_changes=True, quiet=True)
+    assert [row["step"] for row in rows(tmp_path / "run", "train")] == [1, 2, 3, 4]
+
+
 def test_a_finished_run_goes_on_with_more_steps_and_another_rate(directory, whole, tmp_path, capsys):
     """Four more steps at a constant rate: refused without the flag, recorded with it, and exact when interrupted."""
     make = compile_once()  # another schedule is another program

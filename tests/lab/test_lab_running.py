@@ -3,8 +3,10 @@
 import contextlib
 import dataclasses
 import itertools
+import json
 import math
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -110,6 +112,61 @@ def test_a_process_waits_for_the_sweep_that_others_finish(faked, monkeypatch, tm
     runner.Worker(suite, tmp_path, []).run()
     assert taken not in faked
     assert {(key.variant, key.seed) for key in faked} >= set(itertools.product(suite.variants, suite.seeds))
+
+
+def test_a_process_looks_again_after_a_run_that_ended_while_it_looked(faked, monkeypatch, tmp_path):
+    """The last run of a sweep, written between reading the records and taking its lock: more follows from it."""
+    sweep = Sweep((1e-3, 3e-3, 9e-3), (7,))
+    suite = dataclasses.replace(tiny_suite(tiny_base(tmp_path)), sweep=sweep)
+    monkeypatch.setattr(runner, "_LOOK_AGAIN", 0.01)
+    last, read_all, looks = Plan(suite, []).runs()[0], records.read_all, []
+
+    def missing():
+        found = Plan(suite, read_all(tmp_path))
+        return [key for key in found.runs() if found.record(key) is None]
+
+    def write(key):
+        loss = 6.0 if key.learning_rate == 3e-3 else 7.0
+        keyed(suite, [record(key.variant, key.seed, loss, key.steps, key.learning_rate)])[0].write(tmp_path)
+
+    def read(folder):
+        found = read_all(folder)
+        if not looks:
+            write(last)
+        looks.append(found)
+        return found
+
+    while todo := [key for key in missing() if key != last]:
+        for key in todo:
+            write(key)
+    monkeypatch.setattr(runner, "read_all", read)
+    runner.Worker(suite, tmp_path, []).run()
+    assert faked
+    assert not missing()
+
+
+def test_an_arm_without_its_parent_is_told(faked, tmp_path):
+    suite = tiny_suite(tiny_base(tmp_path))
+    suite = dataclasses.replace(suite, variants={**suite.variants, "child": Variant({}, starts_from="dense")})
+    with pytest.raises(ConfigError, match=r"child, .* needs the run dense, .* not finished"):
+        runner.Worker(suite, tmp_path / "w", [], only=runner.only(suite, ["child"], [])).run()
+    assert not faked
+
+
+def test_a_run_that_was_refused_has_not_diverged(monkeypatch, tmp_path):
+    """Some updates of its last logged row were skipped, but what ended it is its data."""
+
+    def fail(config, directory, **_):
+        Path(directory).mkdir(parents=True)
+        row = {"step": 1, "kind": "train", "skipped": 0.1, "loss": 6.0, "cross_entropy": 6.0}
+        (Path(directory) / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+        raise ConfigError("the batch of step 2 cannot be read")
+
+    monkeypatch.setattr(runner, "train", fail)
+    monkeypatch.setattr(runner.Worker, "_open_text", lambda self: None)
+    with pytest.raises(ConfigError, match=r"runs did not finish; the first, .*cannot be read"):
+        runner.Worker(tiny_suite(tiny_base(tmp_path)), tmp_path / "w", []).run()
+    assert not records.read_all(tmp_path / "w")
 
 
 def test_a_failed_run_is_told_after_the_others(faked, monkeypatch, tmp_path):

@@ -212,6 +212,14 @@ def test_a_new_run_has_the_streams_that_its_hosts_need_and_keeps_them(monkeypatc
     assert loop._with_streams(config, mesh, config, said.append) == config
 
 
+def test_a_pipeline_without_microbatches_is_refused_on_several_hosts(directory, tmp_path, monkeypatch):
+    """Before rows, which then do not divide, are given to processes."""
+    config = tiny(directory, **{"mesh.pipeline": 2, "mesh.data": 2, "train.batch_size": 6})
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ConfigError, match=r"train\.accumulation_steps=1: must be a multiple of mesh\.pipeline=2"):
+        train(config, str(tmp_path / "run"), jax.devices()[:4], quiet=True)
+
+
 def test_a_workdir_belongs_to_one_config(directory, whole, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(whole[1], workdir)

@@ -23,7 +23,6 @@ from typing import Any
 import filelock
 import jax
 import numpy as np
-from etils import epath
 
 from moe.checkout import commit
 from moe.checkpoints.workdir import read_config
@@ -38,9 +37,9 @@ from moe.lab.running.heldout import RowLosses, dropless, mixed_rows, with_unseen
 from moe.lab.running.progress import Progress
 from moe.lab.suite import Suite
 from moe.lab.table import Table
-from moe.metrics_files import METRICS, read_rows
 from moe.parallel.mesh import make_mesh
 from moe.training.loop import train
+from moe.training.recovery import DivergedError
 from moe.training.step import Program, build
 
 RUNS = "runs"
@@ -150,6 +149,11 @@ class Worker:
         if self._failed:
             key, reason = next(iter(self._failed.items()))
             raise ConfigError(f"{len(self._failed)} runs did not finish; the first, {key}: {reason}")
+        found = schedule.Plan(self._suite, read_all(self._workdir))
+        for key in filter(self._only, found.runs(sweep=self._sweep)):
+            lacking = [parent for parent in found.parents(key).values() if found.record(parent) is None]
+            if lacking and found.record(key) is None:
+                raise ConfigError(f"{key}: needs the run {lacking[0]}, which is not finished; train that arm too")
 
     @functools.cache  # noqa: B019 - a worker lives as long as its process
     def _open_text(self) -> None:
@@ -189,6 +193,7 @@ class Worker:
                     self._progress.start(key, planned, done, list(unnamed))
                     yield key
                     return
+                taken = True  # another process has finished it since: look again, for what follows from it
         self._others_lead = taken and (later or (self._sweep and any(map(self._only, found.unnamed()))))
         yield None
 
@@ -211,9 +216,7 @@ class Worker:
         with self._progress.following(key, directory):
             try:
                 train(config, str(directory), make_program=functools.partial(self._recorded, path), quiet=True)
-            except ConfigError as error:
-                if not _skipping(directory):
-                    raise
+            except DivergedError as error:
                 status, reason = DIVERGED, str(error)
         rows = results.run_rows(directory)
         last = last_tenth.losses(path, key.steps)
@@ -379,12 +382,6 @@ def _outcome(losses: Sequence[float], vocab_size: int) -> tuple[str, str]:
     if np.mean(losses) > math.log(vocab_size) + 1:
         return DIVERGED, f"held-out loss {np.mean(losses):.2f}, more than a nat above that of a uniform guess"
     return FINISHED, ""
-
-
-def _skipping(directory: Path) -> bool:
-    """True if the last logged training row had skipped updates: the run stopped because it diverged."""
-    rows = [row for row in read_rows(epath.Path(directory) / METRICS) if row["kind"] == "train"]
-    return bool(rows and rows[-1]["skipped"])
 
 
 def hardware() -> str:
