@@ -234,7 +234,8 @@ def train_iterator(
         raise ConfigError(
             f"data.streams={count}: must be a multiple of the number of processes that hold different rows, so that "
             f"each holds whole streams; train.batch_size={batch_size} and the mesh give this one {len(here)} rows, "
-            f"for which {streams.least_number(batch_size, [here])} would do; a run that has begun needs fewer processes"
+            f"for which {streams.least_number(batch_size, [here])} would do; a run that has begun keeps its "
+            f"streams and needs a number of processes that divides {count}"
         )
     parts = {int(i): _stream(prepared, data, int(i), count, seed).batch(per_stream) for i in numbers}
     return iter(streams.run(parts, _digest(prepared)))

@@ -283,6 +283,7 @@ def test_the_least_number_of_streams(size, rows, number):
         ({"streams": 3}, None, "data.streams=3: must divide train.batch_size=8"),
         ({"streams": 1}, range(4), "data.streams=1: must be a multiple of the number of processes"),
         ({"streams": 2}, range(2, 6), "data.streams=2: must be a multiple of the number of processes"),
+        ({"streams": 4}, range(5), "needs a number of processes that divides 4"),
     ],
 )
 def test_impossible_streams(prepared, data, changes, rows, message):
