@@ -176,8 +176,9 @@ def read_parameters(
     config = _adapted(workdir)
     if config is None:
         return _read(epath.Path(workdir), "parameters", abstract_parameters(model), **options)
-    base = options | {"step": base_step(config, workdir)}
-    adapters = read_adapters(workdir, dataclasses.replace(config, model=model), **{**options, "only": ()})
+    exact = options | {"dtype": None}  # the sum is cast: its parts would lose adapters that are small beside the base
+    base = exact | {"step": base_step(config, workdir)}
+    adapters = read_adapters(workdir, dataclasses.replace(config, model=model), **{**exact, "only": ()})
     parameters = read_parameters(config.start.checkpoint, model, **base)
     mesh, dtype = options.get("mesh"), options.get("dtype")
     with jax.set_mesh(NO_MESH) if mesh is None else contextlib.nullcontext():

@@ -20,7 +20,7 @@ from etils import epath
 
 from moe.atomic_files import write_atomic
 from moe.checkpoints.manager import Checkpoints, no_background_tracebacks
-from moe.checkpoints.pinned import PinnedSteps, base_step
+from moe.checkpoints.pinned import pinned_steps
 from moe.checkpoints.workdir import CONFIG, locked_workdir, refuse_other_run, write_run_files
 from moe.config import ConfigError, ModelConfig, from_config_dict, to_dict
 from moe.data import policy, rollouts
@@ -123,7 +123,9 @@ def train_online(program: Program, workdir: str, task: Task, engine: Engine, rou
     A run begins with random parameters, or as ``start`` and ``lora`` of its config say.
 
     Args:
-        program: of :func:`moe.posttraining.make_program` with data.objective "policy", without a teacher or with one.
+        program: of :func:`moe.posttraining.make_program` with data.objective "policy". A reference model is read for it
+            at the step that the run holds on to: ``read_teacher(config, mesh, step=pinned_steps(config,
+            directory).teacher)``, directory None for a new run.
         workdir: receives config.json, rounds.json, ``metrics.jsonl`` with a row a round, and checkpoints.
         task: prompts and rewards.
         engine: samples the rollouts.
@@ -155,11 +157,11 @@ def train_online(program: Program, workdir: str, task: Task, engine: Engine, rou
             refuse_other_run(from_config_dict(to_dict(config)), directory)  # with what a file's config has filled in
         _pin_sizes(rounds, directory, new=new)
         stack.enter_context(no_background_tracebacks())
-        base = base_step(config, None if new else directory)
-        PinnedSteps(base, None).note(directory)
+        pinned = pinned_steps(config, None if new else directory)
+        pinned.note(directory)
         checkpoints = Checkpoints(directory, config.train.keep_checkpoints, config.train.keep_every)
         stack.callback(checkpoints.close)
-        step, state = _begin(program, checkpoints, base)
+        step, state = _begin(program, checkpoints, pinned.base)
         write_run_files(config, {}, directory, new=new)
         writer = stack.enter_context(contextlib.closing(MetricsWriter(directory, step, config)))
         for number in range(step // rounds.updates, config.train.num_steps // rounds.updates):

@@ -78,6 +78,7 @@ def main() -> None:
     from moe.analysis import difference, difference_page
     from moe.analysis.controls import has_router, hash_routing, untrain_routers
     from moe.analysis.summary import piece_of
+    from moe.training.open_run import same_text
 
     unread = _OTHER_STEP, _BESIDE, _SHUFFLES, _SEED
     cli.only_with(_OTHER.value is not None, "is read with --other alone", *unread)
@@ -86,22 +87,15 @@ def main() -> None:
         print(_settling(one))
         return
     config = one.workdir.program.config
-    same_text: dict[tuple[str, str], Any] = {
-        ("data", "dataset"): config.data.dataset,
-        ("data", "domains"): one.workdir.prepared.domains,
-        ("data", "directory"): config.data.directory,
-        ("data", "objective"): config.data.objective,
-        ("data", "sequence_length"): config.data.sequence_length,
-        ("train", "batch_size"): config.train.batch_size,
-    }
-    other = _read(str(_OTHER.value), _OTHER_STEP.value, same_text)
+    text = same_text(config, one.workdir.prepared.domains)
+    other = _read(str(_OTHER.value), _OTHER_STEP.value, text)
     compared = {"": other.records, "hash of the token": hash_routing(one.records)}
     model, seed = other.workdir.program.config.model, int(_SEED.value or 0)
     if has_router(model):
         untrained = untrain_routers(other.variables, model, seed)
         name = f"{Path(str(_OTHER.value)).name}, untrained routers"
         compared[name] = other.recorder(untrained, other.rows)
-    compared |= {path: _read(path, None, same_text).records for path in _BESIDE.value}
+    compared |= {path: _read(path, None, text).records for path in _BESIDE.value}
     shuffles = int(_SHUFFLES.value or 0)
     found = {
         name: difference.agreements(one.records, records, shuffles=shuffles, seed=seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ from etils import epath
 
 from moe.checkpoints import manager, parameters
 from moe.checkpoints.workdir import read_config
-from moe.config import ConfigError, MeshConfig, OptimizerConfig, to_dict, validate_mesh
+from moe.config import Config, ConfigError, MeshConfig, OptimizerConfig, to_dict, validate_mesh
 from moe.config.parse import from_config_dict
 from moe.data import pipeline
 from moe.data.tokenizer_files import find_tokenizer
@@ -42,6 +43,22 @@ class Workdir:
         if not steps:
             raise ConfigError(f"{self.path}: holds no checkpoints")
         return steps
+
+
+def same_text(config: Config, domains: Sequence[str]) -> dict[tuple[str, str], Any]:
+    """(section, field) → value of the settings with which another run reads the text of a config as that does."""
+    return {
+        ("data", "dataset"): config.data.dataset,
+        ("data", "domains"): tuple(domains),
+        ("data", "directory"): config.data.directory,
+        ("data", "objective"): config.data.objective,
+        ("data", "sequence_length"): config.data.sequence_length,
+        ("train", "batch_size"): config.train.batch_size,
+        # What the objective demands and nothing reads here.
+        ("distill", "teacher"): config.distill.teacher,
+        ("policy", "kl"): config.policy.kl,
+        ("policy", "replay"): config.policy.replay,
+    }
 
 
 def open_workdir(path: str, instead: dict[tuple[str, str], Any]) -> Workdir:

@@ -51,9 +51,10 @@ def _check_fit(config: Config, model: ModelConfig, mesh: Mesh) -> None:
     """Check that a teacher fits the mesh and the rows of the run. Raises ConfigError."""
     data = config.data
     if data.is_posttraining:
-        data = dataclasses.replace(data, objective="causal")
+        data = dataclasses.replace(data, objective="causal", chat_template="")
     model = dataclasses.replace(model, moe=dataclasses.replace(model.moe, accept_future_leak=True))
-    train = TrainConfig(batch_size=config.train.batch_size, accumulation_steps=config.train.accumulation_steps)
+    rows, parts = config.train.batch_size, config.train.accumulation_steps
+    train = TrainConfig(batch_size=rows, accumulation_steps=parts, sample_tokens=0)
     try:
         validate_mesh(Config(model=model, data=data, train=train), mesh.shape)
     except ConfigError as error:

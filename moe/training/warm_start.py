@@ -321,7 +321,14 @@ def _transplant(
         if key is None:
             from_dense = names == ("moe", "router", "kernel") and (layer, ("dense", "up")) in available
             if from_dense and start is not None and start.virtual_groups:
-                fresh_value = group_columns(fresh_value, granularity(model.d_ff, moe.num_experts, moe.d_ff))
+                shards, experts = granularity(model.d_ff, moe.num_experts, moe.d_ff), moe.num_experts
+                if moe.experts_per_token % shards:
+                    raise ConfigError(
+                        f"start.virtual_groups=True: K={moe.experts_per_token} must be a multiple of the {shards} "
+                        "shards of the dense FFN, which together are one group"
+                    )
+                columns = group_columns(fresh_value[:, :experts], shards), fresh_value[:, experts:]
+                fresh_value = np.concatenate(columns, axis=1)
             chosen[layer, names] = fresh_value
             continue
         value = available[key]

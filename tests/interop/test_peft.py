@@ -45,6 +45,16 @@ def read(folder):
     }
 
 
+def test_a_cast_export_is_the_cast_of_the_merged_weights(tmp_path):
+    """Cast before they are added, adapters that are small beside the base would be lost."""
+    _, lora = workdirs(tmp_path)
+    for name, options in (("whole", {}), ("cast", {"dtype": "bfloat16"})):
+        export_checkpoint(lora, tmp_path / name, **options)
+    whole = read(tmp_path / "whole")
+    for name, array in read(tmp_path / "cast").items():
+        np.testing.assert_array_equal(array, whole[name].astype(array.dtype), err_msg=name)
+
+
 @pytest.mark.parametrize("common_a", [False, True])
 def test_adapters_added_by_hand_are_the_merged_export(tmp_path, common_a):
     base, lora = workdirs(tmp_path, **{"lora.common_a": common_a})

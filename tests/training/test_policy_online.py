@@ -11,6 +11,7 @@ import pytest
 from etils import epath
 
 from moe.benchmarks.train_steps import random_rows, refuse_more_than_the_model
+from moe.checkpoints.pinned import pinned_steps
 from moe.config import Config, ConfigError, DataConfig, DistillConfig, LoraConfig, MeshConfig, StartConfig, TrainConfig
 from moe.config.run_sections import OptimizerConfig
 from moe.models.sampling import Rollout, check_prompts, make_sampler
@@ -18,6 +19,7 @@ from moe.parallel.mesh import make_mesh
 from moe.posttraining import make_program, online
 from moe.posttraining.online import Engine, Rounds, make_groups, own_engine, train_online
 from moe.training.batches import EXPERTS_KEY
+from moe.training.teacher import read_teacher
 from tests.helpers import random_parameters, tiny_model
 from tests.run_helpers import ONE, Interrupted, state_of, write_run
 
@@ -157,10 +159,11 @@ def test_a_run_begins_with_its_checkpoint(tmp_path, monkeypatch, rank):
     write_run(tmp_path / "base", CONFIG, parameters)
     write_run(tmp_path / "later", CONFIG, further)
     train = dataclasses.replace(CONFIG.train, keep_every=80)
-    start = StartConfig(checkpoint=str(tmp_path / "base"))
+    start, reference = StartConfig(checkpoint=str(tmp_path / "base")), DistillConfig(str(tmp_path / "base"))
     config = dataclasses.replace(CONFIG, start=start, lora=LoraConfig(rank=rank), train=train)
+    config = dataclasses.replace(config, distill=reference, policy=dataclasses.replace(CONFIG.policy, kl=0.1))
     with jax.set_mesh(mesh := make_mesh(MeshConfig(), ONE)):
-        program = make_program(config, mesh)
+        program = make_program(config, mesh, read_teacher(config, mesh))
         for _ in range(2):
             with pytest.raises(Interrupted):
                 train_online(program, str(tmp_path / "run"), Evens(), Engine(None, load), Rounds())
@@ -170,6 +173,7 @@ def test_a_run_begins_with_its_checkpoint(tmp_path, monkeypatch, rank):
         jax.tree.map(np.testing.assert_array_equal, variables, expected)
     assert set(retention) == {(3, 80)}
     assert (tmp_path / "run" / "base.json").exists() == bool(rank)
+    assert pinned_steps(config, epath.Path(tmp_path / "run")).teacher == 0
 
 
 def test_sizes_that_do_not_divide_are_refused(tmp_path):

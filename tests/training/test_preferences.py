@@ -9,13 +9,25 @@ import numpy as np
 import pytest
 from etils import epath
 
-from moe.config import ConfigError, DataConfig, MeshConfig, to_dict
+from moe.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    DistillConfig,
+    MeshConfig,
+    ModelConfig,
+    MoEConfig,
+    TrainConfig,
+    from_config_dict,
+    to_dict,
+    validate_mesh,
+)
 from moe.data import documents, pipeline, preferences
 from moe.data.tokenizer import train_tokenizer
 from moe.parallel.mesh import make_mesh
 from moe.posttraining import make_program
 from moe.posttraining.dpo import PreferenceObjective, margins
-from moe.training import teacher, warm_start
+from moe.training import open_run, teacher, warm_start
 from moe.training.loop import train
 from moe.training.step import build
 from tests.data.test_chat import EXPECTED, HERE, tokenizer
@@ -167,6 +179,31 @@ def test_the_reference_may_have_two_tokenizers(tmp_path, monkeypatch):
     monkeypatch.setattr(teacher.stored, "read_variables", lambda *_, **__: {})
     ours = warm_start.tokenizer(config, epath.Path(tmp_path / "run"))
     assert teacher.read_teacher(config, make_mesh(MeshConfig(), ONE), ours) == (config.model, {})
+
+
+def test_a_template_of_ones_own_goes_with_a_reference(start, tmp_path):
+    folder, settings = start
+    (tmp_path / "own.jinja").write_text(json.loads((folder / "tokenizer_config.json").read_text())["chat_template"])
+    config = tiny(tmp_path / "cache", **settings | {"data.chat_template": str(tmp_path / "own.jinja")})
+    assert teacher.read_teacher(config, make_mesh(config.mesh, ONE)) is not None
+
+
+def test_a_teacher_fits_a_mesh_that_splits_rows():
+    sizes = {"data": 4, "fsdp": 1, "expert": 1, "tensor": 1, "context": 2, "pipeline": 1}
+    model = ModelConfig(moe=MoEConfig(group_size=64))
+    train = TrainConfig(batch_size=4, sample_tokens=0)
+    config = Config(model=model, train=train, distill=DistillConfig("t", 0.5))
+    validate_mesh(config, sizes)
+    teacher._check_fit(config, model, SimpleNamespace(shape=sizes))
+
+
+def test_a_run_on_pairs_is_compared_with_its_start(start, tmp_path):
+    _, settings = start
+    config = tiny(tmp_path / "cache", **settings)
+    tree = to_dict(tiny(tmp_path / "cache"))
+    for (section, name), value in open_run.same_text(config, ("pairs",)).items():
+        tree[section][name] = value
+    assert from_config_dict(tree).data.objective == "preferences"
 
 
 def test_rows_are_resumed_exactly_and_need_a_reference(start, tmp_path):

@@ -95,6 +95,18 @@ def test_virtual_groups_keep_the_dense_models_output(tmp_path):
         assert np.abs(logits - expected).max() > 0.01
 
 
+@pytest.mark.parametrize(("k", "null"), [(6, 0), (4, 1)])
+def test_virtual_groups_are_whole_and_of_experts_with_an_ffn(k, null, tmp_path):
+    """Four shards of 7 units: K = 6 is a group and a half; the router's column of a zero expert is no group's."""
+    moe = {"gate": "mixtral", "num_experts": 16, "experts_per_token": k, "d_ff": 7, "zero_experts": null}
+    if k % 4:
+        with pytest.raises(ConfigError, match=r"start.virtual_groups=True: K=6 must be a multiple of the 4 shards"):
+            started(tmp_path, moe, virtual_groups=True, expert_scale=4.0)
+        return
+    program, state = started(tmp_path, moe, virtual_groups=True, expert_scale=4.0)
+    assert jax.tree.map(np.shape, state) == jax.tree.map(np.shape, program.state)
+
+
 @pytest.mark.parametrize(
     ("module", "shards"),
     [
