@@ -189,11 +189,12 @@ def join_processes() -> None:
         ConfigError: the environment describes no cluster.
     """
     address, count, index = (os.environ.get(name) for name in _VARIABLES)
+    gpus = _gpus_of_only_process()
     try:
         if address is None:
-            jax.distributed.initialize(local_device_ids=_gpus_of_only_process())
+            jax.distributed.initialize(local_device_ids=gpus)
         else:
-            jax.distributed.initialize(address, int(count or ""), int(index or ""))
+            jax.distributed.initialize(address, int(count or ""), int(index or ""), local_device_ids=gpus)
     except (ValueError, RuntimeError) as error:
         raise ConfigError(
             f"--distributed: no cluster found ({str(error).splitlines()[0]}); this works on TPU pods, under SLURM or "

@@ -117,6 +117,14 @@ def test_one_process_a_node_gets_all_its_gpus(initialized, monkeypatch, changes,
     )
 
 
+def test_a_coordinator_that_is_given_leaves_a_process_all_gpus_of_its_node(initialized, monkeypatch):
+    given = {"JAX_COORDINATOR_ADDRESS": "node07:1234", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
+    for name, value in (SLURM_NODE | given).items():
+        monkeypatch.setenv(name, value)
+    mesh.join_processes()
+    assert initialized == {"address": "node07:1234", "count": 2, "index": 1, "gpus": list(range(8))}
+
+
 def _script(path, text):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("#!/bin/sh\n" + text)
