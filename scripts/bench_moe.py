@@ -35,7 +35,7 @@ _GATES = flags.DEFINE_list("gates", [], "Names of gates, or all; empty: the shap
 _MODES = flags.DEFINE_list("modes", ["gather", "dropless", "einsum"], "Dispatch modes.")
 _TOKENS = flags.DEFINE_integer("tokens", 4096, "Tokens a layer sees.", lower_bound=1)
 _GROUP = flags.DEFINE_integer(
-    "group_size", 0, "Tokens that share a capacity; 0: all, but 512 for einsum.", lower_bound=0
+    "group_size", 0, "Tokens that share a capacity; 0: all of a device, but 512 for einsum.", lower_bound=0
 )
 _EXPERTS = flags.DEFINE_list("experts", [], "Numbers of experts, instead of the shape's.")
 _D_MODEL = flags.DEFINE_integer("d_model", 512, "D.", lower_bound=1)
@@ -194,7 +194,7 @@ def bench_layers() -> list[dict[str, Any]]:
             by_processor = None
             if on_cpu:
                 ratios = zip(times[None, which].processor, seconds.processor, strict=True)
-                by_processor = statistics.median(r / own for r, own in ratios)
+                by_processor = statistics.median(r / devices / own for r, own in ratios)
             of_minima, of_matmul = min(references[which]) / min(values), work[which] / median / rate
             dropped = 0.0 if case is None else drops[case]
             print(

@@ -219,6 +219,9 @@ def whole_run(config: Any) -> None:
 
 def main() -> None:
     """Print what the flags ask for."""
+    cli.only_with(not _SAVES.value, "is not read with --saves, which trains a run", _STEPS, _SEEDS, _REMAT, _LAYERS)
+    cli.only_with(not _REMAT.value, "is not read with --remat", _SEEDS, _LAYERS)
+    cli.only_with(not _LAYERS.value, "is not read with --compile_layers, which runs no step", _STEPS, _SEEDS)
     config = cli.load_config(_CONFIG)
     import jax
 

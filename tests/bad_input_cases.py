@@ -378,6 +378,9 @@ CASES = [
     script("bench_moe", "--d_model=-4", says="d_model"),
     script("bench_moe", "--mesh=experts=2", says=("mesh", "expert")),
     script("mfu", "--steps=1", says="steps"),
+    script("mfu", "--saves=1", "--steps=5", says="--steps: is not read with --saves"),
+    script("mfu", "--remat=none", "--compile_layers=4", says="--compile_layers: is not read with --remat"),
+    script("mfu", "--compile_layers=4", "--seeds=2", says="--seeds: is not read with --compile_layers"),
     script("mfu", "--config.model.d_model=-1", says="model.d_model"),
     script(
         "mfu",

@@ -19,7 +19,7 @@ from moe.dispatch.backends import grouped_ffn
 from moe.layers.basic import Experts
 from moe.layers.moe_layer import MoELayer
 from moe.parallel import partition_specs, target
-from moe.parallel.mesh import AXES, ROW_AXES, axis_size
+from moe.parallel.mesh import AXES, ROW_AXES, TOKEN_AXES, axis_size
 from moe.parallel.parameters import parameter_specs
 from moe.routing.gates import TopK
 from moe.routing.interface import GateInputs
@@ -81,12 +81,13 @@ def reference(case: Case) -> dict[str, Callable[[], Any]]:
 def model_config(case: Case) -> Any:
     """Config of a model with the case's layer."""
     k = {"k": case.k} if find_gate(case.gate).sets_k else {}
+    own = case.tokens // axis_size(*TOKEN_AXES)  # of a device, which holds whole groups
     fields = {
         "gate": {"name": case.gate, **k},
         "num_experts": case.experts,
         "d_ff": case.d_ff,
         "dispatch": case.mode,
-        "group_size": case.group_size or (min(512, case.tokens) if case.mode == "einsum" else case.tokens),
+        "group_size": case.group_size or (min(512, own) if case.mode == "einsum" else own),
         "capacity": {} if case.capacity_factor == -1 else {"train": case.capacity_factor},
     }
     moe = build(MoEConfig, fields, "model.moe.")

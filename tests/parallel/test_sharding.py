@@ -17,6 +17,7 @@ import optax
 import pytest
 from flax import nnx
 
+from moe.benchmarks import layer_programs
 from moe.config import ConfigError, MeshConfig
 from moe.dispatch.buffers import expert_capacity
 from moe.layers.basic import parameter, zeros
@@ -505,3 +506,10 @@ def test_a_gather_in_two_hops_equals_one(rng, monkeypatch):
     for ours in (one, two):
         np.testing.assert_allclose(ours[0], plain[0], rtol=1e-5)
         np.testing.assert_allclose(ours[1], plain[1], atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["gather", "dropless", "einsum"])
+def test_benchmarked_layers_have_groups_that_the_mesh_can_split(mode):
+    case = layer_programs.Case("A", "mixtral", mode, 8, 2, 16, 16, "swiglu", 64, 0, -1.0, "float32", 1.0)
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=1, expert=4, tensor=1))):
+        assert layer_programs.model_config(case).moe.group_size == 8
