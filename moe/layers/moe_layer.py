@@ -284,7 +284,7 @@ class MoELayer(nnx.Module):
         # λ of ReMoE, equal for all experts.
         own = self.config.gate
         penalty = bias[...][0] if bias is not None and own is not None and own.state.update == "penalty" else None
-        moe = self.config
+        moe, groups = self.config, getattr(self.config.gate, "groups", 1)
         report = balancing.report(
             routing,
             mask,
@@ -294,12 +294,13 @@ class MoELayer(nnx.Module):
             k=None if self.gate.experts_choose else moe.experts_per_token,  # chosen by experts: by their capacity
             null_experts=moe.null_experts,
             weights=balancing.balance_weights(moe.num_experts, moe.null_experts, moe.losses.null),
-            expert_groups=getattr(moe.gate, "groups", 1),
+            expert_groups=groups,
             strength=penalty,
         )
+        # What follows are constants, which a model with other gates in other layers must not count: the loss of devices
+        # over one group of experts, and without a router all losses.
         if router is not None:
-            return report
-        # Without a router the losses are constants, which a model with other gates in other layers must not count.
+            return report if groups > 1 else dataclasses.replace(report, device_balance_loss=jnp.zeros(()))
         sums = dataclasses.replace(report.sums, counts=0 * report.sums.counts, probs=0 * report.sums.probs)
         return dataclasses.replace(report, sums=sums, **dict.fromkeys(balancing.AUXILIARY, jnp.zeros(())))
 

@@ -262,10 +262,7 @@ def report(
     counted, probs, tokens = (values[0] for values in _sums(routing, valid, 1, counts))
     return LayerReport(
         load_balancing_loss=load_balancing_loss(routing, valid, counts=counts, parts=parts, weights=weights),
-        # Over one group it is 1 whatever the routing, which a model with groups in other layers must not count.
-        device_balance_loss=(
-            load_balancing_loss(routing, valid, expert_groups=expert_groups) if expert_groups > 1 else jnp.zeros(())
-        ),
+        device_balance_loss=load_balancing_loss(routing, valid, expert_groups=expert_groups),
         importance_loss=importance_loss(routing),
         load_loss=load_loss(routing, valid),
         router_z_loss=router_z_loss(routing.router_logits, valid),
