@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -38,6 +39,16 @@ OUT = P("tensor", STORED)  # [F,D]
 EXPERTS_IN = P("expert", "fsdp", "tensor")  # [E,D,F]
 EXPERTS_OUT = P("expert", "tensor", "fsdp")  # [E,F,D]
 EXPERT_BIASES = P("expert", "tensor")  # [E,F]
+
+
+def shard_bytes(tree: Any, *, host: bool = False) -> int:
+    """Bytes of one device's shards of a tree of ShapeDtypeStructs with shardings; ``host``: and of those in a host's
+    memory."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+        if host or leaf.sharding.memory_kind != "pinned_host"
+    )
 
 
 def shardings(mesh: Mesh, specs: Any) -> Any:

@@ -23,7 +23,8 @@ from moe.config.parse import from_config_dict
 from moe.foreign_files import parse
 from moe.layers.attention.attend import checked_for_target
 from moe.parallel.mesh import make_mesh
-from moe.planner import arithmetic, fit, memory_errors
+from moe.parallel.partition_specs import shard_bytes
+from moe.planner import arithmetic, memory_errors
 from moe.planner.topology import Topology, get_topology
 from moe.planner.versions import versions
 from moe.training import step as train_step_module
@@ -160,8 +161,8 @@ def _compile(config: Config, mesh: Any, topology: Topology) -> tuple[Any, Any, d
     with jax.set_mesh(mesh), checked_for_target():
         start = time.perf_counter()
         built = train_step_module.build(config, mesh)
-        stored = {name: fit.shard_bytes(getattr(built.state, name)) for name in ("parameters", "optimizer")}
-        stored["parameters"] += fit.shard_bytes(getattr(built.state, "base", {}))  # of adapters
+        stored = {name: shard_bytes(getattr(built.state, name)) for name in ("parameters", "optimizer")}
+        stored["parameters"] += shard_bytes(getattr(built.state, "base", {}))  # of adapters
         memory_errors.refuse_state_that_does_not_fit(config, sum(stored.values()), topology.capacity)
         train_step: Any = built.train_step  # jitted
         traced = train_step.trace(built.state, built.batch)

@@ -9,6 +9,7 @@ from typing import Any
 import pydantic
 
 from moe.foreign_files import Amount, Fields, Interval, Positive, check, read_object
+from moe.planner.topology import of_slices
 
 _Json = dict[str, Any]
 
@@ -55,15 +56,10 @@ def read(path: Path) -> _Json:
 def settings(a: _Json, b: _Json) -> list[tuple[str, Any, Any]]:
     """Fields of the two configs that differ: (name, A's, B's), and the slices."""
     first, second = dict(_flat(a["config"])), dict(_flat(b["config"]))
-    first["topology"], second["topology"] = _slices(a), _slices(b)
+    first["topology"], second["topology"] = (of_slices(x["topology"], x.get("num_slices", 1)) for x in (a, b))
     first["what if"], second["what if"] = a["scenario"] or "as estimated", b["scenario"] or "as estimated"
     names = [name for name in {**first, **second} if first.get(name) != second.get(name)]
     return [(name, first.get(name, "-"), second.get(name, "-")) for name in names]
-
-
-def _slices(plan: _Json) -> str:
-    count = plan.get("num_slices", 1)
-    return f"{count} x {plan['topology']}" if count > 1 else plan["topology"]
 
 
 def _flat(tree: _Json, prefix: str = "") -> Iterator[tuple[str, Any]]:

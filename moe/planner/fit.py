@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from flax import nnx
 from jax import numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
@@ -30,7 +29,7 @@ from moe.models.factory import abstract_parameters, abstract_trained
 from moe.models.stack import segments
 from moe.models.stages import Schedule, pipelined_segment
 from moe.parallel.parameters import flat_variables, optimizer_specs, parameter_specs
-from moe.parallel.partition_specs import KEEP_HIDDEN
+from moe.parallel.partition_specs import KEEP_HIDDEN, shard_bytes
 from moe.training.optimizer import make_optimizer
 
 #: Remat policies to try until a program fits, from the least recomputation to the most.
@@ -106,15 +105,6 @@ class Estimate:
     def total(self) -> int:
         """Sum of all kinds."""
         return self.fixed + self.activations
-
-
-def shard_bytes(tree: Any) -> int:
-    """Bytes of one device's shards of a tree of ShapeDtypeStructs with shardings, without those in a host's memory."""
-    return sum(
-        int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
-        if leaf.sharding.memory_kind != "pinned_host"
-    )
 
 
 def estimate(config: Config, sizes: Mapping[str, int], platform: str) -> Estimate:

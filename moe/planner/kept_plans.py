@@ -14,7 +14,7 @@ from moe.escaping import markdown_table, markdown_text
 from moe.foreign_files import Amount, Fields, Interval, Positive, kept_whole, read_rows
 from moe.planner import calibration
 from moe.planner.plan import Plan, cost_words
-from moe.planner.topology import all_names, tpu_name
+from moe.planner.topology import all_names, of_slices, tpu_name
 
 _Row = dict[str, Any]
 
@@ -68,7 +68,7 @@ def row(plan: Plan, config: str, flags: dict[str, Any], hardware: str = "") -> _
     """
     figures = plan.to_json()
     kept = {"config": config, "flags": flags}
-    topology = plan.topology if plan.num_slices == 1 else f"{plan.num_slices} x {plan.topology}"
+    topology = of_slices(plan.topology, plan.num_slices)
     suffix = suffix_of(flags.get(_PRECISION, "none"))
     named = hardware.removesuffix(suffix)
     names = {topology} if plan.num_slices > 1 else all_names(topology) | {named or topology}

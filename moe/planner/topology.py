@@ -111,6 +111,11 @@ def tpu_name(name: str) -> str:
     return f"{generation}:{shape}"
 
 
+def of_slices(topology: str, num_slices: int) -> str:
+    """Name of several slices, as 2 x v5p:4x4x4; of one its topology's."""
+    return topology if num_slices == 1 else f"{num_slices} x {topology}"
+
+
 def all_names(topology: str) -> set[str]:
     """The name of a topology, and the names of a cloud whose slices have its shape: v5p:4x4x4 is v5p-128 too."""
     generation, _, shape = topology.partition(":")

@@ -110,7 +110,7 @@ def main() -> None:
     if where.has_own_network:
         print(f"Plans are kept of {where.name} with another network: --search looks for settings")
         return
-    _print_best(where.name if where.num_slices == 1 else f"{where.num_slices} x {where.name}")
+    _print_best(topology.of_slices(where.name, where.num_slices))
 
 
 def _print_difference() -> None:

@@ -20,13 +20,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from etils import epath
 
 from moe.atomic_files import write_atomic
 from moe.config import ConfigError
 from moe.fields import whole_number
 from moe.parallel import target
+from moe.parallel.partition_specs import shard_bytes
 from moe.training.step import Program, build
 
 
@@ -69,15 +69,10 @@ def refuse_too_large(program: Program) -> None:
     """
     devices, config = program.mesh.local_devices, program.config
 
-    def size(leaf: jax.ShapeDtypeStruct) -> int:
-        return int(np.prod(leaf.sharding.shard_shape(leaf.shape), dtype=object)) * leaf.dtype.itemsize
-
     # Activations [B,T,D] of a microbatch and their gradient.
-    activations = 2 * size(program.batch["tokens"]) * config.model.d_model // config.train.accumulation_steps
-    on_cpu = devices[0].platform == "cpu"
-    # Moments in the memory of an accelerator's host take none of the accelerator's; a CPU is its own host.
-    kept = [leaf for leaf in jax.tree.leaves(program.state) if on_cpu or leaf.sharding.memory_kind != "pinned_host"]
-    needed = sum(map(size, kept)) + activations
+    activations = 2 * shard_bytes(program.batch["tokens"]) * config.model.d_model // config.train.accumulation_steps
+    on_cpu = devices[0].platform == "cpu"  # which is its own host
+    needed = shard_bytes(program.state, host=on_cpu) + activations
     if on_cpu:
         needed *= len(devices)
         available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
