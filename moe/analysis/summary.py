@@ -129,8 +129,7 @@ def saturation(earlier: Mapping[int, Records], final: Records, untrained: Record
     for name, choices in (("top_k", None), ("top_1", 1)):
         last = members(final, choices)
         shares = np.array([measures.saturation(members(r, choices), last) for r in earlier.values()])
-        chosen = [float(r.chosen[..., :choices].sum(-1).mean() / size) for r in earlier.values()]
-        chance = np.array(chosen)[:, None]
+        chance = np.array([r.chosen[..., :choices].sum(-1).mean() / size for r in earlier.values()])[:, None]
         excess = (shares - chance) / np.maximum(1 - chance, 1e-9)
         result |= {name: shares.tolist(), f"chance_{name}": chances[name], f"excess_{name}": excess.tolist()}
         if untrained is not None:

@@ -287,7 +287,7 @@ def unsaturated(x: jax.Array, router: np.ndarray) -> jax.Array:
 def against_oracle(case: Case, seed: int, d: int = 6, f: int = 5) -> Iterator[Row]:
     """Every mode against the per-token oracle, values and gradients."""
     rng = np.random.default_rng(seed)
-    soft, gate = case.gate == "soft_moe", find_gate(case.gate)
+    soft, gate, tau = case.gate == "soft_moe", find_gate(case.gate), LAYERS[case.gate].losses.null
     section = {"name": case.gate, **case.fields.get("gate", {})} | ({"k": case.k} if gate.sets_k else {})
     slots, latent = section.get("slots", 1) if soft else 0, case.fields.get("latent_dim", 0)
     weights = weights_of(d, f, case.e, seed, slots, case.rule.null, latent)
@@ -317,9 +317,7 @@ def against_oracle(case: Case, seed: int, d: int = 6, f: int = 5) -> Iterator[Ro
         # The latent dimension is read off the matrices.
         fields = {name: value for name, value in case.fields.items() if name not in ("gate", "latent_dim")}
         if not soft:  # its slots are its capacity
-            weighed = LAYERS[case.gate].losses.null * case.e
-            share = weighed / (weighed + sum(null_of(case.gate, case.fields)))  # of assignments to FFNs, by MoE++
-            fields["capacity"] = Capacity(eval=case.c * case.e / (case.k * case.s * share))
+            fields["capacity"] = Capacity(eval=case.c * (case.e + sum(case.rule.null) / tau) / (case.k * case.s))
         try:
             layer = single_layer(section, **given, dispatch=mode, **fields)
         except ConfigError as reason:

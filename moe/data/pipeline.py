@@ -25,7 +25,6 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-import math
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -224,7 +223,7 @@ def train_iterator(
     """
     refuse_unseen(prepared.train)
     _refuse_no_examples(prepared, data)
-    count = data.streams or math.gcd(8, batch_size)
+    count = data.streams or streams.default_number(batch_size)
     per_stream = batch_size // count
     if batch_size % count:
         raise ConfigError(f"data.streams={count}: must divide train.batch_size={batch_size}")

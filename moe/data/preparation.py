@@ -57,8 +57,8 @@ def domain_weights(data: DataConfig, domains: tuple[str, ...]) -> tuple[float, .
 
 def describe_shares(data: DataConfig, domains: tuple[str, ...]) -> str:
     """One line: the share of the rows that each domain has."""
-    weights = np.asarray(domain_weights(data, domains)) / sum(domain_weights(data, domains))
-    shares = (f"{domain} {weight:.1%}" for domain, weight in zip(domains, weights, strict=True))
+    weights = domain_weights(data, domains)
+    shares = (f"{domain} {weight / sum(weights):.1%}" for domain, weight in zip(domains, weights, strict=True))
     return f"shares of the rows (data.weights): {', '.join(shares)}"
 
 

@@ -24,8 +24,13 @@ from moe.config import ConfigError
 PREFETCH = 2  # batches made ahead of the train step
 
 
+def default_number(batch_size: int) -> int:
+    """Number of streams where ``data.streams`` leaves it open and every process can hold whole ones."""
+    return math.gcd(8, batch_size)
+
+
 def least_number(batch_size: int, rows: Iterable[Sequence[int] | np.ndarray]) -> int:
-    """Least number of streams, at least gcd(8, batch_size), of which each process can hold whole ones.
+    """Least number of streams, at least :func:`default_number`, of which each process can hold whole ones.
 
     Args:
       rows: of a batch, those that each process holds.
@@ -33,7 +38,7 @@ def least_number(batch_size: int, rows: Iterable[Sequence[int] | np.ndarray]) ->
     held = [np.asarray(own) for own in rows]
     return next(
         count
-        for count in range(math.gcd(8, batch_size), batch_size + 1)
+        for count in range(default_number(batch_size), batch_size + 1)
         if batch_size % count == 0 and all(len(whole(own, batch_size // count)) for own in held)
     )
 

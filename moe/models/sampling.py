@@ -80,11 +80,11 @@ def without_drops(config: ModelConfig) -> ModelConfig:
 
     A gate that looks ahead keeps its capacity, which is part of its function.
     """
-    if not all(gate.generates for gate in config.moe.gates):
+    changed = one_group_a_row(config)
+    if changed is config:
         return config
-    moe = one_group_a_row(config).moe
-    capacity = dataclasses.replace(moe.capacity, fixed=0)
-    return dataclasses.replace(config, moe=dataclasses.replace(moe, capacity=capacity))
+    capacity = dataclasses.replace(changed.moe.capacity, fixed=0)
+    return dataclasses.replace(config, moe=dataclasses.replace(changed.moe, capacity=capacity))
 
 
 def one_group_a_row(config: ModelConfig) -> ModelConfig:

@@ -172,7 +172,7 @@ def rows_by_process(mesh: Mesh, rows: int) -> dict[int, np.ndarray]:
     held: dict[int, list[np.ndarray]] = {}
     split = NamedSharding(mesh, on_mesh(P(ROW_AXES), mesh.axis_names))
     for device, index in split.devices_indices_map((rows,)).items():
-        held.setdefault(device.process_index, []).append(np.arange(rows)[index])
+        held.setdefault(device.process_index, []).append(np.arange(*index[0].indices(rows)))
     return {process: np.unique(np.concatenate(parts)) for process, parts in held.items()}
 
 

@@ -91,7 +91,7 @@ def train(
     folders.refuse_inside(config.data.dataset, workdir)
     mesh = make_mesh(config.mesh, devices)
     validate_mesh(config, mesh.shape)
-    pipeline_check(config, mesh.shape)
+    pipeline_check(config, mesh.shape)  # before rows are given to processes, as below
     find_writers(config.train.writers)
     with contextlib.ExitStack() as stack:
         signals = stack.enter_context(StopSignals())
@@ -182,7 +182,7 @@ def _with_streams(config: Config, mesh: Mesh, begun: Config | None, say: Callabl
         number = begun.data.streams
     elif jax.process_count() > 1:
         needed = streams.least_number(size, rows_by_process(mesh, size).values())
-        if needed > streams.least_number(size, ()):
+        if needed > streams.default_number(size):
             number = needed
             say(f"data.streams: {number}, so that each process has whole ones")
     return dataclasses.replace(config, data=dataclasses.replace(config.data, streams=number))

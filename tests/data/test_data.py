@@ -270,7 +270,7 @@ def test_streams_share_no_document_of_an_epoch(prepared, data):
         (640, [range(80 * i, 80 * i + 80) for i in range(8)], 8),
         (64, [[*range(8 * i, 8 * i + 2), *range(8 * i + 4, 8 * i + 6)] for i in range(8)], 32),  # pairs of a torus
         (12, [range(4), range(4, 8), range(8, 12)], 6),  # gcd(8, 12) = 4 streams of three rows do not fit
-        (12, [], 4),
+        (12, [], 4),  # the default
     ],
 )
 def test_the_least_number_of_streams(size, rows, number):

@@ -41,7 +41,7 @@ def share_cell(losses: Mapping[int, float], base: Mapping[int, float], whole: Ma
 
 
 def share_note(base: str, whole: str, about: str = "") -> str:
-    """What :func:`share_cell` shows; ``about``: what the whole is."""
+    """Sentence on what :func:`share_cell` shows; ``about``: what the whole is."""
     named = f"{whole} ({about})" if about else whole
     return (
         f"Share: of the difference between {base} and {named} that an arm makes up, on the seeds of all three, with "

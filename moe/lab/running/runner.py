@@ -123,6 +123,7 @@ class Worker:
         self._evaluators: dict[str, tuple[RowLosses, RowLosses | None]] = {}
         self._models: dict[str, probes.Model] = {}
         self._failed: dict[Key, str] = {}
+        self._waiting: dict[Key, Key] = {}  # run → parent without which it cannot begin
         self._others_lead = False  # runs that are not known or not ready yet depend on those of other processes
         self._progress = Progress(suite, workdir)
 
@@ -149,11 +150,9 @@ class Worker:
         if self._failed:
             key, reason = next(iter(self._failed.items()))
             raise ConfigError(f"{len(self._failed)} runs did not finish; the first, {key}: {reason}")
-        found = schedule.Plan(self._suite, read_all(self._workdir))
-        for key in filter(self._only, found.runs(sweep=self._sweep)):
-            lacking = [parent for parent in found.parents(key).values() if found.record(parent) is None]
-            if lacking and found.record(key) is None:
-                raise ConfigError(f"{key}: needs the run {lacking[0]}, which is not finished; train that arm too")
+        if self._waiting:
+            key, parent = next(iter(self._waiting.items()))
+            raise ConfigError(f"{key}: needs the run {parent}, which is not finished; train that arm too")
 
     @functools.cache  # noqa: B019 - a worker lives as long as its process
     def _open_text(self) -> None:
@@ -175,12 +174,12 @@ class Worker:
         found = schedule.Plan(self._suite, read_all(self._workdir))
         planned = list(filter(self._only, found.runs(sweep=self._sweep)))
         done = {key for key in planned if found.record(key)}
-        taken = later = False
+        taken, self._waiting = False, {}
         for key in planned:
             if key in done or key in self._failed:
                 continue
-            if not all(map(found.record, found.parents(key).values())):
-                later = True
+            if lacking := [parent for parent in found.parents(key).values() if found.record(parent) is None]:
+                self._waiting[key] = lacking[0]
                 continue
             try:
                 held = _lock(self._workdir, found.run(key)).acquire()
@@ -194,7 +193,7 @@ class Worker:
                     yield key
                     return
                 taken = True  # another process has finished it since: look again, for what follows from it
-        self._others_lead = taken and (later or (self._sweep and any(map(self._only, found.unnamed()))))
+        self._others_lead = taken and (bool(self._waiting) or (self._sweep and any(map(self._only, found.unnamed()))))
         yield None
 
     def _train(self, key: Key) -> None:
