@@ -7,7 +7,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int, Shaped
 
@@ -252,7 +251,7 @@ def _fill_rows_fwd(x, assignment_of_row, row_of_assignment):
 
 
 def _fill_rows_bwd(tables, gradient):
-    return _sum_choices(gradient, tables[1], None).astype(gradient.dtype), *map(no_gradient, tables)
+    return _sum_choices(gradient, tables[1], None).astype(gradient.dtype), None, None
 
 
 @jax.custom_vjp
@@ -273,7 +272,7 @@ def _sum_rows_bwd(residuals, gradient):
     no_rows, *tables = residuals
     # In the type of the rows before it is spread over them: half of the bytes.
     d_rows = _tokens_of_rows(gradient.astype(no_rows.dtype), tables[0], tables[1].shape[-1])
-    return d_rows, *map(no_gradient, tables)
+    return d_rows, None, None
 
 
 @jax.custom_vjp
@@ -290,7 +289,7 @@ def _weights_of_rows_fwd(weights, *tables):
 
 
 def _weights_of_rows_bwd(tables, gradient):
-    return take_rows(gradient, tables[1]), *map(no_gradient, tables)
+    return take_rows(gradient, tables[1]), None, None
 
 
 @jax.custom_vjp
@@ -317,7 +316,7 @@ def _combine_rows_bwd(residuals, gradient):
     of_rows = _tokens_of_rows(gradient.astype(rows.dtype), assignment_of_row, weights.shape[-1])
     d_rows = (of_rows * scale[:, None]).astype(rows.dtype)
     columns = [jnp.sum(gradient * take_rows(rows, index), axis=-1) for index in row_of_assignment.T]
-    return d_rows, jnp.stack(columns, axis=-1), no_gradient(assignment_of_row), no_gradient(row_of_assignment)
+    return d_rows, jnp.stack(columns, axis=-1), None, None
 
 
 def _sum_choices(
@@ -332,11 +331,6 @@ def _sum_choices(
         total = term if total is None else total + term
     assert total is not None
     return total
-
-
-def no_gradient(index: Array) -> np.ndarray:
-    """Cotangent of an integer array."""
-    return np.zeros(index.shape, jax.dtypes.float0)
 
 
 fill_rows.defvjp(_fill_rows_fwd, _fill_rows_bwd)

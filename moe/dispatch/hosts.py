@@ -24,7 +24,7 @@ from jaxtyping import Float, Int
 
 from moe.dispatch import quantized
 from moe.dispatch.backends import whole_tiles
-from moe.dispatch.buffers import Tables, fill_rows, no_gradient, positions, sum_rows, take_rows, with_inverse
+from moe.dispatch.buffers import Tables, fill_rows, positions, sum_rows, take_rows, with_inverse
 from moe.dispatch.exchange import LOAD_SCOPE, ROUND_SIZE, ROUTED_SCOPE, further_rounds, weighted_outputs
 from moe.dispatch.ffn import ExpertWeights
 from moe.dispatch.peers import EVERYONE, Peers, Route
@@ -203,14 +203,14 @@ def _from_slots(network: _Network, y: Float[Array, "N D"], routes: Any) -> Float
 
 def _to_slots_bwd(network, residuals, gradient):
     no_token, routes = residuals
-    return _from_slots(network, gradient, routes).astype(no_token.dtype), jax.tree.map(no_gradient, routes)
+    return _from_slots(network, gradient, routes).astype(no_token.dtype), None
 
 
 def _from_slots_bwd(network, residuals, gradient):
     no_slot, routes = residuals
     # Tables of its own: XLA would make these rows in one fusion with those of the tokens, and send neither before both.
     own = jax.lax.optimization_barrier(routes)
-    return _to_slots(network, gradient.astype(no_slot.dtype), own), jax.tree.map(no_gradient, routes)
+    return _to_slots(network, gradient.astype(no_slot.dtype), own), None
 
 
 _to_slots.defvjp(lambda network, x, routes: (_to_slots(network, x, routes), (x[:0], routes)), _to_slots_bwd)

@@ -7,7 +7,6 @@ from typing import Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import Array
 from jaxtyping import Float, Int
@@ -133,20 +132,19 @@ def _with_gradient(hidden, matrix, targets):
         d_matrix, (nll, known, d_hidden) = jax.lax.scan(chunk, zeros, _chunks(hidden, targets))
         d_hidden = _joined(d_hidden, hidden.shape)
         d_matrix = jnp.sum(d_matrix, axis=0).astype(matrix.dtype)
-    return (jnp.sum(nll), jnp.sum(known)), (d_hidden, d_matrix, targets)
+    return (jnp.sum(nll), jnp.sum(known)), (d_hidden, d_matrix)
 
 
 def _softmax_gradient(logits: Array, targets: Array) -> tuple[Array, Array, Array]:
     """:func:`cross_entropy` and its gradient [B,P,V] in the logits' dtype."""
-    (nll, known), back = jax.vjp(lambda logits: cross_entropy(logits, targets), logits)
-    (gradient,) = back((jnp.ones_like(nll), np.zeros((), jax.dtypes.float0)))
+    nll, back, known = jax.vjp(lambda logits: cross_entropy(logits, targets), logits, has_aux=True)
+    (gradient,) = back(jnp.ones_like(nll))
     return nll, gradient, known
 
 
 def _scaled(residuals, cotangents):
-    d_hidden, d_matrix, targets = residuals
-    scaled = [(x * cotangents[0]).astype(x.dtype) for x in (d_hidden, d_matrix)]
-    return (*scaled, np.zeros(targets.shape, jax.dtypes.float0))
+    d_hidden, d_matrix = ((x * cotangents[0]).astype(x.dtype) for x in residuals)
+    return d_hidden, d_matrix, None
 
 
 linear_cross_entropy.defvjp(_with_gradient, _scaled)

@@ -13,7 +13,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
@@ -129,7 +128,7 @@ def _grouped_matmul_bwd(interpret, transposed, precision, residuals, gradient):
     d_rows = _multiply(gradient, matrices, sizes, **options)
     left, right = (gradient, rows) if transposed else (rows, gradient)
     d_matrices = triton.outer_products(left, right, sizes, interpret=interpret).astype(matrices.dtype)
-    return d_rows, d_matrices, np.zeros(sizes.shape, jax.dtypes.float0)
+    return d_rows, d_matrices, None
 
 
 grouped_matmul.defvjp(_grouped_matmul_fwd, _grouped_matmul_bwd)

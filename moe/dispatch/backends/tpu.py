@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm as megablox_gmm
@@ -166,7 +165,7 @@ def _grouped_matmul_bwd(transposed, residuals, gradient):
     left, right = (gradient, rows) if transposed else (rows, gradient)
     d_matrices = _outer_products(left, right, sizes, matrices)
     d_rows = _multiply(gradient, matrices, sizes, transposed=not transposed)
-    return d_rows, d_matrices, np.zeros(sizes.shape, jax.dtypes.float0)
+    return d_rows, d_matrices, None
 
 
 grouped_matmul.defvjp(_grouped_matmul_fwd, _grouped_matmul_bwd)
@@ -193,7 +192,7 @@ def _quantized_matmul_bwd(precision, transposed, are_shards, residuals, gradient
     d_rows = quantized_matmul(gradient, matrices, sizes, precision, not transposed, are_shards)
     left, right = (gradient, rows) if transposed else (rows, gradient)
     d_matrices = _outer_products(left, right, sizes, matrices, are_shards=are_shards)
-    return d_rows, d_matrices, np.zeros(sizes.shape, jax.dtypes.float0)
+    return d_rows, d_matrices, None
 
 
 quantized_matmul.defvjp(_quantized_matmul_fwd, _quantized_matmul_bwd)
@@ -295,7 +294,7 @@ def _gated_ffn_bwd(kernels, residuals, gradient):
         ones = jnp.ones_like(rows[:, :1])
         _, expand = jax.vjp(lambda biases: multiply_columns(ones, biases[:, None], sizes), biases)
         (d_biases,) = expand(d_products)
-    return d_rows, d_joined, d_biases, d_down, d_scale, np.zeros(sizes.shape, jax.dtypes.float0)
+    return d_rows, d_joined, d_biases, d_down, d_scale, None
 
 
 _gated_ffn.defvjp(_gated_ffn_fwd, _gated_ffn_bwd)

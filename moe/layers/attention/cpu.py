@@ -12,7 +12,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 from jaxtyping import Float, Int
 
@@ -142,7 +141,7 @@ def _backward(window, scale, residuals, gradient):
         _by_token(jnp.concatenate(d_queries, axis=3)).astype(dtype),
         d_keys.swapaxes(1, 2).astype(dtype),
         d_values.swapaxes(1, 2).astype(dtype),
-        np.zeros(segment_ids.shape, jax.dtypes.float0),
+        None,
         d_sinks,
     )
 
