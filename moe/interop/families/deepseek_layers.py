@@ -2,8 +2,8 @@
 
 from typing import Literal
 
-from moe.config import ConfigError, ModelConfig, sparse_layers
-from moe.interop.families.family import ATTENTION, DENSE, EXPERTS, read_sparse_layers, shared_expert, write_groups
+from moe.config import ConfigError, ModelConfig
+from moe.interop.families.family import ATTENTION, DENSE, EXPERTS, shared_expert, write_experts
 from moe.interop.schema import Count, Json, Off, OpenConfig, OptionalCount, Size
 
 
@@ -42,20 +42,8 @@ def read_latent_attention(source: LatentConfig, interleaved: bool) -> Json:
     }
 
 
-def read_experts(source: LatentConfig) -> Json:
-    """Changes of MoEConfig."""
-    layers = list(range(source.first_k_dense_replace, source.num_hidden_layers))
-    moe = {
-        "num_experts": source.n_routed_experts,
-        "d_ff": source.moe_intermediate_size,
-        "shared_d_ff": source.moe_intermediate_size * source.n_shared_experts,
-    }
-    return moe | read_sparse_layers(layers, source.num_hidden_layers)
-
-
 def write_fields(model: ModelConfig) -> Json:
-    """The reverse of both."""
-    moe, sparse = model.moe, sparse_layers(model)
+    """The fields of latent attention and of experts."""
     return {
         "q_lora_rank": model.q_lora_rank or None,
         "kv_lora_rank": model.kv_lora_rank,
@@ -63,11 +51,7 @@ def write_fields(model: ModelConfig) -> Json:
         "qk_rope_head_dim": model.rope_dim,
         "head_dim": model.rope_dim,
         "v_head_dim": model.value_dim,
-        "n_routed_experts": moe.num_experts,
-        "n_shared_experts": moe.shared_d_ff // moe.d_ff,
-        "moe_intermediate_size": moe.d_ff,
-        "first_k_dense_replace": sparse.index(True) if any(sparse) else model.num_layers,
-    } | write_groups(moe)
+    } | write_experts(model)
 
 
 LATENT_ATTENTION = {name: tensor for name, tensor in ATTENTION.items() if "key" not in name and "value" not in name} | {

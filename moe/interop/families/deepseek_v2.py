@@ -6,11 +6,10 @@ from moe.config import ModelConfig
 from moe.interop.families.deepseek_layers import (
     TENSORS,
     LatentConfig,
-    read_experts,
     read_latent_attention,
     write_fields,
 )
-from moe.interop.families.family import Family, gate_field
+from moe.interop.families.family import Family, gate_field, read_experts
 from moe.interop.schema import Coefficient, Json, Off, Positive
 
 

@@ -8,11 +8,10 @@ from moe.config import ModelConfig
 from moe.interop.families.deepseek_layers import (
     TENSORS,
     LatentConfig,
-    read_experts,
     read_latent_attention,
     write_fields,
 )
-from moe.interop.families.family import SELECTION_BIAS, Family, gate_field, read_sigmoid_gate
+from moe.interop.families.family import SELECTION_BIAS, Family, gate_field, read_experts, read_sigmoid_gate
 from moe.interop.schema import Coefficient, Context, Count, Json, OptionalCount, Positive
 
 

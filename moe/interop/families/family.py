@@ -185,6 +185,24 @@ def read_sigmoid_gate(source: Any) -> Json:
     return {"gate": gate}
 
 
+def read_experts(source: Any) -> Json:
+    """Changes of MoEConfig from DeepSeek's fields: dense layers first, then experts of which some are shared."""
+    width, num_layers = source.moe_intermediate_size, source.num_hidden_layers
+    moe = {"num_experts": source.n_routed_experts, "d_ff": width, "shared_d_ff": width * source.n_shared_experts}
+    return moe | read_sparse_layers(list(range(source.first_k_dense_replace, num_layers)), num_layers)
+
+
+def write_experts(model: ModelConfig) -> Json:
+    """The fields of :func:`read_experts`, groups of experts and scale of the weights."""
+    moe, sparse = model.moe, sparse_layers(model)
+    return {
+        "n_routed_experts": moe.num_experts,
+        "n_shared_experts": moe.shared_d_ff // moe.d_ff,
+        "moe_intermediate_size": moe.d_ff,
+        "first_k_dense_replace": sparse.index(True) if any(sparse) else model.num_layers,
+    } | write_groups(moe)
+
+
 def gate_field(moe: MoEConfig, name: str) -> Any:
     """A field of a top-k gate; its default for a gate without it."""
     return getattr(moe.gate, name, getattr(TopK(), name))

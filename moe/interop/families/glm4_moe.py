@@ -1,6 +1,6 @@
 """GLM-4-MoE: grouped-query attention with half of each head rotated, DeepSeek-V3's routing, shared experts."""
 
-from moe.config import ModelConfig, sparse_layers
+from moe.config import ModelConfig
 from moe.interop.families.family import (
     ATTENTION,
     DENSE,
@@ -8,10 +8,10 @@ from moe.interop.families.family import (
     SELECTION_BIAS,
     Family,
     gate_field,
+    read_experts,
     read_sigmoid_gate,
-    read_sparse_layers,
     shared_expert,
-    write_groups,
+    write_experts,
 )
 from moe.interop.schema import Context, Count, Json, OpenConfig, OptionalCount, Positive, Size
 
@@ -38,31 +38,23 @@ class Glm4MoeConfig(OpenConfig):
 
 def read(source: Glm4MoeConfig) -> tuple[Json, Json]:
     """See :class:`Family`."""
-    num_layers, width = source.num_hidden_layers, source.moe_intermediate_size
     head_dim = source.head_dim or source.hidden_size // source.num_attention_heads
     model = {
         "rope_dim": int(head_dim * source.rope.partial_rotary_factor),
         "attention_bias": "qkv" if source.attention_bias else "none",
         "qk_norm": "head" if source.use_qk_norm else "none",
     }
-    moe = {"num_experts": source.n_routed_experts, "d_ff": width, "shared_d_ff": width * source.n_shared_experts}
-    layers = list(range(source.first_k_dense_replace, num_layers))
-    return model, read_sigmoid_gate(source) | moe | read_sparse_layers(layers, num_layers)
+    return model, read_sigmoid_gate(source) | read_experts(source)
 
 
 def write(model: ModelConfig) -> Json:
     """See :class:`Family`."""
-    moe, sparse = model.moe, sparse_layers(model)
     return {
         "partial_rotary_factor": (model.rope_dim or model.head_dim) / model.head_dim,
         "attention_bias": model.attention_bias == "qkv",
         "use_qk_norm": model.qk_norm == "head",
-        "norm_topk_prob": gate_field(moe, "renormalise"),
-        "n_routed_experts": moe.num_experts,
-        "n_shared_experts": moe.shared_d_ff // moe.d_ff,
-        "moe_intermediate_size": moe.d_ff,
-        "first_k_dense_replace": sparse.index(True) if any(sparse) else model.num_layers,
-    } | write_groups(moe)
+        "norm_topk_prob": gate_field(model.moe, "renormalise"),
+    } | write_experts(model)
 
 
 TENSORS = ATTENTION | DENSE | EXPERTS | SELECTION_BIAS | shared_expert("shared_experts")

@@ -8,11 +8,17 @@ from moe.config import ModelConfig, sparse_layers
 from moe.interop.families.deepseek_layers import (
     TENSORS,
     LatentConfig,
-    read_experts,
     read_latent_attention,
     write_fields,
 )
-from moe.interop.families.family import SELECTION_BIAS, Family, gate_field, read_sigmoid_gate, read_sparse_layers
+from moe.interop.families.family import (
+    SELECTION_BIAS,
+    Family,
+    gate_field,
+    read_experts,
+    read_sigmoid_gate,
+    read_sparse_layers,
+)
 from moe.interop.schema import Context, Count, Json, OptionalCount, Positive
 
 
