@@ -82,9 +82,15 @@ def load_routing(path: str) -> Routing | Choices:
     """
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
-            arrays = {name: jnp.asarray(archive[name]) for name in archive.files}
-        return (Choices if arrays.keys() == {"expert_index", "chosen"} else Routing)(**arrays)
-    except (ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            arrays = {name: archive[name] for name in archive.files}
+        experts, chosen = arrays["expert_index"], arrays["chosen"]
+        if experts.dtype.kind not in "iu" or chosen.dtype.kind != "b" or experts.ndim < 3 or (experts < 0).any():
+            raise ValueError("expert_index must be whole numbers from 0 on, [G,S,K] or [L,G,S,K]; chosen booleans")
+        if chosen.shape != experts.shape:
+            raise ValueError(f"chosen must be of expert_index's shape {experts.shape}, not {chosen.shape}")
+        kind = Choices if arrays.keys() == {"expert_index", "chosen"} else Routing
+        return kind(**{name: jnp.asarray(array) for name, array in arrays.items()})
+    except (ValueError, TypeError, LookupError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ConfigError(f"{path}: not the arrays of a routing, or of choices ({error})") from error
 
 

@@ -65,7 +65,12 @@ def test_the_router_keeps_its_gradient_and_files_hold_everything(rng, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, full, recorded)
     (tmp_path / "damaged.npz").write_bytes((tmp_path / "choices.npz").read_bytes()[:-30])
     np.savez(tmp_path / "no_routing.npz", weights=recorded.combine_weights)
-    for name in ("damaged", "no_routing"):
+    index, chosen = np.asarray(recorded.expert_index), np.asarray(recorded.chosen)
+    np.savez(tmp_path / "fractions.npz", expert_index=index / 1, chosen=chosen)
+    np.savez(tmp_path / "negative.npz", expert_index=index - 8, chosen=chosen)
+    np.savez(tmp_path / "numbers.npz", expert_index=index, chosen=chosen.astype(int))
+    np.savez(tmp_path / "other_shape.npz", expert_index=index, chosen=chosen[..., :1])
+    for name in ("damaged", "no_routing", "fractions", "negative", "numbers", "other_shape"):
         with pytest.raises(ConfigError, match=rf"{name}\.npz: not the arrays of a routing, or of choices"):
             load_routing(str(tmp_path / f"{name}.npz"))
     np.savez(tmp_path / "other.npz", expert_index=recorded.expert_index, chosen=recorded.chosen)
