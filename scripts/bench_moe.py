@@ -64,17 +64,17 @@ def check() -> None:
     from moe.config.registry import LAYERS
     from moe.dispatch.modes import CONFIG_MODES
     from moe.fields import whole_number
-    from moe.parallel.mesh import AXES
+    from moe.parallel.mesh import parse_sizes
 
+    parse_sizes(_MESH.value)
     allowed: dict[str, list[str]] = {
         "shapes": ["A", "B", "sweep"],
         "gates": ["all", *LAYERS],
         "modes": list(CONFIG_MODES),
-        "mesh": list(AXES),
     }
     for name, choices in allowed.items():
         for entry in flags.FLAGS[name].value or []:
-            if entry.partition("=")[0] not in choices:
+            if entry not in choices:
                 raise ConfigError(f"--{name}={entry}: must be of {', '.join(choices)}")
     for other in ("topology", "model", "mesh"):
         if _ALONE.value and flags.FLAGS[other].value:
@@ -86,13 +86,9 @@ def check() -> None:
         raise ConfigError(f"--tokens={_TOKENS.value}: must be a multiple of {MODEL_LENGTH} with --model, its rows")
     if not _SKEW.value > 0:
         raise ConfigError(f"--skew={_SKEW.value}: must be above 0")
-    numbers = {"experts": _EXPERTS.value or [], "mesh": [entry.partition("=")[2] for entry in _MESH.value or []]}
-    for name, values in numbers.items():
-        for number in values:
-            if not whole_number(number):
-                raise ConfigError(
-                    f"--{name}={','.join(flags.FLAGS[name].value or [])}: {number!r} must be a positive integer"
-                )
+    for number in _EXPERTS.value or []:
+        if not whole_number(number):
+            raise ConfigError(f"--experts={','.join(_EXPERTS.value)}: {number!r} must be a positive integer")
 
 
 def _case(shape: str, gate: str, mode: str, experts: int, k: int, d_ff: int, activation: str) -> Any:
@@ -334,10 +330,10 @@ def main() -> None:
     import jax
 
     from moe.config import MeshConfig
-    from moe.parallel.mesh import AXES, make_mesh
+    from moe.parallel.mesh import AXES, make_mesh, parse_sizes
 
     check()
-    sizes = {axis: 1 for axis in AXES} | {axis: int(size) for axis, size in (entry.split("=") for entry in _MESH.value)}
+    sizes = dict.fromkeys(AXES, 1) | parse_sizes(_MESH.value)
     if _TOPOLOGY.value:
         _write({"topology": _TOPOLOGY.value}, read_layers(sizes))
         return

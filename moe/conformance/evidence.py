@@ -19,9 +19,8 @@ from moe.atomic_files import write_arrays
 from moe.config import ConfigError, MeshConfig
 from moe.conformance.diagnosis import QUANTITIES
 from moe.conformance.equations import Layer, Rule
-from moe.fields import whole_number
 from moe.foreign_files import read_arrays
-from moe.parallel.mesh import make_mesh
+from moe.parallel.mesh import make_mesh, parse_sizes
 
 INPUTS = ("x", "mask", "router", "router_logits", "up", "gate", "gate_up", "down", "bias", "cotangent")
 
@@ -148,11 +147,7 @@ def parse_mesh(sizes: str) -> Mesh:
     Raises:
         ConfigError: an unknown axis, no size, or more devices than there are.
     """
-    axes = {field.name for field in dataclasses.fields(MeshConfig)}
-    pairs = [part.partition("=") for part in sizes.split(",")]
-    if not all(axis in axes and whole_number(size) for axis, _, size in pairs):
-        raise ConfigError(f"--mesh={sizes}: must be sizes of {', '.join(sorted(axes))}, such as data=2,expert=4")
-    config = MeshConfig(**{"data": 1, **{axis: int(size) for axis, _, size in pairs}})
+    config = MeshConfig(**{"data": 1, **parse_sizes(sizes.split(","))})
     count = math.prod(dataclasses.astuple(config))
     if count > jax.device_count():
         raise ConfigError(

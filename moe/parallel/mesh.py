@@ -26,6 +26,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe.config import ConfigError, MeshConfig
+from moe.fields import whole_number
 
 #: Roles of mesh axes. ROW_AXES shard rows; TOKEN_AXES shard tokens.
 AXES = ("pipeline", "data", "fsdp", "expert", "tensor", "context")
@@ -92,10 +93,28 @@ def on_mesh(spec: P, axis_names: tuple[str, ...] | None = None) -> P:
         if roles is None:
             return None
         axes = tuple(axis_of(role) for role in ((roles,) if isinstance(roles, str) else roles))
-        kept = tuple(axis for axis in axes if axis in present)
-        return kept if len(kept) > 1 else kept[0] if kept else None
+        return tuple(axis for axis in axes if axis in present)
 
     return P(*map(entry, spec))
+
+
+def parse_sizes(entries: Sequence[str], *, remaining: bool = False) -> dict[str, int]:
+    """Sizes of axes from the entries of --mesh, each ``axis=size``.
+
+    Args:
+        entries: as given.
+        remaining: a size may be -1, all remaining devices.
+
+    Raises:
+        ConfigError: another axis or size.
+    """
+    sizes = {}
+    for entry in entries:
+        axis, _, size = entry.partition("=")
+        if axis not in AXES or not (whole_number(size) or (remaining and size == "-1")):
+            raise ConfigError(f"--mesh={entry}: must be axis=size with a positive size, of {', '.join(AXES)}")
+        sizes[axis] = int(size)
+    return sizes
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:

@@ -50,12 +50,6 @@ def axis_names(axes: Any) -> tuple[str, ...]:
     return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
 
 
-def without(axes: Any, dropped: Sequence[str]) -> Any:
-    """Remove axes from one entry of a PartitionSpec."""
-    kept = tuple(axis for axis in axis_names(axes) if axis not in dropped)
-    return kept if len(kept) > 1 else kept[0] if kept else None
-
-
 def fit(spec: P, shape: Sequence[int]) -> P:
     """Storage of a weight whose D does not divide by fsdp x expert (1024 over 2048 cores): ``expert`` splits another
     dimension instead, or none."""
@@ -245,7 +239,7 @@ def gather_array(weights: Array, spec: P, dtype: Any) -> Array:
     # the gradient, which doubles the traffic and compiles slowly.
     specs = [stored]
     for axis in reversed(STORED) if STORED in spec else ("fsdp",):
-        specs.append(P(*(without(axes, (axis,)) for axes in specs[-1])))
+        specs.append(P(*(tuple(kept for kept in axis_names(axes) if kept != axis) for axes in specs[-1])))
 
     @jax.custom_vjp
     def gather(weights: Array) -> Array:

@@ -11,7 +11,7 @@ lines of standard input.
 import functools
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from absl import flags
@@ -62,6 +62,19 @@ def _typed() -> Iterator[str]:
             yield line.rstrip("\n")
 
 
+class _Screen:
+    """A growing text on standard output."""
+
+    def __init__(self) -> None:
+        self._shown = ""
+
+    def show(self, text: str) -> None:
+        """Print what is new, unless it ends in the middle of a character, which may take several tokens."""
+        if not text.endswith("\ufffd"):
+            print(text.removeprefix(self._shown), end="", flush=True)
+            self._shown = text
+
+
 def _talk(turns: Iterable[str], tokenizer: Any, answer: Callable[[list[int]], Iterable[Any]]) -> None:
     """Answer the turns of one conversation, each after all turns and answers before it."""
     from moe.data import chat
@@ -70,31 +83,114 @@ def _talk(turns: Iterable[str], tokenizer: Any, answer: Callable[[list[int]], It
     for turn in turns:
         messages.append({"role": "user", "content": turn})
         ids: list[int] = []
-        shown = ""
+        screen = _Screen()
         for (token,) in answer(chat.prompt_ids(tokenizer, messages).tolist()):
             ids += [int(token)] if token >= 0 else []
-            decoded = tokenizer.decode(ids)
-            if not decoded.endswith("\ufffd"):  # a character of several tokens is complete only with the last of them
-                print(decoded.removeprefix(shown), end="", flush=True)
-                shown = decoded
+            screen.show(tokenizer.decode(ids))
         print(flush=True)
         messages.append({"role": "assistant", "content": tokenizer.decode(ids)})
+
+
+def _mesh(config: Any) -> Any:
+    """The mesh of --mesh, checked for the model of this config."""
+    from moe.config import ConfigError, MeshConfig, validate_mesh
+    from moe.models import sampling
+    from moe.parallel.mesh import make_mesh, parse_sizes
+
+    mesh = make_mesh(MeshConfig(**parse_sizes(_MESH.value, remaining=True)))
+    if (context := mesh.shape.get("context", 1)) > 1:
+        raise ConfigError(f"--mesh=context={context}: must be 1 to generate")
+    validate_mesh(sampling.for_generation(config, mesh.size), mesh.shape)
+    return mesh
+
+
+def _options(config: Any, tokenizer: Any) -> Any:
+    """How tokens are drawn, by the flags."""
+    from moe.config import ConfigError
+    from moe.data import chat
+    from moe.models import sampling
+
+    vocab_size = config.model.vocab_size
+    if wrong := [number for number in _STOP.value or [] if not 0 <= number < vocab_size]:
+        raise ConfigError(f"--stop={wrong[0]}: must be an id from 0 to {vocab_size - 1}")
+    if _SPECULATE.value and _TEMPERATURE.value:
+        raise ConfigError(f"--temperature={_TEMPERATURE.value}: must be 0 with --speculate")
+    ends = chat.stop_ids(tokenizer) if _CHAT.value else (tokenizer.eos_id,)
+    return sampling.Sampling(
+        temperature=_TEMPERATURE.value or 0.0,
+        top_k=_TOP_K.value or 0,
+        top_p=_TOP_P.value or 0.0,
+        stop_tokens=(*ends, *(_STOP.value or [])),
+        seed=_SEED.value or 0,
+        start_token=_start_token(str(_WORKDIR.value), tokenizer.pad_id, vocab_size),
+        prefix=config.data.objective == "prefix_lm",
+    )
+
+
+class _Texts:
+    """Tokens of prompts, and what is printed of each.
+
+    Attributes:
+        prompts: as given.
+        rows: tokens of each: of a decoder the beginning of its text, of an encoder-decoder the input.
+        reads: the model is an encoder-decoder, which reads the prompt instead of continuing it.
+    """
+
+    def __init__(self, prompts: Sequence[str], config: Any, tokenizer: Any):
+        from moe.data.sentinels import decode_blanks, encode_blanks
+
+        self.prompts, self.reads = prompts, config.model.encoder_layers > 0
+        start = [tokenizer.bos_id] if tokenizer.bos_id >= 0 and not self.reads else []
+        end = [tokenizer.eos_id] * self.reads
+        blanks = config.data.objective == "span_corruption"
+        encode = functools.partial(encode_blanks, tokenizer) if blanks else tokenizer.encode
+        self._decode = functools.partial(decode_blanks, tokenizer) if blanks else tokenizer.decode
+        self.rows: list[list[int]] = [start + encode(prompt).tolist() + end for prompt in prompts]
+
+    def shown(self, index: int) -> str:
+        """What stands before the text of a prompt."""
+        return "" if self.reads else self.prompts[index]
+
+    def written(self, index: int, text: list[int]) -> str:
+        """The text that a prompt was given."""
+        row = self.rows[index]
+        return self._decode(text) if self.reads else self._decode(row + text).removeprefix(self._decode(row))
+
+
+def _write(texts: _Texts, columns: Iterable[Any]) -> None:
+    """Print a text as its tokens come, or several after their last; then the speed on stderr."""
+    import numpy as np
+
+    found: list[list[int]] = [[] for _ in texts.rows]
+    alone, screen, times = len(found) == 1, _Screen(), list[float]()
+    if alone:
+        print(texts.shown(0), end="", flush=True)
+    for column in columns:
+        times.append(time.perf_counter())
+        for text, token in zip(found, column, strict=True):
+            if token >= 0:
+                text.append(int(token))
+        if alone:
+            screen.show(texts.written(0, found[0]))
+    for index, text in enumerate(found):
+        if not alone:
+            print(f"{texts.shown(index)}{texts.written(index, text)}\n---")
+    print(file=sys.stderr)
+    if len(times) > 2:
+        # The second token waits for the compiler.
+        rate = np.sum([len(text) - 2 for text in found if len(text) > 2]) / (times[-1] - times[1])
+        print(f"{rate:,.1f} tokens/s over {len(found)} rows", file=sys.stderr)
 
 
 def main() -> None:
     """Flags in, text out; speed on stderr."""
     import jax
-    import numpy as np
 
     from moe.checkpoints import parameters
     from moe.checkpoints.workdir import read_config
-    from moe.config import ConfigError, MeshConfig, validate_mesh
-    from moe.data import chat
-    from moe.data.sentinels import decode_blanks, encode_blanks
+    from moe.config import ConfigError
     from moe.data.tokenizer_files import find_tokenizer
-    from moe.fields import whole_number
     from moe.models import sampling, speculation
-    from moe.parallel.mesh import AXES, make_mesh
 
     workdir, prompts = str(_WORKDIR.value), list(_PROMPT.value or [])
     if not prompts and not _CHAT.value:
@@ -102,85 +198,26 @@ def main() -> None:
     for prompt in prompts:
         if any("\ud800" <= character <= "\udfff" for character in prompt):
             raise ConfigError(f"--prompt={prompt!r}: must be UTF-8")
-    config = read_config(workdir)
-    tokenizer = find_tokenizer(workdir, chat=bool(_CHAT.value))
-    ends = chat.stop_ids(tokenizer) if _CHAT.value else (tokenizer.eos_id,)
-    axes: dict[str, int] = {}
-    for entry in _MESH.value or []:
-        axis, _, size = str(entry).partition("=")
-        if axis not in AXES or whole_number(size.removeprefix("-")) is None:
-            allowed = ", ".join(axis for axis in AXES if axis != "context")
-            raise ConfigError(f"--mesh={entry}: write axis=size with one of {allowed}")
-        axes[axis] = int(size)
-    mesh = make_mesh(MeshConfig(**axes))
-    if (context := mesh.shape.get("context", 1)) > 1:
-        raise ConfigError(f"--mesh=context={context}: must be 1 to generate")
-    validate_mesh(sampling.for_generation(config, mesh.size), mesh.shape)
-    if wrong := [number for number in _STOP.value or [] if not 0 <= number < config.model.vocab_size]:
-        raise ConfigError(f"--stop={wrong[0]}: must be an id from 0 to {config.model.vocab_size - 1}")
-    options = sampling.Sampling(
-        temperature=_TEMPERATURE.value or 0.0,
-        top_k=_TOP_K.value or 0,
-        top_p=_TOP_P.value or 0.0,
-        stop_tokens=(*ends, *(_STOP.value or [])),
-        seed=_SEED.value or 0,
-        start_token=_start_token(workdir, tokenizer.pad_id, config.model.vocab_size),
-        prefix=config.data.objective == "prefix_lm",
-    )
-    reads = config.model.encoder_layers > 0  # the prompt, instead of continuing it
-    start = [tokenizer.bos_id] if tokenizer.bos_id >= 0 and not reads else []
-    blanks = config.data.objective == "span_corruption"
-    encode = functools.partial(encode_blanks, tokenizer) if blanks else tokenizer.encode
-    decode = functools.partial(decode_blanks, tokenizer) if blanks else tokenizer.decode
-    rows = [start + encode(prompt).tolist() + [tokenizer.eos_id] * reads for prompt in prompts]
-
-    def written(row: list[int], text: list[int]) -> str:
-        return decode(text) if reads else decode(row + text).removeprefix(decode(row))
-
     cli.only_with(bool(_CHAT.value), "is read with --chat alone", _SYSTEM)
     cli.only_with(not _CHAT.value, "is not read with --chat", _SPECULATE)
-    if _SPECULATE.value and options.temperature:
-        raise ConfigError(f"--temperature={options.temperature}: must be 0 with --speculate")
-    limit = int(_TOKENS.value or 0)
+    config = read_config(workdir)
+    tokenizer = find_tokenizer(workdir, chat=bool(_CHAT.value))
+    mesh, options, limit = _mesh(config), _options(config, tokenizer), int(_TOKENS.value or 0)
+    texts = _Texts(prompts, config, tokenizer)
     with jax.set_mesh(mesh):
         variables = parameters.read_variables(workdir, config.model, mesh=mesh, step=_STEP.value)
-    if _CHAT.value:
-        with jax.set_mesh(mesh):
+        if _CHAT.value:
             stream = functools.partial(sampling.stream, config.model, variables)
             _talk(prompts or _typed(), tokenizer, lambda row: stream([row], limit, options))
-        return
-    if _SPECULATE.value:
-        with jax.set_mesh(mesh):
-            found = speculation.sample(config.model, variables, rows, limit, options.stop_tokens, prefix=options.prefix)
-        for prompt, row, text in zip(prompts, rows, found.texts, strict=True):
-            print(f"{prompt}{written(row, text.tolist())}" + "\n---" * (len(rows) > 1))
-        print(f"{found.steps} steps; {found.accepted:.0%} of the drafts confirmed", file=sys.stderr)
-        return
-    texts: list[list[int]] = [[] for _ in rows]
-    stream_one = len(rows) == 1
-    shown, times = "", []
-    with jax.set_mesh(mesh):
-        if stream_one:
-            print("" if reads else prompts[0], end="", flush=True)
-        for column in sampling.stream(config.model, variables, rows, limit, options):
-            times.append(time.perf_counter())
-            for text, token in zip(texts, column, strict=True):
-                if token >= 0:
-                    text.append(int(token))
-            if stream_one:
-                # A character of several tokens is complete only with the last of them.
-                decoded = written(rows[0], texts[0])
-                if not decoded.endswith("\ufffd"):
-                    print(decoded.removeprefix(shown), end="", flush=True)
-                    shown = decoded
-    for prompt, row, text in zip(prompts, rows, texts, strict=True):
-        if not stream_one:
-            print(f"{'' if reads else prompt}{written(row, text)}\n---")
-    print(file=sys.stderr)
-    if len(times) > 2:
-        # The second token waits for the compiler.
-        rate = np.sum([len(text) - 2 for text in texts if len(text) > 2]) / (times[-1] - times[1])
-        print(f"{rate:,.1f} tokens/s over {len(rows)} rows", file=sys.stderr)
+        elif _SPECULATE.value:
+            found = speculation.sample(
+                config.model, variables, texts.rows, limit, options.stop_tokens, prefix=options.prefix
+            )
+            for index, text in enumerate(found.texts):
+                print(f"{prompts[index]}{texts.written(index, text.tolist())}" + "\n---" * (len(prompts) > 1))
+            print(f"{found.steps} steps; {found.accepted:.0%} of the drafts confirmed", file=sys.stderr)
+        else:
+            _write(texts, sampling.stream(config.model, variables, texts.rows, limit, options))
 
 
 def run() -> None:
