@@ -343,7 +343,7 @@ def _with_config_file(argv: list[str], required: Sequence[str]) -> list[str]:
         return [*argv, f"--config={run_config.__file__}:{path}"]
     if path.endswith(".json") and epath.Path(path).exists():
         given = f"--config={run_config.__file__}:{path}"
-        program, *rest = _without(argv, "config")
+        program, *rest = without_flags(argv, "config")
         return [program, given, *rest]
     file = path.partition(":")[0]
     if file and not os.path.isfile(file):
@@ -360,12 +360,12 @@ def _with_gate(argv: list[str]) -> list[str]:
     fields = [name.removeprefix(f"{_GATE}.") for name in names if name.startswith(f"{_GATE}.")]
     if path is None or (gate is None and not fields):
         return argv
-    program, *rest = _without(argv, "config", _GATE)
+    program, *rest = without_flags(argv, "config", _GATE)
     return [program, f"--config={chosen_gate.request(path, gate, fields)}", *rest]
 
 
-def _without(argv: list[str], *names: str) -> list[str]:
-    """The command line without these flags and their values."""
+def without_flags(argv: list[str], *names: str) -> list[str]:
+    """The command line without these flags and their values, ``--name=value`` or ``--name value``."""
     rest, words = [], iter(argv)
     for word in words:
         name, equals, _ = word.lstrip("-").partition("=")

@@ -85,6 +85,11 @@ def test_help_shows_what_is_needed_first_then_options_examples_and_exit_codes():
     assert shown.stdout.count("python main.py --") >= 3
 
 
+def test_flags_are_left_out_with_their_values():
+    argv = ["python", "a.py", "--jobs", "2", "--seeds=1", "-jobs=2", "--jobs=2", "--jobs_of=3"]
+    assert cli.without_flags(argv, "jobs") == ["python", "a.py", "--seeds=1", "--jobs_of=3"]
+
+
 def test_a_closed_output_ends_a_program_without_a_word():
     """``main.py --help | head -1``."""
     reader, writer = os.pipe()

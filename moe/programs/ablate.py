@@ -8,6 +8,7 @@ claims.md, paper_tables.md and switch_or_mixtral.md. --output=DIR2 writes report
 DIR/progress.log; TensorBoard on DIR/runs compares them.
 """
 
+import sys
 from pathlib import Path
 
 from absl import flags
@@ -78,7 +79,7 @@ def main() -> None:
         for name, (given, value) in suite.replaced().items() if not jobs.is_worker() else ():
             progress.say(f"{name}={value} as the suite sets it, instead of the base config's {given}")
         if _JOBS.value:
-            jobs.start(_JOBS.value)
+            jobs.start(_JOBS.value, cli.without_flags(sys.orig_argv, "jobs")[1:])
         else:
             worker = runner.Worker(suite, workdir, registered.claims, sweep=_SWEEP.value, only=only)
             worker.run()

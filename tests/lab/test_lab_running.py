@@ -204,7 +204,7 @@ def test_jobs_that_were_stopped_did_not_fail(monkeypatch, code, error):
     """Exit code 75 is that of a program that SIGTERM stopped: the same command continues."""
     monkeypatch.setattr(jobs.subprocess, "Popen", lambda *_, **__: SimpleNamespace(wait=lambda: code))
     with pytest.raises(error, match=r"75|a process failed"):
-        jobs.start(1)
+        jobs.start(1, [])
 
 
 def test_jobs_are_pinned_to_a_core_each(monkeypatch):
@@ -219,15 +219,13 @@ def test_jobs_are_pinned_to_a_core_each(monkeypatch):
 
     before = os.sched_getaffinity(0)
     monkeypatch.setattr(jobs.subprocess, "Popen", Job)
-    monkeypatch.setattr(jobs.sys, "orig_argv", ["python", "scripts/ablate.py", "--jobs=1", "--workdir=w"])
-    jobs.start(1)
+    jobs.start(1, ["scripts/ablate.py", "--workdir=w"])
     ((cores, command, _),) = started
     assert cores == {min(before)}
     assert command[1:] == ["scripts/ablate.py", "--workdir=w"]
     assert os.sched_getaffinity(0) == before
-    assert jobs._without_jobs(["a.py", "--jobs", "2", "--seeds=1", "-jobs=2", "--jobs=2"]) == ["a.py", "--seeds=1"]
     with pytest.raises(ConfigError, match=r"--jobs=4096: at most"):
-        jobs.start(4096)
+        jobs.start(4096, [])
 
 
 def test_probes_are_measured_once_and_not_of_rates_that_lost(tmp_path, monkeypatch):

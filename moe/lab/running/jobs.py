@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 
 from moe.config import ConfigError
 from moe.exit_codes import START_AGAIN
@@ -14,8 +15,8 @@ from moe.exit_codes import START_AGAIN
 WORKER = "MOE_LAB_WORKER"
 
 
-def start(count: int) -> None:
-    """Run this program's command without --jobs in ``count`` processes, and wait for them.
+def start(count: int, arguments: Sequence[str]) -> None:
+    """Run Python with these arguments in ``count`` processes, and wait for them.
 
     Raises:
         ConfigError: fewer cores than processes, or a process failed.
@@ -24,7 +25,6 @@ def start(count: int) -> None:
     cores = sorted(os.sched_getaffinity(0))
     if count > len(cores):
         raise ConfigError(f"--jobs={count}: at most the {len(cores)} cores that this process may use")
-    arguments = _without_jobs(sys.orig_argv[1:])
     jobs: list[subprocess.Popen[bytes]] = []
     # Ctrl-C reaches the whole process group by itself; SIGTERM only this process.
     previous = signal.signal(signal.SIGTERM, lambda *_: [job.terminate() for job in jobs])
@@ -41,18 +41,6 @@ def start(count: int) -> None:
         raise SystemExit(START_AGAIN)
     if codes:
         raise ConfigError(f"--jobs={count}: a process failed; the same command goes on with what is missing")
-
-
-def _without_jobs(arguments: list[str]) -> list[str]:
-    """A command's arguments without --jobs=N or --jobs N."""
-    kept, skip = [], False
-    for argument in arguments:
-        name, equals, _ = argument.partition("=")
-        flag = name in ("-jobs", "--jobs")
-        if not flag and not skip:
-            kept.append(argument)
-        skip = flag and not equals
-    return kept
 
 
 def is_worker() -> bool:
