@@ -22,8 +22,8 @@ from moe.checkpoints.arrays import array_handler
 from moe.checkpoints.integrity import NO_MESH, DamagedError, compare, quiet_orbax, unreadable_as_damaged
 from moe.checkpoints.manager import complete_steps, orbax_folder, refuse_special_files, refuse_unusable_path
 from moe.checkpoints.pinned import base_step
-from moe.checkpoints.workdir import CONFIG, read_config
-from moe.config import Config, ConfigError, ModelConfig, to_dict
+from moe.checkpoints.workdir import CONFIG, read_config, write_config
+from moe.config import Config, ConfigError, ModelConfig
 from moe.models.adapters import merge
 from moe.models.factory import abstract_parameters, abstract_selection_biases, abstract_trained
 from moe.models.state import join
@@ -119,7 +119,7 @@ def write_workdir(
         write_parameters(workdir, streamed(parameters), streamed(biases))
         for name, content in companions.items():
             write_atomic(workdir / name, content)
-        write_atomic(workdir / CONFIG, json.dumps(to_dict(config), indent=2))
+        write_config(config, workdir)
 
 
 def streamed(tree: Any) -> Any:
@@ -245,22 +245,21 @@ def _read(workdir: epath.Path, branch: str, variables: nnx.State, **options: Unp
         **options: see :class:`ReadOptions`.
     """
     refuse_unusable_path(workdir)
-    if not (workdir / "checkpoints").exists():
+    steps, step = complete_steps(workdir), options.get("step")
+    if not steps:
         raise ConfigError(f"{workdir}: holds no checkpoints")
-    chosen = options.get("step") if options.get("step") is not None else max(complete_steps(workdir), default=None)
-    refuse_special_files(workdir / "checkpoints" / str(chosen))
+    step = steps[-1] if step is None else step
+    if step not in steps:
+        raise ConfigError(f"{workdir}: holds no checkpoint of step {step}")
+    refuse_special_files(workdir / "checkpoints" / str(step))
+    where = f"{workdir}: the checkpoint of step {step} to be read"
     with quiet_orbax():
         manager = ocp.CheckpointManager(
             orbax_folder(workdir),
             options=ocp.CheckpointManagerOptions(read_only=True),
             item_handlers={"state": array_handler()},
         )
-        step = options.get("step")
-        step = manager.latest_step() if step is None else step
         try:
-            if step is None or step not in manager.all_steps():
-                raise ConfigError(f"{workdir}: holds no checkpoint{'' if step is None else f' of step {step}'}")
-            where = f"{workdir}: the checkpoint of step {step} to be read"
             with said_aloud(where), unreadable_as_damaged():
                 return _read_checked(manager, workdir, branch, variables, options | {"step": step})
         except DamagedError as error:

@@ -122,6 +122,11 @@ def read_config(workdir: str | os.PathLike[str]) -> Config:
         raise ConfigError(f"{path}: {error}") from error
 
 
+def write_config(config: Config, workdir: epath.Path) -> None:
+    """Write the file of :func:`read_config`."""
+    write_atomic(workdir / CONFIG, json.dumps(to_dict(config), indent=2))
+
+
 def refuse_other_run(config: Config, workdir: epath.Path, *, allow_changes: bool = False) -> dict[str, list[Any]]:
     """Compare the config of the workdir's run with the given one.
 
@@ -182,7 +187,7 @@ def record_changes(config: Config, changes: dict[str, list[Any]], step: int, wor
     text += "" if text.endswith("\n") or not text else "\n"
     if not text.endswith(line):  # else a start was killed between the two files
         write_atomic(path, text + line)
-    write_atomic(workdir / CONFIG, json.dumps(to_dict(config), indent=2))
+    write_config(config, workdir)
 
 
 def latest_change(workdir: epath.Path) -> int:
@@ -221,7 +226,7 @@ def write_run_files(config: Config, tokenizer_files: dict[str, bytes], workdir: 
                 "delete it to have it restored; if the data changed, use another workdir"
             )
     if new or not complete_steps(workdir):
-        write_atomic(workdir / CONFIG, json.dumps(to_dict(config), indent=2))
+        write_config(config, workdir)
 
 
 @contextlib.contextmanager

@@ -34,7 +34,7 @@ def main() -> None:
     from moe.training.open_run import open_workdir
 
     opened = open_workdir(_WORKDIR.path, _WORKDIR.instead)
-    last = max(opened.steps()) if _WORKDIR.step is None else _WORKDIR.step
+    last = opened.step_or_newest(_WORKDIR.step)
     variables = opened.variables(last)
     folder = epath.Path(_OUTPUT.value or epath.Path(opened.path) / "analysis")
     names = stacks.STACKS if opened.program.config.model.encoder_layers else ("",)

@@ -66,7 +66,7 @@ def _read(path: str, step: int | None, instead: dict[tuple[str, str], Any]) -> _
         raise ConfigError(f"{path}: holds an encoder-decoder; only decoder-only models are compared")
     recorder = Recorder(opened.program)
     rows = heldout_rows(recorder, opened.prepared, int(_TOKENS.value or 0))
-    step = max(opened.steps()) if step is None else step
+    step = opened.step_or_newest(step)
     variables = opened.variables(step)
     return _Reading(opened, step, variables, rows, recorder, recorder(variables, rows))
 

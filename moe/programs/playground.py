@@ -38,7 +38,7 @@ def main() -> None:
         packed = weights.read(Path(_PACKED.value))
     else:
         opened = open_workdir(_WORKDIR.path, _WORKDIR.instead)
-        step = max(opened.steps()) if _WORKDIR.step is None else _WORKDIR.step
+        step = opened.step_or_newest(_WORKDIR.step)
         packed = make(opened, step, title=str(_TITLE.value), tokens=int(_TOKENS.value or 0))
     page = render(packed)
     if _WEIGHTS.value:

@@ -69,7 +69,7 @@ def main() -> None:
     surgery.check(model)
     if _REGROUP.value is not None:
         surgery.check_groups(model, int(_REGROUP.value))
-    step = max(opened.steps()) if _WORKDIR.step is None else _WORKDIR.step
+    step = opened.step_or_newest(_WORKDIR.step)
     plans = [_plan(opened.path)] if _TOPOLOGY.value else []  # first: chips without a compiler end the start here
     before = stored.read_parameters(opened.path, model, step=step, dtype=np.float32)
     biases = stored.read_biases(opened.path, model, step=step)

@@ -44,6 +44,10 @@ class Workdir:
             raise ConfigError(f"{self.path}: holds no checkpoints")
         return steps
 
+    def step_or_newest(self, step: int | None) -> int:
+        """The step, or for None that of the newest checkpoint."""
+        return self.steps()[-1] if step is None else step
+
 
 def same_text(config: Config, domains: Sequence[str]) -> dict[tuple[str, str], Any]:
     """(section, field) → value of the settings with which another run reads the text of a config as that does."""
