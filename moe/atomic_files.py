@@ -23,7 +23,7 @@ from moe.fields import ConfigError
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)
 
 
-def in_bucket(path: epath.Path | Path) -> bool:
+def in_bucket(path: str | os.PathLike[str]) -> bool:
     """True for a path like gs://bucket/name: without appends, renames of folders or locks."""
     return "://" in os.fspath(path)
 

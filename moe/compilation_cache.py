@@ -10,6 +10,8 @@ from pathlib import Path
 
 import jax
 
+from moe.atomic_files import in_bucket
+
 #: Folder of runs of one process under ``train.compilation_cache=auto``.
 DEFAULT = "~/.cache/moe-data/jax"
 
@@ -36,7 +38,7 @@ def use(folder: str, workdir: str) -> None:
         folder = DEFAULT if jax.process_count() == 1 else os.path.join(workdir, "programs")
     path = os.path.join(os.path.expanduser(folder), f"{jax.default_backend()}-{_machine()}")
     try:
-        if "://" not in path:
+        if not in_bucket(path):
             Path(path).mkdir(parents=True, exist_ok=True)
             if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
                 raise PermissionError("no permission to read and write it")
@@ -46,7 +48,7 @@ def use(folder: str, workdir: str) -> None:
     jax.config.update("jax_compilation_cache_dir", path)
     for name, value in _SETTINGS.items():
         # Deleting old programs needs a lock, which a bucket does not have.
-        if name.upper() not in os.environ and not (name.endswith("max_size") and "://" in path):
+        if name.upper() not in os.environ and not (name.endswith("max_size") and in_bucket(path)):
             jax.config.update(name, value)
 
 

@@ -380,7 +380,7 @@ def refuse_special_files(folder: epath.Path) -> None:
 def orbax_folder(workdir: epath.Path) -> epath.Path:
     """The folder of a workdir's checkpoints as an absolute path, which Orbax needs."""
     path = os.fspath(workdir)
-    return epath.Path(path if "://" in path else os.path.abspath(path)) / "checkpoints"
+    return epath.Path(path if in_bucket(path) else os.path.abspath(path)) / "checkpoints"
 
 
 def complete_steps(workdir: epath.Path) -> list[int]:

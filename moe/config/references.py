@@ -20,6 +20,7 @@ from pathlib import Path
 import ml_collections
 from etils import epath
 
+from moe.atomic_files import in_bucket
 from moe.fields import ConfigError, exits_as_errors, require
 from moe.waiting import first_answer
 
@@ -139,7 +140,7 @@ def read_small_file(path: str | os.PathLike[str], name: str = "", largest: int =
             bucket cannot be reached.
     """
     name = name or os.fspath(path)
-    if "://" not in os.fspath(path):
+    if not in_bucket(path):
         return _read(epath.Path(path), name, largest)
     try:
         return _read(epath.Path(path), name, largest)
@@ -150,10 +151,10 @@ def read_small_file(path: str | os.PathLike[str], name: str = "", largest: int =
 
 
 def _read(file: epath.Path, name: str, largest: int) -> bytes:
-    if not (first_answer(name, file.exists) if "://" in os.fspath(file) else file.exists()):
+    if not (first_answer(name, file.exists) if in_bucket(file) else file.exists()):
         raise ConfigError(f"{name}: no such file")
     # epath takes whatever is no folder for a file; reading a FIFO waits for ever, /dev/zero fills the memory.
-    if not (file.is_file() if "://" in os.fspath(file) else os.path.isfile(file)):
+    if not (file.is_file() if in_bucket(file) else os.path.isfile(file)):
         raise ConfigError(f"{name}: is not a regular file")
     if file.stat().length > largest:
         raise ConfigError(f"{name}: must be at most {largest} bytes")

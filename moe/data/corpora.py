@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 import tensorflow_datasets as tfds
 from etils import epath
 
+from moe.atomic_files import in_bucket
 from moe.config import ConfigError
 from moe.data.directory import disk_errors
 from moe.data.documents import HELDOUT_FRACTION, join_texts, sections
@@ -88,22 +89,23 @@ def _technical(wheel: zipfile.ZipFile) -> Iterator[tuple[str, str]]:
     seen: set[str] = set()  # shapes share paragraphs ("The ARN of ..."); only the first occurrence is kept
     for service, name in newest.items():
         paragraphs = []
-
-        def collect(node: Any, label: str, paragraphs: list[str] = paragraphs) -> None:
-            if not isinstance(node, dict):
-                return
-            documentation = node.get("documentation")
-            if isinstance(documentation, str):
-                text = re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]*>", " ", documentation))).strip()
-                text = re.sub(r" ([.,;:)])", r"\1", text)  # spaces left by closing tags
-                if text and text not in seen:
-                    seen.add(text)
-                    paragraphs.append(f"{label}: {text}\n\n")
-            for key, child in node.items():
-                collect(child, key)
-
-        collect(json.loads(gzip.decompress(wheel.read(name))), service)
+        for label, text in _documented(json.loads(gzip.decompress(wheel.read(name))), service):
+            if text and text not in seen:
+                seen.add(text)
+                paragraphs.append(f"{label}: {text}\n\n")
         yield service, "".join(paragraphs)
+
+
+def _documented(node: Any, label: str) -> Iterator[tuple[str, str]]:
+    """(label, documentation as plain text) of a node of a service's model and of those below it."""
+    if not isinstance(node, dict):
+        return
+    documentation = node.get("documentation")
+    if isinstance(documentation, str):
+        text = re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]*>", " ", documentation))).strip()
+        yield label, re.sub(r" ([.,;:)])", r"\1", text)  # spaces left by closing tags
+    for key, child in node.items():
+        yield from _documented(child, key)
 
 
 def _translations(wheel: zipfile.ZipFile) -> Iterator[tuple[str, str]]:
@@ -260,7 +262,7 @@ def open_embedded(
     with quiet():
         builder: Any = EmbeddedCorpus(data_dir=os.fspath(directory), config=domain, file_format="array_record")
         if not builder.is_prepared():
-            if "://" in os.fspath(directory):
+            if in_bucket(directory):
                 raise ConfigError(
                     f"data.directory={os.fspath(directory)!r} has no {builder.info.full_name}; prepare it in a local "
                     "directory and copy that to the bucket"

@@ -11,6 +11,7 @@ from pathlib import PurePosixPath
 
 from etils import epath
 
+from moe.atomic_files import in_bucket
 from moe.config import ConfigError, read_small_file
 from moe.data.documents import check_domain
 
@@ -118,7 +119,7 @@ def _list_files(root: epath.Path, suffixes: Sequence[str]) -> list[str]:
 
     names = []
     for folder, folders, files in root.walk():
-        if "://" not in os.fspath(root):
+        if not in_bucket(root):
             # Whether a link to a folder is among the folders depends on Python's version.
             for name in (name for name in (*folders, *files) if not name.startswith(".")):
                 path = os.path.join(folder, name)

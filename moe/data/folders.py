@@ -23,7 +23,7 @@ import numpy as np
 import pydantic
 from etils import epath
 
-from moe.atomic_files import from_checked_json, to_checked_json, write_atomic
+from moe.atomic_files import from_checked_json, in_bucket, to_checked_json, write_atomic
 from moe.config import ConfigError, read_small_file
 from moe.data import columns
 from moe.data.documents import HELDOUT_FRACTION, file_documents, parse_document
@@ -77,7 +77,7 @@ class FolderDocuments(Sequence[str]):
 
 def is_folder(name: str) -> bool:
     """Tell a path in data.dataset from the name of a TFDS dataset."""
-    return name.startswith(("/", "~", ".")) or "://" in name
+    return name.startswith(("/", "~", ".")) or in_bucket(name)
 
 
 def refuse_inside(dataset: str, workdir: str) -> None:
@@ -154,7 +154,7 @@ def _find_index(
         change = _change(root, sources, about.files, index)
         if not change:
             return index, about, places
-    if "://" in os.fspath(directory):
+    if in_bucket(directory):
         raise ConfigError(f"data.directory={os.fspath(directory)!r}: must be local to hold the index of {root}")
     progress(f"indexing {root}{f' again, because {change}' if change else ''}")
     _write_index(root, index, sources)
@@ -164,8 +164,8 @@ def _find_index(
 def _find_root(name: str) -> epath.Path:
     try:
         root = epath.Path(name).expanduser()
-        root = root if "://" in name else epath.Path(os.path.abspath(root))
-        exists = first_answer(name, root.is_dir) if "://" in name else root.is_dir()
+        root = root if in_bucket(name) else epath.Path(os.path.abspath(root))
+        exists = first_answer(name, root.is_dir) if in_bucket(name) else root.is_dir()
     except Exception as error:  # a bucket's library may be missing, or raise other types
         raise ConfigError(f"data.dataset={name!r}: cannot be reached ({error})") from error
     if not exists:
@@ -290,7 +290,7 @@ class _IndexBuilder:
 
     def _table_name(self, path: epath.Path) -> str | None:
         """Name of a file's copy in the index; None for a local Arrow file, which is read in place."""
-        local = "://" not in os.fspath(self.root)
+        local = not in_bucket(self.root)
         return None if local and path.suffix == ".arrow" else f"table-{len(self.files):05d}.arrow"
 
     def _table(self, path: epath.Path, copy: str | None) -> columns.TextTable:
@@ -351,12 +351,12 @@ def _change(root: epath.Path, sources: Sequence[Source], files: Sequence[_Entry]
 
 def _time(path: epath.Path) -> int:
     """Time of the last change: in nanoseconds where the file system says so, since edits follow one another fast."""
-    return path.stat().mtime if "://" in os.fspath(path) else os.stat(path).st_mtime_ns
+    return path.stat().mtime if in_bucket(path) else os.stat(path).st_mtime_ns
 
 
 def refuse_special(path: epath.Path) -> None:
     """Refuse FIFOs, sockets and devices, whose reading may never end. Raises ConfigError."""
-    if "://" in os.fspath(path):
+    if in_bucket(path):
         return
     try:
         mode = os.stat(path).st_mode

@@ -18,6 +18,7 @@ from absl import logging as absl_logging
 from etils import epath
 from tensorflow_datasets.core import constants
 
+from moe.atomic_files import in_bucket
 from moe.config import ConfigError, read_small_file
 from moe.data.documents import HELDOUT_FRACTION, SECTION_LIMIT, SECTION_TARGET, sections
 
@@ -39,7 +40,7 @@ class TfdsDocuments(Sequence[str]):
             self._source = builder.as_data_source(split=split)
             # The source opens a shard at its first read, possibly hours later. On local disk an early read costs
             # 0.1 ms per shard.
-            if "://" not in os.fspath(builder.data_dir):
+            if not in_bucket(builder.data_dir):
                 for last in np.cumsum(self._split.shard_lengths) - 1:
                     self._source[int(last)]
         except NotImplementedError:  # tfrecord has no random access; open_tfds reports it
