@@ -29,6 +29,9 @@ from moe.planner.topology import Topology, get_topology
 from moe.planner.versions import versions
 from moe.training import step as train_step_module
 
+#: Fields of :class:`Memory` that add up to its total.
+MEMORY_KINDS = ("parameters", "optimizer", "inputs", "temporaries", "code")
+
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
@@ -56,8 +59,8 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """Sum of all kinds."""
-        return self.parameters + self.optimizer + self.inputs + self.temporaries + self.code
+        """Sum of :data:`MEMORY_KINDS`."""
+        return sum(getattr(self, kind) for kind in MEMORY_KINDS)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 from moe.planner import differences
 from moe.planner.chips import GiB
+from moe.planner.compiled import MEMORY_KINDS
 
 _Json = dict[str, Any]
 
@@ -211,7 +212,7 @@ def _memory(plan: _Json) -> str:
     kinds = "".join(
         f"<tr><td>{name}<td class=n>{memory[name] / GiB:.2f}<td style='width:50%'>"
         f"{_meter(memory[name] / memory['capacity'], '#5a9bd4')}"
-        for name in ("parameters", "optimizer", "inputs", "temporaries", "code")
+        for name in MEMORY_KINDS
     )
     arrays = "".join(
         f"<tr><td>{_text(array['type'].partition('{')[0])}<div class=small>{_text(array['source'][-110:])}</div><td "

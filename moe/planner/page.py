@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from moe.planner.chips import GiB
+from moe.planner.compiled import MEMORY_KINDS
 from moe.planner.exchanges import ROUTED
 from moe.planner.plan import Plan
 
@@ -34,10 +35,7 @@ def _memory(plan: Plan) -> list[str]:
     memory = plan.memory
     return [
         f"Memory per {_device(plan)} (fact): fits, {memory.total / GiB:.2f} GiB of {memory.capacity / GiB:.0f}",
-        *(
-            f"  {name:12} {getattr(memory, name) / GiB:8.2f} GiB"
-            for name in ("parameters", "optimizer", "inputs", "temporaries", "code")
-        ),
+        *(f"  {name:12} {getattr(memory, name) / GiB:8.2f} GiB" for name in MEMORY_KINDS),
         *(
             [f"  alive at the peak {memory.peak / GiB:.2f} GiB; the rest is gaps between buffers"]
             if 0 < memory.peak < memory.total

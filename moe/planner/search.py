@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import math
+import operator
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -29,7 +30,7 @@ from moe.planner.topology import Topology
 from moe.planner.versions import source_hash, versions
 
 #: moe.planner.plan.Plan.to_json(), or {"error": message} and for too little memory "memory_least": bytes.
-Plan = dict[str, Any]
+PlanJson = dict[str, Any]
 
 
 class Cache:
@@ -52,13 +53,13 @@ class Cache:
         text = json.dumps([to_dict(config), *self._common], sort_keys=True)
         return self._folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
 
-    def get(self, config: Config) -> Plan | None:
+    def get(self, config: Config) -> PlanJson | None:
         """The stored plan; None where there is none, or a damaged one, which is made again."""
         with contextlib.suppress(ConfigError):
             return read_object(self.path(config))
         return None
 
-    def put(self, config: Config, plan: Plan) -> None:
+    def put(self, config: Config, plan: PlanJson) -> None:
         """Store a plan atomically."""
         write_atomic(self.path(config), json.dumps(plan).encode())
 
@@ -77,11 +78,11 @@ class Cache:
 def run(
     found: Sequence[Candidate],
     cache: Cache,
-    compile_plan: Callable[[Config], Plan],
+    compile_plan: Callable[[Config], PlanJson],
     limit: int,
     capacity: float = math.inf,
-    progress: Callable[[Plan], object] = lambda plan: None,
-) -> list[tuple[Candidate, Plan]]:
+    progress: Callable[[PlanJson], object] = lambda plan: None,
+) -> list[tuple[Candidate, PlanJson]]:
     """Compile the most promising candidates, each chosen with the plans so far (:class:`moe.planner.guide.Guide`).
 
     Candidates that another process compiles at the moment are passed over, and waited for if nothing else is left.
@@ -97,7 +98,7 @@ def run(
     Returns:
         The candidates and their plans, most tokens/s first, those with errors last.
     """
-    guide, plans = Guide(found, capacity), dict[int, Plan]()
+    guide, plans = Guide(found, capacity), dict[int, PlanJson]()
     while len(plans) < min(limit, len(found)):
         for index in guide.order()[: limit - len(plans)]:
             plan = _plan_of(found[index].config, cache, compile_plan)
@@ -112,7 +113,7 @@ def run(
     return sorted(pairs, key=lambda pair: -pair[1].get("tokens_per_second_per_chip", 0.0))
 
 
-def _plan_of(config: Config, cache: Cache, compile_plan: Callable[[Config], Plan]) -> Plan | None:
+def _plan_of(config: Config, cache: Cache, compile_plan: Callable[[Config], PlanJson]) -> PlanJson | None:
     """The plan, or None if another process is compiling it."""
     if (known := cache.get(config)) is not None:
         return known
@@ -140,15 +141,12 @@ SEARCHED = (
 def overrides(config: Config) -> str:
     """Flags of main.py and plan_pod.py that select a candidate: the mesh and :data:`SEARCHED`."""
     named: dict[str, Any] = {f"mesh.{axis}": size for axis, size in dataclasses.asdict(config.mesh).items()}
-    named["model.remat"] = config.model.remat
-    if config.model.moe.gate is not None:
-        for name in ("dispatch", "exchange", "exchange_chunks", "exchange_hosts"):
-            named[f"model.moe.{name}"] = getattr(config.model.moe, name)
-    named["train.batch_size"] = config.train.batch_size
+    unread = "model.moe." if config.model.moe.gate is None else ()
+    named |= {name: operator.attrgetter(name)(config) for name in SEARCHED if not name.startswith(unread)}
     return " ".join(f"--config.{name}={value}" for name, value in named.items())
 
 
-def render(results: Sequence[tuple[Candidate, Plan]], pruned: collections.Counter[str], skipped: int) -> str:
+def render(results: Sequence[tuple[Candidate, PlanJson]], pruned: collections.Counter[str], skipped: int) -> str:
     """The table that a person reads.
 
     Args:
