@@ -68,7 +68,7 @@ def utilisation(config: Any, mesh: Any) -> None:
     seconds = {name: times.clock for name, times in timing.in_turns(calls, _STEPS.value).items()}
     rates = [rate * program.mesh.size for rate in rates]  # each device ran the matmul whole
     step, rate = statistics.median(seconds["step"]), statistics.median(rates[1:])
-    tokens = config.train.batch_size * config.data.sequence_length
+    tokens = config.tokens_per_step
     per_step = flops.train_flops(config)
     total, active = flops.count_parameters(config.model)
     print(f"parameters: {total:,} total, {active:,} active; {process.allocator()}")

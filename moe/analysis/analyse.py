@@ -214,7 +214,7 @@ def _row_passages(
 ) -> list[passages.Passage]:
     """Take the beginning of the first held-out rows of each domain."""
     config, piece = recorder.program.config, summary.piece_of(prepared.tokenizer)
-    tokens = config.train.batch_size * config.data.sequence_length
+    tokens = config.tokens_per_step
     rows = {domain: batches[:1] for domain, batches in heldout_rows(recorder, prepared, tokens).items()}
     records = recorder(variables, rows)
     texts = [[piece(int(token)) for token in records.tokens[records.domain == n]] for n in range(len(rows))]

@@ -157,6 +157,10 @@ class OptimizerConfig(Section, path="optimizer."):
         allowed = f"must be float32 with optimizer.b2={self.b2}; bfloat16 keeps second moments up to b2=0.99"
         self._require("moment_dtype", self.b2 <= 0.99, allowed)
 
+    def wsd_steps(self, num_steps: int) -> int:
+        """Steps of wsd's decay in a run of ``num_steps``."""
+        return self.decay_steps or max(num_steps // 10, 1)
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig(Section, path="train."):
@@ -197,6 +201,11 @@ class TrainConfig(Section, path="train."):
         self._require("keep_every", self.keep_every % self.save_every == 0, allowed)
         divides = self.batch_size % self.accumulation_steps == 0
         self._require("accumulation_steps", divides, f"must divide train.batch_size={self.batch_size}")
+
+    @property
+    def microbatch_rows(self) -> int:
+        """Rows of one microbatch, over all devices."""
+        return self.batch_size // self.accumulation_steps
 
 
 @dataclasses.dataclass(frozen=True)

@@ -60,6 +60,11 @@ class Config(Section):
             _check_causality(self.model)
             _check_group_size(self)
 
+    @property
+    def tokens_per_step(self) -> int:
+        """B·T, of an encoder-decoder the decoder's."""
+        return self.train.batch_size * self.data.sequence_length
+
 
 def _filled(data: DataConfig, encoder: bool) -> DataConfig:
     """The data of a model with an encoder, or without."""
@@ -93,14 +98,14 @@ def _check_objective(model: ModelConfig, data: DataConfig) -> None:
 def _check_steps(config: Config) -> None:
     """Check rows, tokens and steps of the schedule."""
     data, train, optimizer = config.data, config.train, config.optimizer
-    tokens = train.batch_size * data.sequence_length
+    tokens = config.tokens_per_step
     require(tokens <= LARGEST, "train.batch_size * data.sequence_length", tokens, f"must be at most {LARGEST}")
     divides = data.streams == 0 or train.batch_size % data.streams == 0
     allowed = f"must divide train.batch_size={train.batch_size}, or be 0"
     require(divides, "data.streams", data.streams, allowed)
     allowed = f"must be below train.num_steps={train.num_steps}"
     require(optimizer.warmup_steps < train.num_steps, "optimizer.warmup_steps", optimizer.warmup_steps, allowed)
-    decay = optimizer.decay_steps or max(train.num_steps // 10, 1) * (optimizer.schedule == "wsd")
+    decay = optimizer.wsd_steps(train.num_steps) if optimizer.schedule == "wsd" else 0
     allowed = "must be at most train.num_steps - optimizer.warmup_steps; 0 is a tenth of train.num_steps"
     enough = decay <= train.num_steps - optimizer.warmup_steps
     require(enough, "optimizer.decay_steps", optimizer.decay_steps, allowed)
@@ -176,7 +181,7 @@ def _check_group_size(config: Config) -> None:
     given = config.model.moe.group_size
     for name in ("sequence_length", "input_length") if config.model.encoder_layers else ("sequence_length",):
         length = getattr(config.data, name)
-        tokens = config.train.batch_size // config.train.accumulation_steps * length
+        tokens = config.train.microbatch_rows * length
         size = given or length
         holds = tokens % size == 0 and (size % length == 0 or length % size == 0)
         allowed = f"must divide or be a multiple of data.{name}={length}, and divide a microbatch's {tokens} tokens"
@@ -201,7 +206,7 @@ def validate_mesh(config: Config, sizes: Mapping[str, int]) -> None:
         require(value % shards == 0, field, value, f"must be divisible by {names} = {shards}")
 
     batch_axes = ("data", "fsdp", "expert")
-    rows = config.train.batch_size // config.train.accumulation_steps
+    rows = config.train.microbatch_rows
     divides(batch_axes, "train.batch_size / train.accumulation_steps", rows)
     if sizes.get("context", 1) > 1:
         _check_context(config, sizes)
@@ -225,7 +230,7 @@ def _check_context(config: Config, sizes: Mapping[str, int]) -> None:
     context, train, length = sizes["context"], config.train, config.data.sequence_length
     field = f"with mesh.context={context}"
     rows = sizes["data"] * sizes["fsdp"] * sizes["expert"]
-    given = train.batch_size // train.accumulation_steps
+    given = train.microbatch_rows
     require(
         given == rows, "train.batch_size / train.accumulation_steps", given, f"must be {rows}, one row each, {field}"
     )

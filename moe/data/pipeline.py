@@ -35,7 +35,7 @@ import numpy as np
 from moe.config import Config, ConfigError, DataConfig
 from moe.data import chat, objectives, policy, preferences, streams
 from moe.data.documents import CONVERSATION
-from moe.data.preparation import Prepared, domain_weights, open_data, refuse_unseen
+from moe.data.preparation import Prepared, domain_weights, open_data, refuse_unseen, row_shares
 from moe.data.rollouts import ROLLOUTS
 from moe.data.sentinels import sentinel_ids
 from moe.data.tokenizer import Tokenizer
@@ -278,17 +278,16 @@ def epochs_per_step(prepared: Prepared, config: Config) -> dict[str, float]:
 
     Empty where rows hold examples and padding.
     """
-    data, shares = config.data, {}
-    if data.whole_examples:
+    if config.data.whole_examples:
         return {}
-    weights = np.asarray(domain_weights(data, prepared.domains))
-    for domain, weight in zip(prepared.domains, weights / weights.sum(), strict=True):
+    epochs = {}
+    for domain, share in row_shares(config.data, prepared.domains).items():
         documents = prepared.train[domain]
         count = min(len(documents), max(EPOCH_SAMPLE // len(prepared.domains), 1))
         sample = [documents[int(i)] for i in np.linspace(0, len(documents) - 1, count)]
         tokens = np.mean([len(_tokenise(text, prepared.tokenizer)["row"]) for text in sample]) * len(documents)
-        shares[domain] = float(config.train.batch_size * data.sequence_length * weight / tokens)
-    return shares
+        epochs[domain] = float(config.tokens_per_step * share / tokens)
+    return epochs
 
 
 # --- Held-out rows ---------------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from etils import epath
 
-from moe.atomic_files import write_atomic
+from moe.atomic_files import in_bucket, write_atomic
 from moe.config import EMBEDDED_DOMAINS, ConfigError, DataConfig, read_small_file
 from moe.data import chat, corpora, folders, policy, tfds_datasets
 from moe.data.directory import disk_errors, locked_directory
@@ -42,23 +41,24 @@ class Prepared:
 
 
 def domain_weights(data: DataConfig, domains: tuple[str, ...]) -> tuple[float, ...]:
-    """Return data.weights, or equal ones; ConfigError unless there is one positive weight per domain."""
+    """Return data.weights, or equal ones; ConfigError unless there is one per domain."""
     weights = tuple(data.weights) or (1.0,) * len(domains)
     if len(weights) != len(domains):
         raise ConfigError(
             f"data.weights={weights}: give one for each of the {len(domains)} domains {domains}, or leave it empty"
         )
-    if not all(np.isfinite(weight) and weight > 0 for weight in weights):
-        raise ConfigError(
-            f"data.weights={weights}: each must be a positive number; leave a domain out of data.domains instead"
-        )
     return weights
+
+
+def row_shares(data: DataConfig, domains: tuple[str, ...]) -> dict[str, float]:
+    """Return domain → share of the rows of a batch."""
+    weights = domain_weights(data, domains)
+    return {domain: weight / sum(weights) for domain, weight in zip(domains, weights, strict=True)}
 
 
 def describe_shares(data: DataConfig, domains: tuple[str, ...]) -> str:
     """One line: the share of the rows that each domain has."""
-    weights = domain_weights(data, domains)
-    shares = (f"{domain} {weight / sum(weights):.1%}" for domain, weight in zip(domains, weights, strict=True))
+    shares = (f"{domain} {share:.1%}" for domain, share in row_shares(data, domains).items())
     return f"shares of the rows (data.weights): {', '.join(shares)}"
 
 
@@ -78,7 +78,7 @@ def open_data(
     """
     directory = _reach(data.directory)
     # In a bucket nothing is built or trained, so no lock is needed.
-    local = "://" not in os.fspath(directory)
+    local = not in_bucket(directory)
     lock = locked_directory(Path(directory)) if local else contextlib.nullcontext()
     with lock, disk_errors(directory):
         found = _open(data, directory, progress)
@@ -118,7 +118,7 @@ def _reach(name: str) -> epath.Path:
     """Return the path of data.directory, after asking a bucket for it."""
     try:
         directory = epath.Path(name).expanduser()
-        if "://" in name:
+        if in_bucket(name):
             first_answer(name, directory.exists)
     except Exception as error:  # a bucket's library may be missing, or raise other types
         raise ConfigError(f"data.directory={name!r}: cannot be reached ({error})") from error

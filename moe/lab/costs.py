@@ -20,7 +20,7 @@ def executed_flops(config: Config, dropped_share: float) -> float:
     """
     model, moe, data = config.model, config.model.moe, config.data
     lengths = data.sequence_length, data.input_length
-    tokens = config.train.num_steps * config.train.batch_size * data.sequence_length
+    tokens = config.train.num_steps * config.tokens_per_step
     per_token = flops.train_flops_per_token(model, *lengths)
     per_token -= dropped_share * flops.expert_flops_per_token(model, *lengths)
     if moe.gate is not None and moe.dispatch == "einsum":

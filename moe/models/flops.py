@@ -48,7 +48,7 @@ def expert_rows_per_token(config: ModelConfig, sequence_length: int) -> float:
 def train_flops(config: Config, steps: int = 1) -> float:
     """Model FLOPs of a run's steps; see :func:`train_flops_per_token`."""
     data = config.data
-    tokens = steps * config.train.batch_size * data.sequence_length
+    tokens = steps * config.tokens_per_step
     return tokens * train_flops_per_token(config.model, data.sequence_length, data.input_length)
 
 

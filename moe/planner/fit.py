@@ -129,7 +129,7 @@ def estimate(config: Config, sizes: Mapping[str, int], platform: str) -> Estimat
         placed = _placed(mesh, optimizer, optimizer_specs(*of_trained, optimizer))
         state = 0 if config.optimizer.memory == "host" else shard_bytes(placed)
     train, stages, size = config.train, sizes.get("pipeline", 1), jnp.dtype(config.model.dtype).itemsize
-    rows = train.batch_size // train.accumulation_steps // (sizes["data"] * sizes["fsdp"] * sizes["expert"])
+    rows = train.microbatch_rows // (sizes["data"] * sizes["fsdp"] * sizes["expert"])
     # Every pipeline stage keeps its layers' activations of all microbatches.
     kept_rows = rows * train.accumulation_steps // stages if stages > 1 else rows
     layers = _layers(config, sizes, _ARRAYS[platform], rows)

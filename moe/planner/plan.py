@@ -314,7 +314,7 @@ def read_step(config: Config, topology: Topology, step: CompiledStep, scenario: 
         )
     priced = [item for item in items if item.kind in ("grouped matmul", "attention")]
     total, active = flops.count_parameters(config.model)
-    tokens = config.train.batch_size * config.data.sequence_length
+    tokens = config.tokens_per_step
     scale, log_width, steps = calibration.spread(topology.platform, calibration.rows())
     basis: dict[str, float] = {}
     for item in items:
@@ -363,7 +363,7 @@ def read_step(config: Config, topology: Topology, step: CompiledStep, scenario: 
 
 def _assignments(config: Config, mesh: Any) -> int:
     """(token, expert) choices of a device that one pass of a layer's kernels computes."""
-    rows = config.train.batch_size // config.train.accumulation_steps
+    rows = config.train.microbatch_rows
     devices = mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["expert"] * mesh.shape.get("context", 1)
     moe, length = config.model.moe, config.data.sequence_length
     chunks = moe.chunks(moe.group_size or length, mesh.shape["expert"])

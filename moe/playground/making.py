@@ -79,7 +79,7 @@ def _examples(prepared: Prepared) -> list[dict[str, str]]:
 
 
 def _about(config: Config, step: int, losses: dict[str, dict[str, float]], tokens: int) -> str:
-    per_step = config.train.batch_size * config.data.sequence_length
+    per_step = config.tokens_per_step
     domains = ", ".join(f"{name} {loss:.2f}" for name, loss in losses["int8"].items() if name != "all")
     return (
         f"Trained for {step:,} steps of {per_step:,} tokens ({step * per_step / 1e6:.1f}M). Matrices are int8 with a "

@@ -45,7 +45,7 @@ def load_heldout(program: Program, prepared: pipeline.Prepared) -> Heldout:
     """
     check_domains(prepared)
     config = program.config
-    rows = config.train.batch_size // config.train.accumulation_steps * program.mesh.shape.get("pipeline", 1)
+    rows = config.train.microbatch_rows * program.mesh.shape.get("pipeline", 1)
     local = local_rows(program.mesh, rows)
     batches = {
         domain: [

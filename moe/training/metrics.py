@@ -80,7 +80,7 @@ class Throughput:
     """Tokens per second and MFU from seconds per step."""
 
     def __init__(self, config: Config):
-        self._tokens = config.train.batch_size * config.data.sequence_length
+        self._tokens = config.tokens_per_step
         self._flops = flops.train_flops(config)
         self._dtype = config.model.dtype
         self._datasheet = (target.current().peak_flops or 0.0) * jax.device_count()

@@ -45,7 +45,7 @@ def _constant(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
 
 def _warmup_stable_decay(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
     """The peak, then a linear decay to the final fraction over the last decay_steps (Hu et al. 2024, MiniCPM)."""
-    decay = config.decay_steps or max(num_steps // 10, 1)
+    decay = config.wsd_steps(num_steps)
     end = config.learning_rate * config.final_learning_rate_fraction
     down = optax.linear_schedule(config.learning_rate, end, decay)
     # Steps count from 0: the last one is step num_steps - 1, the decay's number decay - 1.

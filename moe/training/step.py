@@ -229,10 +229,9 @@ def _in_host_memory(shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> Nam
 
 def _probe_own_gates(model: ModelConfig) -> None:
     """Refuse a gate of a user's module that cannot route; see :func:`moe.routing.routing.probe`."""
-    if model.moe.gate is not None:
-        for gate in {model.moe.gate, *model.moe.layer_gates}:
-            if ":" in gate.name:
-                probe(gate, model.moe.num_experts, null_experts=model.moe.null_experts)
+    for gate in set(model.moe.gates):
+        if ":" in gate.name:
+            probe(gate, model.moe.num_experts, null_experts=model.moe.null_experts)
 
 
 def _graphdef(model: ModelConfig, gate: Gate | None = None) -> nnx.GraphDef[Model]:
@@ -385,7 +384,7 @@ def _next_biases(config: Config, biases: dict[str, Any], layers: LayerReport | N
     rule, rate = moe.gate.state
     signals = selection_biases(config.model, bias_signal(rule, layers, moe.experts_per_token))
     update = functools.partial(next_selection_bias, rule, rate=rate)
-    return jax.tree.map(lambda bias, signal: update(bias, signal), biases, signals)
+    return jax.tree.map(update, biases, signals)
 
 
 def eval_step(

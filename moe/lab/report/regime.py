@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from moe.data.preparation import row_shares
 from moe.lab.table import Table
 
 
@@ -35,8 +36,7 @@ def _numbers(found: Table) -> tuple[str, float, str]:
     suite, base = found.suite, next(iter(found.suite.variants))
     tokens = suite.longest * suite.tokens_per_step
     config = suite.config(base)
-    weights = config.data.weights or (1.0,) * len(config.data.domains)
-    shares = dict(zip(config.data.domains, (weight / sum(weights) for weight in weights), strict=True))
+    shares = row_shares(config.data, config.data.domains)
     sizes = {name: size for name, size in suite.domain_tokens.items() if name in shares}
     epochs = ", ".join(f"{name} {tokens * shares[name] / size:.2f}" for name, size in sizes.items())
     return f"{tokens / 1e6:.3g}M", tokens / suite.costs(base)["active_parameters"], epochs

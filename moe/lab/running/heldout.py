@@ -52,7 +52,7 @@ def mixed_rows(
         for domain, rows in by_domain.items()
         if index < len(rows)
     ]
-    size = config.train.batch_size // config.train.accumulation_steps
+    size = config.train.microbatch_rows
     rows = [row for _, row in picked]
     padding = {
         key: np.full_like(value, -1) if key == "targets" else value * (not key.endswith("segment_ids"))
@@ -87,7 +87,7 @@ def dropless(config: Config) -> Config | None:
     moe = config.model.moe
     if moe.gate is None:
         return config
-    if any(gate.experts_choose or gate.router == "slots" for gate in (moe.gate, *moe.layer_gates)):
+    if any(gate.experts_choose or gate.router == "slots" for gate in moe.gates):
         return None
     changed = dataclasses.replace(moe, dispatch="dropless", overflow_to_next=False)
     return dataclasses.replace(config, model=dataclasses.replace(config.model, moe=changed))

@@ -220,7 +220,7 @@ class Worker:
         rows = results.run_rows(directory)
         last = last_tenth.losses(path, key.steps)
         rows.append((key.steps, "last_tenth_loss", "", "", statistics.fmean(last)))
-        prepared = with_unseen(_prepare(config), config, suite.unseen)
+        prepared = with_unseen(pipeline.prepare_run(config, progress=lambda _: None), config, suite.unseen)
         if status == FINISHED:
             losses, domains, further, evaluated = self._evaluate(key, config, prepared, directory)
             rows += further
@@ -356,10 +356,6 @@ class Worker:
             return
         for step in results.checkpoint_steps(directory)[:-1]:
             shutil.rmtree(directory / "checkpoints" / str(step))
-
-
-def _prepare(config: Config) -> pipeline.Prepared:
-    return pipeline.prepare_run(config, progress=lambda _: None)
 
 
 def _mixed_rows(
