@@ -46,6 +46,7 @@ _DELTA_NET = {
 }
 #: What else differs from the defaults of the model.
 MODELS: dict[str, dict[str, Any]] = {
+    "deepseek_moe_16b": {"norm_eps": 1e-6},
     "deepseek_v2_lite": _LATENT,
     "deepseek_v2": _LATENT | {"q_lora_rank": 1536},
     "deepseek_v3": _LATENT | {"q_lora_rank": 1536},
@@ -94,14 +95,15 @@ LAYERS: dict[str, dict[str, Any]] = {
         **{"gate": _K2_GATE, "num_experts": 384, "d_ff": 2048, "shared_d_ff": 2048, "first_dense": 1},
         **{"losses": {"balance": 1e-4, "scope": "sequence"}},  # DeepSeek-V3's: the paper states none
     },
-    "gpt_oss_20b": _mixtral(32, 0.001 * 4 / 24, 4, d_ff=2880, bias="all"),
-    "gpt_oss_120b": _mixtral(128, 0.001 * 4 / 36, 4, d_ff=2880, bias="all"),
+    # 0.9 is the coefficient of their config.json; OpenAI has not said what they were trained with.
+    "gpt_oss_20b": _mixtral(32, 0.9 * 4 / 24, 4, d_ff=2880, bias="all"),
+    "gpt_oss_120b": _mixtral(128, 0.9 * 4 / 36, 4, d_ff=2880, bias="all"),
     "mistral_7b": {"gate": "none"},
     "mixtral_8x7b": _mixtral(8, 0.02 * 2 / 32),
     "mixtral_8x22b": _mixtral(8, 0.001 * 2 / 56),
     "olmoe_1b_7b": {
         **{"gate": {"name": "switch", "k": 8}, "num_experts": 64, "jitter": 0.0},
-        **{"losses": {"balance": 0.01 * 8 / 16, "z": 0.001}},  # OLMoE 2024, section 3
+        **{"losses": {"balance": 0.01 / 16, "z": 0.001}},  # OLMoE 2024, section 3; MegaBlocks: a mean over layers
     },
     "qwen1_5_moe_a2_7b": {
         **{"gate": {"name": "deepseek_moe", "k": 4}, "num_experts": 60, "d_ff": 1408},

@@ -21,7 +21,7 @@ _VOCABULARIES = (SENTENCEPIECE_FILE, JSON_FILE, T5_FILE)
 TOKENIZER_FILES = (*_VOCABULARIES, JSON_CONFIG_FILE, TEMPLATE_FILE)
 GENERATION_FILE = "generation_config.json"
 #: Files that are copied with a model's weights: the tokenizer, and how generation ends.
-COMPANIONS = (*TOKENIZER_FILES, "special_tokens_map.json", "added_tokens.json", GENERATION_FILE)
+COMPANIONS = (*TOKENIZER_FILES, "tiktoken.model", "special_tokens_map.json", "added_tokens.json", GENERATION_FILE)
 _MIXTRAL_MODEL = "mistral_common/data/tokenizer.model.v1"
 
 

@@ -145,7 +145,8 @@ def keep_fields(source: Json, config: Config, model_type: str = "") -> Json:
     Raises:
         ConfigError: see :func:`write_config`.
     """
-    source = {name: value for name, value in source.items() if name != "quantization_config"}
+    absent = ("quantization_config", "auto_map")  # the second names files of code, which an export does not hold
+    source = {name: value for name, value in source.items() if name not in absent}
     before = read_config(source)
     length = max(config.data.sequence_length, before.data.sequence_length)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, sequence_length=length))
@@ -174,6 +175,8 @@ def _read_back(written: Json) -> ModelConfig:
 
 def _write_as(config: Config, family: Family) -> Json:
     model = config.model
+    if config.data.objective == "prefix_lm" and not model.encoder_layers:
+        raise ConfigError("data.objective='prefix_lm': no open architecture attends to a prompt in both directions")
     written = next((name for name, activation in ACTIVATIONS.items() if activation == model.activation), "silu")
     result = {
         "architectures": [family.architecture],

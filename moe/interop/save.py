@@ -102,7 +102,7 @@ def write_folder(
     writer.finish()
     content = source
     if not encoders:
-        dtype = str(writer.dtypes.pop()) if len(writer.dtypes) == 1 else "float32"
+        dtype = str(max(writer.sizes, key=writer.sizes.__getitem__))  # selection biases may be of another
         content = source | {"dtype" if "dtype" in source else "torch_dtype": dtype}
     write_atomic(directory / CONFIG_FILE, json.dumps(content, indent=2) + "\n")
 

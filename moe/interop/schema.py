@@ -16,6 +16,11 @@ from moe.config.model_section import Activation
 from moe.foreign_files import Json, check
 
 
+def also_named(default: Any, *names: str) -> Any:
+    """A field with a default that a file may give under several names, of which the first counts."""
+    return pydantic.Field(default, validation_alias=pydantic.AliasChoices(*names))
+
+
 def _refuse_true(value: bool) -> bool:
     if value:
         raise ValueError("must be false")
@@ -34,6 +39,7 @@ Size = Annotated[int, pydantic.Field(ge=1, le=1 << 24)]
 OptionalCount = Annotated[int, pydantic.Field(ge=0, le=1 << 16)]
 Layers = Annotated[int, pydantic.Field(ge=1, le=1024)]
 Experts = Annotated[int, pydantic.Field(ge=1, le=4096)]
+OptionalExperts = Annotated[int, pydantic.Field(ge=0, le=4096)]
 Window = Annotated[int, pydantic.Field(ge=0, le=(1 << 31) - 1)] | None
 Context = Annotated[int, pydantic.Field(ge=1, le=(1 << 31) - 1)]
 Positive = Annotated[float, pydantic.Field(gt=0, le=1e30, allow_inf_nan=False)]

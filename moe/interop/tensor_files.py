@@ -256,7 +256,7 @@ class TensorWriter:
     def __init__(self, directory: Path, max_shard_bytes: int):
         """Args: directory, made with the first file; max_shard_bytes, of one file unless one tensor is larger."""
         self.directory, self.max_shard_bytes = directory, max_shard_bytes
-        self.dtypes: set[np.dtype[Any]] = set()
+        self.sizes: dict[np.dtype[Any], int] = {}  # bytes of each type
         self._shard: dict[str, np.ndarray] = {}
         self._files: list[list[str]] = []  # names of the tensors in each file
         self._size = self._total = 0
@@ -267,7 +267,7 @@ class TensorWriter:
             self._flush()
         self._shard[name] = tensor
         self._size, self._total = self._size + tensor.nbytes, self._total + tensor.nbytes
-        self.dtypes.add(tensor.dtype)
+        self.sizes[tensor.dtype] = self.sizes.get(tensor.dtype, 0) + tensor.nbytes
 
     def finish(self) -> None:
         """Write what is left and give the files their final names."""

@@ -147,6 +147,8 @@ def export_checkpoint(
         encoders = _fp8_encoders(origin, source or {})
         written |= {"quantization_config": _quantization_of_export(source or {})}
     written |= _token_ids(epath.Path(workdir), written)
+    if config.model.encoder_layers and source is None:  # trained here, where decoders begin with padding
+        written["decoder_start_token_id"] = max(written["pad_token_id"] or 0, 0)
 
     def fetch(parameter: Parameter) -> Any:
         if parameter.selection_bias:

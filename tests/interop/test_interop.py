@@ -15,6 +15,7 @@ import shutil
 from pathlib import Path
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
@@ -96,6 +97,21 @@ def _tensors(folder: Path) -> dict[str, tuple[str, bytes]]:
 
 
 # --- Parity ----------------------------------------------------------------------------------------------------------
+def test_selection_biases_do_not_name_the_type_of_an_export(tmp_path):
+    """DeepSeek-V3 is published in bfloat16 with biases in float32."""
+    source = tmp_path / "source"
+    shutil.copytree(HERE / "deepseek_v3", source)
+    fields = json.loads((source / "config.json").read_text()) | {"dtype": "bfloat16"}
+    (source / "config.json").write_text(json.dumps(fields))
+    tensors = load_file(source / "model.safetensors")
+    halved = {name: t if "e_score" in name else t.astype(ml_dtypes.bfloat16) for name, t in tensors.items()}
+    save_file(halved, source / "model.safetensors")
+    import_checkpoint(source, tmp_path / "run")
+    for name, dtype in (("out", ""), ("cast", "bfloat16")):
+        export_checkpoint(tmp_path / "run", tmp_path / name, dtype=dtype)
+        assert json.loads((tmp_path / name / "config.json").read_text())["dtype"] == "bfloat16"
+
+
 @pytest.mark.parametrize("path", CASES)
 def test_parity(path):
     check_parity(path)

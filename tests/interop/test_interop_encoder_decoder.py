@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from moe.config import Capacity, Config, ConfigError, sparse_layers
 from moe.interop import export_checkpoint, import_checkpoint, load_huggingface, save_huggingface
@@ -134,6 +136,19 @@ def test_balance_coefficients_keep_their_weight():
     layers = sum(sparse_layers(config.model))
     assert config.model.moe.losses.balance == pytest.approx(0.001 * 2 / layers)
     assert config.model.moe.losses.z == pytest.approx(0.001 * 2 / layers)
+
+
+def test_the_first_token_of_a_trained_decoder_is_exported(tmp_path):
+    """Decoders that are trained here begin with padding, whichever token of the tokenizer that is."""
+    import_checkpoint(HERE / "switch_transformers", tmp_path / "run")
+    for name in ("huggingface_config.json", "generation_config.json"):  # those of an import
+        (tmp_path / "run" / name).unlink()
+    text = Tokenizer(WordLevel({"<unk>": 0, "a": 1, "</s>": 2, "<pad>": 3}, unk_token="<unk>"))
+    text.save(str(tmp_path / "run" / "tokenizer.json"))
+    names = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    (tmp_path / "run" / "tokenizer_config.json").write_text(json.dumps(names))
+    export_checkpoint(tmp_path / "run", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["decoder_start_token_id"] == 3
 
 
 def test_pickles_are_refused_with_a_way_out(tmp_path):

@@ -10,12 +10,15 @@ from moe.interop.families.deepseek_layers import (
     write_fields,
 )
 from moe.interop.families.family import Family, gate_field, read_experts
-from moe.interop.schema import Coefficient, Json, Off, Positive
+from moe.interop.schema import Coefficient, Count, Json, Off, OptionalCount, Positive, also_named
 
 
 class DeepseekV2Config(LatentConfig):
     """Fields of ``config.json``. With ``norm_topk_prob`` the published code and transformers differ: it is refused."""
 
+    n_routed_experts: Count = also_named(64, "n_routed_experts", "num_experts")
+    q_lora_rank: OptionalCount | None = 1536
+    n_shared_experts: OptionalCount = 2
     topk_method: Literal["greedy", "group_limited_greedy"] = "greedy"
     scoring_func: Literal["softmax"] = "softmax"
     norm_topk_prob: Off = False

@@ -19,6 +19,9 @@ class DeepseekV3Config(LatentConfig):
     """Fields of ``config.json`` with the library's defaults; multi-token prediction is skipped."""
 
     max_position_embeddings: Context = 4096
+    q_lora_rank: OptionalCount | None = 1536
+    n_shared_experts: OptionalCount = 1
+    first_k_dense_replace: OptionalCount = 3
     n_group: Count = 8
     topk_group: Count = 4
     num_experts_per_tok: Count = 8

@@ -15,7 +15,7 @@ from moe.interop.families.family import (
     read_sparse_layers,
     shared_expert,
 )
-from moe.interop.schema import Context, Count, Experts, Json, Off, OpenConfig, OptionalCount, Positive, Size
+from moe.interop.schema import Context, Count, Experts, Json, Off, OpenConfig, OptionalCount, Positive, Size, also_named
 
 
 class ErnieConfig(OpenConfig):
@@ -26,8 +26,8 @@ class ErnieConfig(OpenConfig):
     rms_norm_eps: Positive = 1e-5
     rope_theta: Positive = 500_000.0
     tie_word_embeddings: bool = True
-    num_experts_per_tok: Count = pydantic.Field(6, validation_alias="moe_k")
-    moe_num_experts: Experts = 64
+    num_experts_per_tok: Count = also_named(6, "moe_k", "num_experts_per_tok")
+    moe_num_experts: Experts = also_named(64, "moe_num_experts", "num_experts")
     moe_num_shared_experts: OptionalCount = 2
     moe_intermediate_size: Size = 1536
     moe_layer_start_index: OptionalCount = 1

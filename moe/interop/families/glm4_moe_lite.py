@@ -27,6 +27,7 @@ class Glm4MoeLiteConfig(LatentConfig):
 
     max_position_embeddings: Context = 202752
     rms_norm_eps: Positive = 1e-5
+    q_lora_rank: OptionalCount | None = 768
     n_shared_experts: OptionalCount = 1
     first_k_dense_replace: OptionalCount = 1
     mlp_layer_types: list[Literal["dense", "sparse"]] | None = None

@@ -5,7 +5,18 @@ import pydantic
 from moe.config import ModelConfig
 from moe.dispatch.ffn import SWIGLU_LIMIT, SWIGLU_SLOPE
 from moe.interop.families.family import ATTENTION, Family, Tensor, read_bias, read_windows, write_windows
-from moe.interop.schema import Context, Count, Experts, Json, OpenConfig, Positive, RopeParameters, Window
+from moe.interop.schema import (
+    Coefficient,
+    Context,
+    Count,
+    Experts,
+    Json,
+    OpenConfig,
+    Positive,
+    RopeParameters,
+    Window,
+    also_named,
+)
 
 _SCALING = {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096, "truncate": False}
 
@@ -21,8 +32,9 @@ class GptOssConfig(OpenConfig):
     rope_scaling: RopeParameters | None = RopeParameters.model_validate(_SCALING)
     attention_bias: bool = True
     sliding_window: Window = 128
-    num_local_experts: Experts = 128
+    num_local_experts: Experts = also_named(128, "num_local_experts", "num_experts")
     num_experts_per_tok: Count = 4
+    router_aux_loss_coef: Coefficient = 0.9
     swiglu_alpha: float = pydantic.Field(SWIGLU_SLOPE, ge=SWIGLU_SLOPE, le=SWIGLU_SLOPE)
     swiglu_limit: float = pydantic.Field(SWIGLU_LIMIT, ge=SWIGLU_LIMIT, le=SWIGLU_LIMIT)
 

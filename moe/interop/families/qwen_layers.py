@@ -1,10 +1,19 @@
 """Fields that Qwen's families share: windows of the upper layers, which layers are MoE, and their experts."""
 
-import pydantic
-
 from moe.config import ModelConfig
 from moe.interop.families.family import dense_layers, read_gate, read_sparse_layers, read_windows, selection_rule
-from moe.interop.schema import Context, Count, Json, LayerNumbers, OpenConfig, OptionalCount, Size, Window
+from moe.interop.schema import (
+    Context,
+    Count,
+    Json,
+    LayerNumbers,
+    OpenConfig,
+    OptionalCount,
+    OptionalExperts,
+    Size,
+    Window,
+    also_named,
+)
 
 
 class UpperWindowsConfig(OpenConfig):
@@ -28,9 +37,7 @@ def read_upper_windows(source: UpperWindowsConfig) -> Json:
 class QwenConfig(OpenConfig):
     """Fields of ``config.json``; ``num_local_experts`` is the newer name of ``num_experts``."""
 
-    num_experts: OptionalCount = pydantic.Field(
-        0, validation_alias=pydantic.AliasChoices("num_experts", "num_local_experts"), le=4096
-    )
+    num_experts: OptionalExperts = also_named(0, "num_experts", "num_local_experts")
     moe_intermediate_size: Size
     decoder_sparse_step: Count = 1
     mlp_only_layers: LayerNumbers | None = None

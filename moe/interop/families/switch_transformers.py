@@ -7,7 +7,7 @@ import pydantic
 from moe.config import ModelConfig, sparse_layers, stacks
 from moe.interop.families import t5
 from moe.interop.families.family import Family
-from moe.interop.schema import Coefficient, Count, Experts, Fraction, Json, OptionalCount
+from moe.interop.schema import Coefficient, Count, Experts, Fraction, Json, Layers, OptionalCount, Size
 
 #: ``expert_capacity`` that stands for none; the largest that is read.
 _NO_CAPACITY = 1 << 16
@@ -20,6 +20,10 @@ class SwitchConfig(t5.EncoderDecoderConfig):
     too, here only the product of tokens and router (``model.moe.router_dtype``).
     """
 
+    hidden_size: Size = pydantic.Field(768, validation_alias="d_model")
+    num_hidden_layers: Layers = pydantic.Field(12, validation_alias="num_decoder_layers")
+    num_attention_heads: Count = pydantic.Field(12, validation_alias="num_heads")
+    num_layers: Layers = 12
     num_experts: Experts = 8
     num_experts_per_tok: Annotated[int, pydantic.Field(ge=1, le=1)] = 1
     expert_capacity: Count = 64
@@ -32,6 +36,12 @@ class SwitchConfig(t5.EncoderDecoderConfig):
     router_dtype: Literal["float32"] = "float32"
     router_z_loss_coef: Coefficient = 0.001
     dense_act_fn: Literal["relu", "gelu_new"] | None = None
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _default_decoder_layers(cls, tree: Any) -> Any:
+        """Null is the encoder's depth here, too, but an absent field is not."""
+        return {"num_decoder_layers": 12} | tree if isinstance(tree, dict) else tree
 
     @pydantic.model_validator(mode="after")
     def _check_activation(self) -> "SwitchConfig":
