@@ -188,6 +188,8 @@ def _check_parts(model: ModelConfig, parts: int, name: str, value: int) -> None:
     gate: Any = model.moe.gate
     if parts < 1 or value % parts:
         raise ConfigError(f"{name}={value}: must be divisible by {parts}")
+    if ":" in gate.name:
+        raise ConfigError(f"model.moe.gate={gate.name!r}: is a gate of your own, which may not choose parts together")
     if model.moe.null_experts or getattr(gate, "groups", 1) > 1 or not gate.sets_k or gate.lists_all:
         raise ConfigError(f"model.moe.gate={gate.name!r}: needs tokens that choose K of all experts, each with an FFN")
 

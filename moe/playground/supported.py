@@ -10,6 +10,7 @@ from sentencepiece import sentencepiece_model_pb2 as schema
 from moe.config import ConfigError, ModelConfig
 from moe.data.json_tokenizer import JsonTokenizer
 from moe.data.tokenizer import Tokenizer
+from moe.routing.gates import GShard, SampledTopK, STMoE, TopK
 from moe.routing.interface import Gate, Selecting
 
 #: Activations of model.js.
@@ -31,6 +32,9 @@ _MOE: dict[str, Any] = {
 #: The same, of Capacity.
 _CAPACITY: dict[str, Any] = {"fixed": 0}
 
+#: Gates whose rule model.js computes; a subclass may have another.
+_GATES = (TopK, GShard, SampledTopK, STMoE)
+
 _BPE = 2  # of TrainerSpec.ModelType
 #: Types of pieces (ModelProto.SentencePiece.Type) as letters: normal, unknown, control, user-defined, byte.
 _KINDS = {1: "n", 2: "c", 3: "c", 4: "u", 6: "b"}
@@ -43,7 +47,12 @@ def check(model: ModelConfig) -> Selecting:
         ConfigError: model.js does not compute the model; the message names the first field.
     """
     gate: Gate | None = model.moe.gate
-    if not isinstance(gate, Selecting) or gate.kept_groups != gate.groups or gate.router != "linear":
+    if (
+        not isinstance(gate, Selecting)
+        or type(gate) not in _GATES
+        or gate.kept_groups != gate.groups
+        or gate.router != "linear"
+    ):
         raise ConfigError(
             f"model.moe.gate={model.moe.gate_name!r}: the page needs a gate that chooses the top k of all experts' "
             "scores without a noise matrix, such as mixtral"

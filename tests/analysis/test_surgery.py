@@ -308,6 +308,16 @@ def test_a_users_gate_without_a_router_is_not_taken_apart():
         surgery.check(model)
 
 
+def test_a_users_gate_is_not_split():
+    class Sharp(Gate):
+        k = 2
+
+    model = ModelConfig(moe=MoEConfig(gate=Sharp(name="my_gates:Sharp"), num_experts=8))
+    surgery.check(model)
+    with pytest.raises(ConfigError, match=r"model\.moe\.gate='my_gates:Sharp': is a gate of your own"):
+        surgery.split(model, {}, {}, 2)
+
+
 @pytest.mark.transformers
 @pytest.mark.parametrize("merged", [False, True])
 def test_a_pruned_export_loads_elsewhere_with_equal_logits(tmp_path, rng, merged):

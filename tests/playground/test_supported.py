@@ -6,6 +6,7 @@ import pytest
 
 from moe.config import Capacity, ConfigError, ModelConfig, MoEConfig
 from moe.playground import page, supported
+from moe.routing.gates import TopK
 from tests.helpers import tiny_model
 
 
@@ -28,6 +29,19 @@ def test_models_beyond_the_page_are_refused(overrides, message):
     overrides = {"accept_future_leak": True} | overrides if overrides.get("gate") == "expert_choice" else overrides
     with pytest.raises(ConfigError, match=message):
         supported.check(tiny_model(**overrides))
+
+
+def test_a_rule_that_the_page_does_not_know_is_refused():
+    """A subclass may choose others: that of its parent would be shown as trained."""
+
+    class Reverse(TopK):
+        def route(self, router_logits, inputs):
+            return super().route(-router_logits, inputs)
+
+    model = tiny_model(dispatch="dropless")
+    moe = dataclasses.replace(model.moe, gate=Reverse(name="mine:Reverse", k=2))
+    with pytest.raises(ConfigError, match=r"model.moe.gate='mine:Reverse': the page needs a gate"):
+        supported.check(dataclasses.replace(model, moe=moe))
 
 
 def test_groups_of_a_dropless_model_change_nothing():
