@@ -18,7 +18,7 @@ while [ "$index" -lt "$count" ]; do
     pids="$pids $!"
     index=$((index + 1))
 done
-trap 'for pid in $pids; do kill -TERM "$pid"; done' TERM INT
+trap 'for pid in $pids; do kill -TERM "$pid" 2>/dev/null || :; done' TERM INT HUP
 worst=0
 for pid in $pids; do
     finished "$pid"

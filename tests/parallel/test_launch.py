@@ -243,6 +243,32 @@ def test_dockerfile_copies_files_that_exist():
     assert lines[-2:] == ['ENTRYPOINT ["sh"]', 'CMD ["scripts/launch/gpu_host.sh", "--help"]']
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_signal_reaches_all_processes_of_a_rehearsal(tmp_path, number, ended):
+    """Also where one of them has ended already."""
+    for file in ("again.sh", "processes.sh"):
+        (tmp_path / "scripts/launch").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "scripts/launch" / file).write_text((ROOT / "scripts/launch" / file).read_text())
+    first = '[ "$JAX_PROCESS_ID" != 0 ] || exit 1\n' if ended else ""
+    wait = "trap 'echo $JAX_PROCESS_ID >> saved; exit 0' TERM\necho x >> started\nwhile :; do sleep 0.05; done\n"
+    _script(tmp_path / ".venv/bin/python", first + wait)
+    launcher = subprocess.Popen(
+        ["sh", "scripts/launch/processes.sh", "2", "1"], cwd=tmp_path, stderr=subprocess.DEVNULL
+    )
+    try:
+        while _lines(tmp_path / "started") < 2 - ended:
+            assert launcher.poll() is None
+            time.sleep(0.05)
+        time.sleep(0.5 * ended)
+        launcher.send_signal(number)
+        assert launcher.wait(timeout=60) == ended
+        assert sorted((tmp_path / "saved").read_text().split()) == ["0", "1"][ended:]
+    finally:
+        launcher.kill()
+        subprocess.run(["pkill", "-KILL", "-f", str(tmp_path)], check=False)
+
+
 def test_gpu_hosts_join_only_if_there_are_several(tmp_path):
     for file in ("again.sh", "gpu_host.sh"):
         (tmp_path / "scripts/launch").mkdir(parents=True, exist_ok=True)
