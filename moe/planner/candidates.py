@@ -138,10 +138,11 @@ def guess_seconds(config: Config, chip: Chip | Gpu) -> float:
 
     into = 2 if model.activation in GATED_ACTIVATIONS else 1
     expert_parameters = moe_layers * (into + 1) * model.expert_dim * moe.d_ff
-    rows = moe.experts_per_token * (moe.capacity.train if moe.dispatch != "dropless" else 1.0)
+    needed = moe.experts_per_token * moe.ffn_share
+    rows = fit.buffer_rows(config) if moe_layers and moe.dispatch != "dropless" else needed
     per_token, total = _of_model(fit.same_parameters(model), length, inputs)
     per_token *= config.train.batch_size * length / tokens
-    per_token += 6 * expert_parameters * (rows - moe.experts_per_token)
+    per_token += 6 * expert_parameters * (rows - needed)
     if moe_layers and moe.dispatch == "einsum":  # in and out: [S,E·C] x [S,D]
         per_token += 12 * moe_layers * rows * (moe.group_size or length) * model.expert_dim
     if moe_layers and moe.dispatch == "dropless" and not chip.grouped_matmul:

@@ -13,6 +13,7 @@ import pytest
 from configs import deepseek_v2, mixtral_8x7b, qwen3_next_80b_a3b
 from moe.config import ConfigError, to_dict
 from moe.config.parse import from_config_dict
+from moe.dispatch.buffers import layer_capacity
 from moe.planner import fit, memory_errors, plan
 from moe.planner.chips import GiB
 
@@ -213,6 +214,16 @@ def test_rows_of_expert_buffers(dispatch, expert, rows):
     config = mixtral_8x7b.get_config()
     config.model.moe.dispatch = dispatch
     assert fit._expert_rows(from_config_dict(config), {**MESH, "expert": expert}) == rows
+
+
+@pytest.mark.parametrize("moe", [{"gate": "moe_plus_plus"}, {"gate": "switch", "capacity": {"fixed": 4}}])
+def test_rows_of_buffers_are_those_of_the_layer(moe):
+    """MoE++'s capacity leaves out what its experts without an FFN take; a fixed one has no factor."""
+    config = from_config_dict({"model": {"moe": moe}})
+    own, size = config.model.moe, config.data.sequence_length
+    capacity = 4 if own.capacity.fixed else layer_capacity(own, size)
+    assert fit._expert_rows(config, {**MESH, "expert": 1}) == own.num_experts * capacity / size
+    assert own.num_experts * capacity / size < own.capacity.train * own.experts_per_token
 
 
 def test_an_error_of_memory_comes_whole_from_another_process():
