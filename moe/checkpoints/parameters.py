@@ -26,6 +26,7 @@ from moe.checkpoints.workdir import CONFIG, read_config, write_config
 from moe.config import Config, ConfigError, ModelConfig
 from moe.models.adapters import merge
 from moe.models.factory import abstract_parameters, abstract_selection_biases, abstract_trained
+from moe.models.stack import PREDICTION
 from moe.models.state import join
 from moe.parallel.parameters import parameter_shardings
 from moe.waiting import said_aloud
@@ -226,7 +227,18 @@ def read_variables(
     workdir: str | os.PathLike[str], model: ModelConfig, **options: Unpack[ReadOptions]
 ) -> dict[str, Any]:
     """Read parameters as :func:`read_parameters`, and the routers' selection biases where the model has them."""
+    options["step"] = chosen_step(workdir, options.get("step"))  # of both, though a run may save another meanwhile
     return join(read_parameters(workdir, model, **options), read_biases(workdir, model, **options))
+
+
+def chosen_step(workdir: str | os.PathLike[str], step: int | None) -> int:
+    """The step of a checkpoint, or for None that of the newest. Raises ConfigError where there is none."""
+    steps = complete_steps(epath.Path(workdir))
+    if not steps:
+        raise ConfigError(f"{workdir}: holds no checkpoints")
+    if step is not None and step not in steps:
+        raise ConfigError(f"{workdir}: holds no checkpoint of step {step}")
+    return steps[-1] if step is None else step
 
 
 def read_biases(workdir: str | os.PathLike[str], model: ModelConfig, **options: Unpack[ReadOptions]) -> dict[str, Any]:
@@ -245,12 +257,7 @@ def _read(workdir: epath.Path, branch: str, variables: nnx.State, **options: Unp
         **options: see :class:`ReadOptions`.
     """
     refuse_unusable_path(workdir)
-    steps, step = complete_steps(workdir), options.get("step")
-    if not steps:
-        raise ConfigError(f"{workdir}: holds no checkpoints")
-    step = steps[-1] if step is None else step
-    if step not in steps:
-        raise ConfigError(f"{workdir}: holds no checkpoint of step {step}")
+    step = chosen_step(workdir, options.get("step"))
     refuse_special_files(workdir / "checkpoints" / str(step))
     where = f"{workdir}: the checkpoint of step {step} to be read"
     with quiet_orbax():
@@ -277,6 +284,8 @@ def _read_checked(
     only = options.get("only", ())
     stored = manager.item_metadata(step)["state"].tree.get(branch, {})
     wanted = nnx.to_pure_dict(variables)
+    if PREDICTION not in wanted:  # a model may be read without the layers that predict further tokens
+        stored = {name: tree for name, tree in stored.items() if name != PREDICTION}
     _refuse_other_model(stored, wanted, f"{workdir} at step {step}")
     where = parameter_shardings(mesh, variables)
     stored, wanted, where = (_branch(tree, only) for tree in (stored, wanted, where))

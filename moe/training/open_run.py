@@ -45,8 +45,8 @@ class Workdir:
         return steps
 
     def step_or_newest(self, step: int | None) -> int:
-        """The step, or for None that of the newest checkpoint."""
-        return self.steps()[-1] if step is None else step
+        """See :func:`moe.checkpoints.parameters.chosen_step`."""
+        return parameters.chosen_step(self.path, step)
 
 
 def same_text(config: Config, domains: Sequence[str]) -> dict[tuple[str, str], Any]:

@@ -144,17 +144,18 @@ def first_state(
     if program.config.lora.rank:
         return _adapted_state(program, state, base_step, say)
     source = read_config(start.checkpoint)
-    theirs = _host(stored.read_parameters(start.checkpoint, source.model, dtype=np.float32))
+    step = stored.chosen_step(start.checkpoint, None)  # of all that is read, though the source may be trained further
+    theirs = _host(stored.read_parameters(start.checkpoint, source.model, dtype=np.float32, step=step))
     _refuse_other_depth(program.config, source.model)
     parameters = _transplant(program, source.model, theirs, state.parameters, start)
     biases = state.biases
     rules = {gate and gate.state.update for gate in (source.model.moe.gate, program.config.model.moe.gate)}
     if biases and len(rules) == 1:  # the state of another rule means something else
-        source_biases = _host(stored.read_biases(start.checkpoint, source.model))
+        source_biases = _host(stored.read_biases(start.checkpoint, source.model, step=step))
         biases = _transplant(program, source.model, source_biases, biases)
     optimizer = state.optimizer
     if start.optimizer == "carry":
-        optimizer = _carry(program, source, optimizer)
+        optimizer = _carry(program, source, optimizer, step)
         optimizer = set_schedule_step(optimizer, np.zeros((), np.int32))  # the schedule is this run's, from step 0
     say(_summary(program.config, source, theirs))
     state = _placed(program, dataclasses.replace(state, parameters=parameters, biases=biases, optimizer=optimizer))
@@ -216,14 +217,14 @@ def _summary(config: Config, source: Config, theirs: Any) -> str:
     )
 
 
-def _carry(program: Program, source: Config, fresh: Any) -> Any:
+def _carry(program: Program, source: Config, fresh: Any, step: int) -> Any:
     """The source's optimizer state in the place of the fresh one; of AdamW also where the models differ."""
     start = program.config.start
     if source.lora.rank:
         raise ConfigError(
             f"start.optimizer='carry': {start.checkpoint} trained adapters, whose moments fit no parameter; use 'reset'"
         )
-    carried = _host(optimizer_state(source, start.checkpoint, "start.optimizer='carry'"))
+    carried = _host(optimizer_state(source, start.checkpoint, "start.optimizer='carry'", step))
     names = {config.optimizer.name for config in (source, program.config)}
     same = jax.tree.structure(carried) == jax.tree.structure(fresh) and not start.fresh
     shapes = (jax.tree.map(np.shape, tree) for tree in (carried, fresh))
@@ -271,11 +272,12 @@ def _host(tree: Any) -> Any:
     return jax.tree.map(whole, tree)
 
 
-def optimizer_state(source: Config, workdir: str, field: str) -> Any:
-    """Optimizer state of the newest checkpoint of a run, on one device, checked by its checksums.
+def optimizer_state(source: Config, workdir: str, field: str, step: int | None = None) -> Any:
+    """Optimizer state of a run's checkpoint, on one device, checked by its checksums.
 
     Args:
         field: that asks for it, for messages.
+        step: of the checkpoint; None: the newest.
 
     Raises:
         ConfigError: an import, which has none, a damaged checkpoint, or an optimizer of a module that was not allowed.
@@ -285,7 +287,7 @@ def optimizer_state(source: Config, workdir: str, field: str) -> Any:
     with jax.set_mesh(mesh):
         program = build(dataclasses.replace(source, mesh=MeshConfig(data=1)), mesh)
     checkpoints = Checkpoints(epath.Path(workdir), 1, read_only=True)
-    step = checkpoints.latest() or 0
+    step = checkpoints.latest() or 0 if step is None else step
     if not (epath.Path(workdir) / "checkpoints" / str(step) / "memory").exists():  # an import
         raise ConfigError(f"{field}: {workdir} holds no optimizer state, as an import does not")
     try:

@@ -22,6 +22,7 @@ from flax import nnx
 
 from configs import base, upcycle
 from moe.checkpoints import integrity, manager
+from moe.checkpoints.parameters import read_base, write_workdir
 from moe.checkpoints.pinned import pinned_steps
 from moe.checkpoints.workdir import read_config
 from moe.config import (
@@ -52,7 +53,7 @@ from moe.training.losses import soft_cross_entropy
 from moe.training.optimizer import WeightAverage, averaged_weights
 from moe.training.step import build
 from moe.training.teacher import read_teacher
-from tests.helpers import random_state
+from tests.helpers import random_model, random_state, tiny_model
 from tests.run_helpers import ONE, SETTINGS, Interrupted, tiny
 
 HERE = Path(__file__).parents[1] / "data" / "checkpoints"
@@ -314,6 +315,49 @@ def test_the_optimizers_state_is_carried_on_request(tmp_path):
     assert int(state.step) == 0
 
 
+def test_a_start_reads_one_step_of_its_source(tmp_path, monkeypatch):
+    """Parameters, biases and moments of one step, though the source saves another one meanwhile."""
+    gate = {"name": "deepseek_v3", "k": 2, "groups": 1, "kept_groups": 1, "scores_per_group": 1}
+    sparse = {"gate": gate, "num_experts": 4, "d_ff": 28, "dispatch": "einsum"}
+    config = _config((HERE / "mistral", tmp_path / "open"), moe=sparse)
+    mesh, make = _program(config)
+    with jax.set_mesh(mesh):
+        _save_run(tmp_path / "run", config, random_state(make()))
+    read, parameters = [], warm_start.stored.read_parameters
+
+    def read_and_save(workdir, *args, **options):
+        tree = parameters(workdir, *args, **options)
+        (tmp_path / "run" / "checkpoints" / "9").mkdir()
+        return tree
+
+    monkeypatch.setattr(warm_start.stored, "read_parameters", read_and_save)
+    monkeypatch.setattr(warm_start.stored, "read_biases", lambda *_, step: read.append(step))
+    monkeypatch.setattr(warm_start, "_carry", lambda *given: read.append(given[-1]))
+    monkeypatch.setattr(warm_start, "_transplant", lambda *_: None)
+    monkeypatch.setattr(warm_start, "set_schedule_step", lambda *_: None)
+    monkeypatch.setattr(warm_start, "_placed", lambda _, state: state)
+    start = StartConfig(str(tmp_path / "run"), optimizer="carry")
+    with jax.set_mesh(mesh):
+        warm_start.first_state(dataclasses.replace(make(), config=dataclasses.replace(config, start=start)))
+    assert len(set(read)) == 1 < len(read)
+    assert read[0] in manager.complete_steps(epath.Path(tmp_path / "run"))
+    assert read[0] != 9
+
+
+def test_a_model_is_read_without_its_layers_of_prediction(tmp_path):
+    """Adapters for preferences have none, whose loss they are no part of; their base may."""
+    model = tiny_model(prediction_layers=1, num_layers=1)
+    trees = [nnx.to_pure_dict(nnx.state(random_model(model), nnx.Param)), {}]
+    write_workdir(tmp_path / "base", Config(model=model), *trees, {})
+    without = dataclasses.replace(model, prediction_layers=0)
+    config = dataclasses.replace(Config(model=without), start=StartConfig(str(tmp_path / "base")))
+    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    base, _ = read_base(config, 0, mesh)
+    expected = {name: tree for name, tree in trees[0].items() if name != "prediction"}
+    assert expected.keys() < trees[0].keys()
+    jax.tree.map(np.testing.assert_array_equal, base, expected)
+
+
 def _trained(folder, optimizer, ema_decay=0.0, **changes):
     """A run of one step of the dense model, and its state, drawn instead of trained: no train step is compiled."""
     settings = {"name": optimizer, "ema_decay": ema_decay}
@@ -366,7 +410,7 @@ def test_moments_of_adapters_are_not_carried_to_a_model(tmp_path):
     config = _config((HERE / "mistral", tmp_path / "open"))
     adapted = dataclasses.replace(config, lora=LoraConfig(rank=2), start=StartConfig(str(tmp_path / "open")))
     with pytest.raises(ConfigError, match="trained adapters, whose moments fit no parameter; use 'reset'"):
-        warm_start._carry(SimpleNamespace(config=config), adapted, None)
+        warm_start._carry(SimpleNamespace(config=config), adapted, None, 0)
 
 
 def test_the_average_of_weights_begins_anew_in_another_model(tmp_path):
