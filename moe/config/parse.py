@@ -13,7 +13,7 @@ import ml_collections
 
 from moe.config import flat
 from moe.config.model_section import ModelConfig, check_is_model
-from moe.config.moe_section import Losses, MoEConfig
+from moe.config.moe_section import Capacity, Losses, MoEConfig
 from moe.config.references import code_fields, refuse_modules
 from moe.config.registry import CONSTANTS, LAYERS, find_gate, find_layer, is_balanced
 from moe.config.run_sections import EMBEDDED_DOMAINS
@@ -336,6 +336,8 @@ def _chosen_gate(tree: dict[str, typing.Any], path: str) -> tuple[dict[str, typi
         values = _named_layer(gate, f"{path}gate")
     elif not is_balanced(gate):
         values["losses"] = Losses()
+        if gate.router == "slots":
+            values["capacity"] = Capacity(train=1.0, eval=1.0)
     gates = tree.get("layer_gates", ())
     if isinstance(gates, (list, tuple)):
         tree["layer_gates"] = tuple(_layer_gate(own, values["gate"], f"{path}layer_gates") for own in gates)

@@ -162,7 +162,8 @@ def looks_ahead(config: ModelConfig) -> str:
     """Why the model cannot generate, or ""."""
     for gate in config.moe.gates:
         if not gate.generates:
-            return f"{config.moe.field_of(gate)}={gate.name!r}: routes by later tokens, which a text has not yet"
+            where = f"{config.moe.field_of(gate)}={gate.name!r}"
+            return f"{where}: routes by the other tokens of a group, which are others in generation than in training"
     return ""
 
 

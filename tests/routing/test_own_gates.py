@@ -210,7 +210,9 @@ def test_a_layer_gate_that_looks_ahead_is_refused_as_the_models_gate_is():
         Config(model=ModelConfig(moe=moe))
     accepted = ModelConfig(moe=dataclasses.replace(moe, accept_future_leak=True, group_size=8))
     assert Config(model=accepted).model == accepted
-    assert sampling.looks_ahead(accepted).startswith("model.moe.layer_gates='ahead': routes by later tokens")
+    assert sampling.looks_ahead(accepted).startswith(
+        "model.moe.layer_gates='ahead': routes by the other tokens of a group"
+    )
     assert sampling.one_group_a_row(accepted) == accepted
 
 

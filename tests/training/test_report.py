@@ -53,7 +53,7 @@ def test_a_gate_that_looks_ahead_ends_without_a_sample(directory, prepared, gate
     program: Any = types.SimpleNamespace(config=config)
     state: Any = None
     text = report._sampled(program, state, prepared)
-    assert text == f"no text was sampled: model.moe.gate={gate!r}: routes by later tokens, which a text has not yet"
+    assert text.startswith(f"no text was sampled: model.moe.gate={gate!r}: routes by the other tokens of a group")
 
 
 def test_a_document_that_the_report_cannot_show_is_refused_at_the_start(directory, tmp_path, monkeypatch):
