@@ -57,7 +57,7 @@ def shared_for_routed(config: Config, mesh: Mesh) -> Probe:
         raise ConfigError("model.moe.shared_d_ff=0: there is no shared expert to drop")
     more = max(1, round(moe.shared_d_ff / moe.d_ff))
     without = _with_moe(
-        _dropless(config), shared_d_ff=0, shared_gate=False, gate=_with_k(moe, moe.experts_per_token + more)
+        dropless(config), shared_d_ff=0, shared_gate=False, gate=_with_k(moe, moe.experts_per_token + more)
     )
     program = _build(without, mesh)
     return lambda variables, heldout: _losses(program, _without_key(variables, "shared"), heldout)
@@ -70,7 +70,7 @@ def fewer_routed(config: Config, mesh: Mesh, experts: int) -> Probe:
         ConfigError: no expert would be left, or the gate has a fixed K.
     """
     moe = config.model.moe
-    program = _build(_with_moe(_dropless(config), gate=_with_k(moe, moe.experts_per_token - experts)), mesh)
+    program = _build(_with_moe(dropless(config), gate=_with_k(moe, moe.experts_per_token - experts)), mesh)
     return lambda variables, heldout: _losses(program, variables, heldout)
 
 
@@ -97,7 +97,7 @@ def masked(config: Config, mesh: Mesh, experts: int) -> Probe:
         raise ConfigError(
             f"masked experts={experts}: must be from 0 to num_experts - K = {moe.num_experts - moe.experts_per_token}"
         )
-    program = _build(_dropless(config), mesh, gate=Masked(gate=gate, experts=experts) if experts else gate)
+    program = _build(dropless(config), mesh, gate=Masked(gate=gate, experts=experts) if experts else gate)
     return lambda variables, heldout: _losses(program, variables, heldout)
 
 
@@ -146,14 +146,16 @@ def _with_k(moe: MoEConfig, k: int) -> Gate:
         ConfigError: the gate has a fixed one.
     """
     gate = moe.gate
-    # ReMoE's k is what its penalty aims at: how many experts a token has is for its logits.
-    if gate is None or not gate.sets_k or (gate.lists_all and not gate.experts_choose):
+    # ReMoE's k is what its penalty aims at, that of thresholds what training holds them to: no token's choice reads it.
+    if gate is None or not gate.sets_k or gate.state.update in ("penalty", "threshold"):
         raise ConfigError(f"model.moe.gate={moe.gate_name!r}: has no other number of experts per token than its own")
     return dataclasses.replace(gate, k=k)
 
 
-def _dropless(config: Config) -> Config:
-    return _with_moe(config, dispatch="dropless", overflow_to_next=False)
+def dropless(config: Config) -> Config:
+    """The config whose tokens reach all experts that they choose."""
+    capacity = dataclasses.replace(config.model.moe.capacity, fixed=0)  # of a dispatch with buffers
+    return _with_moe(config, dispatch="dropless", overflow_to_next=False, capacity=capacity)
 
 
 def _without_key(tree: dict[str, Any], key: str) -> dict[str, Any]:

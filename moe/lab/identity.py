@@ -155,7 +155,7 @@ def _layer_gate(gate: Gate | None, moe: MoEConfig) -> Any:
     if gate is None or gate == moe.gate:
         return "none" if gate is None else gate.name
     named = find_gate(gate.name).with_k(moe.experts_per_token)
-    return gate.name if gate == named else dataclasses.asdict(gate)
+    return gate.name if gate == named and ":" not in gate.name else dataclasses.asdict(gate)
 
 
 def _gate(moe: MoEConfig) -> Canonical:
@@ -170,7 +170,8 @@ def _gate(moe: MoEConfig) -> Canonical:
     known = {*_GATE, "name", "k", "bias", "bias_rate", "penalty_rate", "threshold_rate"}
     for field in dataclasses.fields(gate):
         value = getattr(gate, field.name)
-        if field.name not in known and value != getattr(layer.gate, field.name):
+        # What a user's name stands for may have been edited since an earlier run.
+        if field.name not in known and (":" in gate.name or value != getattr(layer.gate, field.name)):
             form[f"gate.{field.name}"] = value
     if moe.losses.counts != layer.losses.counts:
         form["balance_counts"] = moe.losses.counts

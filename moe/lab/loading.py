@@ -15,6 +15,19 @@ from moe.foreign_files import first_sentence
 from moe.lab.suite import NAME, QUANTITIES, SIZES, Comparison, Suite, Sweep
 
 
+def load_suites(folder: Path, names: Sequence[str], size: str, given: Suite | None = None) -> dict[str, Suite]:
+    """Suites of a folder by name, each in the file NAME.py.
+
+    Args:
+        given: a suite that is read already, perhaps with an argument or from a file of another name.
+
+    Raises:
+        ConfigError: see :func:`load_suite`.
+    """
+    known = {given.name: given} if given else {}
+    return {name: known.get(name) or load_suite(str(folder / f"{name}.py"), size) for name in names}
+
+
 def load_suite(path: str, size: str) -> Suite:
     """Read and check the suite of a file.
 

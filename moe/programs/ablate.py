@@ -9,6 +9,7 @@ DIR/progress.log; TensorBoard on DIR/runs compares them.
 """
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from absl import flags
@@ -20,10 +21,11 @@ from moe.config import ConfigError
 from moe.fields import whole_number
 from moe.lab import step_seconds
 from moe.lab.claims.registration import CLAIMS_FILE, Registered, read_claims
-from moe.lab.loading import load_suite, with_seeds
+from moe.lab.loading import load_suite, load_suites, with_seeds
 from moe.lab.records import read_all
 from moe.lab.report import answer, claims_page, page, paper_tables
 from moe.lab.running import jobs, runner
+from moe.lab.suite import Suite
 from moe.lab.table import Table
 from moe.training import progress
 
@@ -61,6 +63,7 @@ def main() -> None:
     suites = _suites()
     registered = read_claims(suites / CLAIMS_FILE)
     runner.check_start(suite, registered.claims)
+    reported = load_suites(suites, _names(registered), _SIZE.value, suite) | {suite.name: suite}
     if _TIME.value:
         arms = _ARMS.value or list(suite.variants)
         runner.only(suite, arms, ())
@@ -86,7 +89,7 @@ def main() -> None:
             worker.measure()
     if jobs.is_worker():
         return
-    tables = _tables(suites, registered, workdir) | {suite.name: Table(suite, read_all(workdir))}
+    tables = _tables(reported, workdir)
     if not tables[suite.name].records:
         raise ConfigError(f"--workdir={workdir}: no run of the suite is finished")
     page.write(output / suite.name, tables, suite, registered, _command())
@@ -111,18 +114,22 @@ def _command() -> str:
     return f"python scripts/ablate.py --suite={_SUITE.value} --workdir=DIR{''.join(others)}"
 
 
-def _tables(suites: Path, registered: Registered, workdir: Path) -> dict[str, Table]:
-    """The suites that claims are about, with their records: Holm's method needs whole families."""
+def _names(registered: Registered) -> list[str]:
+    """Suites that claims are about: Holm's method needs whole families."""
+    return sorted({claim.suite for claim in registered.claims})
+
+
+def _tables(suites: Mapping[str, Suite], workdir: Path) -> dict[str, Table]:
     records = read_all(workdir)
-    names = sorted({claim.suite for claim in registered.claims})
-    return {name: Table(load_suite(str(suites / f"{name}.py"), _SIZE.value), records) for name in names}
+    return {name: Table(suite, records) for name, suite in suites.items()}
 
 
 def _write_pages(workdir: Path, output: Path) -> None:
     """Write the pages over all suites."""
     suites = _suites()
     registered = read_claims(suites / CLAIMS_FILE)
-    tables = _tables(suites, registered, workdir)
+    given = load_suite(_SUITE.value, _SIZE.value) if ".py" in _SUITE.value else None
+    tables = _tables(load_suites(suites, _names(registered), _SIZE.value, given), workdir)
     found = [name for name, table in tables.items() if table.records]
     if not found:
         raise ConfigError(f"--workdir={workdir}: no run of a suite that {suites / CLAIMS_FILE} names is finished")
@@ -130,8 +137,8 @@ def _write_pages(workdir: Path, output: Path) -> None:
     claims_page.write_page(output, registered, tables)
     papers = paper_tables.read_tables(suites / paper_tables.TABLES_FILE)
     paper_tables.write_page(output / "paper_tables.md", papers, tables)
-    if registered.primary:
-        (name,) = {claim.suite for claim in registered.claims if claim.family == "primary"}
+    if answer.is_asked(registered):
+        name = answer.SUITE
         seconds = step_seconds.read(output / name) or step_seconds.read(workdir / name)
         answer.write_page(output, tables[name], registered, seconds, [*tables.values()])
     print(f"{output / 'claims.md'}: from {', '.join(found)}")

@@ -11,6 +11,7 @@ import pytest
 from moe.analysis import analyse, controls, probes, summary
 from moe.analysis.record import Recorder
 from moe.config import Capacity, Config, ConfigError, MeshConfig
+from moe.config.parse import from_config_dict
 from moe.config.registry import LAYERS
 from moe.data import pipeline
 from moe.parallel.mesh import make_mesh
@@ -212,9 +213,16 @@ def test_a_router_that_chose_more_experts_is_not_saturated():
     assert found["excess_top_k"][0][0] == pytest.approx(0, abs=0.05)
 
 
-def test_a_gate_without_a_choice_of_k_has_no_fewer_experts():
+@pytest.mark.parametrize("gate", ["remoe", "expert_threshold"])
+def test_a_gate_without_a_choice_of_k_has_no_fewer_experts(gate):
+    """Their k says what training aims at: a token's experts are those with positive, or high enough, scores."""
     with pytest.raises(ConfigError, match="no other number of experts per token than its own"):
-        probes._with_k(LAYERS["remoe"], 1)
+        probes._with_k(LAYERS[gate], 1)
+
+
+def test_a_fixed_capacity_is_none_without_drops():
+    config = from_config_dict({"model": {"moe": {"gate": "switch", "capacity": {"fixed": 4}}}})
+    assert probes.dropless(config).model.moe.dispatch == "dropless"
 
 
 def test_impossible_probes_are_refused():

@@ -4,6 +4,8 @@ import dataclasses
 import itertools
 import json
 import math
+import sys
+import types
 from pathlib import Path
 
 import pandas as pd
@@ -15,14 +17,15 @@ from moe.config import Config, ConfigError, DataConfig
 from moe.config.parse import from_config_dict
 from moe.lab import costs, identity, records, results
 from moe.lab.claims import decide
-from moe.lab.claims.registration import Claim, Part
+from moe.lab.claims.registration import Claim, Part, read_claims
 from moe.lab.expressions import Term, parse
-from moe.lab.loading import check, load_suite, with_seeds
+from moe.lab.loading import check, load_suite, load_suites, with_seeds
 from moe.lab.records import DIVERGED, PRIMARY, Key
-from moe.lab.report import figures, page, sections
+from moe.lab.report import answer, figures, page, sections
 from moe.lab.schedule import Plan
 from moe.lab.suite import Comparison, Sweep, Variant
 from moe.lab.table import MissingError, Table
+from moe.routing.interface import Gate
 from tests.helpers import slow_case, tiny_encoder_decoder
 from tests.lab_helpers import CLAIMS, DENSE, SWITCH, keyed, record, suite_of, table, tiny_base, tiny_suite, write_page
 
@@ -48,6 +51,52 @@ def test_a_suite_on_own_text_takes_the_folder_and_names_what_it_replaces():
     assert suite.replaced() == {"data.heldout_rows": (32, 256), "train.eval_every": (77, 125)}
     with pytest.raises(ConfigError, match=r"own_text.py:FOLDER: name the folder of text"):
         load_suite(path, "laptop")
+
+
+def test_a_suite_that_is_read_already_is_not_read_again():
+    """Its file may need an argument, or have another name."""
+    folder = ROOT / "configs/ablations"
+    own = dataclasses.replace(load_suite(f"{folder}/own_text.py:/tmp/text", "laptop"), name="mine")
+    found = load_suites(folder, ["controls", "mine"], "laptop", own)
+    assert list(found) == ["controls", "mine"]
+    assert found["mine"] is own
+    with pytest.raises(ConfigError, match=r"own_text.py:FOLDER: name the folder of text"):
+        load_suites(folder, ["own_text"], "laptop", own)
+
+
+@pytest.mark.parametrize("named", ["GATE", "Sharp"])
+def test_fields_of_a_users_gate_are_part_of_a_run(monkeypatch, named):
+    """What the name stands for is edited between two starts."""
+
+    def run(power):
+        @dataclasses.dataclass(frozen=True, kw_only=True)
+        class Sharp(Gate):
+            k: int = 2
+            power: float
+
+            def route(self, router_logits, inputs):
+                raise NotImplementedError
+
+        Sharp.__dataclass_fields__["power"].default = power
+        Sharp.__init__.__kwdefaults__["power"] = power
+        module = types.ModuleType("edited_gates")
+        module.Sharp, module.GATE = Sharp, Sharp(power=power)
+        monkeypatch.setitem(sys.modules, "edited_gates", module)
+        arm = Variant(common.moe("laptop", f"edited_gates:{named}", 8, 2))
+        suite = common.suite("laptop", name="own", question="?", comparisons={}, variants={"a": arm})
+        return suite.run("a", 0, steps=10, learning_rate=4e-3, parents={})
+
+    assert run(4.0) == run(4.0) != run(9.0)
+
+
+def test_the_page_of_the_question_is_of_its_suite_alone():
+    """What it says of sizes and factors is true of no other."""
+    primary = read_claims(ROOT / "configs/ablations/claims.toml")
+    assert answer.is_asked(primary)
+    own = dataclasses.replace(primary.claims[0], suite="mine", family="primary")
+    assert not answer.is_asked(dataclasses.replace(primary, claims=(own,)))
+    assert not answer.is_asked(dataclasses.replace(primary, claims=(*primary.claims, own)))
+    assert not answer.is_asked(dataclasses.replace(primary, claims=()))
 
 
 def test_the_width_of_an_arm_follows_the_base_config_that_it_is_given():

@@ -153,6 +153,16 @@ def test_an_arm_without_its_parent_is_told(faked, tmp_path):
     assert not faked
 
 
+@pytest.mark.parametrize("own", [{"starts_from": "dense"}, {"rate_from": "dense"}])
+def test_an_arm_whose_rate_nobody_here_decides_is_told(faked, tmp_path, own):
+    suite = tiny_suite(tiny_base(tmp_path))
+    variants = {**suite.variants, "child": Variant({}, **own)}
+    suite = dataclasses.replace(suite, sweep=Sweep((1e-3, 3e-3, 9e-3), (7,)), variants=variants)
+    with pytest.raises(ConfigError, match="child: its learning rate follows from arms that are not trained here"):
+        runner.Worker(suite, tmp_path / "w", [], only=runner.only(suite, ["child"], [])).run()
+    assert not faked
+
+
 def test_a_run_that_was_refused_has_not_diverged(monkeypatch, tmp_path):
     """Some updates of its last logged row were skipped, but what ended it is its data."""
 
@@ -394,9 +404,10 @@ def test_the_time_left_is_of_whole_minutes(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("version", ["1", "2"])
-def test_runs_on_a_folder_that_changed_are_not_compared(tmp_path, monkeypatch, version):
+@pytest.mark.parametrize("other", [SWITCH, Variant({"data.shuffle_window": 64})])
+def test_runs_on_a_folder_that_changed_are_not_compared(tmp_path, monkeypatch, version, other):
     """The version of a folder is known once it is opened, and no part of what a run is found by."""
-    suite = suite_of({"a": DENSE, "b": SWITCH}, horizons=(20,))
+    suite = suite_of({"a": DENSE, "b": other}, horizons=(20,))
     (run,) = keyed(suite, [record("a", 0, 5.0)])
     dataclasses.replace(run, data={"own": "1", "literature": "0"}).write(tmp_path)
     prepared = SimpleNamespace(versions={"own": version, "literature": "1.2.0"})

@@ -25,6 +25,8 @@ from moe.lab.step_seconds import StepSeconds
 from moe.lab.table import Table
 
 NAME = "switch_or_mixtral"
+#: Suite that the page is about: what it says of sizes and factors is true of no other.
+SUITE = "switch_vs_mixtral"
 _LIMITS = """\
 It does not say which layer is better at other sizes: two million parameters in all, half a million active, text of four
 domains. Time is that of a CPU, whose dense and expert FFNs run the same products. The two factors are the second expert
@@ -38,6 +40,12 @@ _SWEEP = "Arms of one kind of layer share the learning rate that the sweep in th
 _OVER_TRAINING = """\
 The contrasts at evaluations of the same runs, by training tokens per active parameter of the dense model. The learning
 rate has not come down at the earlier ones, so that they are not what runs of that length would give."""
+
+
+def is_asked(registered: Registered) -> bool:
+    """Whether the primary family is about :data:`SUITE` alone."""
+    suites = {claim.suite for claim in registered.claims if claim.family == "primary"}
+    return registered.primary is not None and suites == {SUITE}
 
 
 def write_page(

@@ -14,6 +14,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
+from moe.analysis import probes
 from moe.checkpoints import parameters
 from moe.config import Config
 from moe.data import pipeline
@@ -89,8 +90,7 @@ def dropless(config: Config) -> Config | None:
         return config
     if any(gate.experts_choose or gate.router == "slots" for gate in moe.gates):
         return None
-    changed = dataclasses.replace(moe, dispatch="dropless", overflow_to_next=False)
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, moe=changed))
+    return probes.dropless(config)
 
 
 class RowLosses:

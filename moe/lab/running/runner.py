@@ -124,6 +124,7 @@ class Worker:
         self._models: dict[str, probes.Model] = {}
         self._failed: dict[Key, str] = {}
         self._waiting: dict[Key, Key] = {}  # run → parent without which it cannot begin
+        self._unnamed: Key | None = None  # a run whose learning rate is not known yet
         self._others_lead = False  # runs that are not known or not ready yet depend on those of other processes
         self._progress = Progress(suite, workdir)
 
@@ -153,19 +154,28 @@ class Worker:
         if self._waiting:
             key, parent = next(iter(self._waiting.items()))
             raise ConfigError(f"{key}: needs the run {parent}, which is not finished; train that arm too")
+        if self._unnamed is not None:
+            raise ConfigError(
+                f"{self._unnamed.variant}: its learning rate follows from arms that are not trained here; train them "
+                "too, or use --nosweep"
+            )
 
     @functools.cache  # noqa: B019 - a worker lives as long as its process
     def _open_text(self) -> None:
-        """Open text that all arms share, so that what is wrong with it ends the suite instead of every run by itself.
+        """Open the text of the arms, so that what is wrong with it ends the suite instead of every run by itself.
 
         Raises:
             ConfigError: see :func:`moe.data.pipeline.prepare_run` and :func:`moe.lab.records.refuse_other_text`.
         """
-        configs = [self._suite.config(name) for name in self._suite.variants]
-        if len({config.data for config in configs}) == 1:
-            versions = pipeline.prepare_run(configs[0], progress=self._progress.say).versions
-            found = schedule.Plan(self._suite, read_all(self._workdir))
-            records.refuse_other_text(versions, filter(None, map(found.record, found.runs(sweep=self._sweep))))
+        found = schedule.Plan(self._suite, read_all(self._workdir))
+        planned = found.runs(sweep=self._sweep)
+        finished = [*filter(None, map(found.record, planned))]
+        # What starts from another run reads it by the tokenizer of that one.
+        names = {key.variant for key in filter(self._only, planned) if not found.parents(key)}
+        configs = [self._suite.config(name) for name in self._suite.variants if name in names]
+        for config in {config.data: config for config in configs}.values():
+            versions = pipeline.prepare_run(config, progress=self._progress.say).versions
+            records.refuse_other_text(versions, finished)
 
     @contextlib.contextmanager
     def _take(self) -> Iterator[Key | None]:
@@ -193,7 +203,8 @@ class Worker:
                     yield key
                     return
                 taken = True  # another process has finished it since: look again, for what follows from it
-        self._others_lead = taken and (bool(self._waiting) or (self._sweep and any(map(self._only, found.unnamed()))))
+        self._unnamed = next(filter(self._only, found.unnamed() if self._sweep else ()), None)
+        self._others_lead = taken and (bool(self._waiting) or self._unnamed is not None)
         yield None
 
     def _train(self, key: Key) -> None:
