@@ -57,7 +57,7 @@ _EXIT_CODES = """exit codes
 """
 
 
-#: Config file of a program that was given none; read only then.
+#: Default config file, used where --config is not given.
 _default_config: list[str] = []
 #: Command line from which --config takes the fields to set: that of :func:`_parse`, with the gate in the config file.
 _command_line: list[str] = []

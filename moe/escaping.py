@@ -1,4 +1,4 @@
-"""Text of documents, and names of others, made harmless for where it is shown."""
+"""Escaping of text and names from documents and other people, by where they are shown."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def terminal(text: str) -> str:
 
 
 def markdown_text(text: str) -> str:
-    """A name, a note or an error as itself in a line of Markdown: no tags, columns, links or formulas of its own."""
+    """Escape a name, a note or an error for one line of Markdown: no tags, columns, links or formulas of its own."""
     line = html.escape(terminal(" ".join(text.split())), quote=False)
     return re.sub(r"([\\`*\[\]|$])", r"\\\1", line)
 

@@ -34,7 +34,7 @@ class ConfigError(ValueError):
 
 @contextlib.contextmanager
 def exits_as_errors() -> Iterator[None]:
-    """Raise ImportError where a user's code exits like a program, which would end this one without a word.
+    """Raise ImportError where a user's code calls sys.exit, which would end this program silently.
 
     The codes by which stop signals exit pass.
     """
@@ -48,7 +48,7 @@ def exits_as_errors() -> Iterator[None]:
 
 @contextlib.contextmanager
 def raised_as_errors(what: str) -> Iterator[None]:
-    """Within it, what a user's code raises is a ConfigError that begins with these words."""
+    """Raise errors of a user's code again as ConfigErrors that begin with ``what``."""
     try:
         with exits_as_errors():
             yield
@@ -187,5 +187,5 @@ def check_type(hint: typing.Any, value: typing.Any, field: str) -> typing.Any:
 
 
 def whole_number(text: str) -> int | None:
-    """The number that at most nine digits 0 to 9 say; None for other text, such as ² or 5,000 digits."""
+    """Parse up to nine ASCII digits; None for other text, such as ² or 5,000 digits."""
     return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else None

@@ -24,7 +24,7 @@ _JEMALLOC = "libjemalloc.so.2"
 _JEMALLOC_CONF = "dirty_decay_ms:-1,muzzy_decay_ms:-1,thp:always"
 
 
-_IMPORTED = time.monotonic()  # stands for the start of the process where /proc does not tell it
+_IMPORTED = time.monotonic()  # the start of the process where there is no /proc
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -71,7 +71,7 @@ class _TolerantStream:
 
 
 class _PlainStream(_TolerantStream):
-    """Stream that spells out the controls in what documents, and models that learnt them, say."""
+    """Stream that escapes control characters in text of documents and models."""
 
     def write(self, text: str) -> int:
         self._stream.write(terminal(text))
@@ -92,7 +92,7 @@ def harden_streams() -> None:
 
 @contextlib.contextmanager
 def closed_output_exits() -> Iterator[None]:
-    """Exit without a word where the reader of standard output is gone, as in ``| head``."""
+    """Exit silently where the reader of standard output is gone, as in ``| head``."""
     try:
         yield
     except BrokenPipeError:

@@ -1,4 +1,4 @@
-"""Waiting for storage that may not answer: said on standard error, and bounded where nothing was heard of it yet."""
+"""Waiting for storage that may not answer: messages on standard error, and a limit on the first answer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EVERY, LIMIT = 10.0, 90.0
 
 @contextlib.contextmanager
 def repeatedly(seconds: float, act: Callable[[], None]) -> Iterator[None]:
-    """Call a function after every so many seconds, in a thread of its own, while the block lasts."""
+    """Call a function every ``seconds`` seconds in a thread of its own, while the block lasts."""
     done = threading.Event()
 
     def run() -> None:
@@ -34,7 +34,7 @@ def repeatedly(seconds: float, act: Callable[[], None]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def said_aloud(what: str) -> Iterator[None]:
-    """Print every 10 s that this is being waited for, while the block lasts."""
+    """Print every 10 s what the program is waiting for, while the block lasts."""
     start = time.monotonic()
 
     def speak() -> None:

@@ -185,8 +185,8 @@ CASES = [
     ),
     value("model.vocab_size", "100", "no tokenizer of that size"),
     # Workdirs and checkpoints of main.py
-    main("--workdir={new}/file", says="no writable folder", break_it=write("file", "mine")),
-    main("--workdir={new}/file/run", says="no writable folder", break_it=write("file", "mine")),
+    main("--workdir={new}/file", says="not a writable folder", break_it=write("file", "mine")),
+    main("--workdir={new}/file/run", says="not a writable folder", break_it=write("file", "mine")),
     main("--workdir=s3://bucket/run", says=("--workdir=s3://bucket/run", "folder of a file system, or gs://")),
     main("--workdir={new}/run", says="run/config.json", break_it=write("run/config.json", "{")),
     main("--workdir={new}/run", says="run/config.json", break_it=write("run/config.json", "[]")),

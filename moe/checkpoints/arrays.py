@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 
 #: Of a request that a bucket answers with 429 or 5xx: about a minute in all. TensorStore's own 32 take a quarter of an
-#: hour, without a word.
+#: hour, silently.
 RETRIES = {"max_retries": 6, "initial_delay": "1s", "max_delay": "16s"}
 #: A connection without an answer, or that moves less than a byte a second, counts as such an answer after a minute.
 _CURL = {"CONNECT_TIMEOUT_SECONDS": "30", "LOW_SPEED_TIME_SECONDS": "60", "LOW_SPEED_LIMIT_BYTES": "1"}

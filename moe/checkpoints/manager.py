@@ -232,7 +232,7 @@ class Checkpoints:
             if source.exists():
                 raise
             return  # another process of this run moved it
-        say(f"the checkpoint of step {step} is damaged and now lies in {target}: {reason}")
+        say(f"the checkpoint of step {step} is damaged and was moved to {target}: {reason}")
 
     def restore(
         self, step: int, state: TrainState, iterator: grain.DatasetIterator | None = None

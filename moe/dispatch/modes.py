@@ -224,7 +224,7 @@ def _implementation(mode: str) -> Implementation:
 
 
 def describe(mode: str) -> str:
-    """How the program being traced computes a dispatch, for people."""
+    """Describe in words how the program being traced computes a dispatch."""
     chosen = _implementation(mode)
     kernel = f"grouped FFN of {backend().__name__.rpartition('.')[2]}" if chosen is by_sorting else "batched FFN"
     limit = "without" if mode == "dropless" else "with"

@@ -79,8 +79,8 @@ class Comparison:
         variants: the other arms.
         equal: names from :data:`QUANTITIES` that all arms share.
         tolerance: largest relative difference that counts as equal; a router adds a few parameters.
-        whole: arm of ``variants`` of whose difference to the baseline the others' are given as a share, too; empty:
-            none.
+        whole: one of ``variants``: the other arms' differences are also given as a share of its difference to the
+            baseline; empty: none.
     """
 
     baseline: str

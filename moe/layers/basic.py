@@ -135,7 +135,7 @@ class LayerNorm(RMSNorm):
 
 
 class Site(enum.Enum):
-    """Places of a block that drop, by the number that is folded into the layer's key.
+    """Dropout sites of a block; the value is folded into the layer's key.
 
     An MoE layer splits the same key in four, which are the keys that 0 to 3 would give.
     """
@@ -268,7 +268,7 @@ RunExperts = Callable[[Array, Routing], tuple[Array, Array]]
 
 
 class NullExperts(nnx.Module):
-    """Experts without an FFN, where their tokens are: no dispatch and no capacity (MoE++ 2024, section 3.1).
+    """Experts without an FFN, computed where their tokens are: no dispatch and no capacity (MoE++ 2024, section 3.1).
 
     Their columns follow those of the E FFNs: zero experts return 0, copy experts x, constant experts
     α_1·x + α_2·v with α = softmax(W·x), and novices v alone (MoNE 2025, section 3.3). Deviations from MoE++: the

@@ -108,7 +108,7 @@ class Block(nnx.Module):
 
     @property
     def mixer(self) -> Attention | LatentAttention | GatedDeltaNet:
-        """The part by which the tokens read of each other."""
+        """The token mixer: attention or a gated DeltaNet."""
         return self.delta_net if self.kind.mixer == "gated_delta_net" else self.attention
 
     def input_of(self, norm: RMSNorm, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
@@ -118,7 +118,7 @@ class Block(nnx.Module):
     def add(
         self, norm: RMSNorm, x: Float[Array, "B T D"], y: Float[Array, "B T D"], drop: Dropout
     ) -> Float[Array, "B T D"]:
-        """X plus what attention or the FFN gives, normalised if norms come after."""
+        """Add the output of attention or the FFN to x, normalised if norms come after."""
         return x + drop(norm(y) if self.norms_after else y) * self.residual_scale
 
     def feed_forward(

@@ -157,7 +157,7 @@ class Pipeline:
 
         def layers(current: tuple[Array, Rows], turn: Array) -> tuple[tuple[Array, Rows], list[Any]]:
             """This stage's work of a turn, on the microbatch that has arrived; before its first and after its last
-            turn it computes what nobody reads."""
+            turn its result is not used."""
             x, rows = current
             work = jnp.clip(turn - stage, 0, turns - 1)
             group = work // stages % rounds

@@ -29,7 +29,7 @@ def pipelined_segment(config: ModelConfig) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """Which of the pipelined segment's layers each stage runs: stage s the groups s, s + S, s + 2·S ...
+    """Assignment of the pipelined segment's layers to stages: stage s has the groups s, s + S, s + 2·S ...
 
     Attributes:
         stages: S.
@@ -113,7 +113,7 @@ class Schedule:
 
 @jax.custom_vjp
 def read_as(x: Array, cast: Array) -> Array:
-    """The second of two arrays, which is the first in another dtype; the gradient is that of the first."""
+    """Return ``cast``, which is x in another dtype; its gradient goes to x."""
     del x
     return cast
 

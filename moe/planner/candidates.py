@@ -176,7 +176,7 @@ def guess_seconds(config: Config, chip: Chip | Gpu) -> float:
     return arithmetic + exchange
 
 
-#: Of the peak, that the arithmetic of compiled programs of Mixtral-8x7B took, with all work on the chip.
+#: Share of the peak that the arithmetic of compiled Mixtral-8x7B programs reached, with all work on the chip.
 _MATMUL_SHARE = 0.8
 
 #: Share of the forward pass that a remat policy recomputes, roughly.

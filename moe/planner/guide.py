@@ -33,7 +33,7 @@ _COMMON, _CHOICE, _DOUBLING, _NOISE = 1.0, 0.2, 0.1, 0.03
 #: or with an exchange; and of what the regression cannot say, in units of the estimate.
 _FIXED_FACTOR, _COMMON_FACTOR, _CHOSEN_FACTOR, _NOISE_OF_MEMORY = 0.1, 0.1, 0.05, 0.02
 
-#: By how much more than the memory that there was a program is taken to need, where the compiler does not say.
+#: Assumed need over available memory of a program that does not fit, where the compiler does not state it.
 _OVER = 1.15
 
 

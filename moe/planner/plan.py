@@ -48,7 +48,7 @@ class Plan:
         compute_seconds: the compiler's estimate, unpriced instructions at memory bandwidth, and kernel_seconds.
         kernel_seconds: kernels without an estimate: grouped matmuls for a balanced router by
             :mod:`moe.planner.kernels`, attention by :mod:`moe.planner.attention`.
-        kernel_low, kernel_high: kernel_seconds at the ends of the kernels' intervals, all errors alike.
+        kernel_low, kernel_high: kernel_seconds at the ends of the kernels' intervals, all errors fully correlated.
         scale: measured over estimated time of the published steps, their middle; log_width: their spread, in the
             logarithm; steps: their number (:func:`moe.planner.calibration.spread`).
         remat: policy of ``model.remat``.

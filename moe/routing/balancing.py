@@ -25,7 +25,7 @@ from moe.routing.routing import Routing
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BalanceSums:
-    """Sums over tokens that add up over microbatches, and what the bias must become; not logged.
+    """Sums over tokens that add up over microbatches, and the selection bias that they call for; not logged.
 
     Attributes:
         counts: [E] assignments that f of the load-balancing loss counts, without a gradient.

@@ -292,7 +292,7 @@ class Hash(Gate):
     k: int = setting(1, least=1)
 
     def route(self, router_logits: Float[Array, "G S E"], inputs: GateInputs) -> GateOutput:
-        """Look the experts of each id up."""
+        """Look up the experts of each id."""
         return _equal_weights(_hashed_experts(router_logits, inputs, self.k))
 
 
@@ -312,7 +312,7 @@ class ScoredHash(Scored):
         _require_weights_that_differ(self.k, self.renormalise)
 
     def route(self, router_logits: Float[Array, "G S E"], inputs: GateInputs) -> GateOutput:
-        """Look the experts of each id up and weigh them."""
+        """Look up the experts of each id and weigh them."""
         return self.weigh(router_logits, inputs, _hashed_experts(router_logits, inputs, self.k))
 
 
@@ -349,7 +349,7 @@ class Balanced(Scored):
     renormalise: bool = True
 
     def route(self, router_logits: Float[Array, "G S E"], inputs: GateInputs) -> GateOutput:
-        """Deal the experts out."""
+        """Assign experts round-robin."""
         groups, tokens, num_experts = router_logits.shape
         token_number = inputs.positions
         if token_number is None:

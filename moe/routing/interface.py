@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 
 from moe.fields import check_fields, require, setting
 
-#: Name of ``jax.ad_checkpoint.checkpoint_name``: the experts of tokens and their rows, a few bytes an assignment.
+#: Name of ``jax.ad_checkpoint.checkpoint_name``: indices of experts and rows, a few bytes per assignment.
 ROUTES = "routes"
 
 RouterKind = Literal["linear", "noisy", "slots", "none"]

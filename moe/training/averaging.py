@@ -24,7 +24,7 @@ from moe.training.warm_start import optimizer_state
 
 
 def write_average(workdir: str, out: str, steps: Sequence[int], *, ema: bool) -> str:
-    """Write a workdir with averaged weights and the run's config and tokenizer; return a line that says of what.
+    """Write a workdir with averaged weights and the run's config and tokenizer; return a one-line summary.
 
     Selection biases are those of the newest checkpoint.
 

@@ -129,7 +129,7 @@ def train(
             iterator.start_prefetch()  # the first batch, while the rest is made
         state = warm_start.first_state(program, say, pinned.base) if new else None
         if config.lora.rank and not new:
-            state = warm_start.first_state(program, base_step=pinned.base)  # to which a checkpoint adds adapters
+            state = warm_start.first_state(program, base_step=pinned.base)  # the base; a checkpoint holds the adapters
         with disk_errors(directory):
             directory.mkdir(parents=True, exist_ok=True)
             if not started:
@@ -197,7 +197,7 @@ def _folder(workdir: str) -> epath.Path:
         existing = next(place for place in (whole, *whole.parents) if place.exists())
         # A folder that is there already is asked by its lock, which knows the system's reason.
         if not existing.is_dir() or (existing != whole and not os.access(existing, os.W_OK | os.X_OK)):
-            raise ConfigError(f"--workdir={workdir}: cannot be written ({existing} is no writable folder)")
+            raise ConfigError(f"--workdir={workdir}: cannot be written ({existing} is not a writable folder)")
     elif not workdir.startswith("gs://"):  # the only one for which Orbax writes arrays
         raise ConfigError(f"--workdir={workdir}: must be a folder of a file system, or gs://BUCKET/NAME")
     else:

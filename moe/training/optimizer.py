@@ -85,7 +85,7 @@ def make_optimizer(
     """The optimizer that ``config.name`` names; its ``update`` takes ``norm=``, the result of :func:`gradient_norm`.
 
     Args:
-        model: whose parameters have rates of their own where it has the sizes of a base model; None: they have not.
+        model: its parameters get individual rates if it has a base model's sizes; None: one rate for all.
 
     Raises:
         ConfigError: no such optimizer, or a function of the user's that makes none.

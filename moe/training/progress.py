@@ -19,7 +19,7 @@ import tqdm
 from moe import process
 from moe.escaping import terminal
 
-#: Of what a run shows, first what is wanted first: a terminal may have no room for the rest.
+#: Values shown, most important first: a narrow terminal has room for the first ones alone.
 _ORDER = ("loss", "heldout", "tokens/s", "dropped", "lr", "epoch", "MFU")
 #: A line of tqdm: the bar fills what the text leaves of the terminal's width.
 _LINE = "{percentage:3.0f} % {n_fmt}/{total_fmt}, {remaining} left{postfix} {bar}"

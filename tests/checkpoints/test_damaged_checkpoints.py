@@ -85,7 +85,7 @@ def test_a_damaged_checkpoint_is_set_aside(directory, whole, programs, tmp_path,
     train(tiny(directory, **SETTINGS), str(workdir), ONE, make_program=programs)
     said = [line for line in capsys.readouterr().out.splitlines() if "is damaged" in line]
     assert len(said) == 1
-    assert said[0].startswith(f"the checkpoint of step 6 is damaged and now lies in {workdir}/damaged/6: ")
+    assert said[0].startswith(f"the checkpoint of step 6 is damaged and was moved to {workdir}/damaged/6: ")
     aside = workdir / "damaged" / "6"
     assert {path.name: path.read_bytes() for path in aside.rglob("*") if path.is_file()} == spoilt
     assert steps(workdir) == [4, 6]

@@ -2,8 +2,8 @@
 
 A claim of a family is supported or contradicted where the p-value of its rule, adjusted by Holm's method over all of
 that family, is below 5 %; members of the family without runs count with p = 1. Every other claim is exploratory: its
-interval is told to be on the claim's side, on the other side or on both. Diverged runs count as outcomes: their loss is
-infinite, and a sign test over all seeds decides.
+interval is reported as on the claim's side, on the other side or on both. Diverged runs count as outcomes: their loss
+is infinite, and a sign test over all seeds decides.
 """
 
 from __future__ import annotations
