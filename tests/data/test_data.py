@@ -138,6 +138,15 @@ def test_ids_that_a_model_sampled_beyond_its_tokenizer_are_counted(letters):
     assert (len(counts), counts[3], counts[35]) == (40, len(letters.train["x"]), len(letters.train["x"]))
 
 
+def test_heldout_rows_are_spread_over_the_text(letters):
+    # Five documents of a row each: bos, a letter, eos.
+    apart = dataclasses.replace(letters, heldout={"x": ["a", "b", "c", "b", "a"]})
+    for count, expected in ((2, [3, 3]), (3, [3, 5, 3]), (5, [3, 4, 5, 4, 3])):
+        data = DataConfig(sequence_length=2, heldout_rows=count)
+        (batch,) = pipeline.heldout_batches(apart, data, domain="x", batch_size=count)
+        assert batch["targets"][:, 0].tolist() == expected
+
+
 # --- Training batches ------------------------------------------------------------------------------------------------
 def test_no_target_crosses_a_document(prepared, data):
     # With eos = 2 and bos = 1 the rules are visible in the ids: eos has no target, bos is none.
@@ -171,6 +180,19 @@ def test_epochs_differ(prepared, data):
     first, second = ([order[start + i] for i in range(40)] for start in (0, 40))
     assert sorted(first) == sorted(second) == sorted(documents)
     assert first != second
+
+
+def test_every_window_is_shuffled_anew():
+    shuffled = iter(streams.WindowShuffle(grain.MapDataset.range(32).to_iter_dataset(), 8, seed=0))
+    windows = [tuple(int(next(shuffled)) - 8 * i for _ in range(8)) for i in range(4)]
+    assert all(sorted(window) == list(range(8)) for window in windows)
+    assert len(set(windows)) == 4
+
+
+def test_streams_are_shuffled_apart(two_domains, data):
+    """All mix the domains in the same order: shuffled alike, a batch would be of one domain."""
+    iterator = pipeline.train_iterator(two_domains, dataclasses.replace(data, shuffle_window=32), batch_size=4, seed=0)
+    assert any(len(set(next(iterator)["domain"].tolist())) == 2 for _ in range(8))
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
@@ -296,6 +318,17 @@ def test_a_place_in_other_documents_is_refused(prepared, data):
     fewer = dataclasses.replace(prepared, train={name: list(texts)[1:] for name, texts in prepared.train.items()})
     with pytest.raises(ConfigError, match=r"data\.dataset: its documents, or the tokenizer, are not those"):
         pipeline.train_iterator(fewer, data, batch_size=4, seed=0).set_state(state)
+
+
+def test_a_place_is_one_of_its_documents_and_tokenizer(letters):
+    one = dataclasses.replace(letters, versions={"x": "1"})
+    tokenizer = type("Other", (LetterTokenizer,), {"files": {"tokenizer.model": b"other"}})()
+    others = [
+        dataclasses.replace(one, train={"x": ["ab"]}),
+        dataclasses.replace(one, versions={"x": "2"}),
+        dataclasses.replace(one, tokenizer=tokenizer),
+    ]
+    assert len({pipeline._digest(each) for each in (one, *others)}) == 4
 
 
 def _documents(row, tokenizer):

@@ -1,9 +1,12 @@
 """Drop policies and overflow to the next expert."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from moe.config import Capacity
 from moe.dispatch.buffers import make_plan, overflow_to_next
+from moe.interop.layers import single_layer
 from tests.helpers import routed
 
 
@@ -38,6 +41,17 @@ def test_random_drops_are_fair():
     assert (np.asarray(plans).sum((1, 2, 3)) == 2).all()
     # Each of six tokens is kept with probability 1/3: 200 of 600, ± sqrt(600·2/9) = 11.5.
     assert np.abs(np.asarray(plans).sum((0, 1, 3)) - 200).max() < 58
+
+
+def test_a_layer_drops_other_tokens_with_each_key():
+    """Of eight tokens that all want expert 0, C = 0.5 · 8 / 2 = 2 are kept."""
+    weights = {"router": np.zeros((1, 2)), "up": np.ones((2, 1, 1)), "down": np.ones((2, 1, 1))}
+    drops = {"drop_policy": "random", "accept_future_leak": True, "capacity": Capacity(train=0.5, eval=0.5)}
+    layer = single_layer("switch", **weights, **drops, activation="relu", jitter=0.0, dispatch="einsum")
+    run = jax.jit(lambda key: layer(jnp.ones((1, 8, 1)), train=True, rng=key)[0])
+    kept = [np.asarray(run(jax.random.key(seed)))[0, :, 0] > 0 for seed in range(4)]
+    assert [row.sum() for row in kept] == [2] * 4
+    assert len({row.tobytes() for row in kept}) > 1
 
 
 def test_first_choices_have_priority_over_second_ones_under_probability():

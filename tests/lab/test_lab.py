@@ -335,6 +335,30 @@ def test_the_capacity_of_experts_that_choose_is_part_of_a_run():
     assert len({found.run(found.key(name, 20, 0)) for name in arms}) == len(arms)
 
 
+#: Settings that the canonical form names by hand, each with a value that is not the usual one.
+NAMED = {
+    "model.moe.losses.z": 1e-3, "model.moe.losses.balance": 0.1, "model.moe.losses.scope": "sequence",
+    "model.moe.router_dtype": "bfloat16", "model.moe.expert_dropout": 0.1, "model.moe.jitter": 0.1,
+    "model.moe.d_ff": 96, "model.moe.shared_d_ff": 64, "model.moe.latent_dim": 64, "model.moe.zero_experts": 1,
+    "model.moe.num_experts": 16, "model.moe.route_padding": True, "model.moe.capacity.eval": 3.0,
+    "model.moe.drop_policy": "probability", "model.moe.overflow_to_next": True, "model.moe.every": 2,
+    "model.moe.gate.k": 3, "model.moe.gate.scale": 2.0, "model.moe.gate.renormalise": False,
+    "optimizer.name": "muon", "optimizer.final_learning_rate_fraction": 0.2,
+}  # fmt: skip
+
+
+def test_every_setting_is_part_of_a_run():
+    own = {"model.moe.gate": "mixtral", "model.moe.accept_future_leak": True}
+    arms = {"plain": Variant(own)} | {name: Variant(own | {name: value}) for name, value in NAMED.items()}
+    # Every second layer is dense, so that the width of dense layers counts.
+    arms["dense width"] = Variant(own | {"model.moe.every": 2, "model.d_ff": 64})
+    found = Plan(suite_of(arms, horizons=(20,)), [])
+    runs = {}
+    for name in arms:
+        runs.setdefault(found.run(found.key(name, 20, 0)), []).append(name)
+    assert [names for names in runs.values() if len(names) > 1] == []
+
+
 def test_a_sweep_goes_from_the_base_rate_to_its_neighbours_at_each_horizon():
     sweep = Sweep((1e-3, 3e-3, 9e-3, 27e-3), (7,), (10, 20))
     arms = {"a": DENSE, "b": dataclasses.replace(SWITCH, rate_from="a")}

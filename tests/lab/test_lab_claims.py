@@ -141,6 +141,9 @@ def test_a_claim_without_its_runs_or_its_premise_is_not_tested():
     needs_gain = claim_of(requires="loss[a] - loss[b]")
     finding = assess(needs_gain, table_of((4.9, 4.91, 4.89), claim=needs_gain))
     assert (finding.verdict, finding.note) == (decide.NOT_TESTED, "loss[a] - loss[b] is not below zero")
+    needs_loss = claim_of(requires="loss[b] - loss[a]")  # -0.01 ± 0.29: a premise must be shown
+    finding = assess(needs_loss, table_of((4.9, 5.12, 4.95), claim=needs_loss))
+    assert (finding.verdict, finding.note) == (decide.NOT_TESTED, "loss[b] - loss[a] is not below zero")
 
 
 def test_arms_that_drop_different_shares_are_not_comparable_unless_the_suite_says_why():
@@ -179,6 +182,9 @@ def test_diverged_runs_are_outcomes():
     assert worse.verdict == decide.AGAINST
     assert worse.outcomes[0].effect.p == pytest.approx(2 / 64)
     assert "6 of 6 pairs have a diverged run" in worse.outcomes[0].note
+    # Diverging is the higher loss.
+    higher = claim_of("above")
+    assert assess(higher, table_of((math.inf,) * 6, (5.0,) * 6, claim=higher)).verdict == decide.FOR
     # Two of three: no verdict, and the two seeds are not dropped.
     some = assess(claim_of(), table_of((math.inf, math.inf, 4.9)))
     assert (some.verdict, some.outcomes[0].effect.n) == (decide.OPEN, 3)
@@ -210,6 +216,9 @@ def test_less_variance_is_tested_on_pairs():
     assert finding.verdict == decide.OPEN
     more = assess(claim, table_of((5.0, 5.0, 7.0, 3.0), (6.0, 4.0, 5.0, 5.0, 9.0), claim=claim)).outcomes[0].effect
     assert (more.mean, more.n) == (pytest.approx(4.0), 4), "a seed of one arm alone is in no pair"
+    calm, wild = (5.0, 5.01, 4.99, 5.02, 4.98, 5.0), (5.0, 5.5, 4.6, 5.4, 4.4, 5.1)
+    for b, a, verdict in ((calm, wild, decide.FOR), (wild, calm, decide.AGAINST)):
+        assert assess(claim, table_of(b, a, claim=claim)).verdict == verdict
     few = table_of((5.0, 7.0), (6.0, 4.0), claim=claim)
     assert "| undefined, n = 2 at 20 steps |" in claims_page.claims_section([claim], {"test": few}, None)
 

@@ -1,5 +1,6 @@
 """Norms, rotary positions, attention, FFN and embeddings against plain loops, and what must not change at all."""
 
+import itertools
 import math
 import re
 
@@ -14,7 +15,7 @@ from moe.conformance import reference
 from moe.dispatch.ffn import activate
 from moe.layers.attention.attention import Attention
 from moe.layers.attention.scoring import rotate
-from moe.layers.basic import DenseFFN, Embedding, LayerNorm, RMSNorm, Rows, matrix
+from moe.layers.basic import DenseFFN, Dropout, Embedding, LayerNorm, RMSNorm, Rows, Site, matrix
 from moe.models.decoder import Transformer
 from moe.parallel.parameters import matmul
 from tests import reference_attention
@@ -229,6 +230,13 @@ def test_activations_and_dense_ffn(name, gated, rng):
     apply = jax.jit(lambda v: reference.ffn(v, p["up"], p.get("gate"), p["down"], name))
     expected = [[apply(token) for token in row] for row in x]
     np.testing.assert_allclose(ffn(x), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_places_of_a_layer_drop_apart():
+    drop = Dropout(0.5, jax.random.key(0))
+    kept = [np.asarray(drop.at(site)(jnp.ones(64))) for site in Site]
+    assert all(set(values.tolist()) == {0.0, 2.0} for values in kept)
+    assert all((a != b).any() for a, b in itertools.combinations(kept, 2))
 
 
 def test_embedding_looks_up_its_table(rng):

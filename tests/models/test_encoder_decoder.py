@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,8 @@ from moe.config import MeshConfig, layer_kinds
 from moe.config.model_section import RopeScalingConfig
 from moe.layers.attention.scoring import bias_of_rows, relative_bucket
 from moe.models import kv_cache, sampling
+from moe.models.block import Block
+from moe.models.decoder import make_rows
 from moe.models.factory import abstract_model
 from moe.models.stack import unstack_layers
 from moe.parallel import partition_specs
@@ -290,6 +293,18 @@ def test_dropout_drops_in_training_alone_and_keeps_the_mean():
         lambda tokens: (model(tokens, rng=key, **inputs).logits, without(tokens, **inputs).logits)
     )(_batch()["tokens"])
     np.testing.assert_allclose(evaluated, expected, rtol=1e-6)
+
+
+def test_no_two_layers_of_both_stacks_draw_the_same():
+    model, key = abstract_model(tiny_encoder_decoder(relative_buckets=0)), jax.random.key(0)
+    rows, keys = make_rows(np.zeros((1, 4), np.int32), None, None), []
+    for stack in (model.encoder, model.decoder):
+        body = stack.body(rows, train=True, rng=key)
+        block = mock.Mock(spec=Block, side_effect=lambda x, rows, bias, **settings: (settings["rng"], None))
+        keys += [body(block, jnp.zeros(()), None, jnp.asarray(layer))[0] for layer in range(len(stack.kinds))]
+        keys.append(stack.outer_dropout(train=True, rng=key).rng)
+    # Three layers and two, and what is outside the layers of each.
+    assert len({tuple(np.asarray(jax.random.key_data(key)).tolist()) for key in keys}) == len(keys) == 7
 
 
 # --- Padding and documents -------------------------------------------------------------------------------------------

@@ -202,6 +202,11 @@ def test_broken_tokens_are_counted_over_microbatches_and_steps():
     assert mean_row(steps)["broken_tokens"] == [9, 0]
 
 
+def test_a_skipped_step_is_no_part_of_the_mean_of_a_row():
+    steps = [{"skipped": skipped, "loss": loss} for skipped, loss in ((0, 1.0), (1, math.nan), (0, 3.0))]
+    assert mean_row(steps) == {"skipped": 1, "loss": 2.0}
+
+
 def test_metrics_of_batches_are_those_of_one_batch():
     """Six tokens to experts 0 0 0 0 1 1 with C = 2, and two to expert 1: 2 of 8 are dropped, not (1/3 + 0)/2; the
     padded batch counts by its tokens."""

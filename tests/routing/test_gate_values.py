@@ -299,3 +299,11 @@ def test_st_moe_sends_later_choices_by_their_weight():
         chosen = routed("st_moe", logits, rng=jax.random.key(2)).chosen
         assert bool(jnp.all(chosen[..., 0]))
         assert abs(float(jnp.mean(chosen[..., 1])) - expected) <= 5 * math.sqrt(0.25 / 4000) * (expected < 1)
+
+
+@pytest.mark.parametrize(("gate", "expected"), [("gshard", 0.8), ("st_moe", 1.0)])
+def test_later_choices_are_sent_by_their_share_whatever_the_weights(gate, expected):
+    # Shares 3/5 and 2/5: 2·0.4 = 0.8 and 0.4/0.2 > 1. By the weights, 0.09 and 0.06, it would be 0.12 and 0.3.
+    logits = np.broadcast_to(np.log([0.09, 0.06] + [0.85 / 17] * 17), (1, 200, 19))
+    chosen = routed(gate, logits, 2, renormalise=False, rng=jax.random.key(0)).chosen
+    assert abs(float(chosen[..., 1].mean()) - expected) <= 5 * math.sqrt(0.16 / 200) * (expected < 1)

@@ -116,6 +116,10 @@ def test_remoe_by_hand():
     # f = E/(K·T)·(1, 0, 2) = 3/2·(1, 0, 2), mean R = (1, 0, 2): the penalty is λ·(3/2·1 + 3·2) = 7.5 λ; 3 of 2 tokens.
     mask = jnp.ones((1, 2), bool)
     assert float(balancing.sparsity_penalty(routing, mask, 1, jnp.asarray(0.1))) == pytest.approx(0.75)
+    # A third token, of padding, has no part in it.
+    real = jnp.asarray([[True, True, False]])
+    padded = routed("remoe", [[[2.0, -1.0, 1.0], [-0.5, -2.0, 3.0], [5.0, 5.0, 5.0]]], 1, real)
+    assert float(balancing.sparsity_penalty(padded, real, 1, jnp.asarray(0.1))) == pytest.approx(0.75)
     report = report_of(routing, gate="remoe")
     assert float(report.active_experts) == 1.5
     # 1.5 experts a token are more than K = 1: λ grows by 1.2; at K = 2 it falls.

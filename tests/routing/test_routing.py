@@ -91,6 +91,13 @@ def test_router_computes_in_float32(rng):
     assert routing.combine_weights.dtype == routing.router_probs.dtype == routing.router_logits.dtype == jnp.float32
 
 
+def test_the_products_of_the_router_have_all_bits_on_tpus():
+    config = tiny_model(gate="noisy_topk")
+    router = Router(config, kind="noisy", rngs=nnx.Rngs(0))
+    text = str(jax.make_jaxpr(lambda x: (router(x), router.noise_logits(x)))(jnp.ones((1, 2, config.d_model))))
+    assert text.count("dot_general") == text.count("Precision.HIGHEST, Precision.HIGHEST") == 2
+
+
 def test_top_k_is_that_of_lax(rng):
     # Integers, so that ties abound: both give the lower index first.
     scores = jnp.asarray(rng.integers(0, 4, size=(3, 40, 7)), jnp.float32)

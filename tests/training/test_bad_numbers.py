@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe.checkpoints.manager import Checkpoints
 from moe.config import ConfigError, TrainConfig
 from moe.parallel.mesh import make_mesh
 from moe.training import loop as training
@@ -121,6 +122,12 @@ def test_a_streak_that_goes_on_goes_back_further(directory, tmp_path, programs):
     train(config, str(tmp_path), ONE, make_program=poisoned(programs, {7, 9}))
     assert [row["to"] for row in rows(tmp_path, "warning") if row["what"] == "rollback"] == [6, 4]
     assert rows(tmp_path, "train")[-1]["skipped"] == 0
+
+
+def test_a_rollback_goes_first_to_checkpoints_that_no_interruption_left():
+    checkpoints = object.__new__(Checkpoints)
+    checkpoints._manager = SimpleNamespace(all_steps=lambda: [2, 4, 5, 6, 7])
+    assert checkpoints.before(6, 2) == [4, 2, 5]
 
 
 def test_spikes_and_dead_experts_by_hand():

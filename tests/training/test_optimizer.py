@@ -1,6 +1,7 @@
 """Optimizers: what they move, what they decay, how their state is stored, and updates computed by hand."""
 
 import dataclasses
+import math
 import sys
 import types
 import typing
@@ -141,6 +142,28 @@ def test_adafactor_multiplies_by_the_parameters_size():
     """The first update is the gradient's sign, of RMS 1, times the RMS of the parameter, 2, and the rate."""
     updates = step(dataclasses.replace(CONFIG, name="adafactor"), tree(jnp.ones), tree(lambda s: jnp.full(s, 2.0)))
     np.testing.assert_allclose(updates["router"]["kernel"], -2 * RATE, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "second", "expected"),
+    [
+        # m = (1/2·1/2·1 + 1/2·3) / (1 − 1/4) = 7/3, v = (3/4·1/4·1 + 1/4·9) / (1 − 9/16) = 39/7.
+        ("adamw", 3.0, 7 / 3 / math.sqrt(39 / 7)),
+        # v = β·1 + (1 − β)·1/4 with β = 1 − 2^−0.8; the parameters' RMS is 2.
+        ("adafactor", 0.5, 2 * 0.5 / math.sqrt(1 - 0.75 * 2**-0.8)),
+        # v = β·1 + (1 − β)·9: 3/√v = 1.27 is clipped at an RMS of 1.
+        ("adafactor", 3.0, 2.0),
+    ],
+)
+def test_the_second_update_by_hand(name, second, expected):
+    """Gradients of 1 and then of another size, all parameters 2."""
+    optimizer = make_optimizer(dataclasses.replace(CONFIG, name=name, b1=0.5, b2=0.75), 10)
+    parameters = {"dense": {"up": jnp.full((2, 3), 2.0)}}
+    state = optimizer.init(parameters)
+    for size in (1.0, second):
+        gradients = {"dense": {"up": jnp.full((2, 3), size)}}
+        updates, state = optimizer.update(gradients, state, parameters, norm=jnp.ones(()))
+    np.testing.assert_allclose(updates["dense"]["up"], -RATE * expected, rtol=1e-4)
 
 
 def test_adafactor_factors_large_matrices():

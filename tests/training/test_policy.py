@@ -33,7 +33,7 @@ from moe.posttraining.grpo import PolicyObjective, divergence, token_terms, toke
 from moe.training.batches import forward, place
 from moe.training.loop import train
 from moe.training.losses import token_cross_entropy
-from moe.training.step import build
+from moe.training.step import _noise_key, build
 from moe.training.teacher import read_teacher
 from tests.data.test_chat import EXPECTED, HERE
 from tests.helpers import random_parameters, random_state, slow_case, tiny_model
@@ -162,6 +162,11 @@ def test_replay_makes_the_ratio_exactly_one(model):
         ratios = [token_terms(PolicyConfig(), now, old, old, None)["ratio"][present] for now in (again, plain)]
     np.testing.assert_array_equal(ratios[0], 1)
     assert np.abs(ratios[1] - 1).max() > 0.01
+
+
+def test_the_policy_is_run_without_noise():
+    parts = SimpleNamespace(objective=PolicyObjective(PolicyConfig()))
+    assert _noise_key(parts, jax.random.key(0)) is None
 
 
 @pytest.mark.parametrize("mean", [slow_case("tokens"), "completions", slow_case("constant")])

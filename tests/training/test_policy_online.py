@@ -41,6 +41,19 @@ class Evens:
         return float(np.mean(completion % 2 == 0))
 
 
+#: A completion of two tokens.
+ROLLOUT = Rollout(np.array([3, 2]), np.array([-1.0, -2.0], np.float32), None)
+
+
+def without_training(monkeypatch):
+    """A program for rounds whose updates are no part of the test; nothing is saved."""
+    checkpoints = mock.MagicMock(resume=mock.Mock(return_value=None))
+    monkeypatch.setattr(online, "Checkpoints", lambda *_: checkpoints)
+    return SimpleNamespace(
+        config=CONFIG, state=None, init=lambda: SimpleNamespace(variables={}), train_step=None, mesh=None
+    )
+
+
 def test_the_sampler_records_what_the_model_does_on_the_whole_text():
     graphdef, variables = random_parameters(CONFIG.model)
     prompts = [np.array([3, 1, 4]), np.array([1]), np.array([5, 9])]
@@ -101,6 +114,26 @@ def test_a_run_on_its_own_samples_restarts_to_the_bit(tmp_path):
     assert len({row["reward"] for row in whole}) > 1
 
 
+def test_each_round_has_prompts_and_samples_of_its_own(tmp_path, monkeypatch):
+    drawn, keys = [], []
+
+    class Seen(Evens):
+        def prompts(self, rng, count):
+            found = super().prompts(rng, count)
+            drawn.append(b"".join(prompt.tobytes() for prompt in found))
+            return found
+
+    def sample(variables, prompts, key):
+        keys.append(np.asarray(jax.random.key_data(key)).tobytes())
+        return [ROLLOUT] * len(prompts)
+
+    monkeypatch.setattr(online, "_updates", lambda program, state, *_: (state, {}))
+    train_online(without_training(monkeypatch), str(tmp_path), Seen(), Engine(sample), Rounds(updates=2))
+    # Six steps, two a round.
+    assert len(set(drawn)) == len(drawn) == 3
+    assert len(set(keys)) == len(keys) == 3
+
+
 class Odd(Evens):
     """A task with a method of its own."""
 
@@ -125,13 +158,8 @@ def _fails(*_):
     ],
 )
 def test_a_wrong_task_is_one_sentence(tmp_path, monkeypatch, task, says):
-    rollout = Rollout(np.array([3, 2]), np.array([-1.0, -2.0], np.float32), None)
-    sampled = Engine(lambda variables, prompts, key: check_prompts(CONFIG.model, prompts) or [rollout] * len(prompts))
-    program = SimpleNamespace(
-        config=CONFIG, state=None, init=lambda: SimpleNamespace(variables={}), train_step=None, mesh=None
-    )
-    checkpoints = mock.MagicMock(resume=mock.Mock(return_value=None))
-    monkeypatch.setattr(online, "Checkpoints", lambda *_: checkpoints)
+    sampled = Engine(lambda variables, prompts, key: check_prompts(CONFIG.model, prompts) or [ROLLOUT] * len(prompts))
+    program = without_training(monkeypatch)
     with pytest.raises(ConfigError, match=says):
         train_online(program, str(tmp_path), task, sampled, Rounds())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import re
 import shutil
 import sys
@@ -49,7 +50,7 @@ from moe.training import loop as training
 from moe.training import warm_start
 from moe.training.batches import place
 from moe.training.loop import train
-from moe.training.losses import soft_cross_entropy
+from moe.training.losses import TEXT, soft_cross_entropy
 from moe.training.optimizer import WeightAverage, averaged_weights
 from moe.training.step import build
 from moe.training.teacher import read_teacher
@@ -158,6 +159,16 @@ def test_soft_targets_by_hand():
     logits = jnp.log(jnp.asarray([[[0.25, 0.75], [0.5, 0.5]]]))
     loss = soft_cross_entropy(logits, jnp.zeros((1, 2, 2)), jnp.asarray([[0, -1]]))
     np.testing.assert_allclose(loss, -(np.log(0.25) + np.log(0.75)) / 2, rtol=1e-6)
+
+
+def test_soft_targets_take_the_place_of_their_share_of_the_hard_ones():
+    """Student and teacher as above; the hard target is the first of the two."""
+    logits, targets = jnp.log(jnp.asarray([[[0.25, 0.75]]])), jnp.zeros((1, 1), jnp.int32)
+    output, taught = (SimpleNamespace(hidden=x, logits=x, further=()) for x in (logits, jnp.zeros((1, 1, 2))))
+    model, config = SimpleNamespace(output_matrix=lambda: jnp.eye(2)), Config(distill=DistillConfig("other", 0.25))
+    sums = TEXT.sums(config, model, output, {"targets": targets}, (None, taught))
+    hard, soft = -math.log(0.25), -(math.log(0.25) + math.log(0.75)) / 2
+    np.testing.assert_allclose((sums.loss, sums.cross_entropy), (0.75 * hard + 0.25 * soft, hard), rtol=1e-6)
 
 
 def test_a_run_that_starts_from_a_checkpoint_inherits_what_nobody_set(tmp_path):

@@ -1,4 +1,4 @@
-"""Memory of the compiled train step, and clipping of its gradients."""
+"""Memory of the compiled train step, its noise, and clipping and skipping of its gradients."""
 
 import dataclasses
 import re
@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 
 from moe.config import Config, DataConfig, MeshConfig, OptimizerConfig, TrainConfig
+from moe.models.state import TrainState
 from moe.parallel.mesh import make_mesh
-from moe.training import losses
-from moe.training.optimizer import gradient_norm, make_optimizer
+from moe.training import losses, step
+from moe.training.optimizer import gradient_norm, learning_rate_schedule, make_optimizer
 from moe.training.step import build
 from tests.helpers import tiny_model
+from tests.run_helpers import Interrupted
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +117,48 @@ def test_clipping_multiplies_by_what_exceeds_the_norm(frozen, size):
     )
     moved: Any = updates[0]
     assert bool(jnp.any(moved["attention"]["query"] != 0)) != bool(frozen)
+
+
+def test_each_step_has_noise_of_its_own(monkeypatch):
+    keys, run = [], jax.random.key(7)
+
+    def gradients(parts, state, batch, rng, teacher):
+        keys.append(jax.random.key_data(rng))
+        raise Interrupted
+
+    monkeypatch.setattr(step, "_gradients", gradients)
+    for number in (3, 4):
+        state = TrainState(jnp.asarray(number), {}, {}, None, jax.random.key_data(run))
+        with pytest.raises(Interrupted):
+            step.train_step(None, state, {})
+        np.testing.assert_array_equal(keys[-1], jax.random.key_data(jax.random.fold_in(run, number)))
+
+
+def test_an_evaluation_is_neither_training_nor_noisy(monkeypatch):
+    asked = []
+
+    def forward(model, batch, **settings):
+        asked.append(settings)
+        raise Interrupted
+
+    monkeypatch.setattr(step, "forward", forward)
+    monkeypatch.setattr(step.nnx, "merge", lambda *_: None)
+    with pytest.raises(Interrupted):
+        step.eval_step(None, {}, {}, np.zeros(3, np.int32))
+    assert not any(asked[0].values())
+
+
+def test_a_gradient_that_is_not_finite_is_no_update(monkeypatch):
+    """Of a loss that is finite."""
+    config = Config(model=tiny_model(gate="none"), optimizer=OptimizerConfig(schedule="constant", warmup_steps=0))
+    optimizer, parameters = make_optimizer(config.optimizer, 10), {"dense": {"up": jnp.ones((2, 2))}}
+    parts = step._Parts(config, None, None, optimizer, learning_rate_schedule(config.optimizer, 10))
+    key = jax.random.key_data(jax.random.key(0))
+    state = TrainState(jnp.zeros((), jnp.int32), parameters, {}, optimizer.init(parameters), key)
+    for value, skipped in ((jnp.inf, 1), (1.0, 0)):
+        gradients = {"dense": {"up": jnp.ones((2, 2)).at[0, 0].set(value)}}
+        found = (jnp.ones(()), (jnp.ones(()), {}), None), gradients
+        monkeypatch.setattr(step, "_gradients", lambda *_, found=found: found)
+        after, metrics = step.train_step(parts, state, {})
+        assert metrics.skipped == skipped
+        assert bool((after.parameters["dense"]["up"] == 1).all()) == bool(skipped)

@@ -1,18 +1,21 @@
 """The load-balancing loss over all microbatches of a step, and the routers' states after a step."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe.config import Config, to_config_dict
+from moe.config import Config, TrainConfig, to_config_dict
 from moe.config.parse import from_config_dict
+from moe.models.state import TrainState
 from moe.parallel.mesh import make_mesh
+from moe.training import step
 from moe.training.batches import place
 from moe.training.step import build
-from tests.helpers import random_state, set_moe, slow_case, step_gradients
+from tests.helpers import random_state, set_moe, slow_case, step_gradients, tiny_model
 
 
 def program(devices=1, mesh=None, accumulation=1, remat="none", weight=3.0, layers=2, **moe):
@@ -108,6 +111,27 @@ def test_the_mean_over_microbatches_is_another_loss_with_another_gradient():
 def test_without_accumulation_a_step_is_a_batch():
     one, other = (gradients(program(balance_scope=scope)) for scope in ("step", "batch"))
     jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def test_microbatches_draw_apart_and_the_balance_of_the_step_is_measured_with_the_same_draws(monkeypatch):
+    def forward(model, batch, *, train, rng):
+        drawn = jax.random.uniform(rng)
+        return SimpleNamespace(drawn=drawn, layers=SimpleNamespace(sums=drawn))
+
+    def loss(parts, model, output, batch, count, teacher, totals):
+        return totals, ((output.drawn, {}), None)
+
+    monkeypatch.setattr(step, "forward", forward)
+    monkeypatch.setattr(step, "_loss", loss)
+    monkeypatch.setattr(step.nnx, "merge", lambda *_: None)
+    config = Config(model=tiny_model(balance_scope="step"), train=TrainConfig(batch_size=4, accumulation_steps=2))
+    parts = step._Parts(config, None, None, None, None, SimpleNamespace(noise=True, count=lambda batch: 1))
+    state, key = TrainState(jnp.zeros((), jnp.int32), {"w": jnp.ones(())}, {}, None, None), jax.random.key(0)
+    (totals, (nll, _), _), _ = step._gradients(parts, state, {"tokens": jnp.zeros((4, 8), jnp.int32)}, key, None)
+    draws = [float(jax.random.uniform(jax.random.fold_in(key, i))) for i in (0, 1)]
+    assert draws[0] != draws[1]
+    np.testing.assert_allclose(nll, sum(draws), rtol=1e-6)
+    np.testing.assert_allclose(totals, 2 * sum(draws), rtol=1e-6)  # each microbatch has the sum of the step
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])

@@ -1,6 +1,7 @@
 """The whole loop on tiny text: files, resume to the bit, the same curve on every mesh."""
 
 import importlib
+import math
 import re
 import shutil
 import types
@@ -9,13 +10,16 @@ import jax
 import numpy as np
 import pytest
 
-from moe.config import Config, ConfigError, TrainConfig
+from moe.config import Config, ConfigError, MeshConfig, TrainConfig
 from moe.metrics_files import read_rows
+from moe.models import flops
 from moe.parallel.mesh import make_mesh
-from moe.training import loop, profiling
-from moe.training.evaluation import _summary, check_domains, sum_variance
+from moe.training import evaluation, loop, profiling
+from moe.training.evaluation import Heldout, _summary, check_domains, evaluate, sum_variance
 from moe.training.loop import train
-from tests.helpers import slow_case
+from moe.training.metrics import Throughput
+from moe.training.step import EvalMetrics
+from tests.helpers import slow_case, tiny_model
 from tests.run_helpers import ONE, SETTINGS, Interrupted, interrupted, state_of, tiny
 
 # Most runs of a file are the same program.
@@ -101,8 +105,28 @@ def test_the_standard_error_of_a_heldout_loss_by_hand():
     assert sum_variance(nll, targets) == 16
     summary = _summary(np.asarray([8.0, 4.0, 16.0]), 16.0, [])
     assert (summary["loss"], summary["standard_error"]) == (2, 1)  # sqrt(16) / 4
+    assert summary["bits_per_byte"] == pytest.approx(8 / math.log(2) / 16)  # 8 nats in 16 bytes
     assert sum_variance(nll[1:], targets[1:]) is None
     assert "standard_error" not in _summary(np.asarray([2.0, 2.0, 8.0]), None, [])
+
+
+def test_the_error_over_domains_adds_their_variances(monkeypatch):
+    """Two domains of the rows above: variances of 16 each, 8 targets."""
+    monkeypatch.setattr(evaluation, "place", lambda batch, mesh: batch)
+    rows = EvalMetrics(np.asarray([6.0, 2.0]), np.asarray([2, 2]), np.asarray(16), None)
+    program = types.SimpleNamespace(eval_step=lambda variables, batch, sizes: rows, mesh=None)
+    found = evaluate(program, {}, Heldout({"a": [{}], "b": [{}]}, np.zeros(3)))
+    assert found["a"]["standard_error"] == 1
+    assert found["all"]["standard_error"] == pytest.approx(math.sqrt(16 + 16) / 8)
+
+
+def test_the_model_flops_utilisation_is_of_all_devices(monkeypatch):
+    config = Config(model=tiny_model())
+    monkeypatch.setattr(profiling, "measured_matmul_rate", lambda dtype: 1e6)
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, expert=4))):
+        row = Throughput(config).row(2.0, 0.5)
+    assert row["mfu"] == pytest.approx(flops.train_flops(config) / 2.0 / 8e6)
+    assert row["tokens_per_second"] == config.train.batch_size * config.data.sequence_length / 2.0
 
 
 def test_a_domain_called_all_does_not_replace_the_total():
