@@ -1,4 +1,4 @@
-"""The writer of files and of new folders, and JSON that carries its own checksum."""
+"""Atomic writing of files and new folders, and JSON that carries its own checksum."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from etils import epath
 
 from moe.fields import ConfigError
 
-#: What a file system without locks answers when one is asked for.
+#: Error numbers of a lock request on a file system without locks.
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)
 
 
@@ -29,7 +29,7 @@ def in_bucket(path: str | os.PathLike[str]) -> bool:
 
 
 def is_bucket_error(error: BaseException) -> bool:
-    """True for an error of the libraries that reach buckets: most are no OSError."""
+    """True for an error of the libraries that access buckets; most of these are not OSErrors."""
     return type(error).__module__.partition(".")[0] in ("gcsfs", "fsspec", "google", "requests", "aiohttp")
 
 
@@ -37,14 +37,14 @@ def write_atomic(path: epath.Path | Path, content: bytes | str) -> None:
     """Create or replace a file in one step: a reader, or a crash, sees the old content or the new, never a part.
 
     The content goes to ``PATH.tmp`` first, which is then renamed; only one process may write a path at a time. In a
-    bucket an object appears whole, or not at all. A link in the place of either name is replaced, never followed.
+    bucket an object appears whole, or not at all. A link at either path is replaced, never followed.
 
     Args:
         path: of the file.
-        content: bytes, or text that becomes UTF-8; half characters are spelled out.
+        content: bytes, or text, which is encoded as UTF-8 with lone surrogates escaped.
 
     Raises:
-        ConfigError: the path is a device, such as /dev/null, whose place the file would take.
+        ConfigError: the path is a device, such as /dev/null, which the file would replace.
     """
     if isinstance(content, str):
         content = content.encode("utf-8", "backslashreplace")
@@ -80,7 +80,7 @@ def write_arrays(path: epath.Path | Path, arrays: Mapping[str, Any]) -> None:
 
 
 def append(path: Path, text: str) -> None:
-    """Add text to the end of a local file, as UTF-8; it is created. OSError for a link or a FIFO in its place."""
+    """Append text to a local file as UTF-8, and create it if missing. Raises OSError for a link or a FIFO."""
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
     with open(os.open(path, flags, 0o666), "a", encoding="utf-8") as file:
         file.write(text)

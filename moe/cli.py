@@ -59,7 +59,7 @@ _EXIT_CODES = """exit codes
 
 #: Default config file, used where --config is not given.
 _default_config: list[str] = []
-#: Command line from which --config takes the fields to set: that of :func:`_parse`, with the gate in the config file.
+#: Command line whose overrides --config applies: that of :func:`_parse`, with the gate moved into the config file.
 _command_line: list[str] = []
 
 
@@ -91,11 +91,11 @@ def define_path(name: str, explanation: str) -> flags.FlagHolder:
 
 
 def only_with(holds: bool, reason: str, *unused: flags.FlagHolder) -> None:
-    """Refuse flags that were given though nothing reads them, unless the condition holds.
+    """Refuse flags that were given but have no effect, unless the condition holds.
 
     Args:
-        holds: whether they are read.
-        reason: of the message, as "is read with --prune alone".
+        holds: whether the flags have an effect.
+        reason: end of the message, such as "is read with --prune alone".
         unused: the flags.
 
     Raises:
@@ -168,8 +168,8 @@ def run(main: Callable[[], None], required: tuple[str, ...] = (), examples: tupl
 
     Args:
         main: called without arguments after flags are parsed.
-        required: names of flags that must be set. A program that needs --config and --workdir takes the config of a
-            workdir that has one where --config is not given.
+        required: names of flags that must be set. Without --config, a program that needs --config and --workdir uses
+            the config.json of the workdir, if there is one.
         examples: commands for --help.
     """
     if any(argument.lstrip("-").partition("=")[0] in _HELP for argument in sys.argv[1:] if argument.startswith("-")):
@@ -254,7 +254,7 @@ def _value_of(argv: list[str], name: str) -> str | None:
 
 
 def _extend_import_path(argv: list[str]) -> None:
-    """Find a user's modules, such as gates, in the current directory and beside the config file too."""
+    """Make a user's modules, such as gates, importable from the current directory and the config file's folder."""
     for path in filter(None, (_value_of(argv, "config"), *_default_config)):
         extend_import_path(path.partition(":")[0])
     if os.getcwd() not in sys.path:
@@ -354,7 +354,7 @@ def _with_config_file(argv: list[str], required: Sequence[str]) -> list[str]:
 
 def _with_gate(argv: list[str]) -> list[str]:
     """The command line with a config file that chooses the gate itself (:mod:`moe.config.chosen_gate`): ml_collections
-    takes no name for a section, and the fields of the gate must be there before they are set."""
+    cannot set a section to a name, and the fields of the gate must exist before they are set."""
     gate, path = _value_of(argv, _GATE), _value_of(argv, "config")
     names = [argument.lstrip("-").partition("=")[0] for argument in argv[1:] if argument.startswith("-")]
     fields = [name.removeprefix(f"{_GATE}.") for name in names if name.startswith(f"{_GATE}.")]

@@ -1,6 +1,6 @@
 """Start of a program, as a script, as the commands moe-train, moe-evaluate, ..., or as ``python -m moe COMMAND``.
 
-Importing this module does not import JAX: a program's process is set up before.
+Importing this module does not import JAX, so that the process can be set up first.
 """
 
 from __future__ import annotations

@@ -15,13 +15,13 @@ from moe.atomic_files import in_bucket
 #: Folder of runs of one process under ``train.compilation_cache=auto``.
 DEFAULT = "~/.cache/moe-data/jax"
 
-#: JAX's settings, each unless its environment variable is set: which programs are kept, and how many bytes of them
-#: before the least recently used are deleted.
+#: JAX's settings, each used unless its environment variable is set: the shortest compile time of a program that is
+#: kept, in seconds, and the size in bytes above which the least recently used programs are deleted.
 _SETTINGS = {"jax_persistent_cache_min_compile_time_secs": 0.3, "jax_compilation_cache_max_size": 8 * 2**30}
 
 
 def use(folder: str, workdir: str) -> None:
-    """Keep compiled programs in a folder from here on; one that cannot be used costs one line on stderr.
+    """Keep compiled programs in a folder from now on; if it cannot be used, print one line on stderr.
 
     Args:
         folder: ``train.compilation_cache``: a folder, "" for none, or "auto". In a run of several processes process 0
@@ -53,7 +53,7 @@ def use(folder: str, workdir: str) -> None:
 
 
 def _machine() -> str:
-    """Name of this kind of machine: programs for CPUs use its instructions, which JAX's keys do not describe."""
+    """Name of this kind of machine: CPU programs depend on its instruction set, which JAX's keys do not include."""
     if jax.default_backend() != "cpu":
         return platform.machine()
     known = Path("/proc/cpuinfo")

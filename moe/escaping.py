@@ -7,18 +7,18 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-#: Controls but for newline and tab, marks that reverse the direction of text, and halves of characters.
+#: Control characters except newline and tab, marks that change the direction of text, and surrogates.
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-#: What begins a tag, a comment or a processing instruction.
+#: The start of a tag, a comment or a processing instruction.
 _TAG = re.compile("<(?=[A-Za-z/!?])")
 
 
-#: Settings of matplotlib under which a name, such as "$_$", is not TeX.
+#: Settings of matplotlib with which a name such as "$_$" is not parsed as TeX.
 FIGURE_TEXT: Any = {"text.parse_math": False}
 
 
 def terminal(text: str) -> str:
-    """Text whose controls are spelled out, as \\x1b: they would move the cursor, or write to the clipboard."""
+    """Escape control characters, as \\x1b: a terminal would let them move the cursor or write to the clipboard."""
     return _CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 

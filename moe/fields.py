@@ -1,4 +1,4 @@
-"""Settings as fields of frozen dataclasses: their facts as metadata, and the one checker that reads them."""
+"""Settings as fields of frozen dataclasses: bounds and other facts as metadata, and the checks that read them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class ConfigError(ValueError):
 def exits_as_errors() -> Iterator[None]:
     """Raise ImportError where a user's code calls sys.exit, which would end this program silently.
 
-    The codes by which stop signals exit pass.
+    Exits with the code of a stop signal pass unchanged.
     """
     try:
         yield
@@ -97,7 +97,7 @@ def check_fields(node: typing.Any, section: str) -> None:
 
 
 class Section:
-    """Base of the config's dataclasses: fields are checked against their types and bounds where a value is made."""
+    """Base of the config's dataclasses: fields are checked against their types and bounds at construction."""
 
     #: Prefix of the fields in messages.
     _path: typing.ClassVar[str] = ""
@@ -116,7 +116,7 @@ class Section:
 
 
 def facts_of(cls: typing.Any, fact: str, section: str = "") -> dict[str, typing.Any]:
-    """Dotted name → the value of this fact, of the fields of a dataclass, and of those inside it, that have it."""
+    """Dotted name → value of this fact, for the fields of a dataclass, nested ones included, that have it."""
     found: dict[str, typing.Any] = {}
     for field in dataclasses.fields(cls):
         name, hint = f"{section}{field.name}", type_hints(cls)[field.name]
@@ -154,7 +154,7 @@ def item_name(hint: typing.Any) -> str:
 
 
 def check_type(hint: typing.Any, value: typing.Any, field: str) -> typing.Any:
-    """The value of a field in the form of its type: a list becomes a tuple, an int a float.
+    """Check the value of a field and convert it to its type: a list becomes a tuple, an int a float.
 
     Raises:
         ConfigError: another type, a number that devices cannot hold, a text that is not UTF-8.

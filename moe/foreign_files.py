@@ -1,4 +1,4 @@
-"""Readers of JSON and of npz files that a crash, an edit or another program may have changed: one sentence each."""
+"""Readers of JSON and npz files that a crash, an edit or another program may have changed; an error is one sentence."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _in_order(ends: list[float]) -> list[float]:
     return ends
 
 
-#: Two ends.
+#: Lower and upper end.
 Interval = Annotated[list[Positive], pydantic.Field(min_length=2, max_length=2), pydantic.AfterValidator(_in_order)]
 
 
@@ -41,7 +41,7 @@ class Fields(pydantic.BaseModel):
 
 
 def kept_whole(schema: type[Fields]) -> pydantic.TypeAdapter[Json]:
-    """The schema of JSON objects that have the fields of another one, and are kept as they are, with all others."""
+    """Schema of JSON objects that must have the fields of ``schema``, and keep all their fields unchanged."""
 
     def check_fields(tree: Any) -> Any:
         schema.model_validate(tree)
@@ -54,23 +54,23 @@ def read_json[T](path: str | os.PathLike[str], schema: pydantic.TypeAdapter[T]) 
     """The content of a JSON file.
 
     Raises:
-        ConfigError: no such file, no JSON, or not of the schema; see :func:`moe.config.read_small_file` too.
+        ConfigError: the file is not JSON or does not match the schema; see also :func:`moe.config.read_small_file`.
     """
     return parse(read_small_file(path), schema, os.fspath(path))
 
 
 def read_rows(path: str | os.PathLike[str], schema: pydantic.TypeAdapter[Json]) -> list[Json]:
-    """The JSON objects of a list in a file, each of the schema. Raises ConfigError; see :func:`read_json`."""
+    """Read a list of JSON objects that each match the schema. Raises ConfigError; see :func:`read_json`."""
     rows = read_json(path, _LIST)
     return [check(row, schema, f"{os.fspath(path)}, entry {number}") for number, row in enumerate(rows, 1)]
 
 
 def read_object(path: str | os.PathLike[str]) -> Json:
-    """The JSON object in a file, whatever it holds. Raises ConfigError; see :func:`read_json`."""
+    """Read a JSON object with any fields. Raises ConfigError; see :func:`read_json`."""
     return read_json(path, _OBJECT)
 
 
-#: A file may unpack to this many bytes, and to this many times its own.
+#: Limit of the unpacked size: this many bytes, or this multiple of the file's size if that is more.
 _UNPACKED, _RATIO = 1 << 28, 100
 
 
@@ -82,7 +82,7 @@ def read_arrays(path: str | os.PathLike[str], name: str = "") -> dict[str, np.nd
         name: of the file in messages; empty: its path.
 
     Raises:
-        ConfigError: no such file, no npz file, or one of something else, or one that would fill the memory.
+        ConfigError: no such file, not an npz file, arrays of another type, or arrays that would fill the memory.
     """
     name = name or os.fspath(path)
     if not os.path.isfile(path):  # reading a FIFO waits for ever
@@ -118,7 +118,7 @@ def read_arrays(path: str | os.PathLike[str], name: str = "") -> dict[str, np.nd
 
 
 def loads(content: bytes | str) -> Any:
-    """The value of JSON. Raises ValueError, for two values of one name too, or RecursionError."""
+    """Parse JSON. Raises ValueError, also for a name that an object has twice, or RecursionError."""
 
     def once(pairs: list[tuple[str, Any]]) -> Json:
         found = dict(pairs)
@@ -131,7 +131,7 @@ def loads(content: bytes | str) -> Any:
 
 
 def parse[T](content: bytes | str, schema: pydantic.TypeAdapter[T], where: str) -> T:
-    """JSON of a schema.
+    """Parse JSON and check it against a schema.
 
     Args:
         content: UTF-8.
@@ -139,7 +139,7 @@ def parse[T](content: bytes | str, schema: pydantic.TypeAdapter[T], where: str) 
         where: beginning of messages.
 
     Raises:
-        ConfigError: it is no JSON, or not of the schema.
+        ConfigError: it is not JSON, or does not match the schema.
     """
     try:
         tree = loads(content)
@@ -149,7 +149,7 @@ def parse[T](content: bytes | str, schema: pydantic.TypeAdapter[T], where: str) 
 
 
 def check[T](tree: Any, schema: pydantic.TypeAdapter[T], where: str) -> T:
-    """A value of a schema. Raises ConfigError: one sentence that names the first wrong field."""
+    """Check a value against a schema. Raises ConfigError: one sentence that names the first wrong field."""
     try:
         return schema.validate_python(tree)
     except pydantic.ValidationError as error:
@@ -162,7 +162,7 @@ def refuse(where: str, error: pydantic.ValidationError) -> NoReturn:
 
 
 def first_sentence(error: Exception) -> str:
-    """Message of an error; of a failed validation, that on the first wrong field."""
+    """Message of an error; for a failed validation, the message about the first wrong field."""
     if not isinstance(error, pydantic.ValidationError):
         return f"{type(error).__name__}: {error}" if isinstance(error, LookupError) else str(error)
     first = error.errors(include_url=False)[0]

@@ -44,12 +44,12 @@ Factory = Callable[[epath.Path, dict[str, Any], int], Writer]
 _LAYER_KINDS = {"train": "", "heldout/all": "heldout_"}
 _OPTIMIZER = ("learning_rate", "gradient_norm", "skipped")
 _CONSTANTS = ("targets",)
-#: Values per layer that are K in every row of most gates.
+#: Values per layer that equal K in every row with most gates.
 _OFTEN_CONSTANT = ("active_experts",)
 
 
 def _without_weight(config: dict[str, Any]) -> set[str]:
-    """Losses that the config ignores, and numbers that are the same in every row."""
+    """Names that are not shown: losses with weight 0, and numbers that are the same in every row."""
     losses = config.get("model", {}).get("moe", {}).get("losses", {})
     return {loss for loss, (weight, _) in AUXILIARY.items() if losses.get(weight) == 0} | set(_CONSTANTS)
 
@@ -66,7 +66,7 @@ def _tag(kind: str, name: str) -> str:
 
 
 def _flat(kind: str) -> str:
-    """A kind of rows without slashes, which would make groups."""
+    """Name of a kind of rows without slashes, which TensorBoard would show as groups."""
     return kind.replace("/", "_")
 
 
@@ -157,7 +157,7 @@ class WeightsAndBiases:
     """Writer to Weights & Biases (``pip install wandb``): offline, to ``wandb/``, unless WANDB_MODE is set."""
 
     def __init__(self, workdir: epath.Path, config: dict[str, Any], step: int):
-        del step  # rows that are there already are ignored
+        del step  # wandb ignores rows that it already has
         try:
             import wandb  # noqa: PLC0415  # pyright: ignore[reportMissingImports]
         except ImportError as error:
@@ -186,7 +186,7 @@ class WeightsAndBiases:
         self._run.log(logged, step=step)
 
     def close(self) -> None:
-        """End the run there."""
+        """Finish the run in Weights & Biases."""
         self._run.finish()
 
 
@@ -203,7 +203,7 @@ def find_writers(names: Sequence[str]) -> list[Factory]:
     found = []
     for name in names:
         if ":" not in name and name not in WRITERS:
-            raise ConfigError(f"train.writers={name!r}: must be of {', '.join(WRITERS)}, or module:function")
+            raise ConfigError(f"train.writers={name!r}: must be one of {', '.join(WRITERS)}, or module:function")
         factory: Any = import_object("train.writers", name) if ":" in name else WRITERS[name]
         if not (callable(factory) and _takes(factory, 3)):
             raise ConfigError(f"train.writers={name!r}: must be a function (workdir, config, step) -> writer")
@@ -212,7 +212,7 @@ def find_writers(names: Sequence[str]) -> list[Factory]:
 
 
 class _OwnWriter:
-    """A writer of a user's module: what it raises ends in a sentence that names it."""
+    """A writer from a user's module; its errors become ConfigErrors that name it."""
 
     def __init__(self, where: str, factory: Callable[..., Any], workdir: epath.Path, config: dict[str, Any], step: int):
         self._where = where
@@ -235,7 +235,7 @@ class _OwnWriter:
 
 
 def _takes(function: Callable[..., Any], count: int) -> bool:
-    """False if a function surely cannot be called with that many arguments; one written in C may not tell."""
+    """False if a function cannot be called with that many arguments; True for functions in C without a signature."""
     try:
         inspect.signature(function).bind(*range(count))
     except (TypeError, ValueError) as error:

@@ -90,7 +90,7 @@ def _read_lines(path: epath.Path | Path) -> list[dict[str, Any]]:
 
 
 def _segments(path: epath.Path | Path) -> list[epath.Path | Path]:
-    """Objects of rows that follow those of a metrics file in a bucket, in order."""
+    """Objects with the rows that follow those of a metrics file in a bucket, in order."""
     folder = path.with_name(f"{path.name}.rows")
     found = sorted(folder.iterdir()) if in_bucket(path) and folder.is_dir() else []
     for segment in found:
@@ -102,8 +102,8 @@ def _segments(path: epath.Path | Path) -> list[epath.Path | Path]:
 class _Segments:
     """Rows of a metrics file in a bucket, where nothing can be appended.
 
-    Rows between two calls of :meth:`sync` are an object FILE.rows/N, named by the number of rows before them, so that
-    one that was kept in FILE too changes nothing. They are joined to FILE when it is closed or opened again.
+    Each call of :meth:`sync` writes the new rows to an object FILE.rows/N, where N is the number of rows before them;
+    an object whose rows FILE has too changes nothing. Objects are merged into FILE when it is closed or opened again.
     """
 
     def __init__(self, path: epath.Path, kept: list[str]):
@@ -171,7 +171,7 @@ class MetricsWriter:
             writer.write(step, kind, values)
 
     def sync(self) -> None:
-        """Flush the metric rows to disk; called before a checkpoint, so that it never exists without its rows."""
+        """Flush the metric rows to disk; called before a checkpoint, so that none exists without its rows."""
         if self._active:
             for file in self._files.values():
                 file.sync()

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 from moe.escaping import terminal
 
-#: Seconds between two lines, and until a first answer is given up: gcsfs itself tries again for about 70.
+#: Seconds between two lines, and the time limit of a first answer; gcsfs itself retries for about 70.
 EVERY, LIMIT = 10.0, 90.0
 
 
@@ -46,11 +46,11 @@ def said_aloud(what: str) -> Iterator[None]:
 
 
 def first_answer[T](what: str, ask: Callable[[], T]) -> T:
-    """Return or raise as a call does, within 90 s.
+    """Call a function and return or raise what it does, with a limit of 90 s.
 
     Args:
-        what: it asks, for the lines of :func:`said_aloud`.
-        ask: run in a thread of its own, which is left behind if it does not return.
+        what: the storage that is asked, for the lines of :func:`said_aloud`.
+        ask: the function; its thread is abandoned if it does not return.
 
     Raises:
         TimeoutError: it did not return in time.

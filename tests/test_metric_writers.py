@@ -83,7 +83,7 @@ def test_a_users_writer_gets_every_row_and_may_change_on_resume(module, director
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("csv", "must be of tensorboard, wandb, or module:function"),
+        ("csv", "must be one of tensorboard, wandb, or module:function"),
         ("my_writers:line", "has no 'line'; did you mean 'lines'"),
         ("my_writers:number", "must be a function"),
         ("os:getcwd", r"must be a function \(workdir, config, step\) -> writer"),

@@ -1,4 +1,4 @@
-"""Arrays of checkpoints in a bucket: TensorStore's requests end after a while, so that a save or a restore does."""
+"""Arrays of checkpoints in a bucket, with limits on TensorStore's requests: a save or a restore cannot hang."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import jax
 import orbax.checkpoint as ocp
 import tensorstore
 
-#: Of a request that a bucket answers with 429 or 5xx: about a minute in all. TensorStore's own 32 take a quarter of an
-#: hour, silently.
+#: Retries of a request that a bucket answers with 429 or 5xx, about a minute in all. TensorStore's default, 32 retries,
+#: takes a quarter of an hour, silently.
 RETRIES = {"max_retries": 6, "initial_delay": "1s", "max_delay": "16s"}
-#: A connection without an answer, or that moves less than a byte a second, counts as such an answer after a minute.
+#: Connecting for 30 s without success, or moving less than a byte a second for a minute, counts as such an answer.
 _CURL = {"CONNECT_TIMEOUT_SECONDS": "30", "LOW_SPEED_TIME_SECONDS": "60", "LOW_SPEED_LIMIT_BYTES": "1"}
 
 
@@ -31,7 +31,7 @@ class _BoundedArrays(ocp.type_handlers.ArrayHandler):
 
 
 def _bounded(infos: Sequence[Any]) -> Sequence[Any]:
-    """The same descriptions of arrays, with contexts that inherit from theirs: as many, since each has its cache."""
+    """Replace contexts in array descriptions by ones that inherit from them; one per old one, as each has a cache."""
     contexts: dict[int, tensorstore.Context] = {}
     for info in infos:
         own = info.ts_context
@@ -42,7 +42,7 @@ def _bounded(infos: Sequence[Any]) -> Sequence[Any]:
 
 
 def array_handler() -> ocp.PyTreeCheckpointHandler:
-    """The handler of a tree of arrays, as of a TrainState."""
+    """The handler of a tree of arrays, such as a TrainState."""
     for name, value in _CURL.items():
         os.environ.setdefault(f"TENSORSTORE_CURL_{name}", value)
     registry = ocp.type_handlers.create_type_handler_registry((jax.Array, _BoundedArrays()))

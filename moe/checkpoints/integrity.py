@@ -18,8 +18,8 @@ from jax import Array
 from moe.atomic_files import first_line
 from moe.config import ConfigError
 
-#: Programs over arrays of a checkpoint run under it, on the devices that hold the arrays: often one of this process,
-#: while the mesh of a run, whose devices JAX would ask for, is in context.
+#: Empty mesh for programs over arrays of a checkpoint, which run on the devices that hold the arrays, often one of this
+#: process. With the mesh of a run in context, JAX would require the devices of that mesh.
 NO_MESH = jax.sharding.Mesh(np.empty((), object), ())
 
 
@@ -35,7 +35,7 @@ def _checksum(array: Array) -> Array:
     a single word; distinct factors detect swapped words.
     """
     array = array.astype(jnp.uint8) if array.dtype == jnp.bool_ else array
-    array = jax.device_put(array, jax.memory.Space.Device)  # the optimizer's may be in the host's
+    array = jax.device_put(array, jax.memory.Space.Device)  # an optimizer's array may be in host memory
     bits = jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * array.dtype.itemsize}")).astype(jnp.uint32)
     number, stride = jnp.zeros((), jnp.uint32), 1
     for axis in reversed(range(array.ndim)):
@@ -45,7 +45,7 @@ def _checksum(array: Array) -> Array:
 
 
 def checksums(tree: Any) -> dict[str, int]:
-    """Checksum of every array of a tree, of 8 to 32 bits, by its key path; the same on every mesh."""
+    """Key path → checksum of every array of a tree, with elements of 8 to 32 bits; the same on every mesh."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     with jax.set_mesh(NO_MESH):
         sums = [_checksum(leaf) for _, leaf in leaves]  # all are dispatched before one is waited for

@@ -160,7 +160,7 @@ class Checkpoints:
         Newer damaged ones are moved to ``workdir/damaged`` and reported through ``say``. A checkpoint whose earlier
         rows of metrics are missing is moved too if an older checkpoint has its rows: the run then rewrites them.
 
-        In a multi-process run damage may be visible to one process only: it moves the checkpoint and asks for a
+        In a multi-process run damage may be visible to only one process, which moves the checkpoint and asks for a
         restart.
 
         Args:
@@ -269,7 +269,7 @@ class Checkpoints:
 
 
 def _move(source: epath.Path, target: epath.Path) -> None:
-    """Rename a checkpoint; in a bucket copy it, then delete it, its commit object first: no part looks whole."""
+    """Rename a checkpoint; in a bucket copy and delete it, its commit object first, so that no part looks complete."""
     if not in_bucket(source):
         source.rename(target)
         return
@@ -353,7 +353,7 @@ def _as_config_error(workdir: epath.Path, manager: ocp.CheckpointManager | None)
 
 
 def refuse_unusable_path(workdir: str | os.PathLike[str]) -> None:
-    """Raise ConfigError for a path that Orbax cannot read back: it globs below it, and TensorStore wants UTF-8."""
+    """Raise ConfigError for a path that Orbax cannot read back: it uses glob patterns, and TensorStore needs UTF-8."""
     path = os.path.abspath(workdir)
     unreadable = [character for character in "*?[]\\" if character in path]
     try:
@@ -367,7 +367,7 @@ def refuse_unusable_path(workdir: str | os.PathLike[str]) -> None:
 
 
 def refuse_special_files(folder: epath.Path) -> None:
-    """Raise ConfigError for a FIFO, socket or device in a folder of a file system, whose reading may never end."""
+    """Raise ConfigError for a FIFO, socket or device in a local folder, since reading it may never end."""
     if in_bucket(folder):
         return
     for place, _, names in os.walk(folder):

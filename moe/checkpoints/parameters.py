@@ -1,4 +1,4 @@
-"""Parameters alone, read from or written to a checkpoint: for evaluation, fine-tuning, analysis, import and export."""
+"""Reading and writing only the parameters of a checkpoint: for evaluation, fine-tuning, analysis, import and export."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Streamed:
         dtype: whole array.
         slot_axes: number of leading axes that index the parts.
         parts: () → (index in the leading axes, part) for every part.
-        rows: of one part, where no axis indexes them and a part is a block of rows; 0: all.
+        rows: rows of one part, where parts are blocks of rows and no axis indexes them; 0: all rows.
     """
 
     shape: tuple[int, ...]
@@ -177,7 +177,7 @@ def read_parameters(
     config = _adapted(workdir)
     if config is None:
         return _read(epath.Path(workdir), "parameters", abstract_parameters(model), **options)
-    exact = options | {"dtype": None}  # the sum is cast: its parts would lose adapters that are small beside the base
+    exact = options | {"dtype": None}  # only the sum is cast: casting its parts would lose small adapters
     base = exact | {"step": base_step(config, workdir)}
     adapters = read_adapters(workdir, dataclasses.replace(config, model=model), **{**exact, "only": ()})
     parameters = read_parameters(config.start.checkpoint, model, **base)
@@ -203,7 +203,7 @@ def read_adapters(workdir: str | os.PathLike[str], config: Config, **options: Un
 
 
 def _adapted(workdir: str | os.PathLike[str]) -> Config | None:
-    """Config of a workdir whose checkpoints hold adapters; None for another one."""
+    """Config of a workdir whose checkpoints hold adapters; None for other workdirs."""
     config = read_config(workdir) if (epath.Path(workdir) / CONFIG).exists() else None
     return config if config is not None and config.lora.rank else None
 
@@ -227,12 +227,12 @@ def read_variables(
     workdir: str | os.PathLike[str], model: ModelConfig, **options: Unpack[ReadOptions]
 ) -> dict[str, Any]:
     """Read parameters as :func:`read_parameters`, and the routers' selection biases where the model has them."""
-    options["step"] = chosen_step(workdir, options.get("step"))  # of both, though a run may save another meanwhile
+    options["step"] = chosen_step(workdir, options.get("step"))  # the same for both, even if the run saves another
     return join(read_parameters(workdir, model, **options), read_biases(workdir, model, **options))
 
 
 def chosen_step(workdir: str | os.PathLike[str], step: int | None) -> int:
-    """The step of a checkpoint, or for None that of the newest. Raises ConfigError where there is none."""
+    """Return ``step``, or for None the step of the newest checkpoint. Raises ConfigError if there is none."""
     steps = complete_steps(epath.Path(workdir))
     if not steps:
         raise ConfigError(f"{workdir}: holds no checkpoints")
@@ -299,7 +299,7 @@ def _read_checked(
     saved = _saved_checksums(workdir, step)
     if saved and (dtype is None or np.dtype(dtype) == np.float32):  # the checksums are of the stored dtype
         compare({name.removeprefix(f".{branch}"): value for name, value in saved.items()}, restored)
-    # Arrays of one device would not go into a program with those of several.
+    # A program with arrays on several devices would not accept arrays on one.
     return restored if mesh is not None else jax.tree.map(np.asarray, restored)
 
 
@@ -313,7 +313,7 @@ def _saved_checksums(workdir: epath.Path, step: int) -> dict[str, int]:
 
 
 def _branch(tree: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
-    """Drop everything beside the key path."""
+    """Drop everything but the subtree at the key path."""
     return {path[0]: _branch(tree[path[0]], path[1:])} if path else tree
 
 

@@ -1,6 +1,6 @@
-"""Checkpoints of other runs that a run reads from its start to its end: the base of adapters, the teacher.
+"""Checkpoints of other runs that a run needs from its start to its end: the base of adapters, the teacher.
 
-Both may be trained further meanwhile; a note in the workdir holds a run to the step that it began with.
+Both may be trained further meanwhile; a note in the workdir pins the step that the run began with.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _NOTE = pydantic.TypeAdapter(_Note)
 
 @dataclasses.dataclass(frozen=True)
 class PinnedSteps:
-    """Steps of the checkpoints that a run reads to its end; None: it reads none.
+    """Steps of the checkpoints that a run needs to its end; None: it needs none.
 
     Attributes:
         base: of ``start.checkpoint``, whose parameters adapters are added to.
@@ -42,7 +42,7 @@ class PinnedSteps:
     teacher: int | None
 
     def note(self, workdir: epath.Path) -> None:
-        """Write the notes; before config.json, beside which a later start expects them."""
+        """Write the notes; to be called before config.json is written, since a later start expects them beside it."""
         for file, step in ((BASE_FILE, self.base), (TEACHER_FILE, self.teacher)):
             if step is not None and jax.process_index() == 0:
                 write_atomic(workdir / file, json.dumps({"step": step}))
@@ -53,7 +53,7 @@ def pinned_steps(config: Config, workdir: epath.Path | None) -> PinnedSteps:
 
     Args:
         config: of the run.
-        workdir: of the run; None: of a new one, whose folder may hold the notes of a start that failed.
+        workdir: of the run; None for a new run, whose folder may hold stale notes of a start that failed.
 
     Raises:
         ConfigError: a damaged note, or a checkpoint that is missing.

@@ -204,9 +204,9 @@ def write_run_files(config: Config, tokenizer_files: dict[str, bytes], workdir: 
         config: of the run.
         tokenizer_files: name → content.
         workdir: existing folder.
-        new: it holds no run yet; otherwise only a missing tokenizer file is written, and the config while there is no
-            checkpoint: its train.save_every is that of the latest start. The tokenizer of an earlier start, which
-            failed before its first step, is deleted.
+        new: the workdir holds no run yet, and tokenizer files of a start that failed before its first step are deleted.
+            Otherwise only missing tokenizer files are written, and the config while there is no checkpoint, so that it
+            has the train.save_every of the latest start.
 
     Raises:
         ConfigError: a tokenizer file differs from this run's.
@@ -247,7 +247,7 @@ def disk_errors(workdir: epath.Path) -> Iterator[None]:
 
 def differing_settings(theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, list[Any]]:
     """Dotted name → [their value, ours] of the settings in which the sections of two configs differ, in alphabetical
-    order; of another gate its name, last, from which its fields follow."""
+    order; where the gates differ, only their names, last, since the fields follow from them."""
     theirs, ours = flatten(theirs), flatten(ours)
     names = sorted({*theirs, *ours})
     differing = {name: [theirs.get(name), ours.get(name)] for name in names if theirs.get(name) != ours.get(name)}

@@ -1,6 +1,6 @@
 """Config file that loads another one and chooses its gate: ``--config=FILE`` beside ``--config.model.moe.gate``.
 
-ml_collections takes no name for a section, and the fields of the new gate must be there before they are set.
+ml_collections cannot set a section to a name, and the fields of the new gate must exist before they are set.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def request(path: str, gate: str | None, fields: list[str]) -> str:
     Args:
         path: of the config file, with its own argument.
         gate: name of the gate; None: the file's.
-        fields: of the gate, that are set afterwards.
+        fields: names of fields of the gate that are set afterwards.
     """
     return f"{__file__}:{json.dumps({'path': path, 'gate': gate, 'fields': fields})}"
 
@@ -31,7 +31,7 @@ def asked_for(config_file: str, fields: dict[str, Any]) -> tuple[str, dict[str, 
 
     Args:
         config_file: value of ``--config``, which may be a :func:`request`.
-        fields: set beside it.
+        fields: dotted name → value of the fields set by other flags.
     """
     path, _, argument = config_file.partition(":")
     if path != __file__:

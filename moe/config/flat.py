@@ -1,6 +1,6 @@
-"""Reader of the flat form of ``model.moe``: one level of fields, -1 and "gate" for the constant of the gate's paper.
+"""Reader of the flat form of ``model.moe``: one level of fields; -1 and "gate" mean the constant of the gate's paper.
 
-Runs of version 0.2 and earlier left it in their ``config.json``; it is read in configs of whole runs alone.
+Runs of version 0.2 and earlier wrote it to their ``config.json``; it is read only in configs of whole runs.
 """
 
 from __future__ import annotations
@@ -90,13 +90,13 @@ def _is_default(field: str, value: Any) -> bool:
 
 
 def _gate_fields(gate: Gate, values: dict[str, Any], moe: Mapping[str, Any]) -> dict[str, Any]:
-    """The values that the gate reads; the others must be what it does without them."""
+    """The values of fields that the gate has; other values must equal what the gate does without them."""
     own = {field.name for field in dataclasses.fields(gate)}
     groups = check_type(int, values.get("groups", 1), "model.moe.expert_groups")
     if groups > 1 and "kept_groups" not in values and getattr(gate, "kept_groups", 1) == 1:
         values["kept_groups"] = groups
     if groups == 1 and "groups" in values and "scores_per_group" in own:
-        values["scores_per_group"] = 1  # with one group nobody reads it
+        values["scores_per_group"] = 1  # not used with one group
     if values.get("renormalise") in (0, 1):
         values["renormalise"] = bool(values["renormalise"])
     if "bias_rate" in values and "bias_rate" not in own:
@@ -124,6 +124,6 @@ def _is_neutral(name: str, value: Any, gate: Gate, moe: Mapping[str, Any]) -> bo
 
 
 def place_of(name: str) -> str:
-    """Where the value of a flat field, or of one with a similar name, is now; empty: there is none."""
+    """Present path of a flat field, or of the one with the most similar name; empty if none is similar."""
     near = difflib.get_close_matches(name, PLACES, n=1, cutoff=0.8)
     return PLACES[near[0]] if near else ""

@@ -15,15 +15,15 @@ from moe.fields import ConfigError
 
 
 def inherit_model(tree: typing.Any, workdir: str = "") -> None:
-    """Set model fields that nobody assigned to those of ``start.checkpoint``; without a checkpoint do nothing.
+    """Copy the model fields that were not assigned from ``start.checkpoint``; without a checkpoint do nothing.
 
-    Where the gate is assigned and differs from the checkpoint's, as in upcycling, no field of ``model.moe`` is taken:
-    their defaults are the gate's.
+    Where the gate is assigned and differs from the checkpoint's, as in upcycling, no field of ``model.moe`` is copied:
+    they have the defaults of the new gate.
 
     Args:
-        tree: ConfigDict of :func:`moe.config.parse.to_config_dict`. Others do not know what was assigned and stay as
-            they are.
-        workdir: of the run, whose own config has what it inherited; read once ``start.checkpoint`` is gone.
+        tree: ConfigDict of :func:`moe.config.parse.to_config_dict`. Others do not record what was assigned
+            and are left unchanged.
+        workdir: of the run; its own config has the inherited values and is read if ``start.checkpoint`` is gone.
 
     Raises:
         ConfigError: the checkpoint's config cannot be read.
@@ -53,7 +53,7 @@ def inherit_model(tree: typing.Any, workdir: str = "") -> None:
 
 
 def _section(tree: typing.Any, name: str) -> dict[str, typing.Any]:
-    """The section of a config's JSON, taken out of it. Raises ValueError if it has none."""
+    """Remove a section from a config's JSON and return it. Raises ValueError if there is none."""
     section = tree.pop(name, None) if isinstance(tree, dict) else None
     if not isinstance(section, dict):
         raise ValueError(f"it has no section {name!r}")

@@ -21,11 +21,11 @@ AttentionBias = Literal["none", "qkv", "all"]
 Remat = Literal["none", "hidden", "outputs", "attention", "offload", "dots", "routes", "full"]
 LowPrecision = Literal["none", "int8", "float8"]
 LowPrecisionIn = Literal["ffn", "all"]
-#: What a layer's tokens read of each other by.
+#: Token mixer of a layer.
 Mixer = Literal["attention", "gated_delta_net"]
 
 
-#: Layers of an encoder see both sides; those of an encoder-decoder's decoder also attend to the encoder's output.
+#: Encoder layers attend in both directions; decoder layers of an encoder-decoder also attend to the encoder's output.
 Role = Literal["decoder", "encoder", "cross"]
 
 _MODEL, _MOE, _ROPE, _DELTA = "model.", "model.moe.", "model.rope_scaling.", "model.delta_net."
@@ -35,17 +35,17 @@ _MODEL, _MOE, _ROPE, _DELTA = "model.", "model.moe.", "model.rope_scaling.", "mo
 class RopeScalingConfig(Section, path=_ROPE):
     """Scaling of rotary positions for contexts longer than those of pre-training."""
 
-    kind: RopeScaling = "none"  # of the checkpoint's config; none: frequencies as they are
+    kind: RopeScaling = "none"  # as in the checkpoint's config; none: unscaled frequencies
     factor: float = setting(1.0, least=1)  # longest context over original_length
-    original_length: int = setting(0, least=0, unit="tokens")  # context of pre-training; all but linear
+    original_length: int = setting(0, least=0, unit="tokens")  # context of pre-training; for all kinds but linear
     #: yarn: rotations in the original context above which a pair is not interpolated
     beta_fast: float = setting(32.0, above=0)
     beta_slow: float = setting(1.0, above=0)  # yarn: rotations below which it is interpolated fully
     truncate: bool = True  # yarn: round the two bounds to whole pairs
     #: yarn and longrope: factor of rotated queries and keys; 0: computed
     attention_factor: float = setting(0.0, least=0)
-    mscale: float = setting(0.0, least=0)  # yarn: DeepSeek's constants of that factor; 0: not used
-    mscale_all_dim: float = setting(0.0, least=0)  # the same; latent attention also scales its scores by it
+    mscale: float = setting(0.0, least=0)  # yarn: constant of attention_factor's numerator (DeepSeek); 0: not used
+    mscale_all_dim: float = setting(0.0, least=0)  # yarn: that of its denominator; scales latent attention's scores too
     short_factors: tuple[float, ...] = ()  # longrope: divisor of each pair's frequency up to original_length
     long_factors: tuple[float, ...] = ()  # longrope: the same for longer rows
     #: llama3: rotations in the original context below which a pair is interpolated fully
@@ -92,7 +92,7 @@ class ModelConfig(Section, path=_MODEL):
     num_layers: int = setting(4, least=1, most=10_000)  # L, of the decoder
     #: L of the encoder, which the decoder attends to; 0: decoder-only
     encoder_layers: int = setting(0, least=0, most=10_000)
-    #: V of an embedding of the encoder's own; 0: one for encoder and decoder
+    #: V of a separate embedding for the encoder; 0: encoder and decoder share one
     encoder_vocab_size: int = setting(0, least=0, most=2**24, split="tensor")
     num_heads: int = setting(8, least=1, most=2**16, split="tensor")  # N, query heads
     num_kv_heads: int = setting(4, least=1, most=2**16, split="tensor")  # M, key/value heads; divides num_heads
@@ -102,7 +102,7 @@ class ModelConfig(Section, path=_MODEL):
     norm_eps: float = setting(1e-5, above=0)  # epsilon of the norms
     layer_norm: bool = False  # LayerNorm with biases in place of RMSNorm (Phi-3.5-MoE)
     zero_centred_norms: bool = False  # RMSNorm multiplies by 1 + scale, which starts at 0 (Qwen3-Next)
-    norms: Norms = "before"  # attention and FFN: norm of what they read, or after them of what they give (OLMo 2)
+    norms: Norms = "before"  # norms of attention and FFN: before, of their input; after, of their output (OLMo 2)
     #: factor of the embedded tokens (Granite: 12)
     embedding_scale: float = setting(1.0, above=0, most=1e4, follows="model.base_d_model")
     #: factor of what attention and FFN add to the residual stream (Granite: 0.22)
@@ -111,9 +111,9 @@ class ModelConfig(Section, path=_MODEL):
     attention_scale: float = setting(0.0, least=0, most=1e4, follows="model.base_head_dim")
     #: factor of the logits (Granite: 1/6)
     logit_scale: float = setting(1.0, above=0, most=1e4, follows="model.base_d_model")
-    #: T5's attention: biases of so many buckets of distances, no 1/sqrt(H); 0: rotary
+    #: T5's attention: biases for this many buckets of distances, no 1/sqrt(H); 0: rotary positions
     relative_buckets: int = setting(0, least=0)
-    relative_max_distance: int = setting(128, unit="tokens")  # distance from which the last bucket holds
+    relative_max_distance: int = setting(128, unit="tokens")  # all distances from here on share the last bucket
     rope_theta: float = setting(10_000.0, above=0)  # base of the rotary frequencies
     rope_scaling: RopeScalingConfig = RopeScalingConfig()
     rope_dim: int = 0  # rotated dimensions of a head, even; 0: all
@@ -123,38 +123,38 @@ class ModelConfig(Section, path=_MODEL):
     #: latent attention: dimension of the latent of queries; 0: none
     q_lora_rank: int = setting(0, least=0, most=2**16, split="fsdp")
     value_dim: int = setting(0, least=0, most=2**16)  # latent attention: H of the values
-    sliding_window: int = setting(0, least=0, unit="tokens")  # a query attends to, including its own; 0: all
+    sliding_window: int = setting(0, least=0, unit="tokens")  # number that a query attends to, with its own; 0: all
     sliding_window_layers: tuple[int, ...] = ()  # layers with the window, from 0; empty: all
     qk_norm: QKNorm = "none"  # RMSNorm of queries, keys: head (over H, Qwen3), full (N*H, OLMoE), rotated (H; Hunyuan)
     attention: Attention = "full"  # full: all scores at once; blocked: without a T x T array, for TPUs and long rows
     attention_bias: AttentionBias = "none"  # qkv (Qwen2); all: of the output too
     gated_attention: bool = False  # multiply the heads by sigmoid(x W) (Qwen3-Next)
-    attention_sinks: bool = False  # a further key of learnt logit and no value per head (gpt-oss)
+    attention_sinks: bool = False  # one more key per head, with a learned logit and no value (gpt-oss)
     delta_net: DeltaNetConfig = DeltaNetConfig()
     #: clip queries, keys and values to [-c, c] before the rotation (OLMoE); 0: no clipping
     clip_qkv: float = setting(0.0, least=0)
     tie_embeddings: bool = False  # logits = x E^T
-    logit_bias: bool = False  # a bias of the logits (Phi-3.5-MoE); needs an output matrix of its own
+    logit_bias: bool = False  # a bias added to the logits (Phi-3.5-MoE); needs tie_embeddings=False
     scale_logits: bool = False  # divide the logits by sqrt(D) (T5 1.0); the embedding's sigma is then sqrt(s)
-    #: layers after the last, each predicting one token further (DeepSeek-V3: 1)
+    #: extra layers after the last, each predicting one token further (DeepSeek-V3: 1)
     prediction_layers: int = setting(0, least=0, most=64)
     prediction_weight: float = setting(0.3, least=0)  # of the mean of their losses (DeepSeek-V3: 0.3, later 0.1)
     #: of embeddings, attention weights, hidden activations of dense layers' FFNs and the output of each half of a block
     dropout: float = setting(0.0, share=True)
     #: s; matrices are truncated normal, sigma = sqrt(s / fan_in) (Switch, section 2.4: 0.1)
     init_scale: float = setting(1.0, above=0, most=1e4)
-    #: D of a smaller model whose learning rate, weight decay and initial values serve this one (muP,
+    #: D of a smaller model whose learning rate, weight decay and initial values are transferred to this one (muP,
     #: moe.training.rates); 0: no transfer from another width
     base_d_model: int = setting(0, least=0, most=2**20)
     base_num_layers: int = setting(0, least=0, most=10_000)  # its L (CompleteP); 0: no transfer from another depth
-    base_head_dim: int = setting(0, least=0, most=2**16)  # its H; 0: this model's, with more heads
+    base_head_dim: int = setting(0, least=0, most=2**16)  # its H; 0: this model's H (width grows by more heads)
     base_expert_d_ff: int = setting(0, least=0, most=2**22)  # F of its experts; 0: in proportion to D
     dtype: DType = "float32"  # of activations and matmuls; parameters and router are float32
-    low_precision: LowPrecision = "none"  # of factors in experts and dense FFNs (moe.dispatch.quantized)
+    low_precision: LowPrecision = "none"  # of the factors of matmuls in experts and dense FFNs (moe.dispatch.quantized)
     #: all: in attention's projections too, and in float8 for rows sent to experts on other hosts (exchange_hosts)
     low_precision_in: LowPrecisionIn = "ffn"
     scan_layers: bool = setting(True, resume="free")  # compile one block for all equal layers
-    #: equal layers in one trip of the loop over them; weights of a later one are gathered beside an earlier one's work
+    #: equal layers per iteration of the loop over them; weights of a later one are gathered while an earlier one runs
     scan_unroll: int = setting(1, least=1, resume="free", unit="layers")
     #: what the backward pass recomputes: nothing, ..., the whole layer (REMAT_POLICIES)
     remat: Remat = setting("none", resume="free")
@@ -201,7 +201,7 @@ class ModelConfig(Section, path=_MODEL):
         return self.moe.d_ff / self.base_expert_d_ff if self.base_expert_d_ff else self.width_growth
 
     def _follow_base(self) -> None:
-        """Fill in the factors that the sizes of the base model decide; see :mod:`moe.training.rates`."""
+        """Fill in the factors that follow from the sizes of the base model; see :mod:`moe.training.rates`."""
         if not self.has_base:
             return
         none = {"encoder_layers": 0, "relative_buckets": 0, "scale_logits": False, "logit_bias": False}
@@ -232,8 +232,8 @@ class ModelConfig(Section, path=_MODEL):
 
     @property
     def sent_precision(self) -> str:
-        """Precision of rows on their way to experts on other hosts. Quantised again there, numbers of float8 stay what
-        they are; those of int8 would shrink by half a step of 127, and go in the compute dtype."""
+        """Precision of rows sent to experts on other hosts. Quantised a second time there, float8 values do not change;
+        int8 values would shrink by half a step of 127, so these rows are sent in the compute dtype."""
         return "float8" if self.low_precision_everywhere == "float8" else "none"
 
     @property
@@ -242,7 +242,7 @@ class ModelConfig(Section, path=_MODEL):
         return self.moe.latent_dim or self.d_model
 
     def _require_defaults(self, where: str, **defaults: object) -> None:
-        """Refuse other values of fields that ``where`` says to be unused."""
+        """Refuse other than default values of fields that are unused where ``where`` is set."""
         for name, default in defaults.items():
             self._require(name, getattr(self, name) == default, f"must be {default} where {where} is set")
 
@@ -271,7 +271,7 @@ class ModelConfig(Section, path=_MODEL):
         allowed = f"must be even and at most model.head_dim={self.head_dim}, or 0 for all"
         self._require("rope_dim", 0 <= self.rope_dim <= self.head_dim and self.rope_dim % 2 == 0, allowed)
         scaling = self.rope_scaling
-        require(scaling.kind != "dynamic" or size > 2, f"{_ROPE}kind", scaling.kind, "needs rotated heads above 2")
+        require(scaling.kind != "dynamic" or size > 2, f"{_ROPE}kind", scaling.kind, "needs over 2 rotated dimensions")
         allowed = f"must be positive, and one for each of the {size // 2} rotated pairs for longrope"
         for name in ("short_factors", "long_factors"):
             value = getattr(scaling, name)
@@ -371,8 +371,8 @@ def layer_kinds(config: ModelConfig) -> tuple[LayerKind, ...]:
 
 @functools.lru_cache
 def stacks(config: ModelConfig) -> dict[str, tuple[LayerKind, ...]]:
-    """Kinds of the layers of each stack, by its name in the tree of parameters; "" for the one of a decoder-only
-    model."""
+    """Kinds of the layers of each stack, by the stack's name in the tree of parameters; a decoder-only model has one
+    stack, named ""."""
     sparse = sparse_layers(config)
     own = iter((*config.moe.layer_gates, *(config.moe.gate,) * len(sparse)))
     gates = [next(own) if is_sparse else None for is_sparse in sparse]

@@ -23,26 +23,26 @@ _MOE = "model.moe."
 
 @dataclasses.dataclass(frozen=True)
 class Capacity(Section, path=f"{_MOE}capacity."):
-    """Largest number of tokens of a group that one expert takes: C = ceil(factor · K·S/E). Dropless reads it where
-    experts choose."""
+    """Largest number of tokens of a group that one expert takes: C = ceil(factor · K·S/E). Dropless dispatch
+    uses it only where experts choose tokens."""
 
-    train: float = setting(1.25, above=0)  # factor in training; this and the next as in Switch 2021
-    eval: float = setting(2.0, above=0)  # factor outside training
-    fixed: int = setting(0, least=0)  # C itself, in training and outside; 0: given by the factors
+    train: float = setting(1.25, above=0)  # factor in training (Switch 2021)
+    eval: float = setting(2.0, above=0)  # factor outside training (Switch 2021)
+    fixed: int = setting(0, least=0)  # C itself, in training and outside; 0: computed from the factors
 
 
 @dataclasses.dataclass(frozen=True)
 class Losses(Section, path=f"{_MOE}losses."):
-    """Weights of the auxiliary losses, and how the load-balancing loss is taken (moe.routing.balancing)."""
+    """Weights of the auxiliary losses, and how the load-balancing loss is computed (moe.routing.balancing)."""
 
     balance: float = setting(0.0, least=0, most=1e6)  # load-balancing loss
     z: float = setting(0.0, least=0, most=1e6)  # router z-loss
     importance: float = setting(0.0, least=0, most=1e6)  # Shazeer's importance loss
     load: float = setting(0.0, least=0, most=1e6)  # Shazeer's load loss; gate noisy_topk only
     device: float = setting(0.0, least=0, most=1e6)  # balance over the gate's groups of experts
-    scope: BalanceScope = "batch"  # tokens over which one load-balancing loss is taken
-    counts: BalanceCounts = "assignments"  # what its f counts: all, the first choice, or the top K of the scores
-    null: float = setting(1.0, least=0)  # tau, weight of experts without an FFN in it; below 1: they are used more
+    scope: BalanceScope = "batch"  # tokens over which one load-balancing loss is computed
+    counts: BalanceCounts = "assignments"  # what f of that loss counts: all, first choices, or the top K scores
+    null: float = setting(1.0, least=0)  # tau, weight of experts without an FFN in that loss; below 1: used more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +53,7 @@ class MoEConfig(Section, path=_MOE):
     """
 
     gate: Gate | None = TopK(k=2, renormalise=True, name="mixtral")  # routing rule; None ("none"): all FFNs are dense
-    layer_gates: tuple[Gate, ...] = ()  # gates of the first MoE layers, if not `gate` (DeepSeek-V4: hash); may be all
+    layer_gates: tuple[Gate, ...] = ()  # gates of the first (or all) MoE layers instead of `gate` (DeepSeek-V4: hash)
     num_experts: int = setting(8, least=1, most=2**17, split="expert")  # E, without shared experts
     #: F, hidden dim of one expert; 0: model.d_ff
     d_ff: int = setting(0, least=0, most=2**22, split="tensor", follows="model.d_ff")
@@ -70,19 +70,19 @@ class MoEConfig(Section, path=_MOE):
     every: int = setting(1, least=1)  # every n-th layer is MoE: layers n, 2n, ... of either stack, counted from 1
     layers: tuple[int, ...] = ()  # MoE layers, from 0, an encoder's before the decoder's; empty: every, first_dense
     first_dense: int = setting(0, least=0)  # number of leading layers that stay dense, of either stack
-    #: S, of a group, which share one capacity; 0: data.sequence_length. Independent of the mesh
+    #: S, tokens of a group, which share one capacity; 0: data.sequence_length. Independent of the mesh
     group_size: int = setting(0, least=0, most=2**26, unit="tokens")
     dispatch: Dispatch = "gather"  # how assignments reach their experts
-    #: all_to_all: rows go to their experts; all_gather: all tokens to all of mesh.expert, sums come back; dropless only
+    #: all_to_all: rows go to their experts; all_gather: each device gets all tokens and returns sums; dropless only
     exchange: Exchange = setting("all_to_all", resume="free")
-    #: parts of a group's tokens whose exchange goes on beside the experts of another part; dropless on mesh.expert only
+    #: parts of a group's tokens; the exchange of one overlaps the experts of another; dropless on mesh.expert only
     exchange_chunks: int = setting(1, least=1, most=64, resume="free")
-    #: hosts that mesh.expert spans; above 1 a token goes once to each host that has experts of it; dropless only
+    #: hosts that mesh.expert spans; above 1 a token is sent once to each host with any of its experts; dropless only
     exchange_hosts: int = setting(1, least=1, most=2**10, resume="free")
     capacity: Capacity = Capacity()
     losses: Losses = Losses(balance=0.02)
     route_padding: bool = False  # padding is routed, takes capacity and counts in the losses (Hugging Face's Switch)
-    jitter: float = setting(0.0, share=True)  # the router's input times uniform [1 - jitter, 1 + jitter] in training
+    jitter: float = setting(0.0, share=True)  # multiply the router's input by U[1 - jitter, 1 + jitter] in training
     router_dtype: DType = "float32"  # of the router's matmul; bfloat16 only to reproduce Switch's table 2
     drop_policy: DropPolicy = "position"  # priority of tokens when an expert's buffer overflows
     overflow_to_next: bool = False  # an overflowing assignment is retried once on the token's next-best expert
@@ -126,8 +126,8 @@ class MoEConfig(Section, path=_MOE):
 
     @property
     def ffn_share(self) -> float:
-        """Share of assignments that go to experts with an FFN where the balance loss is least: τE of τE + those without
-        (MoE++ 2024, heterogeneous balance loss); with τ = 0, which says nothing of that share, 1."""
+        """Share of assignments to experts with an FFN at the minimum of the balance loss: τE over τE plus the number of
+        null experts (MoE++ 2024, heterogeneous balance loss); 1 with τ = 0, where the loss does not determine it."""
         if self.losses.null == 0:
             return 1.0
         weighed = self.losses.null * self.num_experts
@@ -139,8 +139,8 @@ class MoEConfig(Section, path=_MOE):
         return "none" if self.gate is None else self.gate.name
 
     def with_gate(self, gate: Gate) -> MoEConfig:
-        """The settings of a layer with this gate, one of ``layer_gates``: all but what a gate without a router lacks,
-        and the weights of losses, which the model applies."""
+        """The settings of a layer with this gate, one of ``layer_gates``, without the weights of losses, which the
+        model applies, and without settings of the router if the gate has none."""
         if gate == self.gate:
             return self
         losses = Losses(scope=self.losses.scope, counts=self.losses.counts, null=self.losses.null)
@@ -153,19 +153,19 @@ class MoEConfig(Section, path=_MOE):
         return dataclasses.replace(self, **changed)
 
     def with_dispatch(self, dispatch: str) -> MoEConfig:
-        """The settings with another dispatch mode; how tokens are exchanged is a choice of dropless alone."""
+        """The settings with another dispatch mode; settings of the exchange are reset unless it is dropless."""
         if dispatch == "dropless":
             return dataclasses.replace(self, dispatch=dispatch)
         return dataclasses.replace(self, dispatch=dispatch, exchange="all_to_all", exchange_chunks=1, exchange_hosts=1)
 
     def chunks(self, tokens: int, expert_devices: int) -> int:
-        """Parts in which a group of so many tokens is exchanged: those that divide it, one where experts are not split
-        over devices. A row of generation has fewer tokens than one of training."""
+        """Number of parts in which a group of ``tokens`` tokens is exchanged, which divides ``tokens`` and
+        ``exchange_chunks``: rows are shorter in generation. 1 where experts are not split over devices."""
         return math.gcd(self.exchange_chunks, tokens) if expert_devices > 1 else 1
 
     def hosts(self, expert_devices: int) -> int:
-        """Hosts to which a token is sent once: as many as divide the devices that experts are split over, which are
-        fewer where a run is evaluated on another mesh."""
+        """Number of hosts to which a token is sent once, which divides ``exchange_hosts`` and the number of devices
+        that experts are split over: a run may be evaluated on a smaller mesh."""
         return math.gcd(self.exchange_hosts, expert_devices)
 
     def _layer_gate(self, gate: Gate) -> Gate:
@@ -259,7 +259,7 @@ def _keeps_all_groups(gate: Gate) -> bool:
 
 @contextlib.contextmanager
 def _named_in_errors(gate: Gate) -> Iterator[None]:
-    """Within it, errors of the settings of a layer with its own gate name that gate."""
+    """Raise errors in the settings of a layer with its own gate again, with the name of that gate."""
     try:
         yield
     except ConfigError as error:

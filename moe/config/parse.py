@@ -62,7 +62,7 @@ class _MoESection(_TrackedConfigDict):
 def choose_gate(moe: typing.Any, name: str) -> None:
     """Give a section of :func:`to_config_dict` another gate, with the constants of its paper.
 
-    What was assigned stays.
+    Assigned fields keep their values.
 
     Raises:
         ConfigError: no such gate, or one that lacks a field that was assigned.
@@ -119,7 +119,7 @@ def assigned_fields(tree: ml_collections.ConfigDict, path: str = "") -> set[str]
 def to_config_dict(config: Config) -> ml_collections.ConfigDict:
     """Convert to a locked, type-checked ConfigDict, for files in ``configs/`` and command-line overrides.
 
-    Fields that follow others and have the value that these give them have their default, so that they follow a change.
+    A field that follows others, and has the value that follows from them, gets its default, so that it follows changes.
     """
     tree = _section(config)
     for path in facts_of(Config, "follows"):
@@ -132,7 +132,7 @@ def to_config_dict(config: Config) -> ml_collections.ConfigDict:
 
 
 def _with(node: typing.Any, names: list[str], value: typing.Any) -> typing.Any:
-    """A dataclass with another value of one field, inside it or inside its own."""
+    """Copy of a dataclass with another value of one field, which may be nested."""
     name, *inner = names
     return dataclasses.replace(node, **{name: _with(getattr(node, name), inner, value) if inner else value})
 
@@ -154,7 +154,7 @@ def _section(node: typing.Any) -> ml_collections.ConfigDict:
 
 
 def _gate_section(gate: Gate | None) -> ml_collections.ConfigDict:
-    """Fields of a gate; of no gate its name alone."""
+    """Fields of a gate; for no gate only its name."""
     if gate is not None:
         return _section(gate)
     result = _TrackedConfigDict()
@@ -197,9 +197,9 @@ def _gate_hints() -> dict[str, typing.Any]:
 
 
 def check_gate_field(gate: ml_collections.ConfigDict, name: str) -> None:
-    """Raise a ConfigError unless the gate of a tree has this field, and may have another value of it."""
+    """Raise a ConfigError unless the gate of a tree has this field, and the field may be set."""
     if name == "name":
-        raise ConfigError("model.moe.gate.name: is the gate's own; choose a gate by model.moe.gate")
+        raise ConfigError("model.moe.gate.name: cannot be set; choose a gate by model.moe.gate")
     if name not in gate:
         raise ConfigError(_no_such_field(name, gate.keys(), "model.moe.gate."))
 
@@ -222,7 +222,7 @@ def type_name(path: str) -> str:
 
 
 def _field_types(cls: type) -> dict[str, typing.Any]:
-    """Type of every field of a dataclass; class attributes are none."""
+    """Type of every field of a dataclass, without class attributes."""
     hints = type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
@@ -241,7 +241,7 @@ def build(cls: type, tree: dict[str, typing.Any], path: str, base: typing.Any = 
     """Build a dataclass from a nested dict, checking names and types.
 
     Args:
-        tree: its fields, or some of them; of a :class:`Config`, ``model.moe`` may have the form that older runs left
+        tree: its fields, or some of them; for a :class:`Config`, ``model.moe`` may have the form of older runs
             (:mod:`moe.config.flat`).
         path: prefix of the fields in messages.
         base: the other fields; None: the defaults.
@@ -272,13 +272,13 @@ _LAYER_SETTINGS = ("d_model", "activation", "init_scale")
 def layer_config(
     config: object, gate: str | Gate | None, settings: Mapping[str, object], defaults: Mapping[str, object]
 ) -> ModelConfig:
-    """The config of one MoE layer: a model's, with the layer's own gate, or that of a layer on its own.
+    """Config of one MoE layer: the config of a model with the layer's own gate, or one for a standalone layer.
 
     Args:
         config: a :class:`ModelConfig`, or None.
         gate: the gate, its name, or ``module:object``; None: the config's, or the default.
         settings: without a config, fields of ``model.moe`` and the model's that a layer reads.
-        defaults: settings that are not given.
+        defaults: values of settings that are not given.
 
     Raises:
         ConfigError: an unknown setting, or an impossible value or combination.
@@ -307,7 +307,7 @@ def from_config_dict(tree: object) -> Config:
         ConfigError: an unknown field (with the nearest name), a wrong type, or an impossible value or combination.
     """
     config = build(Config, dict(_sections(tree).items()), "")
-    if config.data.dataset == "embedded" and not config.data.domains:  # by name in what is stored
+    if config.data.dataset == "embedded" and not config.data.domains:  # stored configs name them
         return _with(config, ["data", "domains"], EMBEDDED_DOMAINS)
     return config
 
@@ -315,7 +315,7 @@ def from_config_dict(tree: object) -> Config:
 def from_workdir_dict(tree: object) -> Config:
     """:func:`from_config_dict` for the content of a workdir's file, which imports no module that the user did not name.
 
-    The optimizer and the writers may be such modules: reading a workdir makes neither.
+    The optimizer and the writers may name such modules, since reading a workdir creates neither.
     """
     refuse_modules({name: value for name, value in code_fields(tree).items() if name.startswith("model.")})
     return from_config_dict(tree)
@@ -328,7 +328,7 @@ def _sections(tree: object) -> dict[str, typing.Any] | ml_collections.ConfigDict
 
 
 def _chosen_gate(tree: dict[str, typing.Any], path: str) -> tuple[dict[str, typing.Any], dict[str, typing.Any]]:
-    """The section of MoE layers without its gate, and the gate with what it sets: the constants of its paper."""
+    """The section of MoE layers without its gate, and the gate with the constants of its paper that it brings."""
     tree = dict(tree)
     gate = tree.pop("gate", MoEConfig().gate_name)
     values: dict[str, typing.Any] = {"gate": gate}
@@ -345,8 +345,8 @@ def _chosen_gate(tree: dict[str, typing.Any], path: str) -> tuple[dict[str, typi
 
 
 def _layer_gate(own: typing.Any, gate: Gate | None, path: str) -> typing.Any:
-    """The gate of a name, or of a section with a name; the model's where the name is its; other values as they are, to
-    be refused."""
+    """The gate of a name, or of a section with a name; the model's gate for its own name. Other values are returned
+    unchanged and refused later."""
     if gate is not None and own == gate.name:
         return gate
     return _named_layer(own, path)["gate"] if isinstance(own, (str, dict, ml_collections.ConfigDict)) else own

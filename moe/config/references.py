@@ -1,7 +1,7 @@
 """Small files, Python files, and objects of modules as ``module:object``, that a user's config names.
 
-A config that a user wrote may name any module. One that is read from a workdir is data, maybe someone else's: it may
-name only modules that the user named too, in a config of this process or on the command line.
+A config that a user wrote may name any module. One that is read from a workdir is data, perhaps from someone else: it
+may name only modules that the user also named, in a config of this process or on the command line.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _allowed: set[str] = {"moe.routing.gates"}
 
 
 def allow_modules(names: Iterable[str]) -> None:
-    """Let configs of workdirs name these modules, and those of these packages."""
+    """Allow configs of workdirs to name these modules, and modules of these packages."""
     _allowed.update(names)
 
 
@@ -37,7 +37,7 @@ def refuse_modules(fields: Mapping[str, object], where: str = "") -> None:
     """Refuse modules that a workdir names and the user did not.
 
     Args:
-        fields: name → value, or values; other types than text name nothing.
+        fields: name → value, or values; values that are not text are ignored.
         where: beginning of the message.
 
     Raises:
@@ -91,7 +91,7 @@ def import_object(field: str, name: str) -> typing.Any:
 
 
 def code_fields(tree: object) -> dict[str, object]:
-    """Fields of a config, as a tree of nested dicts, that may name a module, with their values; None where absent."""
+    """Field → value of the fields of a config, given as nested dicts, that may name a module; None where absent."""
     gates = _at(tree, "model", "moe", "layer_gates")
     return {
         "model.moe.gate": _name(_at(tree, "model", "moe", "gate")),
@@ -102,7 +102,7 @@ def code_fields(tree: object) -> dict[str, object]:
 
 
 def _name(gate: object) -> object:
-    """Name of a gate, itself or in its section."""
+    """Name of a gate that is given as a name or as a section."""
     return gate if isinstance(gate, str) else _at(gate, "name")
 
 
@@ -133,10 +133,10 @@ def read_small_file(path: str | os.PathLike[str], name: str = "", largest: int =
     Args:
         path: local or in a bucket.
         name: of the file in messages; empty: its path.
-        largest: size in bytes.
+        largest: limit of the size in bytes.
 
     Raises:
-        ConfigError: there is no such file, it is a folder, FIFO or device, it has more bytes than that, or its
+        ConfigError: there is no such file, it is a folder, FIFO or device, it exceeds the limit, or its
             bucket cannot be reached.
     """
     name = name or os.fspath(path)
@@ -153,7 +153,7 @@ def read_small_file(path: str | os.PathLike[str], name: str = "", largest: int =
 def _read(file: epath.Path, name: str, largest: int) -> bytes:
     if not (first_answer(name, file.exists) if in_bucket(file) else file.exists()):
         raise ConfigError(f"{name}: no such file")
-    # epath takes whatever is no folder for a file; reading a FIFO waits for ever, /dev/zero fills the memory.
+    # epath treats everything but folders as files; reading a FIFO waits for ever, and /dev/zero fills the memory.
     if not (file.is_file() if in_bucket(file) else os.path.isfile(file)):
         raise ConfigError(f"{name}: is not a regular file")
     if file.stat().length > largest:
@@ -162,7 +162,7 @@ def _read(file: epath.Path, name: str, largest: int) -> bytes:
 
 
 def load_python_file(path: str | os.PathLike[str]) -> types.ModuleType:
-    """Run a Python file, such as a config or a suite, from whatever folder; it may import its neighbours."""
+    """Run a Python file, such as a config or a suite, in any folder; it may import files beside it."""
     extend_import_path(path)
     spec = importlib.util.spec_from_file_location(f"file_{Path(path).stem}", path)
     assert spec is not None
@@ -173,7 +173,7 @@ def load_python_file(path: str | os.PathLike[str]) -> types.ModuleType:
 
 
 def extend_import_path(path: str | os.PathLike[str]) -> None:
-    """Find the modules that a Python file may import: of the package that holds it, then those beside it."""
+    """Extend the import path by the folders from which a Python file may import: its package's, then its own."""
     folder = Path(path).resolve().parent
     package = folder
     while (package / "__init__.py").exists():

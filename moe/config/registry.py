@@ -15,7 +15,7 @@ from moe.fields import ConfigError, raised_as_errors, require
 from moe.routing import gates
 from moe.routing.interface import BiasUpdate, Gate, RouterKind, RouterState
 
-#: Fields of a layer that its name brings, beside the gate.
+#: Fields of a layer that its name sets, besides the gate.
 CONSTANTS = ("capacity", "losses", "jitter", "zero_experts", "copy_experts", "constant_experts")
 
 
@@ -74,13 +74,13 @@ def _import_layer(name: str) -> MoEConfig:
 
 
 _FLAGS = ("looks_ahead", "chooses", "experts_choose", "lists_all", "reweighs", "generates")
-#: Of gates whose rule routes; "slots" are Soft MoE's.
+#: Routers of gates that assign tokens to experts; "slots" is Soft MoE's.
 _ROUTERS = tuple(kind for kind in get_args(RouterKind) if kind != "slots")
 _UPDATES = get_args(BiasUpdate)
 
 
 def _check_facts(where: str, gate: Gate) -> None:
-    """Refuse a user's gate without a rule, or with facts that no layer knows. Raises ConfigError."""
+    """Refuse a user's gate without a rule, or with properties that no layer supports. Raises ConfigError."""
     if type(gate).route is Gate.route:
         raise ConfigError(f"{where}: has no method route(router_logits, inputs)")
     k, state = gate.experts_per_token(1 << 20), gate.state
@@ -111,7 +111,7 @@ _LAYERS = {
     "noisy_topk": MoEConfig(
         gate=gates.NoisyTopK(), capacity=Capacity(train=2.0), losses=Losses(importance=0.1, load=0.1)
     ),
-    # GShard 2020, algorithm 1. Its C = 2T/(G·E) is 1.0 with the K inside.
+    # GShard 2020, algorithm 1. Its C = 2T/(G·E) is a factor of 1.0 here, where C includes K.
     "gshard": MoEConfig(
         gate=gates.GShard(), capacity=_WHOLE, losses=Losses(balance=0.01, scope="group", counts="first_choice")
     ),
@@ -131,7 +131,7 @@ _LAYERS = {
         losses=_V3_LOSSES,
     ),
     # DeepSeek-V4-Flash 2026, released inference code: scores, K and scale, and the gate of its first three layers. How
-    # V4 is balanced is not published, so that is V3's.
+    # V4 is balanced is not published; V3's method is used.
     "deepseek_v4": MoEConfig(gate=gates.TopK(k=6, score="sqrt_softplus", scale=1.5, **_V3), losses=_V3_LOSSES),
     "deepseek_v4_hash": MoEConfig(
         gate=gates.ScoredHash(k=6, score="sqrt_softplus", renormalise=True, scale=1.5), losses=Losses()

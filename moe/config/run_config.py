@@ -18,8 +18,8 @@ def get_config(path: str, gate: str | None = None) -> ml_collections.ConfigDict:
 
     Args:
         path: of the file.
-        gate: another one than the run's, with the constants of its paper; the settings by which the run differed from
-            its own paper's stay.
+        gate: replaces the run's gate, with the constants of its paper; settings in which the run differed from the
+            constants of its old gate are kept.
 
     Raises:
         ConfigError: the file is missing or is not the config of a run.

@@ -1,4 +1,4 @@
-"""The sections of a run beside the model: data, mesh, optimizer, training, start; and the rules inside each."""
+"""The sections of a run besides the model: data, mesh, optimizer, training, start; and the rules inside each."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ Schedule = Literal["cosine", "constant", "wsd", "rsqrt"]
 MomentDType = Literal["float32", "bfloat16"]
 StateMemory = Literal["device", "host"]
 Objective = Literal["causal", "prefix_lm", "span_corruption", "pairs", "chat", "preferences", "policy"]
-#: What a policy's loss is a mean over: all tokens of a batch (DAPO), the tokens of each completion and then completions
-#: (GRPO), or completions, of sums over tokens divided by a constant (Dr. GRPO).
+#: How a policy's loss is averaged: over all tokens of a batch (DAPO); over the tokens of each completion, then over
+#: completions (GRPO); or over completions, each the sum over its tokens divided by a constant (Dr. GRPO).
 PolicyMean = Literal["tokens", "completions", "constant"]
 
 #: Largest number of tokens in the shuffle buffers (about 4 GiB), and in one domain's held-out rows; both are kept in
@@ -35,10 +35,10 @@ class DataConfig(Section, path="data."):
     dataset: str = "embedded"
     #: domains to use; empty: all, of "embedded" literature and python
     domains: tuple[str, ...] = ()
-    text_suffixes: tuple[str, ...] = ()  # of files of a folder that are text, as ".tex"; beside .txt, .md, .py, ...
+    text_suffixes: tuple[str, ...] = ()  # suffixes of text files in a folder, as ".tex", besides .txt, .md, .py, ...
     weights: tuple[float, ...] = ()  # share of rows per domain; empty: equal
     directory: str = setting("~/.cache/moe-data", resume="free")  # for prepared datasets, downloads and tokenizers
-    tokenizer: str = ""  # a tokenizer.model, a tokenizer.json or "mixtral"; empty: trained, of model.vocab_size
+    tokenizer: str = ""  # a tokenizer.model, a tokenizer.json or "mixtral"; empty: one of model.vocab_size is trained
     chat_template: str = ""  # objective chat: a file with a Jinja template; empty: that of the tokenizer
     #: what is predicted (moe.data.objectives); with an encoder span_corruption instead
     objective: Objective = setting("causal", follows="model.encoder_layers")
@@ -47,7 +47,7 @@ class DataConfig(Section, path="data."):
     input_length: int = setting(0, least=0, most=2**24, follows="data.sequence_length", unit="tokens")
     pack: bool = True  # rows of an encoder-decoder hold several examples; False: one, and padding
     corruption_rate: float = setting(0.15, above=0, below=1)  # span_corruption: share of the tokens that is removed
-    mean_span: float = setting(3.0, least=1, unit="tokens")  # span_corruption: removed at once, on average
+    mean_span: float = setting(3.0, least=1, unit="tokens")  # span_corruption: mean length of a removed span
     #: independent document streams per batch, whole ones for each process; 0: gcd(8, batch_size), or as many as needed
     streams: int = setting(0, least=0, most=2**16)
     shuffle_window: int = setting(512, least=1, unit="rows")  # in the shuffle buffers of all streams
@@ -65,7 +65,7 @@ class DataConfig(Section, path="data."):
         self._require("domains", once, "must name each domain once")
         text = all(re.fullmatch(r"\.\w+", suffix) for suffix in self.text_suffixes)
         text = text and not {".jsonl", ".parquet", ".arrow"} & set(self.text_suffixes)
-        self._require("text_suffixes", text, "must be suffixes as '.tex', of files that are text as they stand")
+        self._require("text_suffixes", text, "must be suffixes of plain-text files, such as '.tex'")
         shares = len(self.weights) in (0, len(self.domains) or len(self.weights))
         allowed = f"must be empty or one positive share for each of the {len(self.domains)} domains"
         self._require("weights", shares and all(weight > 0 for weight in self.weights), allowed)
@@ -125,9 +125,9 @@ class OptimizerConfig(Section, path="optimizer."):
     name: str = "adamw"  # adamw, adafactor, muon, or module:function (see moe.training.optimizer.Factory)
 
     learning_rate: float = setting(3e-3, above=0, most=1e3, resume="later")  # peak
-    #: after a linear warm-up cosine decay, constant, or wsd (constant, then a decay); rsqrt: the peak, then 1/√step
+    #: after a linear warm-up: cosine decay, constant, or wsd (constant, then a decay); rsqrt: the peak, then 1/√step
     schedule: Schedule = setting("cosine", resume="later")
-    #: of the peak: of wsd the last step's, of cosine what the step after the last would have
+    #: share of the peak that wsd reaches at the last step, and that cosine would reach at the step after the last
     final_learning_rate_fraction: float = setting(0.1, least=0, most=1, resume="later")
     warmup_steps: int = setting(30, least=0, resume="later", unit="steps")  # of the linear rise to the peak
     decay_steps: int = setting(0, least=0, resume="later", unit="steps")  # of wsd's decay; 0: a tenth of num_steps
@@ -140,7 +140,7 @@ class OptimizerConfig(Section, path="optimizer."):
     #: where the optimizer's arrays stay between updates
     memory: StateMemory = setting("device", resume="free")
     frozen: tuple[Part, ...] = ()  # parts that are not trained
-    #: per step, of an average of the weights that is evaluated beside them; 0: none
+    #: decay per step of a moving average of the weights, which is evaluated too; 0: no average
     ema_decay: float = setting(0.0, share=True)
 
     def __post_init__(self) -> None:
@@ -181,9 +181,9 @@ class TrainConfig(Section, path="train."):
     keep_checkpoints: int = setting(2, least=1, most=10_000, resume="free")
     #: checkpoints at its multiples are never deleted; 0: none
     keep_every: int = setting(0, least=0, resume="free", unit="steps")
-    #: consecutive skipped updates (loss or gradients not finite) tolerated
+    #: consecutive skipped updates (loss or gradients not finite) at which on_skipped_steps applies
     max_skipped_steps: int = setting(8, least=1, resume="free")
-    #: after more of them: return to the last good checkpoint, or stop
+    #: after that many: return to the last good checkpoint, or stop
     on_skipped_steps: OnSkippedSteps = setting("rollback", resume="free")
     #: warn of a loss this many deviations above the running median; 0: never
     spike_sigmas: float = setting(6.0, least=0, resume="later")
@@ -219,8 +219,8 @@ class StartConfig(Section, path="start."):
     checkpoint: str = ""  # workdir of a run or an import; empty: random parameters
     #: upcycling: normal noise on each copied expert, in standard deviations of its weights
     expert_noise: float = setting(0.0, least=0, most=1e3)
-    virtual_groups: bool = False  # upcycling: one router column for the experts that together hold the dense FFN
-    #: upcycling: factor of the copied down matrices; the number of shards keeps the output
+    virtual_groups: bool = False  # upcycling: equal router columns for the experts that together hold the dense FFN
+    #: upcycling: factor of the copied down matrices; the number of shards preserves the dense output
     expert_scale: float = setting(1.0, least=0, most=1e3)
     #: upcycling: share of each expert's hidden units drawn anew (drop-upcycling: 0.5)
     drop_share: float = setting(0.0, least=0, most=1)
@@ -249,20 +249,20 @@ class DistillConfig(Section, path="distill."):
 class PreferencesConfig(Section, path="preferences."):
     """Training on preferred answers (data.objective preferences); distill.teacher is the reference model."""
 
-    beta: float = setting(0.1, above=0)  # weight of the log-probabilities against the reference's (DPO)
+    beta: float = setting(0.1, above=0)  # factor of the log-probability ratio to the reference model (DPO)
 
 
 @dataclasses.dataclass(frozen=True)
 class PolicyConfig(Section, path="policy."):
     """Reinforcement learning from rollouts (data.objective policy): GRPO and its variants (moe.posttraining.grpo)."""
 
-    #: a token's probability ratio gains nothing below 1 - this
+    #: a token's probability ratio is clipped from below at 1 - this
     clip_low: float = setting(0.2, above=0, most=1)
-    clip_high: float = setting(0.2, above=0)  # nor above 1 + this; DAPO: 0.28
+    clip_high: float = setting(0.2, above=0)  # and from above at 1 + this; DAPO: 0.28
     kl: float = setting(0.0, least=0)  # weight of the divergence from the reference model, distill.teacher
     mean: PolicyMean = "tokens"  # over tokens (DAPO), completions (GRPO), or a constant (Dr. GRPO)
-    divide_by_deviation: bool = True  # advantages over the deviation of their group's rewards; Dr. GRPO: False
-    replay: bool = True  # of the experts that the rollouts recorded, in the policy and in the reference
+    divide_by_deviation: bool = True  # divide advantages by the deviation of their group's rewards; Dr. GRPO: False
+    replay: bool = True  # use the experts that the rollouts recorded, in the policy and in the reference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -272,12 +272,12 @@ class LoraConfig(Section, path="lora."):
     rank: int = setting(0, least=0)  # columns of A; 0: no adapters, all parameters are trained
     alpha: float = setting(16.0, above=0)  # A B is multiplied by alpha / rank
     parts: tuple[Part, ...] = ("attention", "dense", "experts", "shared", "latent")  # whose matrices have adapters
-    trained: tuple[Part, ...] = ()  # parts that are trained whole beside the adapters, such as router
+    trained: tuple[Part, ...] = ()  # parts that are trained in full besides the adapters, such as router
     common_a: bool = False  # all experts of a layer have one A, and a B each
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require("parts", bool(self.parts) or not self.rank, "must name at least one part")
         adapted = ("attention", "dense", "experts", "shared", "latent")
-        allowed = f"must be of {', '.join(adapted)}; lora.trained takes the others"
+        allowed = f"must be among {', '.join(adapted)}; lora.trained takes the others"
         self._require("parts", set(self.parts) <= set(adapted), allowed)

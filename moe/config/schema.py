@@ -62,12 +62,12 @@ class Config(Section):
 
     @property
     def tokens_per_step(self) -> int:
-        """B·T, of an encoder-decoder the decoder's."""
+        """B·T; for an encoder-decoder, of the decoder."""
         return self.train.batch_size * self.data.sequence_length
 
 
 def _filled(data: DataConfig, encoder: bool) -> DataConfig:
-    """The data of a model with an encoder, or without."""
+    """The data section, with objective and input length filled in for a model with an encoder."""
     if not encoder:
         return data
     objective = "span_corruption" if data.objective == "causal" else data.objective
@@ -112,7 +112,7 @@ def _check_steps(config: Config) -> None:
 
 
 def _check_reference(config: Config) -> None:
-    """Check that an objective which compares with a reference model has one, and that no other pays for it."""
+    """Check that preferences have a reference model, and a policy has one exactly if policy.kl is above 0."""
     teacher, objective, weight = config.distill.teacher, config.data.objective, config.policy.kl
     needed = objective == "preferences"
     require(bool(teacher) or not needed, "distill.teacher", teacher, "must be the reference model of the preferences")
@@ -122,7 +122,7 @@ def _check_reference(config: Config) -> None:
 
 
 def _check_policy(config: Config) -> None:
-    """Check that the step can see the policy as it was sampled: without drops, and with the recorded experts."""
+    """Check that the step can run the policy as it was sampled: without drops, and with the recorded experts."""
     moe = config.model.moe
     if moe.gate is None:
         return
@@ -147,11 +147,11 @@ def _check_lora(config: Config) -> None:
     start, rank, frozen = config.start, config.lora.rank, config.optimizer.frozen
     if not rank:
         return
-    require(bool(start.checkpoint), "lora.rank", rank, "needs start.checkpoint, whose parameters the adapters are of")
+    require(bool(start.checkpoint), "lora.rank", rank, "needs start.checkpoint, the base of the adapters")
     allowed = "must be empty with lora.rank; lora.parts and lora.trained say what is trained"
     require(not frozen, "optimizer.frozen", frozen, allowed)
     name = config.optimizer.name
-    require(name != "muon", "optimizer.name", name, "must be another with lora.rank: muon moves no adapters")
+    require(name != "muon", "optimizer.name", name, "must not be muon with lora.rank: muon does not train adapters")
     changed = [
         field.name
         for field in dataclasses.fields(start)
@@ -226,7 +226,7 @@ def validate_mesh(config: Config, sizes: Mapping[str, int]) -> None:
 
 
 def _check_context(config: Config, sizes: Mapping[str, int]) -> None:
-    """Check a mesh that splits rows: whole groups on each device, and nothing that needs a whole row in one place."""
+    """Check a mesh that splits rows: whole groups on each device, and nothing that needs a whole row on one device."""
     context, train, length = sizes["context"], config.train, config.data.sequence_length
     field = f"with mesh.context={context}"
     rows = sizes["data"] * sizes["fsdp"] * sizes["expert"]

@@ -1,11 +1,11 @@
-"""Conversations: the chat template of a tokenizer, and token ids with the loss on the answers alone.
+"""Conversations: the chat template of a tokenizer, and token ids with the loss only on the answers.
 
 A template is a Jinja program that comes with a checkpoint. It is data: it runs in Jinja's immutable sandbox, in a
 process of bounded time and memory (:mod:`moe.data.chat_rendering`), sees only the messages and the names of special
 tokens, and has the helpers that the transformers library gives it.
 
-As there, the rendered text is tokenised as a whole, special tokens included: ``</s>`` typed in a message becomes the
-same id as one that the template wrote.
+As in that library, the rendered text is tokenised as a whole, special tokens included: ``</s>`` typed in a message
+becomes the same id as one that the template wrote.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class ChatTemplate:
         self._source, self._special_tokens, self._name = source, special_tokens, name
         self._lock = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
-        #: Whether the template says itself what a model writes.
+        #: Whether the template itself marks what the model writes.
         self.marks_answers = re.search(r"\{%-?\s*generation\s*-?%\}", source) is not None
         with self._lock:
             self._start()
@@ -91,7 +91,7 @@ class ChatTemplate:
             raise ConfigError(f"{self._name}: the chat template cannot be compiled ({reply['error']})")
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        """The answer of the process, in which one line follows another."""
+        """Send a request to the process, as one line, and return its answer, the next line that it writes."""
         process = self._process
         assert process is not None
         assert process.stdin is not None
@@ -160,10 +160,10 @@ def chat_template(tokenizer: Tokenizer) -> ChatTemplate:
 def rendered_answers(template: ChatTemplate, messages: Messages) -> list[tuple[str, list[Span]]]:
     """Texts of a conversation with the spans of the answers to learn.
 
-    A template with ``{% generation %}`` marks the spans. Without, an answer is what the text up to it has beyond the
-    text before it with the generation prompt: its content and the end of its turn. Where a template renders an answer
-    otherwise once more turns follow, such as without its reasoning, that answer is learnt from a text of its own that
-    ends with it. An answer at the beginning of a conversation answers nothing and is not learnt.
+    A template with ``{% generation %}`` marks the spans. With other templates an answer is what the text up to and
+    including it adds to the text before it with the generation prompt: its content and the end of its turn. Where a
+    template renders an answer differently once more turns follow, for example without its reasoning, that answer is
+    learnt from a separate text that ends with it. An answer that begins a conversation is not learnt.
 
     Raises:
         ConfigError: see :meth:`ChatTemplate.render`.
@@ -204,8 +204,8 @@ def encode_answers(tokenizer: JsonTokenizer, text: str, spans: Sequence[Span]) -
 
 # --- Documents -------------------------------------------------------------------------------------------------------
 def read_messages(text: str, dataset: str) -> list[dict[str, Any]]:
-    """Messages of a document (:mod:`moe.data.documents`): a conversation, the chosen one of two, or a source as a
-    question to its target.
+    """Messages of a document (:mod:`moe.data.documents`): a conversation, the chosen one of a pair, or a source as
+    the question and its target as the answer.
 
     Raises:
         ConfigError: the document is a plain text.
@@ -225,7 +225,7 @@ def read_messages(text: str, dataset: str) -> list[dict[str, Any]]:
 def examples(text: str, length: int, tokenizer: Tokenizer, dataset: str) -> list[dict[str, np.ndarray]]:
     """``tokens`` and ``targets`` [n], n ≤ length, of a document; targets are -1 outside answers.
 
-    A longer conversation is cut there. Texts without a target are left out.
+    A longer conversation is cut at ``length`` tokens. Texts without a target are left out.
 
     Raises:
         ConfigError: see :func:`chat_template`, :func:`rendered_answers` and :func:`read_messages`.
@@ -251,21 +251,21 @@ def encoded_answers(messages: Messages, tokenizer: Tokenizer) -> list[dict[str, 
 
 
 def prompt_ids(tokenizer: Tokenizer, messages: Messages) -> np.ndarray:
-    """Ids [n] int32 of a conversation and the beginning of the next answer."""
+    """Ids [n] int32 of a conversation and the generation prompt of the next answer."""
     template = chat_template(tokenizer)
     assert isinstance(tokenizer, JsonTokenizer)
     return tokenizer.encode_rendered(template.render(messages, add_generation_prompt=True)[0])[0]
 
 
 def first_prompt(tokenizer: Tokenizer, text: str, dataset: str) -> np.ndarray:
-    """Ids [n] int32 of a document up to its first answer, and the beginning of that."""
+    """Ids [n] int32 of a document up to its first answer, and the generation prompt of that answer."""
     messages = read_messages(text, dataset)
     answers = [i for i, message in enumerate(messages) if i and message.get("role") == "assistant"]
     return prompt_ids(tokenizer, messages[: answers[0]] if answers else messages)
 
 
 def stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Special tokens that the template writes after an answer, first of all; and the end-of-text token."""
+    """The first special token that the template writes after an answer, if any, and the end-of-text token."""
     template = chat_template(tokenizer)
     assert isinstance(tokenizer, JsonTokenizer)
     answered = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}]

@@ -1,7 +1,7 @@
-"""Program that renders a chat template, which is somebody else's program, in Jinja's sandbox; run by moe.data.chat.
+"""Program that renders a chat template, which is untrusted code, in Jinja's sandbox; run by moe.data.chat.
 
-It is a process of its own because what the sandbox allows may still take for ever or fill the memory, as nested loops
-do, or ``"x" * 10 ** 10``. Its arguments are the limits. It reads lines of JSON: {"source"}, and then requests
+It is a process of its own because code that the sandbox allows may still run for ever or fill the memory, such as
+nested loops or ``"x" * 10 ** 10``. Its arguments are the limits. It reads lines of JSON: {"source"}, and then requests
 {"messages", "add_generation_prompt", ...}; it writes a line for each: {"text", "spans"} or {"error"}. It imports
 nothing of this package.
 """
@@ -103,7 +103,7 @@ def _raise_exception(message: str) -> None:
 def _to_json(
     value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
-    """Jinja's own filter escapes the characters of HTML."""
+    """Serialise as JSON; unlike Jinja's own filter, do not escape the characters of HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -141,7 +141,7 @@ def render(template: jinja2.Template, values: dict[str, Any]) -> tuple[str, list
 
 
 def answer(line: str, template: jinja2.Template | None) -> tuple[dict[str, Any], jinja2.Template | None]:
-    """The answer to a line, and the template that the next one is for."""
+    """The answer to a line, and the template that the next line is for."""
     request = json.loads(line)
     try:
         if template is None:
@@ -161,7 +161,7 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     template = None
     for line in sys.stdin:
-        signal.setitimer(signal.ITIMER_PROF, seconds)  # whose signal ends the process
+        signal.setitimer(signal.ITIMER_PROF, seconds)  # its signal ends the process
         reply, template = answer(line, template)
         signal.setitimer(signal.ITIMER_PROF, 0)
         print(json.dumps(reply), flush=True)

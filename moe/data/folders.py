@@ -81,7 +81,7 @@ def is_folder(name: str) -> bool:
 
 
 def refuse_inside(dataset: str, workdir: str) -> None:
-    """Refuse a workdir inside a folder of text, whose files would be text when the run is resumed.
+    """Refuse a workdir inside a folder of text, because its files would be read as text on resuming.
 
     Args:
       dataset: value of data.dataset.
@@ -108,8 +108,8 @@ def open_folder(
     """Return domain → (train, heldout) of a folder, and a digest of its content.
 
     The folder is indexed at the first call, and again, beside the earlier index, whenever its files have changed.
-    Documents of a Hugging Face train or held-out split stay in it. Others are held out by a hash of their text, so that
-    equal texts are on the same side.
+    Documents of a Hugging Face train or held-out split keep that split. Others are split by a hash of their text, so
+    that equal texts are on the same side.
 
     Args:
       name: path of the folder; ``~`` is the home directory.
@@ -143,7 +143,7 @@ def open_folder(
 def _find_index(
     root: epath.Path, directory: epath.Path, suffixes: Sequence[str], progress: Callable[[str], None]
 ) -> tuple[epath.Path, _About, np.ndarray]:
-    """Return the folder, the content and the places of the index that fits the files, which is made if none does."""
+    """Return the folder, the content and the places of the index that matches the files; write it if none does."""
     kind = [os.fspath(root), *sorted(suffixes)] if suffixes else [os.fspath(root)]
     key = hashlib.sha256(os.fsencode("\0".join(kind))).hexdigest()[:16]
     folder, change, newest = directory / "folders", "", -1
@@ -174,7 +174,7 @@ def _find_root(name: str) -> epath.Path:
 
 
 def _is_heldout(places: np.ndarray) -> np.ndarray:
-    """Select the held-out ones of a domain's documents."""
+    """Mask of the held-out documents of a domain, [n] bool."""
     unsplit = places["split"] == UNSPLIT
     held = places["split"] == HELDOUT
     if unsplit.any():

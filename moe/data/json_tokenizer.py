@@ -24,9 +24,9 @@ _BEGIN_NAMES = ("<s>", "<｜begin▁of▁sentence｜>", "<bos>")
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _MAX_VOCAB = 1 << 24
 _SPACE = "\u2581"
-#: Most characters that normalizer, pre-tokenizer and decoder may make of one.
+#: Most characters that normalizer, pre-tokenizer and decoder together may produce from one.
 _MAX_GROWTH = 1024
-#: Tokens whose text must make ids again.
+#: Number of tokens whose text is encoded again, to check that it gives ids.
 _PROBED = 256
 #: Bounds of what single steps make of a character: of NFKC (Unicode's own), a table of T5's kind, bytes as characters.
 _GROWTH = {"NFC": 3, "NFD": 4, "NFKC": 18, "NFKD": 18, "Nmt": 1, "Precompiled": 18, "ByteLevel": 2}
@@ -35,7 +35,7 @@ _GROWTH = {"NFC": 3, "NFD": 4, "NFKC": 18, "NFKD": 18, "Nmt": 1, "Precompiled": 
 class JsonTokenizer(Tokenizer):
     """A ``tokenizer.json``, with an optional ``tokenizer_config.json``.
 
-    Encoding adds no special tokens, and makes none of text that looks like one: the pipeline adds bos and eos. It
+    Encoding adds no special tokens (the pipeline adds bos and eos) and treats text that looks like one as text. It
     neither truncates nor pads, whatever the file says.
     """
 
@@ -91,10 +91,10 @@ class JsonTokenizer(Tokenizer):
         for token in parts.get("added_tokens", []):
             if (found := self._tokenizer.token_to_id(token["content"])) != token["id"]:
                 name = token["content"][:40]
-                raise ConfigError(f"{where} has the added token {name!r} under {token['id']}, and it is {found}")
+                raise ConfigError(f"{where} has the added token {name!r} with id {token['id']}, but its id is {found}")
         texts = [self.decode([number]) for number in sorted(set(ids) - self.special_ids)[:_PROBED]]
         if sum(not self.encode(text).size for text in texts) > len(texts) / 2:
-            raise ConfigError(f"{where} makes no ids of most text")
+            raise ConfigError(f"{where} gives no ids for most text")
 
     def _read_text_as_text(self) -> None:
         """Make encoding of a document depend on its text alone, and special tokens unreachable from it."""
@@ -122,13 +122,13 @@ class JsonTokenizer(Tokenizer):
 
     @staticmethod
     def _unknown(model: dict[str, Any]) -> str | None:
-        """The token of text that the vocabulary lacks."""
+        """The token that stands for text outside the vocabulary."""
         if model.get("unk_id") is not None:
             return model["vocab"][model["unk_id"]][0]
         return model.get("unk_token")
 
     def _reaches(self, name: str) -> bool:
-        """True if text makes the special token of this name."""
+        """True if encoding text that contains this name gives the special token of that name."""
         number = self._tokenizer.token_to_id(name)
         return any(number in self.encode(text) for text in (name, f"a{name}b", f" {name} ", f"{name}{name}"))
 
@@ -153,10 +153,10 @@ class JsonTokenizer(Tokenizer):
 
     @property
     def chat_template(self) -> str | None:
-        """The chat template, or that called "default" of several; None if there is none.
+        """The chat template, or the one called "default" of several; None if there is none.
 
         Raises:
-          ConfigError: it is no text.
+          ConfigError: it is not text.
         """
         found = self._template if self._template is not None else self._named.get("chat_template")
         if isinstance(found, list):
@@ -208,8 +208,8 @@ class JsonTokenizer(Tokenizer):
         return np.asarray(self._encode(self._tokenizer, text).ids, np.int32)
 
     def encode_rendered(self, text: str) -> tuple[np.ndarray, list[tuple[int, int]]]:
-        """Return the ids [n] int32 of a text in which special tokens stand, as a chat template writes it, and first
-        and last (exclusive) character of each."""
+        """Return the ids [n] int32 of a text from a chat template, with special tokens recognised, and the first and
+        last (exclusive) character of each."""
         encoded = self._encode(self._with_special, text)
         return np.asarray(encoded.ids, np.int32), encoded.offsets
 
@@ -261,7 +261,7 @@ class JsonTokenizer(Tokenizer):
 
 
 def _growth(step: Any) -> float:
-    """Bound of the number of characters that a step of a tokenizer.json makes of one."""
+    """Upper bound on the number of characters that a step of a tokenizer.json produces from one."""
     if not isinstance(step, dict):
         return 1
     for parts in ("normalizers", "pretokenizers", "decoders"):

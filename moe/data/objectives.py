@@ -1,12 +1,12 @@
 """Training objectives: which tokens are read and which are predicted.
 
 causal           every token from those before it
-prefix_lm        the rest of a text from its beginning, which is attended in both directions, or is the encoder's input
+prefix_lm        the rest of a text from its beginning, which attends in both directions or is the encoder's input
 span_corruption  removed spans from the text around them (Raffel et al. 2020, "T5", section 3.1.4)
 pairs            a target text from a source text
 
 An example of an encoder-decoder is ``input eos`` for the encoder and ``target eos`` for the decoder, whose tokens are
-the target shifted right. An example longer than a row is cut there, and then has no eos.
+the target shifted right. An example longer than a row is cut to the row's length and then has no eos.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def show_example(example: Example, written: np.ndarray, data: DataConfig, tokeni
 
 
 def check_lengths(data: DataConfig) -> None:
-    """Refuse rows that examples of span corruption do not fit. Raises ConfigError."""
+    """Refuse rows that are too short for examples of span corruption. Raises ConfigError."""
     if data.objective != "span_corruption":
         return
     text, targets = span_lengths(data.input_length, data.corruption_rate, data.mean_span)

@@ -11,8 +11,8 @@ A batch is a dict of int32 arrays, for B rows of this process, T = sequence_leng
 Documents are concatenated and cut into rows of T + 1 tokens; tokens = row[:-1] and targets = row[1:]. A document that
 a cut divides continues in the next row as a new segment with positions from 0.
 
-With data.objective "chat" a row holds whole conversations and padding (:mod:`moe.data.chat`), with targets in answers
-alone; with "preferences" pairs of them (:mod:`moe.data.preferences`); with "policy" completions with their
+With data.objective "chat" a row holds whole conversations and padding (:mod:`moe.data.chat`), with targets only in
+answers; with "preferences" pairs of them (:mod:`moe.data.preferences`); with "policy" completions with their
 advantages (:mod:`moe.data.policy`).
 
 With an encoder (data.input_length above 0) a row holds whole examples (:mod:`moe.data.objectives`) and padding:
@@ -41,7 +41,7 @@ from moe.data.sentinels import sentinel_ids
 from moe.data.tokenizer import Tokenizer
 
 HELDOUT_STRETCH = 16  # rows read for every held-out row that is kept
-MAX_STRETCH_TOKENS = 1 << 24  # tokens read for them, unless more are kept
+MAX_STRETCH_TOKENS = 1 << 24  # limit of the tokens read for them, unless more are kept
 UNIGRAM_TOKENS = 2_000_000  # tokens of each domain's train split that unigram_nll counts
 PACKED_ROWS = 32  # rows that are packed together: an example goes to the first with room for it
 
@@ -59,7 +59,7 @@ def prepare(
     """Open documents and tokenizer (:func:`moe.data.preparation.open_data`) and check the held-out splits.
 
     Args:
-      reader: of rollouts, for data.objective "policy"; all of them are read once, to refuse what does not fit.
+      reader: of rollouts, for data.objective "policy"; all rollouts are read once, to refuse those that do not fit.
 
     Raises:
       ConfigError: also for rows longer than a held-out split.
@@ -132,7 +132,7 @@ class _Flat(grain.experimental.FlatMapTransform):
 
 
 def _pack(documents: grain.IterDataset, lengths: dict[str, int], data: DataConfig) -> grain.IterDataset:
-    """Pack whole examples, of which each document is a list, into rows of these lengths."""
+    """Pack whole examples into rows of these lengths; each document is a list of examples."""
     return grain.experimental.FirstFitPackIterDataset(
         grain.experimental.FlatMapIterDataset(documents, _Flat()),
         length_struct=lengths,
@@ -181,7 +181,7 @@ def _conversation_encoder(prepared: Prepared, data: DataConfig) -> Callable[[str
 
 
 def _refuse_no_examples(prepared: Prepared, data: DataConfig) -> None:
-    """Refuse a domain without an example, of whose documents a row would be packed for ever. Raises ConfigError."""
+    """Refuse a domain without an example, since packing its first row would never end. Raises ConfigError."""
     rng = np.random.default_rng(0)
     for domain in prepared.domains if data.input_length or data.conversations else ():
         if data.input_length:
@@ -208,7 +208,7 @@ def train_iterator(
 
     A batch consists of n = data.streams equal parts, one per stream. Each domain's documents are reshuffled every epoch
     and distributed round-robin over the streams. A stream packs its documents, mixes the domains with exactly the
-    shares data.weights, and shuffles over data.shuffle_window / n rows. The batches depend on the arguments alone, not
+    shares data.weights, and shuffles over data.shuffle_window / n rows. The batches depend only on the arguments, not
     on the number of processes.
 
     Args:

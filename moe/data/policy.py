@@ -1,11 +1,11 @@
 """Rows of rollouts for reinforcement learning (data.objective policy): completions with their advantages.
 
-A completion is a segment of prompt and completion, with targets in the completion alone. Beside the arrays of
-:mod:`moe.data.pipeline`, at the targets of a row:
+Each completion is one segment, with its prompt before it and targets only in the completion. Besides the arrays of
+:mod:`moe.data.pipeline` a batch has:
 
-    log_probs   [B,T] float32      of each target when it was sampled
-    advantages  [B,T] float32      of its completion
-    experts     [B,T,L,K] int16    of each token in the MoE layers; with policy.replay and MoE layers
+    log_probs   [B,T] float32      log-probability of each target when it was sampled
+    advantages  [B,T] float32      advantage of each target's completion
+    experts     [B,T,L,K] int16    experts of each token in the MoE layers; with policy.replay and MoE layers
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Reader:
     """Rollouts as examples for a model.
 
     Attributes:
-        model: its ids, layers and experts are those of the rollouts.
+        model: config of the model; its ids, layers and experts must be those of the rollouts.
         policy: settings.
         length: T, tokens of a row.
     """
@@ -56,7 +56,7 @@ class Reader:
         """An example for each completion of a document.
 
         Raises:
-            ConfigError: no rollouts, or not of this model; the field is named.
+            ConfigError: the document holds no rollouts, or not of this model; the field is named.
         """
         try:
             group = rollouts.read(text)
@@ -67,7 +67,7 @@ class Reader:
     def of_group(self, group: rollouts.Group) -> list[Arrays]:
         """An example for each completion of a group. Raises ConfigError; see :meth:`examples`."""
         if group.engine and self.policy.replay and not self.replays:
-            raise ConfigError(f"engine={group.engine!r}: is of a model with MoE layers; set policy.replay=False")
+            raise ConfigError(f"engine={group.engine!r}: belongs to a model with MoE layers; set policy.replay=False")
         rewards = np.array([completion.reward for completion in group.completions])
         values = advantages(rewards, divide=self.policy.divide_by_deviation)
         parts = zip(group.completions, values, strict=True)
@@ -99,7 +99,7 @@ class Reader:
     def _experts(self, group: rollouts.Group, completion: rollouts.Completion, name: str) -> np.ndarray:
         """[tokens,L,K] int16."""
         if group.engine is None:
-            raise ConfigError(f"{name}.experts: is not there; record them, or set policy.replay=False")
+            raise ConfigError(f"{name}.experts: is missing; record them, or set policy.replay=False")
         length = len(group.prompt_tokens) + len(completion.tokens) - 1
         try:
             (experts,) = read_experts(group.engine, [completion.experts], self.model, length)
@@ -132,7 +132,7 @@ def advantages(rewards: np.ndarray, *, divide: bool) -> np.ndarray:
 
 
 def row(packed: Arrays, domain: int, pad_id: int) -> Arrays:
-    """The arrays of a batch from packed examples; those of padding are zeros."""
+    """The arrays of a batch from packed examples; log-probabilities, advantages and experts are 0 in padding."""
     own = {key: packed[key] for key in ("log_probs", "advantages", "experts") if key in packed}
     return chat.chat_row(packed, domain, pad_id) | own
 

@@ -1,7 +1,7 @@
-"""Rows of preferences: pairs of conversations, of which the first was preferred to the second.
+"""Rows of preferences: pairs of conversations, the first of which was preferred to the second.
 
 A row holds whole pairs and padding. Pair p = 1, 2, ... has segments 2p − 1 (chosen) and 2p (rejected), each with
-positions from 0, so that neither attends to the other; targets are in answers alone, as with conversations.
+positions from 0, so that neither attends to the other; only answers have targets, as with conversations.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from moe.data.tokenizer import Tokenizer
 def example(text: str, length: int, tokenizer: Tokenizer, dataset: str) -> list[dict[str, np.ndarray]]:
     """``tokens``, ``targets`` and ``rejected`` (0 or 1) [n], n ≤ length, of a document; no example without answers.
 
-    Each conversation is cut at half of the length; no example is made of two that are the same then.
+    Each conversation is cut at half of the length; a pair that is equal after the cut gives no example.
 
     Raises:
         ConfigError: the document is no pair, or see :func:`moe.data.chat.rendered_answers`.
@@ -33,7 +33,7 @@ def example(text: str, length: int, tokenizer: Tokenizer, dataset: str) -> list[
         )
     parts = []
     for name in PREFERENCE:
-        # Earlier answers that a template renders in texts of their own are of the prompt, and in both conversations.
+        # Earlier answers that a template renders in separate texts belong to the prompt, which both conversations have.
         encoded = chat.encoded_answers(found[name], tokenizer)[-1:]
         parts += [{key: values[: length // 2] for key, values in one.items()} for one in encoded]
     if len(parts) < len(PREFERENCE) or not all((part["targets"] >= 0).any() for part in parts):
@@ -56,5 +56,5 @@ def row(packed: dict[str, np.ndarray], domain: int, pad_id: int) -> dict[str, np
 
 
 def without_rejected(found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """A row whose targets are those of the chosen conversations alone."""
+    """A row with targets only in the chosen conversations."""
     return found | {"targets": np.where(found["segment_ids"] % 2 == 1, found["targets"], -1).astype(np.int32)}

@@ -1,4 +1,4 @@
-"""Documents and tokenizer of a run: downloads, builds and trains under data.directory what is missing, and opens it."""
+"""Documents and tokenizer of a run, opened after what is missing is downloaded, built or trained in data.directory."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def open_data(
     """Open documents and tokenizer, after downloading, building and training what is missing.
 
     Args:
-      data: a TFDS dataset's domain is its name; for folders see :mod:`moe.data.folders`.
+      data: settings; the domain of a TFDS dataset is its name; for folders see :mod:`moe.data.folders`.
       vocab_size: V; a tokenizer of that size, less the sentinels of span corruption, is trained unless one is cached.
       tokenizer: replaces data.tokenizer and the trained one, for example by a checkpoint's.
       progress: called with a line before each slow step.
@@ -91,7 +91,7 @@ def open_data(
         if data.conversations:
             tokenizer = _chat_tokenizer(tokenizer, data.chat_template)
         if tokenizer is None and data.objective == "policy":
-            raise ConfigError("data.tokenizer='': name that of the rollouts, or start from a checkpoint with it")
+            raise ConfigError("data.tokenizer='': must name that of the rollouts, or start from a checkpoint with it")
         if tokenizer is None:
             refuse_unseen(train)
             text = hashlib.sha256(json.dumps([data.dataset, versions]).encode()).hexdigest()[:12]
@@ -111,11 +111,11 @@ def open_data(
 def refuse_unseen(train: Mapping[str, Sequence[str]]) -> None:
     """Raise ConfigError for a domain without training text, which can only be evaluated."""
     if unseen := [domain for domain, documents in train.items() if not len(documents)]:
-        raise ConfigError(f"data.domains: {unseen[0]!r} has held-out text alone; train on other domains")
+        raise ConfigError(f"data.domains: {unseen[0]!r} has only held-out text; train on other domains")
 
 
 def _reach(name: str) -> epath.Path:
-    """Return the path of data.directory, after asking a bucket for it."""
+    """Return the path of data.directory; if it is in a bucket, check that the bucket answers."""
     try:
         directory = epath.Path(name).expanduser()
         if in_bucket(name):

@@ -5,7 +5,7 @@ A line of JSON, or a row of a table, is a prompt and all completions whose rewar
     {"prompt_tokens": [5, 9], "completions": [{"tokens": [7, 2], "log_probs": [-0.3, -1.2], "reward": 1.0}, ...]}
 
 With ``"engine": "vllm"`` each completion also has ``experts``, the record of that engine (:mod:`moe.data.engines`) for
-the tokens of prompt and completion but the last one.
+all tokens of prompt and completion except the last one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from moe.foreign_files import Fields, first_sentence, loads
 ROLLOUTS = "\x1c"
 #: Fields of a line, or columns of a table.
 FIELDS, FIELDS_WITH_EXPERTS = ("prompt_tokens", "completions"), ("prompt_tokens", "completions", "engine")
-#: Columns of a table with a completion a row, whose group is named by an id; it is refused.
+#: Columns of a table with one completion per row and an id for each group; such a table is refused.
 ROW_FIELDS = ("prompt_tokens", "tokens")
 ONE_COMPLETION = (
     "holds one completion; a record must hold a prompt and all its completions: join the rows of each group id into "
@@ -34,9 +34,9 @@ _Token = Annotated[int, pydantic.Field(ge=0, lt=1 << 31)]
 _Tokens = Annotated[list[_Token], pydantic.Field(min_length=1)]
 #: Bound of rewards and log-probabilities: their differences are finite in float32.
 _LARGEST = 1e30
-#: Rounding may lift a probability of 1 a little.
+#: Above 0, since rounding may raise a probability of 1 a little.
 _LogProb = Annotated[float, pydantic.Field(ge=-_LARGEST, le=1e-3, allow_inf_nan=False)]
-#: Of one sequence, where the engine gives arrays.
+#: Experts of one sequence, where the engine records arrays.
 _LISTS = pydantic.TypeAdapter(list[list[list[int]]], config=pydantic.ConfigDict(strict=True))
 
 
@@ -89,7 +89,7 @@ class Group(Fields):
 
 
 def document(fields: Mapping[str, Any]) -> str:
-    """The document of a line or row; values may be JSON already. Raises ValueError for another form."""
+    """Make a document from a line or row; values may be JSON text. Raises ValueError for another form."""
     tree = {name: _parsed(name, value) if name in FIELDS else value for name, value in fields.items()}
     Group.model_validate(tree)
     return ROLLOUTS + json.dumps(tree, ensure_ascii=False, separators=(",", ":"))

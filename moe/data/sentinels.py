@@ -60,7 +60,7 @@ def decode_blanks(tokenizer: Tokenizer, ids: Iterable[int] | np.ndarray) -> str:
 def fill_blanks(inputs: Iterable[int], outputs: Iterable[int], sentinels: np.ndarray, eos_id: int) -> list[int]:
     """Put what follows each sentinel in the outputs in that sentinel's place in the inputs; eos ends both.
 
-    A sentinel that the outputs lack leaves nothing.
+    A sentinel that the outputs lack is removed.
     """
     spans, blanks = _spans(outputs, sentinels, eos_id), {int(i) for i in sentinels}
     return [

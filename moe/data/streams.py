@@ -30,10 +30,10 @@ def default_number(batch_size: int) -> int:
 
 
 def least_number(batch_size: int, rows: Iterable[Sequence[int] | np.ndarray]) -> int:
-    """Least number of streams, at least :func:`default_number`, of which each process can hold whole ones.
+    """Least number of streams, at least :func:`default_number`, such that each process holds whole streams.
 
     Args:
-      rows: of a batch, those that each process holds.
+      rows: for each process, the numbers of the rows of a batch that it holds.
     """
     held = [np.asarray(own) for own in rows]
     return next(
@@ -44,7 +44,7 @@ def least_number(batch_size: int, rows: Iterable[Sequence[int] | np.ndarray]) ->
 
 
 def whole(rows: np.ndarray, per_stream: int) -> np.ndarray:
-    """Numbers of the streams whose rows of a batch these are; empty if they are part of a stream's."""
+    """Numbers of the streams that make up these rows of a batch; empty if a stream's rows are incomplete."""
     numbers = np.unique(rows // per_stream)
     return numbers if len(numbers) * per_stream == len(rows) else numbers[:0]
 
@@ -100,7 +100,7 @@ class ExactState(grain.IterDataset):
     """ConcatThenSplitIterDataset with a state that survives JSON.
 
     JSON turns the tuples in the state of Grain 0.2.18 into lists; ConcatThenSplitIterDataset then fails to recognise
-    a position between two documents and skips one. Harmless with a Grain in which that is fixed.
+    a position between two documents and skips one. Harmless with versions of Grain in which that is fixed.
     """
 
     def __iter__(self) -> grain.DatasetIterator:
@@ -171,7 +171,7 @@ class StreamsHandler(grain.checkpoint.CheckpointHandler):
         """Write the iterator's state, one file per stream; processes that share rows all write the same."""
         for number, state in (item or args.item).get_state().items():
             path = directory / f"stream_{number}.json"
-            # Each has a temporary file of its own: of two that shared one, one would find it gone.
+            # Each process has a temporary file of its own: with a shared one, the second rename would fail.
             own = path if in_bucket(directory) else directory / f"{path.name}.{jax.process_index()}"
             write_atomic(own, to_checked_json(state))
             if own != path:

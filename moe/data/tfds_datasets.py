@@ -153,7 +153,7 @@ def open_tfds(name: str, directory: epath.Path) -> tuple[Sequence[str], Sequence
 
 
 def _cut(documents: TfdsDocuments) -> Sequence[str]:
-    """Return the documents; of fewer than CUT_BELOW, their sections that are not blank."""
+    """Return the documents, or, if there are fewer than CUT_BELOW, their sections that are not blank."""
     if len(documents) >= CUT_BELOW:
         return documents
     return [part for text in documents for part in sections(text, SECTION_TARGET, SECTION_LIMIT) if part.strip()]
@@ -203,7 +203,7 @@ def _refuse_code(name: str, data_dir: epath.Path) -> None:
 
 
 def _class_names(content: Any) -> Iterator[str]:
-    """Names of Python classes in a features.json, of today's form and the older one."""
+    """Names of Python classes in a features.json, in the current form or the older one."""
     for value in content if isinstance(content, list) else content.values() if isinstance(content, dict) else ():
         yield from _class_names(value)
     for key in ("pythonClassName", "python_class_name", "type"):

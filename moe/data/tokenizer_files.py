@@ -15,7 +15,7 @@ from moe.data.tokenizer import Tokenizer
 from moe.data.wheels import MISTRAL_COMMON, fetch_wheel
 
 SENTENCEPIECE_FILE = "tokenizer.model"
-T5_FILE = "spiece.model"  # SentencePiece too, under the name it has beside T5's checkpoints
+T5_FILE = "spiece.model"  # also SentencePiece, as named beside T5's checkpoints
 _VOCABULARIES = (SENTENCEPIECE_FILE, JSON_FILE, T5_FILE)
 #: Files of a workdir from which its tokenizer is read.
 TOKENIZER_FILES = (*_VOCABULARIES, JSON_CONFIG_FILE, TEMPLATE_FILE)
@@ -43,7 +43,7 @@ def read_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
 
 
 def find_tokenizer(workdir: str | os.PathLike[str], *, chat: bool = False) -> Tokenizer:
-    """Read the tokenizer of a run or an import from its workdir; for chat the tokenizer.json where there are several.
+    """Read the tokenizer of a run or an import from its workdir; for chat, prefer tokenizer.json.
 
     Raises:
       ConfigError: the workdir has none.

@@ -51,7 +51,7 @@ def write_average(workdir: str, out: str, steps: Sequence[int], *, ema: bool) ->
 
 
 def _mean(workdir: str, config: Config, steps: Sequence[int]) -> Any:
-    """Mean over checkpoints, one of which is in memory at a time beside the sum."""
+    """Mean over checkpoints, of which only one at a time is in memory, besides the sum."""
     total = None
     for step in steps:
         tree = stored.read_parameters(workdir, config.model, step=step, dtype=np.float32)

@@ -1,4 +1,4 @@
-"""Batches of a run: names and shapes of their arrays, their way onto the mesh and through a model."""
+"""Batches of a run: names and shapes of their arrays, their placement on the mesh, and the forward pass."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ EXPERTS_KEY = "experts"  # [B,T,L,K] int16 of rollouts whose experts are replaye
 
 
 def batch_shapes(config: Config) -> dict[str, tuple[tuple[int, ...], Any]]:
-    """Names of a batch's arrays, with the shape of a row, which begins with T, or U for what an encoder reads, and the
-    type."""
+    """Name of each array of a batch → (shape of one row, dtype); the shape begins with T, or with U for arrays of the
+    encoder."""
     length, model, objective = config.data.sequence_length, config.model, config.data.objective
     shapes: dict[str, tuple[tuple[int, ...], Any]] = dict.fromkeys(TOKEN_KEYS, ((length,), jnp.int32))
     if model.encoder_layers:
@@ -43,8 +43,8 @@ def batch_shapes(config: Config) -> dict[str, tuple[tuple[int, ...], Any]]:
 
 
 def forward(model: Model, batch: Batch, **settings: Any) -> Output:
-    """The output of a model for a batch, with the experts that it records; settings such as ``train`` are those of its
-    call."""
+    """Run a model on a batch, with the experts that the batch records, if any; ``settings`` such as ``train`` go to the
+    model's call."""
     inputs: dict[str, Any] = {key: batch[key] for key in (*ENCODER_KEYS, PREFIX_KEY) if key in batch}
     if EXPERTS_KEY in batch:
         inputs["routing"] = _recorded_choices(batch[EXPERTS_KEY], model.config.moe.group_size)

@@ -82,13 +82,13 @@ def evaluate(program: Program, variables: dict[str, Any], heldout: Heldout) -> d
             np.concatenate([np.asarray(getattr(m, name), np.float64) for m in metrics]) for name in ("nll", "targets")
         )
         domain_sums = np.asarray([nll.sum(), targets.sum(), sum(int(m.target_bytes) for m in metrics)])
-        # Batches of padding alone have no routing to report.
+        # Batches of only padding have no routing to report.
         domain_reports = [m.layers for m in metrics if m.layers is not None and int(m.targets.sum()) > 0]
         variances.append(sum_variance(nll, targets))
         results[domain] = _summary(domain_sums, variances[-1], domain_reports)
         sums += domain_sums
         reports += domain_reports
-    # The domains are strata: what differs between them is no error of the loss over all.
+    # The domains are strata: differences between them are no sampling error of the loss over all.
     variance = None if None in variances else sum(filter(None, variances))
     return {ALL: _summary(sums, variance, reports), **results}
 
@@ -129,7 +129,7 @@ def _summary(sums: np.ndarray, variance: float | None, reports: list[LayerReport
 
 
 def routing_metrics(reports: list[LayerReport]) -> dict[str, Any]:
-    """Metrics of several batches as of one: means over tokens or assignments, not over batches.
+    """Metrics of several batches as if they were one: means over tokens or assignments, not over batches.
 
     Args:
         reports: of each batch, stacked over layers.

@@ -126,7 +126,7 @@ def train(
             prepared, config.data, batch_size=config.train.batch_size, seed=config.seed, rows=rows
         )
         if new:
-            iterator.start_prefetch()  # the first batch, while the rest is made
+            iterator.start_prefetch()  # reads the first batch while the rest is built
         state = warm_start.first_state(program, say, pinned.base) if new else None
         if config.lora.rank and not new:
             state = warm_start.first_state(program, base_step=pinned.base)  # the base; a checkpoint holds the adapters
@@ -173,8 +173,8 @@ def train(
 
 
 def _with_streams(config: Config, mesh: Mesh, begun: Config | None, say: Callable[[str], Any]) -> Config:
-    """The config with a number of document streams, where it leaves that open and the default does not fit: the number
-    of the run that has begun, or as many as the processes of a new one can share."""
+    """Fill in the number of document streams if the config leaves it open: that of the run that is resumed; for a new
+    run whose processes cannot share the default number, the smallest that they can."""
     if config.data.streams:
         return config
     number, size = 0, config.train.batch_size
@@ -184,7 +184,7 @@ def _with_streams(config: Config, mesh: Mesh, begun: Config | None, say: Callabl
         needed = streams.least_number(size, rows_by_process(mesh, size).values())
         if needed > streams.default_number(size):
             number = needed
-            say(f"data.streams: {number}, so that each process has whole ones")
+            say(f"data.streams: {number}, so that each process has whole streams")
     return dataclasses.replace(config, data=dataclasses.replace(config.data, streams=number))
 
 
@@ -195,7 +195,7 @@ def _folder(workdir: str) -> epath.Path:
         refuse_unusable_path(workdir)
         whole = directory.absolute()
         existing = next(place for place in (whole, *whole.parents) if place.exists())
-        # A folder that is there already is asked by its lock, which knows the system's reason.
+        # An existing folder is tested by taking its lock, whose error has the system's reason.
         if not existing.is_dir() or (existing != whole and not os.access(existing, os.W_OK | os.X_OK)):
             raise ConfigError(f"--workdir={workdir}: cannot be written ({existing} is not a writable folder)")
     elif not workdir.startswith("gs://"):  # the only one for which Orbax writes arrays
@@ -262,7 +262,7 @@ class _Loop:
         Args:
             iterator: positioned at the batch of the next step.
             heldout: batches of every evaluation.
-            signals: asked at the end of every step.
+            signals: checked at the end of every step.
             start: steps done.
             saved: JSON that :meth:`_save` left in the checkpoint of that step.
             shown: progress on standard error.

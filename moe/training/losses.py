@@ -176,11 +176,11 @@ def soft_cross_entropy(
 
 @dataclasses.dataclass(frozen=True)
 class Sums:
-    """A batch's sums of an objective, each divided by :meth:`Objective.count`.
+    """Sums of an objective over a batch; the step divides each by :meth:`Objective.count`.
 
     Attributes:
-        loss: what is trained, without auxiliary terms.
-        cross_entropy: what is logged under this name.
+        loss: minimised, without auxiliary terms.
+        cross_entropy: logged under this name.
         terms: further numbers to log, by name.
     """
 
@@ -215,7 +215,8 @@ class Objective(Protocol):
 
 
 class TextObjective:
-    """The next token of a text, and a teacher's probabilities of it; with multi-token prediction those after it."""
+    """Prediction of the next token of a text, with a teacher also of its probabilities, and with multi-token prediction
+    also of later tokens."""
 
     noise = True
 
@@ -231,7 +232,7 @@ class TextObjective:
         batch: dict[str, Array],
         teacher: tuple[Model, Output] | None,
     ) -> Sums:
-        """Nats over targets."""
+        """Sums over the targets, in nats."""
         if config.data.is_posttraining:
             raise ConfigError(
                 f"data.objective={config.data.objective!r}: build the program by moe.posttraining.make_program"
@@ -269,7 +270,7 @@ def auxiliary_loss(layers: LayerReport | None, config: MoEConfig) -> Array:
     if layers is None:
         return jnp.zeros((), jnp.float32)
     weights = {term: getattr(config.losses, weight) for term, (weight, _) in AUXILIARY.items()}
-    # Terms without a weight are metrics; XLA cannot drop the work of a gradient that is multiplied by 0.
+    # Terms with weight 0 are only metrics; XLA cannot remove the computation of a gradient that is multiplied by 0.
     terms = [weight * getattr(layers, term) for term, weight in weights.items() if weight]
     return sum((jnp.sum(term) for term in (*terms, layers.sparsity_penalty)), jnp.zeros((), jnp.float32))
 

@@ -50,7 +50,7 @@ class Workdir:
 
 
 def same_text(config: Config, domains: Sequence[str]) -> dict[tuple[str, str], Any]:
-    """(section, field) → value of the settings with which another run reads the text of a config as that does."""
+    """(section, field) → value of the settings with which another run reads the same text as this config."""
     return {
         ("data", "dataset"): config.data.dataset,
         ("data", "domains"): tuple(domains),
@@ -58,7 +58,7 @@ def same_text(config: Config, domains: Sequence[str]) -> dict[tuple[str, str], A
         ("data", "objective"): config.data.objective,
         ("data", "sequence_length"): config.data.sequence_length,
         ("train", "batch_size"): config.train.batch_size,
-        # What the objective demands and nothing reads here.
+        # Required by the checks of the objective; not used here.
         ("distill", "teacher"): config.distill.teacher,
         ("policy", "kl"): config.policy.kl,
         ("policy", "replay"): config.policy.replay,
@@ -88,7 +88,7 @@ def open_workdir(path: str, instead: dict[tuple[str, str], Any]) -> Workdir:
     tree["data"]["chat_template"] = ""  # the workdir's tokenizer has it
     tree["data"]["streams"] = 0
     tree["train"]["accumulation_steps"] = 1
-    # Nothing here trains: an optimizer of the run's author is not imported.
+    # Nothing is trained here, so the optimizer of a user's module is not imported.
     tree["optimizer"]["name"] = OptimizerConfig().name
     # A checkpoint can be restored onto any mesh.
     config = dataclasses.replace(from_config_dict(tree), mesh=MeshConfig(data=1, fsdp=-1))

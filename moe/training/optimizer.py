@@ -88,7 +88,7 @@ def make_optimizer(
         model: its parameters get individual rates if it has a base model's sizes; None: one rate for all.
 
     Raises:
-        ConfigError: no such optimizer, or a function of the user's that makes none.
+        ConfigError: no such optimizer, or a user's function that does not return one.
     """
     schedule = learning_rate_schedule(config, num_steps)
     if model is not None and model.has_base:
@@ -107,7 +107,7 @@ def make_optimizer(
 
 
 def _stored_in(dtype: jnp.dtype, optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The optimizer with what its state has for each parameter stored in another type; it computes in float32
+    """The optimizer with the per-parameter arrays of its state stored in another dtype; it computes in float32
     (DeepSeek-V3, section 3.3.3: both moments of AdamW in bfloat16)."""
 
     def cast(state: Any, old: Any, new: Any) -> Any:
@@ -128,9 +128,9 @@ def _stored_in(dtype: jnp.dtype, optimizer: optax.GradientTransformation) -> opt
 
 
 def _transferred(config: OptimizerConfig, schedule: optax.Schedule, model: ModelConfig) -> optax.GradientTransformation:
-    """The optimizer with a factor on each parameter's update, and on its gradient, which divides epsilon.
+    """The optimizer with a factor on each parameter's update, and one on its gradient, which in effect divides epsilon.
 
-    Weight decay has no factor: muP multiplies it by what it divides the rate by (:mod:`moe.training.rates`).
+    Weight decay has no factor: muP multiplies it by the divisor of the rate (:mod:`moe.training.rates`).
     """
     optimizer = _named(dataclasses.replace(config, weight_decay=0.0), schedule)
     decay = optax.chain(
@@ -153,8 +153,8 @@ class WeightAverage(NamedTuple):
     """Exponential moving average of the weights.
 
     Attributes:
-        steps: [] int32, weights that were averaged.
-        total: their sum, each times (1 - decay) decay^age.
+        steps: [] int32, number of updates whose weights were averaged.
+        total: sum of these weights, each times (1 - decay) decay^age.
     """
 
     steps: Array
@@ -162,7 +162,7 @@ class WeightAverage(NamedTuple):
 
 
 def averaged_weights(config: OptimizerConfig, state: Any) -> Any:
-    """The average of the weights after each update so far: their weights decay with age, and sum to 1.
+    """The average of the weights after each update so far, with factors that decay with age and sum to 1.
 
     Args:
         config: with ``ema_decay``.
@@ -223,8 +223,8 @@ def adafactor(config: OptimizerConfig, schedule: optax.Schedule) -> optax.Gradie
     """Adafactor with the settings of T5 and Switch: second moments factored over dimensions from 128 on, no momentum,
     updates clipped at RMS 1 and multiplied by the parameter's RMS (Shazeer and Stern 2018, algorithm 4).
 
-    They go with schedule "rsqrt", a learning rate of 1/√warmup_steps and no weight decay; if there is any, it is
-    decoupled as in AdamW. Layers and experts that are stacked in one array share their clipping and scale.
+    These settings go with schedule "rsqrt", a learning rate of 1/√warmup_steps and no weight decay; if there is any, it
+    is decoupled as in AdamW. Layers and experts that are stacked in one array share their clipping and scale.
 
     The two largest dimensions of an array are factored, so with E above D or F the experts' is one of them. That is
     Switch's own rule (Mesh TensorFlow, AdafactorOptimizer._factored_dims), and its models have E below D and F; T5X
@@ -240,7 +240,7 @@ def adafactor(config: OptimizerConfig, schedule: optax.Schedule) -> optax.Gradie
 
 
 def muon(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Muon on the matrices of attention, FFNs and experts, each layer and expert for itself; AdamW on the rest.
+    """Muon on the matrices of attention, FFNs and experts, each layer and expert separately; AdamW on the rest.
 
     Updates have an RMS of 0.2, so that AdamW's learning rate and weight decay serve both (Liu et al. 2025, section
     2.2). The rest is embeddings, routers, norm scales, biases, and the rates and convolutions of a delta net.
@@ -270,7 +270,7 @@ def decay_mask(parameters: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: is_matrix(path), parameters)
 
 
-#: Types of arrays that a checkpoint keeps with their checksums.
+#: Dtypes that a checkpoint can store with a checksum.
 _STORED = tuple(
     map(jnp.dtype, ("bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "float16", "bfloat16", "float32"))
 )

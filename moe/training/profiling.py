@@ -1,4 +1,4 @@
-"""The machine of a run: the rate of its matmuls, its memory, and profiler traces.
+"""Measurements of the machine of a run: the rate of matmuls, memory, and profiler traces.
 
 ``--profile=STEP:COUNT`` traces some steps, to ``WORKDIR/profile/plugins/profile/steps_A-B/HOST.xplane.pb``; view it
 with ``tensorboard --logdir=WORKDIR/profile`` and its plugin (``pip install xprof``). The train step is wrapped, so the
@@ -37,7 +37,7 @@ def measured_matmul_rate(
 
     Args:
         size: rows of a matrix; None: 2048 on CPU, 8192 on accelerators.
-        repeats: measurements, of which the median counts.
+        repeats: number of measurements; their median is used.
         chain: matmuls of one program; None: 1 on CPU, 16 on accelerators, where a single one would measure the launch.
     """
     on_cpu = target.is_cpu()

@@ -19,14 +19,14 @@ import tqdm
 from moe import process
 from moe.escaping import terminal
 
-#: Values shown, most important first: a narrow terminal has room for the first ones alone.
+#: Values shown, most important first: a narrow terminal has room only for the first ones.
 _ORDER = ("loss", "heldout", "tokens/s", "dropped", "lr", "epoch", "MFU")
 #: A line of tqdm: the bar fills what the text leaves of the terminal's width.
 _LINE = "{percentage:3.0f} % {n_fmt}/{total_fmt}, {remaining} left{postfix} {bar}"
 
 
 def say(text: str) -> None:
-    """Print a line on standard output; what follows a closed pipe or a full disk is lost."""
+    """Print a line on standard output; after a closed pipe or a full disk, output is discarded."""
     try:
         print(text, flush=True)
     except (OSError, ValueError):
@@ -35,7 +35,7 @@ def say(text: str) -> None:
 
 
 def stage(text: str) -> None:
-    """Print on standard error what a start is doing, after the seconds since the program's start."""
+    """Print the current stage of the start on standard error, with the seconds since the program started."""
     with contextlib.suppress(OSError, ValueError):
         print(f"[{process.seconds_running():6.1f} s] {terminal(text)}", file=sys.stderr, flush=True)
 
@@ -150,7 +150,7 @@ class Progress:
 
 
 def _is_terminal() -> bool:
-    """Whether standard error is a terminal that tells its width: in one of no columns a bar would be invisible."""
+    """Whether standard error is a terminal with a known width: with 0 columns a bar would be invisible."""
     try:
         return sys.stderr is not None and os.get_terminal_size(sys.stderr.fileno()).columns > 0
     except (OSError, ValueError):  # no terminal, or closed

@@ -13,9 +13,9 @@ norm scales, biases                     1                      M L              
 ======================================  =====================  =================  ==============================
 
 Sources: muP (Yang et al. 2022, arXiv 2203.03466, table 8) and CompleteP (Dey et al. 2025, arXiv 2505.01618, table 1,
-α = 1). A gradient times c is an ε divided by c. Weight decay is muP's λ·m times the rate η/m, so it has no factor.
-Where muP keeps σ while the width grows, in embedding and unembedding, their rates and two factors in the forward pass
-make the same model of it (Yang et al. 2022, lemma J.1): embeddings times sqrt(M), logits times 1/sqrt(M) instead of
+α = 1). A gradient times c has the effect of ε divided by c. Weight decay is muP's λ·m times the rate η/m, so it has
+no factor. For embedding and unembedding muP keeps σ while the width grows; their rates and two factors in the forward
+pass give an equivalent model (Yang et al. 2022, lemma J.1): embeddings times sqrt(M), logits times 1/sqrt(M) instead of
 1/M. CompleteP multiplies what attention and FFN add by 1/L (:class:`moe.config.ModelConfig` fills these in).
 
 Experts are hidden matrices and E is a number of outputs, like V, as in muP for MoE (Małaśnicki et al. 2025, arXiv
@@ -78,8 +78,8 @@ def gains(model: ModelConfig, parameters: Any) -> Any:
 
 
 def _growth(model: ModelConfig, names: list[str]) -> tuple[float, float]:
-    """Input and output dimension of a matrix over those of the base model; the dimension of latent experts grows with
-    D."""
+    """Ratio of the input and output dimension of a matrix to those of the base model; the dimension of latent experts
+    grows with D."""
     width, part = model.width_growth, part_of(names)
     if part == "experts":
         grown = model.expert_growth
@@ -93,7 +93,7 @@ def _size(leaf: Any, axes: Any) -> float:
 
 
 def _spectral(size_in: float, size_out: float) -> float:
-    """Spectral norm that features need over that of an update of RMS 1, up to a constant."""
+    """Ratio of the spectral norm that features need to that of an update with RMS 1, up to a constant."""
     return (size_out / (size_in * max(size_in, size_out))) ** 0.5
 
 
@@ -103,7 +103,7 @@ def is_matrix(path: Any) -> bool:
 
 
 def matrix_axes(path: Any) -> optax.contrib.MuonDimensionNumbers | None:
-    """Input and output axes of a matrix by the last two names of its path; None if Muon does not move it."""
+    """Input and output axes of a matrix by the last two names of its path; None if Muon does not update it."""
     owner, name = path[-2].key if len(path) > 1 else "", path[-1].key
     mixer = owner in ("attention", "delta_net")
     if mixer and name in ("query", "key", "value", "gate", "query_up", "kv_up"):  # [D,N,H]

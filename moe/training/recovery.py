@@ -1,6 +1,6 @@
 """Warnings about skipped updates, loss spikes and dead experts; rollback after a streak of skipped updates.
 
-Warnings depend on the logged metrics alone, so that a resumed run gives the same ones.
+Warnings depend only on the logged metrics, so that a resumed run gives the same ones.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from moe.models import sampling
 from moe.models.state import TrainState
 from moe.training.step import Program
 
-_FIRST_DOCUMENTS = 1_000  # of a domain, among which one with a prompt is looked for
+_FIRST_DOCUMENTS = 1_000  # documents of a domain that are searched for a prompt
 
 
 def finish(
@@ -56,7 +56,7 @@ def finish(
         ) from error
     if config.train.sample_tokens and jax.process_count() == 1:
         text += "\n\n" + _sampled(program, state, prepared)
-    text = terminal(text)  # of documents, and of a model that learnt them
+    text = terminal(text)  # it quotes documents, and a model that learnt them
     write_atomic(directory / "report.txt", text + "\n")
     say("\n" + text + f"\n\nIn {directory}: report.txt, training.png, {METRICS}, tensorboard/, checkpoints/")
 
@@ -64,8 +64,8 @@ def finish(
 def prompts(config: Config, prepared: pipeline.Prepared) -> dict[str, Any]:
     """Domain → what the report continues: the first tokens of a held-out document, or an encoder-decoder's example.
 
-    Each is of the first document that has one, among :data:`_FIRST_DOCUMENTS`; a domain without is left out. Called at
-    the start of a run too, so that a run whose end would fail is refused.
+    Each is from the first of :data:`_FIRST_DOCUMENTS` documents that has one; a domain without one is left out. Also
+    called at the start of a run, to refuse a run whose report would fail.
 
     Raises:
         ConfigError: a document is not of the objective's kind, or has a token that the model lacks.
@@ -81,7 +81,7 @@ def prompts(config: Config, prepared: pipeline.Prepared) -> dict[str, Any]:
 
 
 def _prompt(config: Config, tokenizer: Tokenizer, text: str) -> list[Any]:
-    """The prompt of a document, or nothing if it is too short to have one."""
+    """List with the prompt of a document, empty if the document is too short to have one."""
     if config.model.encoder_layers:
         return objectives.examples(text, np.random.default_rng(0), config.data, tokenizer)[:1]
     if config.data.conversations:

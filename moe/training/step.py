@@ -97,7 +97,7 @@ class Program:
         eval_step: (variables, Batch, token_bytes [V] int32) → EvalMetrics; deterministic.
         state: TrainState of ShapeDtypeStructs with shardings.
         batch: Batch of ShapeDtypeStructs with shardings.
-        about: line on the objective for the beginning of a run; empty: the next token.
+        about: line about the objective, printed when a run begins; empty for next-token prediction.
     """
 
     config: Config
@@ -217,12 +217,12 @@ def _in_host_memory(shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> Nam
     """Where an array of the optimizer is stored; counters stay on the device.
 
     Raises:
-        ConfigError: JAX does not know the devices' memories, those of GPUs that are absent.
+        ConfigError: JAX does not know the memories of these devices, as of absent GPUs.
     """
     stored = sharding.with_memory_kind("pinned_host") if shape.ndim else sharding
     if shape.ndim and stored.memory_kind != "pinned_host":
         raise ConfigError(
-            "optimizer.memory=host: must be device in a plan for GPUs: JAX 0.12 knows no memories of absent ones"
+            "optimizer.memory=host: must be device in a plan for GPUs: JAX 0.12 does not know memories of absent ones"
         )
     return stored
 
@@ -260,7 +260,7 @@ def _init(parts: _Parts, seed: ArrayLike) -> TrainState:
 def train_step(
     parts: _Parts, state: TrainState, batch: Batch, teacher_variables: dict[str, Any] | None = None
 ) -> tuple[TrainState, TrainMetrics]:
-    """Gradients, then an update unless the loss or a gradient is not finite."""
+    """Compute gradients, then update unless the loss or a gradient is not finite."""
     rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
     (loss, (cross_entropy, terms), layers), gradients = _gradients(parts, state, batch, rng, teacher_variables)
     norm = gradient_norm(parts.config.optimizer, gradients)
@@ -269,7 +269,7 @@ def train_step(
     metrics = TrainMetrics(loss, cross_entropy, norm, learning_rate, 1.0 - finite.astype(jnp.float32), layers, terms)
     biases = _next_biases(parts.config, state.biases, layers)
     if parts.config.optimizer.memory == "host":
-        # After the gradients: fetched earlier, it would lie beside the activations.
+        # After the gradients: fetched earlier, it would be in memory together with the activations.
         stored, norm = jax.lax.optimization_barrier((state.optimizer, norm))
         state = dataclasses.replace(state, optimizer=jax.device_put(stored, jax.memory.Space.Device))
     # A select joins the loop that writes the update; a branch would keep old and new state side by side.
@@ -329,7 +329,7 @@ def _noise_key(parts: _Parts, rng: Array) -> Array | None:
 
 
 def _balance_totals(parts: _Parts, state: TrainState, split: Batch, rng: Array) -> BalanceSums | None:
-    """Sums of every layer over all microbatches, by a forward pass of each with the noise of its gradient."""
+    """Sums of every layer over all microbatches, by a forward pass of each with the same noise as its gradient."""
 
     def measure(_, inputs):
         microbatch, index = inputs

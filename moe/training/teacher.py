@@ -40,7 +40,7 @@ def read_teacher(
     if tokenizer is not None:
         theirs = find_tokenizer(workdir, chat=config.data.conversations)
         if theirs.model_bytes != tokenizer.model_bytes:
-            raise ConfigError(f"distill.teacher={workdir!r}: has another tokenizer, so its ids are other texts")
+            raise ConfigError(f"distill.teacher={workdir!r}: has another tokenizer, so its ids mean other texts")
     if config.data.is_posttraining and config.model.moe.dispatch == "dropless":
         model = without_drops(model)  # else the reference would differ from the same model here
     _check_fit(config, model, mesh)

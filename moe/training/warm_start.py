@@ -35,10 +35,10 @@ from moe.training.step import Program, build
 
 
 def granularity(dense_d_ff: int, num_experts: int, d_ff: int) -> int:
-    """Number of shards of a dense FFN that experts are copies of: its hidden dim over theirs.
+    """Number of shards of a dense FFN, each expert being a copy of one: its hidden dim over the experts'.
 
     Raises:
-        ConfigError: it is no whole number, or does not divide the number of experts.
+        ConfigError: it is not a whole number, or does not divide the number of experts.
     """
     shards = dense_d_ff // d_ff
     if shards * d_ff != dense_d_ff or shards == 0 or num_experts % shards:
@@ -58,7 +58,7 @@ def copy_shards(name: str, dense: np.ndarray, num_experts: int, shards: int) -> 
 
 
 def diversify(name: str, experts: np.ndarray, start: StartConfig, seed: int, layer: int) -> np.ndarray:
-    """Copies of a matrix [E,...] as ``start`` changes them: part of the hidden units drawn anew, noise, scale of down.
+    """Change copies of a matrix [E,...] as ``start`` says: redraw some hidden units, add noise, scale the down matrix.
 
     Drop-upcycling (Nakamura et al. 2025, section 3.2): for each expert the same units of all its matrices are drawn
     from a normal distribution with the mean and deviation of the values that they replace.
@@ -91,12 +91,12 @@ def check(config: Config) -> None:
     """Check that start.checkpoint and distill.teacher exist, before anything is written.
 
     Raises:
-        ConfigError: a config or checkpoints are missing, or start.* changes a start that is not named.
+        ConfigError: a config or checkpoints are missing, or start.* is set without start.checkpoint.
     """
     if not config.start.checkpoint and config.start != StartConfig():
         sections = ({"start": dataclasses.asdict(section)} for section in (StartConfig(), config.start))
         changed = ", ".join(differing_settings(*sections))
-        raise ConfigError(f"start.checkpoint='': must name the workdir that {changed} is about; set it, or unset that")
+        raise ConfigError(f"start.checkpoint='': must name a workdir to use {changed}; set it, or unset that")
     for field, workdir in (("start.checkpoint", config.start.checkpoint), ("distill.teacher", config.distill.teacher)):
         if workdir:
             try:
@@ -110,7 +110,7 @@ def check(config: Config) -> None:
 def tokenizer(config: Config, directory: epath.Path) -> Tokenizer | None:
     """The tokenizer of the checkpoint that a run starts from, or of its teacher; None if the config has its own.
 
-    A run whose start is gone goes on with the copy in its own workdir.
+    A run whose checkpoint or teacher is gone uses the copy in its own workdir.
 
     Raises:
         ConfigError: it cannot be read.
@@ -144,7 +144,7 @@ def first_state(
     if program.config.lora.rank:
         return _adapted_state(program, state, base_step, say)
     source = read_config(start.checkpoint)
-    step = stored.chosen_step(start.checkpoint, None)  # of all that is read, though the source may be trained further
+    step = stored.chosen_step(start.checkpoint, None)  # the same for all that is read, even if the source trains on
     theirs = _host(stored.read_parameters(start.checkpoint, source.model, dtype=np.float32, step=step))
     _refuse_other_depth(program.config, source.model)
     parameters = _transplant(program, source.model, theirs, state.parameters, start)
@@ -179,8 +179,8 @@ def _adapted_state(program: Program, state: TrainState, base_step: int | None, s
 
 
 def _with_own_optimizer(program: Program, state: TrainState) -> TrainState:
-    """The state with that of a user's optimizer for these parameters, of which it may hold a copy; the state of the
-    others begins with zeros."""
+    """Initialise the state of a user's optimizer from these parameters, of which it may hold a copy; that of built-in
+    optimizers starts as zeros and is kept."""
     if ":" not in program.config.optimizer.name:
         return state
     return dataclasses.replace(state, optimizer=program.init_optimizer(state.parameters))
@@ -218,7 +218,7 @@ def _summary(config: Config, source: Config, theirs: Any) -> str:
 
 
 def _carry(program: Program, source: Config, fresh: Any, step: int) -> Any:
-    """The source's optimizer state in the place of the fresh one; of AdamW also where the models differ."""
+    """Replace the fresh optimizer state by the source's; for AdamW also where the models differ."""
     start = program.config.start
     if source.lora.rank:
         raise ConfigError(
@@ -230,17 +230,17 @@ def _carry(program: Program, source: Config, fresh: Any, step: int) -> Any:
     shapes = (jax.tree.map(np.shape, tree) for tree in (carried, fresh))
     if len(names) == 1 and same and next(shapes) == next(shapes):
         decays = {config.optimizer.ema_decay for config in (source, program.config)}
-        # The factors of an average sum to 1 under its own decay alone: under another it begins anew.
+        # The factors of an average sum to 1 only with its own decay: with another it begins anew.
         return carried if len(decays) == 1 else jax.tree.map(_keep_average, fresh, carried, is_leaf=_is_average)
     if jax.tree.structure(carried, is_leaf=_is_tree) != jax.tree.structure(fresh, is_leaf=_is_tree) or len(names) > 1:
         raise ConfigError(
-            f"start.optimizer='carry': the optimizer of {start.checkpoint} keeps another state; set optimizer.name, "
-            "and whether gradient_clip and ema_decay are 0 and parts are frozen, as there, or use 'reset'"
+            f"start.optimizer='carry': the optimizer of {start.checkpoint} has another kind of state; set "
+            "optimizer.name, frozen, and whether gradient_clip and ema_decay are 0 as there, or use 'reset'"
         )
     if names != {"adamw"} or source.optimizer.frozen:
         raise ConfigError(
-            f"start.optimizer='carry': the state of optimizer.name={program.config.optimizer.name!r} fits the same "
-            "model with the same optimizer.frozen alone; use 'reset'"
+            f"start.optimizer='carry': the state of optimizer.name={program.config.optimizer.name!r} fits only the "
+            "same model with the same optimizer.frozen; use 'reset'"
         )
 
     def move(own: Any, old: Any) -> Any:
@@ -263,7 +263,7 @@ def _is_tree(node: Any) -> bool:
 
 
 def _host(tree: Any) -> Any:
-    """A tree as NumPy arrays, whole in every process; all processes of a run must ask for it."""
+    """Convert a tree to NumPy arrays, whole in every process; all processes of a run must call it."""
 
     def whole(leaf: Any) -> np.ndarray:
         split = isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated)
@@ -276,7 +276,7 @@ def optimizer_state(source: Config, workdir: str, field: str, step: int | None =
     """Optimizer state of a run's checkpoint, on one device, checked by its checksums.
 
     Args:
-        field: that asks for it, for messages.
+        field: field or flag that needs it, for messages.
         step: of the checkpoint; None: the newest.
 
     Raises:

@@ -176,7 +176,7 @@ def test_gates_of_layers_are_values_of_names_or_sections(parse, monkeypatch):
         (("--config.model.moe.gate=hash", "--config.model.moe.gate.score=sigmoid"), "gate.score: no such field"),
         (("--config.model.moe.gate.slot=3",), "gate.slot: no such field"),
         (("--config.model.moe.gate=swich",), "did you mean 'switch'"),
-        (("--config.model.moe.gate.name=switch",), r"gate\.name: is the gate's own; choose a gate by model\.moe\.gate"),
+        (("--config.model.moe.gate.name=switch",), r"gate\.name: cannot be set; choose a gate by model\.moe\.gate"),
     ],
 )
 def test_the_command_line_refuses_what_a_gate_lacks(parse, words, message, monkeypatch):

@@ -74,7 +74,7 @@ def test_unseen_text_is_held_out_whole_and_is_not_trained_on(tmp_path, monkeypat
         lambda: pipeline.prepare(unseen, VOCAB, progress=lambda _: None),
         lambda: pipeline.train_iterator(prepared, unseen, batch_size=8, seed=0),
     ):
-        with pytest.raises(ConfigError, match="'unseen_book' has held-out text alone"):
+        with pytest.raises(ConfigError, match="'unseen_book' has only held-out text"):
             refused()
 
 

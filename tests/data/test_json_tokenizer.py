@@ -81,17 +81,17 @@ def test_a_document_is_neither_cut_nor_padded(make):
     [
         (("model", "dropout"), 0.5, r"drops merges at random \(model\.dropout=0\.5\)"),
         (("model", "vocab", "!"), 70, "has a token twice, or two of one id"),
-        (("added_tokens", 0, "id"), 5, r"has the added token '<\|endoftext\|>' under 5, and it is 0"),
+        (("added_tokens", 0, "id"), 5, r"has the added token '<\|endoftext\|>' with id 5, but its id is 0"),
         (("model", "continuing_subword_prefix"), "##", "not a tokenizer.json"),  # the library panics
         (
             ("normalizer",),
             {"type": "Replace", "pattern": {"Regex": "."}, "content": ""},
-            "makes no ids of most text",
+            "gives no ids for most text",
         ),
         (
             ("post_processor",),
             {"type": "TemplateProcessing", "single": [], "pair": [], "special_tokens": {}},
-            "makes no ids of most text",
+            "gives no ids for most text",
         ),
     ],
 )

@@ -115,16 +115,16 @@ def test_refusals(recorded):
     refused(r"record 1 has shape \[4, 4, 2\], must be \[tokens, 2 or 3 layers, 2\]", [good, np.zeros((4, 4, 2), int)])
     refused(r"record 0 has shape \[4, 3, 1\]", [good[..., :1]])
     refused(r"record 0 is of type float64, must be integers", [good * 1.0])
-    refused("record 0 has 4 tokens, the rows 3", [good], length=3)
+    refused("record 0 has 4 tokens, but rows have 3", [good], length=3)
     refused("record 0: expert 5 at token 0, MoE layer 0: must be below 5", [good + 4])
     null = dataclasses.replace(model, moe=dataclasses.replace(model.moe, copy_experts=2))
     assert np.asarray(read_choices("vllm", [good + 5], null, 4).expert_index).min() == 5  # experts without an FFN
     refused("record 0: one expert twice at token 0, MoE layer 0", [good * 0])
-    refused("record 0: is no base64 of int32", ["%%"], "sglang")
-    refused("record 0: 5 experts are no multiple", [base64.b64encode(np.zeros(5, "<i4").tobytes())], "sglang")
+    refused("record 0: is not base64 of int32", ["%%"], "sglang")
+    refused("record 0: 5 experts are not a multiple", [base64.b64encode(np.zeros(5, "<i4").tobytes())], "sglang")
     # Six tokens of two MoE layers are as many numbers as four tokens of three layers; base64 has no shape.
     two = base64.b64encode(np.tile(np.array([0, 1], "<i4"), (4, 2, 1)).tobytes())
-    refused("record 0: 16 experts are no multiple of 3 layers of 2", [two], "sglang")
+    refused("record 0: 16 experts are not a multiple of 3 layers of 2", [two], "sglang")
     for wrapped in (good + 2**32, good.astype(np.uint64) + 2**63):
         refused(f"record 0 has the expert {wrapped.min()}, beyond 32 bits", [wrapped])
     refused("length=0: must be positive, and records one for each sequence", [good], length=0)

@@ -220,8 +220,8 @@ def test_a_run_saves_adapters_alone_resumes_to_the_bit_and_is_read_merged(direct
         ({"lora.rank": 2, "start.checkpoint": "x", "start.fresh": ("router",)}, r"unset start\.fresh"),
         ({"lora.rank": 2, "start.checkpoint": "x", "lora.parts": ()}, "at least one part"),
         ({"lora.alpha": 0.0}, "must be positive"),
-        ({"lora.parts": ("attention", "router")}, "must be of attention, dense, .*; lora.trained takes the others"),
-        ({"lora.rank": 2, "start.checkpoint": "x", "optimizer.name": "muon"}, "muon moves no adapters"),
+        ({"lora.parts": ("attention", "router")}, "must be among attention, dense, .*; lora.trained takes the others"),
+        ({"lora.rank": 2, "start.checkpoint": "x", "optimizer.name": "muon"}, "muon does not train adapters"),
         (
             {"optimizer.schedule": "wsd", "train.num_steps": 100, "optimizer.warmup_steps": 95},
             r"decay_steps=0: must be at most train\.num_steps - optimizer\.warmup_steps; 0 is a tenth",

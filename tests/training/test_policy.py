@@ -396,7 +396,7 @@ def _flat(number):
 def test_experts_without_a_layer_that_replays_them_are_refused():
     dense = policy.Reader(tiny_model(vocab_size=48, gate="none"), PolicyConfig(), 16)
     text = rollouts.document(group(np.random.default_rng(0)))
-    with pytest.raises(ConfigError, match=r"engine='vllm': is of a model with MoE layers; set policy.replay=False"):
+    with pytest.raises(ConfigError, match=r"engine='vllm': belongs to a model with MoE layers; set policy.replay"):
         dense.examples(text)
     assert len(dataclasses.replace(dense, policy=PolicyConfig(replay=False)).examples(text)) == 3
 

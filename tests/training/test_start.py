@@ -454,7 +454,7 @@ def test_the_average_of_weights_begins_anew_under_another_decay(tmp_path):
 def test_what_changes_a_start_needs_one():
     config = Config(start=StartConfig(optimizer="carry", fresh=("router",)))
     with pytest.raises(
-        ConfigError, match=r"start.checkpoint='': must name the workdir that start.fresh, start.optimizer"
+        ConfigError, match=r"start.checkpoint='': must name a workdir to use start.fresh, start.optimizer"
     ):
         warm_start.check(config)
 
@@ -514,7 +514,7 @@ def test_a_teacher_of_another_kind_or_tokenizer_is_refused(tmp_path):
     ours, theirs = (train_tokenizer(texts, size) for size in (320, 330))
     (tmp_path / "run" / "tokenizer.model").write_bytes(theirs.model_bytes)
     assert read_teacher(same, mesh, theirs) is not None
-    with pytest.raises(ConfigError, match="has another tokenizer, so its ids are other texts"):
+    with pytest.raises(ConfigError, match="has another tokenizer, so its ids mean other texts"):
         read_teacher(same, mesh, ours)
 
 

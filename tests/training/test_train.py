@@ -230,7 +230,7 @@ def test_a_new_run_has_the_streams_that_its_hosts_need_and_keeps_them(monkeypatc
     monkeypatch.setattr(jax, "process_count", lambda: 16)
     begun = loop._with_streams(config, mesh, None, said.append)
     assert begun.data.streams == 16
-    assert said == ["data.streams: 16, so that each process has whole ones"]
+    assert said == ["data.streams: 16, so that each process has whole streams"]
     for own in (config, begun):  # the default and the number itself, on whatever hosts, name the run
         assert loop._with_streams(own, mesh, begun, said.append) == begun
     assert loop._with_streams(config, mesh, config, said.append) == config
