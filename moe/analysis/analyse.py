@@ -22,7 +22,7 @@ from moe.data import pipeline
 from moe.training.batches import EXPERTS_KEY
 
 PASSAGE = 6_000  # characters of each domain in the explorer
-#: Bounds of what :func:`analyse` takes: records and texts are held in memory.
+#: Upper bounds of arguments of :func:`analyse`: records and texts are held in memory.
 LARGEST = {"tokens": 1 << 24, "shuffles": 100_000, "characters": 10_000_000}
 _STRETCH = 16  # tokens of whole documents read per token kept, so that many documents contribute
 _CANDIDATES = 50  # documents of each domain from which the shown one is selected
@@ -80,7 +80,8 @@ def analyse(
         variables: the model's variables.
         prepared: tokenizer and documents.
         characters: length of the text of each domain in the explorer.
-        document: number of the held-out document of each domain in it; None: the most legible of the first ones.
+        document: number of the held-out document shown of each domain; None: of the first ones, the one with the
+            largest share of drawable characters.
         **options: see :class:`MeasureOptions`.
 
     Raises:
@@ -103,7 +104,7 @@ def _check_document(document: int | None, recorder: Recorder, prepared: pipeline
     if document is None:
         return
     if _shows_rows(recorder):
-        raise ConfigError(f"document={document}: of encoder-decoders and of examples rows are shown; leave it out")
+        raise ConfigError(f"document={document}: encoder-decoders and examples are shown by rows; leave it out")
     for domain in prepared.domains:
         if not 0 <= document < (count := len(prepared.heldout[domain])):
             raise ConfigError(f"document={document}: must be from 0 to {count - 1}, the last held out of {domain!r}")
@@ -112,8 +113,8 @@ def _check_document(document: int | None, recorder: Recorder, prepared: pipeline
 def heldout_rows(
     recorder: Recorder, prepared: pipeline.Prepared, tokens: int
 ) -> dict[str, list[dict[str, np.ndarray]]]:
-    """Held-out batches of each domain with at least ``tokens`` tokens of the decoder, as far as there are; without the
-    recorded experts of rollouts, which would be replayed instead of what the routers choose."""
+    """Held-out batches of each domain with at least ``tokens`` decoder tokens, or all there are. Recorded experts of
+    rollouts are removed, since they would be replayed in place of the routers' choices."""
     config = recorder.program.config
     data = dataclasses.replace(config.data, heldout_rows=-(-tokens // config.data.sequence_length))
     batches = {
@@ -140,7 +141,7 @@ def measure(
     rows = heldout_rows(recorder, prepared, tokens)
     records = recorder(variables, rows)
     code, code_rows, skipped = None, None, 0
-    if code_domain in prepared.domains and not recorder.stack:  # a document alone is no input of an encoder-decoder
+    if code_domain in prepared.domains and not recorder.stack:  # a document is not an input of an encoder-decoder
         documents = first_documents(prepared.heldout[code_domain], prepared.tokenizer, _STRETCH * tokens)
         batches, skipped = summary.code_batches(documents, length, batch_size, keep=-(-tokens // length))
         code_rows = {code_domain: batches} if batches else None
@@ -165,7 +166,7 @@ def measure(
 
 
 def _why_no_syntax(recorder: Recorder, code_domain: str, domains: tuple[str, ...]) -> str:
-    """Reason for which there are no syntax classes, for the page."""
+    """Reason, for the page, why there are no syntax classes."""
     if recorder.stack:
         return "syntax classes are of whole documents, which are no input of an encoder-decoder"
     if code_domain in domains:
@@ -177,14 +178,14 @@ def _why_no_syntax(recorder: Recorder, code_domain: str, domains: tuple[str, ...
 
 
 def _shows_rows(recorder: Recorder) -> bool:
-    """Whether the model reads something else than the held-out documents: an encoder's sources, rendered examples."""
+    """Whether the model reads something other than held-out documents: an encoder's sources, rendered examples."""
     return bool(recorder.stack) or recorder.program.config.data.whole_examples
 
 
 def _passages(
     recorder: Recorder, variables: dict[str, Any], prepared: pipeline.Prepared, characters: int, number: int | None
 ) -> list[passages.Passage]:
-    """Take the beginning of one held-out document per domain: that number, or the one most of which can be drawn."""
+    """Take the beginning of one held-out document per domain: the one given, or the one with most drawable text."""
     if _shows_rows(recorder):
         return _row_passages(recorder, variables, prepared, characters)
     config = recorder.program.config
@@ -193,7 +194,7 @@ def _passages(
         texts = prepared.heldout[domain]
         candidates = itertools.islice(texts, _CANDIDATES) if number is None else [texts[number]]
         beginnings = (text[:characters] for text in candidates)
-        clearest = max(beginnings, key=picture.drawable)  # the first of equal ones
+        clearest = max(beginnings, key=picture.drawable)  # the first among equals
         for document in first_documents([clearest], prepared.tokenizer, 1):
             documents[domain] = document
     if not documents:

@@ -1,8 +1,8 @@
 """Mutual information of the first expert and a label (domain, token id, syntax class), against permutations of rows.
 
-Neighbouring tokens are not independent samples: experts and labels are both alike along a text. A null distribution
-that exchanges single tokens would find a dependence between any two such sequences. So whole rows of labels are
-exchanged, each from a random starting point, which keeps what is alike within a row on both sides.
+Neighbouring tokens are not independent samples: experts and labels are both autocorrelated along a text. A null
+distribution that permutes single tokens would find a dependence between any two such sequences. So whole rows of labels
+are permuted, each rotated by a random offset, which preserves the autocorrelation within rows.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def dependence(
 
     Args:
         x: [n] non-negative integers in reading order: first experts.
-        y: [n] labels; a token with a negative one does not count.
+        y: [n] labels; tokens with a negative one are ignored.
         rows: [n] numbers of the tokens' rows. Rows are exchangeable, tokens of a row are not.
         shuffles: permutations.
         rng: random generator of the permutations.

@@ -1,7 +1,7 @@
 """The difference between the routing, and the losses, of two models on the same tokens.
 
-Experts have no order, so those of one model are first matched with those of the other: the permutation under which most
-tokens have the same first expert (Hungarian method), found on even rows of the text and measured on odd ones.
+Experts have no order, so those of one model are first matched with those of the other by the permutation under which
+most tokens have the same first expert (Hungarian method). It is found on even rows of the text; odd rows are measured.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from moe.training.batches import Batch, forward, place
 from moe.training.losses import token_cross_entropy
 from moe.training.step import Program
 
-#: Groups of tokens by margin of the router, by position in the row, and by frequency of the token.
+#: Number of groups of tokens by router margin, by position in the document, and by frequency of the token.
 QUARTERS = 4
 
 
@@ -53,7 +53,7 @@ class TokenLosses:
 
 
 def places(batches: Mapping[str, Sequence[Mapping[str, np.ndarray]]]) -> tuple[np.ndarray, np.ndarray]:
-    """Number of the domain, and of the row over all domains, of every real token: two [n] in the order of Records."""
+    """Domain number of every real token, and its row number over all domains: two [n] in the order of Records."""
     domains, rows, first = [], [], 0
     for number, of_domain in enumerate(batches.values()):
         for batch in of_domain:
@@ -66,11 +66,11 @@ def places(batches: Mapping[str, Sequence[Mapping[str, np.ndarray]]]) -> tuple[n
 
 @dataclasses.dataclass(frozen=True)
 class Agreement:
-    """How far two models route the same tokens alike in one layer, on odd rows.
+    """Agreement of two models' routing of the same tokens in one layer, on odd rows.
 
     Attributes:
         first: share of tokens with the same first expert.
-        sets: mean share of the first model's experts of a token that the other chose too.
+        sets: share of a token's experts in the first model that the other chose too, mean over tokens.
         chance: ``first`` for independent choices with these loads.
         null: mean of ``first`` where whole rows of the other model's choices are exchanged.
         null_std: its standard deviation.
@@ -78,7 +78,7 @@ class Agreement:
         load_distance: half the sum of absolute differences of the two loads, in [0,1].
         by_margin: share of tokens with the same first expert, in quarters of the first model's margin between its
             first and second expert, the smallest first.
-        permutation: expert of the other model for each of the first's.
+        permutation: for each expert of the first model, the matching expert of the other.
     """
 
     first: float
@@ -96,16 +96,16 @@ def check_same_tokens(one: Records, other: Records) -> None:
     """Refuse records that cannot be compared.
 
     Raises:
-        ConfigError: other tokens, another number of MoE layers, or another number of experts.
+        ConfigError: the tokens, the numbers of MoE layers or the numbers of experts differ.
     """
     for what, first, second in (
         ("MoE layers", len(one.layers), len(other.layers)),
-        ("experts, with those without an FFN", one.num_experts, other.num_experts),
+        ("experts, including those without an FFN", one.num_experts, other.num_experts),
     ):
         if first != second:
             raise ConfigError(f"cannot compare: one model has {first} {what}, the other {second}")
     if not np.array_equal(one.tokens, other.tokens):
-        raise ConfigError("cannot compare: the models read other tokens; both need one tokenizer and one text")
+        raise ConfigError("cannot compare: the models read different tokens; both need the same tokenizer and text")
 
 
 def agreements(one: Records, other: Records, *, shuffles: int, seed: int) -> list[Agreement]:
@@ -163,7 +163,7 @@ def _counts(first: np.ndarray, second: np.ndarray, size: int) -> np.ndarray:
 
 
 def _exchanged(row: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Places of the tokens after whole rows were put in another order, from a random starting point."""
+    """Token indices after whole rows were permuted and the result rotated by a random offset."""
     rows = np.split(np.arange(len(row)), np.flatnonzero(np.diff(row)) + 1)
     order = np.concatenate([rows[number] for number in rng.permutation(len(rows))])
     return np.roll(order, rng.integers(len(order)))
@@ -175,8 +175,8 @@ class LossDifference:
 
     Attributes:
         mean: over tokens.
-        low: end of the 95 % interval over rows, whose tokens are not independent.
-        high: its other end.
+        low: lower end of the 95 % interval over rows, since tokens of a row are not independent.
+        high: upper end.
         tokens: number with a target.
     """
 
@@ -199,7 +199,7 @@ def loss_difference(difference: np.ndarray, row: np.ndarray) -> LossDifference |
         return None
     sums, counts = np.bincount(index, weights=difference[known]), np.bincount(index)
     mean = sums.sum() / counts.sum()
-    # Of a ratio of sums over rows: the spread of what each row adds to it.
+    # Standard error of a ratio of sums over rows, from the residual of each row.
     error = np.sqrt(len(numbers) / (len(numbers) - 1) * np.sum((sums - mean * counts) ** 2)) / counts.sum()
     half = stats.t.ppf(0.975, len(numbers) - 1) * error
     return LossDifference(float(mean), float(mean - half), float(mean + half), int(counts.sum()))
@@ -242,7 +242,7 @@ def loss_differences(
 
 
 def _quarters(values: np.ndarray) -> dict[str, np.ndarray]:
-    """Tokens by quarter of a whole number, as far as equal numbers can be parted."""
+    """Tokens by quarter of an integer value; equal values stay in one group."""
     bounds = np.unique(np.quantile(values, np.linspace(0, 1, QUARTERS + 1)[1:-1], method="inverted_cdf"))
     number = np.searchsorted(bounds, values, side="left")
     return {

@@ -16,7 +16,7 @@ from moe.analysis.difference import Agreement, LossDifference
 from moe.atomic_files import write_atomic, write_figure
 from moe.escaping import FIGURE_TEXT, markdown_table, markdown_text
 
-#: Tokens of a group below which the figure leaves it out.
+#: Number of tokens below which the figure leaves a group out.
 _FEWEST = 200
 
 

@@ -28,7 +28,7 @@ class Document:
 def read_document(text: str, tokenizer: Tokenizer) -> Document | None:
     """Tokenise a text and locate its tokens; None if the tokens' bytes do not add up to the text.
 
-    Of a tokenizer that puts a space before every text (Mixtral's), the first token begins at byte 0 too.
+    With a tokenizer that puts a space before every text (Mixtral's), the first token still begins at byte 0.
     """
     ids = tokenizer.encode(text)
     ends = np.cumsum(tokenizer.token_bytes[ids])
@@ -94,7 +94,7 @@ def document_batches(
 
 
 def first_documents(texts: Iterable[str], tokenizer: Tokenizer, max_tokens: int) -> list[Document]:
-    """Read documents until they have `max_tokens` tokens together, at least one; skips those that fail to tokenise.
+    """Read documents until they have `max_tokens` tokens in total; skips those that fail to tokenise.
 
     Args:
         texts: the texts, in order.

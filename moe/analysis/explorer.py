@@ -52,14 +52,14 @@ def explorer_page(passages: Sequence[Passage], summary: dict[str, Any], shown: S
 
 
 def _weights(weights: np.ndarray) -> dict[str, Any]:
-    """Combine weights as shares of a unit, which is 1 unless one is above: one that is not 0 stays above 0."""
+    """Combine weights as uint16 shares of a unit, 1 or the largest weight if that is above 1; none is rounded to 0."""
     unit = max(1.0, float(weights.max(initial=0.0)))
     shares = np.maximum(np.rint(weights / unit * _LARGEST), 1)
     return {"weights": _encode(np.where(weights > 0, shares, 0)), "unit": unit}
 
 
 def render(data: str) -> str:
-    """The page of its data as JSON, such as a page's element ``data`` holds."""
+    """Render the page from its data as JSON, which becomes the content of its element ``data``."""
     # In a script element only "<" could end the data.
     return _TEMPLATE.read_text().replace("__DATA__", data.replace("<", "\\u003c"))
 

@@ -28,7 +28,7 @@ def expert_load(
 
 
 def mean_entropy(router_probs: np.ndarray) -> np.ndarray:
-    """Mean entropy of router_probs [L,n,E] divided by ln E, [L]: 1 for uniform, 0 for certain, and for one expert."""
+    """Mean entropy of router_probs [L,n,E] over ln E, [L]: 1 if uniform, 0 if certain or if there is one expert."""
     p = np.maximum(router_probs, 1e-30)
     return -(p * np.log(p)).sum(-1).mean(-1) / math.log(max(router_probs.shape[-1], 2))
 
@@ -43,8 +43,8 @@ def membership(expert_index: np.ndarray, chosen: np.ndarray, num_experts: int) -
 def coactivation(expert_index: np.ndarray, chosen: np.ndarray, num_experts: int) -> np.ndarray:
     """Number of tokens that chose both experts, [L,E,E] int64; on the diagonal, tokens of the expert.
 
-    Divided by the diagonal of its row: the share of an expert's tokens that also chose the other (OLMoE 2024, section
-    5.2).
+    A row divided by its diagonal entry is the share of an expert's tokens that also chose the other (OLMoE 2024,
+    section 5.2).
     """
     counts = np.zeros((len(expert_index), num_experts, num_experts), np.int64)
     for layer, (index, sent) in enumerate(zip(expert_index, chosen, strict=True)):
@@ -56,8 +56,8 @@ def coactivation(expert_index: np.ndarray, chosen: np.ndarray, num_experts: int)
 def most_frequent_partner(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Share of an expert's tokens that also chose its most frequent partner, mean over used experts, [L]; and by load.
 
-    The second value is what the loads alone make of it: the other choices of an expert's tokens drawn by load from the
-    other experts, which counts an expert twice in the rare case that it is drawn twice.
+    The second array is the share expected from the loads alone: the other choices of an expert's tokens are drawn from
+    the other experts in proportion to load; one that is drawn twice for a token, which is rare, counts twice.
 
     Args:
         counts: [L,E,E] from :func:`coactivation`.

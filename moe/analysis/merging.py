@@ -1,4 +1,4 @@
-"""Experts merged into others whose hidden units are permuted to fit theirs."""
+"""Merging of experts, after permuting their hidden units to fit each other."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _HIDDEN = {"up": 1, "gate": 1, "up_bias": 0, "gate_bias": 0, "down": 0}
 def absorb(
     model: ModelConfig, parameters: dict[str, Any], biases: dict[str, Any], kept: np.ndarray, usage: np.ndarray
 ) -> surgery.Model:
-    """A model of fewer experts in which each other expert is merged into one that stays.
+    """A model of the kept experts only, into which the other experts are merged.
 
     An expert joins the kept one with the most similar router column (cosine). The weights of a group are averaged by
-    usage, after the hidden units of each were permuted to fit the kept expert's; the kept expert's column stays. So
-    merge Li et al. (2023, "Merge, then compress", arXiv 2310.01334, section 3.2), who group by router logits.
+    usage, after the hidden units of each are permuted to fit the kept expert's; the kept expert's column stays. Li et
+    al. merge in this way (2023, "Merge, then compress", arXiv 2310.01334, section 3.2), but group by router logits.
 
     Args:
-        model: with a router that scores tokens.
+        model: config of a model whose router scores tokens.
         parameters: of the whole model.
         biases: its selection biases; empty without.
         kept: [L,E'] experts of each MoE layer.
@@ -58,7 +58,7 @@ def absorb(
 
 
 def _average(arrays: dict[str, np.ndarray], home: int, group: list[int], shares: np.ndarray) -> dict[str, np.ndarray]:
-    """Arrays of the expert that a group becomes."""
+    """Arrays of the expert into which a group is merged."""
     total = {name: np.zeros(array.shape[1:]) for name, array in arrays.items()}
     for expert, share in zip(group, shares, strict=True):
         order = match_units(arrays, home, expert)
@@ -69,8 +69,8 @@ def _average(arrays: dict[str, np.ndarray], home: int, group: list[int], shares:
 
 
 def match_units(arrays: dict[str, np.ndarray], one: int, other: int) -> np.ndarray:
-    """The hidden unit of the other expert for each of the first's, [F]: the permutation with the largest sum of inner
-    products of their weights (Hungarian method)."""
+    """The hidden unit of the other expert that matches each of the first's, [F]: the permutation with the largest sum
+    of inner products of their weights (Hungarian method)."""
     similar: Any = 0.0
     for name, axis in _HIDDEN.items():
         if name in arrays:

@@ -22,7 +22,7 @@ class PermutationTest:
 def permutation_test(
     values: np.ndarray, statistic: Callable[[np.ndarray], float], *, permutations: int, rng: np.random.Generator
 ) -> PermutationTest:
-    """Compares statistic(values) with its values for permuted ones; exact if there are few distinct permutations.
+    """Compares statistic(values) with its distribution over permutations; exact if few permutations are distinct.
 
     Args:
         values: [n], the exchangeable values.

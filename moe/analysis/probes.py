@@ -109,7 +109,7 @@ class Masked(Gate):
     experts: int
 
     def route(self, router_logits: Array, inputs: GateInputs) -> GateOutput:
-        """Route by the other experts."""
+        """Route among the other experts."""
         gate, bias = self.gate, inputs.selection_bias
         scores = gate.scores(router_logits) + bias if bias is not None and isinstance(gate, Scored) else router_logits
         _, best = top_k(scores, self.experts)
@@ -146,15 +146,15 @@ def _with_k(moe: MoEConfig, k: int) -> Gate:
         ConfigError: the gate has a fixed one.
     """
     gate = moe.gate
-    # ReMoE's k is what its penalty aims at, that of thresholds what training holds them to: no token's choice reads it.
+    # ReMoE's k is the target of its penalty, that of expert thresholds the target of their updates: no choice reads it.
     if gate is None or not gate.sets_k or gate.state.update in ("penalty", "threshold"):
-        raise ConfigError(f"model.moe.gate={moe.gate_name!r}: has no other number of experts per token than its own")
+        raise ConfigError(f"model.moe.gate={moe.gate_name!r}: its number of experts per token cannot be changed")
     return dataclasses.replace(gate, k=k)
 
 
 def dropless(config: Config) -> Config:
-    """The config whose tokens reach all experts that they choose."""
-    capacity = dataclasses.replace(config.model.moe.capacity, fixed=0)  # of a dispatch with buffers
+    """The config with a dropless dispatch: every token reaches all experts that it chooses."""
+    capacity = dataclasses.replace(config.model.moe.capacity, fixed=0)  # only a dispatch with buffers takes one
     return _with_moe(config, dispatch="dropless", overflow_to_next=False, capacity=capacity)
 
 

@@ -4,7 +4,7 @@
     records = recorder(variables, heldout.batches)
     records.first_choice  # [L,n]
 
-The routing is the routers' decision in evaluation: without noise, before drops. Single process only. Of an
+The routing is the routers' decision in evaluation: without noise, before drops. Single process only. For an
 encoder-decoder, a recorder records one stack, whose tokens are the encoder's input or the decoder's.
 """
 
@@ -29,7 +29,7 @@ class Records:
     Attributes:
         domains: names of the domains.
         layers: [L] indices of the MoE layers in the model, from 0; a decoder's come after those of its encoder.
-        num_experts: E, with zero, copy and constant experts.
+        num_experts: E, including experts without an FFN.
         tokens: [n] int32 token ids.
         domain: [n] int32, index into ``domains``.
         row: [n] int32, number of the token's row, unique over domains.
@@ -79,7 +79,7 @@ class Records:
         return dataclasses.replace(self, **flat, **layered, marks=marks)
 
 
-#: An encoder's arrays of a batch, by the decoder's names of the same.
+#: Name of an array of a decoder's batch → name of the encoder's.
 _ENCODER = {name: f"encoder_{name}" for name in ("tokens", "segment_ids", "positions")}
 
 
@@ -90,7 +90,7 @@ class Recorder:
         """Build the recorder.
 
         Args:
-            program: of the model.
+            program: program of the model.
             stack: "encoder" or "decoder" of an encoder-decoder, else "".
 
         Raises:

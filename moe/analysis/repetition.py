@@ -41,7 +41,7 @@ def repetition(
     Args:
         experts: [n,m] experts of the tokens of one domain in reading order; m = 1: first choice; m = 2: first or second
             choice.
-        consecutive: each i whose next token of the same document is i + 1.
+        consecutive: indices i for which i + 1 is the next token of the same document.
         num_experts: E.
         shuffles: permutations of the n tokens.
         rng: random generator of the permutations.

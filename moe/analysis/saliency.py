@@ -1,4 +1,4 @@
-"""Saliency of experts: how much a trained model loses without each, estimated or measured; and their mean outputs."""
+"""Saliency of experts: what removing each costs a trained model, estimated or measured; and their mean outputs."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _Sum = Callable[[MoELayer, Array, Array, Array], Array]
 
 
 class _TokenMean:
-    """Mean of something over the tokens that chose an expert, [L,E,...]; 0 for an expert that no token chose."""
+    """Mean of a quantity over the tokens that chose an expert, [L,E,...]; 0 for an expert that no token chose."""
 
     _sum: _Sum
 
@@ -72,12 +72,12 @@ class Reap(_TokenMean):
 
     @staticmethod
     def _sum(layer: MoELayer, x: Array, weights: Array, mine: Array) -> Array:
-        del mine  # weights are 0 of other tokens
+        del mine  # the weights of other tokens are 0
         return for_each_expert(layer, x, lambda y, e: jnp.sum(weights[:, e] * jnp.linalg.norm(y, axis=-1)))
 
 
 class OutputMoments(_TokenMean):
-    """The output and, as one more entry, its squared norm, [L,E,D+1]."""
+    """The output, with its squared norm appended, [L,E,D+1]."""
 
     @staticmethod
     def _sum(layer: MoELayer, x: Array, weights: Array, mine: Array) -> Array:
@@ -125,9 +125,9 @@ def _by_layer(model: Any, batch: Batch, sum_of: _Sum) -> tuple[Float[Array, "L E
 
 
 def for_each_expert(layer: MoELayer, x: Float[Array, "n D"], measure: Callable[[Array, Array], Array]) -> Array:
-    """``measure(y, e)`` of what each expert e of a layer makes of all tokens, chosen or not: y [n,D] in float32.
+    """``measure(y, e)`` for each expert e of a layer, with y [n,D] its float32 outputs for all tokens, chosen or not.
 
-    Experts are taken one after the other, so that memory holds the outputs of one.
+    Experts run one after another, so that memory holds the outputs of only one.
     """
     rows = x if layer.latent is None else layer.latent.project_down(x)
     biases = layer.experts.down_bias
@@ -168,8 +168,8 @@ def ablation(model: ModelConfig, parameters: dict[str, Any], loss: Callable[[dic
 
 
 def most_salient(saliency: np.ndarray, count: int, groups: int = 1) -> np.ndarray:
-    """The experts to keep, [L,count] in their order: those of the highest saliency [L,E], as many of each of the gate's
-    groups; of equals, the first."""
+    """The experts to keep, [L,count] in ascending order: those of the highest saliency [L,E], equally many from each of
+    the gate's groups; the lower index first among equals."""
     layers, size = saliency.shape
     order = np.argsort(-saliency.reshape(layers, groups, -1), axis=-1, kind="stable")[..., : count // groups]
     first = size // groups * np.arange(groups)[:, None]

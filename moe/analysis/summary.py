@@ -23,7 +23,7 @@ _TOP_TOKENS = 8  # tokens listed per expert
 def code_batches(
     documents: Sequence[Document], sequence_length: int, batch_size: int, *, keep: int = 0
 ) -> tuple[list[dict[str, np.ndarray]], int]:
-    """Return batches of the Python documents with the mark ``syntax``, and the number of other documents.
+    """Return batches of the Python documents with the mark ``syntax``, and the number of documents that are not Python.
 
     ``keep``: see :func:`moe.analysis.documents.document_batches`.
     """
@@ -55,7 +55,7 @@ def summarise(
         controls: name → records and code of a control (:mod:`moe.analysis.controls`).
 
     Returns:
-        layers, domains, num_experts, experts_per_token (columns of the records), mean_experts (to which a token goes),
+        layers, domains, num_experts, experts_per_token (columns of the records), mean_experts (chosen per token),
         tokens (per domain), shuffles, seed, at_least;
         load [L][domain][E], max_violation [L][domain], router_entropy [L];
         repetition: "first" and, with K ≥ 2, "first_or_second" → domain → [L]
@@ -116,7 +116,7 @@ def saturation(earlier: Mapping[int, Records], final: Records, untrained: Record
     Returns:
         steps; top_k and top_1: [steps][L]; chance_top_k = K/E (K: mean assignments per token) and chance_top_1 = 1/E;
         excess_top_k and excess_top_1: [steps][L] (share − chance) / (1 − chance), 0 by chance and 1 for equal routing,
-        the chance by the experts that the earlier router chose, who may be more or fewer (ReMoE);
+        where chance is that of as many experts as the earlier router chose, which may be more or fewer (ReMoE);
         untrained_top_k and untrained_top_1 [L]: the same share for the untrained routers.
     """
     size = final.num_experts

@@ -17,7 +17,7 @@ from moe.config.model_section import layer_kinds
 from moe.models.factory import abstract_parameters
 from moe.models.stack import restack_layers, unstack_layers
 
-#: Hidden units are the last axis of these, and the axis before the last of ``down``.
+#: Arrays whose last axis is the hidden units; in ``down`` it is the one before the last.
 _INTO = ("up", "gate", "up_bias", "gate_bias")
 
 #: Config, parameters and selection biases.
@@ -36,12 +36,12 @@ def prune(
     """A model of fewer experts: (config, parameters, selection biases).
 
     Args:
-        model: with a router that scores tokens.
+        model: config of a model whose router scores tokens.
         parameters: of the whole model.
         biases: its selection biases; empty without.
         kept: [L,E'] experts of each MoE layer.
-        null: the others become zero experts, which are chosen as before and return 0; False: their router columns go,
-            and their tokens choose again.
+        null: the others become zero experts, which are chosen as before and return 0; False: their router columns are
+            removed, and their tokens choose among the kept experts.
         novices: [L,E,D]; the others become novices instead, which are chosen as before and return their vector (MoNE
             2025, arXiv 2507.00390).
 
@@ -72,7 +72,7 @@ def prune(
 
 
 def _with_novices(model: ModelConfig, parameters: dict[str, Any], added: dict[int, np.ndarray]) -> dict[str, Any]:
-    """Parameters of a model with these vectors [n,D] after the novices that each layer has."""
+    """Parameters of a model with these vectors [n,D] appended to the novices of each layer."""
     flat, path = unstack_layers(model, parameters), ("moe", "null", "novices")
     for layer, vectors in added.items():
         flat[layer, path] = np.concatenate([flat.get((layer, path), vectors[:0]), vectors]).astype(np.float32)
@@ -80,10 +80,10 @@ def _with_novices(model: ModelConfig, parameters: dict[str, Any], added: dict[in
 
 
 def split(model: ModelConfig, parameters: dict[str, Any], biases: dict[str, Any], parts: int) -> Model:
-    """The same function with ``parts`` times as many experts and experts per token, of as many fewer hidden units.
+    """The same function with ``parts`` times as many experts and experts per token, each with 1/parts the hidden units.
 
-    The parts of an expert have its router column, and are chosen together. A softmax, or renormalisation, gives each
-    1/parts of the weight, which their down matrices make up for.
+    The parts of an expert copy its router column, and so are chosen together. A softmax, or renormalisation, gives each
+    1/parts of the weight; their down matrices are scaled to make up for it.
 
     Raises:
         ConfigError: parts that do not divide the hidden units, or a model that cannot be split.
@@ -109,7 +109,7 @@ def split(model: ModelConfig, parameters: dict[str, Any], biases: dict[str, Any]
 def merge(model: ModelConfig, parameters: dict[str, Any], biases: dict[str, Any], parts: int) -> Model:
     """Undo :func:`split`: each ``parts`` consecutive experts become one, with the mean of their router columns.
 
-    Of other experts than parts of one, the new expert computes what they would compute together.
+    If they are not the parts of one expert, the new expert computes what they would compute if chosen together.
 
     Raises:
         ConfigError: parts that do not divide E and K, or a model that cannot be merged.
@@ -133,12 +133,12 @@ def merge(model: ModelConfig, parameters: dict[str, Any], biases: dict[str, Any]
 
 
 def order_together(counts: np.ndarray, groups: int) -> np.ndarray:
-    """[E] experts, those of a group behind each other: each group begins with the most used expert that is left, and
-    takes the one that was most often chosen with those in it until it has E/groups.
+    """Order [E] of the experts in which those of a group are consecutive: each group begins with the most used expert
+    that is left, and adds the one most often chosen together with its members until it has E/groups.
 
     Args:
         counts: [E,E] of a layer (:func:`moe.analysis.measures.coactivation`).
-        groups: number of them, which divides E.
+        groups: number of groups, which divides E.
     """
     size = len(counts)
     left, result = set(range(size)), []
@@ -153,29 +153,29 @@ def order_together(counts: np.ndarray, groups: int) -> np.ndarray:
 
 
 def groups_of_tokens(member: np.ndarray, order: np.ndarray, groups: int) -> float:
-    """Mean number of groups, of consecutive experts in an order, in which a token has experts: devices to send it to.
+    """Mean number of groups that hold a token's experts, which is the number of devices that it is sent to.
 
     Args:
         member: [N,E] bool, experts of tokens (:func:`moe.analysis.measures.membership`).
-        order: [E].
-        groups: number of them.
+        order: [E] experts; a group is E/groups consecutive ones.
+        groups: number of groups.
     """
     return float(member[:, order].reshape(len(member), groups, -1).any(-1).sum(1).mean())
 
 
 def check_groups(model: ModelConfig, groups: int) -> None:
-    """Refuse groups that experts cannot be sorted into. Raises ConfigError."""
+    """Refuse numbers of groups into which the experts cannot be sorted. Raises ConfigError."""
     size, own = model.moe.num_experts, getattr(model.moe.gate, "groups", 1)
     if not 2 <= groups < size or size % groups:
         raise ConfigError(
             f"--regroup={groups}: must divide model.moe.num_experts={size}, and be at least 2 and below it"
         )
     if own > 1:
-        raise ConfigError(f"model.moe.gate.groups={own}: the gate chooses among groups of its own order")
+        raise ConfigError(f"model.moe.gate.groups={own}: regrouping would change the groups that the gate chooses from")
 
 
 def check(model: ModelConfig) -> None:
-    """Refuse a model whose experts cannot be taken apart. Raises ConfigError."""
+    """Refuse a model whose experts cannot be edited. Raises ConfigError."""
     gate = model.moe.gate
     if gate is None or not gate.routes_by_logits or model.moe.layer_gates:
         needed = "surgery needs one gate in all layers, whose router chooses the experts"
@@ -189,13 +189,13 @@ def _check_parts(model: ModelConfig, parts: int, name: str, value: int) -> None:
     if parts < 1 or value % parts:
         raise ConfigError(f"{name}={value}: must be divisible by {parts}")
     if ":" in gate.name:
-        raise ConfigError(f"model.moe.gate={gate.name!r}: is a gate of your own, which may not choose parts together")
+        raise ConfigError(f"model.moe.gate={gate.name!r}: a gate of your own may not choose an expert's parts together")
     if model.moe.null_experts or getattr(gate, "groups", 1) > 1 or not gate.sets_k or gate.lists_all:
         raise ConfigError(f"model.moe.gate={gate.name!r}: needs tokens that choose K of all experts, each with an FFN")
 
 
 def _shared_weight(model: ModelConfig) -> bool:
-    """Whether equal columns share the weight that one would have."""
+    """Whether experts with equal router columns share the weight that one alone would have."""
     gate: Any = model.moe.gate
     return gate.score == "softmax" or gate.renormalise
 
@@ -217,7 +217,7 @@ def moe_layers(model: ModelConfig) -> list[int]:
 def _edited(
     model: ModelConfig, tree: dict[str, Any], edit: Callable[[int, tuple[str, ...], np.ndarray], np.ndarray]
 ) -> dict[str, Any]:
-    """A tree with ``edit(layer, path in its block, array)`` in the place of arrays of routers and experts."""
+    """Replace each array of routers and experts in a tree by ``edit(layer, path in its block, array)``."""
     if not tree:
         return {}
     flat = {

@@ -1,4 +1,4 @@
-"""Grouped matmuls on a real GPU: parity, and times, of kernels and of row blocks."""
+"""Grouped matmuls on a real GPU: parity and times of kernels and of row blocks."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Sizes:
     model_ff: int = 3584
     vocab_size: int = 32000
     dtype: str = "bfloat16"
-    side: int = 8192  # of the square matmul whose rate is the measure of the others
+    side: int = 8192  # of the square matmul with whose rate the others are compared
 
 
 def grouped_matmuls(sizes: Sizes, calls: int) -> Iterator[str]:

@@ -51,7 +51,7 @@ class Case:
 
 
 def reference(case: Case) -> dict[str, Callable[[], Any]]:
-    """Bare batched matmuls of the active FLOPs, forward, and forward and backward."""
+    """Plain batched matmuls with as many FLOPs as the active ones: forward, and forward and backward."""
     e, d, f, rows = case.experts, case.d_model, case.d_ff, -(-case.tokens * case.k // case.experts)
     gated = case.activation == "swiglu"
     key = jax.random.key(0)
@@ -81,7 +81,7 @@ def reference(case: Case) -> dict[str, Callable[[], Any]]:
 def model_config(case: Case) -> Any:
     """Config of a model with the case's layer."""
     k = {"k": case.k} if find_gate(case.gate).sets_k else {}
-    own = case.tokens // axis_size(*TOKEN_AXES)  # of a device, which holds whole groups
+    own = case.tokens // axis_size(*TOKEN_AXES)  # tokens of one device, which holds whole groups
     fields = {
         "gate": {"name": case.gate, **k},
         "num_experts": case.experts,
@@ -152,7 +152,7 @@ def experts_alone(case: Case) -> dict[str, Callable[[], Any]]:
 
 
 def _jitted(forward: Callable[..., Any], loss: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The forward pass, and the gradients of the loss by parameters and inputs, compiled as a run's."""
+    """The forward pass, and the gradients of the loss by parameters and inputs, compiled with a run's options."""
     options = target.compiler_options(jax.devices()[0].device_kind) or None
     gradient = jax.grad(loss, argnums=(0, 1))
     return jax.jit(forward, compiler_options=options), jax.jit(gradient, compiler_options=options)
@@ -172,8 +172,8 @@ def large_matmul(side: int, dtype: str) -> Callable[[], Any]:
 
 
 def accelerator_seconds(case: Case, rate: float) -> dict[str, float]:
-    """Seconds by a rate of large matmuls, or by the bandwidth of a copy where that takes longer; both of all devices
-    of the mesh, each of which runs the copy whole."""
+    """Seconds at the rate of large matmuls, or at the bandwidth of a copy where that takes longer; both are totals over
+    the devices of the mesh, each of which runs the whole copy."""
     work = active_flops(case)["forward"]
     weights = (3 if case.activation == "swiglu" else 2) * case.experts * case.d_model * case.d_ff
     weights *= jnp.dtype(case.dtype).itemsize

@@ -32,7 +32,7 @@ def random_rows(config: Config) -> dict[str, np.ndarray]:
             case batches.EXPERTS_KEY:
                 every = np.broadcast_to(np.arange(model.moe.num_experts), (*shape[:-1], model.moe.num_experts))
                 return rng.permuted(every, axis=-1)[..., : shape[-1]]
-            case _:  # segment ids, and what a policy is given of its rollouts
+            case _:  # segment ids, and the other arrays of a policy's rollouts
                 return np.ones(shape)
 
     shapes = batches.batch_shapes(config).items()
@@ -40,11 +40,11 @@ def random_rows(config: Config) -> dict[str, np.ndarray]:
 
 
 def refuse_more_than_the_model(config: Config) -> None:
-    """Raise ConfigError for a run whose step is more than the model's on a text: with a teacher, or on answers."""
+    """Raise ConfigError for a run whose step does more than train the model on text: with a teacher, or on answers."""
     if config.distill.teacher or config.data.is_posttraining:
         raise ConfigError(
             f"distill.teacher={config.distill.teacher!r}, data.objective={config.data.objective!r}: a step is timed by "
-            "itself on texts and without a teacher; use scripts/mfu.py --saves=N, which times the run as it is"
+            "itself only on text and without a teacher; use scripts/mfu.py --saves=N, which times the whole run"
         )
 
 
@@ -63,7 +63,7 @@ class Stepper:
 
 
 def processor_seconds(configs: Mapping[str, Config], steps: int) -> dict[str, tuple[float, float, float]]:
-    """Processor time of a step of each run: a tenth, half and nine tenths of the steps took at most so long.
+    """Processor seconds of a step of each run: quantiles 0.1, 0.5 and 0.9 over the steps.
 
     Steps are measured in turns, so that a busy moment of the machine affects all runs.
     """

@@ -17,7 +17,7 @@ QUANTITIES = (
     *("expert_index", "combine_weights", "y", "balance_loss", "z_loss"),
     *("grad_router", "grad_gate", "grad_up", "grad_down", "grad_x"),
 )
-#: Deviations that are combined at most.
+#: Largest number of deviations that are combined.
 MOST = 3
 
 
@@ -26,10 +26,10 @@ class Check:
     """One quantity beside the oracle's.
 
     Attributes:
-        quantity: of :data:`QUANTITIES`.
-        error: largest difference over the largest value of the oracle; of expert_index the share of wrong tokens.
+        quantity: one of :data:`QUANTITIES`.
+        error: largest difference over the largest value of the oracle; for expert_index the share of wrong tokens.
         passes: the error is within the tolerance.
-        factor: constant c with result = c · oracle; None: there is none.
+        factor: constant c with result = c · oracle; None if there is none.
         text: where it differs, and by which factor.
     """
 
@@ -68,17 +68,17 @@ def diagnose(
     devices: tuple[int, ...] = (2, 4, 8),
     tolerance: float = 1e-4,
 ) -> Diagnosis:
-    """Compare results with the rule, and search for deviations that make the oracle compute the same.
+    """Compare results with the rule, and search for deviations under which the oracle reproduces them.
 
     Args:
         rule: what the layer is meant to compute.
         layer: weights and inputs.
-        results: of :data:`QUANTITIES`, those that were recorded.
-        devices: numbers of devices whose product or mean a value may be off by.
+        results: those of :data:`QUANTITIES` that were recorded.
+        devices: numbers of devices by which a value may be multiplied or divided, or over which a loss be averaged.
         tolerance: relative error within which values are equal.
 
     Raises:
-        ConfigError: E experts cannot follow the rule, or recorded choices are none of them.
+        ConfigError: the rule does not fit E experts, or recorded choices are not among them.
     """
     equations.check(rule, layer.num_experts)
     results = _checked(results, layer)
@@ -104,7 +104,7 @@ def diagnose(
 
 
 def _checked(results: Mapping[str, np.ndarray], layer: Layer) -> dict[str, np.ndarray]:
-    """Results whose experts can be looked up; those of padding are 0."""
+    """Results with valid expert indices, those of padding set to 0. Raises ConfigError for invalid ones."""
     if "expert_index" not in results:
         return dict(results)
     index, tokens = np.asarray(results["expert_index"], np.float64), layer.mask.shape
@@ -117,7 +117,7 @@ def _checked(results: Mapping[str, np.ndarray], layer: Layer) -> dict[str, np.nd
 
 
 def _badness(checks: list[Check]) -> float:
-    """Failing quantities; one that is off by a constant factor counts half."""
+    """Number of failing quantities; one that is off by a constant factor counts half."""
     return sum(0.0 if check.passes else 0.5 if check.factor is not None else 1.0 for check in checks)
 
 
@@ -138,7 +138,7 @@ def _compare(
         if quantity == "expert_index":
             checks.append(_choices(expected[quantity], theirs, layer))
             continue
-        if quantity == "combine_weights":  # by expert, since another order of the choices is no difference
+        if quantity == "combine_weights":  # by expert, since the order of the choices does not matter
             choices = results.get("expert_index", expected["expert_index"])
             if theirs.shape != choices.shape:
                 text = f"shape {theirs.shape} instead of {choices.shape}"
@@ -264,7 +264,7 @@ def _experts(
     named: Mapping[str, float],
     tolerance: float,
 ) -> str:
-    """Gradients of experts that are wrong, or a multiple."""
+    """Describe the experts whose gradients are wrong, and by which factor."""
     wrong = [e for e in range(len(ours)) if _error(ours[e], theirs[e]) > tolerance]
     factors = {e: _factor(ours[e], theirs[e], tolerance) for e in wrong}
     loads = np.bincount(expert_index[kept], minlength=len(ours))

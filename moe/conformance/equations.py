@@ -63,7 +63,7 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """Ways in which implementations were seen to differ from the equations; the defaults do not.
+    """Known ways in which implementations differ from the equations; the defaults follow the equations.
 
     Attributes:
         router_dtype: of the router's matmul.
@@ -77,13 +77,13 @@ class Variant:
         token_order: a token's second choice takes its place before the next token's first choice.
         routes_padding: padding takes capacity.
         renormalises_kept: weights are divided by the sum over the assignments that were not dropped.
-        router_gradient: of the weights: all of it, none, or with the denominator of the renormalisation as a constant.
+        router_gradient: through the weights: all, none, or with the denominator of the renormalisation as a constant.
         detached_input: x gets no gradient through the router.
         detached_router: the router's matrix gets no gradient through the weights.
         balance_counts: assignments that f of the load-balancing loss counts.
         balance_probs: P of that loss: scores of all experts, or the combine weights.
         balance_padding: padding counts in the losses.
-        balance_shards: the loss is the mean over so many equal shards of the tokens.
+        balance_shards: the loss is the mean over this many equal shards of the tokens.
         z_of_scores: the z-loss is taken of the scores instead of the logits.
     """
 
@@ -176,7 +176,7 @@ def capacity(rule: Rule, variant: Variant, tokens: int, num_experts: int) -> int
 
 
 def check(rule: Rule, num_experts: int) -> None:
-    """Refuse a rule that E experts cannot follow.
+    """Refuse a rule that does not fit E experts.
 
     Raises:
         ConfigError: groups that do not divide E, or more experts per token than may be chosen.
@@ -230,7 +230,7 @@ def _scores(score: Score, logits: jax.Array) -> jax.Array:
 
 
 def compute(rule: Rule, variant: Variant, layer: Layer) -> dict[str, np.ndarray]:
-    """Everything that a layer of this rule can be compared in.
+    """Compute every quantity in which a layer of this rule can be compared.
 
     Returns:
         ``expert_index`` and ``kept`` [G,S,K], ``combine`` [G,S,E] (0 where an expert is not applied), ``outputs``
@@ -283,7 +283,7 @@ def _forward(
 
 
 def _with_gradient(value: jax.Array, exact: jax.Array) -> jax.Array:
-    """The value, with the gradient of the exact product: a rounded one has none."""
+    """The value with the gradient of the exact product, since rounding has no gradient."""
     return value + exact - jax.lax.stop_gradient(exact)
 
 

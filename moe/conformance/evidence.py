@@ -63,7 +63,7 @@ def read(path: str) -> tuple[Layer, dict[str, np.ndarray]]:
 
 
 def _by_token(path: str, name: str, array: np.ndarray, tokens: tuple[int, ...]) -> np.ndarray:
-    """[G,S,n] of an array [G,S,n], or [G·S,n]. Raises ConfigError for another shape."""
+    """Reshape an array [G,S,n] or [G·S,n] to [G,S,n]. Raises ConfigError for another shape."""
     if array.shape[:-1] not in (tokens, (math.prod(tokens),)):
         raise ConfigError(f"{path}: {name} has the shape {array.shape}, for {tokens[0]} x {tokens[1]} tokens")
     return array.reshape(*tokens, -1)
@@ -76,7 +76,7 @@ def _layer(path: str, arrays: dict[str, np.ndarray]) -> Layer:
     if "router" not in arrays and "router_logits" not in arrays:
         raise ConfigError(f"{path}: the array 'router' [D,E] or 'router_logits' [G,S,E] is missing")
     if "router" in arrays and "router_logits" in arrays:
-        raise ConfigError(f"{path}: has both 'router' and 'router_logits', of which one is what the layer chose by")
+        raise ConfigError(f"{path}: has both 'router' and 'router_logits'; give only the one that the layer chose by")
     wide = {name: np.asarray(array, np.float64) for name, array in arrays.items()}
     for name, array in wide.items():
         if not np.isfinite(array).all():
@@ -104,9 +104,7 @@ def _layer(path: str, arrays: dict[str, np.ndarray]) -> Layer:
     mask = wide.pop("mask", np.ones((groups, tokens)))
     mask = _by_token(path, "mask", mask[..., None], (groups, tokens))[..., 0]
     if not np.isin(mask, (0, 1)).all() or not mask.any():
-        raise ConfigError(
-            f"{path}: mask must be 1 or True for real tokens, of which there must be one, and 0 for others"
-        )
+        raise ConfigError(f"{path}: mask must be 1 or True for real tokens, at least one, and 0 or False for others")
     by_token: dict[str, np.ndarray | None] = {"router_logits": None, "cotangent": None}
     for name, width in (("router_logits", num_experts), ("cotangent", d)):
         if name in wide:
@@ -122,7 +120,7 @@ def _layer(path: str, arrays: dict[str, np.ndarray]) -> Layer:
 def random_layer(
     rule: Rule, *, groups: int = 4, tokens: int = 16, d: int = 16, f: int = 24, num_experts: int = 8
 ) -> Layer:
-    """Weights and inputs that make mistakes show: no near-uniform scores, an eighth of the tokens is padding."""
+    """Random weights and inputs that expose mistakes: scores far from uniform, about an eighth of tokens padding."""
     rng = np.random.default_rng(0)
 
     def draw(*shape: int, scale: float) -> np.ndarray:
@@ -162,12 +160,12 @@ def run(function: JaxLayer, rule: Rule, layer: Layer, mesh: Mesh | None = None) 
 
     Args:
         function: the layer.
-        rule: its loss weights.
+        rule: weights of its losses.
         layer: weights and inputs.
         mesh: set while the layer is traced and run; None: none.
 
     Raises:
-        ConfigError: the function fails, or returns something else than y or (y, quantities).
+        ConfigError: the function fails, or returns something other than y or (y, quantities).
     """
     weights = {name: jnp.asarray(array, jnp.float32) for name, array in layer.weights.items() if name != "x"}
     x, mask = jnp.asarray(layer.x, jnp.float32), jnp.asarray(layer.mask)

@@ -29,7 +29,7 @@ from moe.parallel.mesh import make_mesh
 
 ORACLE = "Every gate in every mode = the oracle, in y and in the gradients of x, router, experts"
 DEVICES = "Equal on 1, 2, 4 and 8 devices, in training: y, all gradients, all losses and metrics"
-#: Fields without which a gate is refused in this causal model.
+#: Fields without which a causal model refuses routing that looks ahead.
 LEAK = {"accept_future_leak": True}
 
 
@@ -39,11 +39,11 @@ class Case:
 
     Attributes:
         gate, g, s, e, k, c: as above.
-        padding: share of tokens that are.
-        fields: of MoEConfig; of its gate, those beside K.
-        rule: what the oracle is told.
+        padding: share of padding among the tokens.
+        fields: overrides of MoEConfig, with those of its gate other than K under "gate".
+        rule: rule of the oracle.
         draws: whether the layer is given a key, and the oracle the numbers drawn from it.
-        full: in bfloat16 too, and on batches of one real token a group (most experts are empty) and of padding alone.
+        full: also in bfloat16, and on batches of one real token per group (most experts are empty) and of only padding.
     """
 
     gate: str
@@ -107,14 +107,14 @@ CASES = (
 )
 
 
-#: Beside experts without an FFN of all other kinds.
+#: Novices beside all other kinds of experts without an FFN.
 NOVICES = Case(
     "moe_plus_plus", 2, 7, 3, 3, 2, 0.2, {"novice_experts": 2}, reference.Rule(null=(1, 1, 2, 2)), full=False
 )
 
 
 def edges() -> Iterator[Case]:
-    """For every gate: K = E with capacity 1, and a shape drawn at random. In float32."""
+    """For every gate, in float32: K = E with capacity 1, and a shape drawn at random."""
     rng = np.random.default_rng(42)
     for gate in LAYERS:
         own = find_gate(gate)
@@ -137,7 +137,7 @@ def edges() -> Iterator[Case]:
         yield Case(gate, g, s, e, k, c, round(float(rng.uniform(0, 0.5)), 1), fields, rule, draws, full=False)
 
 
-#: What cannot be: (gate, mode), and a mode without a capacity with what needs one.
+#: Pairs (gate, mode) that the config must refuse.
 REFUSED_MODES = (("soft_moe", "gather"), ("soft_moe", "dropless"))
 
 
@@ -205,7 +205,7 @@ GRADIENTS = {
 def program(layer: MoELayer, *, train: bool = False) -> Callable[..., Any]:
     """(x, mask, cotangent, token_ids, rng) → y, gradients by name of sum(y·cotangent), and the report as one array.
 
-    In training the losses of balance are added to what is differentiated.
+    In training the auxiliary losses are added to the objective.
     """
     graphdef, parameters, rest = nnx.split(layer, nnx.Param, ...)
 
@@ -232,7 +232,7 @@ def program(layer: MoELayer, *, train: bool = False) -> Callable[..., Any]:
 
 
 def drawn(case: Case, seed: int) -> tuple[jax.Array | None, dict[str, np.ndarray]]:
-    """The layer's key, and for the oracle the numbers that come of it."""
+    """The layer's key, and for the oracle the numbers that the layer draws from it."""
     if not case.draws:
         return None, {}
     key = jax.random.key(seed)
@@ -291,7 +291,7 @@ def against_oracle(case: Case, seed: int, d: int = 6, f: int = 5) -> Iterator[Ro
     section = {"name": case.gate, **case.fields.get("gate", {})} | ({"k": case.k} if gate.sets_k else {})
     slots, latent = section.get("slots", 1) if soft else 0, case.fields.get("latent_dim", 0)
     weights = weights_of(d, f, case.e, seed, slots, case.rule.null, latent)
-    # Numbers that bfloat16 holds exactly: both precisions route alike.
+    # Numbers that are exact in bfloat16, so that both precisions route alike.
     x = jnp.asarray(rng.normal(size=(case.g, case.s, d)), jnp.bfloat16).astype(jnp.float32)
     x = x if soft else unsaturated(x, weights["router"])
     mask = rng.random((case.g, case.s)) >= case.padding
@@ -312,7 +312,7 @@ def against_oracle(case: Case, seed: int, d: int = 6, f: int = 5) -> Iterator[Ro
         alone = np.zeros_like(mask)
         alone[np.arange(case.g), mask.argmax(1)] = True
         masks |= {", one real token a group": alone, ", all padding": np.zeros_like(mask)}
-    known: dict[bytes, dict[str, Any]] = {}  # the oracle's results, by who was kept of which batch
+    known: dict[bytes, dict[str, Any]] = {}  # the oracle's results, by batch and kept assignments
     for mode in CONFIG_MODES:
         # The latent dimension is read off the matrices.
         fields = {name: value for name, value in case.fields.items() if name not in ("gate", "latent_dim")}
@@ -328,7 +328,7 @@ def against_oracle(case: Case, seed: int, d: int = 6, f: int = 5) -> Iterator[Ro
         run = program(layer)
         # Dropless has no capacity, but expert choice keeps its own C.
         capacity = case.s if mode == "dropless" and case.gate != "expert_choice" else case.c
-        k = case.e if gate.lists_all else case.k  # an expert's column is a choice
+        k = case.e if gate.lists_all else case.k  # every expert counts as a choice
         for batch, real in masks.items():
             decisions = None if soft else reference.decide(case.gate, logits, real, k, capacity, rule)
             at = real.tobytes() + (b"" if decisions is None else decisions.kept.tobytes())
@@ -349,7 +349,7 @@ def against_oracle(case: Case, seed: int, d: int = 6, f: int = 5) -> Iterator[Ro
                 model = rounding.sparse(case.gate, numpy_x, arrays, decisions, numpy_ct, rule)
             unrounded, bound = rounding.bounds(model)
             if error({name: unrounded[name] for name in exact}, exact) > FLOAT32:
-                raise AssertionError(f"moe/conformance/rounding.py is not the layer of {case.gate}: {case}")
+                raise AssertionError(f"moe/conformance/rounding.py differs from the layer of {case.gate}: {case}")
             y, gradients, _ = run(x.astype(jnp.bfloat16), real, cotangent, jnp.asarray(tokens), key)
             ours = {"y": y, **gradients}
             worst = {name: rounding.norm_error(np.asarray(ours[name]), unrounded[name]) for name in exact}

@@ -43,20 +43,20 @@ def softmax(z: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """Inputs of a gate beside the logits.
+    """Inputs of a gate other than the logits.
 
     Attributes:
         groups, kept_groups: number of groups of experts, and of those that a token may choose from.
         renormalise: divide the chosen weights by their sum, where the gate leaves that open.
         scale: of the weights.
-        bias: [E], added to DeepSeek-V3's scores for the choice alone.
+        bias: [E], added to DeepSeek-V3's scores for the choice only.
         policy: order of tokens: position, probability (largest weight first) or random (largest priority first).
         overflow: an overflowing assignment is retried once on the token's next-best expert, after all others.
         token_ids: [G,S], for the gate hash.
         draws: the gate's random numbers, uniform: [G,S] of gshard, [G,S,K] of st_moe, [G,S,E] of random; standard
             normal: [G,S,E] of noisy_topk; standard Gumbel: [G,S,E] of switch_sampled. None: none are drawn.
         priorities: [G,S], of the policy random.
-        null: numbers of zero, copy, constant and novice experts, the last ones in the router; they have no capacity.
+        null: numbers of zero, copy, constant and novice experts: the router's last columns, without a capacity.
     """
 
     groups: int = 1
@@ -175,7 +175,7 @@ def noisy(logits: Any, noise_logits: Any, draws: Any) -> Any:
 
 
 def assignment_weights(gate: str, logits: Any, named: list[int], placed: list[int], rule: Rule = PLAIN) -> list[Any]:
-    """:func:`weights` of the experts a token named, times p(placed)/p(named) where an assignment overflowed."""
+    """:func:`weights` of the experts that a token chose, times p(placed)/p(named) where an assignment overflowed."""
     result = weights(gate, logits, named, rule)
     probs = probabilities(gate, logits)
     return [
@@ -226,7 +226,7 @@ def decide(gate: str, logits: np.ndarray, mask: np.ndarray, k: int, capacity: in
                 for choice, weight in list(enumerate(weights(gate, logits[g, s], list(expert[g, s]))))[1:]:
                     chosen[g, s, choice] &= weight > 0.2 * rule.draws[g, s, choice]
         for e in range(num_experts if gate == "expert_choice" else 0):
-            # Expert Choice 2022, equation 2: the expert takes its highest tokens.
+            # Expert Choice 2022, equation 2: the expert takes its highest-scoring tokens.
             best = sorted(np.flatnonzero(mask[g]), key=lambda s: (-float(softmax(logits[g, s])[e]), s))[:capacity]
             chosen[g, :, e] = [s in best for s in range(tokens)]
     original = expert.copy()

@@ -3,12 +3,12 @@
 bfloat16 keeps 8 significant bits: storing a number changes it by at most 2^-8 of itself, its unit roundoff u. Here the
 equations of a SwiGLU layer, forward and backward, are computed in float64, and every number that a bfloat16 layer
 stores is multiplied by 1 + δ, the δ independent and uniform in [-u, u]: rounding errors as random numbers of mean zero
-(Higham and Mary 2019, "A new approach to probabilistic rounding error analysis"). Real ones are smaller by
-about 0.7 in the mean, since u is reached only just above a power of two. Matmuls accumulate in float32 and round their
-result once; router, weights and their sums are float32 and not rounded. :func:`bounds` is three times the root mean
-square, over draws, of the error that this makes: nothing in it is fitted to an error that was measured.
+(Higham and Mary 2019, "A new approach to probabilistic rounding error analysis"). Real errors are on average about 0.7
+times as large, since u is reached only just above a power of two. Matmuls accumulate in float32 and round their result
+once; router, weights and their sums are float32 and not rounded. :func:`bounds` is three times the root mean square
+over draws of the resulting error; nothing in it is fitted to measured errors.
 
-In: what the oracle is given, and its decisions. Out: for y and each gradient, a bound on norm(error)/norm(value).
+Inputs: those of the oracle, and its decisions. Results: for y and each gradient, a bound on norm(error)/norm(value).
 
 Letters: G groups, S tokens per group, K choices per token, E experts, P pairs or slots, D model dim, F hidden dim.
 """
@@ -36,7 +36,7 @@ def norm_error(actual: np.ndarray, expected: np.ndarray) -> float:
 
 
 def bounds(layer: Callable[[Store], Arrays]) -> tuple[Arrays, dict[str, float]]:
-    """The exact values of a layer, and three root mean squares of what stores in bfloat16 change, by name.
+    """The exact values of a layer, and three times the root mean square error of storing in bfloat16, by name.
 
     Args:
         layer: from :func:`sparse` or :func:`soft`.
@@ -54,7 +54,7 @@ def bounds(layer: Callable[[Store], Arrays]) -> tuple[Arrays, dict[str, float]]:
 
 @dataclasses.dataclass
 class _Experts:
-    """Rows [P,D] through the experts [P] that they are for, one SwiGLU FFN each, and back."""
+    """Forward and backward pass of rows [P,D] through their experts [P], each a SwiGLU FFN."""
 
     store: Store
     expert: np.ndarray
@@ -119,7 +119,7 @@ def sparse(
     logits = x @ matrices["router"]
     if noise_logits is not None:
         logits = reference.noisy(logits, noise_logits, draws)
-    # Of each pair: its weight, and the derivative by the token's logits, by central differences.
+    # The weight of each pair, and its derivative by the token's logits, by central differences.
     named, placed = (array.reshape(-1, choices).tolist() for array in (decisions.original, decisions.expert))
 
     def weights(logits: np.ndarray) -> np.ndarray:  # [G·S,E] → [G·S,K]
@@ -177,7 +177,7 @@ def soft(x: np.ndarray, matrices: Arrays, mask: np.ndarray, cotangent: np.ndarra
         d_rows, gradients = experts.backward(d_outputs.reshape(-1, model_dim))
         d_rows = d_rows.reshape(rows.shape)
         d_dispatch, d_combine = store(np.einsum("gsd,gpd->gsp", x, d_rows)), np.einsum("gsd,gpd->gsp", d_y, outputs)
-        # A softmax p back: p·(d − Σ p·d), over tokens and over slots.
+        # Backward through a softmax p: p·(d − Σ p·d), over tokens and over slots.
         d_logits = dispatch * (d_dispatch - np.sum(dispatch * d_dispatch, axis=1, keepdims=True))
         d_logits += combine * (d_combine - np.sum(combine * d_combine, axis=2, keepdims=True))
         gradients["router"] = np.einsum("gsd,gsp->dp", x, d_logits).reshape(matrices["router"].shape)

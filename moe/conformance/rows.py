@@ -1,4 +1,4 @@
-"""One line of the conformance table, and how far two results are apart."""
+"""One line of the conformance table, and the error between two results."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Row:
 
     Attributes:
         section: heading it stands under.
-        what: was measured.
+        what: what was measured.
         expected: the value or source.
         measured: the value, or the largest error.
         passes: whether it is close enough.

@@ -22,13 +22,13 @@ BYTES = 16
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """FLOPs of the training, with an interval.
+    """Training FLOPs, with an interval.
 
     Attributes:
         low: smallest.
         middle: most likely.
         high: largest.
-        why: how it follows from what was asked.
+        why: how the budget follows from the flags.
     """
 
     low: float
@@ -44,11 +44,11 @@ class Size:
     Attributes:
         law: its paper.
         width: D (lowest, middle, highest), in multiples of 64.
-        active: parameters of a token, without embeddings.
-        tokens: of the training.
-        total: all parameters but embeddings; None where the law leaves the number of experts open.
+        active: active parameters per token, without embeddings.
+        tokens: training tokens (lowest, middle, highest).
+        total: all parameters without embeddings; None where the law leaves the number of experts open.
         granularity: best, lowest and highest within the region; None where the law leaves it open.
-        beyond: what the law extrapolates.
+        beyond: values outside the ranges that the law was fitted to; empty: none.
     """
 
     law: str
@@ -61,8 +61,11 @@ class Size:
 
 
 def by_krajewski(budget: Budget, tolerance: float) -> Size:
-    """The best width and granularity at 64 times the active FFN; the region has a loss of at most 1 + tolerance times
-    the best one, at either end of the budget."""
+    """Best width and granularity where the total FFN is 64 times the active one.
+
+    The region has the widths whose loss is at most 1 + tolerance times the best one at the low, middle or high budget,
+    and the granularities for which that holds at the middle budget and the best width.
+    """
     regions = {compute: _grid(compute) for compute in (budget.low, budget.middle, budget.high)}
     losses = regions[budget.middle]
     grain, best = np.unravel_index(np.argmin(losses), losses.shape)
@@ -93,7 +96,7 @@ def _grid(compute: float) -> np.ndarray:
 
 
 def by_ling(budget: Budget) -> Size:
-    """Its compute-optimal split; the region is that of the budget, since the paper states no interval."""
+    """Ling's compute-optimal split; the region follows from the budget's interval, since the paper states none."""
     splits = [laws.ling_allocation(compute) for compute in (budget.low, budget.middle, budget.high)]
     low, middle, high = (_width(flops) for flops, _ in splits)
     active = splits[1][0] / 6
@@ -103,7 +106,7 @@ def by_ling(budget: Budget) -> Size:
 
 
 def _width(flops: float) -> int:
-    """D of a model of D/64 layers with 72·D² FLOPs a layer and token, in multiples of 64."""
+    """D, in multiples of 64, of a model with D/64 layers and 72·D² FLOPs per layer and token."""
     return max(128, 64 * round((flops * 64 / 72) ** (1 / 3) / 64))
 
 
@@ -113,11 +116,11 @@ class Sparsity:
 
     Attributes:
         activation: K/E.
-        leverage: Ling's interval.
+        leverage: interval of Ling's efficiency leverage.
         gain: Clark's loss with E/K experts over that with one.
         total: parameters, without embeddings.
-        memory: bytes in training over those of the chips; None without chips.
-        beyond: what is extrapolated.
+        memory: bytes needed in training as a share of the chips' memory; None without chips.
+        beyond: values outside the ranges that the laws were fitted to.
     """
 
     activation: float
@@ -148,16 +151,16 @@ def sparsities(active: float, compute: float, granularity: float, memory: float 
 
 @dataclasses.dataclass(frozen=True)
 class Spread:
-    """Standard deviation of a difference between two arms over seeds, as measured.
+    """Measured standard deviation over seeds of the difference between two arms.
 
     Attributes:
         contrast: the arms.
         width: D of their models.
-        steps: of the runs.
+        steps: training steps of the runs.
         sd: nats per token.
         loss: mean loss of the first arm.
-        hours: core-hours of both arms of a seed.
-        seeds: that it was measured with.
+        hours: core-hours per seed, both arms together.
+        seeds: number of seeds that it was measured on.
     """
 
     contrast: str
@@ -177,7 +180,7 @@ def spreads(
     Args:
         losses: (arm, steps) → seed → (loss, hours).
         width: D.
-        first: the arm that others are compared with.
+        first: the arm that the others are compared with.
     """
     found = []
     for (arm, steps), of_arm in sorted(losses.items()):
@@ -198,7 +201,7 @@ def lab_law(losses: Mapping[tuple[int, int], float], tokens: float) -> str:
 
     Args:
         losses: (experts, tokens) → mean loss.
-        tokens: of the budget.
+        tokens: tokens of the budget.
     """
     fitted = law.fit(losses)
     if fitted is None or set(fitted.names) != set(law.NAMES):
@@ -230,10 +233,10 @@ def render(
 
     Args:
         budget: FLOPs.
-        tolerance: rise of the loss that bounds a region.
+        tolerance: relative rise of the loss that bounds a region.
         memory: bytes of all chips; None: not known.
         measured: spreads over seeds.
-        gain: share of the loss that seeds are to show.
+        gain: smallest gain that the seeds should detect, as a share of the loss.
         own: the lab's mean losses by (experts, tokens).
     """
     sizes = [by_ling(budget), by_krajewski(budget, tolerance)]

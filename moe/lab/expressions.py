@@ -35,7 +35,7 @@ def parse(text: str) -> list[Term]:
     """Terms of an expression.
 
     Raises:
-        ValueError: a text that is no linear combination.
+        ValueError: the text is not a linear combination.
     """
     terms, position = [], 0
     while position < len(text.rstrip()):
@@ -53,7 +53,7 @@ def parse(text: str) -> list[Term]:
 
 
 def variants_of(terms: Iterable[Term]) -> list[str]:
-    """Arms that terms are about, each once, in order."""
+    """Distinct arms of the terms, in order."""
     return list(dict.fromkeys(term.variant for term in terms if term.quantity))
 
 

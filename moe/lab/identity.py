@@ -1,9 +1,9 @@
 """The identity of a run: a canonical form of the settings that decide its result, and its hash.
 
-Names and neutral values are the lab's own, so that a record stays valid when the config gets another shape: a change of
-the config changes how :func:`canonical` reads it, never what it returns. A setting with its neutral value is left out;
-a new setting gets the neutral value that older runs had. Left out altogether is what changes no result beyond rounding:
-folders, logging, checkpoints, the mesh and the way in which experts are computed.
+Names and neutral values are the lab's own, so that a record stays valid when the config is restructured: such a change
+affects how :func:`canonical` reads the config, never what it returns. A setting with its neutral value is left out; a
+new setting gets the neutral value that older runs had. Settings that change no result beyond rounding are always left
+out: folders, logging, checkpoints, the mesh and the way in which experts are computed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from moe.config.registry import find_gate, find_layer
 from moe.data.corpora import EmbeddedCorpus
 from moe.routing.interface import Gate
 
-#: Of the canonical form. A new version needs a conversion of the records of the older one.
+#: Version of the canonical form. A new version needs a conversion of older records.
 VERSION = 1
 
 Canonical = dict[str, Any]
@@ -135,11 +135,11 @@ def _moe(config: Config) -> Canonical:
     form |= {name: getattr(moe, name) for name in same}
     form |= {name: getattr(moe.losses, field) for field, name in _LOSSES.items()}
     form |= _gate(moe)
-    # Without drops no capacity matters; the group still does where a loss is taken over it.
+    # Without drops the capacity has no effect; the group size still does where a loss is computed per group.
     form["drops"] = moe.dispatch != "dropless"
     if form["drops"]:
         form |= {"drop_policy": moe.drop_policy, "overflow_to_next": moe.overflow_to_next}
-    sized = form["drops"] or any(gate.experts_choose for gate in moe.gates)  # which take as many tokens as the capacity
+    sized = form["drops"] or any(gate.experts_choose for gate in moe.gates)  # experts that choose take C tokens each
     if sized:
         if moe.capacity.fixed:
             form["expert_capacity"] = moe.capacity.fixed
@@ -151,7 +151,7 @@ def _moe(config: Config) -> Canonical:
 
 
 def _layer_gate(gate: Gate | None, moe: MoEConfig) -> Any:
-    """The name of a layer's gate, with its fields where they are not those of that name."""
+    """Name of a layer's gate if it is the model's gate or the name implies its fields; otherwise its fields."""
     if gate is None or gate == moe.gate:
         return "none" if gate is None else gate.name
     named = find_gate(gate.name).with_k(moe.experts_per_token)
@@ -159,18 +159,18 @@ def _layer_gate(gate: Gate | None, moe: MoEConfig) -> Any:
 
 
 def _gate(moe: MoEConfig) -> Canonical:
-    """The settings of the gate, and what the balancing loss counts if that is not what its paper counts."""
+    """The settings of the gate, and what the balancing loss counts where that differs from the gate's paper."""
     gate, layer = moe.gate, find_layer(moe.gate_name)
     assert gate is not None
     assert layer.gate is not None
     form: Canonical = {"bias_update": gate.state.update, "bias_update_rate": gate.state.rate}
     form |= {name: getattr(gate, field) for field, name in _GATE.items() if hasattr(gate, field)}
-    if form.get("expert_groups") == 1:  # with one group nobody reads it, and it is named as the paper has it
+    if form.get("expert_groups") == 1:  # with one group it has no effect, and takes the paper's value
         form["scores_per_group"] = getattr(layer.gate, "scores_per_group", 1)
     known = {*_GATE, "name", "k", "bias", "bias_rate", "penalty_rate", "threshold_rate"}
     for field in dataclasses.fields(gate):
         value = getattr(gate, field.name)
-        # What a user's name stands for may have been edited since an earlier run.
+        # The code behind a user's module:object may have been edited since an earlier run.
         if field.name not in known and (":" in gate.name or value != getattr(layer.gate, field.name)):
             form[f"gate.{field.name}"] = value
     if moe.losses.counts != layer.losses.counts:
@@ -179,7 +179,7 @@ def _gate(moe: MoEConfig) -> Canonical:
 
 
 def text_versions(data: DataConfig) -> dict[str, str]:
-    """Domain → version of its text, as far as the config tells it: other datasets are known once they are opened."""
+    """Domain → version of its text, where the config determines it; other datasets have to be opened first."""
     own = data.domains if data.dataset == "embedded" else ()
     return {domain: str(EmbeddedCorpus.VERSION) for domain in own}
 

@@ -1,6 +1,7 @@
 """Paired differences over seeds: intervals, equivalence, variances, power, and corrections for many tests.
 
-A seed is a pair: both arms see the same text in the same order. Differences are nats per token unless said otherwise.
+Arms are paired by seed: both see the same text in the same order. Differences are in nats per token unless stated
+otherwise.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from numpy.typing import ArrayLike
 CONFIDENCE = 0.95
 ALPHA = 1 - CONFIDENCE
 POWER = 0.8
-#: More seeds than these are not counted.
+#: Largest number of seeds that :func:`seeds_needed` considers.
 MOST_SEEDS = 1000
-#: Below this many seeds the bootstrap keeps the seeds as they are.
+#: With fewer seeds than this the bootstrap resamples rows only.
 FEW_SEEDS = 3
 _BOOTSTRAP_DRAWS = 2000
 
@@ -34,7 +35,7 @@ class Effect:
         mean: of the per-seed values.
         low: lower end of the 95 % interval.
         high: upper end.
-        p: two-sided, against a mean of zero.
+        p: two-sided p-value against a mean of zero.
         n: seeds.
         sd: standard deviation over seeds; NaN for one seed.
     """
@@ -75,8 +76,9 @@ def effect(values: ArrayLike) -> Effect:
 def share(values: ArrayLike, wholes: ArrayLike) -> Effect:
     """Mean of ``values`` as a share of that of ``wholes``, paired by seed, with Fieller's interval (1954).
 
-    The interval holds every share r at which a paired t test finds no mean of values - r·wholes. It is not bounded
-    where the mean of the wholes is not told apart from zero. The p-value is that of the values' own mean.
+    The interval has every share r for which a paired t test does not reject a zero mean of values - r·wholes. It is
+    unbounded where the mean of the wholes does not differ significantly from zero. The p-value is that of the mean of
+    ``values`` against zero.
     """
     a, b = np.asarray(values, np.float64), np.asarray(wholes, np.float64)
     n, of_values, whole = len(a), effect(a), float(b.mean()) if len(b) else math.nan
@@ -105,7 +107,7 @@ def smallest_detectable(sd: float, n: int) -> float:
     critical = scipy.stats.t.ppf(1 - ALPHA / 2, n - 1)
 
     def shortfall(noncentrality: float) -> float:
-        # Far out SciPy gives NaN: there the upper tail is 1 and the lower one 0.
+        # For large noncentralities SciPy gives NaN; there the upper tail is 1 and the lower one 0.
         upper = np.nan_to_num(scipy.stats.nct.sf(critical, n - 1, noncentrality), nan=1.0)
         lower = np.nan_to_num(scipy.stats.nct.cdf(-critical, n - 1, noncentrality), nan=0.0)
         return float(upper + lower - POWER)
@@ -115,7 +117,7 @@ def smallest_detectable(sd: float, n: int) -> float:
 
 
 def smallest_margin(sd: float, n: int) -> float:
-    """Margin around zero that holds the 95 % interval of n seeds with a power of :data:`POWER` if there is no
+    """Margin around zero that contains the 95 % interval of n seeds with probability :data:`POWER` if there is no
     difference: (t(1 - α/2, n - 1) + t((1 + power)/2, n - 1))·sd/√n (two one-sided tests, Schuirmann 1987)."""
     if n < 2:
         return math.inf
@@ -124,7 +126,7 @@ def smallest_margin(sd: float, n: int) -> float:
 
 
 def seeds_needed(sd: float, difference: float) -> int:
-    """Seeds that a paired t test needs to find a difference; one more than :data:`MOST_SEEDS` if more than those."""
+    """Seeds that a paired t test needs to detect a difference; MOST_SEEDS + 1 if :data:`MOST_SEEDS` are too few."""
     for n in itertools.chain(range(2, 50), range(50, MOST_SEEDS + 1, 10)):
         if smallest_detectable(sd, n) <= abs(difference):
             return n
@@ -142,7 +144,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def pitman_morgan(first: ArrayLike, second: ArrayLike) -> tuple[float, float]:
-    """(variance of first / variance of second, one-sided p of its being below 1) for paired samples.
+    """(variance of first / variance of second, one-sided p-value for a ratio below 1) for paired samples.
 
     The correlation of sum and difference is zero if the two variances are equal (Pitman 1939, Morgan 1939).
     """
@@ -215,7 +217,7 @@ def bootstrap(differences: ArrayLike, groups: Sequence[str]) -> tuple[float, flo
 
 @dataclasses.dataclass(frozen=True)
 class Censored:
-    """Median of a positive quantity over seeds some of which are known only to exceed a bound.
+    """Median of a positive quantity over seeds, for some of which it is known only to exceed a bound.
 
     Attributes:
         median: infinite if half of the seeds or more are censored.
@@ -252,7 +254,7 @@ def censored_median(values: Sequence[float]) -> Censored:
 def steps_to_reach(curve: Sequence[tuple[int, float]], loss: float) -> float:
     """Step at which a falling curve first reaches a loss, linear between evaluations; infinite if it never does.
 
-    A curve that starts there reached it at its first evaluation or before: that step.
+    If the first evaluation is already at or below the loss, its step is returned.
     """
     if curve and curve[0][1] <= loss:
         return curve[0][0]

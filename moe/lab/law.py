@@ -1,9 +1,9 @@
 """A law of the loss in the number of experts and the size of the model, or its training tokens.
 
-L = L∞ + exp(d + a·log N + b·log E + c·log N·log E): the bilinear form of Clark et al. 2022 (equation 2), with the
-parameters N of the model of one expert, or with tokens D in their place where all arms have one size. It lies above an
-irreducible loss L∞, without which a power law does not describe several horizons. c > 0: experts help less the larger
-the model, or the longer the training.
+L = L∞ + exp(d + a·log N + b·log E + c·log N·log E): the bilinear form of Clark et al. 2022 (equation 2), where N is the
+number of parameters of the model with one expert; tokens D take its place where all arms have one size. It is added to
+an irreducible loss L∞, without which a power law does not describe several horizons. c > 0: experts help less the
+larger the model, or the longer the training.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class Law:
         coefficients: d, a, b, c; without b and c, or without a and c, where the points have one number of experts or
             one size, by :attr:`names`.
         names: of the coefficients.
-        errors: their standard errors at this floor; NaN without a spare point.
+        errors: standard errors of the coefficients at this floor; NaN without residual degrees of freedom.
         residuals: (experts, parameters or tokens) → observed less fitted loss.
-        sd: residual standard deviation of the loss; NaN without a spare point.
+        sd: residual standard deviation of the loss; NaN without residual degrees of freedom.
     """
 
     floor: float
@@ -64,14 +64,14 @@ def fit(losses: Mapping[tuple[int, int], float]) -> Law | None:
         floor = float(search.x) if search.fun < misfit(0.0) else 0.0
     solution, residuals = _residuals(design, observed, floor)
     variance = float(residuals @ residuals) / spare if spare > 0 else math.nan
-    # Of the log of the reducible loss: its slope with respect to the loss is 1 / (L - L∞).
+    # The fit is of the log of the reducible loss, whose derivative with respect to the loss is 1 / (L - L∞).
     scale = float(np.mean(1 / (observed - floor) ** 2))
     errors = np.sqrt(variance * scale * np.diag(np.linalg.inv(design.T @ design)))
     pairs = dict(zip(points, residuals.tolist(), strict=True))
     return Law(floor, tuple(solution), names, tuple(errors), pairs, math.sqrt(variance))
 
 
-#: Draws of as many seeds, with replacement.
+#: Bootstrap resamples, each of as many seeds with replacement.
 _RESAMPLES = 200
 
 
@@ -100,7 +100,7 @@ def _residuals(design: np.ndarray, observed: np.ndarray, floor: float) -> tuple[
 
 
 def _design(points: list[tuple[int, int]]) -> tuple[tuple[str, ...], np.ndarray]:
-    """Names of the coefficients that the points can tell apart, and the columns of their terms."""
+    """Names of the coefficients that the points can determine, and the columns of their terms."""
     experts, sizes = np.log(np.asarray(points, float).reshape(-1, 2)).T
     columns = {"d": np.ones_like(sizes), "a": sizes, "b": experts, "c": sizes * experts}
     lacking = {"a", "c"} if len(set(sizes.tolist())) < 2 else set[str]()

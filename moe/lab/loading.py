@@ -19,7 +19,7 @@ def load_suites(folder: Path, names: Sequence[str], size: str, given: Suite | No
     """Suites of a folder by name, each in the file NAME.py.
 
     Args:
-        given: a suite that is read already, perhaps with an argument or from a file of another name.
+        given: a suite that has been read already, perhaps with an argument or from a file of another name.
 
     Raises:
         ConfigError: see :func:`load_suite`.
@@ -36,7 +36,7 @@ def load_suite(path: str, size: str) -> Suite:
         size: one of :data:`moe.lab.suite.SIZES`.
 
     Raises:
-        ConfigError: no such file, no ``get_suite``, an impossible arm, or a comparison that is not equal in what it
+        ConfigError: no such file, no ``get_suite``, an impossible arm, or a comparison whose arms differ in what it
             claims to hold equal.
     """
     path, separator, argument = path.partition(".py:")
@@ -53,7 +53,7 @@ def load_suite(path: str, size: str) -> Suite:
             suite = module.get_suite(size, *[argument] * bool(separator))
     except ConfigError:
         raise
-    except Exception as error:  # the file's own code, and fields of other types
+    except Exception as error:  # errors of the file's own code, and fields of a wrong type
         reason = f"{type(error).__name__}: {error}"
         if isinstance(error, pydantic.ValidationError):
             reason = f"{error.title}: {first_sentence(error)}"
@@ -70,18 +70,18 @@ def with_seeds(suite: Suite, seeds: Sequence[int]) -> Suite:
     Verdicts still need all seeds of the suite as given.
 
     Raises:
-        ConfigError: a seed is there twice, or the sweep reserves it.
+        ConfigError: a seed is repeated, or reserved for the sweep.
     """
     reserved = set(suite.sweep.seeds) if suite.sweep else set()
     if len(set(seeds)) < len(seeds) or reserved & set(seeds):
         raise ConfigError(
-            f"--seeds={','.join(map(str, seeds))}: different ones, and none of the sweep's {reserved or ''}"
+            f"--seeds={','.join(map(str, seeds))}: must be different, and none of the sweep's {reserved or ''}"
         )
     return dataclasses.replace(suite, seeds=tuple(seeds), registered=suite.registered_seeds)
 
 
 def check(suite: Suite) -> None:
-    """Refuse a suite that cannot be run or compared as it says.
+    """Refuse a suite that cannot be run, or whose arms cannot be compared as it states.
 
     Raises:
         ConfigError: see :func:`load_suite`.
@@ -93,14 +93,14 @@ def check(suite: Suite) -> None:
     if not NAME.fullmatch(suite.name):
         raise ConfigError(f"suite {suite.name!r}: must be at most 60 letters, digits, '_', '-' and '.'")
     if unknown := sorted(set(suite.unseen) - {name for name, domain in DOMAINS.items() if domain.unseen}):
-        raise ConfigError(f"{where}, unseen={unknown}: must be embedded domains of held-out text alone")
+        raise ConfigError(f"{where}, unseen={unknown}: must be embedded domains that have only held-out text")
     domains = tuple(suite._base.data.domains)
     if domains and (unknown := sorted(set(suite.primary) - set(domains))):
         raise ConfigError(f"{where}, primary={unknown}: must be among data.domains {domains}")
     if len(suite.seeds) < 2 or len(set(suite.seeds)) < len(suite.seeds):
-        raise ConfigError(f"{where}, seeds={suite.seeds}: at least two different ones, and five for a result")
+        raise ConfigError(f"{where}, seeds={suite.seeds}: must be at least two different seeds; a result needs five")
     if any(steps < 1 for steps in suite.steps) or len(set(suite.steps)) < len(suite.steps):
-        raise ConfigError(f"{where}, horizons={suite.horizons}: different positive numbers of steps")
+        raise ConfigError(f"{where}, horizons={suite.horizons}: must be different positive numbers of steps")
     for name in suite.headline:
         _known(suite, name, "headline")
     for name in suite.experts:
@@ -130,13 +130,13 @@ def _known(suite: Suite, name: str, where: str) -> None:
 def _check_sweep(suite: Suite, sweep: Sweep) -> None:
     where, rates = f"suite {suite.name!r}, sweep", sweep.learning_rates
     if len(rates) < 2 or list(rates) != sorted(set(rates)):
-        raise ConfigError(f"{where}, learning_rates={rates}: at least two different ones in ascending order")
+        raise ConfigError(f"{where}, learning_rates={rates}: must be at least two different rates in ascending order")
     if not rates[0] > 0:
         raise ConfigError(f"{where}, learning_rates={rates}: must be positive")
     if suite.learning_rate not in rates:
         raise ConfigError(f"{where}, learning_rates={rates}: must contain the base config's {suite.learning_rate}")
     if not sweep.seeds or set(sweep.seeds) & set(suite.seeds):
-        raise ConfigError(f"{where}, seeds={sweep.seeds}: at least one, and none of the suite's {suite.seeds}")
+        raise ConfigError(f"{where}, seeds={sweep.seeds}: must be at least one, and none of the suite's {suite.seeds}")
     if other := sorted(set(sweep.horizons) - set(suite.steps)):
         raise ConfigError(f"{where}, horizons={other}: must be among the suite's {suite.steps}")
 
@@ -148,8 +148,8 @@ def _check_comparison(suite: Suite, name: str, comparison: Comparison, costs: di
         _known(suite, arm, where)
     if len(arms) < 2 or len(set(arms)) < len(arms):
         raise ConfigError(
-            f"suite {suite.name!r}, {where}, variants={comparison.variants}: at least one, different ones, and not the "
-            f"baseline {comparison.baseline!r}"
+            f"suite {suite.name!r}, {where}, variants={comparison.variants}: must be at least one arm, all different, "
+            f"and not the baseline {comparison.baseline!r}"
         )
     if comparison.whole and comparison.whole not in comparison.variants:
         raise ConfigError(f"suite {suite.name!r}, {where}, whole={comparison.whole!r}: must be one of its variants")

@@ -18,7 +18,7 @@ class FittedTo:
     ranges: Mapping[str, tuple[float, float]]
 
     def beyond(self, **values: float) -> str:
-        """Values that lie outside, and by which factor; empty where the law interpolates."""
+        """Values that lie outside the ranges, and by which factor; empty where the law interpolates."""
         found = []
         for name, value in values.items():
             low, high = self.ranges.get(name, (0.0, math.inf))
@@ -32,7 +32,7 @@ class FittedTo:
 
 # --- Krajewski et al. 2024, "Scaling Laws for Fine-Grained Mixture of Experts" (arXiv 2402.07871) ---------------------
 KRAJEWSKI_RANGE = FittedTo({"parameters": (129e6, 3.7e9), "tokens": (16e9, 130e9), "granularity": (1, 16)})
-#: Total over active size of the FFN in all of its runs; FLOPs of a routing decision, and of a parameter (section 5.3).
+#: Total over active FFN size in all of the paper's runs; FLOPs of a routing decision, and of a parameter (section 5.3).
 EXPANSION, _ROUTING_FLOPS, _FLOPS = 64, 14, 6
 
 
@@ -50,7 +50,7 @@ def krajewski_model(width: float, granularity: float) -> tuple[float, float, flo
 
 
 # --- Tian et al. 2025, "Towards Greater Leverage" (Ling; arXiv 2507.17702) --------------------------------------------
-#: The largest compute is that of its check, 0.85B active parameters on 1T tokens.
+#: The largest compute is that of the paper's validation run, 0.85B active parameters on 1T tokens.
 LING_RANGE = FittedTo({"compute": (1e18, 5e21), "parameters": (1e8, 28e9), "activation": (0.008, 1.0)})
 _ACTIVATION_START = 1.63e-2
 
@@ -61,7 +61,7 @@ def ling_allocation(compute: float) -> tuple[float, float]:
 
 
 def ling_compute(tokens: float) -> float:
-    """Compute for which so many tokens are optimal."""
+    """Compute for which this number of tokens is optimal."""
     return (tokens / 5.2232) ** (1 / 0.4905)
 
 
@@ -77,7 +77,7 @@ def ling_batch(compute: float) -> float:
 
 def ling_leverage(activation: float, granularity: float, compute: float) -> tuple[float, float]:
     """Compute of the dense model of the same loss over the MoE's (equation 13), with and without the saturation of the
-    activation ratio at 1.6 %: the two are an interval.
+    activation ratio at 1.6 %; the two values are the ends of an interval.
 
     Args:
         activation: experts of a token over all experts.
@@ -96,8 +96,8 @@ _CLARK_START, _CLARK_MAX = 1.847, 314.478
 
 
 def clark_gain(parameters: float, experts: float) -> float:
-    """Loss with so many experts over that of one, S-BASE routing: log L = a·log N + b·log Ê + c·log N·log Ê + d
-    (equations 2 and 6, table 3), with the parameters N of the model of one expert."""
+    """Loss with this many experts over that with one, S-BASE routing: log L = a·log N + b·log Ê + c·log N·log Ê + d
+    (equations 2 and 6, table 3), with N the parameters of the model with one expert."""
 
     def saturated(count: float) -> float:
         first = 1 / (1 / _CLARK_START - 1 / _CLARK_MAX)

@@ -1,6 +1,6 @@
 """A record of each finished run: everything that tables, statistics and the report need.
 
-Runs write JSON files; results are kept as one compressed table.
+Runs write JSON files; finished results are kept in one compressed table.
 A folder of records is the state of any number of suites: a run with a record is not trained again, so copying
 ``records/`` to another machine resumes them there. A record is found by the hash of its run's canonical form
 (:mod:`moe.lab.identity`), never by its name: an arm that was edited is trained anew, and suites share equal runs.
@@ -26,7 +26,7 @@ from moe.foreign_files import first_sentence
 from moe.lab import identity
 
 RECORDS = "records"
-#: A table of records, as results are kept.
+#: File name of a table of records.
 TABLE = "records.parquet"
 #: Domain under which the mean loss over a suite's primary domains is stored.
 PRIMARY = "primary"
@@ -55,7 +55,7 @@ class Record:
         variant: arm, in the suite that trained it.
         steps: horizon.
         learning_rate: peak, before the arm's ``rate_scale``.
-        seed: of the suite's.
+        seed: one of the suite's seeds.
         status: ``finished`` or ``diverged`` (an outcome; its losses may be missing or not finite).
         reason: why it counts as diverged.
         commit: of the code, with "+changes" if the checkout had uncommitted changes.
@@ -138,12 +138,12 @@ _ROWS = ("row_step", "row_quantity", "row_domain", "row_layer", "row_value")
 
 
 def read_all(directory: Path) -> list[Record]:
-    """All records of a folder, in the order of their names: its ``records/*.json``, and the tables in it and one below.
+    """All records of a folder, sorted by name: its ``records/*.json``, and the tables in it and its direct subfolders.
 
-    A run may be there under the names of several arms, each with the probes of its suite: it has those of all.
+    A run may be stored under the names of several arms, each with the probes of its suite: its record gets all probes.
 
     Raises:
-        ConfigError: a file is no record or no table of them.
+        ConfigError: a file is not a record or a table of records.
     """
     found: dict[str, Record] = {}
     for path in (*sorted(directory.glob(TABLE)), *sorted(directory.glob(f"*/{TABLE}"))):
@@ -161,7 +161,7 @@ def read_all(directory: Path) -> list[Record]:
 
 
 def _add(found: dict[str, Record], record: Record) -> None:
-    """Put a record in the place of an earlier one of its run, of which the probes stay."""
+    """Replace an earlier record of the same run, keeping its probes."""
     if before := found.get(record.run):
         record = dataclasses.replace(record, probes=before.probes | record.probes)
     found[record.run] = record
@@ -179,7 +179,7 @@ def _checked(entry: Any) -> Record:
 
 
 def write_table(path: Path, records: Iterable[Record]) -> None:
-    """Write records as one compressed Parquet table, a run a row, atomically.
+    """Write records as one compressed Parquet table, one row per run, atomically.
 
     Raises:
         ConfigError: pyarrow is not installed.
@@ -197,14 +197,14 @@ def write_table(path: Path, records: Iterable[Record]) -> None:
 
 
 def update_table(path: Path, records: Sequence[Record]) -> None:
-    """Write records into a table, which keeps its other runs, and probes that the records lack: a table is the only
-    copy of runs without JSON files.
+    """Write records into a table, keeping its other runs and the probes that the records lack: for runs without JSON
+    files the table is the only copy.
 
     Raises:
         ConfigError: see :func:`write_table` and :func:`read_table`.
     """
     before = read_table(path) if path.exists() else []
-    known = {record.run: record.probes for record in before}  # a run of two names is there by each
+    known = {record.run: record.probes for record in before}  # a run with two names has a record under each
     own = [dataclasses.replace(record, probes=known.get(record.run, {}) | record.probes) for record in records]
     runs = {record.run for record in own}
     others = [record for record in before if record.run not in runs]
@@ -215,7 +215,7 @@ def read_table(path: Path) -> list[Record]:
     """Records of a table that :func:`write_table` wrote.
 
     Raises:
-        ConfigError: pyarrow is not installed, or the file is no such table.
+        ConfigError: pyarrow is not installed, or the file is not such a table.
     """
     with _parquet(path):
         content = read_small_file(path)
@@ -224,7 +224,7 @@ def read_table(path: Path) -> list[Record]:
             return [_from_columns(entry) for entry in entries]
         except ImportError:
             raise
-        except Exception as error:  # pyarrow's own, and whatever a foreign table leads to
+        except Exception as error:  # pyarrow's errors, and any that a foreign table causes
             raise ConfigError(
                 f"{path}: not a table of records of this version of the lab ({first_sentence(error)})"
             ) from error
@@ -245,7 +245,7 @@ def _parquet(path: Path) -> Iterator[None]:
 
 
 def _rounded(record: Record) -> dict[str, Any]:
-    """Measured values, with seven significant digits, as much as float32 holds."""
+    """Measured values, rounded to seven significant digits, the precision of float32."""
 
     def rounded(value: Any) -> Any:
         if isinstance(value, float):
@@ -261,7 +261,7 @@ def _rounded(record: Record) -> dict[str, Any]:
 def refuse_other_text(versions: Mapping[str, str], records: Iterable[Record]) -> None:
     """Refuse a folder of text that has changed since these records: their runs would be compared with later ones.
 
-    Of text whose version is a part of the run's identity, other versions are other runs.
+    Where the version of a text is part of the run's identity, another version is another run and nothing is refused.
 
     Raises:
         ConfigError: a domain has another version than in a record.

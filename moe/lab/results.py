@@ -29,7 +29,7 @@ Row = tuple[int, str, str, str, float]
 
 
 def checkpoint_steps(directory: Path, every: int = 1) -> list[int]:
-    """Steps of a run's complete checkpoints: multiples of ``every``, and the last; a stop leaves others in between."""
+    """Steps of a run's complete checkpoints: multiples of ``every`` and the last one, without those saved at a stop."""
     steps = manager.complete_steps(epath.Path(directory))
     return [step for step in steps if step % every == 0 or step == steps[-1]]
 
@@ -64,7 +64,7 @@ def _per_layer(row: dict[str, Any], prefix: str, quantities: dict[str, Any]) -> 
 
 
 def frame(records: Iterable[Record], compared: Collection[str]) -> pd.DataFrame:
-    """The long table of some runs; ``compared`` are the hashes of those that comparisons and claims are about."""
+    """The long table of some runs; ``compared`` are the hashes of the runs that comparisons and claims use."""
     rows = []
     for record in records:
         key = (*record.key, record.run in compared)

@@ -38,7 +38,7 @@ class Plan:
     """
 
     def __init__(self, suite: Suite, records: Iterable[Record]):
-        """``records`` may hold runs of other suites and of earlier forms of an arm, which are not looked at."""
+        """``records`` may hold runs of other suites and of earlier versions of an arm, which are ignored."""
         self.suite = suite
         self._records = {record.run: record for record in records}
         self.choices: dict[tuple[str, int], Choice] = {}
@@ -109,7 +109,7 @@ class Plan:
         return list(dict.fromkeys(keys))
 
     def unnamed(self) -> list[Key]:
-        """Runs that :meth:`runs` will name once the sweep says more, at the least and at rates that may be others."""
+        """Runs that :meth:`runs` will name as the sweep goes on: the fewest possible; their rates may still change."""
         suite = self.suite
         if suite.sweep is None:
             return []
@@ -124,13 +124,13 @@ class Plan:
         return [key for key in dict.fromkeys(keys) if key not in named]
 
     def _settled(self, variant: str, steps: int) -> bool:
-        """True if no sweep, or nothing more of one, decides the arm's rate at this horizon."""
+        """True if the arm's rate at this horizon is final: it is not swept, or its sweep is complete."""
         sweep = self.suite.sweep
         return sweep is None or steps not in sweep.at(self.suite) or self.choices[variant, steps].tuned
 
     def _sweep_runs(self, sweep: Sweep) -> list[Key]:
-        """The sweep's runs, seed by seed; of a child once its parents' rates are settled, and after their runs, which
-        are no runs of the sweep where a parent takes its rate from another arm."""
+        """The sweep's runs, seed by seed. A child's are named once its parents' rates are settled, and follow the
+        parents' runs, which are not part of the sweep where a parent takes its rate from another arm."""
         arms = [
             (name, steps)
             for steps in sweep.at(self.suite)
@@ -146,7 +146,7 @@ class Plan:
 
 
 def _choice(suite: Suite, sweep: Sweep, tried: Mapping[float, float]) -> Choice:
-    """The best of the rates tried, from the base config's rate on, and its neighbours that have not been tried."""
+    """The best rate tried so far, starting from the base config's, and its neighbours that have not been tried."""
     rates = sweep.learning_rates
     if suite.learning_rate not in tried:
         return Choice(suite.learning_rate, tried=tried, to_try=(suite.learning_rate,))

@@ -16,13 +16,13 @@ FILE = "step_seconds.json"
 
 @dataclasses.dataclass(frozen=True)
 class StepSeconds:
-    """Processor seconds of a train step, of all threads.
+    """Processor seconds of a train step, summed over threads.
 
     Attributes:
-        arms: name → (tenth, half and nine tenths of the measured steps took at most so long).
-        steps: measured, of each arm.
+        arms: name → quantiles 0.1, 0.5 and 0.9 over the measured steps.
+        steps: number of measured steps of each arm.
         hardware: devices and cores.
-        commit: of the source.
+        commit: commit of the source.
     """
 
     arms: Mapping[str, tuple[Positive, Positive, Positive]]
@@ -40,6 +40,6 @@ _SCHEMA = pydantic.TypeAdapter(StepSeconds)
 
 
 def read(directory: Path) -> StepSeconds | None:
-    """Measurement of the suite of a folder; None without one. Raises ConfigError for another file there."""
+    """Read the measurement in a suite's folder; None without one. Raises ConfigError if the file is not one."""
     path = directory / FILE
     return read_json(path, _SCHEMA) if path.exists() else None

@@ -22,7 +22,7 @@ from moe.lab import identity
 from moe.lab.identity import Canonical
 from moe.models import flops
 
-#: Sizes of a suite: two CPU cores in minutes to hours, or an accelerator pod.
+#: Sizes of a suite: minutes to hours on two CPU cores, or an accelerator pod.
 SIZES = ("laptop", "pod")
 
 #: Quantities that a comparison can hold equal, computed from the configs.
@@ -30,18 +30,18 @@ QUANTITIES = ("steps", "flops", "active_parameters", "total_parameters")
 
 #: Evaluations and checkpoints of a run, evenly spaced; the last one is at the last step.
 EVALUATIONS = 8
-#: Largest difference of the shares that two arms drop in training, unless a suite says why they differ.
+#: Largest difference between the shares of assignments that two arms drop in training, unless a suite explains it.
 MAX_DROP_DIFFERENCE = 0.02
 #: Logged training rows of a run, evenly spaced.
 LOGGED = 40
 
 
-#: Of a run's data order and initialisation.
+#: Seed of a run's data order and initialisation.
 Seed = Annotated[int, pydantic.Field(strict=True, ge=0, le=LARGEST)]
-#: Fields have the types that they say; a file with other ones is refused in a sentence.
+#: Fields must have their declared types; a file with others is refused with a one-sentence error.
 _CONFIG = pydantic.ConfigDict(arbitrary_types_allowed=True, extra="forbid")
 
-#: Names of arms, which name files too.
+#: Names of arms, which are also used in file names.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,59}")
 
 
@@ -92,16 +92,16 @@ class Comparison:
 
 @pydantic.dataclasses.dataclass(frozen=True, config=_CONFIG)
 class Sweep:
-    """Learning rates tried for every arm on seeds that no comparison uses, at each horizon by itself.
+    """Learning rates tried for every arm on seeds that no comparison uses, separately at each horizon.
 
-    The best rate falls with the number of tokens (Bjorck et al. 2024, arXiv 2409.19913), so that one horizon's says
-    little about another's. The base config's rate is tried first, then its neighbours, and so on until the best one has
-    a worse one on both sides.
+    The best rate falls with the number of tokens (Bjorck et al. 2024, arXiv 2409.19913), so that the best rate of one
+    horizon says little about another's. The base config's rate is tried first, then its neighbours, and so on until the
+    best one has a worse one on both sides.
 
     Attributes:
         learning_rates: peak rates in ascending order; the base config's rate is one of them.
         seeds: reserved seeds.
-        horizons: numbers of steps at which it is made; empty: all of the suite.
+        horizons: numbers of steps at which the sweep is run; empty: all of the suite.
     """
 
     learning_rates: tuple[float, ...]
@@ -131,18 +131,17 @@ class Suite:
         experts: arm → number of experts, for a fitted law of loss against experts and tokens (:mod:`moe.lab.law`).
         sizes: arm → parameters of its model with one expert, which take the place of the tokens in that law.
         warmup_share: learning-rate warm-up as a share of the steps.
-        heldout_rows: rows per domain whose losses are stored one by one, for the bootstrap over text; takes the place
-            of the base config's ``data.heldout_rows``.
-        dropping_differs: why arms that drop different shares of their tokens in training are compared; empty: those of
-            one comparison may differ by :data:`MAX_DROP_DIFFERENCE` at most.
+        heldout_rows: rows per domain whose losses are stored one by one, for the bootstrap over text; replaces the base
+            config's ``data.heldout_rows``.
+        dropping_differs: why arms that drop different shares of their assignments in training are compared; empty: the
+            shares within a comparison may differ by at most :data:`MAX_DROP_DIFFERENCE`.
         domain_tokens: domain → tokens of its training text, for the number of epochs in the report.
         unseen: embedded domains that no run is trained on, evaluated beside the others; never part of the primary loss.
-        fixed_seeds: runs of other seeds, which other suites may have made of the same arms, are left out: more seeds
-            than were registered would be a choice made after their results.
+        fixed_seeds: leave out other seeds, for which other suites may have run the same arms: adding seeds to the
+            registered ones would be a choice made after seeing their results.
         whole_batch_groups: one routing group per batch, so that expert capacity is shared by all its tokens, unless
             the base config or an arm sets ``model.moe.group_size``; a mesh of several devices needs that.
-        registered: the suite's own seeds, where :func:`moe.lab.loading.with_seeds` has put others in their place;
-            empty: ``seeds``.
+        registered: the suite's own seeds, where :func:`moe.lab.loading.with_seeds` has replaced them; empty: ``seeds``.
     """
 
     name: str
@@ -168,7 +167,7 @@ class Suite:
 
     @functools.cached_property
     def _forms(self) -> dict[tuple[str, int, float], Canonical]:
-        """Canonical forms of seed 0, which are asked for again and again."""
+        """Cache of canonical forms at seed 0, which are needed many times."""
         return {}
 
     @property
@@ -183,7 +182,7 @@ class Suite:
 
     @property
     def registered_seeds(self) -> tuple[int, ...]:
-        """Seeds that a verdict needs, whichever ones this start is about."""
+        """Seeds that a verdict needs, whichever of them this command runs."""
         return self.registered or self.seeds
 
     @property
@@ -259,13 +258,13 @@ class Suite:
         own = {"seed": seed + chosen.seed_offset, "start.checkpoint": starts_from, "distill.teacher": teacher}
         if taken := sorted(chosen.overrides.keys() & (schedule.keys() | own.keys())):
             raise ConfigError(
-                f"suite {self.name!r}, variant {variant!r}: {taken[0]} is the suite's own, by horizons, warmup_share, "
-                "rate_scale, seed_offset, starts_from and teacher"
+                f"suite {self.name!r}, variant {variant!r}: {taken[0]} is set by the suite, through horizons, "
+                "warmup_share, rate_scale, seed_offset, starts_from and teacher"
             )
         tree: Any = self.base.copy_and_resolve_references()
         try:
             tree.update_from_flattened_dict({**schedule, **chosen.overrides, **own})
-            gate = getattr(tree.model.moe.gate, "name", "none")  # of no gate at all, refused below
+            gate = getattr(tree.model.moe.gate, "name", "none")  # what is not a gate is refused below
             if self.whole_batch_groups and gate != "none" and not tree.model.moe.group_size:
                 rows = tree.train.batch_size // tree.train.accumulation_steps
                 tree.model.moe.group_size = rows * tree.data.sequence_length
@@ -280,14 +279,14 @@ class Suite:
 
         Args:
             variant: name of an arm.
-            seed: of the suite's.
+            seed: one of the suite's seeds.
             steps: horizon.
             learning_rate: peak rate before the arm's ``rate_scale``.
             parents: "starts_from" and "teacher" → hash of that run.
         """
         point = (variant, steps, learning_rate)
         if point not in self._forms:
-            # With its parents: without any, what is taken over from them would not count.
+            # With its parents: without them, the settings of the start and of distillation would be left out.
             start, teacher = (parents.get(role, "") for role in ("starts_from", "teacher"))
             config = self.config(variant, steps=steps, learning_rate=learning_rate, starts_from=start, teacher=teacher)
             unseen = dataclasses.replace(config.data, dataset="embedded", domains=self.unseen)

@@ -55,11 +55,11 @@ class Table:
 
     @property
     def used(self) -> list[Record]:
-        """The runs that this table is about."""
+        """The records of this table's runs."""
         return list(self._runs.values())
 
     def only(self, seeds: Collection[int]) -> Table:
-        """The same without the runs of other seeds."""
+        """Copy of the table with only the runs of these seeds."""
         found = copy.copy(self)
         found._runs = {key: run for key, run in self._runs.items() if key[2] in seeds}
         found._curves = {}
@@ -75,14 +75,14 @@ class Table:
         return max((steps for steps in self.horizons if self.seeds(steps, *variants)), default=0)
 
     def fullest(self, variant: str) -> int:
-        """Horizon for which an arm has the most seeds, the longest of several; 0 without runs."""
+        """Horizon for which an arm has the most seeds, the longest among equals; 0 without runs."""
         return max(self.horizons, key=lambda steps: (len(self.seeds(steps, variant)), steps), default=0)
 
     def record(self, variant: str, steps: int, seed: int) -> Record:
         """One run.
 
         Raises:
-            MissingError: it has not been made.
+            MissingError: there is no such run.
         """
         try:
             return self._runs[variant, steps, seed]
@@ -90,7 +90,7 @@ class Table:
             raise MissingError(f"no run of {variant} at {steps:,} steps with seed {seed}") from None
 
     def losses(self, variant: str, steps: int) -> dict[int, float]:
-        """Seed → primary loss of an arm's runs; infinite of a diverged one."""
+        """Seed → primary loss of an arm's runs; infinite for a diverged one."""
         return {seed: self.record(variant, steps, seed).primary_loss for seed in self.seeds(steps, variant)}
 
     def diverged(self, variant: str, steps: int) -> list[int]:
@@ -153,13 +153,13 @@ class Table:
         if name in record.probes:
             return record.probes[name]
         curve = self.curve(record.variant, record.steps, record.seed, term.quantity, domain, layer)
-        if not curve or (term.first and curve[0][0] == record.steps):  # of the end alone, as of a sweep's runs
+        if not curve or (term.first and curve[0][0] == record.steps):  # measured at the end only, as in a sweep's runs
             raise MissingError(f"no {term.quantity} of {term.variant}")
         return curve[0 if term.first else -1][1]
 
     def values(self, steps: int, expression: str | Sequence[Term]) -> dict[int, float]:
-        """Seed → value of a linear combination, for the seeds that all its arms share and whose runs have all of it:
-        a probe may have been measured on some of the runs alone.
+        """Seed → value of a linear combination, for the seeds that all its arms share and whose runs have every
+        quantity: a probe may have been measured on some of the runs only.
 
         Raises:
             MissingError: no seed, or a quantity is missing from all of them.
@@ -181,14 +181,16 @@ class Table:
         return found
 
     def over_training(self, steps: int, expression: str | Sequence[Term]) -> dict[int, list[float]]:
-        """Evaluation → value per seed of a linear combination of primary losses, at those that all evaluated runs have.
+        """Step → value per seed of a linear combination of primary losses, at the evaluations that all runs share.
+
+        Diverged runs, which have no held-out loss, are left out.
 
         Raises:
             ValueError: a quantity that is not "loss".
         """
         terms = parse(expression) if isinstance(expression, str) else expression
         if any(term.quantity not in ("", "loss") for term in terms):
-            raise ValueError(f"{expression}: only losses of a run's evaluations are followed")
+            raise ValueError(f"{expression}: only losses can be followed over training")
         found: list[dict[int, float]] = []
         for seed in self.seeds(steps, *variants_of(terms)):
             curves = [dict(self.curve(term.variant, steps, seed, "loss", PRIMARY)) for term in terms if term.quantity]

@@ -1,4 +1,4 @@
-"""A page's weights and what it says about them, from a trained run."""
+"""A page's weights, and its texts about them, from a trained run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from moe.playground import supported
 from moe.playground.packed import LONGEST, Packed, pack, unpack
 from moe.training.open_run import Workdir
 
-#: Characters of an example.
+#: Largest number of characters of an example.
 _EXAMPLE = 160
 
 
@@ -33,7 +33,7 @@ def make(opened: Workdir, step: int, *, title: str, tokens: int) -> Packed:
         tokens: held-out tokens per domain.
 
     Raises:
-        ConfigError: the page does not compute the model or its tokenizer.
+        ConfigError: the page does not support the model or its tokenizer.
     """
     config = opened.program.config
     supported.check(config.model)

@@ -80,7 +80,7 @@ const RULES = {
 function route(logits, on, settings) {
   const tokens = logits.length, k = Math.min(settings.k, on.length);
   const bias = on.map(expert => settings.rule.own ? settings.bias?.[expert] ?? 0 : 0);
-  // Without a capacity factor, an expert takes all tokens that choose it; experts that choose have one of 1.
+  // Without a capacity factor, an expert takes all tokens that choose it; expert choice then uses a factor of 1.
   const { kind } = settings.rule, factor = settings.capacity || (kind === "choice" ? 1 : Infinity);
   const capacity = expertCapacity(factor, kind === "all" ? on.length : k, tokens, on.length);
   const found = RULES[kind](logits.map(of => on.map(expert => of[expert])), { ...settings, k, bias, capacity });

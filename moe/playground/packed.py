@@ -41,7 +41,7 @@ _NAMES: dict[tuple[str, ...], tuple[str, tuple[int, ...]]] = {
 _WHOLE = ("final_norm", "attention_norm", "ffn_norm", "router", "bias")
 _SCALES = ".scales"
 _LARGEST = 127  # of int8, symmetric
-#: Most tokens of a text, since the page computes all scores of attention.
+#: Largest number of tokens of a text, since the page computes all attention scores.
 LONGEST = 512
 
 
@@ -66,7 +66,7 @@ class _Example(Fields):
 
 
 class _Header(Fields):
-    """Content of the page beside the arrays."""
+    """Content of the page other than the arrays."""
 
     model: dict[str, Any]
     title: str
@@ -156,7 +156,7 @@ def _place(layer: int, path: tuple[str, ...], shape: tuple[int, ...]) -> tuple[s
 
 
 def _shapes(tree: dict[str, Any]) -> dict[str, Any]:
-    """Arrays without values of the shapes of a tree, which can be unstacked."""
+    """Arrays of zeros, which take no memory, in the shapes of a tree, so that it can be unstacked."""
     return jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), tree)
 
 
@@ -170,7 +170,7 @@ def read(path: Path) -> Packed:
     """Read a file of :func:`write`.
 
     Raises:
-        ConfigError: it holds something else, or not the arrays of its model.
+        ConfigError: the file is not one of :func:`write`, or its arrays do not fit its model.
     """
     arrays = read_arrays(path)
     if "header" not in arrays:
@@ -198,7 +198,7 @@ def _check_arrays(path: Path, packed: Packed, model: ModelConfig) -> None:
             wanted[full] = rows, "float32" if whole else "int8"
             wanted |= {} if whole else {full + _SCALES: (rows[:1], "float32")}
     for name in sorted(wanted.keys() ^ packed.arrays.keys()):
-        raise ConfigError(f"{path}: {name} is {'missing' if name in wanted else 'no array of its model'}")
+        raise ConfigError(f"{path}: {name} is {'missing' if name in wanted else 'not an array of its model'}")
     for name, array in packed.arrays.items():
         if (array.shape, str(array.dtype)) != wanted[name] or not np.isfinite(array).all():
             raise ConfigError(f"{path}: {name} must be finite {wanted[name][1]} of shape {list(wanted[name][0])}")

@@ -183,7 +183,7 @@ function showTokens() {
       return chip;
     }))]) : [];
   byId("layers").replaceChildren(...blocks);
-  const largest = 8;  // nats, of the darkest
+  const largest = 8;  // nats of the darkest colour
   byId("losses").replaceChildren(...state.ids.map((id, token) => {
     const loss = token && state.result ? state.result.losses[token - 1] : 0;
     const span = element("span", { textContent: tokenizer.show(id), title: token ? `${loss.toFixed(2)} nats` : "beginning of the text" });

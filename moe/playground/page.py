@@ -59,14 +59,14 @@ def render(packed: Packed) -> str:
     text = re.sub(r"__([A-Z]+)__", lambda found: parts[found[1]], (_HERE / "page.html").read_text())
     if len(text.encode()) > LARGEST:
         raise ConfigError(
-            f"the page would have {len(text.encode()) / 1e6:.1f} MB; {LARGEST / 1e6:.0f} MB is the most, about "
+            f"the page would have {len(text.encode()) / 1e6:.1f} MB; at most {LARGEST / 1e6:.0f} MB are allowed, about "
             f"{0.7 * LARGEST / 1e6:.1f}M parameters"
         )
     return text
 
 
 def _joined(arrays: dict[str, np.ndarray]) -> tuple[dict[str, Any], bytes]:
-    """Places of the tensors, and their bytes: the scales of an int8 one, then its rows, each from a multiple of 4."""
+    """Offsets and shapes of the tensors, and their bytes: the scales of an int8 one, then its rows; 4-byte aligned."""
     places, parts, offset = {}, [], 0
     for name, array in arrays.items():
         if name.endswith(".scales"):

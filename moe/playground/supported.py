@@ -1,4 +1,4 @@
-"""Models and tokenizers that the page's JavaScript computes; others are refused by what it lacks."""
+"""Models and tokenizers that the page's JavaScript supports; others are refused with the reason."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _KINDS = {1: "n", 2: "c", 3: "c", 4: "u", 6: "b"}
 
 
 def check(model: ModelConfig) -> Selecting:
-    """The gate of a model that the page can run.
+    """Check that the page can run a model, and return the model's gate.
 
     Raises:
         ConfigError: model.js does not compute the model; the message names the first field.
@@ -66,15 +66,15 @@ def check(model: ModelConfig) -> Selecting:
     ):
         for name, value in wanted.items():
             if getattr(section, name) != value:
-                raise ConfigError(f"{where}{name}={getattr(section, name)!r}: the page computes {value!r} alone")
+                raise ConfigError(f"{where}{name}={getattr(section, name)!r}: the page supports only {value!r}")
     if model.moe.dispatch != "dropless" and model.moe.group_size:  # without a capacity, groups change nothing
         raise ConfigError(
-            f"model.moe.group_size={model.moe.group_size}: the page computes 0 alone, a text as one group, unless "
+            f"model.moe.group_size={model.moe.group_size}: the page supports only 0, the text as one group, unless "
             "model.moe.dispatch is dropless"
         )
     if model.activation not in _ACTIVATIONS:
         allowed = ", ".join(_ACTIVATIONS)
-        raise ConfigError(f"model.activation={model.activation!r}: the page computes one of {allowed}")
+        raise ConfigError(f"model.activation={model.activation!r}: the page supports only {allowed}")
     return gate
 
 
@@ -96,10 +96,10 @@ def rules(gate: Selecting) -> list[dict[str, Any]]:
 
 
 def vocabulary(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Pieces of a SentencePiece BPE vocabulary, a letter for the kind of each, and the id at the beginning of a text.
+    """Pieces of a SentencePiece BPE vocabulary, a letter for the kind of each, and the id of the beginning of a text.
 
     Raises:
-        ConfigError: tokenizer.js does not compute this tokenizer.
+        ConfigError: tokenizer.js does not support this tokenizer.
     """
     needed = "the page reads SentencePiece BPE with byte fallback and no normalisation, as main.py trains it"
     if isinstance(tokenizer, JsonTokenizer):

@@ -9,7 +9,7 @@ class Tokenizer {
     this.pieces = vocabulary.pieces;
     this.kinds = vocabulary.kinds;
     this.bos = vocabulary.bos;
-    this.ids = new Map();   // normal and user-defined piece → id; of two that can be merged, the lower id is first
+    this.ids = new Map();   // normal and user-defined piece → id; pairs with a lower id are merged first
     this.bytes = new Map(); // byte → id
     this.whole = [];        // user-defined pieces, longest first: found before anything else and never merged
     this.longest = 1;       // characters of the longest piece
@@ -73,7 +73,7 @@ class Tokenizer {
     return { symbols, frozen };
   }
 
-  // Text of an id; a byte of a character as ⟨E2⟩, a row of the embedding beyond the pieces as its number.
+  // Text of an id; a byte of a character as ⟨E2⟩, an id without a piece as its number.
   show(id) {
     const kind = this.kinds[id];
     if (kind === undefined) return `⟨${id}⟩`;

@@ -216,7 +216,7 @@ def test_a_router_that_chose_more_experts_is_not_saturated():
 @pytest.mark.parametrize("gate", ["remoe", "expert_threshold"])
 def test_a_gate_without_a_choice_of_k_has_no_fewer_experts(gate):
     """Their k says what training aims at: a token's experts are those with positive, or high enough, scores."""
-    with pytest.raises(ConfigError, match="no other number of experts per token than its own"):
+    with pytest.raises(ConfigError, match="its number of experts per token cannot be changed"):
         probes._with_k(LAYERS[gate], 1)
 
 

@@ -314,7 +314,7 @@ def test_a_users_gate_is_not_split():
 
     model = ModelConfig(moe=MoEConfig(gate=Sharp(name="my_gates:Sharp"), num_experts=8))
     surgery.check(model)
-    with pytest.raises(ConfigError, match=r"model\.moe\.gate='my_gates:Sharp': is a gate of your own"):
+    with pytest.raises(ConfigError, match=r"model\.moe\.gate='my_gates:Sharp': a gate of your own"):
         surgery.split(model, {}, {}, 2)
 
 

@@ -143,11 +143,11 @@ TWO = {"a": DENSE, "b": DENSE}
         (suite_of({"a": DENSE}, headline=("b",)), "headline: no variant 'b'"),
         (suite_of({"a": DENSE}, {"c": Comparison("a", ("b",), ("steps",))}), "no variant 'b'"),
         (suite_of(TWO, {"c": Comparison("a", ("b",), ("luck",))}), "'luck' is not one of"),
-        (suite_of({"a": DENSE}, {"c": Comparison("a", (), ("steps",))}), r"variants=\(\): at least one"),
+        (suite_of({"a": DENSE}, {"c": Comparison("a", (), ("steps",))}), r"variants=\(\): must be at least one"),
         (suite_of({"a": DENSE}, {"c": Comparison("a", ("a",), ("steps",))}), "not the baseline 'a'"),
-        (suite_of(TWO, {"c": Comparison("a", ("b", "b"), ("steps",))}), "different ones"),
+        (suite_of(TWO, {"c": Comparison("a", ("b", "b"), ("steps",))}), "all different"),
         *(
-            (suite_of({"a": Variant({name: 1})}), f"variant 'a': {name} is the suite's own")
+            (suite_of({"a": Variant({name: 1})}), f"variant 'a': {name} is set by the suite")
             for name in ("seed", "train.num_steps", "optimizer.learning_rate", "start.checkpoint")
         ),
         (suite_of({"a": DENSE}, sweep=Sweep((1e-3, 2e-3), (9,))), "must contain the base config's 0.003"),
@@ -190,7 +190,7 @@ FIELDS = 'name="s", question="?", base=base.get_config(), variants={"a": Variant
         (f"Suite({FIELDS.replace('(0, 1)', '(0, -1)')})", r"seeds\.1=-1"),
         (f"Suite({FIELDS.replace('(0, 1)', '(0, 2**31)')})", r"seeds\.1=2147483648"),
         (f"Suite({FIELDS.replace('(0, 1)', '(0, True)')})", r"seeds\.1=True"),
-        (f"Suite({FIELDS}, unseen=('python',))", "held-out text alone"),
+        (f"Suite({FIELDS}, unseen=('python',))", "only held-out text"),
         (f"Suite({FIELDS.replace('Variant({})', 'Variant(3)')})", "Variant: 0=3: must be a JSON object"),
         (f"Suite({FIELDS.replace('Variant({})', '{}')})", "variants"),
         (f"Suite({FIELDS.replace('seeds=(0, 1)', 'seeds=3')})", "seeds"),

@@ -236,8 +236,8 @@ def _array(name, edit):
         (lambda packed: packed.header["model"].update(evil=1), "header: model.evil: no such field"),
         (lambda packed: packed.header["model"]["moe"].update(gate="this:x"), "header: .*'this:x' is code of a module"),
         (lambda packed: packed.arrays.pop("embedding"), "npz: embedding is missing"),
-        (_header(model={}), "header: model|page computes|is no array of its model|is missing"),
-        (lambda packed: packed.arrays.update(evil=np.ones(2)), "npz: evil is no array of its model"),
+        (_header(model={}), "header: model|page supports|is not an array of its model|is missing"),
+        (lambda packed: packed.arrays.update(evil=np.ones(2)), "npz: evil is not an array of its model"),
         (_array("embedding", lambda array: array.astype(np.float32)), "embedding must be finite int8 of shape"),
         (_array("embedding.scales", lambda array: array * np.nan), "embedding.scales must be finite float32"),
         (_array("final_norm", lambda array: array[0]), r"final_norm must be finite float32 of shape \[1, 16\]"),
@@ -384,5 +384,5 @@ def test_half_characters_of_a_title_are_spelled_out():
 
 def test_a_page_of_too_many_parameters_is_refused(monkeypatch):
     monkeypatch.setattr(page, "LARGEST", 10_000)
-    with pytest.raises(ConfigError, match=r"the page would have 0\.\d MB; 0 MB is the most"):
+    with pytest.raises(ConfigError, match=r"the page would have 0\.\d MB; at most 0 MB are allowed"):
         page.render(pack(tiny_model(dispatch="dropless")))

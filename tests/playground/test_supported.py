@@ -17,12 +17,12 @@ from tests.helpers import tiny_model
         ({"gate": "hash"}, r"model.moe.gate='hash': the page needs a gate"),
         ({"gate": "expert_choice"}, r"model.moe.gate='expert_choice': the page needs a gate"),
         ({"gate": "noisy_topk", "experts_per_token": 2}, r"model.moe.gate='noisy_topk': the page needs a gate"),
-        ({"expert_capacity": 3}, r"model.moe.capacity.fixed=3: the page computes 0 alone"),
-        ({"group_size": 4}, r"model.moe.group_size=4: the page computes 0 alone, .* is dropless"),
-        ({"sliding_window": 4}, r"model.sliding_window=4: the page computes 0 alone"),
-        ({"qk_norm": "head"}, r"model.qk_norm='head': the page computes 'none' alone"),
-        ({"zero_experts": 1}, r"model.moe.zero_experts=1: the page computes 0 alone"),
-        ({"activation": "geglu_exact"}, r"model.activation='geglu_exact': the page computes one of swiglu, "),
+        ({"expert_capacity": 3}, r"model.moe.capacity.fixed=3: the page supports only 0"),
+        ({"group_size": 4}, r"model.moe.group_size=4: the page supports only 0, .* is dropless"),
+        ({"sliding_window": 4}, r"model.sliding_window=4: the page supports only 0"),
+        ({"qk_norm": "head"}, r"model.qk_norm='head': the page supports only 'none'"),
+        ({"zero_experts": 1}, r"model.moe.zero_experts=1: the page supports only 0"),
+        ({"activation": "geglu_exact"}, r"model.activation='geglu_exact': the page supports only swiglu, "),
     ],
 )  # fmt: skip
 def test_models_beyond_the_page_are_refused(overrides, message):

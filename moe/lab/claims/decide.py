@@ -25,7 +25,7 @@ from moe.lab.table import MissingError, Table
 SUPPORTED, CONTRADICTED, UNDECIDED = "supported", "contradicted", "undecided"
 FOR, AGAINST, OPEN = "exploratory: for it", "exploratory: against it", "exploratory: open"
 TOO_SHORT, NOT_TESTED = "too few steps", "not tested"
-#: Seeds that a finding should have.
+#: Number of seeds below which a finding carries a caveat.
 SEEDS = 5
 #: Verdicts in the order of a summary.
 VERDICTS = (SUPPORTED, CONTRADICTED, UNDECIDED, FOR, AGAINST, OPEN, TOO_SHORT, NOT_TESTED)
@@ -39,11 +39,11 @@ class Outcome:
 
     Attributes:
         part: what was registered.
-        effect: of its value over seeds.
+        effect: mean of its value over seeds, with the interval.
         side: supported, contradicted or undecided by the part's own interval; empty for the rule "shown".
-        p: of the rule's test, below 5 % where ``side`` is not undecided; 1 with fewer than two seeds.
-        detectable: smallest effect that this many seeds find with 80 % power at the spread seen.
-        note: what else to know, such as diverged runs.
+        p: p-value of the rule's test, below 5 % where ``side`` is not undecided; 1 with fewer than two seeds.
+        detectable: smallest effect that this many seeds detect with 80 % power at the observed spread.
+        note: further remarks, such as diverged runs.
     """
 
     part: Part
@@ -63,7 +63,7 @@ class Outcome:
 
     @property
     def bound(self) -> float:
-        """Largest size that the interval leaves to an effect; infinite without an interval."""
+        """Largest absolute effect within the interval; infinite without an interval."""
         return max(abs(self.effect.low), abs(self.effect.high))
 
 
@@ -74,11 +74,11 @@ class Finding:
     Attributes:
         claim: as registered.
         verdict: one of :data:`VERDICTS`.
-        steps: horizon that it was tested at; 0 if it was not.
+        steps: horizon at which it was tested; 0 if it was not.
         outcomes: per part.
         adjusted: p adjusted over the claim's family; NaN for an exploratory claim.
         post_hoc: the claim's text differs from what it was when its runs started.
-        lacks: what a reader must know of the comparison: steps, tuning, seeds, power, dropping.
+        lacks: caveats on the comparison: steps, tuning, seeds, power, dropping.
         note: why it was not tested.
     """
 
@@ -110,7 +110,7 @@ def assess(claims: Sequence[Claim], tables: Mapping[str, Table], primary: Primar
 
 
 def _after_holm(finding: Finding, adjusted: float | None) -> Finding:
-    """The finding with the verdict that its family allows."""
+    """Set the verdict of a finding by the p-value adjusted over its family; None: it is exploratory."""
     if adjusted is None:
         return dataclasses.replace(finding, verdict=_EXPLORATORY.get(finding.verdict, finding.verdict))
     interim = any(text.startswith(_INTERIM) for text in finding.lacks)
@@ -120,10 +120,10 @@ def _after_holm(finding: Finding, adjusted: float | None) -> Finding:
 
 
 def _assess(claim: Claim, table: Table | None, primary: Primary | None) -> Finding:
-    """A claim by its own intervals alone."""
+    """Test a claim by its own intervals, before the adjustment over its family."""
     if table is None:
         return Finding(claim, NOT_TESTED, note=f"suite {claim.suite} has not been run")
-    if claim.family:  # further seeds, run until a contrast is found, would find it by chance
+    if claim.family:  # with seeds added until an effect shows, chance would show one
         table = table.only(table.suite.registered_seeds)
     arms = arms_of(claim)
     steps = table.longest(*arms)
@@ -171,24 +171,24 @@ def _outcome(part: Part, table: Table, steps: int) -> Outcome:
 
 
 def _same_runs(part: Part, table: Table, steps: int) -> bool:
-    """True if all arms of a difference are one config, such as two whose sweeps chose the same rate."""
+    """True if all arms of a difference are the same runs, such as two whose sweeps chose the same rate."""
     arms = variants_of(parse(part.value))
     seeds = table.seeds(steps, *arms)
     return len(arms) > 1 and all(len({table.record(arm, steps, seed).run for arm in arms}) == 1 for seed in seeds)
 
 
 def bound_of(rule: str, margin: float, mean: float) -> float:
-    """Where a rule separates its two sides: zero, the margin for "not above", its nearer end for "within"."""
+    """Boundary between a rule's sides: the margin for "not above", its end nearer the mean for "within", else zero."""
     if rule == "within":
         return math.copysign(margin, mean)
     return margin if rule == "not_above" else 0.0
 
 
 def side_of(rule: str, margin: float, e: Effect) -> tuple[str, float]:
-    """(side that a rule's interval is on, p of the test that puts it there); ("", p) for the rule "shown".
+    """(side of the rule on which the interval lies, p-value of the corresponding test); ("", p) for the rule "shown".
 
-    The p-values are two-sided, so that they are below 5 % where the 95 % interval decides: against zero, against the
-    margin for "not above", and of the nearer end of the margin for "within".
+    The p-values are two-sided, so that they are below 5 % where the 95 % interval decides. They are against zero, for
+    "not above" against the margin, and for "within" against the end of the margin nearer to the mean.
     """
     if rule == "shown":
         return "", e.p
@@ -204,7 +204,7 @@ def side_of(rule: str, margin: float, e: Effect) -> tuple[str, float]:
 
 
 def _p_against(e: Effect, bound: float) -> float:
-    """Two-sided p of a mean being at a bound."""
+    """Two-sided p-value of a mean against a bound."""
     if e.sd == 0:
         return float(e.mean == bound)
     t = (e.mean - bound) / (e.sd / math.sqrt(e.n))
@@ -234,7 +234,7 @@ def _with_diverged(part: Part, values: np.ndarray) -> Outcome:
 
 def _variance(part: Part, table: Table, steps: int) -> Outcome:
     """Pitman-Morgan test of the expression's first term varying less over seeds than its second."""
-    # Of each term alone an arm may have more seeds than the other; the test is of pairs.
+    # One arm may have more seeds than the other; the test needs pairs.
     by_seed = [table.values(steps, [dataclasses.replace(term, factor=1.0)]) for term in parse(part.value)[:2]]
     seeds = sorted(by_seed[0].keys() & by_seed[1].keys())
     first, second = ([values[seed] for seed in seeds] for values in by_seed)
@@ -256,7 +256,7 @@ def _verdict(sides: Sequence[str]) -> str:
 def _lacks(
     claim: Claim, table: Table, steps: int, outcomes: Sequence[Outcome], primary: Primary | None
 ) -> tuple[str, ...]:
-    """Caveats of the comparison, beside its verdict."""
+    """Caveats on the comparison, reported beside its verdict."""
     lacks = []
     if steps < claim.min_steps:
         lacks.append(f"{steps:,} steps of at least {claim.min_steps:,}")
@@ -280,7 +280,7 @@ def _lacks(
         lacks.append(f"measured on {n} of {runs} seeds")
     registered = table.suite.registered_seeds
     there = min(n, len(set(registered) & set(table.seeds(steps, *arms))))
-    if claim.family and there < len(registered):  # a look at each new seed would find effects by chance
+    if claim.family and there < len(registered):  # a verdict after each new seed would find effects by chance
         lacks.append(f"{_INTERIM}, {there} of the {len(registered)} seeds that were registered")
     elif n < SEEDS:
         lacks.append(f"{n} of at least {SEEDS} seeds")

@@ -22,11 +22,11 @@ from moe.config import ConfigError, read_small_file
 from moe.foreign_files import Amount, Step, first_sentence, read_json
 from moe.lab.expressions import parse
 
-#: below, above: of zero. not_above: below the margin. within: between the margin's two sides. less_variance: the first
-#: term varies less over seeds than the second (Pitman-Morgan). shown: reported, decides nothing.
+#: below, above: relative to zero. not_above: below the margin. within: between -margin and margin. less_variance: the
+#: first term varies less over seeds than the second (Pitman-Morgan). shown: reported, decides nothing.
 Rule = Literal["below", "above", "not_above", "within", "less_variance", "shown"]
 CLAIMS_FILE = "claims.toml"
-#: Contrasts of a family.
+#: Largest number of claims in a family.
 MOST_OF_FAMILY = 5
 
 
@@ -42,7 +42,7 @@ class Part:
         rule: how it is decided.
         value: linear combination of results, as in "loss[switch] - loss[dense]" (:mod:`moe.lab.expressions`).
         margin: equivalence margin in the unit of ``value``, for the rules not_above and within.
-        published: the paper's effect in the same unit and sign; None if it has none that compares.
+        published: the paper's effect in the same unit and sign; None if it has no comparable one.
     """
 
     what: str
@@ -77,17 +77,17 @@ class Claim:
 
     @property
     def hash(self) -> str:
-        """Hash of everything above."""
+        """Hash of all fields."""
         text = json.dumps(dataclasses.asdict(self), sort_keys=True, ensure_ascii=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=_STRICT)
 class Primary:
-    """The primary family: the contrasts that runs are made to decide.
+    """The primary family: the contrasts that the runs are made to decide.
 
     Attributes:
-        question: that they answer together.
+        question: the question that they answer together.
         claims: their numbers, at most five.
         smallest: smallest effect of interest, in nats.
         equivalence: an effect whose interval lies within ± this counts as none.
@@ -158,14 +158,14 @@ _FILE = pydantic.TypeAdapter(_File)
 def _check(found: _File) -> None:
     numbers = [claim.number for claim in found.claim]
     if len(set(numbers)) < len(numbers):
-        raise ValueError(f"claim numbers {numbers}: each once")
+        raise ValueError(f"claim numbers {numbers}: must be different")
     for claim in found.claim:
         if not claim.parts:
             raise ValueError(f"claim {claim.number}: has no part")
         if all(part.rule == "shown" for part in claim.parts):
             raise ValueError(f"claim {claim.number}: all its parts are 'shown', which decide nothing")
         if claim.family and len(claim.parts) > 1:
-            raise ValueError(f"claim {claim.number}: one of a family has one part")
+            raise ValueError(f"claim {claim.number}: a claim of a family must have exactly one part")
     families = {
         name: [claim.number for claim in found.claim if claim.family == name] for name in ("primary", "replication")
     }
@@ -173,7 +173,7 @@ def _check(found: _File) -> None:
         if len(members) > MOST_OF_FAMILY:
             raise ValueError(f"claims {members} are of the family {name!r}: at most {MOST_OF_FAMILY}")
     if families["primary"] != sorted(found.primary.claims if found.primary else ()):
-        raise ValueError(f"claims {families['primary']} are of the family 'primary': those that primary.claims names")
+        raise ValueError(f"claims {families['primary']} of family 'primary': must be those that primary.claims names")
 
 
 #: Number of a claim → its hash.
@@ -181,7 +181,7 @@ _HASHES: pydantic.TypeAdapter[dict[str, str]] = pydantic.TypeAdapter(dict[str, s
 
 
 def hashes_at_start(path: Path, claims: Sequence[Claim]) -> dict[str, str]:
-    """Number → hash of the claims when a run was first started, kept in a file over its resumptions."""
+    """Number → hash of the claims when a run first started; kept in a file, so that a resumed run has the same."""
     if not path.exists():
         write_atomic(path, json.dumps({str(claim.number): claim.hash for claim in claims}).encode())
     return read_json(path, _HASHES)

@@ -25,7 +25,7 @@ from moe.lab.step_seconds import StepSeconds
 from moe.lab.table import Table
 
 NAME = "switch_or_mixtral"
-#: Suite that the page is about: what it says of sizes and factors is true of no other.
+#: Suite that the page is about; the page's text on sizes and factors applies to no other.
 SUITE = "switch_vs_mixtral"
 _LIMITS = """\
 It does not say which layer is better at other sizes: two million parameters in all, half a million active, text of four
@@ -43,7 +43,7 @@ rate has not come down at the earlier ones, so that they are not what runs of th
 
 
 def is_asked(registered: Registered) -> bool:
-    """Whether the primary family is about :data:`SUITE` alone."""
+    """Whether the primary family is about :data:`SUITE` only."""
     suites = {claim.suite for claim in registered.claims if claim.family == "primary"}
     return registered.primary is not None and suites == {SUITE}
 
@@ -62,7 +62,7 @@ def write_page(
         found: records of the suite of the primary family.
         registered: claims and rules.
         seconds: measured steps of the suite's arms.
-        others: records of other suites; the first comparison with a ``whole`` is the unit of every arm's gain.
+        others: records of other suites; their first comparison with a ``whole`` gives the unit of every arm's gain.
 
     Raises:
         ConfigError: see :func:`moe.lab.claims.registration.read_claims`.
@@ -140,7 +140,7 @@ def _over_evaluations(found: Table, finding: Finding) -> dict[float, Effect]:
 
 
 def _effects_over_training(curves: Mapping[str, Mapping[float, Effect]]) -> str:
-    """A column at the end of training, at half of it, a quarter and so on; empty without two."""
+    """Table with a column at the end of training, at half of it, a quarter and so on; empty for fewer than two."""
     last = max((max(curve, default=0.0) for curve in curves.values()), default=0.0)
     ratios = [last / 2**power for power in reversed(range(8))]
     shown = [at for at in ratios if any(math.isclose(at, x) for curve in curves.values() for x in curve)]
@@ -187,8 +187,8 @@ def _contrasts_over_training(path: Path, curves: Mapping[str, Mapping[float, Eff
 
 @dataclasses.dataclass(frozen=True)
 class _Unit:
-    """A difference of which every arm's gain is a share: losses by seed of the two arms, the second one's name and
-    note."""
+    """A difference between two arms as the unit of every arm's gain: losses of both by seed, and the name and note of
+    the second."""
 
     base: Mapping[int, float]
     whole: Mapping[int, float]
@@ -253,7 +253,7 @@ def _effects(path: Path, findings: Sequence[Finding], primary: Primary) -> str:
     labels = [f"{_wrapped(f.claim.parts[0].what)}\n(n = {e.n})" for f, e in tested]
     axis.set_yticks([-y for y in range(len(tested))], labels, fontsize=8)
     axis.set(xlabel="nats per token; filled: decided", ylim=(0.6 - len(tested), 0.6))
-    axis.locator_params(axis="x", nbins=6)  # labels beside labels of contrasts have little room
+    axis.locator_params(axis="x", nbins=6)  # the labels of the contrasts leave little room
     axis.grid(axis="x", alpha=0.3)
     axis.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
     return save(fig, path)

@@ -34,7 +34,7 @@ _RULES = {
     "less_variance": "variance ratio below 1",
     "shown": "shown only",
 }
-#: Remark on a claim whose runs were started before it read as it does.
+#: Remark on a claim that was edited after its runs had started.
 POST_HOC = "**post hoc: the claim was edited after its runs started**"
 _RULES_TEXT = (
     "Only the primary family, and one that repeats it on other seeds, have verdicts: supported or contradicted where "
@@ -58,7 +58,7 @@ def claims_section(
         claims: all that are registered.
         tables: suite → its records.
         primary: the primary family.
-        suite: show the claims of this suite alone; empty: all.
+        suite: show only the claims of this suite; empty: all.
     """
     findings = [f for f in assess(claims, tables, primary) if suite in ("", f.claim.suite)]
     spreads = _spreads(findings)
@@ -123,18 +123,18 @@ def _standing(finding: Finding, found: Table | None, spreads: Mapping[int, float
 
 
 def _open(outcome: Outcome) -> bool:
-    """True if more seeds of the same spread could put the part on a side."""
+    """True if more seeds of the same spread could decide the part."""
     return outcome.side == UNDECIDED and outcome.effect.sd > 0 and _distance(outcome) != 0
 
 
 def _distance(outcome: Outcome) -> float:
-    """From the mean to where the part's rule separates its two sides."""
+    """Difference between the mean and the boundary of the part's rule."""
     mean = outcome.effect.mean
     return mean - bound_of(outcome.part.rule, outcome.part.margin, mean)
 
 
 def _spreads(findings: Sequence[Finding]) -> dict[int, float]:
-    """Steps of claims → median of the standard deviation over seeds of their tested loss differences."""
+    """Minimum steps of claims → median standard deviation over seeds of their tested loss differences."""
     seen: dict[int, list[float]] = {}
     for finding in findings:
         known = [o.effect.sd for o in finding.outcomes if "loss[" in o.part.value and o.effect.sd > 0]

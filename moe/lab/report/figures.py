@@ -44,7 +44,7 @@ def effect_of(
 ) -> inference.Effect:
     """Difference of a quantity at the last step, paired by seed; undefined where a run lacks it.
 
-    ``domain``: of a loss, if not the mean over the primary ones.
+    ``domain``: domain of a loss; empty: the mean over the primary ones.
     """
     if domain:
         pairs = [
@@ -77,7 +77,7 @@ def forest(
             if not e.n:
                 continue
             if math.isfinite(e.mean):
-                # The interval of two seeds has 13 times their standard error, which would hide all others.
+                # With two seeds the interval is 13 standard errors to each side, which would hide all others.
                 error = [[e.mean - e.low], [e.high - e.mean]] if e.n > 2 else None
                 axis.errorbar(
                     e.mean, y, xerr=error, fmt="o", color=color[arm], capsize=3,
@@ -240,7 +240,7 @@ _LABELS = {"token": "token", "lexical_matched": "lexical class", "domain_matched
 
 
 def specialisation(path: Path, table: Table, variant: str) -> str:
-    """Share of the first expert that is explained, by layer: of trained routers, of untrained ones and of a hash."""
+    """Explained share of the first expert's entropy, by layer: for trained routers, untrained routers and a hash."""
     steps = table.longest(variant)
     layers = table.layers(variant, "specialisation/explained_token")
     fig = Figure(figsize=(6.4, 4.0))
@@ -300,7 +300,7 @@ def masked(path: Path, table: Table) -> str:
 def _mean_curves(
     table: Table, variants: Sequence[str], steps: int, quantity: str
 ) -> dict[str, tuple[list[int], np.ndarray]]:
-    """Arm → (steps, mean over layers and seeds); of the entropy its share of the largest one."""
+    """Arm → (steps, mean over layers and seeds); the entropy as a share of its maximum."""
     found = {}
     for name in variants:
         moe = table.suite.config(name, steps=steps).model.moe

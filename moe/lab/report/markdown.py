@@ -28,13 +28,14 @@ def loss_cell(found: Table, variant: str, steps: int) -> str:
 
 
 def share_cell(losses: Mapping[int, float], base: Mapping[int, float], whole: Mapping[int, float]) -> str:
-    """Share of the difference between two arms that a third one makes up, on the seeds of all three: losses by seed.
+    """Share of the difference between two arms that a third one makes up, from losses by seed, on the seeds of all
+    three.
 
-    A dash without a seed, and without an interval where the difference of the two is not told apart from zero.
+    A dash without common seeds; no interval where the difference between the two is not significant.
     """
     seeds = sorted(losses.keys() & base.keys() & whole.keys())
     found = inference.share([losses[s] - base[s] for s in seeds], [whole[s] - base[s] for s in seeds])
-    if not math.isfinite(found.mean) or found.mean == 0:  # of the baseline itself
+    if not math.isfinite(found.mean) or found.mean == 0:  # 0 for the baseline itself
         return "–" if found.mean else "0%"
     interval = f"[{found.low:.0%}, {found.high:.0%}]" if math.isfinite(found.low) else "without bounds"
     return f"{found.mean:.0%} {interval}, n = {found.n}"

@@ -26,9 +26,9 @@ def write(directory: Path, tables: Mapping[str, Table], suite: Suite, registered
     Args:
         directory: folder of the report.
         tables: suite → its records, of this suite and of those that hold other members of a family.
-        suite: that the report is about.
+        suite: suite of the report.
         registered: all claims.
-        command: that made the records.
+        command: command that made the records.
     """
     directory.mkdir(parents=True, exist_ok=True)
     found, claims = tables[suite.name], registered.claims

@@ -45,7 +45,7 @@ class PaperTable:
 
     Attributes:
         name: paper and table.
-        suite: whose records fill it.
+        suite: name of the suite whose records fill it.
         source: the published figures as printed.
         unit: of the rows.
         rows: its lines.
@@ -129,7 +129,7 @@ def _ours(row: Row, found: Table | None) -> tuple[str, str]:
 
 
 def _comparison(published: float | None, effect: Effect, *, signed: bool) -> str:
-    """How the interval lies to the published number and, if ``signed``, to zero: a sum of shares is always above it."""
+    """Compare the interval with the published number and, if ``signed``, with zero; sums of shares are always above."""
     if not math.isfinite(effect.low):
         return "one seed"
     found = []

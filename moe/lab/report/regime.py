@@ -17,7 +17,7 @@ def regime(found: Table) -> str:
 
 
 def regimes(tables: Mapping[str, Table]) -> str:
-    """The same of all suites that have runs, those of one length together."""
+    """The same for all suites that have runs, grouped by length."""
     alike: dict[tuple[str, str], dict[str, float]] = {}
     for name, found in tables.items():
         if found.horizons:

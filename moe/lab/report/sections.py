@@ -90,7 +90,7 @@ def _interval(e: Effect) -> str:
 
 
 def _comparability(found: Table, arms: Sequence[str], steps: int) -> str:
-    """Where arms were measured or trained in ways that favour one of them; empty if they were not."""
+    """Warnings on differences in training or measurement that favour an arm; empty without any."""
     texts = []
     shares = {arm: found.dropped(arm, steps) for arm in arms}
     if max(shares.values()) - min(shares.values()) > MAX_DROP_DIFFERENCE:
@@ -128,7 +128,7 @@ def _steps_to_loss(found: Table, arm: str, base: str, steps: int) -> str:
 
 
 def law_section(found: Table) -> str:
-    """The fitted law, its residuals, or what it lacks."""
+    """The fitted law and its residuals, or why it was not fitted."""
     by_seed: dict[int, dict[tuple[int, int], float]] = {}
     for name, experts in found.suite.experts.items():
         for steps in found.horizons:

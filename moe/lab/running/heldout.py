@@ -28,7 +28,7 @@ class MixedRows:
     """Held-out rows, alternating between domains so that every batch is mixed as in training.
 
     Attributes:
-        batches: of the train step's microbatch size; the last one is filled up with padding.
+        batches: of the train step's microbatch size; the last one is padded.
         domains: domain of each row, without padding rows.
         targets: number of targets of each row.
     """
@@ -69,7 +69,7 @@ def mixed_rows(
 
 
 def with_unseen(prepared: pipeline.Prepared, config: Config, unseen: Sequence[str]) -> pipeline.Prepared:
-    """The documents of a run and, held out, those of embedded domains that no run is trained on."""
+    """Add embedded domains that no run is trained on to the held-out documents of a run."""
     if not unseen:
         return prepared
     data = dataclasses.replace(config.data, dataset="embedded", domains=tuple(unseen), weights=())
@@ -84,7 +84,7 @@ def with_unseen(prepared: pipeline.Prepared, config: Config, unseen: Sequence[st
 
 
 def dropless(config: Config) -> Config | None:
-    """The config evaluated without drops; None for a gate that has no such form."""
+    """The config for evaluation without drops; None for a gate that has no dropless form."""
     moe = config.model.moe
     if moe.gate is None:
         return config

@@ -17,7 +17,7 @@ FILE = "last_losses.txt"
 
 
 def recording(program: Program, path: Path) -> Program:
-    """The program of a run that appends "STEP LOSS" of the last tenth's batches to a file, as they are trained.
+    """Wrap a run's program so that it appends a line "STEP LOSS" to a file for each batch of the last tenth.
 
     A resumed run appends the steps after its checkpoint again, with the same losses.
     """
@@ -37,12 +37,12 @@ def recording(program: Program, path: Path) -> Program:
 
 
 def _first(steps: int) -> int:
-    """The first step, counted from 1, of the last tenth of a run; of at least one step."""
+    """The first step, counted from 1, of the last tenth of a run, which has at least one step."""
     return steps - max(steps // 10, 1) + 1
 
 
 def losses(path: Path, steps: int) -> list[float]:
-    """Training loss of each batch of the last tenth, NaN where there is none; of a step trained twice the last one."""
+    """Training loss of each batch of the last tenth; NaN where none was recorded, the later one if trained twice."""
     lines = [line.split() for line in path.read_text().splitlines()] if path.exists() else []
     by_step = {int(line[0]): float(line[1]) for line in lines if len(line) == 2}
     return [by_step.get(step, math.nan) for step in range(_first(steps), steps + 1)]

@@ -1,6 +1,6 @@
 """Measurements on a trained model beside its loss, by name (:data:`PROBES`).
 
-Each maps a run to quantity → value; a value of one MoE layer is named ``quantity@layer``, counted among MoE layers.
+Each maps a run to quantity → value; a value of one MoE layer is named ``quantity@layer``, numbered among MoE layers.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Trained:
 
     @property
     def steps(self) -> list[int]:
-        """Steps of the run's checkpoints, without those that a stop left."""
+        """Steps of the run's checkpoints, without those saved at a stop."""
         return checkpoint_steps(self._directory, self.model.program.config.train.save_every)
 
     def _read(self, step: int | None = None) -> dict[str, Any]:
@@ -99,8 +99,8 @@ def eval_capacity(run: Trained) -> dict[str, float]:
 def mask_top(run: Trained) -> dict[str, float]:
     """Held-out loss without each token's most probable experts, up to a quarter of all, at every layer.
 
-    ``loss_masked`` is that without an eighth. Shares that are no whole number of experts, or leave fewer than K, are
-    left out.
+    ``loss_masked`` is the loss without an eighth of the experts. Shares that are not a whole number of experts, or
+    leave fewer than K, are left out.
     """
     moe = run.model.program.config.model.moe
     counts = {share: share * moe.num_experts for share in MASKED_SHARES}
@@ -113,7 +113,7 @@ def mask_top(run: Trained) -> dict[str, float]:
 
 
 def shared_expert(run: Trained) -> dict[str, float]:
-    """Held-out loss with the shared expert replaced by one more routed, and with one routed less."""
+    """Held-out loss with the shared expert replaced by routed experts of its size, and with one routed expert fewer."""
     return {
         "loss_full": run.loss(probes.masked, 0),
         "loss_without_shared": run.loss(probes.shared_for_routed),
@@ -157,7 +157,8 @@ def _specialised(part: Mapping[str, Any]) -> dict[str, float]:
 def repetition(run: Trained) -> dict[str, float]:
     """Repetition of the first choice, and of the first two, per domain and MoE layer (Mixtral 2024, table 5).
 
-    ``_load`` and ``_token`` are its chance values from the loads, and of sets exchanged among a token's occurrences.
+    ``_load`` and ``_token`` are its chance values: given the loads, and with expert sets permuted among a token's
+    occurrences.
     """
     names = {"": "observed", "_load": "load", "_token": "token_mean"}
     return {
@@ -170,7 +171,7 @@ def repetition(run: Trained) -> dict[str, float]:
 
 
 def coactivation(run: Trained) -> dict[str, float]:
-    """Share of an expert's tokens that its most frequent partner has too, per MoE layer, and what loads make of it."""
+    """Share of an expert's tokens that its most frequent partner has too, per MoE layer, and as expected by load."""
     observed, by_load = most_frequent_partner(np.asarray(run.measured()["coactivation"]))
     found = {f"partner@{layer}": float(share) for layer, share in enumerate(observed)}
     return found | {f"partner_load@{layer}": float(share) for layer, share in enumerate(by_load)}

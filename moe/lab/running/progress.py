@@ -28,7 +28,7 @@ class Progress:
         self._suite, self._path = suite, workdir / LOG
         self._start = time.monotonic()
         self._trained = 0.0  # FLOPs of the runs that this process has finished
-        self._left = 0.0  # FLOPs of the run in hand and of those after it
+        self._left = 0.0  # FLOPs of the current run and of those after it
         self._title = ""
 
     def say(self, text: str) -> None:
@@ -39,7 +39,7 @@ class Progress:
         append(self._path, line + "\n")
 
     def start(self, key: Key, planned: Sequence[Key], done: Iterable[Key], unnamed: Sequence[Key] = ()) -> None:
-        """Note the run that starts, and what is left from it on; ``unnamed``: runs that a sweep has still to name."""
+        """Report the start of a run and note the FLOPs left; ``unnamed``: runs that a sweep has yet to name."""
         done = set(done)
         left = [run for run in planned if run not in done]
         self._left = sum(self._flops(run) for run in (*left, *unnamed))
@@ -63,7 +63,7 @@ class Progress:
             self._trained += self._flops(key)
 
     def finish(self, key: Key, record: Record) -> None:
-        """Note the run that ended, with the loss that comparisons are about."""
+        """Report the end of a run, with the loss that comparisons use."""
         loss = "".join(f", held-out loss {value:.4f}" for value in record.losses())
         self.say(f"{self._title}: {record.status}{loss}; {self._time_left(self._flops(key))}")
 
@@ -75,7 +75,7 @@ class Progress:
         return self._suite.costs(key.variant, key.steps)["flops"]
 
     def _time_left(self, current: float, *, running: bool = False) -> str:
-        """Time left for all planned runs at this process's pace so far; ``current``: FLOPs done of the run in hand."""
+        """Time left for all planned runs at this process's pace so far; ``current``: FLOPs done of the current run."""
         trained = self._trained + current * running
         minutes = round((self._left - current) * (time.monotonic() - self._start) / trained / 60)
         return f"{minutes // 60} h {minutes % 60} min left at the pace of this process"

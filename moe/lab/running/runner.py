@@ -43,7 +43,7 @@ from moe.training.recovery import DivergedError
 from moe.training.step import Program, build
 
 RUNS = "runs"
-#: Seconds until a process looks again for runs that follow from those of others.
+#: Seconds until a process looks again for runs that depend on those of other processes.
 _LOOK_AGAIN = 5.0
 
 
@@ -83,13 +83,13 @@ def run_directory(workdir: Path, key: Key, run: str) -> Path:
 
 
 def _lock(workdir: Path, run: str) -> filelock.BaseFileLock:
-    """Held while a process trains or measures a run."""
+    """Lock that a process holds while it trains or measures a run."""
     (workdir / RUNS).mkdir(parents=True, exist_ok=True)
     return filelock.FileLock(workdir / RUNS / f"{run}.lock", blocking=False)
 
 
 def check_start(suite: Suite, claims: Sequence[Claim]) -> None:
-    """Check before the first run what the end needs.
+    """Check everything that would otherwise fail only after training.
 
     Raises:
         ConfigError: an unknown probe, a claim about an arm that the suite does not have, or an impossible arm.
@@ -116,23 +116,23 @@ class Worker:
         sweep: bool = True,
         only: Callable[[Key], bool] = lambda _: True,
     ):
-        """``sweep``: see :func:`moe.lab.schedule.runs`; ``only``: which of the planned runs this process trains."""
+        """``sweep``: see :meth:`moe.lab.schedule.Plan.runs`; ``only``: the planned runs that this process trains."""
         self._suite, self._workdir, self._sweep, self._only = suite, workdir, sweep, only
         self._claims = claims
         self._programs = Programs()
         self._evaluators: dict[str, tuple[RowLosses, RowLosses | None]] = {}
         self._models: dict[str, probes.Model] = {}
         self._failed: dict[Key, str] = {}
-        self._waiting: dict[Key, Key] = {}  # run → parent without which it cannot begin
+        self._waiting: dict[Key, Key] = {}  # run → unfinished parent that it needs
         self._unnamed: Key | None = None  # a run whose learning rate is not known yet
-        self._others_lead = False  # runs that are not known or not ready yet depend on those of other processes
+        self._others_lead = False  # whether runs of other processes will make further runs known or ready
         self._progress = Progress(suite, workdir)
 
     def run(self) -> None:
         """Train until every run is finished or taken by another process.
 
         Raises:
-            ConfigError: runs that could not be trained, after all others were.
+            ConfigError: some runs could not be trained; raised once all others are done.
         """
         while True:
             with self._take() as key:
@@ -162,7 +162,7 @@ class Worker:
 
     @functools.cache  # noqa: B019 - a worker lives as long as its process
     def _open_text(self) -> None:
-        """Open the text of the arms, so that what is wrong with it ends the suite instead of every run by itself.
+        """Open the text of the arms, so that an error in it ends the suite instead of failing every run separately.
 
         Raises:
             ConfigError: see :func:`moe.data.pipeline.prepare_run` and :func:`moe.lab.records.refuse_other_text`.
@@ -170,7 +170,7 @@ class Worker:
         found = schedule.Plan(self._suite, read_all(self._workdir))
         planned = found.runs(sweep=self._sweep)
         finished = [*filter(None, map(found.record, planned))]
-        # What starts from another run reads it by the tokenizer of that one.
+        # A run that starts from another reads the text with that one's tokenizer.
         names = {key.variant for key in filter(self._only, planned) if not found.parents(key)}
         configs = [self._suite.config(name) for name in self._suite.variants if name in names]
         for config in {config.data: config for config in configs}.values():
@@ -179,8 +179,8 @@ class Worker:
 
     @contextlib.contextmanager
     def _take(self) -> Iterator[Key | None]:
-        """The first run that is not finished, not taken and whose parents are finished; None if there is none, for now
-        where more will follow from runs that other processes have."""
+        """Yield the first run that is not finished, not taken and whose parents are finished, with its lock held; None
+        if there is none, which is final unless runs of other processes lead to more."""
         found = schedule.Plan(self._suite, read_all(self._workdir))
         planned = list(filter(self._only, found.runs(sweep=self._sweep)))
         done = {key for key in planned if found.record(key)}
@@ -202,7 +202,7 @@ class Worker:
                     self._progress.start(key, planned, done, list(unnamed))
                     yield key
                     return
-                taken = True  # another process has finished it since: look again, for what follows from it
+                taken = True  # another process has finished it meanwhile: look again for runs that depend on it
         self._unnamed = next(filter(self._only, found.unnamed() if self._sweep else ()), None)
         self._others_lead = taken and (bool(self._waiting) or self._unnamed is not None)
         yield None
@@ -266,7 +266,7 @@ class Worker:
     ) -> tuple[list[float], list[str], list[results.Row], str]:
         """(loss of each held-out row at the last step, its domain, rows of means at all steps, how it was measured).
 
-        Without drops, since arms differ in capacity; at its own capacity the last checkpoint alone.
+        Losses are without drops, since arms differ in capacity; at the arm's own capacity for the last checkpoint only.
         """
         mesh, primary = make_mesh(config.mesh), self._suite.primary_domains or config.data.domains
         trained = [name for name in prepared.domains if name not in self._suite.unseen]
@@ -274,7 +274,7 @@ class Worker:
             if key.variant not in self._evaluators:
                 self._evaluators[key.variant] = self._evaluator(config, prepared, trained, mesh)
             free, own = self._evaluators[key.variant]
-            # Learning curves are drawn for the longest horizon alone, and for the seeds of the comparisons.
+            # Learning curves are drawn only for the longest horizon and the suite's seeds.
             curve = key.steps == self._suite.longest and key.seed in self._suite.seeds
             steps = results.checkpoint_steps(directory, config.train.save_every) if curve else [key.steps]
             losses = {step: free(directory, step) for step in steps}
@@ -288,7 +288,7 @@ class Worker:
     def _evaluator(
         self, config: Config, prepared: pipeline.Prepared, trained: Sequence[str], mesh: Any
     ) -> tuple[RowLosses, RowLosses | None]:
-        """Row losses without drops on all domains, and at the arm's own capacity, if it has one, on those trained on.
+        """Row losses without drops on all domains, and at the arm's own capacity (None without one) on trained domains.
 
         Under a capacity every batch is mixed as in training.
         """
@@ -299,7 +299,7 @@ class Worker:
         return every, RowLosses(self._programs(config, mesh), mixed_rows(prepared, config, count, trained))
 
     def measure(self) -> None:
-        """Measure the probes that finished runs lack, such as those whose rate was not decided when they ended, where
+        """Measure the missing probes of finished runs, such as runs whose rate was not chosen yet when they ended, if
         their checkpoints still exist and no other process measures them."""
         self._prune_all()
         for record in sorted(Table(self._suite, read_all(self._workdir)).used, key=lambda record: record.key):
@@ -307,10 +307,10 @@ class Worker:
                 self._measure(record.key)
 
     def _measure(self, key: Key) -> None:
-        """Measure the probes that a run lacks, while no other process does; of a sweep and of a rate that lost none.
+        """Measure the probes that a run lacks, under its lock; runs of a sweep and of a rate that lost have none.
 
-        One that cannot be measured, such as where another suite has pruned the checkpoints that it reads, is told: no
-        later start could measure it, and each would end there.
+        A probe that cannot be measured, for instance because another suite has pruned the checkpoints that it reads, is
+        reported and skipped: an error would end this and every later start.
         """
         if not self._is_probed(key):
             return
@@ -354,7 +354,7 @@ class Worker:
         return probes.Trained(directory, self._models[variant])
 
     def _prune_all(self) -> None:
-        """Prune finished runs, of which a process was killed between record and pruning."""
+        """Prune finished runs whose process was killed between writing the record and pruning."""
         for record in Table(self._suite, read_all(self._workdir)).used:
             directory = run_directory(self._workdir, record.key, record.run)
             if directory.exists():
