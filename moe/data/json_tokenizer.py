@@ -28,8 +28,8 @@ _SPACE = "\u2581"
 _MAX_GROWTH = 1024
 #: Number of tokens whose text is encoded again, to check that it gives ids.
 _PROBED = 256
-#: Bounds of what single steps make of a character: of NFKC (Unicode's own), a table of T5's kind, bytes as characters.
-_GROWTH = {"NFC": 3, "NFD": 4, "NFKC": 18, "NFKD": 18, "Nmt": 1, "Precompiled": 18, "ByteLevel": 2}
+#: Most characters that a step makes of one: NFKC (Unicode's own bound), a table like T5's, one for each UTF-8 byte.
+_GROWTH = {"NFC": 3, "NFD": 4, "NFKC": 18, "NFKD": 18, "Nmt": 1, "Precompiled": 18, "ByteLevel": 4}
 
 
 class JsonTokenizer(Tokenizer):
