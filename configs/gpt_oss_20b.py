@@ -5,7 +5,7 @@ Plan it without a TPU, then run the same line on one:
     python scripts/plan_pod.py --config=configs/gpt_oss_20b.py --topology=v5p:4x4x4
     python main.py --config=configs/gpt_oss_20b.py --workdir=DIR
 
-It was never trained here. Its published weights are quantised and not read; save them dequantised to import them.
+It was never trained here. An import dequantises its published MXFP4 weights.
 """
 
 from configs import published

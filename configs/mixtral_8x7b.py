@@ -5,7 +5,7 @@ Plan it without a TPU, then run the same line on one:
     python scripts/plan_pod.py --config=configs/mixtral_8x7b.py --topology=v5p-128
     python main.py --config=configs/mixtral_8x7b.py:v5p-128 --workdir=DIR
 
-What the compiler says of it (time, memory, exchanges) is in docs/pods.md; it was never trained here.
+docs/pods.md has what the compiler says about it (time, memory, exchanges); it was never trained here.
 """
 
 from configs import published

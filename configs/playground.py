@@ -1,4 +1,4 @@
-"""The model of the page to play with (docs/playground.md): small enough to run in a browser.
+"""The model of the playground page (docs/playground.md): small enough to run in a browser.
 
     python main.py --config=configs/playground.py --workdir=/tmp/playground
     python scripts/playground.py --workdir=/tmp/playground --output=playground.html

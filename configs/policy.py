@@ -12,7 +12,7 @@ from configs import base
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """Returns the settings of the training; start.checkpoint and data.dataset must be set."""
+    """Return the settings of the training; start.checkpoint and data.dataset must be set."""
     config = base.get_config()
     config.data.objective = "policy"
     config.data.sequence_length = 1024

@@ -44,7 +44,7 @@ _DELTA_NET = {
     "layers": tuple(layer for layer in range(48) if (layer + 1) % 4),
     **{"key_heads": 16, "value_heads": 32, "key_dim": 128, "value_dim": 128, "conv_width": 4},
 }
-#: What else differs from the defaults of the model.
+#: Other settings of the model that differ from the defaults.
 MODELS: dict[str, dict[str, Any]] = {
     "deepseek_moe_16b": {"norm_eps": 1e-6},
     "deepseek_v2_lite": _LATENT,
@@ -113,7 +113,7 @@ LAYERS: dict[str, dict[str, Any]] = {
     "qwen3_next_80b_a3b": _mixtral(512, 0.001 * 10 / 48, 10, d_ff=512, shared_d_ff=512, shared_gate=True),
 }
 
-#: Rows of a batch, and devices over which experts are split, where they are not 64 and 8.
+#: Rows of a batch and devices over which experts are split, where these differ from 64 and 8.
 RUNS = {
     "deepseek_v3": (512, 64),
     "kimi_k2": (1024, 8),

@@ -3,8 +3,8 @@
     python scripts/plan_pod.py --config=configs/switch_transformers.py:c --topology=v4:8x16x16
 
 T5's blocks with MoE in every second layer of both stacks, in C in all. Where the released configs differ they are rows
-of their own: Large has ReLU 4096 there, C 30 heads, and XXL and C an own output matrix. XXL has 128 experts: the table
-says 64, but only 128 make its 395B. A group is a row; the paper's groups hold 2,048 to 8,192 tokens.
+of their own: Large has ReLU 4096 there, C 30 heads, and XXL and C a separate output matrix. XXL has 128 experts: the
+table says 64, but only 128 give its 395B. A group is a row; the paper's groups hold 2,048 to 8,192 tokens.
 """
 
 import ml_collections
@@ -13,7 +13,7 @@ from configs import t5
 from moe.config import ConfigError
 
 BASE = (12, 768, 3072, 12, 64)
-#: name: (layers of each stack, D, F, heads, head dim), activation, experts, MoE every, own output matrix
+#: name: (layers of each stack, D, F, heads, head dim), activation, experts, MoE every, separate output matrix
 SIZES = {
     **{f"base-{experts}": (BASE, "relu", experts, 2, False) for experts in (8, 16, 32, 64, 128, 256)},
     "large": ((24, 1024, 2816, 16, 64), "geglu", 128, 2, False),
@@ -41,6 +41,6 @@ def get_config(size: str = "base-128") -> ml_collections.ConfigDict:
         config.model.moe.capacity.eval = 4.0
     if size.startswith("c"):
         config.model.moe.capacity.train = 1.0
-    # C's D of 2080 does not divide by 2048 devices: split by `expert` alone, its attention would lie whole on each.
+    # 2048 devices do not divide C's D of 2080: split only by `expert`, every device would hold all of attention.
     config.mesh.update(data=1, fsdp=2 if size.startswith("c") else 1, expert=-1)
     return config

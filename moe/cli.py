@@ -43,7 +43,7 @@ from moe.fields import exits_as_errors
 
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show the traceback of an error.")
 # Read by _parse from the command line, since a run's config.json is checked while the other flags are parsed.
-flags.DEFINE_list("allow_module", [], "Modules with gates and the like that a workdir's config may name.")
+flags.DEFINE_list("allow_module", [], "Modules with gates and other objects that a workdir's config may name.")
 flags.disclaim_key_flags()  # what the functions below define belongs to the program that calls them
 
 #: Field whose value is a name on the command line and a section in a config.
@@ -95,7 +95,7 @@ def only_with(holds: bool, reason: str, *unused: flags.FlagHolder) -> None:
 
     Args:
         holds: whether the flags have an effect.
-        reason: end of the message, such as "is read with --prune alone".
+        reason: end of the message, such as "is read only with --prune".
         unused: the flags.
 
     Raises:
@@ -120,7 +120,7 @@ class WorkdirFlags:
             ("data", "sequence_length"): flags.DEFINE_integer(
                 "sequence_length", None, "Tokens per row instead of the workdir's."
             ),
-            ("train", "batch_size"): flags.DEFINE_integer("batch_size", None, "Rows at once instead of the workdir's."),
+            ("train", "batch_size"): flags.DEFINE_integer("batch_size", None, "Batch size instead of the workdir's."),
         }
 
     @property

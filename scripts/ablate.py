@@ -1,6 +1,6 @@
 """Train what an ablation suite is missing, then report: python scripts/ablate.py --suite=FILE --workdir=DIR.
 
-The program is moe/programs/ablate.py, which is the command moe-ablate too.
+The program is moe/programs/ablate.py, also installed as the command moe-ablate.
 """
 
 from moe.commands import start

@@ -1,6 +1,6 @@
 """python scripts/analyze_routing.py --workdir=WORKDIR: analyses the routing of a run's or an import's checkpoint.
 
-The program is moe/programs/analyze_routing.py, which is the command moe-analyze too.
+The program is moe/programs/analyze_routing.py, also installed as the command moe-analyze.
 """
 
 from moe.commands import start

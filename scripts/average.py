@@ -32,7 +32,7 @@ def main() -> None:
             raise ConfigError(f"--steps={step}: must be numbers, as in 100,200")
         steps.append(number)
     if steps and _EMA.value:
-        raise ConfigError("--steps: has no meaning beside --ema, which is of the newest checkpoint")
+        raise ConfigError("--steps: is not read with --ema, which reads the newest checkpoint")
     print(write_average(str(_WORKDIR.value), str(_OUT.value), steps, ema=bool(_EMA.value)))
 
 

@@ -1,10 +1,10 @@
 """Times MoE layers against matmuls: `python scripts/bench_moe.py [--shapes=A,B] [--modes=gather,dropless]`.
 
 The reference is the layer's active FLOPs as bare batched matmuls, timed in turns with the layer in one process. A share
-of it is the median of the turns' own ratios. Beside it are the ratio of the minima and, on CPU, the share by processor
-time, which excludes other processes. On accelerators the reference is the larger of FLOPs over the rate of one large
-matmul and weight bytes over the bandwidth of a copy, both measured. The column "of matmul" is the rate of active FLOPs
-over that of one large matmul of the same dtype. `--model` times a 4-layer model's train step instead.
+of it is the median of the ratios within each turn. Next to it are the ratio of the minima and, on CPU, the share by
+processor time, which excludes other processes. On accelerators the reference is the larger of FLOPs over the rate of
+one large matmul and weight bytes over the bandwidth of a copy, both measured. The column "of matmul" is the rate of
+active FLOPs over that of one large matmul of the same dtype. `--model` times a 4-layer model's train step instead.
 
 `--topology=v5p:2x2x2` runs nothing: it compiles the layer for absent TPUs, or GPUs as `h100:1x8`, with --tokens on
 each of them, and prints the compiler's estimates (see moe/planner/layer.py and docs/pods.md).
@@ -35,19 +35,19 @@ _GATES = flags.DEFINE_list("gates", [], "Names of gates, or all; empty: the shap
 _MODES = flags.DEFINE_list("modes", ["gather", "dropless", "einsum"], "Dispatch modes.")
 _TOKENS = flags.DEFINE_integer("tokens", 4096, "Tokens a layer sees.", lower_bound=1)
 _GROUP = flags.DEFINE_integer(
-    "group_size", 0, "Tokens that share a capacity; 0: all of a device, but 512 for einsum.", lower_bound=0
+    "group_size", 0, "Tokens that share a capacity; 0: all tokens of a device, or 512 for einsum.", lower_bound=0
 )
 _EXPERTS = flags.DEFINE_list("experts", [], "Numbers of experts, instead of the shape's.")
 _D_MODEL = flags.DEFINE_integer("d_model", 512, "D.", lower_bound=1)
 _D_FF = flags.DEFINE_integer("d_ff", 0, "F; 0: the shape's.", lower_bound=0)
-_CAPACITY = flags.DEFINE_float("capacity_factor", -1.0, "Of gather and einsum; -1: the gate's own.")
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the matmuls.")
-_SKEW = flags.DEFINE_float("skew", 1.0, "Share of the first expert, in shares of the others; 1: the gate decides.")
+_CAPACITY = flags.DEFINE_float("capacity_factor", -1.0, "Capacity factor of gather and einsum; -1: the gate's own.")
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Dtype of the matmuls.")
+_SKEW = flags.DEFINE_float("skew", 1.0, "Load of the first expert over that of each other one; 1: the gate decides.")
 _MESH = flags.DEFINE_list("mesh", [], "Sizes of mesh axes, as in expert=4,data=2; empty: one device.")
 _REPEATS = flags.DEFINE_integer("repeats", 7, "Timed calls of each program.", lower_bound=1)
 _JSON = flags.DEFINE_string("json", "", "File to write all numbers to.")
 _ALONE = flags.DEFINE_bool(
-    "experts_alone", False, "Also the experts by themselves: equal loads, no router or dispatch."
+    "experts_alone", False, "Also time the experts by themselves: equal loads, no router or dispatch."
 )
 _TOPOLOGY = flags.DEFINE_string(
     "topology", "", "Compile for absent TPUs (v5p:2x2x2) or GPUs (h100:1x8), and run nothing."
@@ -170,7 +170,7 @@ def bench_layers() -> list[dict[str, Any]]:
             programs | {"large matmul": layer_programs.large_matmul(side, _DTYPE.value)}, _REPEATS.value
         )
         large = statistics.median(times.pop("large matmul").clock)
-        devices = axis_size(*AXES)  # each of which ran the large matmul and the references whole
+        devices = axis_size(*AXES)  # each device ran the large matmul and the references in full
         rate = 2 * side**3 / large * devices
         work = layer_programs.active_flops(members[0])
         if on_cpu:

@@ -1,11 +1,10 @@
-"""python scripts/calibration.py [--only=NAME] [--programs=DIR]: hold the planner against published train steps.
+"""python scripts/calibration.py [--only=NAME] [--programs=DIR]: compare the planner with published train steps.
 
-Compiles this project's train step for the model, slice and batch of each published step and writes counted beside
-published seconds to moe/planner/calibration.json, from which plans take scale and interval, and the table predicted /
-published / inside to docs/results/calibration.md. Rows known by today's prices are not made again, unless --only names
-one. --programs=DIR keeps the compiled programs; one of the same config, slice and versions that is there is read again
-instead of compiled, so that new prices need no compiling. Needs libtpu and JAX's CUDA plugin: pip install "jax[tpu]"
-"jax[cuda13]".
+Compiles this project's train step for the model, slice and batch of each published step. Writes counted and published
+seconds to moe/planner/calibration.json, from which plans take scale and interval, and the table predicted / published /
+inside to docs/results/calibration.md. Rows counted with the current prices are not made again, unless --only names one.
+--programs=DIR keeps the compiled programs and reuses those of the same config, slice and versions, so that new prices
+need no compiling. Needs libtpu and JAX's CUDA plugin: pip install "jax[tpu]" "jax[cuda13]".
 """
 
 from pathlib import Path
@@ -24,26 +23,26 @@ from absl import flags
 
 from moe import cli
 
-_ONLY = flags.DEFINE_string("only", "", "Name of the row to make anew; empty: all unknown rows.")
-_PROGRAMS = cli.define_path("programs", "Folder of compiled programs, kept and read again.")
+_ONLY = flags.DEFINE_string("only", "", "Name of the row to make again; empty: all rows that are missing.")
+_PROGRAMS = cli.define_path("programs", "Folder in which compiled programs are kept for reuse.")
 
 PAGE = Path(__file__).parents[1] / "docs" / "results" / "calibration.md"
 
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """One measurement, and the program of ours to compare with it.
+    """One measurement, and our program to compare with it.
 
     Attributes:
         config: file in configs/.
         topology: slice of the run.
-        rows: of the batch, a device; length: tokens of a row; accumulation: microbatches.
+        rows: of the batch, per device; length: tokens of a row; accumulation: microbatches.
         model, moe, mesh: fields of the config.
         source: of the measurement.
-        differs: what this program does otherwise.
+        differs: what our program does differently.
         step: seconds of that batch; or
-        tokens_per_second: a chip, as published; or
-        tflops: TFLOP/s a chip as published, attention counted over all T keys.
+        tokens_per_second: per chip, as published; or
+        tflops: TFLOP/s per chip as published, attention counted over all T keys.
     """
 
     config: str
@@ -192,7 +191,7 @@ def published_seconds(row: Published, config: Any, chips: int) -> float:
 
 
 def compare(name: str, folder: Path | None) -> dict[str, Any]:
-    """Compile one program, or read it if it is kept; a row of the table."""
+    """Compile one program, or read it if it is kept, and return its row of the table."""
     from moe.planner import compiled, plan, topology
 
     row = PUBLISHED[name]

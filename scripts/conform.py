@@ -1,6 +1,6 @@
 """Which token, weight, loss or gradient of an MoE layer is off, and by what: python scripts/conform.py --npz=FILE.
 
-The program is moe/programs/conform.py, which is the command moe-conform too.
+The program is moe/programs/conform.py, also installed as the command moe-conform.
 """
 
 from moe.commands import start

@@ -116,7 +116,7 @@ def dropped_share() -> Iterator[Row]:
         mask = jnp.ones(shape[:2], bool)
         routing = route(Random(), jnp.zeros(shape), GateInputs(mask, rng=rng))
         kept = plan(routing, capacity=expert_capacity(factor, 1, tokens, 8)).kept
-        # Of one group's share: the error of the mean is its deviation over sqrt(groups); five of them, and the print's.
+        # Five standard errors of the mean over groups, plus the rounding error of the published number.
         shares = 100 * (1 - np.asarray(kept, np.float64).mean(axis=(1, 2)))
         bound = 5 * shares.std() / np.sqrt(groups) + 0.5 * 10.0 ** -(2 if percent >= 0.1 else 3)
         what = f"dropped, %, {tokens} tokens, capacity factor {factor}, {groups} groups, ± {bound:.2g}"
@@ -124,7 +124,7 @@ def dropped_share() -> Iterator[Row]:
 
 
 def reference_layers(folder: Path) -> Iterator[Row]:
-    """Layers of other libraries, by their own weights."""
+    """Layers of other libraries, run here with their weights."""
     files = sorted(folder.glob("*.npz"))
     if not files:
         yield Row("Layers of other libraries", f"{folder}", "npz files", "none found", False)
@@ -172,7 +172,7 @@ def router_gradient() -> Iterator[Row]:
         yield Row(section, gate, "> 1e-3", f"{largest:.3g}", largest > 1e-3)
 
 
-#: Settings that cannot be, and the field that the refusal must name.
+#: Impossible settings, and the field that the error must name.
 IMPOSSIBLE: tuple[tuple[str, dict[str, Any], str], ...] = (
     ("mixtral", {"gate": {"k": 5}}, "gate.k"),
     ("mixtral", {"gate": {"k": 0}}, "gate.k"),
@@ -198,7 +198,7 @@ IMPOSSIBLE: tuple[tuple[str, dict[str, Any], str], ...] = (
 
 
 def bad_input() -> Iterator[Row]:
-    """Impossible settings are refused; a token with a NaN logit is counted, and to all others it is padding."""
+    """Impossible settings are refused; a token with NaN logits is counted, and acts as padding on all others."""
     section = "Bad input"
     for gate, fields, field in IMPOSSIBLE:
         slots = 1 if gate == "soft_moe" else 0
@@ -282,7 +282,7 @@ def table(rows: list[Row]) -> str:
 
 
 def main() -> int:
-    """Print rows as they are measured, write the table, and say by its exit status whether all passed."""
+    """Print rows as they are measured and write the table; the exit status says whether all passed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     beside = ROOT.parent / "shared" / "parity" / "layers"
     parser.add_argument("--layers", type=Path, default=beside if beside.exists() else None)

@@ -18,7 +18,7 @@ from moe.config.parse import from_config_dict
 from moe.models.flops import count_parameters
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-#: Largest deviation from a published number that has no exact count beside it: GShard's, Switch-Large's.
+#: Largest deviation from a published number for which no exact count is known: GShard's, Switch-Large's.
 MOST = 0.07
 #: Embedding table of gpt-oss, which its published active counts leave out and ours do not.
 _GPT_OSS_TABLE = 201_088 * 2_880

@@ -1,6 +1,6 @@
 """Where two runs route, and predict, differently: python scripts/diff.py --workdir=RUN_A --other=RUN_B.
 
-The program is moe/programs/diff.py, which is the command moe-diff too.
+The program is moe/programs/diff.py, also installed as the command moe-diff.
 """
 
 from moe.commands import start

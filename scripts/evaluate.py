@@ -1,6 +1,6 @@
 """Held-out perplexity and bits per byte of a checkpoint, per domain: python scripts/evaluate.py --workdir=WORKDIR.
 
-The program is moe/programs/evaluate.py, which is the command moe-evaluate too.
+The program is moe/programs/evaluate.py, also installed as the command moe-evaluate.
 """
 
 from moe.commands import start

@@ -1,6 +1,6 @@
 """Export a checkpoint for open-source libraries: python scripts/export_hf.py --workdir=WORKDIR --out=DIR
 
-The program is moe/programs/export_hf.py, which is the command moe-export too.
+The program is moe/programs/export_hf.py, also installed as the command moe-export.
 """
 
 from moe.commands import start

@@ -1,6 +1,6 @@
 """python scripts/generate.py --workdir=WORKDIR --prompt="Once upon": text from its newest checkpoint.
 
-The program is moe/programs/generate.py, which is the command moe-generate too.
+The program is moe/programs/generate.py, also installed as the command moe-generate.
 """
 
 from moe.commands import start

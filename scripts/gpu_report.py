@@ -305,7 +305,9 @@ def main() -> None:
 
     found = jax.devices()[0]
     if found.platform != "gpu" and not _DRY.value:
-        raise ConfigError(f"gpu_report: needs a GPU, and JAX has {found.device_kind}; --dry tries the script without")
+        raise ConfigError(
+            f"gpu_report: needs a GPU, and JAX has {found.device_kind}; --dry tests the script without one"
+        )
     lines, failed = report(TINY if _DRY.value else Sizes(), lambda text: print(text, file=sys.stderr, flush=True))
     if _DRY.value:
         # Digits are struck out: nothing on this page was measured on a GPU.

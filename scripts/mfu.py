@@ -4,9 +4,9 @@ Prints the rate of one large matmul and that of the step, measured in turns in o
 Alternatives:
 
 `--remat=none,dots,full` prints bytes and step time of each policy, timed in turns.
-`--compile_layers=4,32` prints how long the step of a model of so many layers takes to compile.
+`--compile_layers=4,32` prints how long the step takes to compile with each number of layers.
 `--saves=N` trains as main.py does, on the config's data in a folder that is thrown away, until N checkpoints were
-saved, and prints the share of the bare step's speed that is left beside data, logs and saving; timed in turns.
+saved, and prints the share of the bare step's speed that data, logs and saving leave; timed in turns.
 `--seeds=N` also times N runs as one vmapped program, on one device: whether seeds should train together.
 """
 

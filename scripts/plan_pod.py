@@ -1,6 +1,6 @@
 """Memory, exchanges and time of an absent pod: python scripts/plan_pod.py --config=CONFIG --topology=v5p-128.
 
-The program is moe/programs/plan_pod.py, which is the command moe-plan too.
+The program is moe/programs/plan_pod.py, also installed as the command moe-plan.
 """
 
 from moe.commands import start

@@ -1,6 +1,6 @@
 """A page that runs a small MoE in the browser: python scripts/playground.py --workdir=RUN --output=page.html.
 
-The program is moe/programs/playground.py, which is the command moe-playground too.
+The program is moe/programs/playground.py, also installed as the command moe-playground.
 """
 
 from moe.commands import start

@@ -2,7 +2,7 @@
 
 The task is to count upwards: a completion's reward is the share of its tokens that follow the token before them. A tiny
 MoE model is trained from scratch on its own samples, by GRPO; the engine that samples computes in --engine_dtype, and
-with --router_noise its routers are off by normal noise of that many standard deviations of their weights, another each
+with --router_noise its routers have normal noise of that many standard deviations of their weights, drawn anew in each
 round. Prints, for each seed and as means with 95 % intervals, the mean reward over all rounds and over the last tenth,
 and how far the policy is from its rollouts at the first step on them; docs/policy.md explains the numbers.
 """
@@ -24,8 +24,10 @@ _SEEDS = flags.DEFINE_integer("seeds", 5, "Seeds, each with and without replay."
 _STEPS = flags.DEFINE_integer("steps", 120, "Train steps.", lower_bound=10)
 _UPDATES = flags.DEFINE_integer("updates", 2, "Train steps on the rollouts of a round.", lower_bound=1)
 _RATE = flags.DEFINE_float("rate", 1e-2, "Peak learning rate.", lower_bound=0.0)
-_DTYPE = flags.DEFINE_enum("engine_dtype", "bfloat16", ["float32", "bfloat16"], "In which the engine computes.")
-_NOISE = flags.DEFINE_float("router_noise", 0.0, "Noise on the engine's routers.", lower_bound=0.0)
+_DTYPE = flags.DEFINE_enum("engine_dtype", "bfloat16", ["float32", "bfloat16"], "Dtype in which the engine computes.")
+_NOISE = flags.DEFINE_float(
+    "router_noise", 0.0, "Noise on the engine's routers, in standard deviations of their weights.", lower_bound=0.0
+)
 
 #: Ids: 0 is padding, the others are counted upwards in a circle.
 DIGITS = 12

@@ -18,7 +18,7 @@ from absl import flags
 from moe import cli
 
 _CONFIG = cli.define_config(Path(__file__).parents[1] / "configs" / "quickstart.py")
-_EVERY = flags.DEFINE_integer("every", 50, "Steps between checkpoints, of which the cost is a share.", lower_bound=1)
+_EVERY = flags.DEFINE_integer("every", 50, "Steps between checkpoints; costs are shares of their time.", lower_bound=1)
 _WINDOW = flags.DEFINE_integer("window", 10, "Steps per window.", lower_bound=1)
 _PAIRS = flags.DEFINE_integer("pairs", 12, "Number of pairs.", lower_bound=6)
 

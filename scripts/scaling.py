@@ -1,9 +1,9 @@
 """python scripts/scaling.py [--out=docs/results] [--programs=DIR]: compile GShard's scaling experiment.
 
 Writes a table, a plot and rows. Programs: GShard's 36-layer model with 128, 512 and 2048 experts on as many TPU v3
-cores; the same with gather and mesh.tensor=2 (D = 1024 then divides by the rest of 2048 cores); the 128-expert one on
+cores; the same with gather and mesh.tensor=2 (D = 1024 is then divisible by 2048 / 2 cores); the 128-expert one on
 128 to 4096 v5p chips with the same tokens a chip. Points in scaling.jsonl are not made again: remove lines after a
-change of model or prices. --programs=DIR keeps the compiled programs; one that is there is read instead of compiled.
+change of model or prices. --programs=DIR keeps the compiled programs and reads those it has instead of compiling.
 Needs libtpu: pip install "jax[tpu]".
 """
 
@@ -22,7 +22,7 @@ from tqdm import tqdm
 from moe import cli
 
 _OUT = flags.DEFINE_string("out", "docs/results", "Folder for the table, the plot and the rows.")
-_PROGRAMS = cli.define_path("programs", "Folder of compiled programs, kept and read again.")
+_PROGRAMS = cli.define_path("programs", "Folder in which compiled programs are kept for reuse.")
 _MODES = flags.DEFINE_list("modes", ["gather", "einsum", "dropless"], "Dispatch modes to compare.")
 
 V3 = {128: "v3:8x8", 512: "v3:16x16", 2048: "v3:32x32"}

@@ -122,7 +122,7 @@ def _gates() -> str:
 
 
 def _constants(layer: MoEConfig) -> str:
-    """Constants that a layer's name brings beside its gate and capacity, where they are no defaults of their fields."""
+    """Constants that a layer's name sets besides gate and capacity, where they differ from the fields' defaults."""
     losses, others = dataclasses.fields(layer.losses), dataclasses.fields(layer)
     found = [(f"losses.{field.name}", getattr(layer.losses, field.name), field.default) for field in losses]
     found += [(field.name, getattr(layer, field.name), field.default) for field in others if field.name in CONSTANTS]

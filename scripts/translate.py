@@ -1,6 +1,6 @@
 """python scripts/translate.py --workdir=WORKDIR: BLEU of the likeliest translations of held-out pairs.
 
-WORKDIR is of a run with data.objective=pairs. Needs sacrebleu (pip install "moe-jax[translation]"). The signature
+WORKDIR belongs to a run with data.objective=pairs. Needs sacrebleu (pip install "moe-jax[translation]"). The signature
 printed with a score says how it was computed.
 """
 

@@ -1,6 +1,6 @@
 """Open checkpoints in and out: folders of ``config.json`` and safetensors files, as Hugging Face hubs keep them.
 
-:func:`load_huggingface` makes a model of a folder, :func:`save_huggingface` a folder of a model;
+:func:`load_huggingface` builds a model from a folder, :func:`save_huggingface` writes a model to a folder;
 :func:`import_checkpoint` and :func:`export_checkpoint` convert between folders and workdirs.
 """
 

@@ -1,8 +1,8 @@
 """Load-balancing coefficients: the one place that converts between the normalisations of other code and ours.
 
-Our loss is 1 at perfect balance in each layer and summed over the L MoE layers. Hugging Face's is one for all layers
-together and K at perfect balance, hence the factor K / L. DeepSeek's is normalised as ours. Of Switch's
-encoder-decoder, Hugging Face takes a mean over the layers of each of two stacks: 2 / L.
+Our loss is 1 per layer at perfect balance and summed over the L MoE layers. Hugging Face's is a single loss over all
+layers together, K at perfect balance, hence the factor K / L. DeepSeek's is normalised as ours. For Switch's
+encoder-decoder, Hugging Face takes the mean over the layers of each of the two stacks, hence 2 / L.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def load_balancing_loss(routing: Routing) -> Array:
     """Hugging Face's auxiliary loss over all MoE layers together: E·Σ_e (Σ_k f_ke)·P_e, K at perfect balance.
 
     P_e is the mean of the softmax of the router logits and f_ke the share of tokens whose k-th highest logit is e,
-    both over the tokens of all layers and whatever rule the gate has; every token counts, as it does there without an
+    both over the tokens of all layers, whatever the gate's rule; every token counts, as in Hugging Face without an
     attention mask.
 
     Args:
@@ -57,16 +57,15 @@ def load_balancing_loss(routing: Routing) -> Array:
 def switch_losses(routing: Routing | None) -> tuple[Array, Array]:
     """Hugging Face's (router z-loss, balance loss) of one stack of a Switch encoder-decoder; padding counts.
 
-    There a stack whose every layer has experts counts for nothing in the sum over stacks; here it has these losses.
-
-    Both are means over its layers; the balance loss is taken within each row, 1 at perfect balance.
+    Both are means over the stack's layers; the balance loss is taken within each row, 1 at perfect balance. Hugging
+    Face leaves a stack in which every layer is MoE out of its sum over stacks; here it has these losses.
 
     Args:
         routing: of one stack, arrays [L,B,T,...]; None: a stack without MoE layers.
     """
     if routing is None:
         return jnp.zeros(()), jnp.zeros(())
-    # The layers of a row lie one behind the other: [L,B,T,E] → [B,L,T,E]
+    # Gather the layers of each row: [L,B,T,E] → [B,L,T,E]
     logits = jnp.moveaxis(routing.router_logits, 0, 1)
     num_experts = logits.shape[-1]
     counted = jax.nn.one_hot(jnp.moveaxis(routing.expert_index[..., 0], 0, 1), num_experts)

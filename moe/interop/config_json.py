@@ -1,6 +1,6 @@
 """Conversion between ``config.json`` of an open checkpoint and :class:`moe.config.Config`.
 
-A setting that the family's own code computes and this one does not is refused by name, never guessed.
+A setting that the family's own code supports and this code does not is refused by name, never guessed.
 """
 
 from __future__ import annotations
@@ -49,11 +49,13 @@ def read_config(source: Json) -> Config:
     if fields.rope.partial_rotary_factor != 1 and "rope_dim" not in changes:
         raise ConfigError(f"config.json: partial_rotary_factor={fields.rope.partial_rotary_factor}: must be 1")
     if fields.rope.alpha is not None and "rope_theta" not in changes:
-        raise ConfigError(f"config.json: alpha={fields.rope.alpha} of rotary positions: {family.model_type} has none")
+        raise ConfigError(
+            f"config.json: alpha={fields.rope.alpha} of rotary positions: must be absent for {family.model_type}"
+        )
     settings: Json = {"jitter": 0.0, "dispatch": "dropless", **moe_changes}
     settings["losses"] = {"z": 0.0, **settings.get("losses", {})}
     settings["gate"] = _with_k(family, settings["gate"], fields.num_experts_per_tok)
-    # In one go: its checks must not see the sizes that a family replaces, such as those of heads in latent attention.
+    # Built in one call: the checks must not see sizes that the family replaces, such as head dims of latent attention.
     model = ModelConfig(**(_model(fields) | changes))
     total = settings.get("num_experts", 0) * model.num_layers
     if total > MOST_EXPERTS:
@@ -73,7 +75,7 @@ def read_config(source: Json) -> Config:
 def _with_k(family: Family, gate: str | Json, k: int) -> Json:
     """The section of a gate, given by its name or by a section, with K.
 
-    One expert per token with renormalised weights is refused in the words of the file: no gate here may have them.
+    K = 1 with renormalised weights, which no gate here supports, is refused by the name of the file's field.
     """
     section = {"name": gate} if isinstance(gate, str) else gate
     layer = find_layer(section["name"])
@@ -89,7 +91,7 @@ def _with_k(family: Family, gate: str | Json, k: int) -> Json:
 
 
 def _model(fields: OpenConfig) -> Json:
-    """The settings of ModelConfig that all families write alike."""
+    """The settings of ModelConfig that all families state in the same way."""
     return {
         "vocab_size": fields.vocab_size,
         "d_model": fields.hidden_size,
@@ -136,9 +138,9 @@ def write_config(config: Config, model_type: str = "") -> Json:
 
 
 def keep_fields(source: Json, config: Config, model_type: str = "") -> Json:
-    """A ``config.json`` for a model that was imported: the fields of the source, but for what has changed since.
+    """A ``config.json`` for a model that was imported: the fields of the source, except those that have changed since.
 
-    The weights are floats: what says how the source's were quantised is left out.
+    The source's quantisation is left out, since the weights are floats.
 
     The longest context is the source's, unless the model was trained on a longer one.
 
@@ -157,19 +159,19 @@ def keep_fields(source: Json, config: Config, model_type: str = "") -> Json:
         return write_config(config, model_type)
     ours, theirs = _write_as(config, FAMILIES[kept_type]), _write_as(before, FAMILIES[kept_type])
     changed = {name: value for name, value in ours.items() if theirs.get(name) != value}
-    if "num_experts" in changed:  # a later name of this field, which that library would read last
+    if "num_experts" in changed:  # num_local_experts, the newer name, is read last by the library: it would win
         source = {name: value for name, value in source.items() if name != "num_local_experts"}
     result = {"architectures": ours["architectures"]} | source | changed
-    depth = config.model.prediction_layers  # one that was not imported is still named in the source
+    depth = config.model.prediction_layers  # the source states layers that were not imported, too
     if _differences(config.model, dataclasses.replace(read_config(result).model, prediction_layers=depth)):
-        # A changed setting stands in the source under another name, such as rope_parameters, too.
+        # The source also states a changed setting under another name, such as rope_parameters.
         known = {*FAMILIES[kept_type].schema.model_fields, "num_local_experts"} - set(TOKEN_IDS)
         result = {name: value for name, value in source.items() if name not in known} | ours
     return result
 
 
 def _read_back(written: Json) -> ModelConfig:
-    """The model of a ``config.json`` that is written here, with the layers of multi-token prediction."""
+    """The model of a ``config.json`` written by this module, with the layers of multi-token prediction."""
     return dataclasses.replace(read_config(written).model, prediction_layers=written.get(_PREDICTION) or 0)
 
 
@@ -229,7 +231,7 @@ _DROP_FACTS = ("group_size", "overflow_to_next", "drop_policy", "route_padding")
 
 
 def _differences(ours: ModelConfig, theirs: ModelConfig) -> list[str]:
-    """Names of settings that change what a model computes in evaluation and that did not survive."""
+    """Names of the settings in which two models differ and that change what a model computes in evaluation."""
     left, right = _facts(ours), _facts(theirs)
     return [name for name in left if left[name] != right.get(name)]
 

@@ -71,7 +71,7 @@ class WorkdirLM(TemplateLM):
             """
             segments = (tokens >= 0).astype(jnp.int32)
             positions = jnp.where(tokens >= 0, jnp.arange(tokens.shape[1]), 0)
-            # The context is seen in both directions by a prefix LM: up to the token that predicts the first target.
+            # A prefix LM sees the context, up to the token that predicts the first target, in both directions.
             context = (jnp.cumsum(targets >= 0, axis=1) == 0) | (jnp.cumsum(targets >= 0, axis=1) * (targets >= 0) == 1)
             prefix = (context & (tokens >= 0)).astype(jnp.int32) if self._prefix else None
             model = nnx.merge(graphdef, variables)

@@ -50,9 +50,9 @@ class Parameter:
         path: keys in the nested dict of parameters.
         shape: of the whole array.
         pieces: all parts, in slot order.
-        tensor: where they lie in their tensors.
-        inputs: number of axes of a matrix that its input has; 0 for anything but a matrix.
-        selection_bias: it is a router's selection bias, which checkpoints keep apart, always in float32.
+        tensor: place of the pieces in their tensors.
+        inputs: number of leading axes of a matrix that are its inputs; 0 for anything but a matrix.
+        selection_bias: whether it is a router's selection bias, which checkpoints store separately, always in float32.
     """
 
     path: tuple[str, ...]
@@ -90,14 +90,14 @@ class Parameter:
 
     @property
     def _shared_axis(self) -> int:
-        """Axis of the tensor, experts apart, that the parts share: the outputs."""
+        """Axis of the tensor, not counting that of experts, that its parts divide: the outputs."""
         last = len(self.slot_shape) - 1
         return next(i for i, axes in enumerate(self._file_axes) if last in axes)
 
     @property
     def _turn(self) -> tuple[int, int, int]:
-        """Where this parameter's outputs lie on the shared axis: the first, how many of them come together, and after
-        how many the next come."""
+        """Place of this parameter's outputs on the shared axis: (offset, length of a run of consecutive outputs,
+        distance from one run to the next)."""
         outputs = int(np.prod([self.slot_shape[axis] for axis in self._file_axes[self._shared_axis]]))
         sizes = self.tensor.turns or (outputs,) * self.tensor.parts
         return sum(sizes[: self.tensor.part]), sizes[self.tensor.part], sum(sizes)
@@ -118,7 +118,7 @@ class Parameter:
                 reads.append(slice(0, 1))
                 continue
             dims = [self.slot_shape[axis] for axis in axes]
-            # Of several flattened axes the outermost is sliced in the file, the others after reading.
+            # The outermost of several flattened axes is sliced in the file, the others after reading.
             start, stop, _ = index[axes[0]].indices(dims[0])
             inner = int(np.prod(dims[1:]))
             reads.append(slice(start * inner, stop * inner))
@@ -129,7 +129,7 @@ class Parameter:
         return array.reshape(sizes)[tuple(cuts)].transpose(np.argsort(order))
 
     def _read_part(self, folder: Reader, piece: Piece, reads: list[slice]) -> np.ndarray:
-        """The same slices, counted within this parameter's part of the tensor."""
+        """Read slices whose bounds count within this parameter's part of the tensor."""
         axis, (first, size, period) = self._shared_axis, self._turn
         start, stop = reads[axis].start, reads[axis].stop
         begin, end = start // size, max(-(-stop // size), start // size + 1)  # turns
@@ -165,10 +165,10 @@ def layout(model: ModelConfig, family: Family, *, fused: bool = False, names: Co
     """All parameters of a model with the tensors that hold them, by the family's names.
 
     Args:
-        model: whose parameters.
-        family: whose names.
-        fused: the experts of a layer lie in two tensors, instead of three for each expert.
-        names: of the tensors in a file, which chooses among the family's aliases.
+        model: the model that has the parameters.
+        family: its names of tensors are used.
+        fused: whether the experts of a layer are two tensors, instead of three for each expert.
+        names: of the tensors in a file, by which the family's aliases are resolved.
 
     Raises:
         ConfigError: the family has no tensor for a parameter.
@@ -229,7 +229,7 @@ def _pieces(tensor: Tensor, block: str, layers: range, num_experts: int) -> tupl
 
 
 def by_tensor(parameters: list[Parameter]) -> list[list[Parameter]]:
-    """Groups of parameters that share tensors, in order; most parameters are a group of their own."""
+    """Groups of parameters that share tensors, in order; most groups have one parameter."""
     groups: dict[str, list[Parameter]] = {}
     for parameter in parameters:
         groups.setdefault(parameter.pieces[0].name, []).append(parameter)

@@ -25,9 +25,9 @@ from moe.models import sampling
 from moe.models.factory import Model, abstract_model
 from moe.parallel.parameters import parameter_shardings
 
-#: Of PEFT, beside the adapters or beside the model that they belong to.
+#: PEFT's file next to adapters, or next to the model that they belong to.
 ADAPTER_FILE = "adapter_config.json"
-#: Models of images and text whose model of text is read, by ``model_type``, which the field ``text_config`` holds.
+#: ``model_type`` of the vision-language models whose text model, in the field ``text_config``, is read.
 _WITH_TEXT = ("qwen3_5_moe",)
 
 
@@ -56,10 +56,10 @@ def load_huggingface(
 
 
 def read_source(directory: str | os.PathLike[str]) -> Json:
-    """The ``config.json`` of a folder; of a model of images and text, that of its model of text.
+    """The ``config.json`` of a folder; for a vision-language model, that of its text model.
 
     Raises:
-        ConfigError: it cannot be read, or the folder holds adapters, with which it is another model.
+        ConfigError: it cannot be read, or the folder holds adapters, which would change the model.
     """
     if (Path(directory) / ADAPTER_FILE).exists():
         raise ConfigError(
@@ -77,9 +77,9 @@ def read_source(directory: str | os.PathLike[str]) -> Json:
 def open_folder(
     directory: str | os.PathLike[str], *, dtype: str = "float32", prediction: bool = False
 ) -> tuple[Config, TensorFolder, list[Parameter]]:
-    """The config of a folder, its tensors, checked, and the parameters they make. Reads headers only.
+    """The config of a folder, its tensors after all checks, and the parameters that they form. Reads only headers.
 
-    ``prediction``: with the layers of multi-token prediction, which are skipped otherwise.
+    ``prediction``: include the layers of multi-token prediction, which are skipped otherwise.
     """
     source = read_source(directory)
     config = read_config(source)
@@ -95,7 +95,7 @@ def open_folder(
         folder.fill_originals(family.copies)
     config = dataclasses.replace(config, model=_by_copies(config.model, family, folder))
     last, extra = config.model.num_layers, parse(family.schema, source).num_nextn_predict_layers
-    # The blocks of an encoder-decoder have no such layer after them, and a name for each stack.
+    # An encoder-decoder has no such layer after its blocks, whose names depend on the stack.
     after = "" if config.model.encoder_layers else family.block.format(layer=last)
     prefix = (family.prediction_prefixes or (after,))[0]
     found = f"{prefix}{family.prediction['prediction.project']}" in folder.names()
@@ -116,8 +116,8 @@ def open_folder(
 
 
 def _by_copies(model: ModelConfig, family: Family, folder: TensorFolder) -> ModelConfig:
-    """The model of a file that holds tensors which could be copies: which embeddings are tied, and whether the encoder
-    has one of its own, as Hugging Face's Switch does where they are not."""
+    """Derive from equal or different tensors in a file whether embeddings are tied, and whether the encoder has a table
+    of its own, as in Hugging Face's Switch if they are not tied."""
     differ = {copy for copy, original in family.copies.items() if folder.differ(copy, original)}
     head = family.outside(model)["unembedding.kernel"]
     if family.ties_by_file:
@@ -155,7 +155,7 @@ def _shard_reader(folder: TensorFolder, parameter: Parameter) -> Callable[[Any],
     leading = len(parameter.pieces[0].slot)
 
     def read(index: tuple[slice, ...]) -> np.ndarray:
-        if not leading:  # one piece: not copied into a shard, which would be a second one
+        if not leading:  # one piece: it is the shard, without a second copy
             return parameter.read(folder, parameter.pieces[0], index).astype(dtype, copy=False)
         bounds = [at.indices(size)[:2] for at, size in zip(index, parameter.shape, strict=True)]
         shard = np.empty([stop - start for start, stop in bounds], dtype)

@@ -1,8 +1,8 @@
-"""Low-rank adapters alone, in the layout of Hugging Face's PEFT: ``adapter_config.json`` and safetensors.
+"""Low-rank adapters without their base model, in PEFT's layout: ``adapter_config.json`` and safetensors.
 
 PEFT adds alpha / r · B A to the weight [outputs, inputs] of a linear module, with A [r, inputs] and B [outputs, r]. So
-an adapter fits where its matrix is a tensor of its own in the family's names, such as each expert's in the layout with
-three tensors for each expert.
+an adapter can be expressed if its matrix is a separate tensor in the family's layout, as each expert's is in the layout
+with three tensors for each expert.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _PREFIX = "base_model.model."
 def export_adapters(
     workdir: str | os.PathLike[str], directory: str | os.PathLike[str], *, model_type: str = ""
 ) -> None:
-    """Write the adapters of the newest checkpoint of a run; an A that experts have in common is written for each.
+    """Write the adapters of the newest checkpoint of a run; an A that experts share is written once for each.
 
     Args:
         workdir: of a run with ``lora.rank``.
@@ -48,7 +48,7 @@ def export_adapters(
     if not config.lora.rank:
         raise ConfigError(f"{workdir}: trains no adapters (lora.rank); export it without adapters=True")
     if config.lora.trained:
-        raise ConfigError(f"lora.trained={config.lora.trained}: is no part of an adapter; export the merged model")
+        raise ConfigError(f"lora.trained={config.lora.trained}: cannot be part of an adapter; export the merged model")
     _, source, written = open_source(workdir, config, model_type)
     adapters = read_adapters(workdir, config)
     tensors: dict[str, np.ndarray] = {}

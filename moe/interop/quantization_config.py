@@ -38,7 +38,7 @@ class FP8Config(Fields):
 
 
 def _fp8_forms(headers: Headers, form_of: Callable[[str, tuple[int, ...]], FP8Blocks], ending: str) -> dict[str, Form]:
-    """Forms of all tensors of E4M3 codes, whose scales have their names and this ending."""
+    """Forms of all tensors of E4M3 codes, whose scales have the tensor's name plus this ending."""
     forms: dict[str, Form] = {}
     for name, (shape, kind) in headers.items():
         if kind != "F8_E4M3":
@@ -47,7 +47,7 @@ def _fp8_forms(headers: Headers, form_of: Callable[[str, tuple[int, ...]], FP8Bl
         if scales not in headers:
             raise ConfigError(f"{name}: is FP8, and {scales} is missing")
         if len(shape) not in (2, 3):
-            raise ConfigError(f"{name}: is FP8 of shape {list(shape)}; matrices with or without experts are read")
+            raise ConfigError(f"{name}: is FP8 of shape {list(shape)}, must be a matrix or one for each expert")
         form = form_of(name, shape)
         _expect_shape(headers, scales, form.scale_shape, f"{name} {list(shape)} in blocks of {list(form.block)}")
         _expect_type(headers, scales, "F32", "BF16", "F16", "F8_E8M0", "U8")
@@ -97,13 +97,13 @@ class _Float8(Fields):
     block_structure: Annotated[list[Count], pydantic.Field(min_length=2, max_length=2)] | None = None
 
     def form(self, name: str, shape: tuple[int, ...]) -> FP8Blocks:
-        """See :meth:`FP8Config.form`; experts' products are not rounded twice there."""
+        """See :meth:`FP8Config.form`; compressed-tensors does not round the products of experts twice."""
         whole = {"channel": (1, shape[-1]), "tensor": shape[-2:], "block": self.block_structure or (128, 128)}
         rows, columns = whole[self.strategy]
         return FP8Blocks(name, f"{name}_scale", shape, (rows, columns), ".experts." not in name)
 
 
-#: What changes weights beyond codes and scales.
+#: Field for changes of the weights beyond codes and scales; must be empty.
 _Nothing = Annotated[dict[str, Any], pydantic.Field(max_length=0)] | None
 
 
@@ -143,7 +143,7 @@ class PackedConfig(_Compressed):
     def _one_group_size(self) -> PackedConfig:
         sizes = sorted({group.weights.group_size for group in self.config_groups.values()})
         if len(sizes) > 1:
-            raise ValueError(f"config_groups have group_size {sizes}; one for all is read")
+            raise ValueError(f"config_groups have group_size {sizes}, must have one for all groups")
         return self
 
     def forms(self, headers: Headers) -> dict[str, Form]:
@@ -157,9 +157,9 @@ class PackedConfig(_Compressed):
             scales, sizes = f"{name}_scale", f"{name}_shape"
             for suffix in ("_zero_point", "_g_idx"):
                 if f"{name}{suffix}" in headers:
-                    raise ConfigError(f"{name}{suffix}: is not read; the quantization_config says symmetric, in order")
+                    raise ConfigError(f"{name}{suffix}: is not read; quantization_config says symmetric, in order")
             if len(shape) != 2 or scales not in headers or len(headers[scales][0]) != 2:
-                raise ConfigError(f"{packed}: needs {scales}, and both of two axes")
+                raise ConfigError(f"{packed}: needs {scales}, and both must have two axes")
             rows, groups = headers[scales][0]
             columns = groups * group
             wanted = (rows, -(-columns // INT4_PER_WORD))
@@ -174,7 +174,7 @@ class PackedConfig(_Compressed):
 
 def _expect_shape(headers: Headers, name: str, shape: tuple[int, ...], reason: str) -> None:
     if name not in headers:
-        raise ConfigError(f"{name}: is missing, which belongs to {reason}")
+        raise ConfigError(f"{name}: is missing, but needed for {reason}")
     found = headers[name][0]
     single = int(np.prod(shape)) == 1 and int(np.prod(found)) == 1
     if found != shape and not single:
@@ -198,7 +198,7 @@ def read_quantization(source: Json) -> Quantization | None:
     """The quantisation of a ``config.json``; None: its weights are floats.
 
     Raises:
-        ConfigError: a method, or a setting of one, that is not read.
+        ConfigError: a method, or a setting of one, that is not supported.
     """
     fields = source.get("quantization_config")
     if not fields:

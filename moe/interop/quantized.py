@@ -1,7 +1,8 @@
 """Quantised weights of open checkpoints: FP8 with block scales, MXFP4 and packed INT4, read as floats.
 
-A :class:`Form` says how one tensor of floats lies in tensors of codes and scales. It reads any part of it, and of the
-files only what that part needs. Values are those of Hugging Face transformers' own dequantisation, bit for bit.
+A :class:`Form` describes how one tensor of floats is stored in tensors of codes and scales. It reads any part of the
+tensor, and from the files only what that part needs. Values are those of Hugging Face transformers' own dequantisation,
+bit for bit.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ Bounds = tuple[int, int]
 
 
 class Form(Protocol):
-    """How one tensor lies in others."""
+    """How one tensor of floats is stored in others."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -93,7 +94,7 @@ class FP8Blocks:
         lead, rows, columns = _bounds(index, self.shape)
         codes = stored.read(self.name, (*lead, slice(*rows), slice(*columns)))
         if np.any((codes.view(np.uint8) & 0x7F) == 0x7F):
-            raise ConfigError(f"{self.name}: holds codes that are not numbers")
+            raise ConfigError(f"{self.name}: holds NaN codes")
         if int(np.prod(self.scale_shape)) == 1:
             grid = stored.read(self.scales, ()).reshape((1,) * codes.ndim)
         else:
@@ -104,12 +105,12 @@ class FP8Blocks:
         return values.astype(dtype, copy=False)
 
     def write(self, tensor: np.ndarray, scales: np.ndarray) -> dict[str, np.ndarray]:
-        """The tensors of codes and scales that stand for a tensor of floats.
+        """Encode a tensor of floats as tensors of codes and scales.
 
         Args:
             tensor: [..., rows, columns].
-            scales: of the blocks, kept where they give the block's numbers exactly; another block gets its largest
-                absolute number over 448 (1 if it is all zeros).
+            scales: of the blocks, kept where they reproduce a block exactly; any other block gets its largest absolute
+                value over 448 (1 if it is all zeros), rounded up to a power of two if scales are exponents.
         """
         kept, lead = scales.reshape(self.scale_shape), (slice(None),) * (len(self.shape) - 2)
         codes, grid = np.empty(self.shape, _FP8), np.empty(self.scale_shape, kept.dtype)
@@ -136,16 +137,16 @@ class FP8Blocks:
 
 
 def encode_fp8(tensor: np.ndarray, scales: np.ndarray, width: int) -> np.ndarray:
-    """Codes of numbers over the scale of their block, to nearest; of a row of blocks of this width."""
+    """Codes of one row of blocks of this width: numbers over the scale of their block, rounded to nearest."""
     wide = np.repeat(scales, width, axis=-1)[..., None, : tensor.shape[-1]]
     quotients = np.zeros(tensor.shape, np.float32)
-    with np.errstate(over="ignore"):  # of a block that gets another scale then
+    with np.errstate(over="ignore"):  # in a block that gets another scale afterwards
         np.divide(tensor.astype(np.float32), wide, out=quotients, where=wide != 0)
     return np.clip(quotients, -FP8_MAX, FP8_MAX).astype(_FP8)
 
 
 def pack_scales(scales: Mapping[str, np.ndarray]) -> bytes:
-    """A file of scales; their types, of which safetensors does not know all, stand before the names."""
+    """Serialise scales; types are stored as prefixes of the names, since safetensors does not support them all."""
     return save({f"{array.dtype}/{name}": array.view(f"u{array.itemsize}") for name, array in scales.items()})
 
 
@@ -159,7 +160,7 @@ def unpack_scales(content: bytes) -> dict[str, np.ndarray]:
 
 
 def _as_scales(array: np.ndarray, name: str) -> np.ndarray:
-    """Scales as float32; bytes are exponents of two."""
+    """Scales as float32; bytes are E8M0 exponents."""
     scales = (array.view(_E8M0) if array.dtype == np.uint8 else array).astype(np.float32)
     if not np.isfinite(scales).all():
         raise ConfigError(f"{name}: holds scales that are not finite")
@@ -194,7 +195,7 @@ def decode_fp8(
 
 
 def _e4m3_to_float32(codes: np.ndarray) -> np.ndarray:
-    """The numbers that finite codes stand for: their bits shifted to float32's, times 2^120 for the other bias."""
+    """Values of finite codes: their bits shifted to float32's layout, times 2^120 for the different exponent bias."""
     bits = codes.view(np.uint8).astype(np.uint32)
     shifted = (bits & 0x7F) << 20 | (bits & 0x80) << 24
     return shifted.view(np.float32) * np.float32(2.0**120)
@@ -228,7 +229,7 @@ class MXFP4:
         codes = stored.read(self.blocks, (*lead, slice(*outputs), cover, slice(None)))
         exponents = stored.read(self.scales, (*lead, slice(*outputs), cover))
         if np.any(exponents == 0xFF):
-            raise ConfigError(f"{self.scales}: holds scales that are not numbers")
+            raise ConfigError(f"{self.scales}: holds NaN scales")
         values = np.empty((*codes.shape[:-1], MXFP4_BLOCK), np.float32)
         values[..., 0::2], values[..., 1::2] = FP4_VALUES[codes & 0xF], FP4_VALUES[codes >> 4]
         with np.errstate(over="ignore"):

@@ -1,4 +1,4 @@
-"""Experts that a serving engine recorded (:mod:`moe.data.engines`) as choices to replay, and how far ours differ."""
+"""Experts that a serving engine recorded (:mod:`moe.data.engines`) as choices to replay, compared with our own."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ class Mismatch:
     Attributes:
         decisions: [L] share of recorded experts of an MoE layer that are not among ours.
         tokens: [L] share of tokens with any such expert.
-        margins: [4] upper bounds of equal groups of tokens of all layers, by our margin: the probability of the least
-            probable expert that we chose less that of the most probable other.
+        margins: [4] upper bounds of groups of equal size, of tokens of all layers by our margin: the probability of
+            the least probable expert that we chose, minus that of the most probable other one.
         by_margin: [4] share of tokens with any difference in each group.
     """
 
@@ -122,15 +122,15 @@ def _loss_and_gradient(
 def replay_effect(model: Transformer, tokens: Int[ArrayLike, "B T"], recorded: Choices) -> ReplayEffect:
     """Losses of the next tokens and the gradients' cosine, with our experts and with the recorded ones.
 
-    A position counts where it and the next have a record: what follows a sequence in its row is padding.
+    A position counts if it and the next one have a record: after a sequence its row is padding.
 
     Raises:
-        ConfigError: no two neighbours have a record.
+        ConfigError: no two consecutive positions have a record.
     """
     tokens, seen = jnp.asarray(tokens), recorded.chosen.any((0, -1))
     targets = jnp.pad(jnp.where(seen[:, :-1] & seen[:, 1:], tokens[:, 1:], -1), ((0, 0), (0, 1)), constant_values=-1)
     if not (targets >= 0).any():
-        raise ConfigError("the records hold no two tokens that follow each other")
+        raise ConfigError("the records hold no two consecutive tokens")
     plain, gradient = _loss_and_gradient(model, tokens, targets, None)
     replayed, other = _loss_and_gradient(model, tokens, targets, recorded)
     pairs = list(zip(jax.tree.leaves(gradient), jax.tree.leaves(other), strict=True))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from moe.config import ConfigError, ModelConfig, RopeScalingConfig
 from moe.interop.schema import Json, OpenConfig, RopeParameters
 
-#: Constants of yarn, which have the same names here and there.
+#: Constants of YaRN, which have the same names in both configs.
 _YARN = ("beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim")
 
 
@@ -17,14 +17,16 @@ def read_scaling(fields: OpenConfig) -> RopeScalingConfig:
     """
     rope = fields.rope
     if rope.short_mscale is not None or rope.long_mscale is not None:
-        raise ConfigError(f"config.json: short_mscale or long_mscale of rotary positions: {fields.model_type} has none")
+        raise ConfigError(
+            f"config.json: short_mscale or long_mscale of rotary positions: must be absent for {fields.model_type}"
+        )
     if rope.rope_type == "default":
         return RopeScalingConfig()
-    # The order of the library: beside the scaling, in it, and the longest context where neither says.
+    # In the library's order: stated beside the scaling, or in it, else the longest context.
     longest = fields.max_position_embeddings
     stated = fields.original_max_position_embeddings or rope.original_max_position_embeddings
     original = stated or longest
-    # Longrope, whose frequencies have factors of their own, need state neither.
+    # LongRoPE has a factor for each frequency, so its files may state neither length nor factor.
     ratio = longest / original if rope.rope_type == "longrope" or (stated and rope.rope_type == "yarn") else None
     factor = rope.factor or ratio
     if factor is None:

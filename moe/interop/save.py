@@ -38,7 +38,7 @@ def save_huggingface(
     """Write ``config.json`` and safetensors, each tensor in its parameter's dtype.
 
     Args:
-        model: its parameters may lie on a mesh, if all its devices are this process's.
+        model: its parameters may be sharded over a mesh if all its devices belong to this process.
         config: of the model.
         directory: made if missing; must be empty.
         model_type: family to write; empty: that of ``source``, else the first that can express the model.
@@ -94,7 +94,7 @@ def write_folder(
         )
     for group in groups:
         _write_group(writer, group, fetch, encoders=encoders)
-    if not (model.tie_embeddings or family.ties_by_file):  # then that library expects a table in each stack, too
+    if not (model.tie_embeddings or family.ties_by_file):  # the library then expects a table in each stack as well
         named = {group[0].pieces[0].name: group for group in groups}
         for copy, original in family.copies.items():
             if copy not in named and original in named:
@@ -102,7 +102,7 @@ def write_folder(
     writer.finish()
     content = source
     if not encoders:
-        dtype = str(max(writer.sizes, key=writer.sizes.__getitem__))  # selection biases may be of another
+        dtype = str(max(writer.sizes, key=writer.sizes.__getitem__))  # selection biases may have another dtype
         content = source | {"dtype" if "dtype" in source else "torch_dtype": dtype}
     write_atomic(directory / CONFIG_FILE, json.dumps(content, indent=2) + "\n")
 

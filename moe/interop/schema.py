@@ -17,7 +17,7 @@ from moe.foreign_files import Json, check
 
 
 def also_named(default: Any, *names: str) -> Any:
-    """A field with a default that a file may give under several names, of which the first counts."""
+    """A field with a default that a file may give under several names; the first of them counts."""
     return pydantic.Field(default, validation_alias=pydantic.AliasChoices(*names))
 
 
@@ -68,7 +68,7 @@ MOST_EXPERTS = 1 << 17
 
 
 class Fields(foreign_files.Fields):
-    """Base of all schemas: strict types, unknown fields ignored, null taken as absent where null is no value."""
+    """Base of all schemas: strict types, unknown fields ignored, null taken as absent where it is not a value."""
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -102,11 +102,11 @@ class RopeParameters(Fields):
     mscale_all_dim: Coefficient | None = None
     short_factor: Factors | None = None
     long_factor: Factors | None = None
-    short_mscale: Positive | None = None  # of Phi-3.5-MoE alone, as the next
+    short_mscale: Positive | None = None  # this and the next one: only Phi-3.5-MoE
     long_mscale: Positive | None = None
     low_freq_factor: Positive = 1.0
     high_freq_factor: Positive = 4.0
-    finetuned: bool | None = None  # of files of YaRN's authors; read nowhere
+    finetuned: bool | None = None  # in files of YaRN's authors; unused
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -157,7 +157,7 @@ class OpenConfig(Fields):
     @pydantic.model_validator(mode="before")
     @classmethod
     def _drop_empty_scaling(cls, tree: Any) -> Any:
-        """Take a ``rope_scaling`` that says nothing as absent, as the library does."""
+        """Treat an empty ``rope_scaling`` as absent, as the library does."""
         if isinstance(tree, dict) and tree.get("rope_scaling") in (None, {}):
             return {name: value for name, value in tree.items() if name != "rope_scaling"}
         return tree
@@ -208,6 +208,6 @@ def parse_index(source: Json, path: Path) -> dict[str, str]:
     """The ``weight_map`` of an index: tensor → name of a file beside it.
 
     Raises:
-        ConfigError: no such map, or a file name that leaves the folder or is no safetensors file.
+        ConfigError: no such map, or a file name that leaves the folder or is not a safetensors file.
     """
     return check(source, _INDEX, str(path)).weight_map

@@ -28,7 +28,7 @@ from moe.interop.schema import parse_index
 CONFIG_FILE, INDEX_FILE, SINGLE_FILE = "config.json", "model.safetensors.index.json", "model.safetensors"
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 _PICKLED = (
-    "; pickled weights (*.bin) can run code and are not read: where you trust them, convert them once with "
+    "; pickled weights (*.bin) can run code and are not read: if you trust them, convert them once with "
     "transformers, by CLASS.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER), the CLASS that config.json names"
 )
 
@@ -42,13 +42,13 @@ _BYTES = {
 
 
 class StoredTensors:
-    """Tensors as they lie in files, by name; ``rename`` gives the name of one from that in its file."""
+    """Tensors as stored in files, by name; ``rename`` maps a name in a file to the tensor's name."""
 
     def __init__(self, rename: Callable[[str], str] = lambda name: name) -> None:
         self.rename = rename
         self.headers: dict[str, tuple[tuple[int, ...], str]] = {}  # name → (shape, type)
         self.files: dict[str, Path] = {}
-        self._names: dict[str, str] = {}  # name → that in its file
+        self._names: dict[str, str] = {}  # name → name in its file
         self._starts: dict[Path, dict[str, int]] = {}  # of files with 8-bit floats: byte at which each tensor starts
 
     def add_file(self, path: Path) -> None:
@@ -98,7 +98,7 @@ _COMPARED = 2**24
 class TensorFolder:
     """Tensors of floats in a folder: in ``model.safetensors`` or the files that its index names.
 
-    Quantised ones are read as the floats that they stand for.
+    Quantised tensors are dequantised when they are read.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class TensorFolder:
             directory: holds the files.
             quantization: of the weights.
             dtype: of the floats that quantised weights are read as.
-            rename: name of a tensor, from that in its file.
+            rename: maps the name in a file to the tensor's name.
 
         Raises:
             ConfigError: no safetensors there, a damaged file, an index that disagrees with its files, or codes and
@@ -123,7 +123,7 @@ class TensorFolder:
         self.directory = Path(directory)
         self._stored = stored = StoredTensors(rename)
         index = self.directory / INDEX_FILE
-        if (self.directory / SINGLE_FILE).exists():  # an index beside it is of shards that were here before
+        if (self.directory / SINGLE_FILE).exists():  # an index beside it belongs to earlier shards
             weight_map, files = {}, [SINGLE_FILE]
         elif index.exists():
             weight_map = {rename(name): file for name, file in parse_index(read_object(index), index).items()}
@@ -151,7 +151,7 @@ class TensorFolder:
         return set(self._headers)
 
     def dtype(self, name: str) -> np.dtype[Any]:
-        """Type of a tensor. Raises ConfigError for one that is no float of 16 or 32 bits."""
+        """Type of a tensor. Raises ConfigError unless it is a 16- or 32-bit float."""
         kind = self._headers[name][1]
         if kind not in DTYPES:
             raise ConfigError(f"{name}: is {kind}; only {', '.join(DTYPES)} are read")
@@ -173,7 +173,7 @@ class TensorFolder:
         return {name: self._stored.read(form.scales, ()) for name, form in forms.items()}
 
     def skip_layers(self, after: range) -> None:
-        """Ignore layers of these numbers: multi-token prediction (DeepSeek-V3) that is not asked for."""
+        """Ignore the layers with these numbers: multi-token prediction (DeepSeek-V3) that was not asked for."""
         self._skip([name for name in self._headers if _layer_number(name) in after], "multi-token prediction")
 
     def skip_parts(self, parts: Mapping[str, str]) -> None:
@@ -189,19 +189,19 @@ class TensorFolder:
             logging.warning("%s: %d tensors of %s are skipped", self.directory, len(names), what)
 
     def drop_copies(self, originals: dict[str, str]) -> None:
-        """Ignore tensors, by name, that equal another one of this folder.
+        """Ignore tensors that must equal another one of this folder (copy → original).
 
         Raises:
-            ConfigError: one does not.
+            ConfigError: a copy differs.
         """
         for copy, original in originals.items():
             if self.differ(copy, original):
-                raise ConfigError(f"{copy}: differs from {original}; layers of multi-token prediction share it here")
+                raise ConfigError(f"{copy}: differs from {original}, which layers of multi-token prediction share here")
             self._headers.pop(copy, None)
 
     def fill_originals(self, copies: Mapping[str, str]) -> None:
-        """Read originals that are absent from their first copy (copy → original): of tensors that are tied, a file may
-        hold any, under its name."""
+        """Read each absent original from its first copy (copy → original): a file may hold tied tensors under any
+        one of their names."""
         for copy, original in copies.items():
             if copy in self._headers and original not in self._headers:
                 self._headers[original] = self._headers.pop(copy)
@@ -211,13 +211,13 @@ class TensorFolder:
                     self._stored.alias(copy, original)
 
     def differ(self, copy: str, original: str) -> bool:
-        """Whether a tensor that should be a copy of another is none."""
+        """Whether a tensor that should equal another one differs from it; False if either is absent."""
         if not {copy, original} <= self._headers.keys():
             return False
         shape = self.shape(original)
         if self.shape(copy) != shape:
             return True
-        # A block of rows at a time: a table of the vocabulary is among the largest tensors.
+        # A block of rows at a time: embedding tables are among the largest tensors.
         rows = max(1, _COMPARED // max(1, math.prod(shape[1:])))
         blocks = [(slice(start, min(start + rows, shape[0])),) for start in range(0, shape[0], rows)] if shape else [()]
         return any(not np.array_equal(self.read(original, block), self.read(copy, block)) for block in blocks)

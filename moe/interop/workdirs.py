@@ -29,7 +29,7 @@ from moe.interop.save import Encoders, write_folder
 from moe.interop.schema import Json
 from moe.interop.tensor_files import CONFIG_FILE, TensorFolder
 
-#: Elements of a table of the vocabulary that are in memory at once.
+#: Elements of an embedding table that are in memory at once.
 PART_ELEMENTS = 1 << 26
 #: Copy in a workdir of the ``config.json`` that was imported; an export keeps its fields that did not change.
 SOURCE_FILE = "huggingface_config.json"
@@ -44,14 +44,14 @@ def import_checkpoint(
     dtype: str = "float32",
     prediction: bool = False,
 ) -> Config:
-    """Make a workdir of a folder's model, with one tensor in memory at a time.
+    """Convert a folder's model to a workdir, with one tensor in memory at a time.
 
     Args:
         source: holds ``config.json`` and safetensors files.
         workdir: gets ``config.json``, ``checkpoints/0``, :data:`SOURCE_FILE`, :data:`SCALES_FILE` if the weights are
             FP8, and the :data:`COMPANIONS`; must be new or empty.
         dtype: of activations and matmuls, and of dequantised weights.
-        prediction: with the layers of multi-token prediction (DeepSeek-V3), which are skipped otherwise.
+        prediction: include the layers of multi-token prediction (DeepSeek-V3), which are skipped otherwise.
 
     Raises:
         ConfigError: see :func:`moe.interop.load.load_huggingface`; or the workdir holds files.
@@ -167,7 +167,8 @@ def export_checkpoint(
 def open_source(
     workdir: str | os.PathLike[str], config: Config, model_type: str = ""
 ) -> tuple[epath.Path | None, Json | None, Json]:
-    """The workdir of the import that a run comes from and its ``config.json``, if there is one, and that of an export.
+    """(workdir of the import that a run comes from, its ``config.json``, the ``config.json`` of an export); the first
+    two are None for a run that does not come from an import.
 
     Raises:
         ConfigError: no open architecture computes this model.
@@ -178,7 +179,7 @@ def open_source(
 
 
 def _quantization_of_export(source: Json) -> Json:
-    """How the import was quantised, with the names of modules that a model of text alone has."""
+    """The import's ``quantization_config``, with the module names of the text model by itself."""
     fields, inside = dict(source["quantization_config"]), FAMILIES[source["model_type"]].inside
     if inside and (kept := fields.get("modules_to_not_convert")):
         renamed = (f"model.{name.removeprefix(inside)}" if name.startswith(inside) else name for name in kept)
@@ -187,7 +188,7 @@ def _quantization_of_export(source: Json) -> Json:
 
 
 def _fp8_encoders(origin: epath.Path | None, source: Json) -> Encoders:
-    """Functions that write the FP8 tensors of an import again, by their names."""
+    """Functions that encode the FP8 tensors of an import again, by tensor name."""
     quantization = read_quantization(source)
     if origin is None or not isinstance(quantization, FP8Config) or not (origin / SCALES_FILE).exists():
         raise ConfigError("quantized: must be False for a model that was not imported in FP8")

@@ -45,7 +45,8 @@ class Flops:
 
 
 def matmul_flops(jaxpr: Any) -> Flops:
-    """FLOPs of all matrix products that results need; a scan counts its length times, a conditional its dearest branch.
+    """FLOPs of all matrix products that the results need; a scan body counts ``length`` times, a conditional as its
+    most expensive branch.
 
     A Pallas kernel counts its body once for every point of its grid, including blocks skipped at run time (the upper
     triangle in causal attention); a grouped matmul's kernel, and a loop over row blocks, count all rows of a buffer.
@@ -75,7 +76,7 @@ def matmul_flops(jaxpr: Any) -> Flops:
 
 
 def _kernel_flops(kernel: Any) -> Flops:
-    """FLOPs of a Pallas kernel, for TPUs or GPUs (``mpmd_map`` is one of Mosaic for GPUs)."""
+    """FLOPs of a Pallas kernel, for TPUs or GPUs (``mpmd_map``: a Mosaic kernel for GPUs)."""
     params = kernel.params
     grouped = _grouped_flops(kernel)
     if grouped is not None:
@@ -89,7 +90,7 @@ def _kernel_flops(kernel: Any) -> Flops:
 
 
 def _grouped_flops(kernel: Any) -> float | None:
-    """FLOPs of a grouped matmul for GPUs, told by its shapes; None for any other kernel.
+    """FLOPs of a grouped matmul for GPUs, recognised by its shapes; None for any other kernel.
 
     Operands are rows [R,K] and matrices [E,K,N] for [R,N], or two kinds of rows, [R,K] and [R,N], for [E,K,N]; and
     int32 arrays that describe the groups.

@@ -45,7 +45,7 @@ def rows() -> list[dict[str, Any]]:
     return read_rows(PATH, _ROW) if PATH.exists() else []
 
 
-#: What a counted time depends on beside the program.
+#: Files that counted times depend on, besides the program.
 _PRICES = (
     "attention.csv", "attention.py", "chips.py", "exchanges.py", "gpus.py", "grouped_matmuls.csv", "kernels.py",
     "measured.py", "network.py", "program.py", "timeline.py", "work.py",
@@ -61,10 +61,10 @@ def prices() -> str:
     return digest.hexdigest()[:12]
 
 
-#: Upper tenth of Student's t by degrees of freedom, from 1; 1.3 for more.
+#: 90 % quantile of Student's t for 1, 2, ... degrees of freedom; 1.3 beyond.
 _T90 = (3.078, 1.886, 1.638, 1.533, 1.476, 1.440, 1.415, 1.397, 1.383, 1.372, 1.363, 1.356)
 
-#: Spread assumed before any step was seen, in the logarithm, which counts as much as that many further steps.
+#: Spread assumed a priori, in the logarithm, and its weight as a number of further steps.
 _ASSUMED, _ASSUMED_STEPS = 0.2, 3
 
 
@@ -95,12 +95,12 @@ def spread_of(residuals: list[float]) -> tuple[float, float, int]:
 def predicted(
     counted: float, kernels: tuple[float, float, float], scale: float, width: float
 ) -> tuple[float, tuple[float, float]]:
-    """(seconds of a step, interval that holds 80 %): what is counted, scaled as the published steps were; their spread
-    and that of the kernels as independent errors in the logarithm.
+    """(seconds of a step, 80 % interval): the counted time, scaled as the published steps were. The interval treats
+    their spread and that of the kernels as independent errors in the logarithm.
 
     Args:
         counted: seconds.
-        kernels: those of its kernels, and at the ends of their intervals.
+        kernels: seconds of its kernels, and the same at the ends of their intervals.
         scale, width: from :func:`spread`.
     """
     seconds, low, high = kernels
@@ -111,7 +111,7 @@ def predicted(
 
 
 def left_out(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows with the step predicted from the others: predicted, interval and whether it holds the published one."""
+    """Rows with the step predicted from the others: predicted, interval, whether it contains the published one."""
     made = []
     for row in rows:
         scale, width, count = spread(row["platform"], [other for other in rows if other is not row])

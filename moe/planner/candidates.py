@@ -23,8 +23,8 @@ from moe.planner.chips import Chip
 from moe.planner.gpus import Gpu
 from moe.planner.topology import Topology
 
-#: Remat policies to try. Of those left out one has transfers priced by an assumed link to the host, and one needs as
-#: much memory and arithmetic as the last.
+#: Remat policies to try. ``offload`` is left out because its transfers are priced by an assumed link to the host,
+#: ``routes`` because it needs as much memory and arithmetic as ``full``.
 SEARCHED_POLICIES = tuple(policy for policy in REMAT_POLICIES if policy not in ("offload", "routes"))
 
 
@@ -35,7 +35,7 @@ class Candidate:
     Attributes:
         config: valid, also for its mesh.
         seconds: a rough guess of its step, used only to choose what to compile first.
-        fixed, activations: estimated bytes of a device that do not and that do depend on the rows.
+        fixed, activations: estimated bytes of a device, independent of the rows and in proportion to them.
     """
 
     config: Config
@@ -44,7 +44,7 @@ class Candidate:
     activations: int = 0
 
 
-#: Rows of a device and microbatch that the search tries besides those of the config.
+#: Rows per device and microbatch that the search tries besides those of the config.
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 
 
@@ -66,7 +66,7 @@ def candidates(
         devices: number in all slices.
         chip: of the devices.
         num_slices: slices joined by the data-center network.
-        rows: of a device and microbatch to try with every combination, besides the config's batch.
+        rows: per device and microbatch, to try with every combination besides the config's batch.
     """
     found, pruned = [], collections.Counter[str]()
     sparse, capacity = config.model.moe.gate is not None, chip.memory // chip.devices
@@ -83,7 +83,7 @@ def candidates(
             if not sparse and mesh.expert > 1:
                 pruned["a dense model has no use for mesh.expert"] += len(trains)
                 continue
-            model, memory, a_row = None, None, 0.0  # of the first rows that may run
+            model, memory, a_row = None, None, 0.0  # of the first batch that passes the checks
             for train in trains:
                 try:
                     model = model or _searched(config.model, remat, mode, mesh, chip)
@@ -99,7 +99,7 @@ def candidates(
                 if memory.parameters + memory.optimizer > capacity:
                     pruned["parameters and optimizer alone do not fit"] += 1
                 elif memory.fixed + activations > fit.MARGIN * capacity:
-                    pruned["by the estimate of its memory it does not fit"] += 1
+                    pruned["does not fit by the estimate of its memory"] += 1
                 else:
                     found.append(Candidate(tried, guess_seconds(tried, chip), memory.fixed, activations))
     return sorted(found, key=lambda candidate: candidate.seconds / candidate.config.train.batch_size), pruned
@@ -114,7 +114,7 @@ def _searched(model: ModelConfig, remat: str, mode: str, mesh: MeshConfig, chip:
 
 
 def _hosts_of_experts(mesh: MeshConfig, chip: Chip | Gpu) -> int:
-    """NVLink domains that the expert axis spans, if each has as many of its devices; else 1."""
+    """Number of NVLink domains that the expert axis spans if it has equally many devices in each; else 1."""
     of_domain = chip.domain // (mesh.tensor * mesh.context) if isinstance(chip, Gpu) else 0
     return mesh.expert // of_domain if of_domain and mesh.expert % of_domain == 0 else 1
 
@@ -123,9 +123,9 @@ def guess_seconds(config: Config, chip: Chip | Gpu) -> float:
     """Guess a step: its arithmetic at :data:`_MATMUL_SHARE` of the peak plus its exchange, without overlap.
 
     Arithmetic: the model's FLOPs, up to a third more with recomputation, empty expert slots, one-hot matmuls, and every
-    expert's matmul over every row where ``lax.ragged_dot`` has no kernel. Exchange: over fsdp, in every microbatch,
-    weights gathered forward and backward and their gradients scattered; expert rows out and back, three times; partial
-    sums over tensor, of experts on their rows; gradients summed over data.
+    expert's matmul over every row where ``lax.ragged_dot`` has no kernel. Exchange: over fsdp, weights gathered forward
+    and backward and their gradients scattered in every microbatch; expert rows sent out and back, three times; over
+    tensor, partial sums, those of experts on their rows; over data, gradients summed.
     """
     model, moe, mesh = config.model, config.model.moe, config.mesh
     length = config.data.sequence_length
@@ -193,8 +193,8 @@ def _of_model(model: ModelConfig, length: int, inputs: int) -> tuple[float, int]
 
 
 def changes(config: Config, topology: Topology, limit: int) -> list[tuple[str, Config]]:
-    """Single changes of a run that may help, each valid, with their labels: rows a device, recomputation, dispatch,
-    how tokens are exchanged, mesh."""
+    """Valid single changes of a run that may help, with their labels: rows per device, recomputation, dispatch, the
+    exchange of tokens, mesh."""
     model, mesh, devices = config.model, config.mesh, len(topology.devices)
     sizes = {axis: make_mesh(mesh, topology.devices).shape.get(axis, 1) for axis in dataclasses.asdict(mesh)}
     config = dataclasses.replace(config, mesh=MeshConfig(**sizes))
@@ -214,7 +214,7 @@ def changes(config: Config, topology: Topology, limit: int) -> list[tuple[str, C
             add(f"model.remat={remat}", model=dataclasses.replace(model, remat=remat))
     if model.moe.gate is not None:
         for mode in ("dropless", "gather"):
-            with contextlib.suppress(ConfigError):  # a fixed capacity, which dropless has not
+            with contextlib.suppress(ConfigError):  # dropless has no fixed capacity
                 moe = model.moe.with_dispatch(mode)
                 add(f"model.moe.dispatch={mode}", model=dataclasses.replace(model, moe=moe))
         if model.moe.dispatch == "dropless" and mesh.expert > 1:

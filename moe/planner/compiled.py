@@ -1,4 +1,4 @@
-"""The train step of a run, compiled for a topology, and what is read of it."""
+"""The train step of a run compiled for a topology, and the figures read from it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Memory:
         code: the program.
         peak: the most that is alive at one time in the compiler's heap simulation; below the total, which is allocated.
         capacity: of the device.
-        host: of the host's memory, for arrays that are kept there; not in the total.
+        host: in the host's memory, for arrays that are offloaded; not in the total.
     """
 
     parameters: int
@@ -65,13 +65,13 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class CompiledStep:
-    """A compiled train step, as it is read.
+    """A compiled train step: the figures read from it.
 
     Attributes:
         text: of the program.
         memory: of a device.
         products: FLOPs of the traced program, all devices.
-        seconds: that tracing, lowering and compiling took.
+        seconds: time that tracing, lowering and compiling took.
         commit: of the source that was compiled.
     """
 
@@ -87,7 +87,7 @@ class CompiledStep:
 
     @staticmethod
     def load(path: Path) -> CompiledStep:
-        """Read a file that :meth:`save` wrote. Raises ConfigError for a file of something else."""
+        """Read a file that :meth:`save` wrote. Raises ConfigError if the file holds something else."""
         try:
             content = gzip.decompress(path.read_bytes())
         except (OSError, EOFError, zlib.error) as error:
@@ -103,8 +103,8 @@ def read_or_compile(
 ) -> CompiledStep:
     """The compiled train step, kept in a folder.
 
-    A kept program is one of the same config, topology, XLA options and versions; it may be of other source, which
-    ``commit`` names.
+    A kept program is reused for the same config, topology, XLA options and versions, even if the source has changed
+    since; ``commit`` names the source that was compiled.
 
     Args:
         config: of the run.

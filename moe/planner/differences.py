@@ -47,7 +47,7 @@ _PLAN = pydantic.TypeAdapter(_Plan)
 
 
 def read(path: Path) -> _Json:
-    """A plan that ``scripts/plan_pod.py --json`` printed. Raises ConfigError for a file of something else."""
+    """A plan that ``scripts/plan_pod.py --json`` printed. Raises ConfigError if the file holds something else."""
     plan = read_object(path)
     check(plan, _PLAN, f"{path}: not a plan that --json printed")
     return plan
@@ -90,7 +90,7 @@ def _parts(plan: _Json) -> dict[str, float]:
     return parts
 
 
-#: Settings and parts, at most, that :func:`sentence` names.
+#: Largest number of settings, and of parts, that :func:`sentence` names.
 _NAMED = 3
 
 

@@ -1,9 +1,9 @@
 """Estimate of a device's memory, from a config and the sizes of a mesh; nothing is compiled.
 
-What is counted of a backward pass, when it computes the gradients of a layer: parameters, optimizer and gradients; the
-matrices in the compute dtype, and one layer's gathered; what the remat policy keeps of every layer's forward pass; the
-arrays of the one layer. The last are counted in arrays of the size of a layer's hidden activations and of its inputs
-(:data:`_ARRAYS`).
+The estimate is for the moment at which the backward pass computes the gradients of a layer. It adds up parameters,
+optimizer and gradients; the matrices in the compute dtype, with one layer's gathered; what the remat policy keeps of
+every layer's forward pass; and the arrays of that one layer, counted in arrays of the size of its hidden activations
+and of its inputs (:data:`_ARRAYS`).
 """
 
 from __future__ import annotations
@@ -36,24 +36,24 @@ from moe.training.optimizer import make_optimizer
 #: Remat policies to try until a program fits, from the least recomputation to the most.
 LADDER = ("hidden", "outputs", "attention", "offload", "full")
 
-#: An estimate above the memory by this factor rules a program out; estimates of compiled programs were at most 1.09
-#: times what they needed.
+#: A program is ruled out if its estimate exceeds the memory by this factor; estimates of compiled programs were at most
+#: 1.09 times what the programs needed.
 MARGIN = 1.2
 
 
 @dataclasses.dataclass(frozen=True)
 class _Arrays:
-    """How many arrays of a kind are in memory while a layer's gradients are computed.
+    """Number of arrays of each kind in memory while a layer's gradients are computed.
 
     Attributes:
         hidden: [rows,F] of experts or a dense FFN: up, gate, their product, and the gradients of the three.
-        in_blocks: as many bytes as that of experts in row blocks, whose hidden activations are never whole.
+        in_blocks: the same for experts computed in row blocks, whose hidden activations never exist as a whole.
         rows: [rows,D] of experts on the device of their tokens, or of a dense FFN.
         exchanged: [rows,D] of experts on other devices.
         tokens: [tokens,D], and queries, keys, values and heads of attention.
         gathered: a layer's matrices in the compute dtype, gathered.
         cast: the matrices of all layers in the compute dtype, as they are stored.
-        lanes: the last dimension of an array is a multiple of it.
+        lanes: the last dimension of an array is padded to a multiple of it.
     """
 
     hidden: float
@@ -66,8 +66,8 @@ class _Arrays:
     lanes: int
 
 
-#: By platform, fitted to compiled programs (docs/log/2026-11.md). What is alive at the peak on TPUs is that of GPUs;
-#: what the compiler for TPUs allocates is more, as if the arrays of a layer's forward pass had memory of their own.
+#: By platform, fitted to compiled programs (docs/log/2026-11.md). The same arrays are alive at the peak on TPUs and on
+#: GPUs; the compiler for TPUs allocates more, as if the arrays of a layer's forward pass had memory of their own.
 _ARRAYS = {"gpu": _Arrays(6, 2, 3, 3, 2, 1, 1, 1), "tpu": _Arrays(9, 9, 7, 20, 2, 3, 2, 128)}
 
 
@@ -79,8 +79,8 @@ class Estimate:
         parameters: as stored.
         optimizer: Optax state.
         gradients: of all parameters, because their norm is needed before any is used; with accumulation also their sum.
-            Also layers of no stage of a pipeline, whole.
-        weights: matrices in the compute dtype: of all layers as they are stored, of one gathered.
+            Also, gathered, the layers that belong to no stage of a pipeline.
+        weights: matrices in the compute dtype: those of all layers as they are stored, those of one layer gathered.
         kept: arrays that the remat policy keeps of the forward pass.
         layer: arrays of one layer while its gradients are computed.
     """
@@ -146,7 +146,7 @@ def estimate(config: Config, sizes: Mapping[str, int], platform: str) -> Estimat
 
 
 def _of_no_stage(config: Config, mesh: AbstractMesh, shapes: Any, specs: Any) -> int:
-    """Bytes of stacked layers that belong to no stage of a pipeline, which stores them in parts and gathers them."""
+    """Bytes, gathered, of stacked layers that belong to no stage of a pipeline; its stages store parts of them."""
     stages = mesh.shape.get("pipeline", 1)
     if stages == 1:
         return 0
@@ -160,7 +160,7 @@ def _of_no_stage(config: Config, mesh: AbstractMesh, shapes: Any, specs: Any) ->
 
 
 def same_parameters(model: ModelConfig) -> ModelConfig:
-    """Map models that differ only in how they are computed to one, as a cache key."""
+    """Map models that differ only in how they are computed to the same value, as a cache key."""
     return dataclasses.replace(model, remat="none", moe=model.moe.with_dispatch("gather"))
 
 
@@ -188,12 +188,12 @@ def _placed(mesh: AbstractMesh, tree: Any, specs: Any) -> Any:
 
 
 class _Numbers(NamedTuple):
-    """Numbers on one device.
+    """Counts of array elements on one device.
 
     Attributes:
-        matrices: with the dimension that fsdp splits whole.
-        kept: of the forward pass.
-        alive: while gradients are computed.
+        matrices: weights, gathered over fsdp.
+        kept: activations kept from the forward pass.
+        alive: elements alive while gradients are computed.
     """
 
     matrices: float
@@ -202,8 +202,8 @@ class _Numbers(NamedTuple):
 
 
 def _layers(config: Config, sizes: Mapping[str, int], arrays: _Arrays, rows: int) -> _Numbers:
-    """Numbers of all layers, activations per row of so many; arrays alive are of the largest repeat, gathered
-    matrices of those in a trip of the loop."""
+    """Elements of all layers, activations per row where a device has ``rows``; alive arrays are those of the largest
+    repeat, gathered matrices those of one trip of the loop."""
     remat, gathered, kept, alive, kept_matrices = config.model.remat, 0.0, 0.0, 0.0, 0.0
     for name, kinds in stacks(config.model).items():
         length = config.data.input_length if name == "encoder" else config.data.sequence_length
@@ -222,7 +222,7 @@ def _layers(config: Config, sizes: Mapping[str, int], arrays: _Arrays, rows: int
 
 
 def _layer(config: Config, sizes: Mapping[str, int], arrays: _Arrays, kind: LayerKind, tokens: int) -> _Numbers:
-    """Numbers of one layer, activations per token of so many and without the layer's input."""
+    """Elements of one layer without its input, activations per token where a device has ``tokens``."""
     model, moe, tensor = config.model, config.model.moe, sizes["tensor"]
     matmuls_into = 2 if model.activation in GATED_ACTIVATIONS else 1
     projections, heads = _projections(model, kind, tensor, arrays.lanes)
@@ -264,7 +264,7 @@ def _layer(config: Config, sizes: Mapping[str, int], arrays: _Arrays, kind: Laye
 
 
 def _in_row_blocks(config: Config, sizes: Mapping[str, int], arrays: _Arrays, tokens: int) -> bool:
-    """Whether the experts' hidden activations are only there a block at a time."""
+    """Whether the experts' hidden activations are computed one block of rows at a time."""
     model, moe = config.model, config.model.moe
     if arrays is not _ARRAYS["gpu"] or moe.dispatch != "dropless" or model.low_precision != "none":
         return False
@@ -278,7 +278,7 @@ def _in_row_blocks(config: Config, sizes: Mapping[str, int], arrays: _Arrays, to
 
 
 def _projections(model: ModelConfig, kind: LayerKind, tensor: int, lanes: int) -> tuple[float, float]:
-    """Numbers per token on one device: what the matmuls before the scores put out, and the heads."""
+    """Elements per token on one device: outputs of the matmuls before the attention scores, and of the heads."""
     if kind.mixer == "gated_delta_net":
         d = model.delta_net
         values = d.value_heads * d.value_dim
@@ -291,7 +291,7 @@ def _projections(model: ModelConfig, kind: LayerKind, tensor: int, lanes: int) -
     if not model.kv_lora_rank:
         queries = model.num_heads * (1 + model.gated_attention)
         return (queries + 2 * model.num_kv_heads) * padded(model.head_dim) / tensor, heads
-    # Queries, and what keys and values are expanded to; the latents are whole on every device.
+    # Queries, and keys and values expanded from the latents, which every device holds whole.
     dims = padded(model.head_dim) + padded(model.head_dim - model.rope_dim) + padded(model.value_dim)
     return model.num_heads * dims / tensor + model.q_lora_rank + model.kv_lora_rank + model.rope_dim, heads
 

@@ -25,12 +25,12 @@ from moe.dispatch.modes import CONFIG_MODES
 from moe.parallel.partition_specs import REMAT_POLICIES
 from moe.planner.candidates import Candidate
 
-#: Deviations of time, in the logarithm: of all guesses together, of a policy or mode, of a doubling of an axis or of
-#: the rows; and of what the regression cannot say.
+#: Prior standard deviations of time, in the logarithm: of the error common to all guesses, of a policy or mode, of a
+#: doubling of an axis or of the rows; and of the residual.
 _COMMON, _CHOICE, _DOUBLING, _NOISE = 1.0, 0.2, 0.1, 0.03
 
-#: Deviations of memory's factors: of what does not depend on the rows, of all activations, of those of a policy or mode
-#: or with an exchange; and of what the regression cannot say, in units of the estimate.
+#: Prior standard deviations of memory's factors: of what does not depend on the rows, of all activations, of those of a
+#: policy or mode or with an exchange; and of the residual, in units of the estimate.
 _FIXED_FACTOR, _COMMON_FACTOR, _CHOSEN_FACTOR, _NOISE_OF_MEMORY = 0.1, 0.1, 0.05, 0.02
 
 #: Assumed need over available memory of a program that does not fit, where the compiler does not state it.
@@ -121,7 +121,7 @@ def _guess(candidate: Candidate) -> float:
 
 
 def _chosen(candidate: Candidate) -> list[bool]:
-    """Which policy and mode it is."""
+    """One indicator for each policy and mode."""
     model = candidate.config.model
     policies = [model.remat == policy for policy in REMAT_POLICIES]
     return policies + [model.moe.dispatch == mode for mode in CONFIG_MODES]

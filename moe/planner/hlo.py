@@ -132,7 +132,7 @@ def trip_count(loop: Instruction, module: Module) -> int | None:
 
 
 def _start(loop: Instruction, counter: Instruction, module: Module) -> int:
-    """First value of a loop's counter: 0, but for the rest of a loop whose first trips are written out before it."""
+    """First value of a loop's counter; above 0 if the first trips were peeled off the loop."""
     around = next(each for each in module.computations.values() if any(instruction is loop for instruction in each))
     by_name = {instruction.name: instruction for instruction in around}
     initial = by_name.get(loop.operands[0])
@@ -170,7 +170,7 @@ def first_group(attributes: str) -> tuple[tuple[str, ...] | None, tuple[int, ...
 
 
 def _first_cycle(following: Mapping[int, int]) -> tuple[int, ...]:
-    """Members of the cycle, or chain, of a permutation that its first source belongs to."""
+    """Members of the cycle, or chain, of a permutation that contains its first source."""
     start = next(iter(following))
     members, node = [start], following[start]
     while node != start and node in following and node not in members:

@@ -52,13 +52,13 @@ class _Kept(Fields):
 
 _KEPT = kept_whole(_Kept)
 
-#: Flag of the number of bits of the factors of products.
+#: Field with the precision of the matmuls' operands.
 _PRECISION = "model.low_precision"
 
 
 def row(plan: Plan, config: str, flags: dict[str, Any], hardware: str = "") -> _Row:
-    """A plan as it is kept. One whose factors have fewer bits has names of its own, such as ``h100:32x8-float8``: the
-    name of a slice changes no arithmetic.
+    """A plan as a row of the file. A low-precision plan has names of its own, such as ``h100:32x8-float8``, so that
+    the plain name of a slice never changes the arithmetic.
 
     Args:
         plan: to keep.
@@ -79,17 +79,17 @@ def row(plan: Plan, config: str, flags: dict[str, Any], hardware: str = "") -> _
 
 
 def suffix_of(precision: str) -> str:
-    """Ending of the names of plans with factors of this precision."""
+    """Suffix of the names of plans of this precision."""
     return "" if precision == "none" else f"-{precision}"
 
 
 def read(path: Path) -> list[_Row]:
-    """All kept plans; none without the file. Raises ConfigError for a file of something else."""
+    """All kept plans; empty without the file. Raises ConfigError if the file holds something else."""
     return read_rows(path, _KEPT) if path.exists() else []
 
 
 def keep(path: Path, new: _Row) -> None:
-    """Add a plan to the file, in the place of one of the same config, slice and flags."""
+    """Add a plan to the file, replacing one of the same config, slice and flags."""
     same = ("config", "topology", "flags")
     rows = [old for old in read(path) if any(old[name] != json.loads(json.dumps(new))[name] for name in same)]
     rows.append(new)
@@ -118,7 +118,7 @@ def rescaled(kept: _Row, known: list[_Row]) -> _Row:
 
 
 def rescale(path: Path, page: Path) -> None:
-    """Predict all kept plans of a file anew, after the published steps have changed; ``page`` as in
+    """Predict all kept plans of a file again, after the published steps have changed; ``page`` as in
     :func:`write_table`."""
     write_atomic(path, json.dumps([rescaled(kept, calibration.rows()) for kept in read(path)], indent=1) + "\n")
     write_table(path, page)
@@ -133,18 +133,18 @@ def write_table(path: Path, page: Path) -> None:
     before, start, rest = page.read_text().partition("<!-- plans: made by scripts/plan_pod.py --record -->\n")
     _, end, after = rest.partition("<!-- end of plans -->")
     if not start or not end:
-        raise ConfigError(f"{page}: has no marks between which the table of plans stands")
+        raise ConfigError(f"{page}: has no marks around the table of plans")
     write_atomic(page, f"{before}{start}\n{table(read(path))}\n\n{end}{after}")
 
 
 def best(rows: Sequence[_Row], config: str, topology: str) -> _Row | None:
-    """The kept plan of a config that makes most tokens a second on a slice, by one of its names."""
+    """The kept plan of a config with the most tokens per second on a slice, given by any of its names."""
     alike = [each for each in rows if each["config"] == config and tpu_name(topology) in each["slices"]]
     return max(alike, key=lambda each: each["tokens_per_second_per_chip"], default=None)
 
 
 def best_of_precisions(rows: Sequence[_Row], config: str, topology: str) -> dict[str, _Row]:
-    """The :func:`best` plans of a slice by what its name ends in: one of each precision that plans are kept of."""
+    """The :func:`best` plan of a slice for each precision with kept plans, by the suffix of its name."""
     suffixes = [suffix_of(precision) for precision in ("none", *quantized.TYPES)]
     return {suffix: kept for suffix in suffixes if (kept := best(rows, config, topology + suffix)) is not None}
 
@@ -152,7 +152,7 @@ def best_of_precisions(rows: Sequence[_Row], config: str, topology: str) -> dict
 def mfu_of_chip(rows: Sequence[_Row], kind: str) -> tuple[list[str], tuple[float, float, float]]:
     """Configs of the kept plans of a chip, and their MFU: the mean, and the ends of the intervals of their steps.
 
-    Plans in 8 bits are left out: they compute above the peak in bfloat16, of which the MFU is a share.
+    8-bit plans are left out, since the MFU is a share of the peak in bfloat16, which their matmuls may exceed.
 
     Args:
         kind: of the chip, such as "v5p".
@@ -166,7 +166,7 @@ def mfu_of_chip(rows: Sequence[_Row], kind: str) -> tuple[list[str], tuple[float
         if each["topology"].partition(":")[0] == kind and not suffix_of(each["flags"].get(_PRECISION, "none"))
     ]
     if not plans:
-        raise ConfigError(f"--topology={kind}: no plan without products in 8 bits is kept; give --mfu")
+        raise ConfigError(f"--topology={kind}: no plan without 8-bit matmuls is kept; give --mfu")
     low = min(each["mfu"] * each["step_seconds"] / each["step_interval"][1] for each in plans)
     high = max(each["mfu"] * each["step_seconds"] / each["step_interval"][0] for each in plans)
     names = list(dict.fromkeys(each["config"] for each in plans))

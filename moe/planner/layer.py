@@ -1,8 +1,8 @@
 """One MoE layer compiled for a topology: its estimated time, beside the time of its matmuls at peak.
 
-As in :mod:`moe.planner.plan`, exchanges and copies are facts and times are estimates. Two floors are given, both of the
-experts' matmuls alone at peak: of the active FLOPs (K experts a token), and of all rows that the dispatch mode computes
-(all slots of the capacity, empty or not). A ratio is the time on the chip over a floor.
+As in :mod:`moe.planner.plan`, exchanges and copies are facts and times are estimates. Two floors are given, both the
+time of the experts' matmuls at peak: for the active FLOPs (K experts per token), and for all rows that the dispatch
+mode computes (all slots of the capacity, empty or not). A ratio is the time on the chip over a floor.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def read_layer(config: Config, topology: Topology, tokens: int, *, backward: boo
     Args:
         config: its model and mesh are used.
         topology: to compile for, all its devices.
-        tokens: in a row of the batch; every device has one row, or its part of one that ``mesh.context`` splits.
+        tokens: per row of the batch; every device has one row, or its part of a row that ``mesh.context`` splits.
         backward: forward and backward, gradients of parameters and tokens, instead of forward.
     """
     mesh = make_mesh(config.mesh, topology.devices)

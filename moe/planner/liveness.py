@@ -65,7 +65,7 @@ def _called(instruction: Instruction) -> list[str]:
 
 
 def _buffers(instructions, module: hlo.Module) -> dict[str, set[str]]:
-    """Buffers that each instruction's result lies in: its own, named like it, or those of operands."""
+    """Buffers that hold each instruction's result: its own, named after it, or those of its operands."""
     buffers: dict[str, set[str]] = {}
     for instruction in instructions:
         if instruction.opcode in _NO_BUFFER:
@@ -92,7 +92,7 @@ def _updates_in_place(instruction: Instruction, module: hlo.Module) -> bool:
 
 
 def _size(instruction: Instruction, instructions) -> int:
-    """Bytes of a result; the start of an exchange names its operands in the result too."""
+    """Bytes of a result, without the operands that the result type of an exchange's start repeats."""
     size = array_bytes(instruction.type)
     if instruction.opcode.endswith("-start") and instruction.type.startswith("(("):
         types = {each.name: each.type for each in instructions if each.name in instruction.operands}

@@ -12,7 +12,7 @@ class DoesNotFitError(ConfigError):
     """A program that needs more memory than a device has.
 
     Attributes:
-        least: bytes of a device that it needs at the least; 0: not known.
+        least: lower bound of the bytes that it needs on a device; 0: unknown.
     """
 
     def __init__(self, message: str, least: float):
@@ -64,8 +64,8 @@ def refuse_program_that_does_not_fit(config: Config, total: int, capacity: int) 
 #: A number with B, K, M, G or T (powers of 1024).
 _SIZE = r"([\d.]+[BKMGT]?)"
 
-#: Messages of libtpu versions about memory; the groups are the sizes needed, then the size available. What the first
-#: calls temporaries includes the arguments: it is what is alive at the peak, which is below what is allocated.
+#: Messages of libtpu versions about memory; the groups are the sizes needed, then the size available. In the
+#: first, temporaries include the arguments: it states what is alive at the peak, which is less than what is allocated.
 _MESSAGES = (
     (rf"total memory required for HLO temporaries \({_SIZE}\) exceeds available HBM \({_SIZE}\)", "at its peak"),
     (rf"memory space hbm\.?\s+Used {_SIZE} of {_SIZE} hbm", "the program"),
@@ -78,15 +78,15 @@ _MESSAGES = (
 
 
 def explained(config: Config, error: Exception) -> Exception:
-    """Turn the compiler's error about device memory into a :class:`DoesNotFitError`, and that of slices whose chips
-    exchange with their neighbours alone into a sentence; return any other as it is."""
+    """Turn the compiler's error about device memory into a :class:`DoesNotFitError`, and its refusal of a ragged
+    all-to-all (on slices whose chips only exchange with neighbours) into a ConfigError; return others unchanged."""
     text = str(error)
     if "Ragged all-to-all is currently not supported" in text:
         return ConfigError(
             f"mesh.expert={config.mesh.expert} with model.moe.dispatch=dropless: libtpu has no ragged all-to-all on "
             "this slice; mesh.expert=1, or dispatch=gather"
         )
-    # Running out of another memory (vmem, smem) is a failure of the compiler that no setting of a run helps.
+    # Running out of another memory (vmem, smem) is a failure of the compiler that no setting of a run prevents.
     if "RESOURCE_EXHAUSTED" not in text or re.search(r"memory space (?!hbm)\w+", text):
         return error
     figures, least = "the compiled program exceeds a device's memory", 0.0

@@ -1,4 +1,4 @@
-"""The page of a plan that a person reads."""
+"""The text page of a plan."""
 
 from __future__ import annotations
 

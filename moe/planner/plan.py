@@ -49,8 +49,8 @@ class Plan:
         kernel_seconds: kernels without an estimate: grouped matmuls for a balanced router by
             :mod:`moe.planner.kernels`, attention by :mod:`moe.planner.attention`.
         kernel_low, kernel_high: kernel_seconds at the ends of the kernels' intervals, all errors fully correlated.
-        scale: measured over estimated time of the published steps, their middle; log_width: their spread, in the
-            logarithm; steps: their number (:func:`moe.planner.calibration.spread`).
+        scale: mean ratio, in the logarithm, of published to counted time of the published steps; log_width: their
+            spread, in the logarithm; steps: their number (:func:`moe.planner.calibration.spread`).
         remat: policy of ``model.remat``.
         parts: the compiler's estimate by pass and kind (:class:`moe.planner.program.Program`).
         unpriced: instructions of a step without an estimate; unknown_loops: loops taken as one trip.
@@ -62,7 +62,7 @@ class Plan:
         arrays: the largest that are alive when most memory is in use, an estimate.
         versions: of JAX and the compilers.
         commit: of the source that was compiled.
-        prices: hash of what the program was counted by.
+        prices: hash of the tables and models by which the program was counted.
         config: of the run.
     """
 
@@ -122,7 +122,7 @@ class Plan:
 
     @property
     def step_interval(self) -> tuple[float, float]:
-        """Interval of the step that holds 80 %."""
+        """80 % interval of the time of a step, seconds."""
         return self._predicted[1]
 
     @property
@@ -148,8 +148,8 @@ class Plan:
 
     @property
     def token_exchanges(self) -> tuple[Exchange, ...]:
-        """All-gathers of more than 1 MiB that nobody asked for, of neither weights, expert loads, keys and values nor
-        tokens with ``exchange=all_gather``: a flaw of the sharding.
+        """Unintended all-gathers of more than 1 MiB, a flaw of the sharding. Intended are those of weights, expert
+        loads, keys and values, and of tokens with ``exchange=all_gather``.
 
         Gathers without a name in programs of several slices are in :attr:`unnamed_gathers` instead.
         """
@@ -187,7 +187,7 @@ class Plan:
     @property
     def bound(self) -> str:
         """The largest part of the step, in words."""
-        # A dropless buffer's rows are all counted, and most of them are never multiplied.
+        # All rows of a dropless buffer are counted, but most of them are never multiplied.
         ideal = min(self.program_flops / self.peak_flops, self.compute_seconds)
         parts = {
             "matrix products at peak": ideal,
@@ -233,8 +233,8 @@ def cost_words(tokens: float, chips: int, platform: str, seconds: tuple[float, f
 def make_fitting_plan(
     config: Config, topology: Topology, scenario: Scenario | None = None, programs: Path | None = None
 ) -> Plan:
-    """Plan the remat policy that recomputes least of those that fit; policies far above the memory by their estimate
-    (:data:`moe.planner.fit.MARGIN`) are not compiled.
+    """Plan with the remat policy that recomputes least among those that fit; policies whose estimate is far above the
+    memory (:data:`moe.planner.fit.MARGIN`) are not compiled.
 
     Raises:
         ConfigError: none fits, or the config does not fit the mesh.

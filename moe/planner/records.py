@@ -83,8 +83,8 @@ class Price:
     """Time of one run of a kernel, or of several.
 
     Attributes:
-        seconds: the middle.
-        low, high: an interval that holds 80 %.
+        seconds: the central estimate.
+        low, high: the ends of its 80 % interval.
         basis: what it rests on: "measured", "formula x constant" or "by analogy".
         flops: of the filled rows.
     """
@@ -109,7 +109,7 @@ class Item:
         seconds: of one run.
         count: runs a step.
         flops: of one run; bytes: that one run reads and writes.
-        computation: that holds it; started: its clock before the instruction, seconds.
+        computation: name of the one that holds it; started: estimated work of that computation before it, seconds.
         low, high: ends of the interval of ``seconds`` where it is priced from measurements; otherwise ``seconds``.
         basis: what ``seconds`` rests on.
     """

@@ -13,7 +13,7 @@ from moe.planner.gpus import Gpu
 
 
 def figure(path: Path, plan: dict[str, Any], chip: Chip | Gpu) -> None:
-    """Write a PNG: FLOP/s over FLOPs a byte of the instructions with arithmetic; areas are their times.
+    """Write a PNG of the instructions with arithmetic: FLOP/s over FLOPs per byte, with areas in proportion to time.
 
     Args:
         path: of the file.

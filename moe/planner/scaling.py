@@ -65,7 +65,7 @@ _ROW = kept_whole(_Row)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Rows of :func:`measure` that were kept as lines of JSON; none without the file.
+    """Rows of :func:`measure` that were kept as lines of JSON; empty without the file.
 
     Raises:
         ConfigError: a line is something else.
@@ -78,9 +78,10 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def at_scale(config: Config, *, experts: int, devices: int, rows: int, dispatch: str, tensor: int = 1) -> Config:
-    """Set the experts, devices and rows of tokens a device of a config.
+    """Set the experts, devices and rows per device of a config.
 
-    With ``tensor`` > 1 that many devices share that many experts, a slice of each, and their tokens.
+    With ``tensor`` > 1, each group of that many devices holds that many experts, a slice of each per device, and shares
+    its tokens.
 
     Raises:
         ConfigError: see :func:`moe.config.parse.from_config_dict`.

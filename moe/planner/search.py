@@ -29,7 +29,7 @@ from moe.planner.memory_errors import DoesNotFitError
 from moe.planner.topology import Topology
 from moe.planner.versions import source_hash, versions
 
-#: moe.planner.plan.Plan.to_json(), or {"error": message} and for too little memory "memory_least": bytes.
+#: moe.planner.plan.Plan.to_json(), or {"error": message}, with "memory_least" (bytes) if the memory is too small.
 PlanJson = dict[str, Any]
 
 
@@ -40,7 +40,7 @@ class Cache:
         """
         Args:
             folder: created if missing; processes that share it share the work.
-            topology: of the plans; machines of one GPU differ in their network.
+            topology: of the plans; machines with the same GPU may differ in their network.
             scenario: of the plans, in words; "" for none.
         """
         self._folder = Path(folder).expanduser()
@@ -54,7 +54,7 @@ class Cache:
         return self._folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
 
     def get(self, config: Config) -> PlanJson | None:
-        """The stored plan; None where there is none, or a damaged one, which is made again."""
+        """The stored plan; None if it is missing or damaged, so that it is made again."""
         with contextlib.suppress(ConfigError):
             return read_object(self.path(config))
         return None
@@ -65,7 +65,7 @@ class Cache:
 
     @contextlib.contextmanager
     def mine(self, config: Config) -> Iterator[bool]:
-        """Lock a config's plan; yields False if another process holds the lock, which ends with its process."""
+        """Lock a config's plan; yields False if another process holds the lock (released when it ends)."""
         with self.path(config).with_suffix(".lock").open("a") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -147,7 +147,7 @@ def overrides(config: Config) -> str:
 
 
 def render(results: Sequence[tuple[Candidate, PlanJson]], pruned: collections.Counter[str], skipped: int) -> str:
-    """The table that a person reads.
+    """The table of the candidates as text.
 
     Args:
         results: from :func:`run`.

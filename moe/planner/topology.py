@@ -47,7 +47,7 @@ class Topology:
 
     @property
     def has_own_network(self) -> bool:
-        """Whether these are a cloud's machines with another network than the GPU's own hosts of the same name."""
+        """Whether these are a cloud's machines, with a network other than that of the GPU's standard hosts."""
         return isinstance(self.chip, Gpu) and self.chip.network != GPUS[self.name.partition(":")[0]].network
 
     @property
@@ -82,7 +82,7 @@ def get_topology(name: str, num_slices: int = 1) -> Topology:
     return _tpu_topology(name, kind, shape, num_slices)
 
 
-#: Prefix of a cloud's slice name: TPU generation, and what the number behind the prefix counts per chip.
+#: Prefix of a cloud's slice name: (TPU generation, units per chip in which the number after the prefix counts).
 _SLICE_NAMES = {
     **{"v2": ("v2", 2), "v3": ("v3", 2), "v4": ("v4", 2), "v5p": ("v5p", 2)},
     **{"v5litepod": ("v5e", 1), "v5e": ("v5e", 1), "v6e": ("v6e", 1), "tpu7x": ("tpu7x", 2)},
@@ -104,7 +104,7 @@ def tpu_name(name: str) -> str:
     generation, counted = _SLICE_NAMES[found.group(1)]
     chips, rest = divmod(int(found.group(2)), counted)
     if rest or chips < 1 or chips & (chips - 1):
-        raise ConfigError(f"--topology={name}: must count a power of two of chips; give the shape of other slices")
+        raise ConfigError(f"--topology={name}: must name a power of two of chips; give other slices by their shape")
     shape = _default_shape(generation, chips)
     if not shape:
         raise ConfigError(f"--topology={name}: must have at least 4 chips")
@@ -112,7 +112,7 @@ def tpu_name(name: str) -> str:
 
 
 def of_slices(topology: str, num_slices: int) -> str:
-    """Name of several slices, as 2 x v5p:4x4x4; of one its topology's."""
+    """Name of several slices, such as 2 x v5p:4x4x4; that of the topology for one slice."""
     return topology if num_slices == 1 else f"{num_slices} x {topology}"
 
 
@@ -127,7 +127,7 @@ def all_names(topology: str) -> set[str]:
 
 
 def _default_shape(generation: str, chips: int) -> str:
-    """Shape of a slice of so many chips, a power of two; "" if there is none."""
+    """Default shape of a slice of this many chips, a power of two; "" if there is none."""
     dimensions = CHIPS[generation].example.partition(":")[2].count("x") + 1
     if dimensions == 3 and chips <= 4:
         return "2x2x1" if chips == 4 else ""

@@ -32,12 +32,12 @@ class PreferenceObjective:
         batch: dict[str, Array],
         teacher: tuple[Model, Output] | None,
     ) -> Sums:
-        """Nats over pairs; ``preference_accuracy``: pairs of positive margin; ``preference_margin``: margins, nats."""
+        """Loss in nats; ``preference_accuracy``: pairs of positive margin; ``preference_margin``: margins, nats."""
         assert teacher is not None, "checked with the config"
         found = token_cross_entropy(output.hidden, model.output_matrix(), batch["targets"])
         reference = token_cross_entropy(teacher[1].hidden, teacher[0].output_matrix(), batch["targets"])
         margin = margins(jax.lax.stop_gradient(reference) - found, batch["segment_ids"])
-        # Of a row without a pair p, the margin is 0 and no pair is counted.
+        # In a row without a pair p the margin is 0, and the pair is not counted.
         number = 1 + jnp.arange(margin.shape[1])
         present = number <= jnp.max(batch["segment_ids"], axis=1, keepdims=True) // 2
         loss = jnp.sum(jnp.where(present, -jax.nn.log_sigmoid(config.preferences.beta * margin), 0.0))

@@ -56,7 +56,7 @@ class PolicyObjective:
         """Losses of tokens, weighted as ``mean`` says, and under ``policy_``:
 
         ``ratio``: r. ``clipped``: tokens whose loss is clipped. ``extreme``: tokens with r above 2 or below 1/2.
-        ``old_kl``: divergence of π from π_old, estimated as that of the reference is, which is ``kl``, nats.
+        ``old_kl``, ``kl``: estimated divergence of π from π_old and from the reference model, nats.
         """
         targets = batch["targets"]
         log_probs = -token_cross_entropy(output.hidden, model.output_matrix(), targets)
@@ -66,7 +66,7 @@ class PolicyObjective:
             reference = jax.lax.stop_gradient(reference)
         terms = token_terms(self.policy, log_probs, batch["log_probs"], batch["advantages"], reference)
         weights = token_weights(targets >= 0, batch["segment_ids"], per_completion=self.policy.mean != "tokens")
-        # Numbers to look at are means over tokens even where the loss is divided by a constant.
+        # Logged numbers are means over tokens even where the loss is divided by a constant.
         means = {f"policy_{name}": jnp.sum(weights * values) for name, values in terms.items()}
         loss = means.pop("policy_loss")
         if self.policy.mean == "constant":
@@ -87,7 +87,7 @@ def token_terms(
     Args:
         policy: settings.
         log_probs: of the policy.
-        old: when the tokens were sampled.
+        old: of the sampling policy, recorded when the tokens were sampled.
         advantages: of their completions.
         reference: of the reference model; None: there is none.
     """

@@ -42,7 +42,7 @@ class Task(Protocol):
     """Prompts, and rewards that a program can verify."""
 
     def prompts(self, rng: np.random.Generator, count: int) -> list[np.ndarray]:
-        """Token ids of as many prompts."""
+        """Token ids of ``count`` prompts."""
         ...
 
     def reward(self, prompt: np.ndarray, completion: np.ndarray) -> float:
@@ -56,7 +56,7 @@ class Engine:
 
     Attributes:
         sample: see :func:`moe.models.sampling.make_sampler`.
-        load: the engine's variables from the trained ones and a key of the round.
+        load: maps the trained variables and a key of the round to the engine's variables.
     """
 
     sample: Sampler
@@ -89,10 +89,10 @@ class Rounds:
 def make_groups(
     prompts: Sequence[np.ndarray], samples: Sequence[Rollout], task: Task, group_size: int
 ) -> list[rollouts.Group]:
-    """The rollouts of each prompt, whose samples follow one another, with their rewards.
+    """Group the samples by prompt, with their rewards; the samples of a prompt are consecutive.
 
     Raises:
-        ConfigError: a reward, or something else of them, is not as it must be.
+        ConfigError: a reward or another field of the rollouts is invalid.
     """
 
     def completion(prompt: np.ndarray, sample: Rollout) -> rollouts.Completion:
@@ -118,14 +118,14 @@ def make_groups(
 
 
 def train_online(program: Program, workdir: str, task: Task, engine: Engine, rounds: Rounds) -> list[dict[str, Any]]:
-    """Train ``train.num_steps`` steps, or go on with the run in the workdir; under ``jax.set_mesh(program.mesh)``.
+    """Train ``train.num_steps`` steps, or continue the run in the workdir; under ``jax.set_mesh(program.mesh)``.
 
     A run begins with random parameters, or as ``start`` and ``lora`` of its config say.
 
     Args:
-        program: of :func:`moe.posttraining.make_program` with data.objective "policy". A reference model is read for it
-            at the step that the run holds on to: ``read_teacher(config, mesh, step=pinned_steps(config,
-            directory).teacher)``, directory None for a new run.
+        program: from :func:`moe.posttraining.make_program` with data.objective "policy". Its reference model must be
+            read at the step that the run has pinned: ``read_teacher(config, mesh, step=pinned_steps(config,
+            directory).teacher)``, with directory None for a new run.
         workdir: receives config.json, rounds.json, ``metrics.jsonl`` with a row a round, and checkpoints.
         task: prompts and rewards.
         engine: samples the rollouts.
@@ -135,8 +135,8 @@ def train_online(program: Program, workdir: str, task: Task, engine: Engine, rou
         The rows of this call.
 
     Raises:
-        ConfigError: sizes that do not divide, a workdir of another config or other sizes, or a task or an engine that
-            does not give what it must.
+        ConfigError: sizes that do not divide, a workdir of another config or other sizes, or invalid output of the
+            task or the engine.
     """
     config, directory = program.config, epath.Path(workdir)
     count, batch_size = rounds.group_size, config.train.batch_size
@@ -154,7 +154,7 @@ def train_online(program: Program, workdir: str, task: Task, engine: Engine, rou
     with contextlib.ExitStack() as stack:
         stack.enter_context(locked_workdir(directory))
         if not new:
-            refuse_other_run(from_config_dict(to_dict(config)), directory)  # with what a file's config has filled in
+            refuse_other_run(from_config_dict(to_dict(config)), directory)  # normalised as a config read from a file is
         _pin_sizes(rounds, directory, new=new)
         stack.enter_context(no_background_tracebacks())
         pinned = pinned_steps(config, None if new else directory)
@@ -191,29 +191,29 @@ def train_online(program: Program, workdir: str, task: Task, engine: Engine, rou
 
 
 def _begin(program: Program, checkpoints: Checkpoints, base: int | None) -> tuple[int, TrainState]:
-    """Steps done and the state after them, of the newest good checkpoint or of a run's first start."""
+    """(steps done, state after them) from the newest good checkpoint, or those of a new run."""
     restored = checkpoints.resume(program.state, None, print)
     if restored is None:
         return 0, warm_start.first_state(program, print, base)
     step, state = restored[:2]
-    if program.config.lora.rank:  # a checkpoint holds the adapters, and this the base
+    if program.config.lora.rank:  # the checkpoint holds only the adapters: add the base
         state = warm_start.first_state(program, base_step=base).restored(state)
     return step, state
 
 
 def _pin_sizes(rounds: Rounds, directory: epath.Path, *, new: bool) -> None:
-    """Note the sizes that decide what a round draws. Raises ConfigError where the run had others."""
+    """Record the sizes that determine the draws of a round. Raises ConfigError if the run was started with others."""
     sizes = {"group_size": rounds.group_size, "updates": rounds.updates}
     if new:
         write_atomic(directory / ROUNDS, json.dumps(sizes))
     elif (noted := read_object(directory / ROUNDS)) != sizes:
-        raise ConfigError(f"{directory / ROUNDS}: the run has {noted}, not {sizes}; continue it with its own")
+        raise ConfigError(f"{directory / ROUNDS}: the run has {noted}, not {sizes}; continue it with those")
 
 
 def _updates(
     program: Program, state: TrainState, reader: policy.Reader, groups: Sequence[rollouts.Group], updates: int
 ) -> tuple[TrainState, dict[str, Any]]:
-    """Train on all completions of a round as many times; the row of the first step, whose parameters sampled them."""
+    """Train ``updates`` steps on a round; the row is that of the first step, whose parameters sampled the round."""
     examples = [example for group in groups for example in reader.of_group(group)]
     batch = place(policy.batch(examples, reader.length, pad_id=0), program.mesh)
     state, first = program.train_step(state, batch)

@@ -14,15 +14,15 @@ from moe.training.step import Program, Teacher, build
 
 
 def make_program(config: Config, mesh: Mesh, teacher: Teacher | None = None) -> Program:
-    """See :func:`moe.training.step.build`. Raises ConfigError for settings of another objective, too."""
+    """See :func:`moe.training.step.build`. Also raises ConfigError for settings of another objective."""
     for name, default in (("preferences", PreferencesConfig()), ("policy", PolicyConfig())):
         section = getattr(config, name)
         if section != default and config.data.objective != name:
-            raise ConfigError(f"{section}: is read with data.objective={name!r} alone, not {config.data.objective!r}")
+            raise ConfigError(f"{section}: is read only with data.objective={name!r}, not {config.data.objective!r}")
     if config.data.is_posttraining and config.model.prediction_layers:
         raise ConfigError(
             f"model.prediction_layers={config.model.prediction_layers}: must be 0 with data.objective="
-            f"{config.data.objective!r}, whose loss they are no part of; start.checkpoint may have them"
+            f"{config.data.objective!r}, whose loss does not include them; start.checkpoint may have them"
         )
     if config.data.objective == "preferences":
         program = build(config, mesh, teacher, objective=PreferenceObjective())

@@ -31,9 +31,9 @@ from moe.training import progress
 
 _SUITE = flags.DEFINE_string("suite", "", "File with get_suite(size), in configs/ablations/; or FILE.py:ARGUMENT.")
 _WORKDIR = cli.define_path("workdir", "Folder of the suite's runs, records and report.")
-_OUTPUT = flags.DEFINE_string("output", "", "Folder of the report and of the pages, if not the workdir.")
+_OUTPUT = flags.DEFINE_string("output", "", "Folder for the report and the pages; default: the workdir.")
 _SIZE = flags.DEFINE_string("size", "laptop", "laptop (two CPU cores) or pod.")
-_SEEDS = flags.DEFINE_list("seeds", [], "Instead of the suite's.")
+_SEEDS = flags.DEFINE_list("seeds", [], "Seeds to train instead of the suite's.")
 _ARMS = flags.DEFINE_list("arms", [], "Train only these arms; the report covers all. Default: every arm.")
 _HORIZONS = flags.DEFINE_list("horizons", [], "Train only runs of these numbers of steps. Default: every horizon.")
 _JOBS = flags.DEFINE_integer("jobs", 0, "Processes, each pinned to one core; 0: this one, on all cores.", lower_bound=0)
@@ -42,7 +42,7 @@ _REPORT = flags.DEFINE_bool("report", False, "Train and measure nothing; only wr
 _TIME = flags.DEFINE_integer(
     "time",
     0,
-    "Train nothing; time so many steps of every arm, in turns, for the page's costs.",
+    "Train nothing; time this many steps of every arm, in turns, for the page's costs.",
     lower_bound=0,
 )
 _CLAIMS = flags.DEFINE_bool("claims", False, "Only write the pages over all suites from the records.")

@@ -17,18 +17,18 @@ _HOURS = flags.DEFINE_float("chip_hours", None, "Budget in hours of one chip; ne
 _TOKENS = flags.DEFINE_float("tokens", None, "Budget in training tokens, taken as compute-optimal.", 1e6, 1e18)
 _FLOPS = flags.DEFINE_float("flops", None, "Budget in FLOPs of the training.", 1e12, 1e36)
 _TOPOLOGY = flags.DEFINE_string("topology", None, "Chips, such as v5p-128 or h100:8x8: their speed and memory.")
-_MFU = flags.DEFINE_float("mfu", None, "Share of the peak; default: that of the kept plans.", 1e-3, 1.0)
-_TOLERANCE = flags.DEFINE_float("tolerance", 0.01, "Rise of the loss that bounds a region.", 0.0, 1.0)
-_GAIN = flags.DEFINE_float("gain", 0.01, "Share of the loss that seeds are to show.", 1e-5, 1.0)
+_MFU = flags.DEFINE_float("mfu", None, "MFU to assume; default: that of the kept plans.", 1e-3, 1.0)
+_TOLERANCE = flags.DEFINE_float("tolerance", 0.01, "Relative rise of the loss that bounds a region.", 0.0, 1.0)
+_GAIN = flags.DEFINE_float("gain", 0.01, "Gain that the seeds should show, as a share of the loss.", 1e-5, 1.0)
 
 _ROOT = Path(__file__).parents[2]
 _PLANS = _ROOT / "configs" / "plans.json"
-#: Runs of which the spread is taken, beside the early ones.
+#: Runs from which spreads are taken, besides the early ones.
 _NOW = _ROOT / "docs" / "results" / "switch_vs_mixtral"
 _EARLY = _ROOT / "docs" / "results" / "early"
-#: Width of the runs there.
+#: Width of the early runs.
 _EARLY_WIDTH = 128
-#: Tokens of a step there.
+#: Tokens per step of the early runs.
 _EARLY_TOKENS = 2048
 
 
@@ -39,7 +39,7 @@ def main() -> None:
 
     if sum(flag.value is not None for flag in (_HOURS, _TOKENS, _FLOPS)) != 1:
         raise ConfigError("give one of --chip_hours, --tokens and --flops")
-    cli.only_with(_HOURS.value is not None, "is read with --chip_hours alone", _MFU)
+    cli.only_with(_HOURS.value is not None, "is read only with --chip_hours", _MFU)
     where = _chips(str(_TOPOLOGY.value)) if _TOPOLOGY.value else None
     if _HOURS.value is not None:
         if where is None:
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def _chips(name: str) -> tuple[str, Any, int]:
-    """Generation, chip and number of a topology; no compiler is asked."""
+    """(generation, chip, number of chips) of a topology, without asking a compiler."""
     from moe.config import ConfigError
     from moe.fields import whole_number
     from moe.planner.chips import CHIPS

@@ -23,14 +23,16 @@ _RENORMALISE = flags.DEFINE_bool("renormalise", False, "Divide the chosen scores
 _SCALE = flags.DEFINE_float("scale", 1.0, "Factor of the weights.")
 _GROUPS = flags.DEFINE_integer("groups", 1, "Groups of experts.", lower_bound=1)
 _KEPT = flags.DEFINE_integer("kept_groups", 1, "Groups that a token may choose from.", lower_bound=1)
-_SCORES = flags.DEFINE_integer("scores_per_group", 1, "Scores whose sum ranks a group.", lower_bound=1)
+_SCORES = flags.DEFINE_integer("scores_per_group", 1, "Number of top scores whose sum ranks a group.", lower_bound=1)
 _CAPACITY = flags.DEFINE_float("capacity_factor", 0.0, "C = ceil(factor * K * S / E); 0: no capacity.", lower_bound=0.0)
-_ACTIVATION = flags.DEFINE_enum("activation", "swiglu", ["swiglu", "geglu", "relu", "gelu"], "Of the experts.")
+_ACTIVATION = flags.DEFINE_enum(
+    "activation", "swiglu", ["swiglu", "geglu", "relu", "gelu"], "Activation of the experts."
+)
 _BALANCE = flags.DEFINE_float("balance_weight", 0.0, "Weight of balance_loss in the loss that was differentiated.")
 _Z = flags.DEFINE_float("z_weight", 0.0, "Weight of z_loss in the loss that was differentiated.")
 _EXPERTS = flags.DEFINE_integer("num_experts", 8, "E of the random layer.", lower_bound=1)
-_DEVICES = flags.DEFINE_list("devices", ["2", "4", "8"], "Numbers of devices by which a value may be off.")
-_MESH = flags.DEFINE_multi_string("mesh", [], "Mesh to run --layer on too, as data=2,expert=4; may be repeated.")
+_DEVICES = flags.DEFINE_list("devices", ["2", "4", "8"], "Numbers of devices to try as factors of an error.")
+_MESH = flags.DEFINE_multi_string("mesh", [], "Mesh to also run --layer on, such as data=2,expert=4; may be repeated.")
 _TOLERANCE = flags.DEFINE_float("tolerance", 1e-4, "Relative error within which values are equal.", lower_bound=0.0)
 
 
@@ -58,8 +60,8 @@ def main() -> None:
     devices = tuple(int(count) for count in _DEVICES.value)
     if (_NPZ.value is None) == (_LAYER.value is None):
         raise ConfigError("give one of --npz=FILE and --layer=package.module:function")
-    cli.only_with(_LAYER.value is not None, "is read with --layer alone", _EXPERTS, _MESH)
-    cli.only_with(_GROUPS.value > 1, "is read with --groups above 1 alone", _KEPT, _SCORES)
+    cli.only_with(_LAYER.value is not None, "is read only with --layer", _EXPERTS, _MESH)
+    cli.only_with(_GROUPS.value > 1, "is read only with --groups above 1", _KEPT, _SCORES)
     conforms = True
     if _NPZ.value is not None:
         runs = [("", *evidence.read(str(_NPZ.value)))]

@@ -16,24 +16,24 @@ from moe import cli
 _WORKDIR = cli.WorkdirFlags()
 _OTHER = cli.define_path("other", "Workdir of the second run or import; empty: the run's own earlier checkpoints.")
 _OTHER_STEP = flags.DEFINE_integer("other_step", None, "Step of the second run; default: its newest.")
-_BESIDE = flags.DEFINE_list("beside", [], "Further workdirs, such as another seed, whose agreement is shown beside.")
+_BESIDE = flags.DEFINE_list("beside", [], "Further workdirs, such as another seed, whose agreement is shown too.")
 _OUTPUT = cli.define_path("output", "Folder to write to; WORKDIR/diff if not given.")
 _TOKENS = flags.DEFINE_integer("tokens", 16_384, "Held-out tokens per domain.", lower_bound=1)
-_SHUFFLES = flags.DEFINE_integer("shuffles", 100, "Exchanges of rows per null distribution.", lower_bound=1)
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of the exchanges and of untrained routers.", lower_bound=0)
+_SHUFFLES = flags.DEFINE_integer("shuffles", 100, "Permutations of rows per null distribution.", lower_bound=1)
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the permutations and of untrained routers.", lower_bound=0)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Reading:
-    """A model, and its records of held-out text.
+    """A model and its records of held-out text.
 
     Attributes:
-        workdir: opened.
+        workdir: the opened workdir.
         step: of the checkpoint.
         variables: of the checkpoint.
         rows: domain → batches.
-        recorder: of the routing of tokens, compiled once.
-        records: of the rows.
+        recorder: compiled function that records the routing of tokens.
+        records: what it recorded for the rows.
     """
 
     workdir: Any
@@ -45,7 +45,7 @@ class _Reading:
 
     @property
     def name(self) -> str:
-        """The run's, with the step."""
+        """Name of the run, with the step."""
         return f"{Path(self.workdir.path).name} at {self.step}"
 
     def losses(self) -> Any:
@@ -81,7 +81,7 @@ def main() -> None:
     from moe.training.open_run import same_text
 
     unread = _OTHER_STEP, _BESIDE, _SHUFFLES, _SEED
-    cli.only_with(_OTHER.value is not None, "is read with --other alone", *unread)
+    cli.only_with(_OTHER.value is not None, "is read only with --other", *unread)
     one = _read(_WORKDIR.path, _WORKDIR.step, _WORKDIR.instead)
     if not _OTHER.value:
         print(_settling(one))

@@ -1,6 +1,7 @@
 """Held-out perplexity and bits per byte of a checkpoint, per domain: python scripts/evaluate.py --workdir=WORKDIR.
 
-WORKDIR is of a run or an import; the corpus is the run's own unless --dataset or --domains name another prepared one.
+WORKDIR belongs to a run or an import. The corpus is the run's own unless --dataset or --domains name another prepared
+one.
 Perplexity is per token of the model's own tokenizer; bits per byte compare models with different tokenizers.
 """
 
@@ -12,7 +13,7 @@ from moe import cli
 
 _WORKDIR = cli.WorkdirFlags()
 _ROWS = flags.DEFINE_integer("rows", None, "Rows per domain instead of the workdir's data.heldout_rows.")
-_JSON = flags.DEFINE_bool("json", False, "Print JSON, with what the routers did.")
+_JSON = flags.DEFINE_bool("json", False, "Print JSON, which includes statistics of the routers.")
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 DIR gets config.json, safetensors files and the tokenizer. Tensors keep the dtype of the checkpoint (float32 for a run,
 that of the imported files for an import) unless --dtype is given; --quantized writes FP8 where the import had it;
---adapters writes low-rank adapters alone, for PEFT.
+--adapters writes only the low-rank adapters, for PEFT.
 """
 
 from pathlib import Path

@@ -1,6 +1,6 @@
 """python scripts/generate.py --workdir=WORKDIR --prompt="Once upon": text from its newest checkpoint.
 
-A decoder-only model continues the prompt; an encoder-decoder reads it and writes its target, which alone is printed.
+A decoder-only model continues the prompt; an encoder-decoder reads it and writes a target; only the target is printed.
 One that was trained by span corruption fills in blanks: --prompt="Once <extra_id_0> a <extra_id_1>."
 Several --prompt run as one batch and are printed one after the other; with one, tokens are printed as they are chosen.
 --chat answers in the tokenizer's chat template: each --prompt is a turn of one conversation; without any, the turns are
@@ -21,20 +21,20 @@ from moe import cli
 _WORKDIR = cli.define_path("workdir", "Folder of a run or an import.")
 _PROMPT = flags.DEFINE_multi_string("prompt", None, "Text to continue; may be given several times.")
 _CHAT = flags.DEFINE_bool("chat", False, "Talk: prompts are turns of a conversation, in the tokenizer's template.")
-_SYSTEM = flags.DEFINE_string("system", None, "First message of --chat, of the role system.")
-_TOKENS = flags.DEFINE_integer("tokens", 128, "At most so many tokens more.", lower_bound=1, upper_bound=2**17)
-_TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "Of the softmax; 0: the likeliest token.")
-_TOP_K = flags.DEFINE_integer("top_k", 0, "Choose among this many likeliest; 0: all.")
-_TOP_P = flags.DEFINE_float("top_p", 1.0, "Choose among the fewest tokens that together have this probability.")
-_STOP = flags.DEFINE_multi_integer("stop", [], "Token ids that end a text, beside the end-of-text token.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of the draws.")
-_STEP = flags.DEFINE_integer("step", None, "Of the checkpoint; the newest if not given.")
-_SPECULATE = flags.DEFINE_bool("speculate", False, "Draft by multi-token prediction; the same text in fewer steps.")
+_SYSTEM = flags.DEFINE_string("system", None, "System message at the start of --chat.")
+_TOKENS = flags.DEFINE_integer("tokens", 128, "Maximum number of new tokens.", lower_bound=1, upper_bound=2**17)
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "Temperature of the softmax; 0: the likeliest token.")
+_TOP_K = flags.DEFINE_integer("top_k", 0, "Sample from this many likeliest tokens; 0: from all.")
+_TOP_P = flags.DEFINE_float("top_p", 1.0, "Sample from the fewest tokens that together have this probability.")
+_STOP = flags.DEFINE_multi_integer("stop", [], "Token ids that end a text, besides the end-of-text token.")
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the sampling.")
+_STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; default: the newest.")
+_SPECULATE = flags.DEFINE_bool("speculate", False, "Draft by multi-token prediction: the same text in fewer steps.")
 _MESH = flags.DEFINE_list("mesh", [], "Devices per axis: data, fsdp, expert, tensor.")
 
 
 def _start_token(workdir: str, pad_id: int, vocab_size: int) -> int:
-    """First token of a decoder: an import's own, else that of padding."""
+    """First token of a decoder: the one that an import states, else the padding token."""
     from etils import epath
 
     from moe.config import ConfigError
@@ -51,7 +51,7 @@ def _start_token(workdir: str, pad_id: int, vocab_size: int) -> int:
 
 
 def _typed() -> Iterator[str]:
-    """Lines of standard input, after a prompt where a person types them."""
+    """Lines of standard input, with a prompt before each on a terminal."""
     while True:
         if sys.stdin.isatty():
             print("> ", end="", file=sys.stderr, flush=True)
@@ -105,7 +105,7 @@ def _mesh(config: Any) -> Any:
 
 
 def _options(config: Any, tokenizer: Any) -> Any:
-    """How tokens are drawn, by the flags."""
+    """Sampling options from the flags."""
     from moe.config import ConfigError
     from moe.data import chat
     from moe.models import sampling
@@ -128,12 +128,12 @@ def _options(config: Any, tokenizer: Any) -> Any:
 
 
 class _Texts:
-    """Tokens of prompts, and what is printed of each.
+    """Tokens of the prompts, and the text to print for each.
 
     Attributes:
         prompts: as given.
-        rows: tokens of each: of a decoder the beginning of its text, of an encoder-decoder the input.
-        reads: the model is an encoder-decoder, which reads the prompt instead of continuing it.
+        rows: tokens of each: the beginning of a decoder's text, or the input of an encoder-decoder.
+        reads: whether the model is an encoder-decoder, which reads the prompt instead of continuing it.
     """
 
     def __init__(self, prompts: Sequence[str], config: Any, tokenizer: Any):
@@ -148,17 +148,17 @@ class _Texts:
         self.rows: list[list[int]] = [start + encode(prompt).tolist() + end for prompt in prompts]
 
     def shown(self, index: int) -> str:
-        """What stands before the text of a prompt."""
+        """Text to print before the output for a prompt."""
         return "" if self.reads else self.prompts[index]
 
     def written(self, index: int, text: list[int]) -> str:
-        """The text that a prompt was given."""
+        """Text of the output tokens for a prompt."""
         row = self.rows[index]
         return self._decode(text) if self.reads else self._decode(row + text).removeprefix(self._decode(row))
 
 
 def _write(texts: _Texts, columns: Iterable[Any]) -> None:
-    """Print a text as its tokens come, or several after their last; then the speed on stderr."""
+    """Print one text token by token, or several texts when all are complete; then the speed on stderr."""
     import numpy as np
 
     found: list[list[int]] = [[] for _ in texts.rows]
@@ -198,7 +198,7 @@ def main() -> None:
     for prompt in prompts:
         if any("\ud800" <= character <= "\udfff" for character in prompt):
             raise ConfigError(f"--prompt={prompt!r}: must be UTF-8")
-    cli.only_with(bool(_CHAT.value), "is read with --chat alone", _SYSTEM)
+    cli.only_with(bool(_CHAT.value), "is read only with --chat", _SYSTEM)
     cli.only_with(not _CHAT.value, "is not read with --chat", _SPECULATE)
     config = read_config(workdir)
     tokenizer = find_tokenizer(workdir, chat=bool(_CHAT.value))

@@ -14,7 +14,7 @@ _OUT = cli.define_path("out", "Workdir to create.")
 _DTYPE = flags.DEFINE_enum(
     "dtype", "float32", ["float32", "bfloat16"], "Type of activations, matmuls and dequantised weights."
 )
-_PREDICTION = flags.DEFINE_bool("prediction", False, "With the layers of multi-token prediction, skipped otherwise.")
+_PREDICTION = flags.DEFINE_bool("prediction", False, "Also import the layers of multi-token prediction.")
 
 
 def main() -> None:

@@ -1,11 +1,10 @@
 """python scripts/plan_pod.py --config=configs/mixtral_8x7b.py --topology=v5p-128 [--config.x.y=value ...]
 
 Compiles the train step of main.py for absent TPUs or GPUs and prints its memory, exchanges and predicted time, and the
-best settings that are known for that slice. --config.model.remat=fit chooses, of the remat policies that fit, the one
-that recomputes least. With --search it tries meshes, remat policies, dispatch modes and rows, and prints a ranked table
-and the command of the best. --page=plan.html writes a page that opens offline; --diff A.json B.json compares two plans
-that --json printed. Needs the compiler of the platform: pip install "jax[tpu]" or "jax[cuda13]". docs/pods.md explains
-all.
+best known settings for that slice. --config.model.remat=fit chooses the remat policy that recomputes least among those
+that fit. With --search it tries meshes, remat policies, dispatch modes and rows, and prints a ranked table and the
+command of the best. --page=plan.html writes a page that opens offline; --diff A.json B.json compares two plans that
+--json printed. Needs the compiler of the platform: pip install "jax[tpu]" or "jax[cuda13]". docs/pods.md is the guide.
 """
 
 import dataclasses
@@ -35,12 +34,12 @@ _JSON = flags.DEFINE_bool("json", False, "Print JSON instead of a page.")
 _PAGE = cli.define_path("page", "HTML file to write: of the plan, or of the difference with --diff.")
 _ROOFLINE = cli.define_path("roofline", "PNG file to write: the most expensive instructions under the chip's roofline.")
 _CHANGES = flags.DEFINE_integer(
-    "changes", 0, "Changes to try, each compiled; what they bring stands on the page.", lower_bound=0
+    "changes", 0, "Number of changes to try; each is compiled, and the page shows its gain.", lower_bound=0
 )
 _DIFF = flags.DEFINE_list("diff", [], "Two plans printed by --json to compare; nothing is compiled.")
 _RECORD = flags.DEFINE_bool("record", False, "Keep the plan in configs/plans.json and docs/results/plans.md.")
-_REMAKE = flags.DEFINE_bool("remake", False, "Make all kept plans and their table again, by today's cost model.")
-_PROGRAMS = cli.define_path("programs", "Folder of compiled programs, kept and read again.")
+_REMAKE = flags.DEFINE_bool("remake", False, "Make all kept plans and their table again with the current cost model.")
+_PROGRAMS = cli.define_path("programs", "Folder in which compiled programs are kept for reuse.")
 _BANDWIDTH = flags.DEFINE_float("bandwidth", 1.0, "What if: factor of the network's bandwidths.")
 _MATMUL_SHARE = flags.DEFINE_float("matmul_share", 0.0, "What if: share of the peak that all matmuls reach.")
 _SKEW = flags.DEFINE_float("skew", 1.0, "What if: rows on the busiest device's experts over the mean.")
@@ -64,9 +63,11 @@ def main() -> None:
     if searches:
         unread = _PAGE, _ROOFLINE, _CHANGES, _RECORD, _PROGRAMS, _BANDWIDTH, _MATMUL_SHARE, _SKEW
         cli.only_with(False, "is not read with --search", *unread)
-    cli.only_with(bool(searches), "is read with --search alone", _LIMIT, _FIXED_BATCH)
-    cli.only_with(not _RECORD.value, "a plan that is kept is of no what-if", _BANDWIDTH, _MATMUL_SHARE, _SKEW)
-    cli.only_with(bool(tries), "is read with --search or --changes alone", _CACHE)
+    cli.only_with(bool(searches), "is read only with --search", _LIMIT, _FIXED_BATCH)
+    cli.only_with(
+        not _RECORD.value, "is not read with --record, whose plans have no what-if", _BANDWIDTH, _MATMUL_SHARE, _SKEW
+    )
+    cli.only_with(bool(tries), "is read only with --search or --changes", _CACHE)
     unread = _JSON, _ROOFLINE, _CHANGES, _SEARCH, _RECORD, _BANDWIDTH, _MATMUL_SHARE, _SKEW, _SLICES, _TOPOLOGY
     cli.only_with(compiles, "is not read with --diff or --remake", *unread)
     cli.only_with(not _REMAKE.value, "is not read with --remake", _PAGE)
@@ -88,14 +89,14 @@ def main() -> None:
     scenario = Scenario(_BANDWIDTH.value, _MATMUL_SHARE.value, _SKEW.value)
     where = topology.get_topology(str(_TOPOLOGY.value), _SLICES.value)
     if _RECORD.value and where.has_own_network:
-        raise ConfigError(f"--record: keeps plans of {where.name}, whose network is another; name that by --topology")
+        raise ConfigError(f"--record: keeps plans of {where.name}, whose network differs; give --topology={where.name}")
     if _SEARCH.value:
         _search(config, where)
         return
     made = (plan.make_fitting_plan if choose_remat else plan.make_plan)(config, where, scenario, _programs())
     if _RECORD.value:
         overrides = _asked_for()[1]
-        if choose_remat:  # a config holds the policy that was chosen
+        if choose_remat:  # keep the policy that was chosen, not fit
             overrides["model.remat"] = made.remat
         _record(made, _name(), dict(sorted(overrides.items())), str(_TOPOLOGY.value))
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=made.remat))
@@ -108,7 +109,7 @@ def main() -> None:
     for change in changes:
         print(f"  {change['label']}: {_outcome(change['plan'], made.tokens_per_second_per_chip)}")
     if where.has_own_network:
-        print(f"Plans are kept of {where.name} with another network: --search looks for settings")
+        print(f"Kept plans of {where.name} are for another network: --search looks for settings")
         return
     _print_best(topology.of_slices(where.name, where.num_slices))
 
@@ -134,7 +135,7 @@ def _write_files(figures, chip, changes) -> None:
 
 
 def _try_changes(config: Config, where, scenario) -> list:
-    """Compile the first changes that may help, in the same scenario; plans of earlier calls are read again."""
+    """Compile the first changes that may help, in the same scenario; plans of earlier calls are reused."""
     from tqdm import tqdm
 
     from moe.planner import candidates, plan, search
@@ -174,7 +175,7 @@ def _programs() -> Path | None:
 
 
 def _remake() -> None:
-    """Make the kept plans again; a program that --programs has is not compiled."""
+    """Make the kept plans again; programs that --programs holds are not compiled."""
     from moe.config import load_python_file
     from moe.config.parse import from_config_dict
     from moe.planner import compiled, kept_plans, plan, topology
@@ -200,7 +201,7 @@ def _record(made, config: str, overrides: dict, hardware: str) -> None:
 
 
 def _print_best(topology: str) -> None:
-    """Print the best settings that are known for the slice, in each precision that plans are kept of."""
+    """Print the best settings that are known for the slice, in each precision that has kept plans."""
     from moe.planner import kept_plans
 
     name = _name().partition(":")[0]

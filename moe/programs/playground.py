@@ -1,8 +1,8 @@
 """python scripts/playground.py --workdir=RUN --output=page.html: a page that runs a small MoE in the browser.
 
-The page needs no network and no server: its weights (int8) and its JavaScript are inside. --weights keeps what it is
-made of, about a third smaller; --packed makes the page of such a file instead of a run. Models that the JavaScript does
-not compute are refused. docs/playground.md shows the page.
+The page needs no network and no server: its weights (int8) and its JavaScript are inside. --weights also writes what
+it is made of, about a third smaller; --packed makes the page from such a file instead of a run. Models that the
+JavaScript does not support are refused. docs/playground.md shows the page.
 """
 
 from pathlib import Path
@@ -13,10 +13,10 @@ from moe import cli
 
 _WORKDIR = cli.WorkdirFlags()
 _OUTPUT = cli.define_path("output", "HTML file to write.")
-_WEIGHTS = cli.define_path("weights", "An npz file to write too, from which the page can be made again.")
-_PACKED = cli.define_path("packed", "A file of --weights instead of a workdir.")
+_WEIGHTS = cli.define_path("weights", "npz file to write as well, from which --packed makes the page again.")
+_PACKED = cli.define_path("packed", "File written by --weights, instead of a workdir.")
 _TITLE = flags.DEFINE_string("title", "A Mixture-of-Experts to play with", "Title of the page.")
-_TOKENS = flags.DEFINE_integer("tokens", 16_384, "Held-out tokens per domain of the losses it states.", lower_bound=1)
+_TOKENS = flags.DEFINE_integer("tokens", 16_384, "Held-out tokens per domain for the page's losses.", lower_bound=1)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""python scripts/surgery.py --workdir=RUN --out=NEW --prune=0.25: change the experts of a trained model, untrained.
+"""python scripts/surgery.py --workdir=RUN --out=NEW --prune=0.25: edit a model's experts without training.
 
 --prune=SHARE leaves out that share of each layer's experts, those of the lowest saliency (--by): assignments
 (frequency), combine weights (weight), combine weight times norm of the output (reap), assignments times the output's
@@ -6,7 +6,7 @@ standard deviation (variance), or what the loss rises by where an expert returns
 expert). Their tokens choose again, unless --others=zero keeps them as experts that return 0, or --others=novice as
 experts that return one vector, the mean of their outputs; --others=merge averages each into the expert that is most
 like it. --split=N makes N finer experts of each, which compute the same; --merge=N joins each N; --regroup=N sorts them
-so that a token's experts stand in few of N groups, such as the devices of an expert axis. NEW is a workdir to evaluate,
+so that a token's experts lie in few of N groups, such as the devices of an expert axis. NEW is a workdir to evaluate,
 fine-tune (start.checkpoint) or export; the table has the held-out loss before and after, and with --topology the memory
 and the step that the planner predicts for both. docs/surgery.md shows one.
 """
@@ -25,17 +25,17 @@ _WORKDIR = cli.WorkdirFlags()
 _OUT = cli.define_path("out", "Workdir to create.")
 _PRUNE = flags.DEFINE_float("prune", None, "Share of the experts to leave out.", lower_bound=0.0, upper_bound=1.0)
 _BY = flags.DEFINE_enum(
-    "by", "weight", ["frequency", "weight", "reap", "variance", "ablation"], "Saliency of an expert."
+    "by", "weight", ["frequency", "weight", "reap", "variance", "ablation"], "Measure of an expert's saliency."
 )
 _OTHERS = flags.DEFINE_enum(
-    "others", "drop", ["drop", "zero", "novice", "merge"], "What becomes of the experts left out."
+    "others", "drop", ["drop", "zero", "novice", "merge"], "What replaces the experts left out."
 )
 _SPLIT = flags.DEFINE_integer("split", None, "Finer experts to make of each.", lower_bound=2)
 _MERGE = flags.DEFINE_integer("merge", None, "Consecutive experts to join into one.", lower_bound=2)
-_REGROUP = flags.DEFINE_integer("regroup", None, "Groups in which to sort experts chosen together.", lower_bound=2)
+_REGROUP = flags.DEFINE_integer("regroup", None, "Groups into which to sort experts, by co-activation.", lower_bound=2)
 _TOKENS = flags.DEFINE_integer("tokens", 16_384, "Held-out tokens per domain of the table.", lower_bound=1)
-_TOPOLOGY = flags.DEFINE_string("topology", None, "Chips for which the planner compares both, such as v5e:2x2.")
-_CALIBRATION = flags.DEFINE_integer("calibration", 4_096, "Tokens per domain that saliencies are of.", lower_bound=1)
+_TOPOLOGY = flags.DEFINE_string("topology", None, "Chips for which the planner compares the models, such as v5e:2x2.")
+_CALIBRATION = flags.DEFINE_integer("calibration", 4_096, "Tokens per domain for measuring saliencies.", lower_bound=1)
 
 
 def main() -> None:
@@ -59,9 +59,9 @@ def main() -> None:
 
     if sum(flag.value is not None for flag in (_PRUNE, _SPLIT, _MERGE, _REGROUP)) != 1:
         raise ConfigError("give one of --prune, --split, --merge and --regroup")
-    cli.only_with(_PRUNE.value is not None, "is read with --prune alone", _BY, _OTHERS)
+    cli.only_with(_PRUNE.value is not None, "is read only with --prune", _BY, _OTHERS)
     calibrated = _PRUNE.value is not None or _REGROUP.value is not None
-    cli.only_with(calibrated, "is read with --prune and --regroup alone", _CALIBRATION)
+    cli.only_with(calibrated, "is read only with --prune and --regroup", _CALIBRATION)
     out = str(_OUT.value)
     refuse_files(out)
     opened = open_workdir(_WORKDIR.path, _WORKDIR.instead)
@@ -70,7 +70,7 @@ def main() -> None:
     if _REGROUP.value is not None:
         surgery.check_groups(model, int(_REGROUP.value))
     step = opened.step_or_newest(_WORKDIR.step)
-    plans = [_plan(opened.path)] if _TOPOLOGY.value else []  # first: chips without a compiler end the start here
+    plans = [_plan(opened.path)] if _TOPOLOGY.value else []  # first, so that chips without a compiler fail at once
     before = stored.read_parameters(opened.path, model, step=step, dtype=np.float32)
     biases = stored.read_biases(opened.path, model, step=step)
     recorder, losses = Recorder(opened.program), difference.TokenLosses(opened.program)
@@ -118,7 +118,7 @@ def _pruned(program: Any, whole: Any, recorder: Any, losses: Any, rows: Any) -> 
         allowed = f"must leave out 1 to {size - 1} of {size} experts, not {count}"
         raise ConfigError(f"--prune={_PRUNE.value}: {allowed}")
     if count % groups:
-        allowed = f"must leave out as many experts of each of the gate's {groups} groups, not {count} in all"
+        allowed = f"must leave out equally many experts of each of the gate's {groups} groups, not {count} in all"
         raise ConfigError(f"--prune={_PRUNE.value}: {allowed}")
     merges, by = _OTHERS.value == "merge", str(_BY.value)
     records: Any = recorder(variables, rows) if merges or by in ("frequency", "weight", "variance") else None
@@ -169,7 +169,7 @@ def _plan(folder: str) -> tuple[str, str]:
     command.append(f"--allow_module={','.join(flags.FLAGS.allow_module)}")
     done = subprocess.run([sys.executable, "-m", "moe", *command], capture_output=True, text=True, check=False)
     if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"the planner ended with {done.returncode}"]
+        lines = done.stderr.strip().splitlines() or [f"the planner exited with {done.returncode}"]
         raise ConfigError(lines[-1].removeprefix("error: "))
     made = json.loads(done.stdout)
     low, high = (1e3 * seconds for seconds in made["step_interval"])
@@ -197,8 +197,8 @@ def _table(first: Any, second: Any, rows: Any) -> str:
 
 
 def _routing(records: tuple[Any, Any], ffns: tuple[int, int]) -> str:
-    """How the assignments of each layer are spread, before and after; without an FFN: zero experts, novices and the
-    like."""
+    """Spread of each layer's assignments over experts, before and after; experts without an FFN are zero experts,
+    novices and the like."""
     import numpy as np
 
     from moe.analysis import saliency

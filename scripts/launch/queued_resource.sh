@@ -1,6 +1,6 @@
 #!/bin/sh
 # A TPU slice of several hosts through Google Cloud's queued resources; `gcloud` must be set to a project and a zone.
-#   sh scripts/launch/queued_resource.sh create NAME v5p-128 v2-alpha-tpuv5 [--spot]   asks for the slice; `state NAME` tells
+#   sh scripts/launch/queued_resource.sh create NAME v5p-128 v2-alpha-tpuv5 [--spot]   asks for the slice; `state NAME` shows it
 #   sh scripts/launch/queued_resource.sh install NAME https://HOST/REPOSITORY.git      clones and installs on every worker
 #   sh scripts/launch/queued_resource.sh start NAME --config=... --workdir=SHARED/run1 starts the run on every worker
 #   sh scripts/launch/queued_resource.sh log NAME                                      last lines of worker 0

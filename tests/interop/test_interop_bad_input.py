@@ -159,7 +159,7 @@ def test_an_index_must_agree_with_its_files(tmp_path):
         ),
         ({"model_type": "gemma4_text"}, "model_type='gemma4_text': needs norms before and after each half"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2, "alpha": 4}}, "alpha=4.0 of rotary positions"),
-        ({"rope_parameters": {"rope_type": "default", "short_mscale": 2}}, "short_mscale or long_mscale .* has none"),
+        ({"rope_parameters": {"rope_type": "default", "short_mscale": 2}}, "short_mscale or long_mscale .* be absent"),
         ({"hidden_size": None}, "has no hidden_size"),
         ({"hidden_size": "16"}, "hidden_size='16': must be an integer"),
         ({"num_key_value_heads": 3}, r"model\.num_kv_heads=3: must divide"),
@@ -215,7 +215,7 @@ def test_a_factor_of_the_scores_is_of_yarn_alone(kind):
     """DeepSeek's code scales them under every kind of positions."""
     source = json.loads((HERE / "deepseek_v3" / "config.json").read_text())
     scaling = {"type": kind, "factor": 4.0, "mscale_all_dim": 1.0}
-    with pytest.raises(ConfigError, match=rf"mscale_all_dim=1\.0: is read with yarn alone, not with {kind}"):
+    with pytest.raises(ConfigError, match=rf"mscale_all_dim=1\.0: is read only with yarn, not with {kind}"):
         read_config(source | {"rope_scaling": scaling, "rope_parameters": None})
 
 

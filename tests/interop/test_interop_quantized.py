@@ -269,20 +269,20 @@ REFUSED = [
     ),
     (0, _replaced(f"{_UP}_scale_inv", lambda a: a.astype(np.int32)), r"is I32, must be F32 or BF16"),
     (0, _replaced(_UP, lambda a: a.astype(np.float32)), rf"{_UP}_scale_inv: scales of {_UP}, which is not FP8"),
-    (0, _replaced(_UP, lambda a: _with(a, np.nan)), r"holds codes that are not numbers"),
+    (0, _replaced(_UP, lambda a: _with(a, np.nan)), r"holds NaN codes"),
     (0, _replaced(f"{_UP}_scale_inv", lambda a: _with(a, np.inf)), r"holds scales that are not finite"),
     (0, _configured(weight_block_size=[16]), r"quantization_config: weight_block_size=\[16\]"),
     (0, _configured(fmt="e5m2"), r"quantization_config: fmt='e5m2': must be 'e4m3'"),
     (0, _configured(quant_method="gptq"), r"quant_method='gptq': must be one of fp8, mxfp4, compressed-tensors"),
     (0, lambda tensors, config: config.pop("quantization_config"), r"weight: is F8_E4M3; only F32, F16, BF16 are"),
-    (1, _dropped(_SCALES), rf"{_SCALES}: is missing, which belongs to {_BLOCKS}"),
+    (1, _dropped(_SCALES), rf"{_SCALES}: is missing, but needed for {_BLOCKS}"),
     (1, _replaced(_SCALES, lambda a: a[:, :1]), r"has shape \[4, 1, 1\], must be \[4, 64, 1\]"),
-    (1, _replaced(_SCALES, lambda a: _with(a, 255)), r"holds scales that are not numbers"),
+    (1, _replaced(_SCALES, lambda a: _with(a, 255)), r"holds NaN scales"),
     (1, _replaced(_BLOCKS, lambda a: a.astype(np.int32)), rf"{_BLOCKS}: is I32, must be U8"),
     (1, _replaced(_BLOCKS, lambda a: a[..., :8]), r"must be \[experts, outputs, inputs / 32, 16\]"),
     (2, _added(f"{_UP}_zero_point"), rf"{_UP}_zero_point: is not read; the quantization_config says symmetric"),
     (2, _dropped(f"{_UP}_scale"), rf"{_UP}_packed: needs {_UP}_scale"),
-    (2, _dropped(f"{_UP}_shape"), rf"{_UP}_shape: is missing, which belongs to {_UP}_packed"),
+    (2, _dropped(f"{_UP}_shape"), rf"{_UP}_shape: is missing, but needed for {_UP}_packed"),
     (
         2,
         _replaced(f"{_UP}_packed", lambda a: a[:, :4]),
@@ -309,7 +309,7 @@ REFUSED = [
         _configured(
             config_groups={n: {"weights": _INT4_WEIGHTS | {"group_size": g}} for n, g in (("a", 32), ("b", 64))}
         ),
-        r"config_groups have group_size \[32, 64\]; one for all is read",
+        r"config_groups have group_size \[32, 64\], must have one for all groups",
     ),
 ]
 

@@ -78,7 +78,7 @@ def test_replay_of_other_experts(recorded):
     assert effect.replayed_loss != pytest.approx(effect.loss, rel=1e-4)
     assert effect.gradient_cosine < 0.999
     lonely = Choices(own.expert_index, own.chosen & (np.arange(8) % 2 == 0)[None, None, :, None])
-    with pytest.raises(ConfigError, match="the records hold no two tokens that follow each other"):
+    with pytest.raises(ConfigError, match="the records hold no two consecutive tokens"):
         replay_effect(model, tokens, lonely)
 
 

@@ -118,6 +118,6 @@ def test_what_the_layout_cannot_hold_is_refused(tmp_path):
     base, lora = workdirs(tmp_path, **{"lora.trained": ("router",)})
     with pytest.raises(ConfigError, match="trains no adapters"):
         export_adapters(base, tmp_path / "out")
-    with pytest.raises(ConfigError, match=r"lora\.trained=\('router',\): is no part of an adapter"):
+    with pytest.raises(ConfigError, match=r"lora\.trained=\('router',\): cannot be part of an adapter"):
         export_adapters(lora, tmp_path / "out")
     assert not (tmp_path / "out").exists()

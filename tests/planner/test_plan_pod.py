@@ -56,7 +56,7 @@ def _run(folder, *flags):
 
 def test_a_what_if_is_not_kept(tmp_path):
     refused = _run(tmp_path, "--record", "--bandwidth=2")
-    assert "--bandwidth: a plan that is kept is of no what-if" in refused.stderr
+    assert "--bandwidth: is not read with --record, whose plans have no what-if" in refused.stderr
     assert not (tmp_path / "plans.json").exists()
 
 

@@ -301,7 +301,7 @@ def test_the_mfu_of_a_chip_is_that_of_its_plans_in_bfloat16():
     ]
     names, shares = kept_plans.mfu_of_chip(plans, "v5p")
     assert (names, shares) == (["a"], pytest.approx((0.25, 0.5, 0.9)))
-    with pytest.raises(ConfigError, match="--topology=v6e: no plan without products in 8 bits is kept; give --mfu"):
+    with pytest.raises(ConfigError, match="--topology=v6e: no plan without 8-bit matmuls is kept; give --mfu"):
         kept_plans.mfu_of_chip(plans, "v6e")
 
 

@@ -414,7 +414,7 @@ def test_refusals_of_settings(start, place_of_run):
         with pytest.raises(ConfigError, match=message):
             tiny(place_of_run / "cache", **start | changes)
     texts = tiny(place_of_run / "cache", **start | {"data.objective": "causal"})
-    with pytest.raises(ConfigError, match=r"kl=0.1.*: is read with data.objective='policy' alone"):
+    with pytest.raises(ConfigError, match=r"kl=0.1.*: is read only with data.objective='policy'"):
         make_program(texts, make_mesh(texts.mesh, ONE))
     with pytest.raises(ConfigError, match="holds rollouts"):
         pipeline.prepare_run(texts, tokenizer=find_tokenizer(start["start.checkpoint"]), progress=lambda _: None)

@@ -8,7 +8,7 @@ from moe.interop.schema import Count, Json, Off, OpenConfig, OptionalCount, Size
 
 
 class LatentConfig(OpenConfig):
-    """Fields of ``config.json``; biases are in no published model and are refused."""
+    """Fields of ``config.json``; biases, which no published model has, are refused."""
 
     q_lora_rank: OptionalCount | None = None
     kv_lora_rank: Count
@@ -30,7 +30,7 @@ def read_latent_attention(source: LatentConfig, interleaved: bool) -> Json:
     """Changes of ModelConfig."""
     scale, kind = source.rope.mscale_all_dim, source.rope.rope_type
     if scale and kind not in ("default", "yarn"):
-        raise ConfigError(f"config.json: mscale_all_dim={scale}: is read with yarn alone, not with {kind}")
+        raise ConfigError(f"config.json: mscale_all_dim={scale}: is read only with yarn, not with {kind}")
     return {
         "num_kv_heads": source.num_attention_heads,
         "head_dim": source.qk_nope_head_dim + source.qk_rope_head_dim,

@@ -19,7 +19,7 @@ from moe.interop.schema import Context, Count, Experts, Json, Off, OpenConfig, O
 
 
 class ErnieConfig(OpenConfig):
-    """Fields of ``config.json`` with the library's defaults; biases are in no published model and are refused."""
+    """Fields of ``config.json`` with the library's defaults; biases, which no published model has, are refused."""
 
     max_position_embeddings: Context = 131072
     num_key_value_heads: Count | None = 4

@@ -11,7 +11,7 @@ from moe.interop.schema import Json, OpenConfig
 from moe.routing.gates import GShard, TopK
 
 #: Hugging Face computes one loss over all MoE layers, K at perfect balance; DeepSeek's code sums a loss per layer that
-#: is 1 at perfect balance; Switch's there is a mean over the layers of a stack, 1 at perfect balance.
+#: is 1 at perfect balance; Hugging Face's of Switch is a mean over a stack's layers, 1 at perfect balance.
 BalanceScale = Literal["all layers together", "per layer", "per stack"]
 
 
@@ -22,12 +22,12 @@ class Tensor:
     Attributes:
         name: what follows ``model.layers.N.``. ``{expert}`` stands for the number of an expert; without it, the
             parameters of all experts are one tensor with a leading axis E.
-        part: which of the shares of the tensor's outputs the parameter is.
+        part: index of the parameter among the shares of the tensor's outputs.
         parts: number of equal shares, one after the other.
-        turns: in place of ``parts``, the number of outputs of each share in turn; the turns repeat.
+        turns: instead of ``parts``, for interleaved shares: outputs of each share in one turn; turns repeat.
         inputs_first: matrices are [inputs, outputs] instead of [outputs, inputs].
-        axes: axes of the parameter that each axis of the tensor is made of; empty: [outputs, inputs] of a matrix, one
-            axis of a bias, else its own.
+        axes: for each axis of the tensor, the axes of the parameter that are flattened into it; empty: [outputs,
+            inputs] for a matrix, one axis for a bias, else the parameter's own.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Tensor:
         return self.parts > 1 or len(self.turns) > 1
 
 
-#: Multi-token prediction, under the numbers after the last layer's.
+#: Tensors of multi-token prediction, whose layers are numbered after the last layer.
 PREDICTION_TENSORS = {
     "prediction.hidden_norm.scale": "hnorm.weight",
     "prediction.embedding_norm.scale": "enorm.weight",
@@ -69,14 +69,14 @@ class Family:
         block: prefix of a block's tensors, with the number of the layer and the name of the stack.
         outside: parameter outside the blocks of a model → its tensor.
         field_names: other names of fields that all families write; None: not written.
-        fused: tensors of the experts where all of a layer lie together, if they may lie in three for each expert.
-        copies: tensors that a file may hold beside the one that they must equal.
+        fused: tensors of the experts where a layer's lie together, in families that also allow three for each expert.
+        copies: copy → original, for tensors that a file may also hold and that must equal the original.
         unread: tensors to ignore.
         skipped: prefixes of tensors to ignore with a warning, and what they are.
         prediction: parameter of multi-token prediction outside its block → its tensor, under the prefix of the block.
-        prediction_prefixes: of these tensors and of the block's, of the one layer that a file has, where it is not a
-            layer with a number.
-        inside: prefix of the tensors of a model of text that is part of another; they are read as ``model.``.
+        prediction_prefixes: prefixes of these tensors and of the block's, in families whose files have a single
+            prediction layer, without a number.
+        inside: prefix of the text model's tensors within a larger model; it is read as ``model.``.
         aliases: groups of prefixes of a block's tensors that mean the same; a file may have any of a group.
         ties_by_file: embeddings are tied where the file has no other output matrix, whatever ``config.json`` says.
     """
@@ -139,7 +139,7 @@ FUSED_EXPERTS = {
     "moe.experts.up": Tensor("mlp.experts.gate_up_proj", part=1, parts=2),
     "moe.experts.down": Tensor("mlp.experts.down_proj"),
 }
-#: Tensors of multi-token prediction that published files hold too, and what they are copies of.
+#: Tensors that published files repeat in layers of multi-token prediction → their originals.
 PREDICTION_COPIES = {
     "embed_tokens.weight": "model.embed_tokens.weight",
     "shared_head.head.weight": "lm_head.weight",
@@ -225,7 +225,7 @@ def read_sparse_layers(layers: list[int], num_layers: int) -> Json:
 
 
 def window_of(model: ModelConfig) -> int:
-    """The largest window of all layers; where a family cannot say more, write_config finds and reports the loss."""
+    """The largest window of all layers; if a family cannot express the others, write_config reports what is lost."""
     return max(kind.window for kind in layer_kinds(model))
 
 

@@ -49,7 +49,7 @@ def read(source: GptOssConfig) -> tuple[Json, Json]:
 
 def write(model: ModelConfig) -> Json:
     """See :class:`Family`."""
-    # The library scales positions where a file says nothing of them.
+    # The library scales positions by default, so a model without scaling must state it.
     plain = {"rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta}}
     return (
         ({} if model.rope_scaling.kind != "none" else plain)

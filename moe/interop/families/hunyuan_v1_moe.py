@@ -10,7 +10,7 @@ from moe.interop.schema import Count, Experts, Json, OpenConfig, Positive
 
 
 def _same(value: Any) -> Any:
-    """One value for all layers, which files may list for each."""
+    """Reduce a value that a file lists for each layer to the one that all layers share."""
     if not isinstance(value, list):
         return value
     if len({str(each) for each in value}) != 1:

@@ -50,7 +50,7 @@ def write(model: ModelConfig) -> Json:
 
 
 def tensors(model: ModelConfig, stack: str) -> dict[str, str | Tensor]:
-    """See :class:`Family`: each head's query and its gate alternate, as do what belongs to each head of keys."""
+    """See :class:`Family`: queries and gates alternate by head, projections of DeltaNet by key head."""
     del stack
     d = model.delta_net
     shared = d.value_heads // d.key_heads

@@ -9,14 +9,14 @@ from moe.interop.families import t5
 from moe.interop.families.family import Family
 from moe.interop.schema import Coefficient, Count, Experts, Fraction, Json, Layers, OptionalCount, Size
 
-#: ``expert_capacity`` that stands for none; the largest that is read.
+#: ``expert_capacity`` that means no capacity; the largest value that is read.
 _NO_CAPACITY = 1 << 16
 
 
 class SwitchConfig(t5.EncoderDecoderConfig):
-    """Fields of ``config.json``. ``router_ignore_padding_tokens`` is read nowhere there: padding is always routed.
+    """Fields of ``config.json``. Hugging Face ignores ``router_ignore_padding_tokens``: padding is always routed.
 
-    A router in another dtype is refused: there its bias, its softmax and the weights of the experts have that dtype
+    A router in another dtype is refused: in Hugging Face its bias, its softmax and the experts' weights have that dtype
     too, here only the product of tokens and router (``model.moe.router_dtype``).
     """
 
@@ -40,7 +40,7 @@ class SwitchConfig(t5.EncoderDecoderConfig):
     @pydantic.model_validator(mode="before")
     @classmethod
     def _default_decoder_layers(cls, tree: Any) -> Any:
-        """Null is the encoder's depth here, too, but an absent field is not."""
+        """Default an absent field to 12; a null means the encoder's depth, as in T5."""
         return {"num_decoder_layers": 12} | tree if isinstance(tree, dict) else tree
 
     @pydantic.model_validator(mode="after")
@@ -51,19 +51,19 @@ class SwitchConfig(t5.EncoderDecoderConfig):
 
     @property
     def activation(self) -> str:
-        """Name of the activation: that library's FFN of Switch has no gate whatever ``feed_forward_proj`` says."""
+        """Name of the activation: the library's FFN of Switch is never gated, whatever ``feed_forward_proj`` says."""
         named = "gelu_new" if self.feed_forward_proj == "gated-gelu" else self.feed_forward_proj.rpartition("-")[2]
         return self.dense_act_fn or named
 
 
 def _sparse(num_layers: int, num_sparse: int, step: int | None) -> list[bool]:
-    """Whether each layer of a stack is MoE, by that library's rule."""
+    """Whether each layer of a stack is MoE, by the library's rule."""
     step = (num_layers // num_sparse if num_sparse else 0) if step is None else step
     return [step > 0 and (step == 1 or layer % step == 1) for layer in range(num_layers)]
 
 
 def _stacks_per_layer(model: ModelConfig) -> float:
-    """Stacks with MoE layers over MoE layers: there the losses of a stack are means over its layers; 1 without any."""
+    """Stacks with MoE layers over MoE layers (1 without any): the library's losses are means over a stack's layers."""
     sparse = [any(kind.sparse for kind in kinds) for kinds in stacks(model).values()]
     return sum(sparse) / sum(sparse_layers(model)) if any(sparse) else 1.0
 

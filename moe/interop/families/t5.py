@@ -19,7 +19,7 @@ _FFNS = {
     "gated-silu": "swiglu",
 }
 
-#: Names in these files of the fields that decoders have too; None: written by nobody.
+#: Names in these files of the fields that all decoder families have; None: not written.
 NAMES: dict[str, str | None] = {
     "hidden_size": "d_model",
     "intermediate_size": "d_ff",
@@ -56,14 +56,14 @@ class EncoderDecoderConfig(OpenConfig):
     @pydantic.model_validator(mode="before")
     @classmethod
     def _fill_decoder_layers(cls, tree: Any) -> Any:
-        """Without a depth of its own the decoder is as deep as the encoder."""
+        """Give a decoder without a stated depth that of the encoder."""
         if isinstance(tree, dict) and tree.get("num_decoder_layers") is None and "num_layers" in tree:
             return tree | {"num_decoder_layers": tree["num_layers"]}
         return tree
 
 
 class T5Config(EncoderDecoderConfig):
-    """Fields of ``config.json``; ``tie_word_embeddings`` decides about the scale of the logits alone."""
+    """Fields of ``config.json``; ``tie_word_embeddings`` only decides whether logits are scaled."""
 
     scale_decoder_outputs: bool | None = None
     dense_act_fn: str | None = None
@@ -78,7 +78,7 @@ class T5Config(EncoderDecoderConfig):
 
     @pydantic.model_validator(mode="after")
     def _check_ffn(self) -> "T5Config":
-        """Refuse an FFN that is stated twice and differs: that library computes the one of these two fields."""
+        """Refuse an FFN that is stated twice with different values: the library obeys these two fields."""
         wanted = {
             "dense_act_fn": _activation(self.feed_forward_proj),
             "is_gated_act": _is_gated(self.feed_forward_proj),
@@ -111,7 +111,7 @@ def read_shared(source: EncoderDecoderConfig) -> Json:
 
 
 def write_shared(model: ModelConfig) -> Json:
-    """The reverse of :func:`read_shared`, and what marks such a file."""
+    """The reverse of :func:`read_shared`, with the fields that mark an encoder-decoder."""
     return {
         "is_encoder_decoder": True,
         "num_layers": model.encoder_layers,
