@@ -57,9 +57,9 @@ def test_the_layer_alone(gate):
 def test_soft_moe_is_a_layer_of_its_own():
     assert isinstance(_layer(gate="soft_moe"), SoftMoE)
     assert SoftMoE(**SIZES, gate=gates.SoftMoE(slots=3), rngs=nnx.Rngs(0)).router.kernel.shape == (8, 4, 3)
-    with pytest.raises(ConfigError, match=r"gate='soft_moe': is not the gate of a MoELayer, but of a moe\.SoftMoE"):
+    with pytest.raises(ConfigError, match=r"gate='soft_moe': needs a moe\.SoftMoE, not a MoELayer"):
         MoELayer(**SIZES, gate="soft_moe", dispatch="einsum", rngs=nnx.Rngs(0))
-    with pytest.raises(ConfigError, match=r"gate='mixtral': is not the gate of a SoftMoE, but of a moe\.MoELayer"):
+    with pytest.raises(ConfigError, match=r"gate='mixtral': needs a moe\.MoELayer, not a SoftMoE"):
         SoftMoE(**SIZES, gate="mixtral", rngs=nnx.Rngs(0))
 
 

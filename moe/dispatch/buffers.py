@@ -1,4 +1,4 @@
-"""Buffers of experts: positions of assignments, those that are dropped, and rows moved there and back by index."""
+"""Expert buffers: the position of each assignment, which ones are dropped, and rows moved in and out by index."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Plan:
         num_experts: E, static.
         chunks: parts of each group's tokens that are dispatched one after the other; positions count within a part.
             Static.
-        hosts: that the expert axis spans; above 1, a token is sent once to each. Static.
-        gathered: every device of the expert axis gets all of its tokens. Static.
+        hosts: number that the expert axis spans; above 1, a token is sent at most once to each. Static.
+        gathered: every device of the expert axis gathers the tokens of all of them. Static.
     """
 
     position_in_expert: Array
@@ -52,10 +52,10 @@ def expert_capacity(capacity_factor: float, experts_per_token: int, group_size: 
 
 
 def layer_capacity(config: MoEConfig, group_size: int, *, train: bool = True) -> int:
-    """C of a layer: ``capacity.fixed`` where it is set, else by its capacity factor.
+    """C of a layer: ``capacity.fixed`` where it is set, otherwise computed from the capacity factor.
 
-    Beside N experts without an FFN the factor is of what an FFN gets at balance: factor·τ·K·S / (τ·E + N) (MoE++ 2024,
-    equation 8).
+    With N experts without an FFN, the factor multiplies what an FFN expert gets at balance: factor·τ·K·S / (τ·E + N)
+    (MoE++ 2024, equation 8).
     """
     if config.capacity.fixed:
         return min(config.capacity.fixed, group_size)
@@ -90,13 +90,13 @@ def plan_assignments(
 
 
 def make_plan(routing: Routing, capacity: int, *, drop_policy: str = "position", rng: Array | None = None) -> Plan:
-    """Fills each group's buffers with all first choices in token order, then all second choices, and so on
+    """Fill each group's buffers with all first choices in token order, then all second choices, and so on
     (GShard 2020, algorithm 1).
 
     Args:
         capacity: C.
-        drop_policy: the order of the tokens: position, probability (of a chosen expert by the router, largest first) or
-            random.
+        drop_policy: the order of the tokens: position, probability (the router's largest one among the chosen experts,
+            descending) or random.
         rng: key of the random order; None: the same order every time.
     """
     expert_index, chosen = routing.expert_index, routing.chosen
@@ -122,11 +122,11 @@ def plan_in_chunks(routing: Routing, capacity: int, chunks: int) -> Plan:
 
 
 def _token_order(routing: Routing, drop_policy: str, rng: Array | None) -> Int[Array, "G S"] | None:
-    """The tokens of each group by falling priority; None: their order in the group."""
+    """Token indices of each group by descending priority; None: the order of the group."""
     if drop_policy == "position":
         return None
     if drop_policy == "probability":
-        # The router's probability, not the weight: renormalised weights do not compare between tokens.
+        # The router's probability, not the weight: renormalised weights are not comparable between tokens.
         probs = pick(routing.router_probs, routing.expert_index)
         priority = jax.lax.stop_gradient(jnp.max(jnp.where(routing.chosen, probs, 0.0), axis=-1))
     else:
@@ -143,7 +143,7 @@ def positions(
 ) -> tuple[Int[Array, "G S K"], Int[Array, "G E"]]:
     """How many earlier chosen assignments go to the same expert (0 where not chosen), and each expert's total.
 
-    A running sum over the one-hot [G,K·S,E] would be memory traffic: here it runs over blocks of assignments.
+    A running sum over the one-hot [G,K·S,E] would be bound by memory traffic, so it runs over blocks of assignments.
     """
     groups, tokens, choices = expert_index.shape
     # [G,S,K] → [G,K,S] → [G,K·S]: the order in which buffers are filled.
@@ -164,11 +164,11 @@ def positions(
 
 
 def overflow_to_next(routing: Routing, plan: Plan) -> tuple[Routing, Plan]:
-    """Retries each dropped assignment once on the token's next-best expert, after all others ("no token left behind",
+    """Retry each dropped assignment once on the token's next-best expert, after all others ("no token left behind",
     Switch 2021, appendix B, one round of it).
 
     The n-th overflowing choice of a token tries its n-th best expert by ``router_probs`` among those it has not chosen.
-    Its weight is multiplied by p(new)/p(old), so that an un-renormalised weight p stays a p.
+    Its weight is multiplied by p(new)/p(old), so that a weight p(old), not renormalised, becomes p(new).
     """
     choices, num_experts = routing.expert_index.shape[-1], plan.num_experts
     overflows = routing.chosen & ~plan.kept
@@ -194,7 +194,7 @@ def overflow_to_next(routing: Routing, plan: Plan) -> tuple[Routing, Plan]:
 
 def load_per_group(routing: Routing, plan: Plan) -> Int[Array, "G E"]:
     """How many assignments of a group each expert keeps."""
-    # [G,S,K,E] is compared and summed at once, never stored.
+    # The comparison [G,S,K,E] is fused with the sum and never stored.
     to_expert = routing.expert_index[..., None] == jnp.arange(plan.num_experts)
     return jnp.sum(to_expert & plan.kept[..., None], axis=(1, 2), dtype=jnp.int32)
 
@@ -202,7 +202,7 @@ def load_per_group(routing: Routing, plan: Plan) -> Int[Array, "G E"]:
 def index_tables(
     routing: Routing, plan: Plan, load: Int[Array, "G E"], starts: Int[Array, " E"], num_rows: int
 ) -> Tables:
-    """Rows of assignments, when expert e's rows begin at starts[e] and follow group by group.
+    """Map assignments to rows, where expert e's rows begin at starts[e], one group after another.
 
     Args:
         load: kept assignments of each group and expert.
@@ -220,7 +220,7 @@ def index_tables(
 
 
 def with_inverse(row_of_assignment: Int[Array, "S K"], num_rows: int) -> Tables:
-    """Both tables of so many rows; numbers from R on are of no row."""
+    """Both tables for R rows; an assignment whose row number is R or more has no row."""
     size = row_of_assignment.size
     empty = jnp.full((num_rows,), size, jnp.int32)
     assignments = jnp.arange(size, dtype=jnp.int32)
@@ -237,8 +237,8 @@ def take_rows(rows: Shaped[Array, "R ..."], index: Int[Array, "*N"]) -> Shaped[A
 def fill_rows(
     x: Shaped[Array, "S D"], assignment_of_row: Int[Array, " R"], row_of_assignment: Int[Array, "S K"]
 ) -> Shaped[Array, "R D"]:
-    """Each row's token; an empty row has some token's, which costs no pass over the rows to set to zero and which
-    neither outputs nor gradients read."""
+    """Copy each row's token. An empty row gets an arbitrary token: neither outputs nor gradients read it, and to set
+    it to zero would cost a pass over the rows."""
     return _tokens_of_rows(x, assignment_of_row, row_of_assignment.shape[-1])
 
 
@@ -259,7 +259,7 @@ def sum_rows(
     rows: Float[Array, "R D"], assignment_of_row: Int[Array, " R"], row_of_assignment: Int[Array, "S K"]
 ) -> Float[Array, "S D"]:
     """Each token's sum of its rows, in float32; assignments that are not kept add nothing. The backward pass does not
-    read the rows; the gradient of an empty row is some token's, as in :func:`fill_rows`."""
+    read the rows; the gradient of an empty row is an arbitrary token's, as in :func:`fill_rows`."""
     del assignment_of_row
     return _sum_choices(rows, row_of_assignment, None)
 
@@ -270,7 +270,7 @@ def _sum_rows_fwd(rows, assignment_of_row, row_of_assignment):
 
 def _sum_rows_bwd(residuals, gradient):
     no_rows, *tables = residuals
-    # In the type of the rows before it is spread over them: half of the bytes.
+    # Cast to the rows' dtype before it is copied to the rows, which halves the bytes.
     d_rows = _tokens_of_rows(gradient.astype(no_rows.dtype), tables[0], tables[1].shape[-1])
     return d_rows, None, None
 
@@ -312,7 +312,7 @@ def _combine_rows_fwd(rows, weights, assignment_of_row, row_of_assignment):
 def _combine_rows_bwd(residuals, gradient):
     rows, weights, assignment_of_row, row_of_assignment = residuals
     scale = weights.reshape(-1).at[assignment_of_row].get(mode="fill", fill_value=0)
-    # In the type of the rows before it is spread over them: half of the bytes. The scale of empty rows is 0.
+    # Cast to the rows' dtype before it is copied to the rows, which halves the bytes. The scale of empty rows is 0.
     of_rows = _tokens_of_rows(gradient.astype(rows.dtype), assignment_of_row, weights.shape[-1])
     d_rows = (of_rows * scale[:, None]).astype(rows.dtype)
     columns = [jnp.sum(gradient * take_rows(rows, index), axis=-1) for index in row_of_assignment.T]

@@ -39,7 +39,7 @@ OVERFLOW_SCOPE = "overflow"
 #: Scope of the all-gather of the devices' loads, which is not an all-gather of tokens.
 LOAD_SCOPE = "expert_load"
 
-#: Scope of collectives of tokens that have no kind of their own.
+#: Scope of all-gathers and reduce-scatters of tokens, by which the planner tells them from those of weights.
 ROUTED_SCOPE = "tokens_to_experts"
 
 
@@ -58,8 +58,8 @@ def weighted_outputs(
         combine_weights: of their assignments.
         tables: of rows sorted by expert (:func:`moe.dispatch.buffers.index_tables`).
         sizes: rows for each expert of the peers.
-        weights: of this device's experts; dropout, if any, has the numbers of assignments in their order.
-        peers: that exchange rows, X of them.
+        weights: of this device's experts; dropout, if any, holds the assignments' numbers in their order.
+        peers: the X devices that exchange rows.
     """
     rows = fill_rows(x, *tables)
     if weights.dropout is not None:
@@ -67,8 +67,8 @@ def weighted_outputs(
     if target.is_cpu() or (peers.size > 1 and weights.keeps_outputs):
         outputs = _exchanged(rows, None, sizes, weights, peers)
         return combine_rows(checkpoint_name(outputs, EXPERT_OUTPUTS), combine_weights, *tables)
-    # Weights applied before the last matmul: the backward pass then reads no output, which would be computed and
-    # exchanged again for the gradient of its weight. Where outputs are kept, that gradient is a smaller sum.
+    # Combine weights are applied before the last matmul, so that the backward pass needs no outputs: for the gradients
+    # of the weights it would recompute and exchange them again. Where outputs are kept, that gradient is a smaller sum.
     scale = weights_of_rows(combine_weights, *tables)
     return sum_rows(_exchanged(rows, scale, sizes, weights, peers), *tables)
 
@@ -80,7 +80,7 @@ def _exchanged(
     weights: ExpertWeights,
     peers: Peers,
 ) -> Float[Array, "R D"]:
-    """The experts' outputs of rows, times their factors if there are any."""
+    """The experts' outputs for rows, times the rows' factors ``scale`` if given."""
     if peers.size == 1:
         return grouped_ffn(rows, sizes, weights, scale)
     if target.is_cpu():
@@ -98,9 +98,9 @@ def _exchanged(
 def _round(
     loads: Int[Array, "X E"], me: Array, start: Array | int, round_size: int
 ) -> tuple[Route, Route, Int[Array, " e"]]:
-    """Routes of one round's rows to their experts and back, and the rows each of this device's experts receives.
+    """Routes of one round's rows to their experts and back, and the number of rows for each of this device's experts.
 
-    A device's rows for an expert are placed right behind those of earlier devices: they arrive sorted by expert,
+    A device's rows for an expert are placed directly after those of earlier devices: they arrive sorted by expert,
     without gaps. The round consists of the rows that arrive at positions from ``start`` on, on every device.
 
     Args:
@@ -111,7 +111,7 @@ def _round(
     """
     num_devices = loads.shape[0]
     total = jnp.sum(loads, axis=0).reshape(num_devices, -1)  # [X,E/X]
-    first = (jnp.cumsum(total, axis=1) - total).reshape(-1)  # [E], of each expert's rows on its device
+    first = (jnp.cumsum(total, axis=1) - total).reshape(-1)  # [E], first row of each expert on its device
     arrival = first + jnp.cumsum(loads, axis=0) - loads  # [X,E]
     end = jnp.clip(arrival + loads, start, start + round_size)
     skipped = jnp.maximum(start - arrival, 0)  # rows of earlier rounds
@@ -130,7 +130,7 @@ def _round(
 
 
 def further_rounds(most: Array, round_size: int, carry: Any, body: Callable[[Array, Any], Any]) -> Any:
-    """Run body(start, carry) for all rounds but the first, on every device as often as the fullest one needs.
+    """Run body(start, carry) for all rounds but the first, on every device as often as the fullest device needs.
 
     Args:
         most: rows of the fullest device.
@@ -149,8 +149,8 @@ def _most(loads: Int[Array, "X E"]) -> Int[Array, ""]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _run_in_rounds(round_size, peers, rows, scale, weights, loads, dropout):
-    """The experts' outputs of this device's rows [R,D], times their factors [R] if any, each from its expert's
-    device."""
+    """Outputs of the experts for this device's rows [R,D], computed on the experts' devices, times factors [R] if
+    given."""
     return _run_in_rounds_fwd(round_size, peers, rows, scale, weights, loads, dropout)[0]
 
 
@@ -163,8 +163,8 @@ def _arrive(
     rows: Array,
     scale: Array | None,
 ) -> tuple[Callable[..., Array], Array, Array | None]:
-    """The FFN of the rows that arrive over a route, as a function of weights, rows and factors; these rows and
-    factors."""
+    """Send rows and factors over a route; return the FFN of what arrives, as a function of weights, rows and factors,
+    then the rows and factors that arrived."""
     if dropout is not None:
         numbers = peers.send(dropout.assignments[:, None], round_size, route)
         dropout = dataclasses.replace(dropout, rows=numbers[:, 0])
@@ -176,7 +176,7 @@ def _arrive(
 
 
 def _send_numbers(peers: Peers, numbers: Array | None, onto: Array | int | None, route: Route) -> Array | None:
-    """Send one number a row, [R], if there are any."""
+    """Send one number per row, [R]; None if there are none."""
     if numbers is None or onto is None:
         return None
     onto = onto if isinstance(onto, int) else onto[:, None]
@@ -219,7 +219,7 @@ def _run_in_rounds_bwd(round_size, peers, residuals, gradient):
     def add_weights(start, d_weights):
         return jax.tree.map(jnp.add, d_weights, of_round(start)[1][0])
 
-    # Loops apart: after one of both, what is done with the rows' gradients would wait for those of the weights.
+    # Two loops: after a joint one, whatever uses the rows' gradients would wait for the gradients of the weights.
     most = _most(loads)
     d_rows, d_scale = further_rounds(most, round_size, (d_rows, d_scale), place_rows)
     return d_rows, d_scale, further_rounds(most, round_size, d_weights, add_weights), None, None
@@ -248,7 +248,7 @@ def _exchange_in_slots(
     # A device receives as many rows as it sends, on average.
     arrived = fill_rows(arrived, *sorted_tables)
     outputs = cpu.grouped_ffn(arrived, group_sizes, weights, expected_rows=rows.shape[0])
-    # Back to slots, and to rows: the same tables with their parts exchanged.
+    # Back to slots, and to rows: each pair of tables in reverse order.
     outputs = peers.swap(fill_rows(outputs, sorted_of_slot[:, 0], slot_of_sorted[:, None]))
     return fill_rows(outputs, slot_of_row[:, 0], row_of_slot[:, None])
 

@@ -38,7 +38,7 @@ GATED_ACTIVATIONS: dict[str, Callable[[Array, Array], Array]] = {
 }
 
 
-#: Of these, what kernels for TPUs compute (:mod:`moe.dispatch.backends.gated`): Pallas lacks the error function there.
+#: Those that the TPU kernels compute (:mod:`moe.dispatch.backends.gated`): Pallas lacks the error function on TPUs.
 ACTIVATIONS_OF_KERNELS = "swiglu", "swiglu_clamped", "geglu", "reglu"
 
 
@@ -59,8 +59,8 @@ def activate(
 class ExpertDropout:
     """Dropout of the experts' hidden activations (Switch 2021, section 4.2, "expert dropout").
 
-    What is dropped depends on the key and on the number of a row's assignment in the batch alone: not on the mesh, nor
-    on how assignments reach their experts.
+    What is dropped depends only on the key and on the number of a row's assignment in the batch, not on the mesh or on
+    how assignments reach their experts.
 
     Attributes:
         key: of the layer.
@@ -108,14 +108,14 @@ class ExpertWeights:
         dropout: of the hidden activations; None: none.
         activation: a value of ``model.activation``, static.
         is_joined: ``up`` holds gate too, [E,D,2F], static.
-        is_interleaved: they alternate there, whole lanes of each, [E,D,2F'] with F padded to whole lanes, and so do
-            their biases, [E,2F']; down is padded too. Static.
+        is_interleaved: ``up`` holds up and gate in alternating blocks of LANES columns, [E,D,2F'] with F' a multiple of
+            LANES; biases likewise, [E,2F']; down is padded to F' too. Static.
         is_turned: ``down`` is [E,D,F], static.
         are_shards: the matrices have one device's part of D, over ``fsdp``, which products gather in 8 bits. Static.
         precision: of the factors, a value of ``model.low_precision``, static.
         sent_precision: of rows, and of gradients of outputs, on their way to other hosts, likewise.
-        keeps_hidden: for the backward pass; else row blocks compute hidden activations again in it, static.
-        keeps_outputs: of experts on other devices, likewise; else none is read in it, static.
+        keeps_hidden: hidden activations are kept for the backward pass; else row blocks recompute them in it, static.
+        keeps_outputs: outputs of experts on other devices are kept likewise; else the backward pass reads none, static.
     """
 
     up: Array
@@ -135,20 +135,20 @@ class ExpertWeights:
 
     @property
     def into(self) -> tuple[Any, Any]:
-        """The weights of :func:`into_hidden`."""
+        """Matrices and biases that :func:`into_hidden` takes."""
         return (self.up, self.gate), self.biases
 
     def quantizes(self, matrices: Array) -> bool:
-        """Whether the product with these matrices has quantised factors; a bias, a matrix of one row, has none."""
+        """Whether the product with these matrices has quantised factors; not with a bias, a matrix of one row."""
         return self.precision != "none" and matrices.shape[-2] > 1
 
     def at(self, rows: Int[Array, "*rows"]) -> ExpertWeights:
-        """The same, with dropout, for rows that hold these assignments."""
+        """The same weights, with dropout for rows that hold these assignments."""
         assert self.dropout is not None
         return dataclasses.replace(self, dropout=dataclasses.replace(self.dropout, rows=rows))
 
     def part(self, tokens: slice) -> ExpertWeights:
-        """The same, with dropout, if any, for a part of the tokens of assignments [G,S,K]."""
+        """The same weights, with the dropout, if any, of a part of the tokens (assignments [G,S,K])."""
         return self if self.dropout is None else self.at(self.dropout.assignments[:, tokens])
 
     def astype(self, dtype: Any) -> ExpertWeights:
@@ -168,7 +168,7 @@ class ExpertWeights:
         )
 
     def specs(self) -> Any:
-        """PartitionSpecs of the stored weights, in their places, and of the numbers of assignments in groups."""
+        """The same structure with PartitionSpecs of the stored weights, and of dropout's numbers [G,S,K], as leaves."""
         gate = None if self.gate is None else EXPERTS_IN
         biases = jax.tree.map(lambda _: EXPERT_BIASES, self.biases)
         specs: dict[str, Any] = {"up": EXPERTS_IN, "gate": gate, "down": EXPERTS_OUT, "biases": biases}
@@ -177,9 +177,11 @@ class ExpertWeights:
         return dataclasses.replace(self, **specs)
 
     def gathered_shards(self) -> ExpertWeights:
-        """One device's experts, within ``shard_map``, gathered over ``fsdp`` from its shards; on accelerators up and
-        gate are joined before, and down is transposed, as shards, so that no whole matrix is copied: gradients that are
-        scattered over the last dimension would be. Shards that products gather (``are_gathered_in_products``) stay so.
+        """One device's experts, within ``shard_map``, gathered over ``fsdp`` from shards.
+
+        On accelerators up and gate are joined, and down is transposed, while they are shards, so that no whole matrix
+        is copied, as gradients scattered over the last dimension would be. Shards that products gather themselves
+        (``are_gathered_in_products``) are not gathered here.
         """
         if target.is_cpu():
             gate = None if self.gate is None else gather_shard(self.gate, 1)
@@ -192,13 +194,13 @@ class ExpertWeights:
 
     @property
     def are_gathered_in_products(self) -> bool:
-        """Whether products quantise one device's shards, and gather these, as kernels of TPUs do: in a layer without
-        exchange, where a matrix has few products."""
+        """Whether products quantise one device's shards and gather the quantised ones, as TPU kernels do in a layer
+        without exchange, where each matrix is in few products."""
         return self.precision != "none" and target.current().platform == "tpu" and axis_size("expert") == 1
 
     @property
     def are_activated_by_kernels(self) -> bool:
-        """Whether the target's grouped matmuls compute the nonlinearity too, of up and gate that alternate."""
+        """Whether the target's grouped matmuls also compute the nonlinearity, from interleaved up and gate."""
         is_plain = self.dropout is None and self.up.dtype == jnp.bfloat16
         return target.current().has_gated_kernels and is_plain and self.activation in ACTIVATIONS_OF_KERNELS
 
@@ -234,7 +236,7 @@ class ExpertWeights:
         )
 
     def separated(self) -> ExpertWeights:
-        """Up and gate apart that alternated, still padded."""
+        """Split interleaved up and gate into two matrices, still padded."""
 
         # [...,2F] → [...,F/LANES,2,LANES] → 2 x [...,F]
         def part(array: Array, index: int) -> Array:
@@ -246,21 +248,21 @@ class ExpertWeights:
         return dataclasses.replace(self, up=up, gate=gate, biases=biases, is_interleaved=False)
 
 
-#: Rows times the matrices of their experts; with ``transposed=True`` times these transposed, if weights can be turned.
+#: (rows, matrices) → rows times their experts' matrices; takes ``transposed=True`` where ``down`` may be turned.
 Matmul = Callable[..., Array]
 
 
 def into_hidden(
     rows: Array, into: tuple[Any, Any], matmul: Matmul, *, is_joined: bool = False
 ) -> tuple[Array, Array | None]:
-    """First half of an FFN: what goes into the nonlinearity, of up and of gate; ``is_joined``: of joined matrices."""
+    """First half of an FFN: inputs of the nonlinearity, from up and from gate; ``is_joined``: matrices are joined."""
     matrices, biases = into
     hidden = jax.tree.map(lambda matrix: matmul(rows, matrix), matrices)
     if biases is None:
         hidden = checkpoint_name(hidden, HIDDEN)
         return halves(hidden[0]) if is_joined else hidden
-    # A bias is a matrix whose input is 1, so that each row gets its own expert's in every form of dispatch. Those of up
-    # and of gate are added apart: XLA for TPUs then adds one of them beside the nonlinearity.
+    # A bias is a matrix whose input is 1, so that each row gets its own expert's bias in every form of dispatch. The
+    # biases of up and gate are added separately: XLA for TPUs then adds one of them together with the nonlinearity.
     ones = jnp.ones_like(rows[..., :1])
     hidden = halves(hidden[0]) if is_joined else hidden
     hidden = jax.tree.map(lambda x, bias: x + matmul(ones, jnp.expand_dims(bias, -2)), hidden, biases)
@@ -294,8 +296,8 @@ def ffn(rows: Array, weights: ExpertWeights, matmul: Matmul, scale: Array | None
 
 @jax.custom_vjp
 def halves(joined: Float[Array, "R J"]) -> tuple[Float[Array, "R F"], Float[Array, "R F"]]:
-    """Columns of up and of gate. Both gradients are written where they belong: XLA would write them twice, alone and
-    then beside each other."""
+    """Split joined columns into up and gate. Both gradients are written straight into one array: XLA would write them
+    twice, separately and then concatenated."""
     up, gate = jnp.split(joined, 2, axis=-1)
     return up, gate
 

@@ -1,11 +1,12 @@
 """Exchange in two steps, where the expert axis spans several hosts: a token goes over the network once to each host
-that has experts of it, to the device in the same place there, and from it to its experts over the host's own links; its
-outputs are added up there and return as one row (DeepSeek-V3 2024, section 3.2.2; DeepEP; HybridEP).
+that has some of its experts, to the device in the same place on that host, and from there to its experts over the
+host's own links; there its outputs are summed and return as one row (DeepSeek-V3 2024, section 3.2.2; DeepEP;
+HybridEP).
 
-A device receives tokens in slots: those of the device in its place on host s from slot s·S on, in their order. The
-assignments of received tokens are sorted and exchanged as a device's own are, in windows of 1.25x a device's own number
-of them. As in :mod:`moe.dispatch.exchange`, a while loop handles the rest and keeps nothing for the backward pass; with
-balanced routing it runs zero times.
+A device receives tokens in slots: those from the device in the same place on host s begin at slot s·S, in order. The
+assignments of received tokens are sorted and exchanged like a device's own, in windows of 1.25x the number of a
+device's own. As in :mod:`moe.dispatch.exchange`, a while loop handles the rest and keeps nothing for the backward pass;
+with balanced routing it runs zero times.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Assignments:
     Attributes:
         expert: [S,K] int32; E where an assignment is not kept.
         weight: [S,K] float32.
-        number: [S,K] int32, in the batch; None where no dropout reads it.
+        number: [S,K] int32, of the assignment in the batch; None without dropout.
     """
 
     expert: Array
@@ -56,10 +57,10 @@ def apply_by_host(
 
     Args:
         x: this device's tokens.
-        chosen: by them.
+        chosen: their assignments.
         num_experts: E.
-        hosts: H, that the expert axis spans.
-        weights: of this device's experts; which rows its dropout has is not read.
+        hosts: H, the number that the expert axis spans.
+        weights: of this device's experts; the rows of their dropout are not read.
     """
     dropout = weights.dropout
     x, weights = _ready_together((x, dataclasses.replace(weights, dropout=None)))
@@ -80,10 +81,10 @@ def apply_by_host(
 def apply_to_gathered(
     x: Float[Array, "S D"], chosen: Assignments, num_experts: int, weights: ExpertWeights
 ) -> Float[Array, "S D"]:
-    """:func:`apply_by_host` with every device in the place of a host, to all of which every token goes, by all-gather;
-    sums over experts return by reduce-scatter, in the compute dtype ("ring of experts" in MaxText).
+    """:func:`apply_by_host` with every device treated as a host: an all-gather sends every token to all devices, and a
+    reduce-scatter returns the sums over experts, in the compute dtype ("ring of experts" in MaxText).
 
-    X - 1 rows a token travel each way, instead of K (X - 1)/X, but each from neighbour to neighbour of a ring.
+    Each way a token's row is sent X - 1 times instead of K (X - 1)/X, but only between neighbours on a ring.
     """
     axis, num_local = axis_of("expert"), num_experts // EVERYONE.size
     with jax.named_scope(LOAD_SCOPE):
@@ -97,8 +98,8 @@ def apply_to_gathered(
 
 
 def _of_experts_here(received: Assignments, num_local: int, peers: Peers) -> Assignments:
-    """Assignments [X,S,K] as [X·S,K], their experts numbered from the first of this peer's ``num_local``; those of
-    other peers have that number."""
+    """Flatten assignments [X,S,K] to [X·S,K], and number this peer's ``num_local`` experts from 0; experts of other
+    peers become ``num_local``."""
     flat = jax.tree.map(lambda array: array.reshape(-1, array.shape[-1]), received)
     expert = flat.expert - peers.me * num_local
     here = (expert >= 0) & (expert < num_local)
@@ -107,8 +108,8 @@ def _of_experts_here(received: Assignments, num_local: int, peers: Peers) -> Ass
 
 @jax.custom_vjp
 def _ready_together(tree: Any) -> Any:
-    """The same arrays, whose gradients are there at the same time: those of the experts' matrices are computed while
-    the tokens' return, and what they are computed from is not kept for longer."""
+    """Return the same arrays, with gradients that become available together: those of the experts' matrices are then
+    computed while those of the tokens are sent back, and their inputs are not kept for longer."""
     return tree
 
 
@@ -116,17 +117,17 @@ _ready_together.defvjp(lambda tree: (tree, None), lambda _, gradients: (jax.lax.
 
 
 def balanced_visits(hosts: int, choices: int, groups: int = 1, kept_groups: int = 1) -> float:
-    """Mean number of hosts to which a token goes, if its K experts are any: c·(1 − (1 − 1/c)^K) of the c hosts that
-    have experts of the groups of experts that it keeps, likewise in the mean.
+    """Mean number of hosts that a token goes to, if its K experts are uniformly random: c·(1 − (1 − 1/c)^K), where c is
+    the mean number of hosts that have experts of the groups that the token keeps.
 
     Args:
-        hosts: that the expert axis spans.
+        hosts: number that the expert axis spans.
         choices: K.
-        groups: of experts, one after another.
-        kept_groups: of a token.
+        groups: number of groups of consecutive experts.
+        kept_groups: number of groups that a token may choose from.
     """
     if hosts <= groups:
-        # A host has groups/hosts groups, of which none may be kept.
+        # A host has groups/hosts groups, and possibly none of them is kept.
         others = groups - groups // hosts
         candidates = hosts * (1 - math.comb(others, kept_groups) / math.comb(groups, kept_groups))
     else:
@@ -138,7 +139,7 @@ def balanced_visits(hosts: int, choices: int, groups: int = 1, kept_groups: int 
 
 
 def _routes(host: Int[Array, "H S K"], peers: Peers) -> tuple[Route, Route, Tables, Tables]:
-    """Routes of this device's rows to the slots of its peers and back, its rows by host, and its slots by token.
+    """Routes of this device's rows to the slots of its peers and back, tables of its rows by visit and of its slots.
 
     A row is a token's visit to a host. On accelerators rows follow one another; on CPUs those for host h begin at h·S.
 
@@ -166,12 +167,12 @@ def _routes(host: Int[Array, "H S K"], peers: Peers) -> tuple[Route, Route, Tabl
 
 @dataclasses.dataclass(frozen=True)
 class _Network:
-    """How tokens travel to the slots of the devices in this one's place on every host.
+    """Transfer of tokens to the slots of the devices in the same place on every host.
 
     Attributes:
         peers: these devices.
-        num_slots: of each.
-        precision: of tokens, and of gradients of what returns, on their way there; a value of ``model.low_precision``.
+        num_slots: number of slots of each.
+        precision: in which tokens, and gradients of returned rows, are sent; a value of ``model.low_precision``.
     """
 
     peers: Peers
@@ -187,7 +188,7 @@ def _to_slots(network: _Network, x: Float[Array, "S D"], routes: Any) -> Float[A
         routes: rows by visit, and the routes of rows there and back.
     """
     tables, there, _ = routes
-    # Packed before there is a row for every visit.
+    # Packed before tokens are copied to a row for every visit.
     rows = fill_rows(quantized.pack(x, network.precision), *tables)
     arrived = network.peers.swap(rows) if target.is_cpu() else network.peers.send(rows, network.num_slots, there)
     return quantized.unpack(arrived, network.precision, x.dtype)
@@ -195,7 +196,7 @@ def _to_slots(network: _Network, x: Float[Array, "S D"], routes: Any) -> Float[A
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _from_slots(network: _Network, y: Float[Array, "N D"], routes: Any) -> Float[Array, "S D"]:
-    """Each token's sum of what its slots have, in float32."""
+    """Sum over each token's slots, in float32."""
     tables, _, back = routes
     rows = network.peers.swap(y) if target.is_cpu() else network.peers.send(y, tables[0].shape[0], back)
     return sum_rows(rows, *tables)
@@ -208,7 +209,7 @@ def _to_slots_bwd(network, residuals, gradient):
 
 def _from_slots_bwd(network, residuals, gradient):
     no_slot, routes = residuals
-    # Tables of its own: XLA would make these rows in one fusion with those of the tokens, and send neither before both.
+    # Separate tables: XLA would make these rows in one fusion with those of the tokens, and send neither before both.
     own = jax.lax.optimization_barrier(routes)
     return _to_slots(network, gradient.astype(no_slot.dtype), own), None
 
@@ -218,7 +219,7 @@ _from_slots.defvjp(lambda network, y, routes: (_from_slots(network, y, routes), 
 
 
 def _in_slots(received: Assignments, tables: Tables, num_local: int, peers: Peers) -> Assignments:
-    """Assignments of the tokens in this device's slots, to the experts of its host alone, numbered from its first."""
+    """Assignments of the tokens in this device's slots, to the experts of its host, numbered from its first."""
     flat = _of_experts_here(received, num_local, peers)
     token_of_slot = tables[0]
     return Assignments(
@@ -238,9 +239,9 @@ def _apply_in_windows(
 
     Args:
         slots: tokens; undefined where nothing arrived.
-        chosen: by them, of the host's experts.
-        num_local: experts of the host.
-        weights: of this device's experts; which rows its dropout has is not read.
+        chosen: their assignments, to the host's experts.
+        num_local: number of experts of the host.
+        weights: of this device's experts; the rows of their dropout are not read.
         peers: devices of the host.
     """
     kept = chosen.expert < num_local
@@ -259,15 +260,15 @@ def _apply_in_windows(
 
 
 def _window(size: int, peers: Peers, start: Array | int, operands: Any, index: Any) -> Float[Array, "N D"]:
-    """Part of the sums: of the sorted assignments from ``start`` on, at most so many."""
+    """Part of the sums: at most ``size`` of the sorted assignments, from ``start`` on."""
     (slots, scale), weights = operands
     (assignment_of_row, row_of_assignment), ends, dropout = index
     padded = jnp.pad(assignment_of_row, (0, size), constant_values=row_of_assignment.size)
     assignment_of_row = jax.lax.dynamic_slice_in_dim(padded, start, size)
     kept = row_of_assignment < row_of_assignment.size
     inside = kept & (row_of_assignment >= start) & (row_of_assignment < start + size)
-    # Made before they are read: XLA takes the array of fill values out of a pipeline's loop over turns, and would sum
-    # the rows of all parts of the tokens, which share it, in one fusion, so that none returns before the last is there.
+    # Computed before they are read: XLA hoists the array of fill values out of a pipeline's loop over turns, and would
+    # sum the rows of all chunks of tokens, which share it, in one fusion, so that none returns before the last arrives.
     tables = jax.lax.optimization_barrier((assignment_of_row, jnp.where(inside, row_of_assignment - start, size)))
     sizes = jnp.diff(jnp.clip(ends, start, start + size), prepend=start)
     weights = dataclasses.replace(weights, dropout=dropout)
@@ -295,7 +296,7 @@ def _sum_windows_bwd(window, size, residuals, gradient):
         _, backward = jax.vjp(lambda operands: window(start, operands, index), operands)
         return jax.tree.map(jnp.add, sums, backward(gradient)[0][part])
 
-    # Loops apart: after one of both, what is done with the tokens' gradients would wait for those of the weights.
+    # Two loops: after a joint one, whatever uses the tokens' gradients would wait for the gradients of the weights.
     of_tokens, of_weights = backward(gradient)[0]
     of_tokens = further_rounds(most, size, of_tokens, functools.partial(add, 0))
     of_weights = further_rounds(most, size, of_weights, functools.partial(add, 1))

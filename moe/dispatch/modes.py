@@ -1,7 +1,7 @@
 """Dispatch: moves tokens to the experts that a plan gives them, applies the experts, and combines their outputs.
 
-A user chooses with ``model.moe.dispatch`` whether experts have a capacity. All implementations are one function; which
-one runs depends on the target too.
+A user chooses with ``model.moe.dispatch`` whether experts have a capacity. All implementations compute the same
+function; which one runs also depends on the target.
 """
 
 from __future__ import annotations
@@ -122,9 +122,9 @@ def mix(
     """Fill slots with weighted sums of tokens, and tokens with weighted sums of the experts' outputs, in float32.
 
     Args:
-        dispatch_weights: of tokens in slots.
-        combine_weights: of slots in outputs.
-        weights: of the experts, as stored; each slot draws its dropout unless that has rows [E,G,C].
+        dispatch_weights: weight of each token in each slot.
+        combine_weights: weight of each slot in each token's output.
+        weights: of the experts, as stored; dropout is drawn for each slot unless it has rows [E,G,C].
     """
     if weights.dropout is not None and weights.dropout.rows is None:
         groups, _, num_experts, capacity = dispatch_weights.shape
@@ -143,7 +143,8 @@ def by_sorting(x: Float[Array, "G S D"], routing: Routing, plan: Plan, weights: 
 
     The cost of a row does not depend on the load of its expert, and assignments that are not kept have no row. On a
     mesh every device sorts its own tokens and, where experts are split, sends each device the rows of its experts; a
-    plan in chunks does so for each part of the tokens alone, whose exchange XLA starts beside the experts of another.
+    plan in chunks does so for each chunk of the tokens, and XLA overlaps the exchange of one with the experts of
+    another.
     """
     if weights.dropout is not None:
         weights = weights.at(_numbers(routing))
@@ -219,7 +220,7 @@ _DESCRIPTIONS: dict[Implementation, str] = {
 def _implementation(mode: str) -> Implementation:
     """Implementation of a dispatch in the program being traced."""
     if mode == "gather" and target.is_cpu() and axis_size(*AXES) == 1:
-        return by_sorting  # without an exchange it moves as much as filling buffers, and computes no empty row
+        return by_sorting  # without an exchange it moves as much as filling buffers does, and computes no empty rows
     return _IMPLEMENTATIONS[mode]
 
 
@@ -234,7 +235,7 @@ def describe(mode: str) -> str:
 def dispatch(
     mode: str, x: Float[Array, "G S D"], routing: Routing, plan: Plan, weights: ExpertWeights
 ) -> Float[Array, "G S D"]:
-    """Apply the experts by the implementation that ``model.moe.dispatch=mode`` means on this target.
+    """Apply the experts by the implementation that ``model.moe.dispatch=mode`` selects on this target.
 
     Returns:
         Σ_k weight·expert output in float32, 0 for a token whose assignments were all dropped.

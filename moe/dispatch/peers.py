@@ -21,10 +21,10 @@ Route = tuple[Array, Array, Array, Array]
 
 @dataclasses.dataclass(frozen=True)
 class Peers:
-    """One device's peers. Hosts are runs of the axis of equal length.
+    """One device's peers. The axis is split into consecutive runs of equal length, one per host.
 
     Attributes:
-        hosts: that the axis spans; 1: all of its devices are peers.
+        hosts: number that the axis spans; 1: all devices of the axis are peers.
         across: the peers are those in the same place of every host, instead of those of the same host.
     """
 
@@ -62,11 +62,11 @@ class Peers:
         """All peers' arrays: [...] → [peers,...]."""
         if target.current().platform != "gpu":
             return jax.lax.all_gather(tree, **self._over)
-        # XLA gathers a layer ahead on GPUs, and computes again, a layer ahead, all that these numbers depend on.
+        # On GPUs XLA gathers a layer ahead, and also recomputes, a layer ahead, all that these numbers depend on.
         return jax.tree.map(lambda x: self.swap(jnp.broadcast_to(x, (self.size, *x.shape))), tree)
 
     def swap(self, parts: Array) -> Array:
-        """Send the d-th part of [peers·R,...] to peer d; that of peer s arrives as the s-th."""
+        """Send the d-th part of [peers·R,...] to peer d; the part from peer s arrives as the s-th."""
         return jax.lax.all_to_all(parts, split_axis=0, concat_axis=0, tiled=True, **self._over)
 
     def send(self, rows: Shaped[Array, "R D"], onto: Shaped[Array, "N D"] | int, route: Route) -> Shaped[Array, "N D"]:
@@ -74,8 +74,8 @@ class Peers:
         CPUs."""
         if isinstance(onto, int):
             new = functools.partial(jax.lax.empty, (onto, rows.shape[1]), rows.dtype)
-            # JAX computes what depends on nothing before a loop over layers, and XLA then copies it in every layer: on
-            # TPUs slowly. A GPU would wait for the host at a branch.
+            # JAX hoists an array that depends on nothing out of a loop over layers, and XLA then copies it in every
+            # layer, slowly on TPUs: there a branch prevents it. On GPUs a branch would wait for the host.
             onto = jax.lax.cond(route[1][0] >= 0, new, new) if target.current().platform == "tpu" else new()
         return jax.lax.ragged_all_to_all(rows, onto, *route, **self._over)
 

@@ -2,8 +2,8 @@
 
 The recipe is SwitchBack's (Wortsman et al. 2023, section 2.2): the forward product and the gradient of the rows have
 quantised factors; the gradient of the matrices, a sum over all rows, does not. The scale of a vector along the
-contracted axis is its largest absolute value over the type's (``absmax`` of qwix), so that no scale depends on other
-rows, on other experts or, but for the parts of ``tensor``, on the mesh.
+contracted axis is its largest absolute value divided by the type's (``absmax`` of qwix), so that no scale depends on
+other rows, on other experts or, except for the shards of ``tensor``, on the mesh.
 """
 
 from __future__ import annotations
@@ -60,14 +60,14 @@ def check_target(precision: str) -> None:
 def quantize(
     array: Array, axis: int, precision: str, *, split_over: str | None = None, largest: Array | None = None
 ) -> tuple[Array, Array]:
-    """Quantised numbers, and the float32 scale of each vector along an axis, which has length 1 there.
+    """Quantised numbers, and the float32 scale of each vector along an axis; scales have length 1 on that axis.
 
     Args:
         array: numbers.
-        axis: of the vectors.
-        precision: a value of ``model.low_precision`` but ``none``.
-        split_over: role of the mesh axis over which the vectors are split, within ``shard_map``; None: of none.
-        largest: absolute value of each vector, if it is known.
+        axis: axis of the vectors.
+        precision: a value of ``model.low_precision`` other than ``none``.
+        split_over: role of the mesh axis over which the vectors are split, within ``shard_map``; None: not split.
+        largest: largest absolute value of each vector, if it is known.
     """
     import qwix  # noqa: PLC0415  # optional
 
@@ -117,7 +117,7 @@ def _product(rows: Array, matrices: Array, precision: str) -> Array:
     # On GPUs, by default, sums of float8 have fewer bits than their type.
     exact = lax.Precision.HIGHEST if target.current().platform == "gpu" else None
     sums_dtype = TYPES[precision][1]
-    if target.is_cpu():  # which multiplies no 8 bits; these sums are exact too, up to 1,000 terms of int8
+    if target.is_cpu():  # no 8-bit products there; these sums are exact too, up to 1,000 terms of int8
         values, factors, sums_dtype = values.astype(jnp.float32), factors.astype(jnp.float32), jnp.float32
     sums = lax.dot_general(values, factors, (contracted, (batch, batch)), exact, preferred_element_type=sums_dtype)
     return (sums * scales * factor_scales).astype(rows.dtype)

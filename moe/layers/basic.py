@@ -1,4 +1,4 @@
-"""Parts of layers: parameters, inputs, norms, dropout, FFNs, dense and of experts, and the token embedding."""
+"""Building blocks of layers: parameters, inputs, norms, dropout, dense and expert FFNs, and the token embedding."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ from moe.routing.routing import Routing
 
 
 def parameter[V: nnx.Variable[Any]](value: Array, spec: P, *, kind: type[V] = nnx.Param, inputs: int = 0) -> V:
-    """A variable of a model that carries its storage.
+    """A variable of a model, with its storage as metadata.
 
     Args:
-        spec: in roles, an entry for each axis; :data:`REPLICATED`: every device holds all of it.
+        spec: in roles of mesh axes, an entry for each axis; :data:`REPLICATED`: every device holds all of it.
         kind: class of the variable.
-        inputs: number of axes of a matrix that its input has; 0 for anything but a matrix.
+        inputs: number of input axes of a matrix; 0 for anything but a matrix.
     """
     if spec and len(spec) != value.ndim:
         raise ValueError(f"{spec}: must have an entry for each axis of a parameter of shape {value.shape}")
@@ -72,8 +72,8 @@ class Rows:
         token_ids: [B,T].
         segment_ids: [B,T] the document of each token; 0 is padding.
         positions: [B,T] within the documents.
-        key_segment_ids: [B,T] of the tokens as keys; None: segment_ids. 0 hides a token that itself sees others.
-        prefix: [B,T] 1 for tokens that all of their document see, in a prefix LM; None: attention is causal.
+        key_segment_ids: [B,T] the document of each token as a key, 0: other tokens do not see it; None: segment_ids.
+        prefix: [B,T] 1 for tokens that all tokens of their document see (prefix LM); None: attention is causal.
         encoded: [B,U,D] output of the encoder; None in a decoder-only model and in the encoder.
         encoded_segment_ids: [B,U], of the encoder's tokens.
     """
@@ -92,9 +92,9 @@ class Rows:
         return self.segment_ids if self.key_segment_ids is None else self.key_segment_ids
 
     def require_plain(self, bias: Array | None) -> None:
-        """Raise a ValueError for what only grouped-query attention reads."""
+        """Raise a ValueError for inputs that only grouped-query attention supports."""
         if not (self.prefix is self.key_segment_ids is bias is None):
-            raise ValueError("a prefix, position biases and documents of keys are for grouped-query attention alone")
+            raise ValueError("only grouped-query attention supports a prefix, position biases and documents of keys")
 
 
 class RMSNorm(nnx.Module):
@@ -149,7 +149,7 @@ class Site(enum.Enum):
 
 
 class StackSite(enum.Enum):
-    """Places outside the blocks of a stack, which has a key of its own."""
+    """Dropout sites outside the blocks of a stack; the stack has its own key."""
 
     EMBEDDING = 4
     OUTPUT = 5
@@ -303,7 +303,7 @@ class NullExperts(nnx.Module):
         )
 
     def around(self, experts: RunExperts) -> RunExperts:
-        """The FFN experts with these beside them; assignments to these are never dropped."""
+        """Add these experts to the FFN experts; assignments to these are never dropped."""
 
         def run(x: Array, routing: Routing) -> tuple[Array, Array]:
             sent = self.without(routing)
@@ -342,7 +342,7 @@ class Latent(nnx.Module):
         self.up = matrix(rngs, (latent, d), P(None, STORED), fan_in=latent, scale=config.init_scale)
 
     def around(self, experts: RunExperts) -> RunExperts:
-        """The experts between both projections."""
+        """Wrap the experts in both projections."""
 
         def run(x: Array, routing: Routing) -> tuple[Array, Array]:
             y, kept = experts(self.project_down(x), routing)
@@ -381,7 +381,7 @@ class Embedding(nnx.Module):
 
 
 class Unembedding(nnx.Module):
-    """Output matrix: hidden states to logits. A bias of the logits is its last row, which :func:`with_one` meets."""
+    """Output matrix: hidden states to logits. A bias of the logits is its last row; :func:`with_one` adds its 1."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         d, scale = config.d_model, config.init_scale
@@ -396,5 +396,5 @@ class Unembedding(nnx.Module):
 
 
 def with_one(x: Float[Array, "*batch D"]) -> Float[Array, "*batch inputs"]:
-    """Hidden states with a 1 after them, for the bias in the last row of the output matrix."""
+    """Append a 1 to hidden states, for the bias in the last row of the output matrix."""
     return jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1)

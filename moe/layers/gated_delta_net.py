@@ -34,7 +34,7 @@ CHUNK = 64
 #: Added to the squared length of queries and keys, as in the published code.
 _LENGTH_EPS = 1e-6
 
-#: Products of float32 numbers, which accelerators would round to fewer bits.
+#: Products in full float32, which accelerators would otherwise round to fewer bits.
 _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
@@ -54,7 +54,7 @@ def short_convolution(
 def _inverse(lower: Float[Array, "*batch C C"]) -> Float[Array, "*batch C C"]:
     """Inverse of I + L, for L strictly lower triangular and C a power of two.
 
-    Inverses of blocks on the diagonal are joined to those of twice the size: that of [[A,0],[B,C]] is
+    Inverses of diagonal blocks are joined into those of blocks of twice the size: that of [[A,0],[B,C]] is
     [[A',0],[-C'BA',C']]. A power series of L would be shorter and cancel badly where keys repeat. The last line is a
     Newton step: it has the gradient of the inverse, so that the loop needs none, and corrects its rounding.
     """
@@ -95,16 +95,16 @@ def delta_rule(
 ) -> tuple[Float[Array, "B T M J V"], Float[Array, "B M J H V"]]:
     """Outputs of all tokens and the memory after the last, in float32, by chunks (section 3.3 of the paper).
 
-    The updates of a chunk are the solution of a triangular system, so all but the passage from chunk to chunk is
-    matrix products over the whole row. The backward pass computes them again.
+    The updates of a chunk are the solution of a triangular system, so all but the recurrence from chunk to chunk is
+    matrix products over the whole row. The backward pass recomputes them.
 
     Args:
-        query: any length; divided by sqrt(H) here.
-        key: made unit vectors here, as the queries.
+        query: normalised to unit length and divided by sqrt(H) here.
+        key: normalised to unit length here.
         value: J heads for each head of keys.
         decay: g, at most 0.
         beta: in [0, 1].
-        segment_ids: the document of each token; the memory is empty where one begins. Tokens of padding (0) leave it.
+        segment_ids: the document of each token; the memory is reset where one begins. Padding (0) leaves it unchanged.
     """
     length, size = query.shape[1], min(CHUNK, 1 << (query.shape[1] - 1).bit_length())
     query, key = _unit(query) * query.shape[-1] ** -0.5, _unit(key)
@@ -120,9 +120,9 @@ def delta_rule(
 
     query, key, value, begins = (split(x) for x in (query, key, value.astype(jnp.float32), begins))
     decay, beta = (jnp.moveaxis(split(x), 2, -1) for x in (decay, beta))  # [T/C,B,M,J,C]
-    document = jnp.cumsum(begins, axis=-1)  # 0: that of the chunk before
+    document = jnp.cumsum(begins, axis=-1)  # 0: continues the chunk before
     later = np.tril(np.ones((size, size), np.float32))  # row i, column j: i >= j
-    # g_{j+1} + ... + g_i, each summed by itself: a difference of two sums from the start would cancel.
+    # g_{j+1} + ... + g_i, each summed by itself: a difference of cumulative sums would lose digits.
     between = _einsum("ik,nbmqkj->nbmqij", later, jnp.where(np.tril(later, -1) > 0, decay[..., None], 0.0))
     same = document[..., :, None] == document[..., None, :]
     decays = jnp.exp(between) * (same * later)[:, :, None, None]
@@ -158,7 +158,7 @@ def delta_step(
     beta: Float[Array, "B M J"],
     memory: Float[Array, "B M J H V"],
 ) -> tuple[Float[Array, "B M J V"], Float[Array, "B M J H V"]]:
-    """:func:`delta_rule` of one more token, to the memory of those before it."""
+    """:func:`delta_rule` for one more token, given the memory of those before it."""
     query, key = _unit(query) * query.shape[-1] ** -0.5, _unit(key)
     memory = memory * jnp.exp(decay)[..., None, None]
     written = (value.astype(jnp.float32) - _einsum("bmh,bmqhv->bmqv", key, memory)) * beta[..., None]
@@ -166,7 +166,7 @@ def delta_step(
     return _einsum("bmh,bmqhv->bmqv", query, memory), memory
 
 
-#: Steps of the decay at the start of training, between which its bias is drawn (as in Mamba 2 and the paper's code).
+#: Range of the decay's steps at initialisation, from which its bias is drawn (as in Mamba 2 and the paper's code).
 _FIRST_STEPS = 1e-3, 1e-1
 
 
@@ -207,7 +207,7 @@ class GatedDeltaNet(nnx.Module):
         self.decay = project((d.value_heads,), IN)
         low, high = map(float, np.log(_FIRST_STEPS))
         steps = jnp.exp(jax.random.uniform(rngs.params(), (d.value_heads,), jnp.float32, low, high))
-        self.decay_bias = parameter(steps + jnp.log(-jnp.expm1(-steps)), P("tensor"))  # softplus of it: the steps
+        self.decay_bias = parameter(steps + jnp.log(-jnp.expm1(-steps)), P("tensor"))  # softplus(decay_bias) = steps
         scales = jax.random.uniform(rngs.params(), (d.value_heads,), jnp.float32, 0.01, 16.0)
         self.log_decay_scale = parameter(jnp.log(scales), P("tensor"))
         self.norm = RMSNorm(d.value_dim, c.norm_eps)
@@ -231,10 +231,10 @@ class GatedDeltaNet(nnx.Module):
     def prefill(
         self, x: Float[Array, "B T D"], rows: Rows, bias: Array | None = None, drop: Dropout = KEEP_ALL
     ) -> tuple[Float[Array, "B T N V"], DeltaState]:
-        """Run whole rows, each document for itself; there are no attention weights to drop.
+        """Run whole rows, each document separately; ``drop`` is not used, as there are no attention weights.
 
         Returns:
-            The heads, and the state after the last token of each row that is no padding.
+            The heads, and the state after the last token of each row that is not padding.
         """
         del drop
         rows.require_plain(bias)
@@ -250,7 +250,7 @@ class GatedDeltaNet(nnx.Module):
         return heads, DeltaState(self._last(raw, segment_ids), memory)
 
     def step(self, x: Float[Array, "B 1 D"], state: DeltaState) -> tuple[Float[Array, "B 1 N V"], DeltaState]:
-        """One more token a row."""
+        """Run one more token of each row."""
         raw = self._inputs(x)
         pairs = zip(state.inputs, raw, strict=True)
         inputs = [jnp.concatenate([old, new.astype(old.dtype)], axis=1) for old, new in pairs]

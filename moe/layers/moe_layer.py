@@ -29,7 +29,7 @@ from moe.routing.routing import Choices, Routing, route
 
 
 class SelectionBias(nnx.Variable):
-    """[E] float32 without a gradient, which the train step updates: a bias that the scores get for selection only, or
+    """[E] float32 without a gradient, which the train step updates: a bias added to the scores for selection only, or
     another state that ``Gate.state`` names."""
 
 
@@ -122,7 +122,7 @@ class MoELayer(nnx.Module):
     """
 
     has_slots: ClassVar[bool] = False  # router logits are per slot, as in Soft MoE
-    #: Settings of a layer on its own that are not given.
+    #: Defaults of the settings of a stand-alone layer.
     defaults: ClassVar[Mapping[str, Any]] = types.MappingProxyType({"gate": "mixtral"})
 
     def __init__(
@@ -132,7 +132,7 @@ class MoELayer(nnx.Module):
 
         Args:
             config: of a whole model, whose ``moe`` section describes the layer; None: ``settings`` do.
-            gate: the gate, its name, or ``module:object``; with a config, instead of the config's, as a layer gate.
+            gate: the gate, its name, or ``module:object``; with a config, it replaces the config's as a layer gate.
             **settings: ``d_model``, ``activation`` and ``init_scale`` of :class:`moe.config.ModelConfig`, and fields of
                 :class:`moe.config.MoEConfig` such as ``d_ff``, ``num_experts`` and ``dispatch``.
 
@@ -148,7 +148,7 @@ class MoELayer(nnx.Module):
         self.gate = moe.gate
         if (self.gate.router == "slots") != self.has_slots:
             other = "moe.MoELayer" if self.has_slots else "moe.SoftMoE"
-            raise ConfigError(f"gate={self.gate.name!r}: is not the gate of a {type(self).__name__}, but of a {other}")
+            raise ConfigError(f"gate={self.gate.name!r}: needs a {other}, not a {type(self).__name__}")
         self.router = None if self.gate.router == "none" else Router(config, kind=self.gate.router, rngs=rngs)
         self.latent = Latent(config, rngs=rngs) if moe.latent_dim else None
         self.null = NullExperts(config, rngs=rngs) if moe.null_experts else None
@@ -173,7 +173,7 @@ class MoELayer(nnx.Module):
             mask: real tokens; padding takes no capacity, gets 0 and counts in no loss. None: all are real.
             token_ids: for gates that route by token id.
             positions: of the tokens in their texts, given when generating: no row's routing then depends on the others.
-            routing: recorded routing to replay instead of asking the router, or choices for it to weigh anew.
+            routing: recorded routing to replay instead of asking the router, or choices, whose weights it recomputes.
             train: use the training capacity factor and expert dropout.
             rng: key of jitter, the gate's draws, random drops and expert dropout; None: deterministic.
 
@@ -256,7 +256,7 @@ class MoELayer(nnx.Module):
         if routing is None:
             return
         if isinstance(routing, Choices) and not self.gate.reweighs:
-            raise ValueError(f"choices cannot be weighed anew: the gate {self.gate.name!r} weighs only what it chooses")
+            raise ValueError(f"choices cannot be replayed: the gate {self.gate.name!r} weighs only its own choices")
         if routing.chosen.shape[:2] != tokens.mask.shape:
             raise ValueError(
                 f"a routing of {routing.chosen.shape[:2]} groups and tokens cannot be replayed here: "
@@ -272,7 +272,7 @@ class MoELayer(nnx.Module):
             return y
         choices = jax.nn.one_hot(routing.expert_index, biases.shape[0], dtype=jnp.float32)  # [G,S,K,E]
         weights = jnp.einsum("gsk,gske->gse", jnp.where(kept, routing.combine_weights, 0), choices)
-        # Cast there, because XLA would gather an array that is not cast where the scan slices it, outside of its scope.
+        # Cast while gathering: XLA would gather an array that is not cast where the scan slices it, outside its scope.
         return y + weights @ gather_for_matmul(biases, dtype)
 
     def _report(
@@ -291,14 +291,14 @@ class MoELayer(nnx.Module):
             kept,
             counts=moe.losses.counts,
             parts=parts,
-            k=None if self.gate.experts_choose else moe.experts_per_token,  # chosen by experts: by their capacity
+            k=None if self.gate.experts_choose else moe.experts_per_token,  # None: the measured mean
             null_experts=moe.null_experts,
             weights=balancing.balance_weights(moe.num_experts, moe.null_experts, moe.losses.null),
             expert_groups=groups,
             strength=penalty,
         )
-        # What follows are constants, which a model with other gates in other layers must not count: the loss of devices
-        # over one group of experts, and without a router all losses.
+        # Constant losses are set to 0, as a model whose other layers have other gates must not count them: the device
+        # loss over a single group of experts, and all losses of a layer without a router.
         if router is not None:
             return report if groups > 1 else dataclasses.replace(report, device_balance_loss=jnp.zeros(()))
         sums = dataclasses.replace(report.sums, counts=0 * report.sums.counts, probs=0 * report.sums.probs)

@@ -30,7 +30,7 @@ class SoftMoE(MoELayer):
     """
 
     has_slots = True
-    #: The paper's layer, where the gate is given as a value too.
+    #: Settings of the paper's layer, which also hold where the gate is given as a value.
     defaults = types.MappingProxyType(
         {"gate": "soft_moe"} | {name: getattr(_LAYER, name) for name in ("dispatch", "capacity", "losses")}
     )
@@ -67,14 +67,14 @@ class SoftMoE(MoELayer):
 
 
 def create_layer(config: ModelConfig, *, gate: Gate | None = None, rngs: nnx.Rngs) -> MoELayer:
-    """The layer of a model's gate, or of a layer's own."""
+    """Create the MoE layer for a model's gate, or for a layer's own gate."""
     rule = config.moe.gate if gate is None else gate
     has_slots = rule is not None and rule.router == "slots"
     return (SoftMoE if has_slots else MoELayer)(config, gate=gate, rngs=rngs)
 
 
 def expert_logits(slot_logits: Float[Array, "G S E C"]) -> Float[Array, "G S E"]:
-    """Logits by which an expert's probability is the sum over its slots; NaN where a slot's logit is not finite, since
+    """Logits that make an expert's probability the sum over its slots; NaN where a slot's logit is not finite, since
     a slot at −inf would not show in the sum."""
     logits = jax.nn.logsumexp(slot_logits, axis=-1)
     return jnp.where(jnp.all(jnp.isfinite(slot_logits), axis=-1), logits, jnp.nan)

@@ -1,6 +1,6 @@
 """Low-rank adapters of matrices (LoRA, Hu et al. 2021): W + alpha / rank · A B, with A and B trained and W fixed.
 
-The sum is made of whole matrices before the model reads them. So every dispatch mode and backend computes with the
+The sum is computed on whole matrices before the model reads them. So every dispatch mode and backend computes with the
 same weights as a model into which the adapters were merged, and the gradients of A and B are those of that model's
 matrices by the chain rule, dA = alpha / rank · dW Bᵀ and dB = alpha / rank · Aᵀ dW. The price is one more copy of the
 adapted matrices, and their gradient, while a step runs.
@@ -35,7 +35,7 @@ LORA_B = "lora_b"
 
 def initial_adapters(base: nnx.State, config: LoraConfig, key: Array) -> nnx.State:
     """Adapters of a model's parameters: A uniform within ±1/sqrt(fan-in) as in PEFT, B zero; parts that are trained
-    whole as they are.
+    in full are copied.
 
     Args:
         config: rank, and what is adapted.
@@ -50,13 +50,13 @@ def initial_adapters(base: nnx.State, config: LoraConfig, key: Array) -> nnx.Sta
         elif part_of(path) in config.parts and path[-2] in _OWNERS and weight.get_metadata("inputs"):
             factors = _factors(weight, path[-2] == "experts", config, jax.random.fold_in(key, number))
             adapters |= {(*path, name): factor for name, factor in factors.items()}
-    require(bool(adapters), "lora.parts", config.parts, "must name a part of which this model has matrices")
+    require(bool(adapters), "lora.parts", config.parts, "must name a part that has matrices in this model")
     return nnx.from_flat_state(adapters)
 
 
 def _factors(weight: nnx.Variable[Any], of_experts: bool, config: LoraConfig, key: Array) -> dict[str, Any]:
     """A [layers, experts, *inputs, rank] and B [layers, experts, rank, *outputs] of a matrix [layers, experts, *inputs,
-    *outputs], each split over devices as the axes that it has in common with the matrix."""
+    *outputs], each split over devices along the axes that it shares with the matrix."""
     shape = weight.shape
     spec = tuple(spec_of(weight))
     rank = config.rank
@@ -75,7 +75,7 @@ def _factors(weight: nnx.Variable[Any], of_experts: bool, config: LoraConfig, ke
 
 
 def merge(base: Any, adapters: Any, scale: float) -> Any:
-    """Parameters with their adapters added, and those that are trained whole in place of the base's.
+    """Parameters with their adapters added; those that are trained in full replace the base's.
 
     Args:
         base: nested dict of parameters, or a part of it.
@@ -94,7 +94,7 @@ def _product(rank: int, factors: dict[str, Any]) -> Array:
     common, b = LORA_COMMON_A in factors, factors[LORA_B]
     a = factors[LORA_COMMON_A if common else LORA_A]
     axes = string.ascii_lowercase[:rank]
-    first = a.ndim + common + b.ndim - 2 - rank  # of the axes of the input; layers and experts come before
+    first = a.ndim + common + b.ndim - 2 - rank  # first axis of the input, after layers and experts
     last = first + a.ndim - 1 - (first - common)
     subscripts = f"{axes[: first - common]}{axes[first:last]}z,{axes[:first]}z{axes[last:]}->{axes}"
     return jnp.einsum(subscripts, a, b)

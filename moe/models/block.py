@@ -18,7 +18,7 @@ from moe.parallel.mesh import constrain
 from moe.routing.balancing import LayerReport
 from moe.routing.routing import Choices, Routing
 
-#: An MoE layer's report and routing; None of a dense layer.
+#: An MoE layer's report and routing; None for a dense layer.
 Record = tuple[LayerReport, Routing] | None
 
 

@@ -31,10 +31,10 @@ class Output:
     Attributes:
         logits: in the compute dtype.
         hidden: final hidden states: logits = hidden @ ``output_matrix()``.
-        layers: a LayerReport whose arrays lead with the number of MoE layers; None in a dense model. An encoder's
+        layers: a LayerReport whose arrays have the MoE layers as leading axis; None in a dense model. An encoder's
             layers come before the decoder's.
-        routing: a Routing whose arrays do likewise; None unless asked for. Of an encoder-decoder a pair, the encoder's
-            first, None for a stack without MoE layers: their groups differ.
+        routing: a Routing whose arrays do likewise; None unless asked for. For an encoder-decoder a pair, since groups
+            differ: the encoder's, then the decoder's, each None for a stack without MoE layers.
         encoder_hidden: output of the encoder.
         further: final hidden states of each depth of multi-token prediction, in training; its MoE layers are the last
             of ``layers``.
@@ -56,7 +56,7 @@ class LanguageModel(nnx.Module):
     unembedding: Unembedding | None
 
     def embed(self, token_ids: Int[Array, "B T"], embedding: Embedding | None = None) -> Float[Array, "B T D"]:
-        """Vectors of tokens in the compute dtype, of a table; None: the model's."""
+        """Token vectors in the compute dtype, from this embedding; None: the model's."""
         vectors = (embedding or self.embedding)(token_ids, jnp.dtype(self.config.dtype))
         return vectors * self.config.embedding_scale
 
@@ -66,14 +66,14 @@ class LanguageModel(nnx.Module):
         return self.embedding.matrix(dtype).T if self.unembedding is None else self.unembedding.matrix(dtype)
 
     def scaled(self, x: Float[Array, "B T D"]) -> Float[Array, "B T inputs"]:
-        """Final hidden states: a stack's output, with the factor of the logits, such as T5's 1/sqrt(D), and with a 1
-        for the bias of the logits where there is one."""
+        """Final hidden states: a stack's output times the factor of the logits, such as T5's 1/sqrt(D), with a 1
+        appended for the bias of the logits where there is one."""
         x = x * (self.config.logit_scale * (self.config.d_model**-0.5 if self.config.scale_logits else 1.0))
         return with_one(x) if self.config.logit_bias else x
 
     def logits(self, hidden: Float[Array, "B T inputs"]) -> Float[Array, "B T V"]:
-        """Logits of final hidden states; under jit a caller that reads only the latter, as the train step does, never
-        pays for these."""
+        """Logits of final hidden states; under jit they cost nothing for a caller that reads only the hidden states, as
+        the train step does."""
         return constrain(hidden @ self.output_matrix(), partition_specs.LOGITS)
 
 
@@ -81,7 +81,7 @@ class Transformer(LanguageModel, Stack):
     """Embedding, L blocks, final norm, logits."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        """Draw the parameters of all layers; what the config leaves to its gate is filled in."""
+        """Draw the parameters of all layers. Raises ConfigError for anything but a ModelConfig."""
         check_is_model(config)
         self.embedding = Embedding(config, rngs=rngs)
         Stack.__init__(self, config, rngs=rngs)
@@ -108,11 +108,11 @@ class Transformer(LanguageModel, Stack):
             positions: positions within the documents; None: 0…T−1.
             train: use training capacity factors and dropout.
             rng: key of the routing noise and dropout; None: deterministic.
-            routing: the routing of every MoE layer, as ``return_routing`` gave it, to use instead of the routers' own,
-                or its ``choices``, which the routers weigh anew, with a gradient; it must be for tokens in the same
-                groups, under whatever dispatch mode and mesh.
+            routing: the routing of every MoE layer, as returned by ``return_routing``, to use instead of the routers'
+                own, or its ``choices``, whose weights the routers recompute, with a gradient. The groups of tokens must
+                be the same; dispatch mode and mesh may differ.
             return_routing: also return the Routing of every MoE layer.
-            prefix: 1 for the tokens of each document that all its others see (prefix LM); None: attention is causal.
+            prefix: 1 for tokens that all tokens of their document see (prefix LM); None: attention is causal.
         """
         rows = make_rows(token_ids, segment_ids, positions, prefix=None if prefix is None else jnp.asarray(prefix))
         x, layers, recorded = self.run(
@@ -130,7 +130,7 @@ class Transformer(LanguageModel, Stack):
         rng: PRNGKeyArray | None = None,
         routing: Routing | None = None,
     ) -> Output:
-        """The result of a call whose layers gave this; arguments are those of :meth:`run` and what it returns."""
+        """Build the result from what the layers returned; arguments are those of :meth:`run` and what it returns."""
         hidden, further = self.scaled(x), ()
         if train and self.config.prediction_layers:
             further, more = predict(self.prediction, self.config, self.embed, x, rows, train=train, rng=rng)

@@ -20,13 +20,13 @@ from moe.routing.routing import Routing
 
 
 class EncoderDecoder(LanguageModel):
-    """An encoder that sees both sides, and a causal decoder that attends to its output; one embedding, or two."""
+    """A bidirectional encoder, and a causal decoder that attends to its output; one embedding, or one each."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        """Draw the parameters of all layers; what the config leaves to its gate is filled in.
+        """Draw the parameters of all layers.
 
         Raises:
-            ConfigError: ``encoder_layers`` is 0.
+            ConfigError: ``encoder_layers`` is 0, or the config is not a ModelConfig.
         """
         check_is_model(config)
         self.config = config

@@ -34,7 +34,7 @@ def _sizes(config: ModelConfig) -> tuple[tuple[tuple[str, ...], int], ...]:
 
 
 def expert_rows_per_token(config: ModelConfig, sequence_length: int) -> float:
-    """Rows that the experts of one layer compute for each token: K, less those of balanced experts without an FFN; for
+    """Rows that the experts of one layer compute for each token: K, less what experts without FFNs get at balance; for
     Soft MoE and expert choice, slots (or capacity) per token."""
     moe = config.moe
     gate, group_size = moe.gate, moe.group_size or sequence_length
@@ -99,7 +99,7 @@ def row_lengths(sequence_length: int, input_length: int) -> dict[str, int]:
 
 
 def _multiplied(config: ModelConfig, lengths: dict[str, int]) -> dict[tuple[str, ...], float]:
-    """Parameters by which a token of the decoder, and the encoder's tokens that fall to it, are multiplied, by path."""
+    """Parameters that multiply a token of the decoder and its share of the encoder's tokens, by path."""
     found = {}
     for path, size in _sizes(config):
         stack = path[0] if path[0] in lengths else ""

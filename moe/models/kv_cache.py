@@ -1,4 +1,4 @@
-"""State of earlier tokens, so that each further one costs one position: keys and values, or a layer's own memory.
+"""State of earlier tokens, so that each further token costs one position: keys and values, or a layer's memory.
 
 Prompts of unequal length each begin at column 0. A layer with a sliding window keeps its last W positions in a ring:
 position p lies in slot p mod W. An encoder-decoder also keeps what its decoder reads of the encoder's output.
@@ -34,7 +34,7 @@ class LayerCache:
     """Keys and values of one layer; stacked over layers it gains a leading axis.
 
     Attributes:
-        key: [B,W,M,H], rotated; of latent attention the latent and the rotated key, [B,W,1,R].
+        key: [B,W,M,H], rotated; for latent attention the latent and the rotated key, [B,W,1,R].
         value: [B,W,M,H]; None for latent attention.
         position: [B,W] int32, the position held in each slot; -1 where it is empty.
     """
@@ -58,7 +58,7 @@ class Encoded:
     mask: Array
 
 
-#: State of one layer, of a kind that its mixer reads.
+#: State of one layer; its mixer determines the kind.
 Cache = LayerCache | DeltaState
 
 #: (block, normalised x, cache) → (heads [B,T,N,H], cache)
@@ -68,7 +68,7 @@ CachedAttention = Callable[[Block, Array, Any], tuple[Array, Cache]]
 def empty(config: ModelConfig, rows: int, length: int, *, ahead: int = 0) -> LayerStates:
     """A cache of every layer for ``length`` positions a row, or for the window where a layer has a shorter one.
 
-    ``ahead``: tokens that :func:`extend` takes at once, beyond one.
+    ``ahead``: how many tokens beyond one :func:`extend` takes at once.
     """
 
     def create(kind: LayerKind, repeats: int) -> Cache:
@@ -172,10 +172,10 @@ def extend(
 ) -> tuple[Float[Array, "B T D"], LayerStates, Choices | None]:
     """Run further tokens of each row, usually one; the result is like that of :func:`run_prompt`.
 
-    A token sees those before it alone. One that is taken back is overwritten by the next of its position.
+    A token sees only itself and those before it. A rejected token is overwritten by the next one at its position.
 
     Args:
-        active: rows that are done go through no expert.
+        active: False for rows that are done, whose tokens go through no expert.
         caches: of all tokens before.
     """
     rows = next_rows(token_ids, positions, active)
@@ -189,7 +189,7 @@ def next_rows(token_ids: Int[Array, "B T"], positions: Int[Array, "B T"], active
 
 
 def next_attention(positions: Int[Array, "B T"], relative: Any = None) -> CachedAttention:
-    """Attention of further tokens to the cache, into which they go first."""
+    """Attention of further tokens to the cache, to which they are added first."""
 
     def attention(block: Block, x: Array, cache: Any) -> tuple[Array, Cache]:
         if isinstance(block.mixer, GatedDeltaNet):
@@ -244,7 +244,7 @@ def _append(cache: LayerCache, key: Array, value: Array | None, positions: Array
 def _run(
     model: Model, rows: Rows, caches: LayerStates, attention: CachedAttention, encoded: Encoded | None
 ) -> tuple[Array, LayerStates, Choices | None]:
-    """All blocks with this attention: hidden states [B,T,D] before the final norm, caches, and experts."""
+    """Run all blocks with this attention; return hidden states [B,T,D] before the final norm, caches, and experts."""
     states = [[(cache, None) for cache in unit] for unit in caches]
     if encoded is not None:
         states = [list(zip(*units, strict=True)) for units in zip(caches, encoded.layers, strict=True)]
@@ -275,6 +275,6 @@ def attend(block: Block, x: Array, cache: Cache, attention: CachedAttention) -> 
 
 
 def next_logits(model: Model, x: Float[Array, "B 1 D"]) -> Float[Array, "B V"]:
-    """Logits of the token after the only one, from its hidden state before the final norm."""
+    """Logits of the next token, from the last one's hidden state before the final norm."""
     hidden = model.scaled(_decoder(model).final_norm(x))
     return (hidden[:, 0] @ model.output_matrix()).astype(jnp.float32)

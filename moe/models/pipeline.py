@@ -1,8 +1,8 @@
 """Pipeline parallelism: layers split into stages over the mesh axis ``pipeline``, through which microbatches pass.
 
-The equal layers that most of a model consists of (its longest segment) are pipelined, but for the last few where stages
-do not divide them. What comes before and after belongs to no stage: there the devices of the axis share the
-microbatches. All of it is one ``shard_map`` that is manual over this axis alone. The layers inside are traced as on a
+The equal layers that most of a model consists of (its longest segment) are pipelined, except the last few where
+stages do not divide them. What comes before and after belongs to no stage: there the devices of the axis share the
+microbatches. All of it is one ``shard_map`` that is manual over this axis only. The layers inside are traced as on a
 mesh without the axis, with their kernels, exchanges and gathers as they are; under ``vmap`` over a stacked axis of
 stages (GSPMD 2021, section 3.3, praxis, MaxText) each of them would need a batched form.
 
@@ -62,10 +62,10 @@ def check(config: Config, sizes: Mapping[str, int]) -> None:
     if repeats % stages:
         fits, allowed = repeats >= groups, f"its {equal} must be at least {product}"
     else:
-        fits, allowed = repeats % groups == 0, f"its {equal}, a multiple of {stages} stages, must be one of {product}"
+        fits, allowed = repeats % groups == 0, f"its {equal}, divisible by {stages}, must be a multiple of {product}"
     require(fits, "model.num_layers", config.model.num_layers, allowed)
     divides = train.accumulation_steps % stages == 0
-    allowed = f"must be a multiple of mesh.pipeline={stages}, through whose stages microbatches pass"
+    allowed = f"must be a multiple of mesh.pipeline={stages}, since microbatches pass through its stages"
     require(divides, "train.accumulation_steps", train.accumulation_steps, allowed)
     # XLA of JAX 0.12 fails to partition a lookup in an array whose rows are split, within a Manual axis.
     for name, value, only in (
@@ -96,8 +96,8 @@ class Pipeline:
         """Set up.
 
         Args:
-            model: this device's parameters: of the pipelined segment the stage's layers for :meth:`run`, those of no
-                stage for :meth:`finish`; of everything else the whole.
+            model: this device's parameters: for the pipelined segment, the stage's layers in :meth:`run` and those of
+                no stage in :meth:`finish`; all of everything else.
             schedule: of the pipelined segment.
             rng: key of the step.
         """
@@ -115,7 +115,7 @@ class Pipeline:
             x: embedded tokens of this device's microbatches, [K,b,T,D].
             rows: of these microbatches, [K,b,T].
             numbers: of these microbatches.
-            casts: model whose parameters of the stage's layers are read; this one's get the gradients.
+            casts: model from which the stage's parameters are read; the gradients go to those of ``self.model``.
 
         Returns:
             Activations [K,b,T,D], and what the layers report, each leading with K.
@@ -163,8 +163,8 @@ class Pipeline:
             group = work // stages % rounds
             key = jax.random.fold_in(self.rng, work // (rounds * stages) * stages + work % stages)
 
-            # As inputs of a scan the slices of a turn's weights would be kept for the backward pass, and the gradients
-            # of all of them be stacked in every turn.
+            # If a turn's slices of weights were inputs of a scan, they would be kept for the backward pass, and all of
+            # their gradients stacked in every turn.
             def take(variables: Any, repeat: Array) -> Any:
                 place = group * repeats + repeat
                 take_one = functools.partial(lax.dynamic_index_in_dim, index=place, keepdims=False)
@@ -179,8 +179,8 @@ class Pipeline:
         def exchange(current: Any, waiting: Any, turn: Array | int) -> tuple[Any, Any]:
             """Swap, on the first stage, a microbatch that has passed all layers for one that has not.
 
-            Turning the waiting ones on by a place each turn brings each to the first stage when its turn is, and those
-            that are done home.
+            Rotating the waiting ones by one place in every turn brings each to the first stage when it is due, and
+            finished ones home.
             """
             block, swaps = turn // (rounds * stages), stage == 0
             slot = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, block, keepdims=False), waiting)
@@ -197,7 +197,7 @@ class Pipeline:
             if rounds == 1:
                 current, waiting = exchange(current, waiting, number)
             else:
-                # In the last turns the next block would enter.
+                # The branch is also taken in the last turns, where one more block would enter.
                 with jax.named_scope(TAKEN_SCOPE.format((blocks + 1) * stages - 1, turns + stages - 1)):
                     enters = number % (rounds * stages) < stages
                     current, waiting = lax.cond(enters, exchange, lambda *both: both[:2], current, waiting, number)
@@ -254,7 +254,7 @@ def gradients(
         return own, rest
 
     def cast(path: tuple[Any, ...], x: Array, own: Array) -> Array:
-        """A stage's matrices of experts, which are sent in the dtype in which they are read; others as they are."""
+        """A stage's parameters as they are read: matrices of experts that are sent are cast first, others are kept."""
         moves = schedule.rounds > 1 or "pipeline" not in spec(path)[:1]
         names = {getattr(key, "key", None) for key in path}
         dtype = jnp.dtype(config.model.dtype)
@@ -263,7 +263,7 @@ def gradients(
         return schedule.assign(x.astype(dtype), spec(path))[0]
 
     def embed(table: Any) -> Array:
-        """[K,S,b,T] → [S,b,K,T] → [S·b·K,T], in which rows are split as outside of pipelines, and back."""
+        """Embed tokens: [K,S,b,T] → [S,b,K,T] → [S·b·K,T], where rows are split as outside pipelines, and back."""
         variables = dataclasses.replace(state, parameters=state.parameters | {"embedding": table}).variables
         token_ids = jnp.moveaxis(batch["tokens"], 0, 2)
         x = nnx.merge(graphdef, variables).embed(token_ids.reshape(-1, token_ids.shape[-1]))
@@ -307,7 +307,7 @@ def gradients(
         (share, gradient), (shown, layers, cotangents) = lax.scan(accumulate, zeros, inputs)
         before, of_own, of_x = back_through_stages(tuple(cotangents))
         (of_layers,) = back((of_own, {segment: gradient.pop(segment)}))
-        # Of arrays that no device stores in part each has the gradient of its own layers.
+        # For arrays that every device stores whole, each device has the gradient of its own layers only.
         of_layers = jax.tree_util.tree_map_with_path(
             lambda path, x: x if "pipeline" in spec(path) else lax.psum(x, axis), of_layers
         )
@@ -330,7 +330,7 @@ def gradients(
         axis_names={axis},
         check_vma=False,
     )
-    # The table is looked up outside: within, XLA would send the gradient of every token to every device of a stage.
+    # Tokens are embedded outside: inside, XLA would send the gradient of every token to every device of a stage.
     x, back = jax.vjp(embed, state.parameters["embedding"])
     share, shown, outside, inside, of_x, layers = spread(state, x, batch, rng, count)
     outside["embedding"] = jax.tree.map(jnp.add, outside["embedding"], *back(of_x))

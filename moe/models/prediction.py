@@ -20,8 +20,8 @@ from moe.routing.balancing import LayerReport
 
 
 class PredictionLayer(nnx.Module):
-    """One depth: a block over a projection of the depth before, joined with the embedding of the token that it
-    predicted (equations 21 and 22). The block is of the kind of the model's last layer."""
+    """One depth: a block over a projection of the previous depth's hidden states and the embeddings of the tokens that
+    they predicted (equations 21 and 22). The block is of the kind of the model's last layer."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         d = config.d_model
@@ -43,7 +43,7 @@ class PredictionLayer(nnx.Module):
         """Hidden states of the next depth, before its norm.
 
         Args:
-            x: of the depth before; of the model, its final hidden states.
+            x: hidden states of the previous depth; for the first depth, the model's final hidden states.
             embedded: embedding of the token that x predicted.
             rows: of the embedded tokens.
             train: see :meth:`moe.models.stack.Stack.run`.
@@ -80,8 +80,8 @@ def predict(
 ) -> tuple[tuple[Float[Array, "B T D"], ...], LayerReport | None]:
     """Normalised hidden states of every depth, and the reports of their MoE layers, stacked.
 
-    Where the document ends before the token that a depth needs, the hidden states are of some other token; no target
-    is there, and no earlier position sees them.
+    Where the document ends before the token that a depth needs, the hidden states are of some other token; such
+    positions have no target, and no earlier position sees them.
 
     Args:
         layers: stacked.

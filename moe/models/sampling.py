@@ -1,4 +1,4 @@
-"""Text generation with a key/value cache, and completions sampled with what the model computed for them.
+"""Text generation with a key/value cache, and sampling of completions with their probabilities and experts.
 
 No assignment is dropped, so a row's text does not depend on the other rows of its batch.
 """
@@ -32,7 +32,7 @@ class Sampling:
         top_k: choose among this many likeliest tokens; 0: all.
         top_p: choose among the fewest likeliest tokens that together have this probability.
         stop_tokens: ids that end a row.
-        start_token: first token of the decoder of an encoder-decoder; T5 takes that of padding.
+        start_token: first token of the decoder of an encoder-decoder; T5 takes the padding token.
         prefix: prompts are seen in both directions, as a prefix LM was trained (data.objective).
         seed: of the draws; the draws of row b do not depend on the other rows.
     """
@@ -99,7 +99,7 @@ def one_group_a_row(config: ModelConfig) -> ModelConfig:
 
 def for_generation(config: Config, num_devices: int) -> Config:
     """A run's config as generation uses it, to be checked against a mesh: one row a device, no microbatches, one group
-    a row whatever the run's group size, and exchanges that fit themselves to row and mesh."""
+    a row whatever the run's group size, and exchange settings that fit any row and mesh."""
     train = dataclasses.replace(config.train, batch_size=num_devices, accumulation_steps=1)
     model, data = without_drops(config.model), dataclasses.replace(config.data, streams=0)
     model = dataclasses.replace(model, moe=dataclasses.replace(model.moe, exchange_chunks=1, exchange_hosts=1))
@@ -116,9 +116,9 @@ def stream(
     """Continue prompts, or write the targets of an encoder's inputs, one token a row at a time.
 
     Args:
-        variables: nested dict of all its variables, on the mesh in context if there is one.
+        variables: nested dict of all of the model's variables, on the mesh in context if there is one.
         prompts: B token sequences of any lengths from 1; of an encoder-decoder, inputs of the encoder.
-        num_tokens: the most tokens to add to a row.
+        num_tokens: maximum number of tokens to add to a row.
 
     Yields:
         [B] int32, the next token of each row, -1 after a row's stop token; ends when all rows have ended.
@@ -152,7 +152,7 @@ def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int] | np.ndar
 
 
 def check_tokens(config: ModelConfig, prompts: Sequence[Sequence[int] | np.ndarray]) -> None:
-    """Refuse tokens outside the vocabulary that prompts are read by. Raises ConfigError."""
+    """Refuse tokens outside the vocabulary of the prompts. Raises ConfigError."""
     vocab_size = config.encoder_vocab_size or config.vocab_size
     if any(not 0 <= int(token) < vocab_size for prompt in prompts for token in prompt):
         raise ConfigError(f"prompts: tokens must be from 0 to {vocab_size - 1}")
@@ -163,7 +163,7 @@ def looks_ahead(config: ModelConfig) -> str:
     for gate in config.moe.gates:
         if not gate.generates:
             where = f"{config.moe.field_of(gate)}={gate.name!r}"
-            return f"{where}: routes by the other tokens of a group, which are others in generation than in training"
+            return f"{where}: routes by the other tokens of a group, which differ between generation and training"
     return ""
 
 
@@ -177,7 +177,7 @@ def pad_prompts(prompts: Sequence[Sequence[int] | np.ndarray]) -> tuple[np.ndarr
     lengths = np.ones(rows, np.int32)
     lengths[: len(prompts)] = [len(prompt) for prompt in prompts]
     width = int(lengths.max())
-    if width > 512:  # attention goes by blocks of a length that divides the row
+    if width > 512:  # attention runs in blocks whose length divides the row's
         width = -(-width // 128) * 128
     token_ids = np.zeros((rows, width), np.int32)
     for row, prompt in zip(token_ids, prompts, strict=False):
@@ -239,8 +239,8 @@ class Rollout:
     Attributes:
         tokens: [n] int32, the stop token included.
         log_probs: [n] float32, of each token at temperature 1 over the whole vocabulary, nats.
-        experts: [p + n - 1, L, K] int32 of the tokens of prompt and completion but the last, in the MoE layers; None in
-            a dense model.
+        experts: [p + n - 1, L, K] int32, of all tokens of prompt and completion except the last, in the MoE layers;
+            None in a dense model.
     """
 
     tokens: np.ndarray
@@ -257,7 +257,7 @@ def make_sampler(config: ModelConfig, num_tokens: int, stop_tokens: Sequence[int
 
     Args:
         config: of a decoder-only model.
-        num_tokens: the most tokens to add to a prompt.
+        num_tokens: maximum number of tokens to add to a prompt.
         stop_tokens: ids that end a completion.
 
     Raises:

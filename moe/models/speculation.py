@@ -73,10 +73,10 @@ def sample(
     Args:
         config: of a model with ``prediction_layers``, whose first one drafts.
         prompts: B token sequences of any lengths from 1.
-        num_tokens: the most tokens to add to a row.
+        num_tokens: maximum number of tokens to add to a row.
         stop_tokens: ids that end a row.
-        prefix: the model sees prompts in both directions, as a prefix LM was trained; the layer that drafts sees them
-            in one, as in training.
+        prefix: the model sees prompts in both directions, as a prefix LM was trained; the drafting layer sees them
+            causally, as in training.
 
     Raises:
         ConfigError: no prediction layers; or see :func:`moe.models.sampling.stream`.
@@ -88,7 +88,7 @@ def sample(
     if config.rope_scaling.follows_length:
         raise ConfigError(
             f"model.rope_scaling.kind={config.rope_scaling.kind!r}: must be another to draft tokens, since its angles "
-            "depend on how long the text is"
+            "depend on the length of the text"
         )
     check_prompts(config, prompts)
     token_ids, lengths = pad_prompts(prompts)
@@ -176,7 +176,7 @@ def _draft(
     positions: Int[Array, "B T"],
     cache: Cache,
 ) -> tuple[Int[Array, "B T"], Cache]:
-    """The tokens after ``token_ids``, each of which the hidden state at a position predicted."""
+    """Draft the tokens after ``token_ids``, which the hidden states at ``positions`` predicted."""
     rows = kv_cache.next_rows(token_ids, positions, jnp.ones(len(token_ids), bool))
     x, cache = _predict(model, layer, hidden, rows, cache, kv_cache.next_attention(positions))
     return _likeliest(model, layer.output_norm(x)), cache

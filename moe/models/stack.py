@@ -136,7 +136,7 @@ class Stack(nnx.Module):
 
     @property
     def _first(self) -> int:
-        """Number of the first layer: those of an encoder and its decoder are numbered through."""
+        """Number of the first layer: the decoder's layers are numbered after the encoder's."""
         return self.config.encoder_layers if self.name == "decoder" else 0
 
     def position_bias(self, length: int) -> Float[Array, "N P"] | None:
@@ -159,8 +159,8 @@ class Stack(nnx.Module):
         return_routing: bool = False,
         generating: bool = False,
     ) -> Body:
-        """One layer, for :meth:`scan`; arguments are those of :meth:`run`. A layer's state is its routing to replay,
-        then what it reports."""
+        """One layer, for :meth:`scan`; arguments are those of :meth:`run`. A layer's input state is the routing to
+        replay, its output state what it reports."""
         bias = self.position_bias(rows.token_ids.shape[1])
 
         def body(block: Block, x: Array, replayed: Routing | Choices | None, layer: Array) -> tuple[Array, Any]:
@@ -188,7 +188,7 @@ class Stack(nnx.Module):
             states: an input for every layer, such as a cache; None: None for each.
             of: the segments to run; None: all.
             remat: what the backward pass recomputes, a key of :data:`REMAT_POLICIES`.
-            per_trip: repeats written out in one trip of the loop over them; 0: all.
+            per_trip: repeats unrolled in one iteration of the loop over them; 0: all.
 
         Returns:
             The last x and the new state of every layer.
@@ -220,7 +220,7 @@ def scan_segment(
 
     Args:
         repeats: number to run; None: all.
-        take: (all variables, repeat) → the repeat's variables, again in the backward pass; None: they are sliced.
+        take: (all variables, repeat) → the repeat's variables, called again in the backward pass; None: slice them.
         remat, per_trip: as there.
     """
     graphdef, stacked = nnx.split(segment)
@@ -241,7 +241,7 @@ def scan_segment(
 
     written_out = not per_trip or 1 < repeats <= per_trip
     if remat != "none":
-        # Within a loop XLA cannot merge the recomputation with the forward pass; written out it would, and nothing
+        # Within a loop XLA cannot merge the recomputation with the forward pass; unrolled it would, and no memory
         # would be saved.
         repeat = jax.checkpoint(repeat, policy=REMAT_POLICIES[remat], prevent_cse=written_out)
     inputs = (stacked if take is None else None, jnp.arange(repeats), states)
@@ -297,7 +297,7 @@ def join_moe_layers(states: LayerStates) -> Any:
 
 
 def selection_biases(config: ModelConfig, layers: Float[Array, "L E"]) -> dict[str, Any]:
-    """One vector for every MoE layer, as the nested dict in which a model keeps its routers' selection biases; layers
+    """Convert one vector per MoE layer to the nested dict in which a model keeps its routers' selection biases; layers
     whose gate has none are left out."""
     biases: dict[str, Any] = {}
     start = 0
@@ -348,7 +348,7 @@ def stacked_layers(config: ModelConfig, path: Sequence[str]) -> tuple[range, tup
 
 
 def unstack_layers(config: ModelConfig, tree: dict[str, Any]) -> dict[tuple[int, tuple[str, ...]], Any]:
-    """Parameters, or moments of them, as {(layer, path within the block): one layer's array}; layer -1 is outside."""
+    """Parameters, or moments of them, as {(layer, path within the block): one layer's array}; -1: outside layers."""
     flat: dict[tuple[int, tuple[str, ...]], Any] = {}
     for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         path = tuple(key.key for key in key_path)

@@ -1,4 +1,4 @@
-"""Which layers each stage of a pipeline runs, and how their weights come from where they are stored."""
+"""Assignment of layers to pipeline stages, and the transfer of their weights from where they are stored."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from moe.models.stack import segments
 from moe.parallel.mesh import axis_of, on_mesh
 from moe.parallel.parameters import WEIGHTS_SCOPE
 
-#: Scope of a conditional whose branch is taken in so many of so many turns, by which the planner counts it.
+#: Scope of a conditional, with the number of turns that take its branch and of all turns, which the planner reads.
 TAKEN_SCOPE = "taken_{}_of_{}"
 
 
@@ -33,8 +33,8 @@ class Schedule:
 
     Attributes:
         stages: S.
-        rounds: C, groups of a stage.
-        repeats: of the segment's unit, in one group.
+        rounds: C, number of groups of a stage.
+        repeats: number of repeats of the segment's unit in one group.
     """
 
     stages: int
@@ -43,7 +43,7 @@ class Schedule:
 
     @classmethod
     def of(cls, config: Config, stages: int) -> Schedule:
-        """The schedule of a run with so many stages."""
+        """The schedule of a run with this number of stages."""
         rounds = config.train.pipeline_rounds
         _, repeats = segments(layer_kinds(config.model))[pipelined_segment(config.model)]
         return cls(stages, rounds, repeats // (stages * rounds))
@@ -65,8 +65,8 @@ class Schedule:
         spread = functools.partial(jax.shard_map, out_specs=whole, axis_names=others, check_vma=False)
         own = functools.partial(self._own, spec=spec)
 
-        # XLA gathers over all axes what passes along a Manual one, so here all of them are. Written as the transpose of
-        # a shard_map, the gradients would be summed over the axes that split nothing, on which they are equal.
+        # XLA gathers over all axes what is sent along a Manual one, so here all axes are Manual. As the transpose of a
+        # shard_map, the gradients would be summed over axes that split nothing, where they are already equal.
         @jax.custom_vjp
         def assigned(x: Array) -> tuple[Array, Array]:
             return spread(own, in_specs=whole)(x)
@@ -95,7 +95,7 @@ class Schedule:
         """:meth:`assign` where stages divide the repeats, and device p stores the groups p·C ... p·C + C - 1."""
         if self.rounds == 1:
             return x
-        # Every device sends as many groups to every stage: first the stage's own, then any.
+        # Every device sends equally many groups to every stage: first the stage's own, then arbitrary ones.
         most = -(-self.rounds // self.stages)
         sent = np.zeros((self.stages, self.stages, most), int)
         received = np.zeros((self.stages, self.rounds), int)

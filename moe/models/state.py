@@ -47,7 +47,7 @@ class TrainState:
         return self
 
     def restored(self, stored: TrainState) -> TrainState:
-        """The state of a checkpoint that :attr:`stored` went into."""
+        """The state with the content of a checkpoint, as :attr:`stored` made it."""
         return stored
 
 

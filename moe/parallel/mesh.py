@@ -32,7 +32,7 @@ from moe.fields import whole_number
 AXES = ("pipeline", "data", "fsdp", "expert", "tensor", "context")
 ROW_AXES = ("pipeline", "data", "fsdp", "expert")
 TOKEN_AXES = (*ROW_AXES, "context")
-_ONLY_WHERE_SPLIT = ("pipeline", "context")  # axes that our meshes lack at size 1
+_ONLY_WHERE_SPLIT = ("pipeline", "context")  # axes that our meshes omit at size 1
 
 _NO_NAMES: Mapping[str, str] = types.MappingProxyType({})
 _names: contextvars.ContextVar[Mapping[str, str]] = contextvars.ContextVar("mesh roles", default=_NO_NAMES)
@@ -40,10 +40,10 @@ _names: contextvars.ContextVar[Mapping[str, str]] = contextvars.ContextVar("mesh
 
 @contextlib.contextmanager
 def mesh_roles(names: Mapping[str, str]) -> Iterator[None]:
-    """While programs are traced in this context, the axis ``names[role]`` of the mesh has that role.
+    """Give the axis ``names[role]`` of the mesh that role, for programs traced in this context.
 
     Raises:
-        ConfigError: an unknown role, or one axis for two.
+        ConfigError: an unknown role, or one axis for two roles.
     """
     for role in names:
         if role not in AXES:
@@ -58,7 +58,7 @@ def mesh_roles(names: Mapping[str, str]) -> Iterator[None]:
 
 
 def axis_of(role: str) -> str:
-    """Name of the mesh axis that has this role; "" if its own has another one."""
+    """Name of the mesh axis that has this role; "" if the axis of that name has another role."""
     names = _names.get()
     return "" if role not in names and role in names.values() else names.get(role, role)
 
@@ -106,13 +106,13 @@ def parse_sizes(entries: Sequence[str], *, remaining: bool = False) -> dict[str,
         remaining: a size may be -1, all remaining devices.
 
     Raises:
-        ConfigError: another axis or size.
+        ConfigError: an unknown axis or an invalid size.
     """
     sizes = {}
     for entry in entries:
         axis, _, size = entry.partition("=")
         if axis not in AXES or not (whole_number(size) or (remaining and size == "-1")):
-            raise ConfigError(f"--mesh={entry}: must be axis=size with a positive size, of {', '.join(AXES)}")
+            raise ConfigError(f"--mesh={entry}: must be axis=size with a positive size, axis one of {', '.join(AXES)}")
         sizes[axis] = int(size)
     return sizes
 

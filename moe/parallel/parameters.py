@@ -51,7 +51,7 @@ def axis_names(axes: Any) -> tuple[str, ...]:
 
 
 def fit(spec: P, shape: Sequence[int]) -> P:
-    """Storage of a weight whose D does not divide by fsdp x expert (1024 over 2048 cores): ``expert`` splits another
+    """Storage of a weight; if its D is not divisible by fsdp x expert (1024 over 2048 cores), ``expert`` splits another
     dimension instead, or none."""
 
     def divides(dim: int, axes: Any) -> bool:
@@ -69,10 +69,10 @@ def fit(spec: P, shape: Sequence[int]) -> P:
 
 
 def spec_of(variable: nnx.Variable[Any], name: str = "a parameter") -> P:
-    """PartitionSpec of a variable in roles, of one layer where only that is left of a stack.
+    """PartitionSpec of a variable, in roles; without the stack's axis if the variable was sliced to one layer.
 
     Raises:
-        ValueError: it was made without one; the message gives this name.
+        ValueError: it was made without one; the message contains ``name``.
     """
     entries = variable.get_metadata("spec", None)
     if entries is None:
@@ -99,9 +99,9 @@ def parameter_specs(variables: nnx.State) -> dict[str, Any]:
 
 
 def _storage(variable: nnx.Variable[Any], name: str = "a parameter") -> P:
-    """Storage of a variable on the mesh in context. Over ``pipeline`` a stage stores its layers where the stages divide
-    their number, and otherwise a part of each, of the first dimension that no other axis splits and the stages divide,
-    or else all."""
+    """Storage of a variable on the mesh in context. Over ``pipeline`` a stage stores whole layers if the stages divide
+    their number; otherwise a part of each layer, along the first dimension that no other axis splits and the stages
+    divide; otherwise everything."""
     shape = variable.shape
     spec = fit(spec_of(variable, name), shape)
     entries, stages = [None if axes == LAYERS else axes for axes in spec], axis_size("pipeline")
@@ -156,8 +156,8 @@ def parameter_shardings(mesh: Mesh | None, variables: nnx.State) -> dict[str, An
 
 
 def take_layer(stacked: nnx.State, index: Array) -> nnx.State:
-    """One of the layers that variables stack, as the devices of ``pipeline`` store it: from those that have it, or in
-    parts, which are gathered where it is used. XLA would gather all layers."""
+    """Take one layer from stacked variables that are stored over ``pipeline``: sent by the devices that have it, or in
+    parts, which are gathered where the layer is used. XLA by itself would gather all layers."""
     axis = axis_of("pipeline")
 
     def part(variable: nnx.Variable[Array]) -> nnx.Variable[Array]:
@@ -200,7 +200,7 @@ def project_joined(
     """:func:`project` by a product with a matrix [D,N·H] or [N·H,D], whose result is shaped as the heads."""
     shape, spec, inputs = weights.shape, spec_of(weights), weights.get_metadata("inputs")
     batch, outputs = x.shape[: x.ndim - inputs], shape[inputs:]
-    # Of N and H, N alone is split over devices.
+    # Of N and H, only N is split over devices.
     joined = P(spec[0], spec[inputs])
     matrix = gather_array(weights[...].reshape(math.prod(shape[:inputs]), -1), joined, x.dtype)
     return by(x.reshape(*batch, -1), matrix).reshape(*batch, *outputs)
@@ -210,11 +210,11 @@ def project_joined(
 def _onto(
     x: Float[Array, "*batch D"], matrix: Float[Array, "D F"], outputs: tuple[int, ...]
 ) -> Float[Array, "*batch outputs"]:
-    """Matmul whose result has these axes, joined in the gradients alone.
+    """Matmul whose result has the axes ``outputs``, which are joined only in the gradients.
 
     With heads of 64, which fill half the lanes, XLA for TPUs takes twice as long for the gradient of [D,N,H] as for
-    that of [D,N·H] (compiled for v5p). After a joined result it would not fuse the product with what follows it. Of
-    heads of 128 nothing is joined: Mixtral-8x7B's planned step took a hundredth longer.
+    that of [D,N·H] (compiled for v5p). If the result were joined, XLA would not fuse the product with what follows.
+    With heads of 128 nothing is joined: Mixtral-8x7B's planned step took a hundredth longer with it.
     """
     return jnp.tensordot(x, matrix.reshape(-1, *outputs), 1)
 
@@ -258,7 +258,7 @@ def gather_shard(shard: Array, dim: int) -> Array:
 
     Args:
         shard: of one device, in the dtype of the products.
-        dim: that is split.
+        dim: the dimension that is split.
     """
     with jax.named_scope(f"{WEIGHTS_SCOPE}shards"):
         for groups in _hops(axis_size("fsdp"), shard.shape[dim], _TILE_BYTES // shard.dtype.itemsize):
@@ -271,15 +271,15 @@ _TILE_BYTES = 32
 
 
 def _hops(size: int, rows: int = 16, tile_rows: int = 16) -> list[list[list[int]] | None]:
-    """Groups of the gathers that follow each other: one gather of all, or two where the axis spans a 3D torus.
+    """Groups of consecutive all-gathers: one over all devices, or two where the axis spans a 3D torus.
 
     XLA for TPUs has no all-gather over three torus dimensions: it adds up arrays padded with zeros, at twice the bytes
     and a write of each array. So the last dimension is gathered first, then the plane of the other two. In slices of
     the default shapes (4x4x4, 4x4x8, ... 8x16x16) the last dimension is the cube root of the chips, rounded up.
 
-    If that leaves rows that fill no whole tiles (2880 / 64 of each of 4 chips), the second hop would write whole
-    matrices that must be copied: then the plane of the last two dimensions comes first, and the first dimension after
-    it, which takes longer on the network.
+    If that leaves rows that do not fill whole tiles (2880 / 64 of each of 4 chips), the second hop would write whole
+    matrices that must then be copied. In that case the plane of the last two dimensions is gathered first, and the
+    first dimension after it, which takes longer on the network.
 
     Args:
         size: chips of the axis.

@@ -28,7 +28,7 @@ PARTIAL_LOGITS_MATRIX = P(TOKEN_AXES, None, "tensor")  # [X,D,V], gradient summe
 GROUPED_SLOTS = P(None, TOKEN_AXES)  # [E,G,C,D] before dispatch, sharded as tokens
 EXPERT_SLOTS = P("expert", ("pipeline", "data", "fsdp", "context"))  # [E,G,C,D] after dispatch, sharded as experts
 
-# Parameters; those of one module alone stand where it makes them.
+# Parameters; specs that only one module uses are defined there.
 REPLICATED = P()
 #: Axes over which D of a weight that all tokens use is stored: all row axes except data.
 STORED = ("fsdp", "expert")
@@ -42,7 +42,7 @@ EXPERT_BIASES = P("expert", "tensor")  # [E,F]
 
 
 def shard_bytes(tree: Any, *, host: bool = False) -> int:
-    """Bytes of one device's shards of a tree of ShapeDtypeStructs with shardings; ``host``: and of those in a host's
+    """Bytes of one device's shards of a tree of ShapeDtypeStructs with shardings; ``host``: including those in host
     memory."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
@@ -68,18 +68,19 @@ EXPERT_OUTPUTS = "expert_outputs"
 HIDDEN = "hidden"
 LAYER_INPUT = "layer_input"
 
-#: Name of the inputs of all layers of a repeat but the first, which is kept anyway; without them the backward pass
-#: would compute the layers before them as a whole.
+#: Name of the inputs of a repeat's layers except the first, whose input is kept anyway; without them the backward pass
+#: would recompute the layers before them as a whole.
 INNER_INPUT = "inner_input"
 
 _keep_only = jax.checkpoint_policies.save_only_these_names
 
 #: Checkpoint policies: what the backward pass recomputes. "none": nothing; "full": the layer; "dots": all but matmuls
-#: without a batch axis. Of the rest each keeps more than the one below it: "routes" where tokens go, a few integers of
-#: each, so that gradients travel to the experts beside the attention that is recomputed; "attention" also the heads, so
-#: that neither they nor their projections are recomputed; "outputs" also what experts return, where it is read (their
-#: last matmul and exchange); "hidden" also hidden activations, so that only cheap work is left to recompute. "offload"
-#: keeps what "attention" does, and the layers' inputs, in the host's memory: least of a device's, for two transfers.
+#: without a batch axis. The others, in this order, each keep more than the one before: "routes" where tokens go, a few
+#: integers for each, so that gradients travel to the experts while attention is recomputed; "attention" also the heads,
+#: so that neither they nor their projections are recomputed; "outputs" also what experts return, where it is read
+#: (their last matmul and exchange); "hidden" also hidden activations, so that only cheap work is left to recompute.
+#: "offload" keeps what "attention" does, and the layers' inputs, in host memory: the least device memory, for two
+#: transfers.
 REMAT_POLICIES: dict[str, Any] = {
     "none": jax.checkpoint_policies.everything_saveable,
     "hidden": _keep_only(ROUTES, INNER_INPUT, ATTENTION, EXPERT_OUTPUTS, HIDDEN),

@@ -20,7 +20,7 @@ class Target:
     Attributes:
         platform: "cpu", "tpu" or "gpu".
         device_kind: JAX's name of it, such as "TPU v5" or "NVIDIA H100 80GB HBM3".
-        num_cores: of a GPU, its streaming multiprocessors; 0 where JAX does not tell.
+        num_cores: number of streaming multiprocessors of a GPU; 0 where JAX does not report it.
     """
 
     platform: str
@@ -55,7 +55,7 @@ class Target:
 
     @property
     def tensor_cores(self) -> int:
-        """TensorCores of a TPU that share a device, and so every kernel."""
+        """Number of TensorCores that one TPU device has, which share every kernel."""
         return next((cores for name, cores in TENSOR_CORES.items() if name in self.device_kind), 1)
 
     @property
@@ -70,7 +70,7 @@ class Target:
         return next(kibibytes, _DEFAULT_VMEM_KIB) * 1024
 
 
-#: Vector lanes of a TPU, which the last dimension of an array fills, or leaves in part empty.
+#: Vector lanes of a TPU; an array's last dimension runs along them, and one that is no multiple leaves some empty.
 LANES = 128
 
 #: Datasheet FLOP/s of one JAX device in bfloat16, without sparsity, by a substring of the device kind; the first match
@@ -124,9 +124,9 @@ _DEFAULT_VMEM_KIB = 16384
 _SCOPED_VMEM_KIB = {"TPU v5 lite": 65536, "TPU v5": 32768, "TPU v6": 98304, "TPU7": 49152}
 
 
-#: Options for all-gathers and reduce-scatters on the SparseCores, beside the work of the TensorCores; on v6e XLA writes
-#: a reduce-scatter as an all-reduce and a slice without them. MaxText's recipes for v5p use those for all-gathers
-#: (src/maxtext/configs/tpu/v5p). On v7 they are the default.
+#: Options for all-gathers and reduce-scatters on the SparseCores, beside the work of the TensorCores; without
+#: them XLA for v6e writes a reduce-scatter as an all-reduce and a slice. MaxText's recipes for v5p use those for
+#: all-gathers (src/maxtext/configs/tpu/v5p). On v7 they are the default.
 _SPARSE_CORE_EXCHANGES = (
     "xla_sc_disable_megacore_partitioning",
     "xla_tpu_use_tc_device_shape_on_sc",
@@ -138,11 +138,11 @@ _SPARSE_CORE_EXCHANGES = (
 _KINDS_WITH_SPARSE_CORES = ("TPU v5", "TPU v6 lite")
 
 
-#: The latency-hiding scheduler, off by default, starts exchanges early; without it nearly all are waited for in place.
-#: By default it has one exchange under way at a time, although NVLink and the network between hosts are apart. Level O1
-#: gathers a layer's weights beside the work of the layer before. By default the scheduler may plan for 0.95 of 0.8 of a
-#: device's memory, of which its own estimate is larger than what programs then need; short of it, it starts exchanges
-#: late and computes again.
+#: The latency-hiding scheduler, off by default, starts exchanges early; without it programs wait for nearly all.
+#: By default it runs one exchange at a time, although NVLink and the network between hosts are separate. Level O1
+#: gathers a layer's weights during the work of the layer before. By default the scheduler may plan for 0.95 of 0.8 of a
+#: device's memory, and it overestimates what programs need; where it sees too little memory, it starts exchanges late
+#: and recomputes.
 _NVIDIA_OPTIONS = {
     "xla_gpu_enable_latency_hiding_scheduler": True,
     "xla_gpu_experimental_parallel_collective_overlap_limit": 4,
@@ -152,15 +152,15 @@ _NVIDIA_OPTIONS = {
 
 
 #: In a pipeline a turn's exchanges have one layer's work to hide behind, so they start as soon as they can. A loop
-#: counts as all exchanges in it: were few allowed, none could be under way beside those of the experts' further rounds.
+#: counts as all exchanges in it: if few were allowed, none could overlap with the experts' further rounds.
 _NVIDIA_PIPELINE = {
     "xla_gpu_experimental_collective_start_as_early_as_possible": True,
     "xla_gpu_experimental_parallel_collective_overlap_limit": 64,
 }
 
 
-#: XLA of JAX 0.12 writes two trips of a loop as one, and aborts ("call graph must have been flattened") where that loop
-#: over layers is inside a pipeline's loop over turns.
+#: XLA of JAX 0.12 unrolls two iterations of a loop into one, and aborts ("call graph must have been flattened") where
+#: that is a loop over layers inside a pipeline's loop over turns.
 _NVIDIA_NESTED = {"xla_gpu_enable_while_loop_unrolling": "WHILE_LOOP_UNROLLING_NO_UNROLL"}
 
 

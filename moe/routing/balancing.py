@@ -42,7 +42,7 @@ class BalanceSums:
     bias_target: Array
 
 
-#: Auxiliary losses by their field of :class:`LayerReport`: the field of ``model.moe.losses`` with the weight, a name.
+#: Field of :class:`LayerReport` with an auxiliary loss → (field of ``model.moe.losses`` with its weight, its name).
 AUXILIARY: Mapping[str, tuple[str, str]] = types.MappingProxyType(
     {
         "load_balancing_loss": ("balance", "load balancing"),
@@ -106,7 +106,7 @@ def token_mean(values: Float[Array, "G S *rest"], mask: Bool[Array, "G S"]) -> F
 
 
 def _sums(routing: Routing, mask: Array, parts: int, counts: BalanceCounts) -> tuple[Array, Array, Array]:
-    """Counted assignments and probability [parts,E], and tokens [parts], of equal consecutive parts of the batch."""
+    """Counted assignments and summed probabilities [parts,E], and tokens [parts], of equal consecutive parts."""
     num_experts = routing.router_probs.shape[-1]
     chosen, expert_index = routing.chosen, routing.expert_index
     if counts == "first_choice":
@@ -155,7 +155,7 @@ def load_balancing_loss(
 ) -> Float[Array, ""]:
     """E·Σ_e f_e·P_e, f_e the share of assignments to e, P_e the mean probability of e (Switch 2021, equations 4-6).
 
-    1 at perfect balance for every K, since f sums to 1. The gradient flows through P only. The same value elsewhere:
+    1 at perfect balance for every K, since f sums to 1. The gradient flows through P only. In other papers:
     GShard's ℓ_aux (2020, algorithm 1) is this over first choices, per group, divided by E². DeepSeek's Σ f P
     (DeepSeekMoE 2024, equations 12-14; V3 2024, equations 17-20) is this, per sequence in V3. DeepSeekMoE's
     device-level loss (equations 15-17) is this over n groups of experts: n·Σ_i (Σ_{e in i} f_e)(Σ_{e in i} P_e).
@@ -243,11 +243,11 @@ def report(
         kept: chosen assignments within the capacity.
         counts: see :func:`load_balancing_loss`.
         parts: see :func:`load_balancing_loss`.
-        k: K, for a quantile or a penalty; None: as many as took a token on average.
+        k: K, which the quantile and the penalty read; None: the mean number of experts that took a token.
         null_experts: how many of the last columns are experts without an FFN.
         weights: see :func:`balance_weights`.
         expert_groups: groups of the device-level loss.
-        strength: of the sparsity penalty; None: there is none.
+        strength: λ of the sparsity penalty; None: no penalty.
     """
     num_experts = routing.router_probs.shape[-1]
     load = count_per_expert(routing.expert_index, routing.chosen, num_experts)
@@ -291,9 +291,10 @@ def next_selection_bias(
 ) -> Float[Array, "*layers E"]:
     """Updated state of a router, from :func:`bias_signal`, u being the rate.
 
-    sign: b_e + u·sign(mean load − load_e) (loss-free balancing 2024, algorithm 1). quantile: towards the bias that
-    would have balanced the step, by u, mean-centred (Kimi K3 2026, section 2.3.3). threshold: the same without
-    centring. penalty: λ·(1 + u)^sign(mean number of active experts − K) (ReMoE 2024, equation 8).
+    sign: b_e + u·sign(mean load − load_e) (loss-free balancing 2024, algorithm 1). quantile: a
+    step of u towards the bias that would have balanced the step, then mean-centred (Kimi K3 2026, section 2.3.3).
+    threshold: the same without centring. penalty: λ·(1 + u)^sign(mean number of active experts − K) (ReMoE 2024,
+    equation 8).
     """
     if update == "sign":
         return bias + rate * signal

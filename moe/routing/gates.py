@@ -1,4 +1,4 @@
-"""The routing rules of the papers, a frozen dataclass each: fields that the rule reads, and the rule, in float32."""
+"""The routing rules of the papers: each is a frozen dataclass with the fields that it reads, and runs in float32."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ class GShard(Selecting):
     renormalise: bool = True
 
     def route(self, router_logits: Float[Array, "G S E"], inputs: GateInputs) -> GateOutput:
-        """Without a key the second is always sent. The first weight does not change when it is not."""
+        """Without a key the second assignment is always sent. If it is not sent, the first weight stays the same."""
         output = self.select(router_logits, inputs)
         if inputs.rng is None:
             return output
@@ -137,7 +137,7 @@ def _shares(weights: Float[Array, "G S K"]) -> Float[Array, "G S K"]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SparseMixer(Gate):
-    """Two experts, one after the other, each weighted by the softmax over those near the best one that is left
+    """Two experts, chosen one after the other, each weighted by a softmax over the experts near the best remaining one
     (SparseMixer-v2: GRIN 2024, section 2.2 and Phi-3.5-MoE's released code)."""
 
     k: ClassVar[int] = 2
@@ -147,7 +147,7 @@ class SparseMixer(Gate):
     tolerance: float = setting(0.01, least=0, most=1e6)
 
     def route(self, router_logits: Float[Array, "G S E"], inputs: GateInputs) -> GateOutput:
-        """Sample among the near ones; without a key take the best."""
+        """Sample from the near experts; without a key take the best."""
         left, index, weights = router_logits, [], []
         keys = (None, None) if inputs.rng is None else jax.random.split(inputs.rng)
         for i, key in enumerate(keys):
@@ -158,7 +158,7 @@ class SparseMixer(Gate):
             weight = pick(probs, expert)
             if draws is not None:
                 whole = (expert == top_k(near, 1)[1]) | (jax.random.uniform(draws[1], weight.shape) > 0.75)
-                # Heun's third-order method: the gradient is that of the probability, its value a third at times.
+                # Heun's third-order method: the gradient is the probability's, the value sometimes a third of it.
                 weight = weight + jax.lax.stop_gradient(jnp.where(whole, 0.0, -2 / 3) * weight)
             left = jnp.where(expert == jnp.arange(near.shape[-1]), -jnp.inf, left)
             index, weights = [*index, expert], [*weights, weight]
@@ -185,8 +185,8 @@ class DenseMixture(Gate):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SoftMoE(Gate):
-    """Every slot of every expert a mix of all tokens (Soft MoE 2023, equations 1-3). The layer itself mixes; the rule
-    gives the weights that it reports."""
+    """Every slot of every expert is a mix of all tokens (Soft MoE 2023, equations 1-3). The layer does the mixing; the
+    rule computes the weights that the layer reports."""
 
     router: ClassVar[RouterKind] = "slots"
     looks_ahead: ClassVar[bool] = True
@@ -249,13 +249,13 @@ class ExpertChoice(Gate):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExpertThreshold(ExpertChoice):
-    """Expert choice in training; outside, a token goes to every expert whose threshold its probability exceeds, so that
-    no token depends on another (Expert Threshold Routing 2026, the cut-offs' moving average)."""
+    """Expert choice in training; otherwise a token goes to every expert whose threshold its probability exceeds, so no
+    token depends on another (Expert Threshold Routing 2026; thresholds are moving averages of the cut-offs)."""
 
     threshold_rate: float = setting(0.05, least=0, most=1e6)  # of the moving average; not from a paper
 
     def route(self, router_logits: Float[Array, "G S E"], inputs: GateInputs) -> GateOutput:
-        """The selection bias is minus the thresholds."""
+        """Apply the thresholds; the selection bias holds them negated."""
         output = super().route(router_logits, inputs)
         if inputs.train:
             return output._replace(needed_bias=-jax.lax.stop_gradient(jax.nn.softmax(router_logits, axis=-1)))
@@ -340,7 +340,7 @@ class Balanced(Scored):
     """K experts per real token, round-robin within a group, or by position when generating: equal loads for benchmarks.
 
     Weights are those of a top-k gate, so the router is computed and trained but does not choose. With k=1 a
-    renormalised weight is always 1, and the router gets no gradient; here, unlike elsewhere, that is accepted.
+    renormalised weight is always 1, and the router gets no gradient; this gate, unlike others, accepts that.
     """
 
     chooses: ClassVar[bool] = False

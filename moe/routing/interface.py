@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 
 from moe.fields import check_fields, require, setting
 
-#: Name of ``jax.ad_checkpoint.checkpoint_name``: indices of experts and rows, a few bytes per assignment.
+#: ``jax.ad_checkpoint.checkpoint_name`` of indices of experts and rows, a few bytes per assignment.
 ROUTES = "routes"
 
 RouterKind = Literal["linear", "noisy", "slots", "none"]
@@ -31,7 +31,7 @@ class GateInputs:
     Attributes:
         mask: [G,S] bool, tokens to route: neither padding nor broken.
         rng: key for the gate's random draws; None: deterministic, as in evaluation.
-        train: in training.
+        train: whether this is a training step.
         expert_capacity: C, tokens per expert under expert choice; 0: ceil(K·S/E).
         noise_logits: [G,S,E] float32, x·W_noise of noisy top-k; None: no noise.
         selection_bias: [E] float32, added to the scores for selection only; None: zeros.
@@ -94,7 +94,7 @@ class Gate:
         router: router parameters: linear (W_g), noisy (W_g and W_noise, initialised to zero), slots (a W_g per slot of
             every expert) or none.
         looks_ahead: the experts of a token depend on later tokens, in training at least.
-        chooses: the router's logits, if there are any, decide where a token goes, not its weights alone.
+        chooses: the router's logits, if there are any, decide where a token goes, and not only its weights.
         experts_choose: each expert takes C tokens, so K is an average.
         lists_all: the output has a column for every expert, whatever K is.
         reweighs: the rule reads ``GateInputs.expert_index``.
@@ -107,7 +107,7 @@ class Gate:
     lists_all: ClassVar[bool] = False
     reweighs: ClassVar[bool] = False
 
-    #: Name in configs, messages and records: of the layer that it was taken from, or module:class.
+    #: Name in configs, messages and records: that of the layer it was taken from, or module:class.
     name: str = ""
 
     def __post_init__(self) -> None:
@@ -120,7 +120,7 @@ class Gate:
         raise NotImplementedError(f"{type(self).__name__} has no method route(router_logits, inputs)")
 
     def experts_per_token(self, num_experts: int) -> int:
-        """K, of this many experts."""
+        """K for a layer with this many experts."""
         return getattr(self, "k", num_experts)
 
     @property
@@ -133,7 +133,7 @@ class Gate:
         return dataclasses.replace(self, **{"k": k}) if self.sets_k else self
 
     def check_experts(self, num_experts: int, null_experts: int = 0) -> None:
-        """Raise a ConfigError where the rule cannot choose among so many FFN experts and experts without an FFN."""
+        """Raise a ConfigError if the rule cannot choose among this many FFN experts and experts without an FFN."""
         k = self.experts_per_token(num_experts)
         require(1 <= k <= num_experts, "model.moe.gate.k", k, f"must be at most num_experts={num_experts}")
         only = "must be 0 unless each token chooses K experts"
@@ -162,7 +162,7 @@ class Gate:
 
 def pick(scores: Float[Array, "*batch E"], index: Int[Array, "*batch K"]) -> Float[Array, "*batch K"]:
     """Select entries of the last axis; the gradient is elementwise instead of a scatter."""
-    # [...,1,E] where [...,K,E] → [...,K], kept since the pass over [...,K,E] costs more than it
+    # [...,1,E] where [...,K,E] → [...,K]; kept under remat, as another pass over [...,K,E] costs more than storing it
     chosen = index[..., None] == jnp.arange(scores.shape[-1])
     return checkpoint_name(jnp.sum(jnp.where(chosen, scores[..., None, :], 0.0), axis=-1), ROUTES)
 
@@ -211,8 +211,8 @@ def quantile(
 ) -> Float[Array, " E"]:
     """Largest q of each expert such that at most this share of the masked-in tokens has a value below q.
 
-    Found by narrowing an interval to a sixteenth, six times: each time the counts at 15 points are summed over all
-    tokens, so that a mesh exchanges counts and no token. The error is 2⁻²⁴ of the values' range.
+    Found by narrowing an interval to a sixteenth six times: each time the counts below 15 points are summed over all
+    tokens, so that a mesh exchanges counts but no tokens. The error is 2⁻²⁴ of the values' range.
     """
     inside = mask[..., None]
     low = jnp.min(jnp.where(inside, values, jnp.inf), axis=(0, 1))
@@ -227,7 +227,7 @@ def quantile(
     return low
 
 
-#: Score functions by name. The last one is DeepSeek-V4's; its square root has no finite slope at 0.
+#: Score functions by name. The last one is DeepSeek-V4's; 1e-30 avoids the infinite slope of the root at 0.
 SCORES = {
     "softmax": functools.partial(jax.nn.softmax, axis=-1),
     "sigmoid": jax.nn.sigmoid,
@@ -252,7 +252,7 @@ class Scored(Gate):
     def weigh(
         self, router_logits: Float[Array, "G S E"], inputs: GateInputs, expert_index: Int[Array, "G S K"]
     ) -> GateOutput:
-        """Weights of experts (or of the recorded ones) by their scores; ``probs`` are the scores over their sum."""
+        """Weigh these experts (or the recorded ones) by their scores; ``probs`` are the scores divided by their sum."""
         expert_index = expert_index if inputs.expert_index is None else inputs.expert_index
         scores = self.scores(router_logits)
         probs = None if self.score == "softmax" else scores / (jnp.sum(scores, axis=-1, keepdims=True) + 1e-20)
@@ -304,9 +304,9 @@ class Selecting(Scored):
         inputs: GateInputs,
         preference: Float[Array, "G S E"] | None = None,
     ) -> GateOutput:
-        """Top-k of scores + selection bias within the kept groups, weighted by the scores alone: every top-k gate.
+        """Top-k of scores + selection bias within the kept groups, weighted by the scores only: every top-k gate.
 
-        ``preference`` ranks the experts instead of the scores, and gets the bias in its own units.
+        ``preference`` ranks the experts instead of the scores; the bias is added to it, in its units.
         """
         k = self.experts_per_token(router_logits.shape[-1])
         preference = self.scores(router_logits) if preference is None else preference
@@ -314,7 +314,7 @@ class Selecting(Scored):
         if not (inputs.train and self.bias == "quantile"):
             ranked = limit_to_groups(ranked, self.groups, self.kept_groups, self.scores_per_group)
             return self.weigh(router_logits, inputs, top_k(ranked, k)[1])
-        # An expert is chosen if preference + bias is above the best ranked expert that is not.
+        # An expert is chosen if its preference + bias exceeds that of the best expert that is not chosen.
         values, expert_index = top_k(ranked, k + 1)
         needed = jax.lax.stop_gradient(values[..., k:] - preference)
         return self.weigh(router_logits, inputs, expert_index[..., :k])._replace(needed_bias=needed)

@@ -23,10 +23,10 @@ from moe.routing.interface import ROUTES, Gate, GateInputs, GateOutput
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Choices:
-    """The experts of a routing without its weights: replayed, the router weighs them anew and keeps its gradient.
+    """The experts of a routing without their weights, which the router recomputes in a replay, with a gradient.
 
     Attributes:
-        expert_index: [G,S,K] int32; of a whole model [L,G,S,K].
+        expert_index: [G,S,K] int32; for a whole model [L,G,S,K].
         chosen: bool of the same shape.
     """
 
@@ -48,8 +48,8 @@ class Routing:
         router_probs: [G,S,E] float32, softmax of the logits over E, or the gate's own probabilities.
         broken: [G,S] bool, real tokens with a NaN or infinite router or noise logit; they are not routed.
         smooth_load: [G,S,E] float32, differentiable probability of being chosen; None: not defined by the gate.
-        needed_bias: [G,S,E] float32, see :class:`moe.routing.interface.GateOutput`. A layer reports on these two and
-            leaves them out of the routing that it returns.
+        needed_bias: [G,S,E] float32, see :class:`moe.routing.interface.GateOutput`. A layer uses it and
+            ``smooth_load`` for its report and omits both from the routing that it returns.
     """
 
     expert_index: Array
@@ -63,7 +63,7 @@ class Routing:
 
     @property
     def choices(self) -> Choices:
-        """The experts alone."""
+        """The experts without their weights."""
         return Choices(self.expert_index, self.chosen)
 
 
@@ -85,7 +85,7 @@ def load_routing(path: str) -> Routing | Choices:
             arrays = {name: archive[name] for name in archive.files}
         experts, chosen = arrays["expert_index"], arrays["chosen"]
         if experts.dtype.kind not in "iu" or chosen.dtype.kind != "b" or experts.ndim < 3 or (experts < 0).any():
-            raise ValueError("expert_index must be whole numbers from 0 on, [G,S,K] or [L,G,S,K]; chosen booleans")
+            raise ValueError("expert_index must be integers from 0 on, [G,S,K] or [L,G,S,K]; chosen must be booleans")
         if chosen.shape != experts.shape:
             raise ValueError(f"chosen must be of expert_index's shape {experts.shape}, not {chosen.shape}")
         kind = Choices if arrays.keys() == {"expert_index", "chosen"} else Routing
@@ -106,10 +106,10 @@ def route(
     Args:
         router_logits: cast to float32.
         inputs: with the mask of the real tokens; padding is never chosen and has zero weights.
-        replay: recorded experts to weigh anew instead of choosing.
+        replay: recorded experts to use instead of choosing; their weights are recomputed.
 
     Raises:
-        ConfigError: the gate returns something else than assignments of these tokens to these experts.
+        ConfigError: the gate returns something other than assignments of these tokens to these experts.
     """
     router_logits, mask, noise_logits = router_logits.astype(jnp.float32), inputs.mask, inputs.noise_logits
     finite = jnp.all(jnp.isfinite(router_logits), axis=-1)
@@ -142,8 +142,8 @@ def route(
 
 
 def _check_output(gate: Gate, output: object, router_logits: Array) -> None:
-    """Refuse what is no assignment of these tokens; indices and weights, which only a device knows, are checked by
-    :func:`probe`."""
+    """Refuse outputs of wrong types, shapes or dtypes; values of indices and weights, which are known only at run time,
+    are checked by :func:`probe`."""
     name = f"gate {type(gate).__name__}"
     if not isinstance(output, GateOutput):
         raise ConfigError(f"{name}: route must return a GateOutput, not {type(output).__name__}")
@@ -167,7 +167,7 @@ def probe(gate: Gate, num_experts: int, *, null_experts: int = 0) -> None:
     """Run a user's gate once on a few tokens and refuse it in one sentence if it cannot route them.
 
     Raises:
-        ConfigError: the rule raises, returns something else than a GateOutput of the right shapes and types, an expert
+        ConfigError: the rule raises, returns something other than a GateOutput of the right shapes and types, an expert
             that does not exist or twice for one token, or a weight that is negative or not finite.
     """
     name, columns = f"gate {type(gate).__name__}", num_experts + null_experts

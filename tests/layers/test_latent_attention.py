@@ -89,7 +89,7 @@ def test_absorbed_projections_compute_the_same(module, rng):
         return got, module.join(module.prefill(x, Rows(ones, ones, positions))[0], x)
 
     got, want = run(x, positions)
-    with pytest.raises(ValueError, match="for grouped-query attention alone"):
+    with pytest.raises(ValueError, match="only grouped-query attention supports"):
         module.prefill(x, Rows(ones, ones, positions, prefix=ones))
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 

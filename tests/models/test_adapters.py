@@ -77,7 +77,7 @@ def test_fresh_adapters_change_nothing_and_have_the_shapes_of_their_matrices():
 
 def test_parts_that_the_model_lacks_are_refused():
     base = nnx.State({"moe": {"experts": {"down": parameter(jnp.ones((2, 5, 6, 8)), jax.P(), inputs=1)}}})
-    with pytest.raises(ConfigError, match=r"lora\.parts=\('shared',\): must name a part of which this model"):
+    with pytest.raises(ConfigError, match=r"lora\.parts=\('shared',\): must name a part that has matrices"):
         initial_adapters(base, LoraConfig(rank=2, parts=("shared",)), jax.random.key(0))
 
 

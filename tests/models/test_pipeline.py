@@ -269,7 +269,7 @@ def test_loops_over_several_layers_of_a_turn_are_not_unrolled_on_nvidia(layers, 
         (
             {"train": TrainConfig(accumulation_steps=8, pipeline_rounds=4)},
             {},
-            r"a multiple of 2 stages, must be one of .* = 8",
+            r"divisible by 2, must be a multiple of .* = 8",
         ),
         ({}, {"tensor": 2}, r"mesh.tensor=2: must be 1 with mesh.pipeline=2"),
     ],

@@ -30,7 +30,7 @@ def grouped_ffn(
 
     Args:
         rows: sorted by expert; R comes from :func:`whole_tiles`.
-        group_sizes: rows of each expert. The output of further rows is undefined.
+        group_sizes: rows of each expert. The output of rows beyond their sum is undefined.
         weights: of the experts, gathered, with the dropout of these rows.
         scale: factors of the outputs; not on CPUs.
     """

@@ -2,7 +2,7 @@
 
 A block of the persistent grid has two warpgroups. One warp of the first loads tiles of both factors into a ring of
 buffers, another starts their products, which are summed in tensor memory; the second warpgroup writes the sums of one
-tile while those of the next are made. JAX's kernel of this kind (jax.experimental.pallas.ops.gpu,
+tile while those of the next are computed. JAX's kernel of this kind (jax.experimental.pallas.ops.gpu,
 blackwell_ragged_dot_mgpu.py) takes no transposed matrices, asks the default device for its core count, and cannot be
 interpreted, since its blocks work in pairs.
 """
@@ -56,7 +56,7 @@ def multiply(
     transposed: bool,
     cores: int,
 ) -> Float[Array, "R N"]:
-    """Multiply the rows of each group by its matrix; rows of no group are undefined.
+    """Multiply the rows of each group by its matrix; rows outside all groups are undefined.
 
     Args:
         rows: sorted by group.
@@ -159,7 +159,7 @@ def _kernel(
         plgpu.wait_load_tmem()
 
     def write_rows(row: Array, column: Array, first: Array, count: Array) -> None:
-        """Copy that many rows of ``results``; a copy has a static size, so one for each power of two in the number."""
+        """Copy ``count`` rows of ``results``: copies have static sizes, so one for each power of two in ``count``."""
         for size in (_TILE_ROWS >> i for i in range(_TILE_ROWS.bit_length())):
 
             @pl.when(count & size != 0)

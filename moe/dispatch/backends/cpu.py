@@ -16,9 +16,10 @@ from moe.dispatch.ffn import ExpertWeights
 def choose_row_blocks(num_rows: int, num_groups: int) -> RowBlocks:
     """Blocks for R rows in E groups."""
     mean = num_rows / num_groups
-    # In shares of the mean load: steps of 1/8 up to a half, then of 1/16, and of 1/32 around it, where most groups are.
+    # As shares of the mean load: in steps of 1/8 up to a half, then of 1/16, and of 1/32 near 1, where most groups are.
     shares = [*np.arange(0, 1 / 2, 1 / 8), *np.arange(1 / 2, 25 / 16, 1 / 16), *np.arange(7 / 8, 9 / 8, 1 / 32)]
-    step = 5 if mean >= 64 else 15  # XLA's matmul takes five rows at a time; where rows are few, code costs more
+    # XLA's matmul takes five rows at a time; with few rows, code for more sizes costs more than it saves.
+    step = 5 if mean >= 64 else 15
     sizes = {max(15, math.ceil(mean * share / step) * step) for share in shares}
     return RowBlocks(tuple(sorted({min(size, num_rows) for size in sizes})))
 
@@ -33,7 +34,7 @@ def grouped_ffn(
     """:func:`moe.dispatch.backends.grouped_ffn` in row blocks.
 
     Args:
-        rows: see there, as all others but the last.
+        rows, group_sizes, weights: as there.
         expected_rows: sum of the groups' sizes for which blocks are chosen; None: R.
     """
     blocks = choose_row_blocks(expected_rows or rows.shape[0], group_sizes.shape[0])

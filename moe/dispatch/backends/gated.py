@@ -1,6 +1,6 @@
 """Grouped matmuls of a gated FFN for TPUs in Pallas, with the nonlinearity in the kernels.
 
-XLA reads both products, or writes both gradients, in passes of their own over the rows: a fourteenth of a step of
+XLA reads both products, or writes both gradients, in separate passes over the rows: a fourteenth of a step of
 Mixtral-8x7B on v5p. Here a tile of products is still in vector memory when the nonlinearity, or its gradient, is
 applied; the compiler schedules that beside the matmul of the same tile.
 
@@ -49,19 +49,19 @@ def activated(
     *,
     interpret: bool = False,
 ) -> tuple[Float[Array, "R J"], Float[Array, "R F"], Float[Array, " R"] | None]:
-    """Rows times the interleaved matrices of their experts, the hidden activations of these products, and, of quantised
-    factors, the largest of these in each row.
+    """Rows times the interleaved matrices of their experts, their hidden activations, and, for quantised
+    factors, the largest absolute value of these in each row.
 
     Args:
-        both: rows [R,D], of which the results are undefined for further ones than ``sizes``, and the matrices [E,D,J]
-            of up and gate, J = 2F.
+        both: rows [R,D], and the matrices [E,D,J] of up and gate, J = 2F; results of rows beyond the sum of ``sizes``
+            are undefined.
         biases: of up and gate likewise.
         scale: factors of the activations.
         sizes: rows of each expert.
         activation: a gated value of ``model.activation``.
         dtype: of the results.
         tiles: rows, K and N, of whole pairs of lanes; R is a multiple of the rows.
-        interpret: by Pallas' interpreter, on any device.
+        interpret: run in Pallas' interpreter, on any device.
     """
     tile_rows, _, tile_columns = tiles
     num_rows, columns = both.rows.shape[0], both.shape[2]
@@ -109,8 +109,8 @@ def activation_gradients(
     *,
     interpret: bool = False,
 ) -> tuple[Float[Array, "R J"], Float[Array, "R F"], Float[Array, " R"] | None, Float[Array, " R"] | None]:
-    """Gradients of the interleaved products ``joined``, hidden activations, gradients of their factors, and, of
-    quantised factors, the largest gradient of a product in each row.
+    """Gradients of the interleaved products ``joined``, hidden activations, gradients of their factors, and, for
+    quantised factors, the largest absolute gradient of a product in each row.
 
     Args:
         both: gradients of the experts' outputs [R,D], and down as [E,D,F].
@@ -162,7 +162,7 @@ def activation_gradients(
 
 
 def _of_all_blocks(reduce: Callable[..., Array], of_blocks: Sequence[Array]) -> Float[Array, " R"] | None:
-    """One number a row of the numbers of its blocks of columns, [blocks,1,R]; None of none."""
+    """Reduce the numbers of each row's blocks of columns, [blocks,1,R], to one per row; None if there are none."""
     return reduce(of_blocks[0], axis=(0, 1)) if of_blocks else None
 
 

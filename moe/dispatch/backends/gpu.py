@@ -34,7 +34,7 @@ _HOPPER_COLUMNS, _HOPPER_CONTRACTED, _HOPPER_STEPS, _HOPPER_GRID = 128, 64, 4, 8
 #: them, by the planner's fit, it is ahead from 16 on.
 _BLACKWELL_GROUPS = 16
 
-#: Sides of the matrices that both kernels for float8 take, in both directions.
+#: Both float8 kernels require matrix sides that are multiples of this, in the forward and the backward pass.
 _FLOAT8_TILE = 128
 
 #: Sizes of row blocks, in shares of a group's part of the buffer: four of the largest hold a mean load.
@@ -135,7 +135,7 @@ grouped_matmul.defvjp(_grouped_matmul_fwd, _grouped_matmul_bwd)
 
 
 def _multiply_quantized(rows: Array, matrices: Array, sizes: Array, precision: str, *, transposed: bool) -> Array:
-    """:func:`_multiply` of float8 factors, whose terms the tensor cores take side by side: matrices transposed."""
+    """:func:`_multiply` of float8 factors. Tensor cores need contiguous terms, so matrices are stored transposed."""
     quantized.check_target(precision)
     contracted = 2 if transposed else 1
     if wrong := [size for size in matrices.shape[1:] if size % _FLOAT8_TILE]:

@@ -33,7 +33,7 @@ def multiply(
     *,
     cores: int,
 ) -> Float[Array, "R N"]:
-    """Multiply the rows of each group by its matrix, transposed, to bfloat16; rows of no group are undefined.
+    """Multiply the rows of each group by its matrix, transposed, to bfloat16; rows outside all groups are undefined.
 
     Args:
         rows: float8, sorted by group; R, K and N in whole tiles.
@@ -111,7 +111,7 @@ def _kernel(
         return lax.fori_loop(0, loads, body, zeros)
 
     def write(own: pl.Slice, row: Array, across: pl.Slice, start: Array, count: Array) -> None:
-        """Copy that many of a half's results; a copy has a static size, so one for each power of two in the number."""
+        """Copy ``count`` of a half's results: copies have static sizes, so one for each power of two in ``count``."""
         for size in (half >> i for i in range(half.bit_length())):
 
             @pl.when(count & size != 0)

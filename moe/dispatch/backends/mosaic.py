@@ -1,4 +1,4 @@
-"""Pieces that grouped matmuls in Pallas' Mosaic dialect share: their ring of buffers, and the scales of results."""
+"""Shared parts of the grouped matmuls in Pallas' Mosaic dialect: the ring of buffers, and the scales of results."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 
 def load_ahead(loads: int, done: Array, steps: int, consumed: Any, copy: Callable[[Array, Array], None]) -> None:
-    """Load the parts of a tile's factors into a ring of buffers, each as soon as the buffer's last part was consumed.
+    """Load the parts of a tile's factors into a ring of buffers, each once its buffer's previous part is consumed.
 
     Args:
-        loads: parts of a tile.
-        done: tiles before this one.
-        steps: buffers of the ring.
+        loads: number of parts of a tile.
+        done: number of tiles before this one.
+        steps: number of buffers in the ring.
         consumed: barriers of the buffers.
-        copy: (part, buffer) → None, starts to copy.
+        copy: (part, buffer) → None, starts a copy.
     """
 
     def body(i, _):

@@ -1,7 +1,7 @@
-"""Grouped FFN as loops over row blocks, by plain matmuls: of any groups on CPUs, of a single one on GPUs.
+"""Grouped FFN as loops over row blocks, by plain matmuls: for groups of any size on CPUs, for large ones on GPUs.
 
 There is one loop for each block size: its trip count depends on the data, its shapes do not, and its carried buffers
-are updated in place. A block may reach beyond its group: those rows count as zeros and keep what they hold.
+are updated in place. A block may extend beyond its group: rows outside are read as zeros and not overwritten.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ SCOPE = "blocks"
 class RowBlocks:
     """Static sizes of the blocks of rows that a group is computed in.
 
-    A group has as many blocks of the largest size as it fills, and before them one of the smallest size that takes the
-    rest: an expert's matrices are read, and their gradients written, about once. The sizes lie around the mean load.
+    A group has as many blocks of the largest size as it fills, and before them one of the smallest size that holds the
+    rest. So an expert's matrices are read, and their gradients written, about once. Sizes lie around the mean load.
     """
 
     sizes: tuple[int, ...]
@@ -89,7 +89,7 @@ def _at(tree: Any, index: Array) -> Any:
 def _unwritten(tree: Any, sizes: Array, dtype: Any = None) -> Any:
     """Uninitialised buffers of these shapes, for blocks to be written to.
 
-    XLA's CPU has none of its own, and writing zeros first took a twentieth of shape B's time in scripts/bench_moe.py.
+    XLA's CPU cannot make them, and writing zeros first took a twentieth of shape B's time in scripts/bench_moe.py.
     JAX's foreign function "dce_sink" does nothing, so its result keeps whatever the memory holds. The argument differs
     for every buffer and layer: equal calls would be merged into one, whose result XLA then copies.
     """
@@ -130,11 +130,11 @@ class _Block:
         return part if self.inside is None else jnp.where(self.inside[:, None], part, 0)
 
     def read_column(self, column: Array | None) -> Array | None:
-        """Its rows of an array, if there is one."""
+        """Its rows of a column; None if there is none."""
         return None if column is None else self.read(column)
 
     def write(self, rows: Array, part: Array) -> Array:
-        """Replace its rows of an array, but for those outside the group."""
+        """Replace its rows of an array, except those outside the group."""
         if self.inside is not None:
             part = jnp.where(self.inside[:, None], part, _slice(rows, self.row, self.size))
         return _update_slice(rows, part, self.row)
@@ -195,7 +195,7 @@ def balanced_trips(name: str, rows: int | None = None) -> int | None:
 
     Args:
         name: of the loop in a traced or compiled program.
-        rows: of all groups, each of which gets one more, as the fullest have; None: the groups fill the buffer.
+        rows: of all groups; each counts one row more than the mean, as the fullest have; None: groups fill the buffer.
 
     Returns:
         None for any other loop.

@@ -28,8 +28,8 @@ def tile_rows(num_rows: int, num_groups: int) -> int:
 
 
 def schedule(sizes: Array, num_rows: int, block: int) -> tuple[Array, Array, Array, Array]:
-    """For each step its group and its tile of rows, and for each step the group's first row and its end. Steps beyond
-    the last tile, up to whole supertiles, have an empty group."""
+    """For each step: its group, its tile of rows, the group's first row and its end. Steps after the last tile, which
+    fill up the last supertile, have an empty group."""
     steps = math.ceil((num_rows // block + sizes.shape[0] - 1) / SUPERTILE) * SUPERTILE
     ends = jnp.cumsum(sizes)
     starts = ends - sizes

@@ -34,7 +34,7 @@ def grouped_ffn(
     weights: ExpertWeights,
     scale: Float[Array, " R"] | None = None,
 ) -> Float[Array, "R D"]:
-    """:func:`moe.dispatch.backends.grouped_ffn` as grouped matmuls, of a gated FFN with the nonlinearity in them."""
+    """:func:`moe.dispatch.backends.grouped_ffn` as grouped matmuls, which include a gated FFN's nonlinearity."""
     weights = weights.joined()
     if weights.is_interleaved:
         if kernels := _gated_kernels(rows, weights):
@@ -59,14 +59,14 @@ def multiply(rows: Array, matrices: Array, sizes: Int[Array, " E"], *, transpose
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def grouped_matmul(rows: Array, matrices: Array, sizes: Int[Array, " E"], transposed: bool = False) -> Array:
-    """Multiply the first sizes[0] rows by matrix 0, the next sizes[1] by matrix 1, and so on; further rows of the
-    output are undefined.
+    """Multiply the first sizes[0] rows by matrix 0, the next sizes[1] by matrix 1, and so on; rows of the output
+    beyond the groups are undefined.
 
     Args:
         rows: [R,D].
         matrices: [E,D,F].
         sizes: rows of each group.
-        transposed: the matrices are [E,F,D], of which each is transposed.
+        transposed: the matrices are [E,F,D], and each is multiplied transposed.
 
     Returns:
         [R,F].
@@ -97,10 +97,10 @@ def quantized_matmul(
     """:func:`grouped_matmul` of quantised factors (:mod:`moe.dispatch.quantized`).
 
     Args:
-        precision: of the factors, a value of ``model.low_precision`` but ``none``.
+        precision: of the factors, a value of ``model.low_precision`` other than ``none``.
         rows, matrices, sizes, transposed: as there.
-        are_shards: ``matrices`` are the second dimension's shards of one device, within ``shard_map``: quantised, and
-            gathered over ``fsdp`` in that many bytes. Their gradient is scattered.
+        are_shards: ``matrices`` are one device's shards of the second dimension, within ``shard_map``, which are
+            quantised and then gathered over ``fsdp``, which sends fewer bytes. Their gradient is scattered.
     """
     both = _factors(rows, matrices, precision, transposed=transposed, are_shards=are_shards)
     return _multiply_quantized(both, sizes, rows.dtype)
@@ -115,7 +115,7 @@ def _factors(
     are_shards: bool,
     largest: Float[Array, " R"] | None = None,
 ) -> Factors:
-    """Factors of a kernel, quantised unless the precision is ``none``; ``largest``: absolute value of each row."""
+    """Factors of a kernel, quantised unless the precision is ``none``; ``largest``: each row's absolute maximum."""
     if precision == "none":
         return Factors(rows, matrices, transposed)
     quantized.check_target(precision)
@@ -147,12 +147,12 @@ def multiply_columns(
     rows: Float[Array, "R 1"], matrices: Float[Array, "E 1 F"], sizes: Int[Array, " E"]
 ) -> Float[Array, "R F"]:
     """:func:`grouped_matmul` of matrices with one row, such as biases, as a matmul with the one-hot groups of all rows;
-    further rows of the output are zero. A kernel would fill a whole tile with that row."""
+    rows of the output beyond the groups are zero. A kernel would pad that one row to a whole tile."""
     ends = jnp.cumsum(sizes)
     index = jnp.arange(rows.shape[0])[:, None]
     groups = (index >= ends - sizes) & (index < ends)  # [R,E]
     product = jnp.where(groups, rows, 0) @ matrices[:, 0]
-    # Gradients of further rows may be NaN, and NaN times 0 is NaN.
+    # Gradients of rows beyond the groups may be NaN, and NaN times 0 is NaN.
     return jnp.where(index < ends[-1], product, 0)
 
 
@@ -173,7 +173,7 @@ grouped_matmul.defvjp(_grouped_matmul_fwd, _grouped_matmul_bwd)
 
 def _outer_products(rows: Array, gradient: Array, sizes: Array, matrices: Array, *, are_shards: bool = False) -> Array:
     """Transposed rows [R,D] of each group by its gradient rows [R,F] → [E,D,F], the gradient of the matrices,
-    scattered over ``fsdp`` as shards are."""
+    scattered over ``fsdp`` if they are shards."""
     gather = functools.partial(gather_shard, dim=1) if are_shards else lambda matrices: matrices
     shape = jax.eval_shape(gather, matrices).shape
     with _tiling(_tiles("weights", rows, shape)):
@@ -220,7 +220,7 @@ class _GatedKernels:
     def factors(
         self, rows: Array, matrices: Array, *, transposed: bool = False, largest: Array | None = None
     ) -> Factors:
-        """Factors of a kernel; ``largest``: absolute value of each row, if it is known."""
+        """Factors of a kernel; ``largest``: largest absolute value of each row, if it is known."""
         return _factors(
             rows, matrices, self.precision, transposed=transposed, are_shards=self.are_shards, largest=largest
         )
@@ -301,8 +301,8 @@ _gated_ffn.defvjp(_gated_ffn_fwd, _gated_ffn_bwd)
 
 
 def _tiles(kind: Kind, rows: Array | jax.ShapeDtypeStruct, matrices: tuple[int, ...]) -> Tiles | None:
-    """Tiles of a kernel; None: XLA's own choice, for factors of more bytes than bfloat16, v2 and v3, and rows that are
-    no whole tiles."""
+    """Tiles of a kernel; None: XLA's own choice, for factors wider than bfloat16, on v2 and v3, and for rows that do
+    not fill whole tiles."""
     device, item = Device.current(), rows.dtype.itemsize
     if item > jnp.dtype(jnp.bfloat16).itemsize or rows.shape[0] % TILE or device is None:
         return None

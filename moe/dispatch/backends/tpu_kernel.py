@@ -1,8 +1,8 @@
 """Grouped matmuls for TPUs in Pallas that finish every tile of products while it is still in vector memory.
 
 XLA's kernel and megablox's write their products: a nonlinearity (:mod:`moe.dispatch.backends.gated`), or the scales of
-quantised factors, would be a pass of its own over all rows. XLA's needs matrices that are multiplied transposed to be
-transposed in memory, and megablox's takes no integers.
+quantised factors, would be a pass of its own over all rows. XLA's needs a transposed copy of matrices to multiply them
+transposed, and megablox's takes no integers.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Factors:
 
 @dataclasses.dataclass(frozen=True)
 class Operand:
-    """An array, or the type of one, of which a kernel has a block at a time.
+    """An array, or its ShapeDtypeStruct, that a kernel reads or writes one block at a time.
 
     Attributes:
         block: its shape.
@@ -73,17 +73,17 @@ def of_rows(array: Any, rows: int, columns: int) -> Operand:
 
 
 def of_groups(array: Float[Array, "E N"], columns: int) -> Operand:
-    """One number a group and column, in blocks of columns of one group."""
+    """One number per group and column, in blocks of columns of one group."""
     return Operand(array[:, None], (None, 1, columns), lambda row, group, column: (group, 0, column))
 
 
 def of_each_row(scale: Float[Array, " R"], rows: int) -> Operand:
-    """One number a row, along the lanes: an array [R,1] would be padded to as many columns as there are lanes."""
+    """One number per row, along the lanes: an array [R,1] would be padded to as many columns as there are lanes."""
     return Operand(scale[None], (1, rows), lambda row, group, column: (0, row))
 
 
 def to_columns(block: Any) -> Float[Array, "rows lanes"]:
-    """A block of :func:`of_each_row`, each row's in all of its lanes."""
+    """A block of :func:`of_each_row`, with each row's number in all lanes of the row."""
     numbers = block[...]
     return jnp.broadcast_to(numbers, (LANES, numbers.shape[1])).T
 
@@ -97,7 +97,7 @@ def store(ref: Any, lanes: slice, mask: Array, values: Array) -> Array:
 
 
 def of_row_blocks(num_rows: int, rows: int, blocks: int) -> Operand:
-    """One float32 number a row and block of columns, [blocks,1,R]."""
+    """One float32 number per row and block of columns, [blocks,1,R]."""
     array = jax.ShapeDtypeStruct((blocks, 1, num_rows), jnp.float32)
     return Operand(array, (None, 1, rows), lambda row, group, column: (column, 0, row))
 
@@ -127,11 +127,11 @@ def run(
         both: factors.
         sizes: rows of each group.
         tiles: rows, K and N; R and K in whole blocks.
-        inputs, outputs: further ones of the kernel.
+        inputs, outputs: further operands of the kernel.
         finish: (products, rows of the group in the tile [rows,LANES], blocks of the inputs, blocks of the outputs) →
             writes the outputs.
-        transcendentals: functions that ``finish`` computes, all in all.
-        interpret: by Pallas' interpreter, on any device.
+        transcendentals: number of transcendental functions that ``finish`` computes.
+        interpret: run in Pallas' interpreter, on any device.
     """
     (num_rows, contracted), columns, (tile_rows, tile_k, tile_n) = both.rows.shape, both.shape[2], tiles
     steps_k = contracted // tile_k
@@ -196,7 +196,7 @@ def run(
             grid=(math.ceil(columns / tile_n), steps, steps_k),
             scratch_shapes=[pltpu.VMEM((tile_rows, tile_n), both.sums_dtype)] if steps_k > 1 else [],
         ),
-        # XLA schedules exchanges beside the kernel by it, and the planner counts its FLOPs.
+        # XLA uses it to overlap exchanges with the kernel, and the planner counts its FLOPs.
         cost_estimate=pl.CostEstimate(
             flops=2 * num_rows * contracted * columns,
             transcendentals=transcendentals,
@@ -211,7 +211,7 @@ def run(
 def grouped_products(
     both: Factors, sizes: Int[Array, " E"], dtype: Any, tiles: Tiles, *, interpret: bool = False
 ) -> Float[Array, "R N"]:
-    """Rows times the matrices of their groups, scaled; further rows than ``sizes`` are undefined."""
+    """Rows times the matrices of their groups, scaled; rows beyond the sum of ``sizes`` are undefined."""
     _, _, tile_columns = tiles
 
     def finish(products: Products, mask: Array, _: Sequence[Any], outputs: Sequence[Any]) -> None:

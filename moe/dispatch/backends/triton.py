@@ -114,5 +114,5 @@ def _outer_kernel(rows_ref, gradient_ref, first_ref, count_ref, start_ref, end_r
 
 
 def _divisor(size: int, largest: int) -> int:
-    """The largest power of two up to this that divides a size."""
+    """Largest power of two that divides ``size`` and is at most ``largest``, itself a power of two."""
     return math.gcd(size, largest)

@@ -1,6 +1,6 @@
 """Attention over packed documents: the implementation is chosen by the target and the config.
 
-Without a kernel of the target, attention is a loop over blocks of queries, so that T x U scores are never held.
+Where the target has no kernel, attention is a loop over blocks of queries, so that T x U scores are never held.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from moe.parallel.partition_specs import ATTENTION
 
 
 def runs_cudnn(query: Float[Array, "B T N H"], block_size: int, head_dim: int) -> bool:
-    """Whether cuDNN's kernel takes blocks of so many queries: an NVIDIA GPU from Ampere on, bfloat16 (in float16 its
+    """Whether cuDNN's kernel takes blocks of this many queries: an NVIDIA GPU from Ampere on, bfloat16 (in float16 its
     mask value is a finite -32768), even lengths (for its gradient under a mask), and heads in multiples of 8, sinks
     included, up to 128 on Ampere and 256 from Hopper on."""
     capability = target.current().compute_capability
@@ -45,8 +45,8 @@ def runs_cudnn(query: Float[Array, "B T N H"], block_size: int, head_dim: int) -
 
 @contextlib.contextmanager
 def checked_for_target() -> Iterator[None]:
-    """Let JAX check the limits of cuDNN's kernel for the target of the program that is traced, for absent GPUs: it asks
-    the default device, and without a GPU refuses heads above 128."""
+    """Let JAX check the limits of cuDNN's kernel for the target of the program being traced, which may be absent: JAX
+    itself asks the default device, and without a GPU refuses heads above 128."""
     check = fused_attention_stablehlo.check_compute_capability
 
     def check_target(capability: str) -> bool:
@@ -59,17 +59,17 @@ def checked_for_target() -> Iterator[None]:
         fused_attention_stablehlo.check_compute_capability = check
 
 
-#: The most queries of a block under a window, or where the block's scores are held in memory.
+#: Maximum number of queries in a block under a window, or where the block's scores are held in memory.
 _LARGEST_BLOCK = 512
 
-#: The most queries of another block, whose scores cuDNN does not hold. Larger blocks are fewer gradients of keys and
-#: values to add up.
+#: Maximum number of queries in other blocks, whose scores cuDNN does not hold. With larger blocks there are fewer
+#: gradients of keys and values to add up.
 _CUDNN_BLOCK = 1024
 
-#: Parts of a causal row whose queries are given no later keys: 4 of them compute 10/16 of the scores.
+#: Parts of a causal row; queries get no keys of later parts, so that 4 parts compute 10/16 of the scores.
 _PARTS = 4
 
-#: Keys of a window are a multiple of this, which cuDNN's gradient under a mask takes.
+#: The number of keys of a window is a multiple of this, which cuDNN's gradient under a mask requires.
 _KEYS = 64
 
 
@@ -111,7 +111,7 @@ def blocked_attention(
             visible = sees(distance, scoring.window)
             mask &= visible if prefix is None else visible | (prefix[:, None, :] > 0)
         block_bias = None
-        if bias is not None:  # of the distances from the last query of the block to the first key, and on
+        if bias is not None:  # from the distance between the block's last query and the first key on
             distance_bias = jax.lax.dynamic_slice_in_dim(bias, length - size - start, size + key.shape[1] - 1, axis=1)
             block_bias = bias_of_rows(distance_bias, size)[None].astype(part.dtype)
         arrays = part, key, value, mask, block_bias
@@ -136,7 +136,7 @@ def blocked_attention(
     starts = first + jnp.arange(0, length, size, dtype=jnp.int32)
     blocks = split(query), split(segment_ids), starts
     ordered = scoring.causal and bias is None and prefix is None and key.shape[1] == length
-    # A window before a block and the block itself; of a block at the start of a row also keys after it.
+    # Keys given to a block: the window before it and the block itself; at the start of a row also keys after it.
     span = math.ceil((size + scoring.window - 1) / _KEYS) * _KEYS
 
     def in_window(inputs: tuple[Array, Array, Array]) -> Array:
@@ -163,13 +163,13 @@ def blocked_attention(
 
 
 def _keeps_cudnn(primitive: Any, *_: Any, **__: Any) -> bool:
-    """Checkpoint policy of a block: its gradient reads what cuDNN's kernel returns, heads and a number for each; scores
-    are computed again."""
+    """Checkpoint policy of a block: keep what cuDNN's kernel returns, heads and one number for each, which its gradient
+    reads; recompute scores."""
     return primitive is fused_attention_stablehlo._dot_product_attention_fwd_p_wrapper
 
 
 def _widen(heads: Array, width: int) -> Array:
-    """Zeros after the last dimension of every head, up to this width."""
+    """Pad every head with zeros to this width."""
     return jnp.pad(heads, [(0, 0)] * 3 + [(0, width - heads.shape[-1])])
 
 
@@ -196,7 +196,7 @@ def _with_dropout(
 
 
 def _block_size(length: int, largest: int) -> int:
-    """The largest divisor of a length up to this."""
+    """Largest divisor of ``length`` that is at most ``largest``."""
     return next(size for size in range(min(length, largest), 0, -1) if length % size == 0)
 
 
@@ -232,7 +232,7 @@ def attend(
             raise ConfigError("mesh.context: must be 1 with relative positions, a prefix or dropout")
         heads = _attend_split(query, key, value, segment_ids, key_segment_ids, scoring)
     elif kind == "blocked" and in_pipeline() and scoring.bias is None and not scoring.drop.active:
-        # What cuDNN's kernel may compute, which XLA cannot partition there.
+        # cuDNN's kernel may compute this, and XLA cannot partition it within a pipeline.
         heads = _attend_split(query, key, value, segment_ids, key_segment_ids, scoring)
     elif kind == "full" and scoring.is_plain and target.is_cpu():
         factor = scoring.factor(query.shape[-1])
@@ -246,8 +246,8 @@ def attend(
 def _attend_split(
     query: Array, key: Array, value: Array, segment_ids: Array, key_segment_ids: Array, scoring: Scoring
 ) -> Float[Array, "B T N V"]:
-    """Attention by each device for its own rows and heads; of rows split over ``context``, it gathers keys and values
-    for its queries."""
+    """Attention by each device for its own rows and heads; where rows are split over ``context``, each device gathers
+    the keys and values for its queries."""
     axis, split = axis_of("context"), axis_size("context") > 1
 
     def local(query, key, value, segment_ids, key_segment_ids, sinks, prefix):

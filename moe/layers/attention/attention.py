@@ -124,7 +124,7 @@ class Attention(nnx.Module):
         c = self.config
         if not c.attention_scale:
             return query
-        # What attention itself multiplies the products by, 1/sqrt(H) or with relative positions 1, is taken back.
+        # Undoes the factor that attention itself applies: 1/sqrt(H), or 1 with relative positions.
         return query * (c.attention_scale * (1.0 if c.relative_buckets else c.head_dim**0.5))
 
     def project_keys(
@@ -230,8 +230,8 @@ class LatentAttention(nnx.Module):
         c = self.config
         query, latent = self._query(x, rows.positions), self._latent(x, rows.positions)
         key_up, value_up = jnp.split(gather_for_matmul(self.kv_up, x.dtype), [self.unrotated_dim], axis=-1)
-        # Keys are one product with the whole latent, whose rotated part an identity copies to every head: beside the
-        # product a broadcast and a concatenation would each be a pass over all keys.
+        # Keys are one product with the whole latent, in which an identity matrix copies the rotated part to every head:
+        # a separate broadcast and concatenation would each be a pass over all keys.
         copies = jnp.broadcast_to(jnp.eye(c.rope_dim, dtype=x.dtype)[:, None], (c.rope_dim, c.num_heads, c.rope_dim))
         key_up = jnp.pad(key_up, ((0, 0), (0, 0), (0, c.rope_dim)))
         key_up = jnp.concatenate([key_up, jnp.pad(copies, ((0, 0), (0, 0), (self.unrotated_dim, 0)))])
@@ -270,7 +270,7 @@ class LatentAttention(nnx.Module):
             x, up = self.query_latent_norm(self._down(x, self.query_down)), self.query_up
         else:
             up = self.query
-        # The matrix is split, not its product, of which each part would be copied.
+        # The matrix is split rather than its product, whose parts would each be copied.
         ups = jnp.split(gather_for_matmul(up, x.dtype), [self.unrotated_dim], axis=-1)
         query, rotated = (self._up(x, part) for part in (ups[0], self._in_halves(ups[1])))
         query = jnp.concatenate([query, rotate(rotated, positions, self.config)], axis=-1)
@@ -290,8 +290,8 @@ class LatentAttention(nnx.Module):
         return joined.reshape(*x.shape[:-1], *matrix.shape[1:])
 
     def _in_halves(self, rotated: Array) -> Array:
-        """Dimensions to rotate in pairs (i, i + H/2), if the checkpoint has them as (2i, 2i + 1): the products of
-        queries and keys are the same. Matrices are reordered instead of their products, which are larger."""
+        """Reorder dimensions to be rotated from pairs (2i, 2i + 1), if the checkpoint has these, to (i, i + H/2), which
+        keeps the products of queries and keys. Matrices are reordered instead of their products, which are larger."""
         if not self.config.rope_interleaved:
             return rotated
         return jnp.concatenate([rotated[..., ::2], rotated[..., 1::2]], axis=-1)
@@ -304,7 +304,7 @@ class LatentAttention(nnx.Module):
         return jnp.concatenate([self.kv_latent_norm(compressed)[:, :, None], key], axis=-1)
 
     def _score_scale(self) -> float:
-        """Factor of query·key: 1/sqrt(H), and under YaRN the square of its temperature (DeepSeek-V2, section 3.1.4)."""
+        """Factor of query·key: 1/sqrt(H), under YaRN times its squared temperature (DeepSeek-V2, section 3.1.4)."""
         scaling, scale = self.config.rope_scaling, self.config.head_dim**-0.5
         if scaling.kind == "none" or not scaling.mscale_all_dim:
             return scale

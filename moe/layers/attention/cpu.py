@@ -1,4 +1,4 @@
-"""Causal attention on CPU: blocks of queries, each against the keys it may see, with a gradient of its own.
+"""Causal attention on CPU: blocks of queries, each against the keys it may see, with a custom gradient.
 
 XLA, given all T x T scores at once, also computes the masked half and writes scores a dozen times in layouts that its
 matmuls then copy. Here a block leaves out keys that none of its queries sees, scores have the layout the matmuls want,
@@ -20,7 +20,7 @@ from moe.layers.attention.scoring import sees
 #: Blocks of a row: 9/16 of T x T is computed. More blocks gain little and take long to compile.
 _BLOCKS = 8
 
-#: Queries of a block.
+#: Fewest queries of a block.
 _SMALLEST_BLOCK = 32
 
 
@@ -32,7 +32,7 @@ def _blocks(length: int, window: int) -> list[tuple[int, int, int]]:
 
 
 def _matmul(left: Array, right: Array, contract: tuple[int, int]) -> Array:
-    """Contracts these axes of [B,M,·,·] and [B,M,·,·], in float32."""
+    """Contract these axes of [B,M,·,·] and [B,M,·,·], in float32."""
     dims = (((contract[0],), (contract[1],)), ((0, 1), (0, 1)))
     return lax.dot_general(left, right, dims, preferred_element_type=jnp.float32)
 

@@ -42,7 +42,7 @@ class Scoring:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the kernels of :mod:`moe.layers.attention.cpu` and :mod:`moe.layers.attention.tpu` compute it."""
+        """Whether the kernels of :mod:`moe.layers.attention.cpu` and :mod:`moe.layers.attention.tpu` support it."""
         return self.causal and self.bias is None and self.prefix is None and not self.drop.active
 
     def factor(self, head_dim: int) -> float:
@@ -51,10 +51,10 @@ class Scoring:
 
 
 def sees(distance: Int[Array, "*batch"], window: int) -> Bool[Array, "*batch"]:
-    """Whether a query of a causal model sees a key so many positions before it.
+    """Whether a query of a causal model sees a key at this distance.
 
     Args:
-        distance: of the key.
+        distance: number of positions by which the key comes before the query.
         window: positions that a query sees, its own included; 0: all.
     """
     return (distance >= 0) & ((distance < window) if window else True)
@@ -73,10 +73,10 @@ def append_sink(
     bias: Float[Array, "B N T U"] | None,
     scale: float,
 ) -> tuple[Array, Array, Array, Array, Array | None]:
-    """Queries, keys, values, mask and bias of an attention whose result has the sink, in its first H dimensions.
+    """Queries, keys, values, mask and bias whose attention includes the sink; its first H dimensions are the result.
 
-    The sink is one more key, so that every kernel computes it and its gradient: a further dimension of the queries
-    holds it, and that key alone has 1 there.
+    The sink is one more key, so that every kernel computes it and its gradient: an extra dimension of the queries
+    holds its logit, and only that key has 1 there.
     """
     head_dim = query.shape[-1]
     logit = jnp.broadcast_to((sinks / scale).astype(query.dtype)[:, None], (*query.shape[:3], 1))
@@ -125,7 +125,7 @@ def _rotate_all(x: Array, positions: Array, config: ModelConfig, interleaved: bo
 
 
 def _document_lengths(positions: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """Positions of each token's own document: 1 + that of its last token in the row."""
+    """Length of each token's document: 1 + the position of its last token in the row."""
     columns = positions.shape[1]
     ends = jnp.pad(positions[:, 1:] != positions[:, :-1] + 1, ((0, 0), (0, 1)), constant_values=True)
     last = jax.lax.cummin(jnp.where(ends, jnp.arange(columns), columns), axis=1, reverse=True)
@@ -142,7 +142,7 @@ def inverse_frequencies(
         theta: base.
         scaling: its kind and constants.
         length: of each token's document, on which "dynamic" and "longrope" depend beyond the original context. Keys
-            that were cached when a text was shorter keep the angles of then, as in other libraries.
+            that were cached while a text was shorter keep their angles, as in other libraries.
     """
     half = dim // 2
     exponents = -jnp.arange(half, dtype=jnp.float32) / half
@@ -216,7 +216,7 @@ class RelativeBias(nnx.Module):
         self.table = matrix(rngs, shape, REPLICATED, fan_in=config.d_model, scale=config.init_scale, inputs=0)
 
     def __call__(self, distance: Int[Array | np.ndarray, "*batch"]) -> Float[Array, "*batch N"]:
-        """Biases of scores whose key lies so many tokens after the query."""
+        """Biases of scores whose key lies ``distance`` tokens after the query."""
         num_buckets = self.table.shape[0]
         return self.table[...][relative_bucket(distance, num_buckets, self.max_distance, self.bidirectional)]
 
@@ -228,10 +228,10 @@ class RelativeBias(nnx.Module):
 def relative_bucket(
     distance: Int[Array | np.ndarray, "*batch"], num_buckets: int, max_distance: int, bidirectional: bool
 ) -> Int[Array | np.ndarray, "*batch"]:
-    """Bucket of a distance, key position less query position.
+    """Bucket of a distance, key position minus query position.
 
     Half of the buckets hold one distance each, the others logarithmic ranges up to max_distance, and the last one all
-    beyond. Bidirectional: half of all buckets are for keys after the query; else these share bucket 0.
+    larger distances. Bidirectional: half of all buckets are for keys after the query; else these share bucket 0.
     """
     if bidirectional:
         num_buckets //= 2
@@ -255,7 +255,7 @@ def _buckets(num_buckets: int, max_distance: int) -> np.ndarray:
 def bias_of_rows(by_distance: Float[Array, "N D"], queries: int) -> Float[Array, "N Q U"]:
     """Spread biases [N,Q+U−1] of distances into those of Q queries and U keys: [n,q,u] is by_distance[n,u−q+Q−1].
 
-    By copying and reshaping, since the gradient of an indexed read is a slow scatter.
+    Done by copying and reshaping, since the gradient of an indexed read is a slow scatter.
     """
     heads, count = by_distance.shape
     repeated = jnp.tile(jnp.pad(by_distance, ((0, 0), (0, 1))), (1, queries))

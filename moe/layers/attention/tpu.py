@@ -22,7 +22,7 @@ from moe.parallel import partition_specs, target
 from moe.parallel.mesh import on_mesh
 from moe.parallel.partition_specs import ATTENTION
 
-#: Heads of queries and of values that were compiled for every generation: multiples of 16 up to 256, each its own.
+#: Head dimensions of queries and of values that compile for every generation: each a multiple of 16 up to 256.
 _HEAD_STEP, _LARGEST_HEAD = 16, 256
 
 #: Side of a block of scores whose computation takes about as long as starting it.
@@ -93,8 +93,8 @@ def splash_attention(
 
 @jax.custom_vjp
 def _attend(kernel: kernels.SplashAttentionKernel, query: Array, key: Array, value: Array, segments: Any, sinks: Any):
-    """Heads [B,N,T,V] of queries [B,N,T,H]. What the backward pass keeps has the layout of what is around the kernels,
-    not theirs: see :func:`_relaid`."""
+    """Heads [B,N,T,V] of queries [B,N,T,H]. What is kept for the backward pass has the layout of the code around the
+    kernels, not theirs: see :func:`_relaid`."""
     return _attend_fwd(kernel, query, key, value, segments, sinks)[0]
 
 
@@ -106,7 +106,7 @@ def _attend_fwd(kernel, query, key, value, segments, sinks):
 
 
 def _attend_bwd(residuals, gradient):
-    """Gradients, as the kernels' own backward pass has them but for two things; JAX offers no part of it alone.
+    """Gradients as in the kernels' own backward pass, with two changes; JAX does not expose its parts separately.
 
     Results are multiplied by their gradients before these are copied, and the partial gradients of the queries are
     added one by one: XLA's sum over an axis takes five times as long (compiled for v5p, [4,4,32,4096,128]).
@@ -146,11 +146,11 @@ _TOKENS_IN_LANES, _HEADS_IN_LANES = (Layout(major_to_minor=order) for order in (
 
 
 def _relaid(heads: Float[Array, "B N T H"], into_kernel: bool) -> Float[Array, "B N T H"]:
-    """The same heads, copied from lanes of tokens into lanes of a head, which the kernels need, or back, where heads
-    fill no lanes.
+    """Copy heads from a layout with tokens in the lanes to one with a head's dimensions in the lanes, which the kernels
+    need, or back; heads that fill the lanes are returned as they are.
 
-    XLA would give the kernels' layout to all that is around them: of heads of 64, half the lanes are empty, what is
-    kept takes twice the memory, and projections, rotations and their gradients twice as long.
+    XLA would give the kernels' layout to all code around them: with heads of 64, half the lanes are empty, so kept
+    arrays take twice the memory, and projections, rotations and their gradients take twice as long.
     """
     if heads.shape[-1] >= target.LANES:
         return heads
@@ -161,15 +161,15 @@ def _relaid(heads: Float[Array, "B N T H"], into_kernel: bool) -> Float[Array, "
 
 
 def _with_added_partials(closed: Any) -> Any:
-    """The closed jaxpr of :func:`_gradients` with additions for its sum over blocks of keys, [B,blocks,N,T,H] →
-    [B,N,T,H]."""
+    """Replace the sum over blocks of keys, [B,blocks,N,T,H] → [B,N,T,H], in the closed jaxpr of :func:`_gradients` by
+    additions."""
     equations, converted = [], {}
     for equation in closed.jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
         if name == "convert_element_type":
             converted[equation.outvars[0]] = equation.invars[0]
         elif name == "reduce_sum" and equation.invars[0].aval.ndim == 5 and params["axes"] == (1,):
-            # Of the kernel's own type: XLA would write partials that are converted before they are taken apart.
+            # In the kernel's own dtype: XLA would write out partials that are converted before they are split.
             partials = converted.get(equation.invars[0], equation.invars[0])
             add = jax.jit(functools.partial(_add_partials, dtype=equation.invars[0].aval.dtype))
             (added,) = jax.make_jaxpr(add)(partials.aval).eqns
@@ -183,10 +183,10 @@ def _add_partials(partials: Float[Array, "B blocks N T H"], dtype: Any) -> Float
 
 
 def block_sizes(length: int, window: int) -> kernels.BlockSizes:
-    """Blocks of scores, of equal sides, that cost a query least; without a window (0), half of all are computed.
+    """Square blocks of scores with the least cost per query; without a window (0), half of all are computed.
 
     One kernel for all gradients writes a partial gradient of the queries for each block of keys, zeros where the two
-    share no block, and adds them. Under a window nearly all would be zeros, and a kernel of its own for the queries
+    share no block, and adds them. Under a window nearly all would be zeros, so the queries get a separate kernel, which
     visits, like the others, only the blocks that the window touches.
     """
 
