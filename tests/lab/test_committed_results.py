@@ -558,7 +558,9 @@ def test_lengths_of_runs(name):
     """Tokens for each active parameter, and epochs, of every suite with records, on the pages over all of them."""
     text = re.search(r"Length of the runs.*", (RESULTS / f"{name}.md").read_text())[0]
     found = re.findall(
-        r"([a-z_][\w, ]*): ([\d.]+)M training tokens, ([\d. to]+) per active parameter; epochs: (.*?\d)\.(?: |$)", text
+        r"([a-z_][\w, ]*): ([\d.]+)M training tokens, ([\d. to]+) per active parameter of a suite's first arm; "
+        r"epochs: (.*?\d)\.(?: |$)",
+        text,
     )
     assert found
     for suites, tokens, each, epochs in found:

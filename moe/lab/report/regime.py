@@ -26,7 +26,8 @@ def regimes(tables: Mapping[str, Table]) -> str:
     parts = []
     for (tokens, epochs), suites in alike.items():
         ends = sorted({f"{each:.1f}" for each in (min(suites.values()), max(suites.values()))}, key=float)
-        text = f"{', '.join(suites)}: {tokens} training tokens, {' to '.join(ends)} per active parameter"
+        each = f"{' to '.join(ends)} per active parameter of a suite's first arm"
+        text = f"{', '.join(suites)}: {tokens} training tokens, {each}"
         parts.append(f"{text}; epochs: {epochs}." if epochs else f"{text}.")
     return " ".join(parts)
 
