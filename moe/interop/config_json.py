@@ -8,6 +8,8 @@ from __future__ import annotations
 import dataclasses
 import inspect
 
+import pydantic
+
 from moe.config import Config, ConfigError, DataConfig, ModelConfig, MoEConfig, layer_kinds, sparse_layers, to_dict
 from moe.config.parse import build, from_config_dict
 from moe.config.registry import find_layer
@@ -159,13 +161,16 @@ def keep_fields(source: Json, config: Config, model_type: str = "") -> Json:
         return write_config(config, model_type)
     ours, theirs = _write_as(config, FAMILIES[kept_type]), _write_as(before, FAMILIES[kept_type])
     changed = {name: value for name, value in ours.items() if theirs.get(name) != value}
-    if "num_experts" in changed:  # num_local_experts, the newer name, is read last by the library: it would win
-        source = {name: value for name, value in source.items() if name != "num_local_experts"}
+    aliases = [field.validation_alias for field in FAMILIES[kept_type].schema.model_fields.values()]
+    named = [{str(name) for name in alias.choices} for alias in aliases if isinstance(alias, pydantic.AliasChoices)]
+    # Of two names of one field the library may read the one that was not changed.
+    stale = {name for names in named if names & changed.keys() for name in names}
+    source = {name: value for name, value in source.items() if name not in stale}
     result = {"architectures": ours["architectures"]} | source | changed
     depth = config.model.prediction_layers  # the source states layers that were not imported, too
     if _differences(config.model, dataclasses.replace(read_config(result).model, prediction_layers=depth)):
         # The source also states a changed setting under another name, such as rope_parameters.
-        known = {*FAMILIES[kept_type].schema.model_fields, "num_local_experts"} - set(TOKEN_IDS)
+        known = {*FAMILIES[kept_type].schema.model_fields}.union(*named) - set(TOKEN_IDS)
         result = {name: value for name, value in source.items() if name not in known} | ours
     return result
 

@@ -150,11 +150,14 @@ def export_checkpoint(
     if config.model.encoder_layers and source is None:  # trained here, where decoders begin with padding
         written["decoder_start_token_id"] = max(written["pad_token_id"] or 0, 0)
 
+    step = stored.chosen_step(workdir, None)  # of all tensors: the run may save further checkpoints meanwhile
+
     def fetch(parameter: Parameter) -> Any:
         if parameter.selection_bias:
-            tree = stored.read_biases(workdir, config.model)
+            tree = stored.read_biases(workdir, config.model, step=step)
         else:
-            tree = stored.read_parameters(workdir, config.model, dtype=dtype or None, only=parameter.path)
+            path = parameter.path
+            tree = stored.read_parameters(workdir, config.model, dtype=dtype or None, only=path, step=step)
         return get_leaf(tree, parameter.path)
 
     with new_folder(epath.Path(directory)):

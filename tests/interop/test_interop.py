@@ -34,6 +34,7 @@ from moe.interop import (
     load_balancing_loss,
     load_huggingface,
     save_huggingface,
+    workdirs,
 )
 from moe.interop.config_json import read_config as read_open_config
 from moe.interop.families import FAMILIES
@@ -97,6 +98,24 @@ def _tensors(folder: Path) -> dict[str, tuple[str, bytes]]:
 
 
 # --- Parity ----------------------------------------------------------------------------------------------------------
+def test_an_export_is_of_one_checkpoint(tmp_path, monkeypatch):
+    """Its tensors are read one after another; the run saves a further checkpoint meanwhile."""
+    import_checkpoint(HERE / "mistral", tmp_path / "run")
+    checkpoints, read, seen = tmp_path / "run" / "checkpoints", workdirs.stored.read_parameters, []
+
+    def read_and_save(*args, **options):
+        tree = read(*args, **options)
+        seen.append(options["step"])
+        if len(seen) == 3:
+            shutil.copytree(checkpoints / "0", checkpoints / "1")
+        return tree
+
+    monkeypatch.setattr(workdirs.stored, "read_parameters", read_and_save)
+    export_checkpoint(tmp_path / "run", tmp_path / "out")
+    assert len(seen) > 3
+    assert set(seen) == {0}
+
+
 def test_selection_biases_do_not_name_the_type_of_an_export(tmp_path):
     """DeepSeek-V3 is published in bfloat16 with biases in float32."""
     source = tmp_path / "source"

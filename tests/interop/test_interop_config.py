@@ -216,7 +216,13 @@ def test_the_librarys_second_names_are_read(name, own, other):
     source = json.loads((HERE / name / "config.json").read_text())
     renamed = {other if key == own else key: value for key, value in source.items()}
     assert renamed != source
-    assert read_open_config(renamed).model == read_open_config(source).model
+    config = read_open_config(renamed)
+    assert config.model == read_open_config(source).model
+    changed = {"gate": dataclasses.replace(config.model.moe.gate, k=1), "num_experts": 2}
+    moe = dataclasses.replace(config.model.moe, **changed)
+    written = keep_fields(renamed, dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe)))
+    assert written[own] in (1, 2)
+    assert other not in written  # beside the first name, that library would read the second one
 
 
 def test_an_export_names_no_code_that_it_lacks():
