@@ -138,12 +138,15 @@ def guess_seconds(config: Config, chip: Chip | Gpu) -> float:
 
     into = 2 if model.activation in GATED_ACTIVATIONS else 1
     expert_parameters = moe_layers * (into + 1) * model.expert_dim * moe.d_ff
-    needed = moe.experts_per_token * moe.ffn_share
-    rows = fit.buffer_rows(config) if moe_layers and moe.dispatch != "dropless" else needed
+    needed = flops.expert_rows_per_token(model, length)
+    slots = moe.gate is not None and moe.gate.router == "slots"
+    rows = needed if not moe_layers or slots or moe.dispatch == "dropless" else fit.buffer_rows(config)
     per_token, total = _of_model(fit.same_parameters(model), length, inputs)
     per_token *= config.train.batch_size * length / tokens
     per_token += 6 * expert_parameters * (rows - needed)
-    if moe_layers and moe.dispatch == "einsum":  # in and out: [S,E·C] x [S,D]
+    if (
+        moe_layers and moe.dispatch == "einsum" and not slots
+    ):  # whose mixing the model's FLOPs count; in and out: [S,E·C] x [S,D]
         per_token += 12 * moe_layers * rows * (moe.group_size or length) * model.expert_dim
     if moe_layers and moe.dispatch == "dropless" and not chip.grouped_matmul:
         per_token += 6 * expert_parameters * rows * (moe.num_experts - 1)

@@ -161,7 +161,9 @@ def _of_no_stage(config: Config, mesh: AbstractMesh, shapes: Any, specs: Any) ->
 
 def same_parameters(model: ModelConfig) -> ModelConfig:
     """Map models that differ only in how they are computed to the same value, as a cache key."""
-    return dataclasses.replace(model, remat="none", moe=model.moe.with_dispatch("gather"))
+    gate = model.moe.gate
+    mode = "einsum" if gate is not None and gate.router == "slots" else "gather"
+    return dataclasses.replace(model, remat="none", moe=model.moe.with_dispatch(mode))
 
 
 @functools.lru_cache

@@ -10,6 +10,7 @@ from configs import mixtral_8x7b
 from moe.config import ConfigError, MeshConfig
 from moe.config.parse import from_config_dict
 from moe.dispatch import hosts
+from moe.models import flops
 from moe.planner import calibration, candidates, exchanges, fit, plan, program
 from moe.planner.chips import CHIPS
 from moe.planner.memory_errors import DoesNotFitError
@@ -286,6 +287,20 @@ def test_latent_experts_by_hand():
     assert seconds("gather") - seconds("dropless") == pytest.approx(slots, rel=1e-6)
     one_hot = 32 * 12 * 2.5 * 4096 * 1024 * tokens * 4 / 3 / peak
     assert seconds("einsum") - seconds("gather") == pytest.approx(one_hot, rel=1e-6)
+
+
+def test_a_guess_counts_the_rows_of_slots_and_of_expert_choice_once():
+    """Their capacity is what they compute: the model's FLOPs have it already, without buffers for more."""
+    layers = {"expert_choice": {"capacity": {"train": 2.0}}, "soft_moe": {"dispatch": "einsum"}}
+    for gate, own in layers.items():
+        moe = {"gate": gate, "accept_future_leak": True, **own}
+        config = from_config_dict({"model": {"moe": moe, "remat": "none"}, "mesh": {"data": 1}})
+        config = dataclasses.replace(config, mesh=ONE_DEVICE)
+        chip = CHIPS["v5p"]
+        expected = flops.train_flops(config) / (candidates._MATMUL_SHARE * chip.peak / chip.devices)
+        assert candidates.guess_seconds(config, chip) == pytest.approx(expected, rel=1e-6)
+        found, _ = candidates.candidates(config, 4, chip)
+        assert found
 
 
 def test_spread_of_published_steps_by_hand():
