@@ -14,6 +14,7 @@ from jax.sharding import AxisType
 
 import moe
 from moe import ConfigError, MoELayer, SoftMoE
+from moe.config import to_dict
 from moe.config.parse import from_config_dict
 from moe.routing import gates
 from tests.helpers import slow_case
@@ -71,7 +72,9 @@ def test_a_gate_that_no_balance_loss_moves_needs_none_unset(gate):
 
 def test_slots_as_a_value_have_no_capacity_to_set():
     layer = {"gate": gates.SoftMoE(slots=2), "dispatch": "einsum", "accept_future_leak": True}
-    assert from_config_dict({"model": {"moe": layer}}).model.moe.capacity == moe.Capacity(train=1.0, eval=1.0)
+    config = from_config_dict({"model": {"moe": layer}})
+    assert config.model.moe.capacity == moe.Capacity(train=1.0, eval=1.0)
+    assert from_config_dict(to_dict(config)) == config
 
 
 def test_no_mask_is_a_mask_of_real_tokens():

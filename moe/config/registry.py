@@ -7,7 +7,7 @@ import difflib
 import math
 import types
 from collections.abc import Mapping
-from typing import get_args
+from typing import Any, get_args
 
 from moe.config.moe_section import Capacity, Losses, MoEConfig
 from moe.config.references import import_object
@@ -69,8 +69,10 @@ def _import_layer(name: str) -> MoEConfig:
         raise ConfigError(f"{where}: must be a Gate, not {type(value).__name__}")
     with raised_as_errors(f"{where}: it"):
         _check_facts(where, gate)
-        layer = MoEConfig(gate=gate, losses=Losses(balance=0.01 if is_balanced(gate) else 0.0))
-        return _named(name, value if isinstance(value, MoEConfig) else layer)
+        if isinstance(value, MoEConfig):
+            return _named(name, value)
+        slots: Any = {"capacity": _WHOLE, "dispatch": "einsum"} if gate.router == "slots" else {}
+        return _named(name, MoEConfig(gate=gate, losses=Losses(balance=0.01 if is_balanced(gate) else 0.0), **slots))
 
 
 _FLAGS = ("looks_ahead", "chooses", "experts_choose", "lists_all", "reweighs", "generates")
