@@ -173,9 +173,14 @@ def _gate(moe: MoEConfig) -> Canonical:
         # The code behind a user's module:object may have been edited since an earlier run.
         if field.name not in known and (":" in gate.name or value != getattr(layer.gate, field.name)):
             form[f"gate.{field.name}"] = value
-    if moe.losses.counts != layer.losses.counts:
+    if ":" in gate.name or moe.losses.counts != layer.losses.counts:
         form["balance_counts"] = moe.losses.counts
     return form
+
+
+def text_source(data: DataConfig) -> Any:
+    """What a text is found by: another one may have domains of the same names."""
+    return data.dataset, data.text_suffixes, data.domains
 
 
 def text_versions(data: DataConfig) -> dict[str, str]:

@@ -13,7 +13,7 @@ import pytest
 
 from configs import base as defaults
 from configs.ablations import common
-from moe.config import Config, ConfigError, DataConfig
+from moe.config import Config, ConfigError, DataConfig, Losses, MoEConfig
 from moe.config.parse import from_config_dict
 from moe.lab import costs, identity, records, results
 from moe.lab.claims import decide
@@ -64,11 +64,11 @@ def test_a_suite_that_is_read_already_is_not_read_again():
         load_suites(folder, ["own_text"], "laptop", own)
 
 
-@pytest.mark.parametrize("named", ["GATE", "Sharp"])
+@pytest.mark.parametrize("named", ["GATE", "LAYER", "Sharp"])
 def test_fields_of_a_users_gate_are_part_of_a_run(monkeypatch, named):
     """What the name stands for is edited between two starts."""
 
-    def run(power):
+    def run(power, counts="assignments"):
         @dataclasses.dataclass(frozen=True, kw_only=True)
         class Sharp(Gate):
             k: int = 2
@@ -81,12 +81,14 @@ def test_fields_of_a_users_gate_are_part_of_a_run(monkeypatch, named):
         Sharp.__init__.__kwdefaults__["power"] = power
         module = types.ModuleType("edited_gates")
         module.Sharp, module.GATE = Sharp, Sharp(power=power)
+        module.LAYER = MoEConfig(gate=module.GATE, losses=Losses(balance=0.01, counts=counts))
         monkeypatch.setitem(sys.modules, "edited_gates", module)
         arm = Variant(common.moe("laptop", f"edited_gates:{named}", 8, 2))
         suite = common.suite("laptop", name="own", question="?", comparisons={}, variants={"a": arm})
         return suite.run("a", 0, steps=10, learning_rate=4e-3, parents={})
 
     assert run(4.0) == run(4.0) != run(9.0)
+    assert (run(4.0) != run(4.0, "first_choice")) == (named == "LAYER")
 
 
 def test_the_page_of_the_question_is_of_its_suite_alone():

@@ -403,6 +403,23 @@ def test_the_time_left_is_of_whole_minutes(tmp_path, monkeypatch):
     assert shown._time_left(1.0, running=True).startswith("3 h 0 min left")
 
 
+def test_arms_may_read_texts_whose_domains_have_the_same_names(tmp_path, monkeypatch):
+    suite = suite_of(
+        {name: Variant({"data.dataset": f"/tmp/{name}/text"}) for name in ("raw", "clean")}, horizons=(20,)
+    )
+    (run,) = keyed(suite, [record("raw", 0, 5.0)])
+
+    def prepare_run(config, progress):
+        return SimpleNamespace(versions={"books": config.data.dataset.split("/")[2]})
+
+    monkeypatch.setattr(runner.pipeline, "prepare_run", prepare_run)
+    dataclasses.replace(run, data={"books": "raw"}).write(tmp_path)
+    runner.Worker(suite, tmp_path, [])._open_text()
+    dataclasses.replace(run, data={"books": "older"}).write(tmp_path)
+    with pytest.raises(ConfigError, match=r"text of 'books' has changed since .* \(version older, now raw\)"):
+        runner.Worker(suite, tmp_path, [])._open_text()
+
+
 @pytest.mark.parametrize("version", ["1", "2"])
 @pytest.mark.parametrize("other", [SWITCH, Variant({"data.shuffle_window": 64})])
 def test_runs_on_a_folder_that_changed_are_not_compared(tmp_path, monkeypatch, version, other):

@@ -28,7 +28,7 @@ from moe.checkout import commit
 from moe.checkpoints.workdir import read_config
 from moe.config import Config, ConfigError, DistillConfig, StartConfig
 from moe.data import pipeline
-from moe.lab import records, results, schedule
+from moe.lab import identity, records, results, schedule
 from moe.lab.claims.decide import arms_of
 from moe.lab.claims.registration import Claim, hashes_at_start
 from moe.lab.records import DIVERGED, DROPLESS, FINISHED, OWN, PRIMARY, Key, Record, read_all, run_name
@@ -169,13 +169,15 @@ class Worker:
         """
         found = schedule.Plan(self._suite, read_all(self._workdir))
         planned = found.runs(sweep=self._sweep)
-        finished = [*filter(None, map(found.record, planned))]
         # A run that starts from another reads the text with that one's tokenizer.
         names = {key.variant for key in filter(self._only, planned) if not found.parents(key)}
-        configs = [self._suite.config(name) for name in self._suite.variants if name in names]
-        for config in {config.data: config for config in configs}.values():
-            versions = pipeline.prepare_run(config, progress=self._progress.say).versions
-            records.refuse_other_text(versions, finished)
+        texts = {name: self._suite.config(name).data for name in self._suite.variants}
+        for data in dict.fromkeys(texts[name] for name in self._suite.variants if name in names):
+            arm = next(name for name in names if texts[name] == data)
+            versions = pipeline.prepare_run(self._suite.config(arm), progress=self._progress.say).versions
+            source = identity.text_source(data)
+            same = [key for key in planned if identity.text_source(texts[key.variant]) == source]
+            records.refuse_other_text(versions, filter(None, map(found.record, same)))
 
     @contextlib.contextmanager
     def _take(self) -> Iterator[Key | None]:
