@@ -38,7 +38,7 @@ def recorded():
     return recorder, variables, batches, recorder(variables, batches)
 
 
-def test_records_are_what_the_routers_did(recorded):
+def test_records_equal_the_decisions_of_the_routers(recorded):
     recorder, variables, batches, records = recorded
     model = recorder.program.model(variables)
 
@@ -64,7 +64,7 @@ def test_records_are_what_the_routers_did(recorded):
     np.testing.assert_array_equal(records.expert_index, np.argsort(-records.router_probs, axis=-1)[..., :2])
     assert records.domain.tolist() == [0] * 27 + [1] * 16
     assert np.bincount(records.row).tolist() == [8, 8, 8, 3, 8, 8]
-    # No pair reaches over a row's end (8, 16, …) or a document's (5 in every row).
+    # No pair crosses the end of a row (8, 16, …) or of a document (5 in every row).
     assert 0 in records.consecutive
     assert not {4, 7, 12, 15, 20, 23, 26} & set(records.consecutive.tolist())
     assert len(records.consecutive) == 5 * (4 + 2) + 2
@@ -80,7 +80,7 @@ def test_gates_that_list_every_expert_are_ordered_by_probability():
     assert (np.diff(records.combine_weights, axis=-1) <= 0).all()
 
 
-def test_recorded_experts_of_rollouts_are_not_replayed(monkeypatch):
+def test_recorded_experts_of_rollouts_are_not_replayed_in_an_analysis(monkeypatch):
     batch = {"tokens": np.ones((1, 4)), "experts": np.zeros((1, 4, 1, 1))}
     monkeypatch.setattr(pipeline, "heldout_batches", lambda *given, **settings: [batch])
     recorder = types.SimpleNamespace(program=types.SimpleNamespace(config=Config()))
@@ -98,7 +98,7 @@ def test_experts_of_probability_zero_are_ordered_by_their_logits():
     np.testing.assert_array_equal(records.expert_index[0], np.argsort(-logits.reshape(16, 4), axis=-1))
 
 
-def test_layers_of_a_decoder_are_numbered_after_its_encoders():
+def test_layers_of_a_decoder_are_numbered_after_those_of_its_encoder():
     program = build(Config(model=tiny_encoder_decoder()), make_mesh(MeshConfig(data=-1)))  # 3 + 2, every second sparse
     assert [Recorder(program, stack)._layers for stack in ("encoder", "decoder")] == [(1,), (4,)]
 
@@ -112,7 +112,7 @@ def test_a_dense_model_is_refused():
 # --- Controls --------------------------------------------------------------------------------------------------------
 
 
-def test_hash_routing_depends_on_the_token_alone(recorded):
+def test_hash_routing_depends_only_on_the_token(recorded):
     _, _, _, records = recorded
     control = controls.hash_routing(records)
     assert control.expert_index.shape == records.expert_index.shape
@@ -123,7 +123,7 @@ def test_hash_routing_depends_on_the_token_alone(recorded):
     assert len(np.unique(control.first_choice)) == 4
 
 
-def test_untrained_routers_leave_the_rest_of_the_model(recorded):
+def test_untrained_routers_change_nothing_else_in_the_model(recorded):
     recorder, variables, batches, records = recorded
     model = recorder.program.config.model
     random = controls.untrain_routers(variables, model, seed=0)
@@ -149,7 +149,7 @@ def test_untrained_routers_leave_the_rest_of_the_model(recorded):
 # --- Probes ----------------------------------------------------------------------------------------------------------
 
 
-def test_masking_takes_the_most_probable_experts_of_each_token(rng):
+def test_masking_excludes_the_most_probable_experts_of_each_token(rng):
     logits = rng.normal(size=(2, 5, 6)).astype(np.float32)
     order = np.argsort(-logits, axis=-1)
     mask = jnp.ones((2, 5), bool)
@@ -162,7 +162,7 @@ def test_masking_takes_the_most_probable_experts_of_each_token(rng):
     np.testing.assert_array_equal(masked.expert_index, order[..., 3:5])
     two = np.exp(np.take_along_axis(logits, order[..., 3:5], axis=-1))
     np.testing.assert_allclose(masked.combine_weights, two / two.sum(-1, keepdims=True), rtol=1e-5)
-    # With a selection bias, the highest of s + b go, however large the bias.
+    # With a selection bias, the experts of the highest s + b are masked, however large the bias.
     bias = np.array([0, 0, 3, 0, -1, 0], np.float32)
     biased = np.argsort(-(1 / (1 + np.exp(-logits)) + bias), axis=-1)
     masked = masked_route("deepseek_v3", 2, selection_bias=jnp.asarray(bias))
@@ -179,13 +179,13 @@ def test_probes_of_a_frozen_model(rng):
     assert set(full) == {"all", "text"}
     assert full["all"] == pytest.approx(wide["all"], rel=1e-5)  # a factor of E drops nothing
     assert abs(wide["all"] - narrow["all"]) > 1e-3  # one of 0.5 drops half
-    fixed = dataclasses.replace(config.model.moe, capacity=Capacity(fixed=1))  # which the factor replaces
+    fixed = dataclasses.replace(config.model.moe, capacity=Capacity(fixed=1))  # replaced by the factor
     fixed_config = dataclasses.replace(config, model=dataclasses.replace(config.model, moe=fixed))
     assert probes.eval_capacity(fixed_config, mesh, 4.0)(variables, heldout) == wide
     last = probes.masked(config, mesh, 3)(variables, heldout)["all"]
     assert abs(last - full["all"]) > 1e-3
 
-    # Without its shared expert, and two choices: the same as a shared expert of zeros.
+    # Two choices without the shared expert equal two choices with a shared expert of zeros.
     swapped = probes.shared_for_routed(config, mesh)(variables, heldout)["all"]
     gate = dataclasses.replace(config.model.moe.gate, k=2)
     more = dataclasses.replace(config.model.moe, gate=gate, capacity=Capacity(eval=4.0))
@@ -200,7 +200,7 @@ def test_probes_of_a_frozen_model(rng):
 
 
 def test_a_router_that_chose_more_experts_is_not_saturated():
-    """Independent choices, 6 of 8 experts by the earlier router and one by the last: nothing over chance."""
+    """Independent choices, 6 of 8 experts by the earlier router and one by the last: no agreement above chance."""
     rng = np.random.default_rng(0)
 
     def records(share):
@@ -214,13 +214,13 @@ def test_a_router_that_chose_more_experts_is_not_saturated():
 
 
 @pytest.mark.parametrize("gate", ["remoe", "expert_threshold"])
-def test_a_gate_without_a_choice_of_k_has_no_fewer_experts(gate):
-    """Their k says what training aims at: a token's experts are those with positive, or high enough, scores."""
+def test_the_number_of_experts_of_a_gate_without_a_fixed_k_cannot_be_changed(gate):
+    """Their k is a target of training; a token's experts are those with positive, or high enough, scores."""
     with pytest.raises(ConfigError, match="its number of experts per token cannot be changed"):
         probes._with_k(LAYERS[gate], 1)
 
 
-def test_a_fixed_capacity_is_none_without_drops():
+def test_evaluation_without_drops_ignores_a_fixed_capacity():
     config = from_config_dict({"model": {"moe": {"gate": "switch", "capacity": {"fixed": 4}}}})
     assert probes.dropless(config).model.moe.dispatch == "dropless"
 

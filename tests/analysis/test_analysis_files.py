@@ -37,9 +37,9 @@ def test_syntax_classes_of_a_small_source():
     assert byte_classes(SOURCE).tolist() == per_byte(EXPECTED, SOURCE)
     fstring = "y = f'a{x}b' if é else -1\n"
     assert byte_classes(fstring).tolist() == per_byte("n.o.sssonoss.kk.n.kkkk.o1.", fstring)
-    assert byte_classes("x = (1,\n") is None  # a bracket that never closes
-    assert byte_classes("if x:\n        y\n    z\n") is None  # a dedent to nowhere
-    assert byte_classes("Once upon a time it isn't so\n") is None  # a string that never ends
+    assert byte_classes("x = (1,\n") is None  # an unclosed bracket
+    assert byte_classes("if x:\n        y\n    z\n") is None  # a dedent to no outer level
+    assert byte_classes("Once upon a time it isn't so\n") is None  # an unterminated string
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def tokenizer():
     return train_tokenizer([SOURCE * 5, "red green blue fox and the über fox\n" * 9], 320)
 
 
-def test_tokens_get_the_class_of_their_first_byte_that_is_not_blank(tokenizer):
+def test_tokens_get_the_class_of_their_first_non_blank_byte(tokenizer):
     document = Document("x  +=\n1", np.zeros(5, np.int32), np.array([[0, 0], [0, 1], [1, 5], [5, 7], [7, 7]]))
     kinds = [CLASSES.index(kind) for kind in ("name", "operator", "number")]
     assert token_classes(document).tolist() == [-1, *kinds, -1]
@@ -85,7 +85,7 @@ def test_spans_cover_the_text_byte_for_byte(tokenizer):
     assert read_document("ab", SpaceFirst()) is None  # four bytes of tokens for two of text
 
 
-def test_documents_become_rows():
+def test_documents_are_packed_into_rows():
     documents = [Document("", np.arange(1, 6, dtype=np.int32), np.zeros((5, 2), np.int32)) for _ in range(2)]
     marks = {"kind": [np.full(5, 1), np.full(5, 2)]}
     batches = document_batches(documents, marks, sequence_length=4, batch_size=2)
@@ -140,7 +140,7 @@ def test_the_explorer_is_one_file_and_escapes_its_data():
 
 
 def test_the_explorer_keeps_weights_above_1_and_tiny_ones():
-    """A sigmoid gate's scale may be 2.5; weights are stored as shares of the passage's largest, if that is above 1."""
+    """A sigmoid gate's scale may be 2.5; weights are stored relative to the passage's largest, if that is above 1."""
     stored = []
     for weights in ([2.5, 1.25, 1e-9, 0.0], [0.5, 1e-9, 0.0, 0.0]):
         pieces, experts = ["a", "b", "c", "d"], np.zeros((1, 4, 1), int)
@@ -204,7 +204,7 @@ def test_an_analysis_from_text_to_files(tokenizer, tmp_path):
     assert found["load_over_training"]["steps"] == [4, 8, 12]
     np.testing.assert_allclose(np.sum(found["load_over_training"]["load"], axis=-1), 1)
     np.testing.assert_allclose(np.sum(found["load"], axis=-1), 1)
-    # A checkpoint that is the last one has all of its choices; another one has not.
+    # A checkpoint equal to the last one agrees in all choices; another one does not.
     assert found["saturation"]["top_k"][1] == found["saturation"]["top_1"][1] == [1.0, 1.0]
     assert max(found["saturation"]["top_1"][0]) < 1
     assert found["saturation"]["chance_top_k"] == 2 / 4
@@ -228,7 +228,7 @@ def test_an_analysis_from_text_to_files(tokenizer, tmp_path):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     text = (tmp_path / "analysis.md").read_text()
     for before, line in itertools.pairwise(text.splitlines()):
-        if before.startswith("|") and line.startswith("|"):  # of one table: as many cells
+        if before.startswith("|") and line.startswith("|"):  # rows of one table have equal numbers of cells
             assert line.replace(r"\|", "").count("|") == before.replace(r"\|", "").count("|")
     assert r"\$_\$ \|" in text
     assert "\x1b" not in markdown.markdown(found, "evil \x1b[31m\nname")

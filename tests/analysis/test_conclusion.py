@@ -1,4 +1,4 @@
-"""The sentences with which an analysis page begins."""
+"""The summary sentences at the start of an analysis page."""
 
 from moe.analysis.conclusion import conclude, few_values
 
@@ -37,7 +37,7 @@ def test_sentences_say_when_nothing_was_learnt():
     assert "context for next to nothing" in repeated
 
 
-def test_labels_of_few_values_are_named():
+def test_labels_with_few_values_are_named():
     assert "Labels of few values: domain matched 3, lexical matched 3." in few_values(
         summary_of((0.2,), (0.2,), (0.1,), (0.1,), 0.3, 0.3)
     )

@@ -30,14 +30,14 @@ def _records(first, row=None, probs=None):
 
 
 def test_a_planted_permutation_is_found_and_the_rest_counted(rng):
-    """Every fourth token goes elsewhere: 3/4 agree under the permutation."""
+    """Every fourth token goes to another expert: 3/4 agree under the permutation."""
     first = rng.integers(0, E, ROWS * LENGTH)
     planted = np.array([2, 3, 0, 1])
     second = planted[first]
     moved = np.arange(len(first)) % 4 == 3
     second = np.where(moved, planted[(first + 1) % E], second)
     probs = np.zeros((1, len(first), E), np.float32)
-    probs[0, :, 0] = np.where(moved, 0.1, 0.9)  # the moved tokens are those of small margin
+    probs[0, :, 0] = np.where(moved, 0.1, 0.9)  # the moved tokens have small margins
     (found,) = difference.agreements(_records(first, probs=probs), _records(second), shuffles=50, seed=0)
     assert found.permutation == planted.tolist()
     assert found.first == found.sets == 0.75 - (0.75 - np.mean(~moved[np.repeat(np.arange(ROWS), LENGTH) % 2 == 1]))
@@ -50,7 +50,7 @@ def test_a_planted_permutation_is_found_and_the_rest_counted(rng):
 
 
 def test_independent_choices_agree_by_chance(rng):
-    """Experts that are alike within a row, in both models: 5 of 100 draws at most would be below 0.05 by design."""
+    """Choices are constant within a row in both models; by design at most 5 % of draws have p of at most 0.05."""
     low = 0
     for draw in range(40):
         first, second = (np.repeat(rng.integers(0, E, ROWS), LENGTH) for _ in range(2))
@@ -79,12 +79,12 @@ def test_loss_differences_by_hand(rng):
 
 @pytest.fixture(scope="module")
 def tiny():
-    """(program, variables, its recorder, its losses of tokens)."""
+    """(program, variables, recorder, per-token losses)."""
     program, variables = tiny_program(dispatch="einsum")
     return program, variables, Recorder(program), difference.TokenLosses(program)
 
 
-def test_losses_of_tokens_are_those_of_the_model(rng, tiny):
+def test_losses_of_tokens_add_up_to_that_of_the_model(rng, tiny):
     program, variables, recorder, losses = tiny
     batch = random_batch(rng, program.config.model.vocab_size, real=13)
     found = losses(variables, {"text": [batch]})

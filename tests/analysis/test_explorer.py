@@ -98,7 +98,7 @@ def test_layers_experts_and_tooltips(tmp_path):
 
 @pytest.mark.parametrize(("has_unit", "shown"), [(True, ("1.500", "0.500")), (False, ("1.000", "0.333"))])
 def test_weights_above_1_are_shown(tmp_path, has_unit, shown):
-    """Twice 0.75 and 0.25, in shares of 1.5; data of earlier versions has no units, and shares of 1."""
+    """Weights of 1.5 and 0.5, stored as shares of the unit 1.5; data of earlier versions has no unit, which means 1."""
     page = make_page(8, scale=2.0)
     page = page if has_unit else page.replace(', "unit": 1.5', "")
     hover = """
@@ -109,8 +109,8 @@ def test_weights_above_1_are_shown(tmp_path, has_unit, shown):
     assert run(page, tmp_path, hover) == [f"expert {expert}: {weight}" for expert, weight in enumerate(shown)]
 
 
-def test_long_texts_stay_quick(tmp_path):
-    """200,000 tokens: little more than what is in view gets elements, whatever is chosen."""
+def test_long_texts_stay_responsive(tmp_path):
+    """Of 200,000 tokens only those near the view have elements, whatever is selected."""
     page = make_page(200_000)
     found = run(
         page,
@@ -135,7 +135,7 @@ def test_long_texts_stay_quick(tmp_path):
 
 
 def test_a_phone_shows_64_experts(tmp_path):
-    """420 pixels wide, in a frame, since a window cannot be: nothing lies beside the page, text and panel are wide."""
+    """A frame of 420 pixels, narrower than any window: nothing overflows sideways, and text and panel have room."""
     page = json.dumps(make_page(2_000, num_experts=64, choices=8)).replace("<", "\\u003c")
     found = run(
         "<!DOCTYPE html><body></body>",

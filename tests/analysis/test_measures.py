@@ -24,7 +24,7 @@ def test_first_choice_repetition_by_hand(rng):
     # At least 3 of 5 neighbours are equal in orders of at most 3 runs. Of C(6,3) = 20 orders, 2 have two runs (000111),
     # and 2 + 2 have three: one expert in one run, the other's three tokens split 1 + 2 or 2 + 1 around it.
     assert found.p_value == pytest.approx(6 / 20, abs=0.04)
-    # Pairs that are not consecutive are not looked at.
+    # Only consecutive pairs count.
     assert repetition(experts, np.array([0, 2]), 4, shuffles=1, rng=rng).observed == 1.0
 
 
@@ -42,19 +42,19 @@ def test_first_or_second_choice_repetition_by_hand(rng):
         repetition(np.zeros((4, 3), int), np.arange(3), 8, shuffles=1, rng=rng)
 
 
-def test_repetition_that_repeated_tokens_explain(rng):
-    """Experts that are a function of the token repeat as often as tokens do; experts that follow the context more."""
-    tokens = rng.integers(0, 3, 600).repeat(2)  # every token stands twice in a row
+def test_repetition_explained_by_repeated_tokens(rng):
+    """Experts that are a function of the token repeat as often as the tokens; experts by context repeat more often."""
+    tokens = rng.integers(0, 3, 600).repeat(2)  # every token appears twice in a row
     consecutive = np.arange(len(tokens) - 1)
     found = token_null(tokens[:, None] % 2, tokens, consecutive, shuffles=20, rng=rng)
     observed = shared_experts(tokens[:, None] % 2, consecutive)
     assert (found.token_mean, found.token_std) == (pytest.approx(observed), 0)
     assert found.token_p_value == 1.0
-    # By hand: tokens a a b with experts 0 1 0. The two a's exchange or not: 0 1 0 and 1 0 0 repeat 0 and 1 of 2.
+    # By hand: tokens a a b with experts 0 1 0. Exchanging the experts of the two a's or not gives 0 or 1 repeat of 2.
     tokens, experts = np.array([7, 7, 9]), np.array([[0], [1], [0]])
     found = token_null(experts, tokens, np.arange(2), shuffles=2000, rng=rng)
     assert found.token_mean == pytest.approx(1 / 4, abs=0.03)
-    # The first and the second half of a text have an expert each, whatever the token.
+    # Each half of a text has its own expert, whatever the token.
     halves = np.arange(400)[:, None] // 200
     found = token_null(halves, rng.integers(0, 3, 400), np.arange(399), shuffles=20, rng=rng)
     assert found.token_p_value == pytest.approx(1 / 21)
@@ -68,7 +68,7 @@ def test_lexical_classes():
     assert [lexical.CLASSES[i] for i in found] == [*names, "word part", *["punctuation"] * 3, "word"]
 
 
-def test_labels_are_merged_where_the_least_is_lost():
+def test_labels_are_merged_where_the_least_information_is_lost():
     # Labels 0 and 2 always go to expert 0, label 1 to expert 1, label 3 to both alike; label 4 has no token.
     labels = np.array([0, 0, 2, 2, 2, 1, 1, 1, 3, 3])
     experts = np.array([0, 0, 0, 0, 0, 1, 1, 1, 0, 1])
@@ -89,7 +89,7 @@ def test_mutual_information_by_hand(rng):
     found = dependence(x, y, np.arange(4), shuffles=2000, rng=rng)
     assert found.information == pytest.approx(h_x + h_y - h_xy)
     assert found.nmi == pytest.approx((h_x + h_y - h_xy) / ((h_x + h_y) / 2))
-    # Any order of y puts its one lone partner of x = 1 with one of the two values: always this table.
+    # Every permutation of y pairs the one x = 1 with one of two equally frequent values: the table is always this one.
     assert found.null_mean == pytest.approx(found.information)
     assert found.explained == pytest.approx(0, abs=1e-12)
     assert found.p_value == 1.0
@@ -100,7 +100,7 @@ def test_mutual_information_by_hand(rng):
     assert dependence(np.zeros(4, int), y, np.arange(4), shuffles=2, rng=rng).nmi == 0
 
 
-def test_the_null_takes_the_bias_of_rare_labels_away(rng):
+def test_the_null_removes_the_bias_of_rare_labels(rng):
     x, y = rng.integers(0, 8, 2000), rng.integers(0, 500, 2000)
     found = dependence(x, y, np.arange(2000) // 50, shuffles=40, rng=rng)
     assert found.information > 0.5 * 7 * 499 / (2 * 2000)  # independent, yet the plug-in estimate is near (7·499)/2n
@@ -110,7 +110,7 @@ def test_the_null_takes_the_bias_of_rare_labels_away(rng):
 
 
 def test_labels_are_permuted_over_rows(rng):
-    """Experts that differ from row to row have nothing to do with domains: a null over tokens would say they have."""
+    """Experts that differ from row to row are independent of domains; permuting tokens would call them dependent."""
     rows = np.repeat(np.arange(40), 50)
     experts, domain = rng.integers(0, 8, 40)[rows], (np.arange(40) // 20)[rows]
     by_token = dependence(experts, domain, np.arange(2000), shuffles=40, rng=rng)
@@ -118,7 +118,7 @@ def test_labels_are_permuted_over_rows(rng):
     assert by_token.p_value == pytest.approx(1 / 41)
     assert by_row.p_value > 0.04
     assert by_row.null_mean > 10 * by_token.null_mean
-    # Two rows, one of each domain: however they are exchanged, the tables are alike, and nothing can be said.
+    # Two rows, one of each domain: exchanging them gives equivalent tables, so that nothing can be concluded.
     assert (
         dependence(np.repeat([3, 5], 50), np.repeat([0, 1], 50), np.arange(100) // 50, shuffles=9, rng=rng).p_value == 1
     )
@@ -135,7 +135,7 @@ def test_tokens_without_a_label_do_not_count(rng):
 
 
 def _sticky(rng, values, rows, length, stay):
-    """Rows of a Markov chain that keeps its value with probability `stay`, each with favourite values of its own."""
+    """Rows of a Markov chain that keeps its value with probability `stay`; each row has its own distribution."""
     favourites = rng.dirichlet(np.ones(values), rows)
     drawn = np.stack([rng.choice(values, length, p=own) for own in favourites])
     keep = rng.random((rows, length)) < stay
@@ -144,7 +144,7 @@ def _sticky(rng, values, rows, length, stay):
     return np.take_along_axis(drawn, last, axis=1).reshape(-1)
 
 
-def test_independent_sequences_are_found_independent_however_alike_neighbours_are(rng):
+def test_independent_sequences_are_found_independent_despite_autocorrelation(rng):
     """Independent sticky experts and labels have p <= 0.05 in about 5 % of draws, and explain nothing on average."""
     rows, length, draws = 16, 64, 200
     row = np.repeat(np.arange(rows), length)
@@ -156,7 +156,7 @@ def test_independent_sequences_are_found_independent_however_alike_neighbours_ar
     explained = np.array([one.explained for one in found])
     assert 0.01 < share < 0.11  # four standard errors of 200 draws are 0.06; exchanging tokens gives 1.0
     assert abs(explained.mean()) < 4 * explained.std() / draws**0.5 < 0.006  # exchanging tokens gives 0.03
-    # A label that the experts follow half of the time is found.
+    # A label that follows the experts half of the time is detected.
     x = _sticky(rng, 4, rows, length, 0.8)
     y = np.where(rng.random(rows * length) < 0.5, x, _sticky(rng, 4, rows, length, 0.8))
     assert dependence(x, y, row, shuffles=39, rng=rng).p_value == pytest.approx(1 / 40)
@@ -188,12 +188,12 @@ def test_load_coactivation_saturation_and_top_tokens_by_hand():
 
     final = measures.membership(INDEX, CHOSEN, 4)
     earlier = measures.membership(np.array([[[0, 3], [2, 0], [1, 2], [1, 2]]]), np.ones((1, 4, 2), bool), 4)
-    # Of {0,1} one was there, of {0,2} both, of {1} all, of {0,3} none.
+    # Of {0,1} one was already chosen, of {0,2} both, of {1} all, of {0,3} none.
     np.testing.assert_allclose(measures.saturation(earlier, final), [(1 / 2 + 1 + 1 + 0) / 4])
 
     first, tokens = np.array([0, 0, 1, 0, 1, 1]), np.array([7, 7, 7, 8, 8, 9])
     found = measures.top_tokens(first, tokens, 3, at_least=2, number=5)
-    # Expert 0 has half of all: 7 has 2/3 of it, 8 has 1/2, 9 is too rare; expert 2 has nothing.
+    # Expert 0 gets half of all tokens, 2/3 of token 7 and 1/2 of 8; 9 is too rare; expert 2 gets no token.
     assert [(t.token, t.count, t.total) for t in found[0]] == [(7, 2, 3), (8, 1, 2)]
     assert [t.lift for t in found[0]] == pytest.approx([(2 / 3) / (1 / 2), 1.0])
     assert [t.token for t in found[1]] == [8, 7]

@@ -1,4 +1,4 @@
-"""Surgery on experts: identities change no logit, saliencies by hand, and a pruned model is that of fewer experts."""
+"""Surgery on experts: identities change no logit, saliencies by hand, a pruned model equals one of fewer experts."""
 
 import dataclasses
 import functools
@@ -19,7 +19,7 @@ from tests.analysis_helpers import random_batch, tiny_program
 from tests.helpers import slow_case
 from tests.run_helpers import write_run
 
-#: Room for every token by the dispatch that compiles fastest.
+#: Capacity for every token with the dispatch that compiles fastest.
 ROOM = {"dispatch": "einsum", "eval_capacity_factor": 8.0}
 
 
@@ -52,7 +52,7 @@ def _logits(config, mesh, batch, parameters, biases):
     ],
     ids=lambda overrides: overrides["gate"],
 )
-def test_split_and_merged_again_no_logit_changes(rng, overrides):
+def test_splitting_and_merging_again_changes_no_logit(rng, overrides):
     program, variables = tiny_program(**overrides)
     config, mesh = program.config, program.mesh
     parameters, biases = _parts(program, variables)
@@ -69,9 +69,9 @@ def test_split_and_merged_again_no_logit_changes(rng, overrides):
     np.testing.assert_allclose(same, before, rtol=1e-6, atol=1e-6)
 
 
-def test_experts_chosen_together_stand_together_and_no_logit_changes(rng):
-    """Two tokens choose experts 0 and 2, one 1 and 3, one 0 alone: two groups, {0, 2} and {1, 3}. As they stood, each
-    of the first three had experts in both groups: (2 + 2 + 2 + 1)/4 against 1."""
+def test_grouping_experts_that_are_chosen_together_changes_no_logit(rng):
+    """Two tokens choose experts 0 and 2, one 1 and 3, one only 0: two groups, {0, 2} and {1, 3}. In the original
+    order each of the first three has experts in both groups: (2 + 2 + 2 + 1)/4 against 1."""
     index = np.array([[0, 2], [2, 0], [1, 3], [0, 1]])
     chosen = np.array([[True, True], [True, True], [True, True], [True, False]])
     counts = measures.coactivation(index[None], chosen[None], 4)[0]
@@ -93,8 +93,8 @@ def test_experts_chosen_together_stand_together_and_no_logit_changes(rng):
         surgery.check_groups(config.model, 3)
 
 
-def test_a_pruned_model_routes_among_the_experts_that_are_left(rng):
-    """Where the router never chooses expert 1, leaving it out changes no renormalised weight."""
+def test_a_pruned_model_routes_among_the_remaining_experts(rng):
+    """If the router never chooses expert 1, pruning it changes no renormalised weight."""
     program, variables = tiny_program(gate="mixtral", num_experts=4, **ROOM, bias="router")
     config, mesh = program.config, program.mesh
     parameters, biases = _parts(program, variables)
@@ -117,7 +117,7 @@ def test_a_pruned_model_routes_among_the_experts_that_are_left(rng):
 
 
 def test_experts_replaced_by_zero_return_nothing(rng):
-    """Tokens still choose them, with the same weights: the model whose down matrices are zero there."""
+    """Tokens still choose them, with the same weights: a model whose down matrices of these experts are zero."""
     program, variables = tiny_program(gate="deepseek_v4", num_experts=4, experts_per_token=2, **ROOM)
     config, mesh = program.config, program.mesh
     parameters, biases = _parts(program, variables)
@@ -137,7 +137,7 @@ def test_experts_replaced_by_zero_return_nothing(rng):
 
 
 def test_novices_return_the_mean_output_of_the_tokens_that_chose_the_expert(rng):
-    """MoNE: the model whose pruned experts are replaced by their down biases alone, which are the means of before."""
+    """MoNE: equal to a model whose pruned experts are only down biases, which are their mean outputs before pruning."""
     program, variables = tiny_program(gate="mixtral", num_experts=4, **ROOM, bias="all")
     config, mesh, model = program.config, program.mesh, program.config.model
     parameters, biases = _parts(program, variables)
@@ -155,7 +155,7 @@ def test_novices_return_the_mean_output_of_the_tokens_that_chose_the_expert(rng)
     expected = _logits(config, mesh, batch, surgery.restack_layers(model, parameters, flat), biases)
     after = _logits(dataclasses.replace(config, model=fewer), mesh, batch, changed, left)
     np.testing.assert_allclose(after, expected, rtol=1e-5, atol=1e-5)
-    # A second cut puts its novice after that of the first, in the columns and in the vectors.
+    # A second pruning puts its novice after that of the first, in the router's columns and in the vectors.
     first = surgery.prune(model, parameters, biases, np.tile([0, 1, 3], (2, 1)), novices=means)
     second, twice, _ = surgery.prune(*first, np.tile([0, 2], (2, 1)), novices=0 * means[:, :3] + 3)
     flat = surgery.unstack_layers(second, twice)
@@ -169,7 +169,7 @@ def test_novices_return_the_mean_output_of_the_tokens_that_chose_the_expert(rng)
 
 
 def test_mean_and_deviation_of_outputs_by_hand(rng):
-    """Means of the first layer, whose input is the embedding where attention returns 0; padding counts nowhere."""
+    """Moments of the first layer, whose input is the embedding since attention returns 0; padding does not count."""
     program, variables = tiny_program(gate="switch", num_experts=3, **ROOM, activation="relu")
     model = program.config.model
     parameters, biases = _parts(program, variables)
@@ -190,8 +190,8 @@ def test_mean_and_deviation_of_outputs_by_hand(rng):
         np.testing.assert_allclose(saliency.deviation(moments)[0, expert], variance**0.5, rtol=1e-3, atol=1e-5)
 
 
-def test_an_expert_merged_with_its_permuted_copy_is_itself(rng):
-    """Expert 2 is expert 0 with its hidden units in another order: merged into it, 0 stays what it was."""
+def test_merging_an_expert_with_its_permuted_copy_leaves_it_unchanged(rng):
+    """Expert 2 is expert 0 with its hidden units in another order: merging it into expert 0 leaves 0 unchanged."""
     program, variables = tiny_program(gate="switch", num_experts=3, **ROOM, bias="all")
     model = program.config.model
     parameters, biases = _parts(program, variables)
@@ -223,7 +223,7 @@ def test_merged_weights_are_averages_by_usage():
 
 
 def test_reap_by_hand(rng):
-    """Without attention, a layer's input is known: NumPy computes weights and outputs of its experts again."""
+    """Without attention a layer's input is known, so that NumPy can recompute weights and outputs of its experts."""
     program, variables = tiny_program(gate="mixtral", num_experts=4, **ROOM, activation="relu")
     model = program.config.model
     parameters, biases = _parts(program, variables)
@@ -299,7 +299,7 @@ def test_what_cannot_be_split_is_refused(overrides, parts, message):
         surgery.split(program.config.model, parameters, biases, parts)
 
 
-def test_a_users_gate_without_a_router_is_not_taken_apart():
+def test_a_users_gate_without_a_router_is_refused():
     class Unrouted(Gate):
         router, k = "none", 1
 
@@ -320,7 +320,7 @@ def test_a_users_gate_is_not_split():
 
 @pytest.mark.transformers
 @pytest.mark.parametrize("merged", [False, True])
-def test_a_pruned_export_loads_elsewhere_with_equal_logits(tmp_path, rng, merged):
+def test_a_pruned_export_loads_in_transformers_with_equal_logits(tmp_path, rng, merged):
     """The export is a Mixtral of three experts. Needs torch and transformers 5: python -m pytest -m transformers."""
     torch, transformers = (pytest.importorskip(name) for name in ("torch", "transformers"))
     program, variables = tiny_program(gate="mixtral", num_experts=4, **ROOM)

@@ -39,7 +39,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def store(monkeypatch):
-    """A new store, which gs:// is in this process too."""
+    """A new object store, to which gs:// refers in this process too."""
     with object_store() as environment:
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
@@ -49,7 +49,7 @@ def store(monkeypatch):
 
 
 def _forget_connections():
-    """etils and fsspec keep one connection a process."""
+    """Drop the one connection per process that etils and fsspec keep."""
     fsspec.filesystem("gcs").clear_instance_cache()
     backend.fsspec_backend._get_filesystem.cache_clear()
 
@@ -59,7 +59,7 @@ def _row(step, **values):
 
 
 def _write(workdir, start, steps, *, end):
-    """Rows of some steps, a sync after every second; `end` closes the writer, else it is left as by a kill."""
+    """Write rows of some steps, a sync after every second; without `end` the writer stays open, as after a kill."""
     writer = MetricsWriter(workdir, start, Config(), find_writers(["tensorboard"]))
     for step in steps:
         writer.write(step, "train", {"loss": step / 10})
@@ -69,7 +69,7 @@ def _write(workdir, start, steps, *, end):
         writer.close()
 
 
-def test_rows_in_a_bucket_are_those_of_appends(store):
+def test_rows_in_a_bucket_equal_those_of_appends_to_a_file(store):
     workdir = epath.Path(f"gs://{BUCKET}/rows")
     _write(workdir, 0, range(1, 6), end=False)  # the row of step 5 is lost with the process
     assert read_rows(workdir / METRICS) == [_row(step) for step in range(1, 5)]
@@ -77,7 +77,7 @@ def test_rows_in_a_bucket_are_those_of_appends(store):
     _write(workdir, 2, range(3, 7), end=True)
     assert read_rows(workdir / METRICS) == [_row(step) for step in range(1, 7)]
     expected = "".join(json.dumps(_row(step)) + "\n" for step in range(1, 7))
-    assert (workdir / METRICS).read_text() == expected  # one object again
+    assert (workdir / METRICS).read_text() == expected  # joined into one object again
     assert not (workdir / f"{METRICS}.rows").exists()
     assert any(path.name.startswith("events.") for path in (workdir / "tensorboard").iterdir())
 
@@ -92,7 +92,7 @@ def test_a_stray_object_among_rows_is_named(store):
 
 @pytest.mark.parametrize("kept", [1, 3])
 def test_rows_survive_a_kill_between_joining_and_deleting(store, monkeypatch, kept):
-    """Objects of rows that are still there repeat rows, or follow a gap: neither shows twice, or without the others."""
+    """Leftover objects of rows repeat joined rows, or follow a gap in them: every row is read exactly once."""
     workdir = epath.Path(f"gs://{BUCKET}/joined")
     _write(workdir, 0, range(1, 5), end=False)  # objects of rows 1-2 and 3-4
     with monkeypatch.context() as patch:
@@ -102,7 +102,7 @@ def test_rows_survive_a_kill_between_joining_and_deleting(store, monkeypatch, ke
     assert read_rows(workdir / METRICS) == [_row(step) for step in range(1, 5)]
 
 
-def test_a_checkpoint_without_its_commit_object_is_none(store):
+def test_a_checkpoint_without_its_commit_object_does_not_count(store):
     workdir = epath.Path(f"gs://{BUCKET}/part")
     for step, names in ((2, ("a", manager.COMMIT)), (4, ("a",))):
         for name in names:
@@ -123,10 +123,10 @@ def test_a_bucket_that_cannot_be_reached_is_refused(directory, monkeypatch):
         train(tiny(directory), "gs://bucket/run", ONE, quiet=True)
 
 
-def test_a_bucket_that_does_not_answer_is_waited_for_aloud_and_not_for_ever(directory, monkeypatch, capsys):
+def test_waiting_for_a_silent_bucket_is_reported_and_limited(directory, monkeypatch, capsys):
     monkeypatch.setattr(waiting, "EVERY", 0.1)
     monkeypatch.setattr(waiting, "LIMIT", 1.0)
-    with socket.create_server(("127.0.0.1", 0)) as silent:  # it takes connections, and says nothing
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts connections and never answers
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{silent.getsockname()[1]}")
         _forget_connections()
         with pytest.raises(ConfigError, match=r"gs://bucket/run: cannot be reached .*no answer within 1 s"):
@@ -137,14 +137,14 @@ def test_a_bucket_that_does_not_answer_is_waited_for_aloud_and_not_for_ever(dire
     assert "waiting for gs://bucket/run, 0 s\n" in capsys.readouterr().err
 
 
-def test_first_answers_are_what_the_call_returns_or_raises():
+def test_a_first_answer_is_what_the_call_returns_or_raises():
     assert waiting.first_answer("it", lambda: 3) == 3
     with pytest.raises(KeyError):
         waiting.first_answer("it", lambda: {}["a"])
 
 
-def test_arrays_of_a_checkpoint_are_not_tried_for_ever(monkeypatch):
-    """While the store answers 503 for arrays, a save and a restore end; TensorStore itself would try for 15 minutes."""
+def test_retries_for_arrays_of_a_checkpoint_are_limited(monkeypatch):
+    """While the store answers 503 for arrays, a save and a restore fail soon; TensorStore would try for 15 minutes."""
     monkeypatch.setattr(arrays, "RETRIES", {"max_retries": 2, "initial_delay": "10ms", "max_delay": "20ms"})
     refused: list[str] = []
     tree = {"a": jnp.arange(4.0)}
@@ -181,14 +181,14 @@ def test_arrays_of_a_checkpoint_are_not_tried_for_ever(monkeypatch):
     _forget_connections()
 
 
-def test_a_dataset_that_the_bucket_does_not_hold_is_refused(directory, store):
+def test_a_dataset_that_is_not_in_the_bucket_is_refused(directory, store):
     config = tiny(directory, **{"data.dataset": f"gs://{BUCKET}/nowhere"})
     with pytest.raises(ConfigError, match=f"data.dataset='gs://{BUCKET}/nowhere': no such folder"):
         train(config, str(directory / "run"), ONE, quiet=True)
 
 
 @pytest.mark.slow
-def test_a_killed_run_in_a_bucket_resumes_to_the_bit(directory, store, tmp_path):
+def test_a_killed_run_in_a_bucket_resumes_bit_for_bit(directory, store, tmp_path):
     settings = {**SETTINGS, "train.num_steps": 12, "train.save_every": 3, "train.sample_tokens": 4}
     config = tiny(directory, **settings)
     (tmp_path / "config.py").write_text(
@@ -223,7 +223,7 @@ def test_a_killed_run_in_a_bucket_resumes_to_the_bit(directory, store, tmp_path)
 
 
 class _Refused(Exception):
-    """An error of a bucket's library, which is no OSError."""
+    """An error of a bucket's library that is not an OSError."""
 
 
 _Refused.__module__ = "gcsfs.retry"

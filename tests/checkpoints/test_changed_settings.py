@@ -29,9 +29,9 @@ def test_a_shortened_run_has_no_rows_after_its_end(directory, programs, tmp_path
     assert [row["step"] for row in rows(tmp_path / "run", "train")] == [1, 2, 3, 4]
 
 
-def test_a_finished_run_goes_on_with_more_steps_and_another_rate(directory, whole, tmp_path, capsys):
+def test_a_finished_run_continues_with_more_steps_and_another_rate(directory, whole, tmp_path, capsys):
     """Four more steps at a constant rate: refused without the flag, recorded with it, and exact when interrupted."""
-    make = compile_once()  # another schedule is another program
+    make = compile_once()  # another schedule needs another compiled program
     changes = {"train.num_steps": 10, "optimizer.schedule": "constant", "optimizer.learning_rate": 5e-3}
     config = tiny(directory, **SETTINGS | changes | {"train.eval_every": 5})
     for name in ("run", "stopped"):
@@ -59,8 +59,8 @@ def test_a_finished_run_goes_on_with_more_steps_and_another_rate(directory, whol
         assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
 
 
-def test_a_run_ends_at_a_step_that_was_evaluated(directory, programs, tmp_path):
-    """Before anything is recorded: the report shows the last evaluation."""
+def test_a_run_may_only_end_at_an_evaluated_step(directory, programs, tmp_path):
+    """Another end is refused before anything is recorded, since the report shows the last evaluation."""
     settings = SETTINGS | {"train.eval_every": 6, "train.save_every": 2}
     with interrupted(5), pytest.raises(Interrupted):
         train(tiny(directory, **settings), str(tmp_path), ONE, make_program=programs, quiet=True)
@@ -75,7 +75,7 @@ def test_a_run_ends_at_a_step_that_was_evaluated(directory, programs, tmp_path):
 
 
 @pytest.mark.slow
-def test_moments_may_move_between_device_and_host(directory, whole, tmp_path):
+def test_optimizer_moments_may_move_between_device_and_host(directory, whole, tmp_path):
     with interrupted(3), pytest.raises(Interrupted):
         train(tiny(directory, **SETTINGS | {"optimizer.memory": "host"}), str(tmp_path), ONE, quiet=True)
     train(tiny(directory, **SETTINGS), str(tmp_path), ONE, quiet=True)
@@ -92,7 +92,7 @@ def test_the_dispatch_may_change_only_where_nothing_can_be_dropped(directory, tm
             assert workdirs.refuse_other_run(ours, training.epath.Path(tmp_path)) == {}
 
 
-#: (devices, mesh, dispatch) of one run's starts; nothing is dropped, so that every way to travel computes the same.
+#: (devices, mesh, dispatch) of one run's starts; nothing is dropped, so that all of them compute the same.
 TRAVELS = [
     (8, {"mesh.data": 2, "mesh.expert": 4}, "gather"),
     (4, {"mesh.data": 1, "mesh.expert": 2, "mesh.fsdp": 2}, "einsum"),
@@ -104,7 +104,7 @@ TRAVELS = [
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_reshard_matrix(directory, tmp_path, capsys):
+def test_a_run_resumes_on_other_meshes_with_equal_losses(directory, tmp_path, capsys):
     """Two steps on each of 8, 4, 2, 1 and 8 devices, against ten steps on one."""
     settings = SETTINGS | {"train.num_steps": 10, "train.eval_every": 10}
     settings |= {"model.moe.capacity.train": 8.0, "model.moe.capacity.eval": 8.0}

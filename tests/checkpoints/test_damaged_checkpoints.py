@@ -44,18 +44,18 @@ def replace(path, old, new):
 
 DAMAGES = {
     "an array's bit flipped": lambda folder: flip(largest(folder / "state")),
-    "an array cut short": lambda folder: os.truncate(largest(folder / "state"), 1000),
+    "an array truncated": lambda folder: os.truncate(largest(folder / "state"), 1000),
     "an array lost": lambda folder: largest(folder / "state").unlink(),
     "the index lost": lambda folder: (folder / "state" / "manifest.ocdbt").unlink(),
     "the index empty": lambda folder: (folder / "state" / "manifest.ocdbt").write_bytes(b""),
     "a number of the loop changed": lambda folder: replace(folder / "memory" / "metadata", "3", "4"),
-    "the data's place changed": lambda folder: replace(folder / "data" / "stream_0.json", "1", "2"),
-    "the data's place lost": lambda folder: (folder / "data" / "stream_0.json").unlink(),
+    "the position in the data changed": lambda folder: replace(folder / "data" / "stream_0.json", "1", "2"),
+    "the position in the data lost": lambda folder: (folder / "data" / "stream_0.json").unlink(),
     "a file that is a folder": lambda folder: (
         (folder / "memory" / "metadata").unlink(),
         (folder / "memory" / "metadata").mkdir(),
     ),
-    "another step's under its name": lambda folder: (
+    "another step under its name": lambda folder: (
         shutil.rmtree(folder),
         shutil.copytree(folder.parent / "4", folder),
     ),
@@ -63,20 +63,20 @@ DAMAGES = {
 }
 
 
-#: The others run with the slow tests.
+#: All other kinds of damage run with the slow tests.
 OFTEN = (
     "an array's bit flipped",
     "the index lost",
     "a number of the loop changed",
-    "the data's place changed",
+    "the position in the data changed",
     "a file that is a folder",
-    "another step's under its name",
+    "another step under its name",
 )
 
 
 @pytest.mark.parametrize("damage", [name if name in OFTEN else slow_case(name) for name in DAMAGES])
 def test_a_damaged_checkpoint_is_set_aside(directory, whole, programs, tmp_path, capsys, damage):
-    """The run goes on from the one before, writes the same again, and deletes nothing."""
+    """The run continues from the previous checkpoint, writes the same files again, and deletes nothing."""
     workdir = tmp_path / "run"
     shutil.copytree(whole, workdir)
     (workdir / "report.txt").unlink()
@@ -93,8 +93,8 @@ def test_a_damaged_checkpoint_is_set_aside(directory, whole, programs, tmp_path,
         assert (workdir / name).read_bytes() == (whole / name).read_bytes()
 
 
-def test_rows_that_are_lost_are_written_again(directory, whole, programs, tmp_path):
-    """Metrics lack a row that was there when checkpoint 6 was made: the run goes on from 4, and writes it again."""
+def test_lost_rows_are_written_again(directory, whole, programs, tmp_path):
+    """Metrics lack a row that was there when checkpoint 6 was made: the run continues from 4 and writes it again."""
     workdir = tmp_path / "run"
     shutil.copytree(whole, workdir)
     (workdir / "report.txt").unlink()
@@ -106,8 +106,8 @@ def test_rows_that_are_lost_are_written_again(directory, whole, programs, tmp_pa
         assert (workdir / name).read_bytes() == (whole / name).read_bytes()
 
 
-def test_rows_that_are_lost_for_good_do_not_end_the_run(directory, whole, programs, tmp_path, capsys):
-    """No checkpoint has all its rows: the run says so, and goes on from the newest; a finished one has no report."""
+def test_a_run_continues_without_rows_that_cannot_be_restored(directory, whole, programs, tmp_path, capsys):
+    """No checkpoint has all its rows: the run says so and continues from the newest; a finished one gets no report."""
     workdir = tmp_path / "run"
     shutil.copytree(whole, workdir)
     two_steps_back(workdir)
@@ -123,7 +123,7 @@ def test_rows_that_are_lost_for_good_do_not_end_the_run(directory, whole, progra
 
 
 def two_steps_back(workdir):
-    """Take the workdir back to that of a run killed after step 4."""
+    """Reset the workdir to that of a run killed after step 4."""
     shutil.rmtree(workdir / "checkpoints" / "6")
     (workdir / "report.txt").unlink()
 
@@ -142,7 +142,7 @@ def two_steps_back(workdir):
         (lambda w: (w / ".lock").unlink() or (w / ".lock").mkdir(), r"cannot be written \(Is a directory\)"),
     ],
 )
-def test_a_workdir_whose_small_files_are_spoilt(directory, whole, programs, tmp_path, spoil, words):
+def test_a_workdir_with_damaged_small_files_is_refused(directory, whole, programs, tmp_path, spoil, words):
     workdir = tmp_path / "run"
     shutil.copytree(whole, workdir)
     two_steps_back(workdir)
@@ -154,7 +154,7 @@ def test_a_workdir_whose_small_files_are_spoilt(directory, whole, programs, tmp_
     assert {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()} == before
 
 
-def test_what_else_lies_among_the_checkpoints_is_left_alone(directory, whole, programs, tmp_path):
+def test_other_files_among_the_checkpoints_are_left_alone(directory, whole, programs, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(whole, workdir)
     two_steps_back(workdir)
@@ -171,8 +171,8 @@ def test_what_else_lies_among_the_checkpoints_is_left_alone(directory, whole, pr
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_every_file_of_a_checkpoint_in_every_way(directory, whole, programs, tmp_path, capsys):
-    """The state that comes back is the one that was saved, or the one of the checkpoint before."""
+def test_every_damage_to_every_file_of_a_checkpoint_is_survived(directory, whole, programs, tmp_path, capsys):
+    """The restored state is the one that was saved, or that of the previous checkpoint."""
     config = tiny(directory, **SETTINGS)
     mesh = make_mesh(config.mesh, ONE)
     prepared = training.pipeline.prepare(config.data, config.model.vocab_size)
@@ -204,7 +204,7 @@ def test_every_file_of_a_checkpoint_in_every_way(directory, whole, programs, tmp
         print(f"\n{found.total()} of {len(files) * len(ways)}: {found[6]} harmless, {found[4]} back to the one before")
 
 
-def test_nothing_is_touched_where_no_checkpoint_is_good(directory, whole, programs, tmp_path):
+def test_nothing_is_changed_if_no_checkpoint_is_intact(directory, whole, programs, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(whole, workdir)
     for step in (4, 6):
@@ -215,8 +215,8 @@ def test_nothing_is_touched_where_no_checkpoint_is_good(directory, whole, progra
         train(tiny(directory, **SETTINGS), str(workdir), ONE, make_program=programs, quiet=True)
     assert {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()} == before
     model = read_config(workdir).model
-    # One byte may lie in the optimizer's arrays, which are not read here. How many files hold the arrays, and which
-    # holds what, differs from run to run: bytes in all of them.
+    # A single byte might lie in the optimizer's arrays, which are not read here. How many files hold the arrays, and
+    # which file holds what, differs from run to run, so that bytes in all of them are changed.
     for path in (workdir / "checkpoints" / "6" / "state" / "ocdbt.process_0" / "d").iterdir():
         spoilt = bytearray(path.read_bytes())
         spoilt[len(spoilt) // 8 :: 997] = bytes(255 - byte for byte in spoilt[len(spoilt) // 8 :: 997])
@@ -226,7 +226,7 @@ def test_nothing_is_touched_where_no_checkpoint_is_good(directory, whole, progra
     parameters.read_parameters(whole, model)
 
 
-def test_what_cannot_be_read_for_other_reasons_is_not_called_damaged(whole, programs, monkeypatch, directory):
+def test_a_checkpoint_without_read_permission_is_not_called_damaged(whole, programs, monkeypatch, directory):
     checkpoints = manager.Checkpoints(training.epath.Path(whole), 2, read_only=True)
 
     def refuse(*_, **__):
@@ -238,7 +238,7 @@ def test_what_cannot_be_read_for_other_reasons_is_not_called_damaged(whole, prog
     assert steps(whole) == [4, 6]
 
 
-def test_a_checksum_knows_every_bit_and_no_mesh():
+def test_a_checksum_depends_on_every_bit_and_not_on_the_mesh():
     values = np.random.default_rng(0).normal(size=(8, 6)).astype(np.float32)
     words = values.view(np.uint32).ravel().astype(np.uint64)
     by_hand = int((words * (2 * np.arange(48, dtype=np.uint64) + 1)).sum() % 2**32)

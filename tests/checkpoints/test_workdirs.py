@@ -32,7 +32,7 @@ from tests.run_helpers import ONE, SETTINGS, at_step, steps, tiny
 pytestmark = pytest.mark.usefixtures("compilation_cache")
 
 
-def test_a_full_disk_stops_the_run_and_more_room_lets_it_go_on(directory, whole, programs, tmp_path):
+def test_a_full_disk_stops_the_run_and_more_room_lets_it_continue(directory, whole, programs, tmp_path):
     needed = sum(path.stat().st_size for path in (whole / "checkpoints" / "6").rglob("*") if path.is_file())
     with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", f"size={2 * needed // 1024 + 100}k", "tmpfs"):
         workdir, config = tmp_path / "disk" / "run", tiny(directory, **SETTINGS)
@@ -56,7 +56,7 @@ def test_a_read_only_workdir_is_refused_before_anything_is_prepared(directory, w
         workdir = tmp_path / "disk" / "run"
         with pytest.raises(ConfigError, match=r"cannot be written \(Read-only file system\)"):
             train(tiny(directory, **SETTINGS), str(workdir), ONE, make_program=programs, quiet=True)
-        parameters.read_parameters(workdir, read_config(workdir).model)  # reading needs no more
+        parameters.read_parameters(workdir, read_config(workdir).model)  # reading does not need to write
 
 
 def test_a_batch_that_cannot_be_read_is_named(directory, whole, programs, tmp_path, monkeypatch):
@@ -98,7 +98,7 @@ def test_a_path_that_orbax_cannot_read_back_is_refused(directory, programs, tmp_
     assert not list(tmp_path.iterdir())
 
 
-def test_other_odd_characters_in_a_path_work(directory, whole, programs, tmp_path):
+def test_other_unusual_characters_in_a_path_work(directory, whole, programs, tmp_path):
     workdir = tmp_path / " -~!@#$%^&'(\") {+=,;:}|<`>\t\n%41é.\N{SNOWMAN} " / "run"
     train(tiny(directory, **SETTINGS), str(workdir), ONE, make_program=programs, quiet=True)
     (workdir / "report.txt").unlink()
@@ -133,7 +133,7 @@ def test_a_finished_run_without_its_checkpoints_is_not_trained_again(directory, 
 
 
 def test_a_start_that_fails_before_the_first_step_does_not_claim_the_workdir(directory, programs, tmp_path):
-    """It fails in the first step, as one that does not compile or fit; the corrected command trains."""
+    """After a failure in the first step, as of a program that does not compile or fit, the corrected command trains."""
 
     def broken(config, mesh, teacher=None):
         def step(state, batch):
@@ -149,8 +149,8 @@ def test_a_start_that_fails_before_the_first_step_does_not_claim_the_workdir(dir
     assert read_config(tmp_path / "run").train.num_steps == 6
 
 
-def test_the_tokenizer_of_a_start_that_failed_is_not_taken_for_that_of_the_run(tmp_path):
-    """The first of several would be read; files beside a run that goes on, or of no start, stay."""
+def test_the_tokenizer_of_a_failed_start_is_not_used_by_the_run(tmp_path):
+    """A leftover tokenizer might be read first; files beside a continued run, or without an earlier start, stay."""
     folder, own = epath.Path(tmp_path), {"tokenizer.json": b"{}"}
     (folder / "chat_template.jinja").write_text("mine")
     write_run_files(Config(), {"tokenizer.model": b"old", "tokenizer_config.json": b"old"}, folder, new=True)
@@ -171,8 +171,8 @@ def test_a_state_that_cannot_fit_is_refused_before_anything_is_written(directory
     assert not (tmp_path / "run").exists()
 
 
-def test_the_newest_the_best_and_every_nth_are_kept(directory, programs, tmp_path):
-    """Held-out losses 3, 1, 2, ... at steps 2, 4, 6, ...: 4 is the best, also for a run that was started again."""
+def test_the_newest_the_best_and_every_nth_checkpoint_are_kept(directory, programs, tmp_path):
+    """Held-out losses 3, 1, 2, ... at steps 2, 4, 6, ...: 4 is the best, also for a run that was resumed."""
     settings = {"train.num_steps": 12, "train.eval_every": 2, "train.keep_checkpoints": 1, "train.keep_every": 6}
     config = tiny(directory, **SETTINGS | settings)
     losses = {2: 3.0, 4: 1.0, 6: float("nan"), 8: 2.0, 10: 4.0, 12: 5.0}
@@ -209,7 +209,7 @@ def test_a_limit_on_file_sizes_ends_the_run_in_one_sentence(directory, programs,
     train(tiny(directory, **SETTINGS), str(tmp_path / "run"), ONE, make_program=programs, quiet=True)
 
 
-def test_a_workdir_of_parameters_that_cannot_be_written_whole_leaves_nothing(tmp_path, monkeypatch):
+def test_a_workdir_of_parameters_is_written_completely_or_not_at_all(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(28, "No space left on device")
 
@@ -232,7 +232,7 @@ def test_an_average_has_every_file_of_the_tokenizer(tmp_path):
     assert kept == tokenizer_files.companions(tmp_path / "run")
 
 
-def test_a_long_message_of_tensorstore_keeps_its_reason():
+def test_a_shortened_message_of_tensorstore_keeps_its_reason():
     error = ValueError(
         "Error writing " + "x" * 300 + ": File too large [os_error_code='27'] [tensorstore_spec='{" + "y" * 300
     )
@@ -240,7 +240,7 @@ def test_a_long_message_of_tensorstore_keeps_its_reason():
 
 
 def test_rows_without_a_checkpoint_are_judged_by_the_latest_start(tmp_path):
-    """A start that saves every 80 steps ends after 40, the next one, every 1,000, after 500: nothing was ever saved."""
+    """A start that saves every 80 steps ends after 40, the next, every 1,000, after 500: there was no checkpoint."""
     folder = epath.Path(tmp_path)
     write_run_files(Config(train=TrainConfig(save_every=80)), {}, folder, new=True)
     write_run_files(Config(train=TrainConfig(save_every=1000)), {}, folder, new=False)
@@ -248,7 +248,7 @@ def test_rows_without_a_checkpoint_are_judged_by_the_latest_start(tmp_path):
     assert workdirs.holds_run(folder)
 
 
-def test_changes_without_a_final_newline_are_not_glued(tmp_path):
+def test_a_change_is_not_appended_to_an_unterminated_line(tmp_path):
     folder, line = epath.Path(tmp_path), '{"step": 2, "changes": {"train.num_steps": [2, 4]}}'
     (folder / "changes.jsonl").write_text(line)
     record_changes(Config(), {"train.num_steps": [4, 6]}, 4, folder)

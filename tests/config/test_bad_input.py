@@ -1,6 +1,6 @@
 """Refusal of wrong input: a nonzero exit code, one sentence naming the field and the allowed values, no files left.
 
-A case executes an entry point as `python main.py ...` does, but in this process; a few at the end in a process each.
+A case executes an entry point as `python main.py ...` does, but in this process; a few use a process of their own.
 `python -m pytest tests/config/test_bad_input.py -s` prints the number of cases.
 """
 
@@ -55,7 +55,7 @@ def imported(tmp_path_factory, data):
 
 
 def tree_of(*folders: Path) -> dict[str, bytes | None]:
-    """All folders and files in these, but for the bytecode that Python keeps beside a user's module."""
+    """All folders and files in these, except the bytecode that Python keeps beside a user's module."""
     paths = (path for folder in folders for path in folder.rglob("*") if "__pycache__" not in path.parts)
     return {str(path): path.read_bytes() if path.is_file() else None for path in paths}
 
@@ -66,7 +66,7 @@ def run_here(script: str, arguments: list[str], monkeypatch) -> tuple[int, str]:
     monkeypatch.setattr(os, "environ", os.environ.copy() | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"})
     monkeypatch.chdir(ROOT)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    assert cli  # whose flag is defined once, when it is imported; an entry point's own go after it
+    assert cli  # its flag is defined once, at import; those of an entry point are removed afterwards
     known = set(flags.FLAGS)
     sys.modules.pop("config_config", None)  # what ml_collections calls a config file: a second one would add to it
     for name in [name for name in sys.modules if name.startswith("moe.programs.")]:
@@ -89,13 +89,13 @@ def run_here(script: str, arguments: list[str], monkeypatch) -> tuple[int, str]:
 
 
 def without_stages(errors: str) -> str:
-    """Lines of stderr, but for those on what a start was doing, or waiting for."""
+    """Lines of stderr without those that report the progress of a start or what it waits for."""
     told = r"\[ *\d+\.\d s\] |waiting for "
     return "".join(line for line in errors.splitlines(keepends=True) if not re.match(told, line))
 
 
 def prepare(case: Case, folder: Path, data: Path, imported: Path) -> list[str]:
-    """The case's arguments, its folder filled."""
+    """Fill the case's folder and return its arguments."""
     text = " ".join(case.arguments)
     if "{run}" in text:
         shutil.copytree(imported, folder / "run")
@@ -110,7 +110,7 @@ def prepare(case: Case, folder: Path, data: Path, imported: Path) -> list[str]:
 @pytest.mark.parametrize(
     "case", [*CASES, *map(slow_case, SLOW_CASES)], ids=lambda case: f"{case.script} {' '.join(case.arguments[-1:])}"
 )
-def test_refused(case, data, imported, tmp_path, monkeypatch):
+def test_wrong_input_is_refused_in_one_sentence(case, data, imported, tmp_path, monkeypatch):
     arguments = prepare(case, tmp_path, data, imported)
     before = tree_of(tmp_path, data)
     code, errors = run_here(case.script, arguments, monkeypatch)
@@ -131,7 +131,7 @@ def test_refused(case, data, imported, tmp_path, monkeypatch):
         slow_case(value("data.dataset", "/nowhere/at/all", "no such folder"), False),
     ],
 )
-def test_in_a_process_of_its_own(case, data, imported, tmp_path, traceback):
+def test_wrong_input_is_refused_in_a_separate_process(case, data, imported, tmp_path, traceback):
     arguments = prepare(case, tmp_path, data, imported)
     result = subprocess.run(
         [sys.executable, str(ROOT / case.script), *arguments, *(["--traceback"] if traceback else [])],
@@ -151,6 +151,6 @@ def test_in_a_process_of_its_own(case, data, imported, tmp_path, traceback):
         assert len(errors.strip().splitlines()) == 1
 
 
-def test_there_are_enough_of_them():
+def test_there_are_at_least_80_different_cases():
     print(f"\n{len(CASES)} wrong inputs")
     assert len(set(CASES)) == len(CASES) >= 80

@@ -1,4 +1,4 @@
-"""Settings: what is refused, with which words, and that nothing is lost between the three forms of a config."""
+"""Settings: what is refused with which message, and lossless conversion between the three forms of a config."""
 
 import dataclasses
 import importlib
@@ -118,20 +118,20 @@ def changed(**overrides):
         ({"mesh__expert": -1}, "only one axis can be -1"),
     ],
 )
-def test_refused(overrides, words):
+def test_wrong_settings_are_refused(overrides, words):
     with pytest.raises(ConfigError) as error:
         from_config_dict(changed(**overrides))
     assert words in str(error.value)
 
 
 @pytest.mark.parametrize("fields", [{"gate": "expert_choice"}, {"gate": "st_moe", "drop_policy": "probability"}])
-def test_an_encoders_layers_may_look_ahead(fields):
+def test_only_layers_of_an_encoder_may_look_ahead(fields):
     Config(model=tiny_model(encoder_layers=2, num_layers=2, layers=(0, 1), **fields))
     with pytest.raises(ConfigError, match="accept_future_leak=True"):
         Config(model=tiny_model(encoder_layers=2, num_layers=2, layers=(0, 2), **fields))
 
 
-def test_a_message_is_one_line():
+def test_the_message_of_an_error_is_one_line():
     assert (
         str(ConfigError("data.directory=a\nb: cannot\u2028\r\n be written")) == "data.directory=a b: cannot be written"
     )
@@ -157,7 +157,7 @@ def test_known_fields_pass():
     check_field("seed")
 
 
-def test_unknown_key_and_wrong_type_in_a_tree():
+def test_unknown_keys_and_wrong_types_in_a_tree_are_refused():
     tree = dataclasses.asdict(Config())
     tree["model"]["d_modle"] = 3
     with pytest.raises(ConfigError, match=r"did you mean model\.d_model"):
@@ -171,7 +171,7 @@ def test_unknown_key_and_wrong_type_in_a_tree():
         from_config_dict(tree)
 
 
-def test_round_trip_is_resolved_once():
+def test_a_resolved_config_survives_the_round_trip():
     config = from_config_dict(base.get_config())
     assert config.model.moe.gate.k == 2  # Mixtral's
     assert config.model.moe.d_ff == config.model.d_ff
@@ -207,21 +207,21 @@ def test_gate_constants_are_defaults_and_yield_to_overrides():
         ),
     ],
 )
-def test_mesh_refused(sizes, overrides, words):
+def test_an_impossible_mesh_is_refused(sizes, overrides, words):
     config = from_config_dict(changed(**overrides))
     with pytest.raises(ConfigError) as error:
         validate_mesh(config, {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1} | sizes)
     assert words in str(error.value)
 
 
-def test_layers_differ_by_overrides_alone():
+def test_configs_of_layers_differ_only_by_overrides():
     trees = {name: importlib.import_module(f"configs.{name}").get_config() for name in LAYERS}
     configs = {name: from_config_dict(tree) for name, tree in trees.items()}
     assert {c.model.moe.gate_name for c in configs.values()} == {"none", "switch", "gshard", "mixtral"}
     for tree in trees.values():
         assert set(dataclasses.asdict(Config())) == set(tree.keys())
     shared = {dataclasses.replace(c.model, d_ff=1, scan_layers=True, moe=MoEConfig()) for c in configs.values()}
-    assert len(shared) == 1  # the rest of the model is one and the same
+    assert len(shared) == 1  # the rest of the model is the same
 
 
 @pytest.mark.parametrize(
@@ -232,11 +232,11 @@ def test_layers_differ_by_overrides_alone():
         (Remat, set(REMAT_POLICIES)),
     ],
 )
-def test_choices_of_the_schema_are_those_implemented(choices, implemented):
+def test_choices_of_the_schema_match_the_implementations(choices, implemented):
     assert set(typing.get_args(choices)) == implemented
 
 
-def test_a_config_that_exists_is_complete_and_valid():
+def test_a_config_is_complete_and_valid_once_constructed():
     assert ModelConfig(d_ff=64).moe.d_ff == 64
     pairs = Config(model=ModelConfig(encoder_layers=1), data=DataConfig(sequence_length=128))
     assert (pairs.data.objective, pairs.data.input_length) == ("span_corruption", 128)
@@ -254,7 +254,7 @@ def test_a_config_that_exists_is_complete_and_valid():
             dataclasses.replace(section, **changes)
 
 
-def test_a_field_that_follows_another_follows_its_change():
+def test_a_derived_field_follows_changes_of_its_source():
     tree = to_config_dict(Config(model=ModelConfig(d_ff=64)))
     tree.model.d_ff = 96
     assert from_config_dict(tree).model.moe.d_ff == 96

@@ -36,8 +36,8 @@ FLAT = json.loads((DATA / "flat_moe_sections.json").read_text())
 
 
 @pytest.mark.parametrize("name", FLAT)
-def test_config_json_of_version_0_2_opens(name, tmp_path):
-    """Complete sections that version 0.2 wrote, and what is written for them now."""
+def test_config_json_of_version_0_2_is_read(name, tmp_path):
+    """Complete sections as version 0.2 wrote them, and their present form."""
     ours = from_config_dict({"model": {"moe": FLAT[name]["now"]}})
     assert from_workdir_dict({"model": {"moe": FLAT[name]["flat"]}}) == ours
     again = json.loads(json.dumps(to_dict(ours)))
@@ -62,7 +62,7 @@ def test_the_flat_form_is_checked(fields, message):
         from_workdir_dict({"model": {"moe": fields}})
 
 
-def test_a_layer_is_a_value_that_is_valid_once_it_exists():
+def test_a_layer_is_a_value_that_is_checked_at_construction():
     mixtral = MoEConfig(gate=TopK(k=2, renormalise=True), capacity=Capacity(1.25, 2.0), losses=Losses(balance=0.02))
     assert dataclasses.replace(mixtral, gate=LAYERS["mixtral"].gate) == LAYERS["mixtral"]
     assert from_config_dict(to_dict(Config(model=ModelConfig(moe=mixtral)))).model.moe.gate == mixtral.gate
@@ -83,7 +83,7 @@ def test_a_layer_is_a_value_that_is_valid_once_it_exists():
 
 
 @pytest.mark.parametrize("gate_first", [True, False])
-def test_a_gate_brings_the_constants_that_nobody_set(gate_first):
+def test_a_gate_brings_the_constants_that_were_not_set(gate_first):
     tree = base.get_config()
     changes = {"gate": "switch", "jitter": 0.5, "gate.k": 3, "losses.z": 0.1}
     for name, value in changes.items() if gate_first else reversed(changes.items()):
@@ -106,7 +106,7 @@ def test_a_gate_that_lacks_an_assigned_field_is_refused():
 
 
 @pytest.mark.parametrize("gate", LAYERS)
-def test_every_layer_survives_all_forms(gate):
+def test_every_layer_survives_conversion_between_all_forms(gate):
     tree = base.get_config()
     tree.model.moe.update(gate=gate, num_experts=16, accept_future_leak=True)
     tree.model.moe.dispatch = "einsum" if gate == "soft_moe" else "gather"
@@ -147,8 +147,8 @@ def test_the_command_line_names_a_gate_and_sets_its_fields_in_any_order(parse, f
     assert parse(GIVEN, "--config.model.moe.gate.k=3").model.moe.gate.k == 3
 
 
-def test_gates_of_layers_are_values_of_names_or_sections(parse, monkeypatch):
-    """With the K of the model; a name that is the model's gate is that gate, with its fields."""
+def test_gates_of_layers_are_parsed_from_names_or_sections(parse, monkeypatch):
+    """They take the model's K; the name of the model's own gate stands for that gate with its fields."""
     monkeypatch.chdir(ROOT)
     words = ["--config.model.moe.gate=deepseek_v4", "--config.model.moe.gate.k=2", "--config.model.moe.gate.scale=3.0"]
     config = parse(GIVEN, *words, "--config.model.moe.layer_gates=('deepseek_v4_hash', 'deepseek_v4')")
@@ -185,7 +185,7 @@ def test_the_command_line_refuses_what_a_gate_lacks(parse, words, message, monke
         parse(GIVEN, *words)
 
 
-def test_the_last_gate_and_the_last_config_file_count(parse, monkeypatch):
+def test_the_last_gate_and_the_last_config_file_win(parse, monkeypatch):
     monkeypatch.chdir(ROOT)
     gates = [f"--config.model.moe.gate={name}" for name in ("switch", "deepseek_moe")]
     assert parse(GIVEN, *gates).model.moe.gate == LAYERS["deepseek_moe"].gate
@@ -193,8 +193,8 @@ def test_the_last_gate_and_the_last_config_file_count(parse, monkeypatch):
     assert config.model.num_layers == load_python_file("configs/quickstart.py").get_config().model.num_layers
 
 
-def test_another_gate_for_the_config_of_a_run_is_its_papers(parse, tmp_path):
-    """Constants of the run's own gate go with it; what the run set differently stays."""
+def test_another_gate_for_the_config_of_a_run_brings_the_constants_of_its_paper(parse, tmp_path):
+    """Constants of the run's old gate are dropped with it; what the run set itself stays."""
     mixtral = MoEConfig(capacity=Capacity(2.0, 2.0))
     (tmp_path / "config.json").write_text(json.dumps(to_dict(Config(model=ModelConfig(moe=mixtral)))))
     given = f"--config={run_config.__file__}:{tmp_path}/config.json"
@@ -209,7 +209,7 @@ def test_another_gate_for_the_config_of_a_run_is_its_papers(parse, tmp_path):
     )
 
 
-def test_flat_names_on_the_command_line_say_where_they_are_now():
+def test_errors_about_flat_names_on_the_command_line_give_the_new_name():
     with pytest.raises(ConfigError, match=r"experts_per_token: no such field; did you mean model\.moe\.gate\.k\?"):
         cli.check_field("model.moe.experts_per_token")
 
@@ -222,13 +222,13 @@ def test_flat_names_on_the_command_line_say_where_they_are_now():
         pytest.param(lambda moe: build(MoEConfig, {"experts_per_token": 2}, "model.moe."), id="built"),
     ],
 )
-def test_flat_names_outside_of_older_runs_do_too(use):
+def test_errors_about_flat_names_in_a_config_give_the_new_name(use):
     with pytest.raises(ConfigError, match=r"experts_per_token: no such field; did you mean model\.moe\.gate\.k\?"):
         use(base.get_config().model.moe)
 
 
-def test_no_run_of_the_suites_has_another_key_than_before():
-    """Records of all arms, as version 0.2 named them, are found again."""
+def test_keys_of_the_runs_of_the_suites_are_unchanged():
+    """Records of all arms under the keys of version 0.2 are still found."""
     known = json.loads((DATA / "run_keys.json").read_text())
     found = {}
     for name in {key.split("/")[0] for key in known}:
@@ -246,7 +246,7 @@ def test_the_pages_of_settings_are_current():
         assert (ROOT / "docs" / name).read_text() == page
 
 
-def test_a_settings_facts_are_read_from_its_field():
+def test_rules_of_a_setting_are_read_from_its_field():
     assert {"data.directory", "mesh.expert", "model.remat", "train.writers"} <= set(workdir.FREE_FIELDS)
     assert {"optimizer.learning_rate", "train.num_steps"} <= set(workdir.CHANGEABLE_FIELDS)
     assert not {"model.d_model", "seed", "model.moe.gate.k"} & {*workdir.FREE_FIELDS, *workdir.CHANGEABLE_FIELDS}

@@ -1,4 +1,4 @@
-"""The diagnosis of foreign layers: planted bugs are named, correct layers pass."""
+"""The diagnosis of other libraries' layers: planted bugs are named, correct layers pass."""
 
 import dataclasses
 from unittest import mock
@@ -17,7 +17,7 @@ from moe.conformance.diagnosis import diagnose, page
 from moe.conformance.equations import Rule, Variant
 from moe.dispatch import buffers
 
-#: Losses weigh as much as the output in what is differentiated, so that their gradients are compared too.
+#: The losses have enough weight in the differentiated sum that their gradients are compared too.
 RULE = Rule(k=2, renormalise=True, capacity_factor=1.0, balance_weight=10.0, z_weight=1.0)
 LAYER = evidence.random_layer(RULE, groups=2, tokens=9, d=8, f=6, num_experts=4)
 MASK = jnp.asarray(LAYER.mask)
@@ -25,7 +25,7 @@ K, E = RULE.k, LAYER.num_experts
 
 
 def ours(weights, x, mask, *, gate="mixtral", k=K, counted=None, **settings):
-    """This package's layer with these weights; ``counted``: the mask that it is told instead of the true one."""
+    """This package's layer with these weights; ``counted``: the mask that it gets instead of the true one."""
     fields = {"capacity": Capacity(eval=RULE.capacity_factor), "dispatch": "einsum", **settings}
     rule = find_gate(gate).with_k(k)
     layer = MoELayer(d_model=8, d_ff=6, num_experts=E, gate=rule, rngs=nnx.Rngs(0), **fields)
@@ -41,7 +41,7 @@ def diagnosis(function):
 
 
 def scaled(array, factor):
-    """The array, with a gradient that is ``factor`` times as large."""
+    """The array with its gradient multiplied by ``factor``."""
     return array * factor + jax.lax.stop_gradient(array * (1 - factor))
 
 
@@ -78,18 +78,18 @@ MUTANTS = {
     ),
     "capacity rounded down": (floor_capacity, "the capacity is rounded down"),
     "no capacity": (lambda w, x, m: ours(w, x, m, dispatch="dropless"), "nothing is dropped"),
-    "one expert more": (lambda w, x, m: ours(w, x, m, k=3), "3 experts per token instead of 2"),
+    "one expert too many": (lambda w, x, m: ours(w, x, m, k=3), "3 experts per token instead of 2"),
     "padding routed": (lambda w, x, m: ours(w, x, m, counted=jnp.ones_like(m)), "padding"),
     "gate and up swapped": (with_weights(lambda w: {"gate": w["up"], "up": w["gate"]}), "projections are swapped"),
     "experts off by one": (
         with_weights(lambda w: {name: jnp.roll(w[name], 1, 0) for name in ("up", "gate", "down")}),
         "expert e + 3 is applied",
     ),
-    "expert gradients over TP": (
+    "expert gradients divided by TP": (
         with_weights(lambda w: {name: scaled(w[name], 0.25) for name in ("up", "gate", "down")}),
         "0.25 times the expected value = 1/E or 1/4 devices",
     ),
-    "expert gradients times EP": (
+    "expert gradients multiplied by EP": (
         with_weights(lambda w: {name: scaled(w[name], 8.0) for name in ("up", "gate", "down")}),
         "8 times the expected value = 8 devices (TP, EP or DP)",
     ),
@@ -148,7 +148,7 @@ def test_hand_computed_layer():
     # Both tokens choose expert 0: f = (1, 0), P_0 = mean of e/(1+e) and e²/(1+e²); E · f_0 · P_0.
     mean = (e / (1 + e) + e**2 / (1 + e**2)) / 2
     assert exact["balance_loss"] == pytest.approx(2 * mean, rel=1e-12)
-    # One place an expert: capacity 1.0 · 1 · 2 / 2; the second token is dropped.
+    # One row per expert: capacity 1.0 · 1 · 2 / 2; the second token is dropped.
     limited = equations.compute(Rule(k=1, activation="relu", capacity_factor=1.0), Variant(), layer)
     assert limited["kept"][0, :, 0].tolist() == [True, False]
     assert limited["y"][0, 1, 0] == 0
@@ -198,7 +198,7 @@ def test_bad_files_are_refused(tmp_path, change, words):
 
 
 @pytest.mark.parametrize("experts", [99, -1, 0.5, np.nan])
-def test_choices_of_no_expert_are_refused(experts):
+def test_choices_that_are_no_valid_expert_are_refused(experts):
     index = np.full((*LAYER.mask.shape, 2), experts)
     with pytest.raises(ConfigError, match="expert_index must be whole numbers from 0 to"):
         diagnose(RULE, LAYER, {"expert_index": index, "combine_weights": np.ones(index.shape)})

@@ -1,4 +1,4 @@
-"""The diagnosis of torchtitan's layer, a third library's: it conforms, and a planted bug is named."""
+"""The diagnosis of torchtitan's layer: it conforms, and a planted bug is named."""
 
 import numpy as np
 import pytest
@@ -53,7 +53,7 @@ def _layer(rule, layer):
 
 
 def _record(block, layer, monkeypatch):
-    """Output and gradients; the layer knows no padding, whose outputs count for nothing."""
+    """Output and gradients; the layer has no padding mask, and outputs of padding are ignored."""
     import torch
 
     monkeypatch.setattr(torch.Tensor, "bfloat16", lambda self: self)
@@ -88,8 +88,8 @@ def test_the_layer_conforms(rule, monkeypatch):
     assert {check.quantity for check in found.checks} >= {"y", "grad_router", "grad_x", "grad_gate", "grad_down"}
 
 
-def test_scores_on_the_experts_inputs_are_named(monkeypatch):
-    """Mutant that torchtitan had with ``score_before_experts``."""
+def test_weights_applied_to_the_inputs_of_experts_are_named(monkeypatch):
+    """A mutant: what torchtitan did with ``score_before_experts``."""
     import torch
 
     rule = Rule(k=2, renormalise=True)

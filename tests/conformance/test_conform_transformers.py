@@ -73,14 +73,14 @@ def _diagnosis(results):
     return diagnose(RULE, LAYER, results, devices=(2, 4, 8))
 
 
-def test_blocks_of_the_library_conform(tmp_path):
+def test_blocks_of_transformers_conform(tmp_path):
     results = _record(_block("mixtral"))
     found = _diagnosis(results)
     assert found.conforms, page(RULE, found)
     assert {check.quantity for check in found.checks} >= {"y", "balance_loss", "grad_router", "grad_x", "grad_down"}
     found = _diagnosis(_record(_block("qwen3", norm_topk_prob=True)))
     assert found.conforms, page(RULE, found)
-    # What the snippet of docs/conform.md writes is read back to the same.
+    # A file as the snippet of docs/conform.md writes it conforms too.
     weights = {name: getattr(LAYER, name) for name in ("x", "mask", "router", "gate", "up", "down", "cotangent")}
     np.savez(tmp_path / "layer.npz", **weights, **results)
     assert diagnose(RULE, *evidence.read(str(tmp_path / "layer.npz"))).conforms
@@ -175,7 +175,7 @@ MUTANTS = {
         lambda: _record(_block("qwen3", norm_topk_prob=False)),
         "softmax before the top-k without renormalising",
     ),
-    "one expert more": (lambda: _record(_block("mixtral", k=3)), "3 experts per token instead of 2"),
+    "one expert too many": (lambda: _record(_block("mixtral", k=3)), "3 experts per token instead of 2"),
     "sigmoid": (_with_router(_sigmoid), "scores are sigmoid instead of softmax"),
     "experts off by one": (_with_router(_rolled), "expert e + 1 is applied where e was chosen"),
     "gate and up swapped": (_swapped, "gate and up projections are swapped"),
@@ -186,8 +186,8 @@ MUTANTS = {
         "the combine weights pass no gradient to the router",
     ),
     "denominator detached": (_with_router(_detached_denominator), "the denominator of the renormalisation"),
-    "expert gradients over TP": (_with_gradient(0.25), "0.25 times the expected value = 1/E or 1/4 devices"),
-    "expert gradients times EP": (_with_gradient(8.0), "8 times the expected value = 8 devices"),
+    "expert gradients divided by TP": (_with_gradient(0.25), "0.25 times the expected value = 1/E or 1/4 devices"),
+    "expert gradients multiplied by EP": (_with_gradient(8.0), "8 times the expected value = 8 devices"),
     "balance loss times K": (_balance(times=RULE.k), "2 times the expected value = K"),
     "balance loss of first choices": (_balance(first=True), "counts first choices only"),
     "padding in the balance loss": (_balance(padding=True), "padding counts in the losses"),

@@ -39,8 +39,8 @@ def conversation(*contents, first="user"):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_ids_masks_and_prompts_are_those_of_the_transformers_library(name):
-    """ChatML with {% generation %}; Llama 3 and Mistral without. A typed </s> is the special token there too."""
+def test_ids_masks_and_prompts_equal_those_of_transformers(name):
+    """ChatML with {% generation %}; Llama 3 and Mistral without. A typed </s> is the special token in both."""
     tokens = tokenizer(name)
     for row in EXPECTED[name]["rows"]:
         ((text, spans),) = chat.rendered_answers(chat.chat_template(tokens), row["messages"])
@@ -77,20 +77,20 @@ def test_a_row_by_hand():
     assert (row["segment_ids"].tolist(), row["positions"].tolist(), row["domain"]) == ([1, 1, 2, 0], [0, 1, 0, 0], 3)
 
 
-def test_an_answer_that_is_rendered_otherwise_once_turns_follow_is_learnt_from_a_text_of_its_own():
-    """A template that keeps the reasoning of the last answer alone, as Qwen3's does; its prompt opens the reasoning."""
+def test_an_answer_that_later_turns_render_differently_is_learnt_from_a_separate_text():
+    """A template that keeps only the last answer's reasoning, as Qwen3's does; its prompt opens the reasoning."""
     template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}"
         "<think>\n{{ m.reasoning_content | default('') }}</think>\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
     )
     messages = conversation("q", "first", "r", "second")
-    messages[1]["reasoning"] = "because"  # another name of reasoning_content
+    messages[1]["reasoning"] = "because"  # an alias of reasoning_content
     texts = chat.rendered_answers(chat.ChatTemplate(template, {}, "t"), messages)
     learnt = [text[start:end] for text, spans in texts for start, end in spans]
     assert learnt == ["because</think>\nfirst<|im_end|>\n", "</think>\nsecond<|im_end|>\n"]
     assert texts[0][0].startswith("<|im_start|>user\nq")
-    # A conversation that begins with an answer: there is nothing to answer.
+    # A first turn by the assistant answers nothing and is not learnt.
     greeting = chat.rendered_answers(
         chat.ChatTemplate(template, {}, "t"), conversation("hello", "q", "a", first="assistant")
     )
@@ -115,13 +115,13 @@ def test_an_answer_that_is_rendered_otherwise_once_turns_follow_is_learnt_from_a
         ("{{ " + "(" * 9999 + "1", "cannot be compiled"),
     ],
 )
-def test_a_template_is_data(monkeypatch, template, message):
+def test_unsafe_or_failing_templates_are_refused_in_one_sentence(monkeypatch, template, message):
     monkeypatch.setattr(chat_rendering, "SECONDS", 0.5)
     with pytest.raises(ConfigError, match=message):
         chat.ChatTemplate(template, {}, "t").render(conversation("x"))
 
 
-def test_a_template_goes_on_after_a_conversation_that_was_too_much(monkeypatch):
+def test_a_template_still_works_after_a_conversation_that_exceeded_the_limit(monkeypatch):
     monkeypatch.setattr(chat_rendering, "SECONDS", 0.5)
     loops = "{% for i in range(messages[0].content|int) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     template = chat.ChatTemplate(loops + "\u00e9{{ messages[0].content }}", {}, "t")
@@ -131,7 +131,7 @@ def test_a_template_goes_on_after_a_conversation_that_was_too_much(monkeypatch):
         assert template.render(conversation("0\ud800"))[0] == "\u00e90\ud800"
 
 
-def test_helpers_of_templates():
+def test_templates_have_the_helpers_of_transformers():
     template = (
         "{{ strftime_now('%Y')|length }}{{ {'b': '<é>', 'a': 1}|tojson }}{% for i in [1, 2] %}{% break %}{% endfor %}"
     )
@@ -205,7 +205,7 @@ def test_conversations_of_a_folder_are_packed_whole_and_resumed_exactly(config):
     assert all(len(chat.first_prompt(prepared.tokenizer, text, "")) for text in texts)
 
 
-def test_a_domain_without_an_example_is_refused_instead_of_read_for_ever(config):
+def test_a_domain_without_an_example_is_refused(config):
     prepared = pipeline.prepare(config, 400, progress=lambda _: None)
     short = dataclasses.replace(config, sequence_length=8)  # no answer begins within the first eight tokens
     with pytest.raises(ConfigError, match=r"=8: no document of the training split of 'lines' has an example that fits"):
@@ -214,7 +214,7 @@ def test_a_domain_without_an_example_is_refused_instead_of_read_for_ever(config)
         pipeline.heldout_batches(prepared, short, domain="table", batch_size=4)
 
 
-def test_what_conversations_need_is_said(config, tmp_path):
+def test_missing_requirements_of_conversations_are_named(config, tmp_path):
     def refuses(message, **changes):
         with pytest.raises(ConfigError, match=message):
             pipeline.prepare(dataclasses.replace(config, **changes), 400, progress=lambda _: None)
@@ -245,8 +245,8 @@ def test_a_run_with_a_template_is_evaluated_on_plain_text(tmp_path, monkeypatch)
 
 
 @pytest.mark.slow
-def test_a_model_is_talked_to(tmp_path):
-    """Two turns by --prompt and by standard input give the same answers, the second one after the first."""
+def test_prompts_and_standard_input_give_the_same_chat(tmp_path):
+    """Two turns by --prompt and by standard input give the same answers; the second depends on the first."""
     config = tiny(tmp_path, **{"data.objective": "chat", "model.num_layers": 1})
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     with jax.set_mesh(mesh):

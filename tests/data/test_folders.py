@@ -37,7 +37,7 @@ def test_a_folder_of_text(folder):
     for name in prepared.domains:
         assert prepared.heldout[name]
         assert not set(prepared.train[name]) & set(prepared.heldout[name])
-    # The long file comes back whole, in sections of the size that `sections` cuts.
+    # The sections of the long file join to its text, and have the size that `sections` cuts.
     parts = sorted((part for part in both["books"] if part in long), key=long.index)
     assert "".join(parts) == long
     assert [len(part.encode()) for part in parts[:-1]] == pytest.approx([10_000] * (len(parts) - 1), rel=0.2)
@@ -48,7 +48,7 @@ def test_a_folder_of_text(folder):
     assert_equal([next(first) for _ in range(3)], [next(second) for _ in range(3)])
 
 
-def test_a_domain_named_like_tex_is_drawn(tmp_path):
+def test_a_domain_whose_name_looks_like_tex_is_drawn(tmp_path):
     rows = [{"kind": "train", "step": 1, "cross_entropy": 2.0}]
     rows += [{"kind": f"heldout/{domain}", "step": 1, "loss": 2.0} for domain in ("all", "$_$", "$x^$")]
     report.figure(epath.Path(tmp_path / "figure.png"), rows, {"all": 3.0})
@@ -69,7 +69,7 @@ def test_domains_and_weights_of_a_folder(folder):
         pipeline.prepare(dataclasses.replace(config, domains=("poems",), weights=()), VOCAB)
 
 
-def test_datasets_are_mixed(folder, directory):
+def test_datasets_of_several_sources_are_mixed(folder, directory):
     config, _, _ = folder
     config = dataclasses.replace(config, dataset=f"tiny_text/split,{config.dataset}", directory=str(directory))
     prepared = pipeline.prepare(config, VOCAB, progress=lambda _: None)
@@ -79,8 +79,8 @@ def test_datasets_are_mixed(folder, directory):
         pipeline.prepare(config, VOCAB)
 
 
-def test_lines_without_an_end_are_cut_between_characters(tmp_path):
-    """A file of 3-byte characters and no line end: pieces of 18,000 bytes, or one character's rest more."""
+def test_text_without_line_ends_is_cut_between_characters(tmp_path):
+    """A file of 3-byte characters without a line end: sections of 18,000 bytes plus at most the rest of a character."""
     text = "x" + "語" * 20_000
     (tmp_path / "one.txt").write_text(text)
     with (tmp_path / "one.txt").open("rb") as file:
@@ -159,7 +159,7 @@ def test_a_damaged_index_is_refused(folder, tmp_path):
         pipeline.prepare(config, VOCAB, progress=lambda _: None)
 
 
-def test_file_names_that_are_not_utf8(folder, tmp_path):
+def test_file_names_that_are_not_utf8_are_read(folder, tmp_path):
     config, _, _ = folder
     os.rename(tmp_path / "text" / "books" / "0.txt", os.fsencode(tmp_path / "text" / "books") + b"/\xff\n.txt")
     assert pipeline.prepare(config, VOCAB, progress=lambda _: None).domains == ("books", "notes", "chat")
@@ -197,13 +197,13 @@ def test_parquet_files_of_a_folder(tmp_path, data):
     assert sorted(train + heldout) == sorted([*texts[:40], *texts[41::2]])
     train, heldout = _split(prepared, "law")
     assert sorted(train + heldout) == sorted(texts[40::2])
-    # The same documents in JSON lines are divided alike.
+    # The same documents as JSON lines get the same split.
     lines = "".join(json.dumps({"text": text}) + "\n" for text in [*texts[:40], *texts[41::2]])
     (tmp_path / "same" / "web").mkdir(parents=True)
     (tmp_path / "same" / "web" / "a.jsonl").write_text(lines)
     same = dataclasses.replace(config, dataset=str(tmp_path / "same"))
     assert _split(pipeline.prepare(same, VOCAB, progress=lambda _: None), "web") == _split(prepared, "web")
-    # A second run reads the copy in the index; without it, it says what to delete.
+    # A second run reads the copy in the index; if that is missing, the error names what to delete.
     next((tmp_path / "cache" / "folders").glob("*/table-00001.arrow")).unlink()
     with pytest.raises(ConfigError, match=r"table-00001\.arrow: is missing; delete .*folders"):
         pipeline.prepare(config, VOCAB, progress=lambda _: None)
@@ -223,7 +223,7 @@ def test_pairs_in_a_folder(tmp_path, data):
     for domain in ("lines", "text"):
         train, heldout = _split(prepared, domain)
         assert sorted(train + heldout) == expected
-    assert prepared.tokenizer.piece_id(documents.PAIR) == -1  # no token was spent on the character between the two
+    assert prepared.tokenizer.piece_id(documents.PAIR) == -1  # no token is used for the separator
 
 
 def test_hugging_face_datasets_with_splits(tmp_path, data, monkeypatch):
@@ -242,7 +242,7 @@ def test_hugging_face_datasets_with_splits(tmp_path, data, monkeypatch):
     (tmp_path / "hub" / "README.md").write_text("the dataset's card")
     for folder_, domain in (("saved", "saved"), ("hub", "hub"), ("languages", "en")):
         config = dataclasses.replace(data, dataset=str(tmp_path / folder_), directory=str(tmp_path / "cache"))
-        for _ in range(2):  # indexed, and then known
+        for _ in range(2):  # indexed, then read from the index
             prepared = pipeline.prepare(config, VOCAB, progress=lambda _: None)
             assert prepared.domains == (domain,)
             assert _split(prepared, domain) == (sorted(texts["train"]), sorted(texts["test"]))
@@ -251,7 +251,7 @@ def test_hugging_face_datasets_with_splits(tmp_path, data, monkeypatch):
         pipeline.prepare(dataclasses.replace(config, directory=str(tmp_path / "other")), VOCAB)
 
 
-def test_a_split_of_no_known_name_is_not_trained_on(tmp_path):
+def test_a_split_of_unknown_name_is_not_trained_on(tmp_path):
     for split in ("train", "validation_matched", "test_matched"):
         _write_table(tmp_path / f"{split}-00000-of-00001.parquet", [split])
     (source,) = find_sources(epath.Path(tmp_path))
@@ -267,7 +267,7 @@ def test_each_domain_has_its_own_splits(tmp_path):
     assert found == {"de/train": train, "de/test": heldout, "en/train": train, "en/validation": heldout} | whole
 
 
-def test_a_domain_of_one_document_can_be_left_out(tmp_path, data):
+def test_a_domain_of_one_document_is_refused_unless_left_out(tmp_path, data):
     for domain in ("books", "web"):
         (tmp_path / "text" / domain).mkdir(parents=True)
         for i in range(40):
@@ -292,7 +292,7 @@ def test_a_domain_of_one_document_can_be_left_out(tmp_path, data):
         ({"text": ["x"], "domain": [""]}, r"a\.parquet, row 0: domain='': must be a non-empty string"),
     ],
 )
-def test_wrong_tables_are_named(tmp_path, data, columns, message):
+def test_malformed_tables_are_named(tmp_path, data, columns, message):
     (tmp_path / "text").mkdir()
     pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "text" / "a.parquet")
     config = dataclasses.replace(data, dataset=str(tmp_path / "text"), directory=str(tmp_path / "cache"))
@@ -301,7 +301,7 @@ def test_wrong_tables_are_named(tmp_path, data, columns, message):
 
 
 class Bucket(MemoryFileSystem):
-    """A bucket in memory. It is walked as gcsfs walks one: names have neither gs:// nor a slash before them."""
+    """An in-memory bucket, walked as by gcsfs: names start with neither gs:// nor a slash."""
 
     protocol = ("gs", "gcs")
     store: ClassVar = {}
@@ -324,7 +324,7 @@ def test_a_folder_in_a_bucket_is_the_same_as_on_disk(folder, tmp_path, monkeypat
     monkeypatch.setattr(backend.fsspec_backend, "_get_filesystem", {"gcs": bucket}.__getitem__)
     bucket.put(config.dataset, "gs://bucket/text", recursive=True)
     remote = dataclasses.replace(config, dataset="gs://bucket/text", directory=str(tmp_path / "elsewhere"))
-    for _ in range(2):  # indexed, and then known
+    for _ in range(2):  # indexed, then read from the index
         prepared = pipeline.prepare(remote, VOCAB, tokenizer=there.tokenizer, progress=lambda _: None)
     assert prepared.domains == there.domains
     for split in ("train", "heldout"):
@@ -338,14 +338,14 @@ def test_a_folder_in_a_bucket_is_the_same_as_on_disk(folder, tmp_path, monkeypat
 
 
 def test_a_folder_that_changes_is_indexed_beside_its_earlier_version(folder, tmp_path):
-    """The earlier index is used again where its files are back; a run's position belongs to one version."""
+    """The earlier index is used again once its files are restored; a run's position belongs to one version."""
     config, _, _ = folder
     prepared = pipeline.prepare(config, VOCAB, progress=lambda _: None)
     file, before = tmp_path / "text" / "notes" / "all.jsonl", (tmp_path / "text" / "notes" / "all.jsonl").read_bytes()
     state = pipeline.train_iterator(prepared, config, batch_size=4, seed=0).get_state()
 
     def opens(reason):
-        """Number of documents of the notes; says why it was indexed again."""
+        """Number of documents of the notes; checks the reason given for indexing again."""
         said = []
         again = pipeline.prepare(config, VOCAB, tokenizer=prepared.tokenizer, progress=said.append)
         assert said == ([f"indexing {tmp_path / 'text'} again, because {reason}"] if reason else [])
@@ -384,8 +384,8 @@ def _table(path, texts, names=("text",)):
     pyarrow.parquet.write_table(table, path)
 
 
-def test_text_that_is_only_partly_there_is_refused(tmp_path, data):
-    """Shards by their names and by state.json, links to folders, two columns of one name."""
+def test_incomplete_text_is_refused(tmp_path, data):
+    """Missing shards by name, links to folders, two columns of one name, a changed copy in the index."""
     config = dataclasses.replace(data, dataset=str(tmp_path / "hub"), directory=str(tmp_path / "cache"))
     texts = [random_text(i) for i in range(40)]
     for number in (0, 1, 3):
@@ -409,7 +409,7 @@ def test_text_that_is_only_partly_there_is_refused(tmp_path, data):
         pipeline.prepare(config, VOCAB, progress=lambda _: None)
 
 
-def test_a_saved_dataset_lacks_a_file_of_its_state(tmp_path):
+def test_a_saved_dataset_that_differs_from_its_state_is_refused(tmp_path):
     folder = tmp_path / "saved" / "train"
     folder.mkdir(parents=True)
     (tmp_path / "saved" / "dataset_dict.json").write_text('{"splits": ["train"]}')
@@ -426,7 +426,7 @@ def test_a_saved_dataset_lacks_a_file_of_its_state(tmp_path):
         find_sources(epath.Path(tmp_path / "saved"))
 
 
-def test_an_edit_of_the_same_size_within_a_second_is_seen(tmp_path, data):
+def test_an_edit_of_the_same_size_within_a_second_is_detected(tmp_path, data):
     folder = tmp_path / "text"
     folder.mkdir()
     for i in range(40):
@@ -440,7 +440,7 @@ def test_an_edit_of_the_same_size_within_a_second_is_seen(tmp_path, data):
 
 
 @pytest.mark.parametrize("workdir", ["text", "text/run", "other/../text/run", "link/run"])
-def test_a_workdir_inside_text_is_refused(tmp_path, workdir):
+def test_a_workdir_inside_a_folder_of_text_is_refused(tmp_path, workdir):
     (tmp_path / "link").symlink_to("text")
     dataset = f"embedded,{tmp_path / 'text'}"
     with pytest.raises(ConfigError, match=r"^--workdir=.*: is inside data\.dataset='/.*/text'"):

@@ -30,7 +30,7 @@ def byte_level() -> bytes:
 
 
 def byte_fallback() -> bytes:
-    """A BPE tokenizer.json like Mixtral's: spaces are "▁", characters outside the vocabulary are spelled in bytes."""
+    """A BPE tokenizer.json like Mixtral's: spaces are "▁", characters outside the vocabulary become byte tokens."""
     vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"<0x{i:02X}>": i + 3 for i in range(256)}, "▁": 259, "a": 260}
     merges = [("▁", "a")]
     vocab["▁a"] = 261
@@ -42,7 +42,7 @@ def byte_fallback() -> bytes:
 
 
 @pytest.mark.parametrize("make", [byte_level, byte_fallback])
-def test_text_comes_back_and_bytes_are_counted(make):
+def test_text_survives_the_round_trip_and_bytes_are_counted(make):
     tokenizer = JsonTokenizer(make())
     for text in TEXTS[:3]:
         ids = tokenizer.encode(text)
@@ -55,14 +55,14 @@ def test_text_comes_back_and_bytes_are_counted(make):
 def test_special_tokens():
     assert (JsonTokenizer(byte_level()).bos_id, JsonTokenizer(byte_level()).eos_id) == (-1, 0)
     assert (JsonTokenizer(byte_fallback()).bos_id, JsonTokenizer(byte_fallback()).eos_id) == (1, 2)
-    # What tokenizer_config.json says goes first, in both its spellings; null is a choice too.
+    # tokenizer_config.json takes precedence, as a string or an object; null means no token.
     settings = json.dumps({"eos_token": {"content": "<s>"}, "bos_token": None, "pad_token": "</s>"}).encode()
     told = JsonTokenizer(byte_fallback(), settings)
     assert (told.bos_id, told.eos_id, told.pad_id) == (-1, 1, 2)
 
 
 @pytest.mark.parametrize("make", [byte_level, byte_fallback])
-def test_a_document_is_neither_cut_nor_padded(make):
+def test_a_document_is_neither_truncated_nor_padded(make):
     source = json.loads(make())
     text = "a tab and two spaces " * 30
     whole = JsonTokenizer(make()).encode(text)
@@ -95,7 +95,7 @@ def test_a_document_is_neither_cut_nor_padded(make):
         ),
     ],
 )
-def test_ids_are_one_to_one_and_always_the_same(path, value, says):
+def test_tokenizers_with_ambiguous_or_random_ids_are_refused(path, value, says):
     source = json.loads(byte_level())
     if value == 70:
         assert 70 in source["model"]["vocab"].values()
@@ -106,7 +106,7 @@ def test_ids_are_one_to_one_and_always_the_same(path, value, says):
 
 
 def unigram() -> bytes:
-    """A Unigram tokenizer.json like T5's, whose own pieces include the special tokens, and all but one character."""
+    """A Unigram tokenizer.json like T5's, with pieces for the special tokens and for characters, but none for "<"."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("<extra_id_0>", 0.0), ("▁", -2.0)]
     pieces += [(character, -3.0) for character in "abdeipsxtr_0/>"]
     tokenizer = tokenizers.Tokenizer(models.Unigram(pieces, unk_id=2))
@@ -126,12 +126,12 @@ def test_text_that_looks_like_a_special_token_is_text():
     tokenizer = JsonTokenizer(unigram())
     for name in ("<pad>", "</s>", "<extra_id_0>"):
         assert tokenizer.piece_id(name) not in tokenizer.encode(f"a {name} b{name}{name}")
-    # "<" alone is not in the vocabulary; the other text is as before.
+    # Only "<" is not in the vocabulary; other text is encoded as usual.
     assert tokenizer.encode("</s>").tolist() == [4, 2, *(tokenizer.piece_id(c) for c in "/s>")]
     assert tokenizer.encode("as t").tolist() == [4, *(tokenizer.piece_id(c) for c in "as"), 4, tokenizer.piece_id("t")]
 
 
-def test_steps_that_grow_without_bound_are_refused():
+def test_normalizers_that_multiply_text_without_bound_are_refused():
     source = json.loads(byte_fallback())
     twice = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
     source["normalizer"] = {"type": "Sequence", "normalizers": [twice] * 40}  # 2^40 = 1.1e12
@@ -141,7 +141,7 @@ def test_steps_that_grow_without_bound_are_refused():
     assert len(JsonTokenizer(json.dumps(source).encode()).encode("a")) == 8
 
 
-def test_a_regex_that_gives_up_is_one_sentence():
+def test_a_regex_that_exceeds_its_limit_is_reported_in_one_sentence():
     source = json.loads(byte_fallback())
     pattern = {"Regex": "(a+)+$"}
     source["pre_tokenizer"] = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
@@ -149,7 +149,7 @@ def test_a_regex_that_gives_up_is_one_sentence():
         JsonTokenizer(json.dumps(source).encode()).encode("a" * 34 + "!")
 
 
-def test_found_beside_a_checkpoint(tmp_path):
+def test_a_tokenizer_is_found_beside_a_checkpoint(tmp_path):
     with pytest.raises(ConfigError, match=r"has neither tokenizer\.model, tokenizer\.json nor spiece\.model"):
         find_tokenizer(tmp_path)
     settings = json.dumps({"eos_token": "<s>"}).encode()
@@ -184,14 +184,14 @@ def test_malformed_settings_are_refused(tmp_path, settings, message):
     assert str(tmp_path) in str(caught.value)
 
 
-def test_an_id_beyond_reason_is_refused():
+def test_an_excessive_id_is_refused():
     source = json.loads(byte_fallback())
     source["model"]["vocab"]["far"] = 2**31
     with pytest.raises(ConfigError, match="has an id of 2147483648; ids must be below"):
         JsonTokenizer(json.dumps(source).encode())
 
 
-def test_what_is_refused(tmp_path):
+def test_unusable_tokenizers_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="no such file"):
         read_tokenizer(tmp_path / "tokenizer.json")
     (tmp_path / "tokenizer.json").write_text("{")

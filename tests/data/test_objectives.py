@@ -76,7 +76,7 @@ def test_noise_mask_by_hand():
 
 @pytest.mark.parametrize(("length", "removed"), [(1, 0), (2, 1), (3, 1), (568, 85)])
 def test_noise_mask_of_extreme_lengths(length, removed):
-    # At least one token is removed and one kept; of one token, the second of two is removed, which is not there.
+    # At least one token is removed and one kept; a single token counts as two, of which the absent second is removed.
     mask = objectives.noise_mask(length, np.random.default_rng(0), 0.15, 3.0)
     assert (len(mask), mask.sum(), mask[0]) == (length, removed, False)
 
@@ -93,7 +93,7 @@ def test_masks_are_equally_likely():
 
 def test_spans_by_hand():
     # a b c d e f g h i j with the mask above: "g h" and "j" are removed. Sentinels are 128, 127, …; eos is 2.
-    # Its one row is finished by shifting: the decoder starts with padding.
+    # Shifting completes its one row: the decoder starts with padding.
     (example,) = objectives.examples(
         "abcdefghij", Reversing(), spans(input_length=10, sequence_length=8), LetterTokenizer()
     )
@@ -115,7 +115,7 @@ def test_packed_rows_by_hand():
     np.testing.assert_array_equal(batch["segment_ids"], [[1, 1, 1, 2, 2, 2, 0, 0], [1, 1, 1] + [0] * 5])
     np.testing.assert_array_equal(batch["positions"], [[0, 1, 2, 0, 1, 2, 0, 0], [0, 1, 2] + [0] * 5])
     assert all(value.dtype == np.int32 for value in batch.values())
-    # Unpacked: one example a row.
+    # Unpacked: one example per row.
     alone = pipeline.heldout_batches(
         letters("abcd", "efgh", "ijkl"), dataclasses.replace(config, pack=False), domain="x", batch_size=3
     )
@@ -124,7 +124,7 @@ def test_packed_rows_by_hand():
 
 
 def test_pairs_by_hand():
-    # A target longer than its row is cut there, without eos.
+    # A target longer than its row is truncated, without eos.
     config = DataConfig(objective="pairs", input_length=5, sequence_length=3, heldout_rows=9)
     source = letters(f"ab{PAIR}c", f"d{PAIR}efgh")
     (batch,) = pipeline.heldout_batches(source, config, domain="x", batch_size=2)
@@ -162,7 +162,7 @@ def test_prefix_of_an_encoder(prepared, data):
 # --- Properties ------------------------------------------------------------------------------------------------------
 @settings(max_examples=200, deadline=None)
 @given(length=st.integers(1, 300), rate=st.floats(0.02, 0.9), mean_span=st.floats(1, 9), seed=st.integers(0, 2**32 - 1))
-def test_input_and_target_give_back_the_tokens(length, rate, mean_span, seed):
+def test_input_and_target_reproduce_the_tokens(length, rate, mean_span, seed):
     rng = np.random.default_rng(seed)
     ids = rng.integers(3, 29, length)
     names = np.arange(1000, 1000 - length, -1)
@@ -176,19 +176,19 @@ def test_input_and_target_give_back_the_tokens(length, rate, mean_span, seed):
 
 @settings(max_examples=30, deadline=None)
 @given(inputs=st.integers(8, 600), rate=st.floats(0.05, 0.6), mean_span=st.floats(1, 6), seed=st.integers(0, 99))
-def test_a_full_piece_fills_its_rows(inputs, rate, mean_span, seed):
+def test_a_full_piece_of_text_fills_its_rows(inputs, rate, mean_span, seed):
     text, targets = objectives.span_lengths(inputs, rate, mean_span)
     removed, count = objectives.span_counts(text, rate, mean_span)
     if not (1 <= count <= text - removed):
-        return  # the mask avoids such an extreme
+        return  # the mask avoids such extremes
     mask = objectives.noise_mask(text, np.random.default_rng(seed), rate, mean_span)
     ids, names = np.zeros(text, int), np.arange(text)
     lengths = [len(objectives.replace_spans(ids, where, names)) + 1 for where in (mask, ~mask)]
     assert lengths[1] == targets or (rate == 0.5 and lengths[1] < targets)  # T5 shortens the text by one token there
-    assert lengths[0] <= inputs  # one more token of text does not always make the input longer by one
+    assert lengths[0] <= inputs  # the input does not always grow by one token with one more token of text
 
 
-def test_examples_give_back_the_text(prepared, data):
+def test_examples_reproduce_the_text(prepared, data):
     config = dataclasses.replace(data, objective="span_corruption", input_length=40)
     tokenizer, names = prepared.tokenizer, sentinels.sentinel_ids(prepared.tokenizer)
     found = objectives.examples(random_text(7), np.random.default_rng(0), config, tokenizer)
@@ -218,7 +218,7 @@ def test_exact_resume(prepared, data, name):
     iterator = pipeline.train_iterator(source, config, batch_size=2, seed=4)
     batches, states = [], []
     for _ in range(40):
-        states.append(json.dumps(iterator.get_state()))  # as the checkpoint has it
+        states.append(json.dumps(iterator.get_state()))  # as a checkpoint stores it
         batches.append(next(iterator))
     for start in range(0, 40, 7):
         fresh = pipeline.train_iterator(source, config, batch_size=2, seed=4)
@@ -237,7 +237,7 @@ def test_noise_differs_between_epochs(data):
     assert len(rows) == 10
 
 
-def test_segments_of_both_sides_belong_together(prepared, data):
+def test_segments_of_encoder_and_decoder_match(prepared, data):
     config = dataclasses.replace(data, **OBJECTIVES["pairs"])
     source = paired(prepared)
     pairs = {tuple(text.split(PAIR)) for text in source.train[source.domains[0]]}
@@ -248,7 +248,7 @@ def test_segments_of_both_sides_belong_together(prepared, data):
             for segment in range(1, batch["segment_ids"][row].max() + 1):
                 source_ids = batch["encoder_tokens"][row][batch["encoder_segment_ids"][row] == segment]
                 target_ids = batch["targets"][row][batch["segment_ids"][row] == segment]
-                if source_ids[-1] == target_ids[-1] == tokenizer.eos_id:  # neither was cut
+                if source_ids[-1] == target_ids[-1] == tokenizer.eos_id:  # neither was truncated
                     assert (tokenizer.decode(source_ids), tokenizer.decode(target_ids)) in pairs
                     seen += 1
     assert seen > 20
@@ -262,7 +262,7 @@ def test_sentinels_follow_the_tokenizer(prepared, data):
     assert np.isin([VOCAB + 99, VOCAB + 87], ids).all()
     assert sentinels.decode_blanks(tokenizer, [*ids, tokenizer.eos_id]) == "red <extra_id_0> fox <extra_id_12>"
     assert tokenizer.decode(ids) == "red  fox "
-    # A trained tokenizer leaves room for them.
+    # A trained tokenizer leaves ids for them.
     config = dataclasses.replace(data, **OBJECTIVES["span_corruption"])
     assert pipeline.prepare(config, 500, progress=lambda _: None).tokenizer.vocab_size == 400
 
@@ -284,21 +284,21 @@ def test_named_sentinels(prepared):
         ({"input_length": 2000, "sequence_length": 2000}, 500, r"input_length=2000: has 111 spans, and there are 100"),
     ],
 )
-def test_lengths_that_do_not_fit(data, changes, vocab_size, message):
+def test_lengths_that_do_not_fit_are_refused(data, changes, vocab_size, message):
     config = dataclasses.replace(data, **(OBJECTIVES["span_corruption"] | changes))
     with pytest.raises(ConfigError, match=message):
         pipeline.prepare(config, vocab_size, progress=lambda _: None)
 
 
-def test_no_room_for_sentinels(prepared, data):
+def test_a_vocabulary_without_room_for_sentinels_is_refused(prepared, data):
     config = dataclasses.replace(data, **OBJECTIVES["span_corruption"])
     with pytest.raises(ConfigError, match=r"model\.vocab_size=499: .* after the tokenizer's 400 .*at least 500"):
         pipeline.prepare(config, 499, tokenizer=prepared.tokenizer, progress=lambda _: None)
 
 
 @pytest.mark.parametrize(("objective", "rows"), [("span_corruption", 500), ("pairs", 400)])
-def test_an_encoder_whose_own_embedding_lacks_rows_is_refused(prepared, data, objective, rows, monkeypatch):
-    """400 tokens; span corruption adds 100 sentinels, which all indexed the last row of a smaller table."""
+def test_an_encoder_embedding_with_too_few_rows_is_refused(prepared, data, objective, rows, monkeypatch):
+    """400 tokens; span corruption adds 100 sentinels, all of which would index the last row of a smaller table."""
     changes = OBJECTIVES["span_corruption"] if objective == "span_corruption" else {"objective": objective}
     data = dataclasses.replace(data, **changes)
     if objective == "pairs":

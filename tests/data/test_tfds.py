@@ -24,8 +24,8 @@ from tests.tiny_text import published, random_text
     ],
 )
 def test_published_datasets_by_name(tmp_path, data, prepared, name, version, texts):
-    """Their directories as TFDS lays them out, with a few texts of ours; the splits are the published ones."""
-    length = 20_000 if name == "tiny_shakespeare" else 60  # words: tiny_shakespeare is one document a split
+    """Directories in TFDS's layout with a few invented texts; the splits are the published ones."""
+    length = 20_000 if name == "tiny_shakespeare" else 60  # in words: tiny_shakespeare has one document per split
     published(name, version, texts, length, tmp_path)
     config = dataclasses.replace(data, dataset=name, directory=str(tmp_path))
     prepared = pipeline.prepare(config, VOCAB, tokenizer=prepared.tokenizer)

@@ -66,7 +66,7 @@ def _requests(*arguments):
     return [Instance("loglikelihood", {}, argument, 0) for argument in arguments]
 
 
-def test_likelihoods_are_the_models(model, log_probs):
+def test_likelihoods_equal_those_of_the_model(model, log_probs):
     pairs = [("one two", " three four"), ("", "five six"), ("seven", " eight"), ("one two three four five" * 9, " ten")]
     results = model.loglikelihood(_requests(*pairs), disable_tqdm=True)
     for (context, continuation), (likelihood, greedy) in zip(pairs, results, strict=True):
@@ -79,7 +79,7 @@ def test_likelihoods_are_the_models(model, log_probs):
         assert greedy == all(table[at - 1].argmax() == ids[at] for at in range(len(ids) - count, len(ids)))
 
 
-def test_a_long_text_is_scored_in_windows_and_once(model, log_probs):
+def test_every_token_of_a_long_text_is_scored_once_in_windows(model, log_probs):
     ids = model.tok_encode(TEXT[0] * 2, add_special_tokens=False)
     assert len(ids) > 2 * 24
     (total,) = model.loglikelihood_rolling(_requests((TEXT[0] * 2,)), disable_tqdm=True)
@@ -131,15 +131,15 @@ metric_list: [{{metric: acc}}]
     assert results["results"]["tiny"]["acc,none"] == float(likelihoods[0][0] > likelihoods[1][0])
 
 
-def test_what_cannot_be_evaluated_is_refused(workdir):
+def test_a_batch_size_that_devices_do_not_divide_is_refused(workdir):
     from moe.interop.harness import WorkdirLM
 
     with pytest.raises(ConfigError, match=r"--batch_size=3: must be a positive multiple of the 8 devices"):
         WorkdirLM(str(workdir), batch_size=3)
 
 
-def test_a_score_does_not_depend_on_its_neighbours(tmp_path):
-    """Positions of LongRoPE are rescaled by the length of a row, which is that of its own tokens."""
+def test_a_score_does_not_depend_on_other_rows_of_the_batch(tmp_path):
+    """LongRoPE rescales positions by the length of a row, which must be the number of its own tokens."""
     from moe.interop.harness import WorkdirLM
 
     source = Path(__file__).parents[1] / "data" / "checkpoints" / "llama_longrope"

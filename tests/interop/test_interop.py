@@ -61,14 +61,14 @@ _THEIRS = (
     "gpt_oss",
 )
 THEIRS = [SHARED / name for name in _THEIRS]
-#: Family of an export that names none, where it is not that of the import: a Llama is a Mistral without a window.
+#: Family of an export that names none, where it differs from the import's: a Llama is a Mistral without a window.
 WRITTEN_AS = {
     SHARED / "mixtral_fused": "mixtral",
     **dict.fromkeys((SHARED / "llama", HERE / "llama_dynamic", HERE / "llama_longrope"), "mistral"),
     SHARED / "deepseek_v2_lite": "deepseek_v2",
     HERE / "kimi_k2": "deepseek_v3",
 }
-#: Of families, or of parts of families, that others in tests/data are of too, as the shown references are.
+#: Cases whose families, or parts of families, other folders of tests/data cover too, as they do those of ../shared.
 _AGAIN = [HERE / name for name in ("kimi_k2", "llama", "granitemoe")]
 CASES = [pytest.param(path, id=path.name) for path in OURS if path not in _AGAIN] + [
     slow_case(path, id=f"{path.parent.name}-{path.name}") for path in [*THEIRS, *_AGAIN]
@@ -116,7 +116,7 @@ def test_an_export_is_of_one_checkpoint(tmp_path, monkeypatch):
     assert set(seen) == {0}
 
 
-def test_selection_biases_do_not_name_the_type_of_an_export(tmp_path):
+def test_selection_biases_do_not_set_the_dtype_of_an_export(tmp_path):
     """DeepSeek-V3 is published in bfloat16 with biases in float32."""
     source = tmp_path / "source"
     shutil.copytree(HERE / "deepseek_v3", source)
@@ -137,7 +137,7 @@ def test_parity(path):
 
 
 def _by_einsum(model: Model) -> Model:
-    """The model with the dispatch that compiles fastest, and room for every token: the modes are equal then."""
+    """The model with the dispatch that compiles fastest and capacity for every token, where all modes are equal."""
     moe = model.config.moe
     if moe.gate is None:
         return model
@@ -147,7 +147,7 @@ def _by_einsum(model: Model) -> Model:
 
 
 def check_parity(path: Path) -> None:
-    """Logits, router logits and losses of a folder against its expected.npz."""
+    """Compare logits, router logits and losses of a folder with its expected.npz."""
     expected = _expected(path)
     model, config = load_huggingface(path)
     model = _by_einsum(model)
@@ -264,7 +264,7 @@ def test_multi_token_prediction_of_ernie_is_skipped(tmp_path, caplog):
 
 
 def test_multi_token_prediction_is_skipped(tmp_path, caplog):
-    """DeepSeek-V3's layers after the last one; in a family without them they are surplus tensors."""
+    """DeepSeek-V3's layers after the last one are skipped; in a family without prediction they are surplus tensors."""
     shutil.copytree(HERE / "deepseek_v3", tmp_path / "v3")
     tensors = load_file(tmp_path / "v3" / "model.safetensors")
     extra = {name.replace("layers.2.", "layers.3."): tensor for name, tensor in tensors.items() if "layers.2." in name}
@@ -331,7 +331,7 @@ def test_reading_parameters_onto_a_mesh(tmp_path):
     assert up.sharding.shard_shape(up.shape)[2] == config.model.d_model // 4
 
 
-def test_parameters_that_were_read_without_a_mesh_go_into_programs_on_any(tmp_path):
+def test_parameters_read_without_a_mesh_can_be_used_on_any_mesh(tmp_path):
     config = import_checkpoint(HERE / "mixtral", tmp_path)
     table = read_parameters(tmp_path, config.model, only=("embedding", "table"))["embedding"]["table"]
     mesh = make_mesh(MeshConfig(data=8))
@@ -373,9 +373,9 @@ def test_nothing_is_overwritten(tmp_path):
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
-def test_what_fails_leaves_neither_a_folder_nor_its_parents(tmp_path):
+def test_a_failed_import_or_export_leaves_no_folders(tmp_path):
     import_checkpoint(HERE / "mixtral", tmp_path / "run")
-    (tmp_path / "run" / "tokenizer.model").mkdir()  # cannot be copied, after the weights
+    (tmp_path / "run" / "tokenizer.model").mkdir()  # cannot be copied, which fails after the weights
     (tmp_path / "empty").mkdir()
     before = sorted(tmp_path.rglob("*"))
     for out in ("new/below", "empty"):
@@ -387,7 +387,7 @@ def test_what_fails_leaves_neither_a_folder_nor_its_parents(tmp_path):
 
 
 def _fine_tuned(source: Path, run: Path, length: int) -> None:
-    """A workdir as a run leaves it that started from an import, with its parameters and other settings."""
+    """Write the workdir of a run that started from an import, with its parameters and another row length."""
     shutil.copytree(source / "checkpoints", run / "checkpoints")
     config = read_config(source)
     data, start = (
@@ -417,8 +417,8 @@ REMOTE_CODE = ("deepseek", "kimi_k2")
 
 @pytest.mark.parametrize("path", [pytest.param(path, id=path.name) for path in OURS if path.name not in REMOTE_CODE])
 @pytest.mark.transformers
-def test_an_export_loads_in_that_library_without_a_warning(path, tmp_path):
-    """Without one that the published config.json does not cause. Needs torch and transformers 5: python -m pytest -m
+def test_an_export_loads_in_transformers_without_new_warnings(path, tmp_path):
+    """Only warnings that the published config.json causes too. Needs torch and transformers 5: python -m pytest -m
     transformers."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
@@ -435,5 +435,5 @@ def test_an_export_loads_in_that_library_without_a_warning(path, tmp_path):
     tokens = torch.tensor(_expected(path)["input_ids"])
     assert _relative(model(tokens).logits.detach().numpy(), _expected(path)["logits"]) < 2e-5
     assert model.generate(tokens[:, :6], max_new_tokens=3, do_sample=False).shape[1] > 6
-    kernels = "falling back to its reference"  # those of gated DeltaNet are packages of their own
+    kernels = "falling back to its reference"  # those of gated DeltaNet are separate packages
     assert {line for line in told.getvalue().splitlines() if kernels not in line} == of_source

@@ -48,14 +48,14 @@ def test_missing_surplus_and_misshapen_tensors_are_named(editable):
         load_huggingface(folder)
 
 
-def test_a_tensor_of_another_type_is_named(editable):
+def test_a_tensor_of_an_unsupported_dtype_is_named(editable):
     folder, change, _ = editable
     change(lambda tensors: tensors.update({EXPERT: tensors[EXPERT].astype(ml_dtypes.float8_e4m3fn)}))
     with pytest.raises(ConfigError, match=rf"{EXPERT}: is F8_E4M3"):
         load_huggingface(folder)
 
 
-def test_mixed_types_become_float32_without_loss(editable):
+def test_mixed_dtypes_become_float32_without_loss(editable):
     folder, change, _ = editable
     before, _ = load_huggingface(folder)
     change(lambda tensors: tensors.update({EXPERT: tensors[EXPERT].astype(np.float32)}))
@@ -86,7 +86,7 @@ def test_old_buffers_and_a_tied_copy_are_accepted(tmp_path):
         ("switch_transformers", "shared.weight", "encoder.embed_tokens.weight"),
     ],
 )
-def test_tied_embeddings_may_lie_under_the_name_of_a_copy(family, original, copy, tmp_path):
+def test_tied_embeddings_may_be_stored_under_the_name_of_a_copy(family, original, copy, tmp_path):
     whole, config = load_huggingface(HERE / family)
     shutil.copytree(HERE / family, tmp_path / "model")
     tensors = load_file(tmp_path / "model" / "model.safetensors")
@@ -97,7 +97,7 @@ def test_tied_embeddings_may_lie_under_the_name_of_a_copy(family, original, copy
     jax.tree.map(np.testing.assert_array_equal, model, whole)
 
 
-def test_damaged_folders(editable, tmp_path):
+def test_damaged_folders_are_refused(editable, tmp_path):
     folder, _, _ = editable
     with pytest.raises(ConfigError, match=r"config\.json: no such file"):
         load_huggingface(tmp_path)
@@ -110,7 +110,7 @@ def test_damaged_folders(editable, tmp_path):
         load_huggingface(folder)
 
 
-def test_a_single_file_counts_before_the_index_of_shards_that_were_there_before(tmp_path):
+def test_a_single_file_takes_precedence_over_an_older_index_of_shards(tmp_path):
     model, config = load_huggingface(HERE / "mistral")
     zeros = jax.tree.map(np.zeros_like, model)
     save_huggingface(zeros, config, tmp_path, max_shard_bytes=8000)
@@ -166,7 +166,7 @@ def test_an_index_must_agree_with_its_files(tmp_path):
         ({"num_experts_per_tok": 9}, r"model\.moe\.gate\.k=9"),
     ],
 )
-def test_settings_that_are_refused(editable, fields, pattern):
+def test_unsupported_settings_are_refused(editable, fields, pattern):
     folder, _, configure = editable
     configure(**fields)
     with pytest.raises(ConfigError, match=pattern):
@@ -180,7 +180,7 @@ def test_settings_that_are_refused(editable, fields, pattern):
         ({"rope_type": "yarn"}, "yarn, short_mscale=1.2, long_mscale=1.2: must be longrope"),
     ],
 )
-def test_scales_of_phi_that_are_refused(fields, pattern):
+def test_unsupported_scales_of_phi_are_refused(fields, pattern):
     source = json.loads((HERE / "phimoe" / "config.json").read_text())
     with pytest.raises(ConfigError, match=pattern):
         read_config(source | {"rope_parameters": source["rope_parameters"] | fields})
@@ -198,21 +198,21 @@ def test_scales_of_phi_that_are_refused(fields, pattern):
         ("ernie4_5_moe", "moe_k"),
     ],
 )
-def test_one_renormalised_weight_is_refused_by_the_field_of_the_file(family, field):
+def test_a_renormalised_top_1_is_refused_under_the_name_of_its_field(family, field):
     source = json.loads((HERE / family / "config.json").read_text())
     with pytest.raises(ConfigError, match=rf"^config\.json: {field}=1: must be above 1 in a {family} whose weights"):
         read_config(source | {field: 1})
 
 
-def test_one_weight_that_is_not_renormalised_is_read():
+def test_a_top_1_that_is_not_renormalised_is_read():
     source = json.loads((HERE / "deepseek_v3" / "config.json").read_text())
     moe = read_config(source | {"num_experts_per_tok": 1, "norm_topk_prob": False}).model.moe
     assert moe.experts_per_token == 1
 
 
 @pytest.mark.parametrize("kind", ["linear", "dynamic"])
-def test_a_factor_of_the_scores_is_of_yarn_alone(kind):
-    """DeepSeek's code scales them under every kind of positions."""
+def test_a_factor_of_attention_scores_is_read_only_with_yarn(kind):
+    """DeepSeek's code scales the scores with every kind of rotary positions."""
     source = json.loads((HERE / "deepseek_v3" / "config.json").read_text())
     scaling = {"type": kind, "factor": 4.0, "mscale_all_dim": 1.0}
     with pytest.raises(ConfigError, match=rf"mscale_all_dim=1\.0: is read only with yarn, not with {kind}"):
@@ -262,7 +262,7 @@ CASES = [
 
 @pytest.mark.parametrize(("family", "field", "value"), CASES)
 @pytest.mark.timeout(60)
-def test_wrong_values(family, field, value, tmp_path):
+def test_wrong_values_are_refused_in_one_sentence(family, field, value, tmp_path):
     folder = tmp_path / "source"
     shutil.copytree(HERE / family, folder)
     source = json.loads((folder / "config.json").read_text()) | {field: value}
@@ -310,7 +310,7 @@ MALFORMED_WEIGHTS = {"empty": b"", "noise": b"\xff" * 1000, "absurd header": (1 
     ],
 )
 @pytest.mark.timeout(60)
-def test_malformed_files(file, content, editable, tmp_path):
+def test_malformed_files_are_refused_in_one_sentence(file, content, editable, tmp_path):
     folder, _, _ = editable
     if "index" in file:
         (folder / "model.safetensors").unlink()
@@ -327,7 +327,7 @@ def _refused(folder, out):
     assert not out.exists()
 
 
-def test_a_path_in_the_index_that_leaves_the_folder(editable):
+def test_a_path_in_the_index_that_leaves_the_folder_is_refused(editable):
     folder, _, _ = editable
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_bytes(MALFORMED_INDICES["parent folder"])

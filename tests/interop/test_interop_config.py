@@ -65,14 +65,14 @@ def test_published_config_of_mixtral():
         ("deepseek_v3", "aux_loss_alpha", 1),
     ],
 )
-def test_balance_coefficients_both_ways(name, coefficient, factor):
+def test_balance_coefficients_are_converted_both_ways(name, coefficient, factor):
     source = json.loads((HERE / name / "config.json").read_text()) | {coefficient: 0.04}
     config = read_open_config(source)
     assert config.model.moe.losses.balance == pytest.approx(0.04 * factor)
     assert write_config(config, name)[coefficient] == pytest.approx(0.04)
 
 
-#: As published, but for the quantisation of the experts and fields that say nothing of the model.
+#: As published, without the quantisation of the experts and the fields that do not describe the model.
 GPT_OSS_20B = {
     **{"architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "attention_bias": True, "head_dim": 64},
     **{"experts_per_token": 4, "num_experts_per_tok": 4, "num_local_experts": 32, "hidden_act": "silu"},
@@ -96,7 +96,7 @@ def test_published_config_of_gpt_oss():
     same = {name: getattr(ours, name) for name in ("d_ff", "dtype", "attention", "remat")}
     assert dataclasses.replace(model, moe=moe, **same) == ours
     assert model.moe.losses.balance == pytest.approx(ours.moe.losses.balance)
-    # The library's defaults, where a file says nothing of positions and layers, are those of the published models.
+    # Where a file does not state positions and layers, the library's defaults are those of the published models.
     absent = ("layer_types", "rope_scaling", "rope_theta", "head_dim", "sliding_window", "attention_bias")
     absent = (*absent, "router_aux_loss_coef")
     assert read_open_config({k: v for k, v in GPT_OSS_20B.items() if k not in absent}).model == model
@@ -123,14 +123,14 @@ def test_count_of_kimi_k2_by_hand():
     attention = 7168 * 1536 + 1536 + 1536 * 64 * 192 + 7168 * 576 + 512 + 512 * 64 * 256 + 64 * 128 * 7168
     norms, expert = 2 * 7168, 3 * 7168 * 2048
     shared_by_all = 2 * 163840 * 7168 + 7168 + 61 * (attention + norms) + 3 * 7168 * 18432
-    router = 7168 * 384 + 384  # and the bias of the selection
+    router = 7168 * 384 + 384  # and the selection bias
     total, active = count_parameters(from_config_dict(kimi_k2.get_config()).model)
     assert total == shared_by_all + 60 * (router + 385 * expert)
     assert active == shared_by_all + 60 * (router + 9 * expert)
 
 
 def test_published_config_of_qwen3_next():
-    """48 layers, every fourth of attention; 79.67B without multi-token prediction."""
+    """48 layers, every fourth with full attention; 79.67B without multi-token prediction."""
     source = {
         **{"model_type": "qwen3_next", "vocab_size": 151936, "hidden_size": 2048, "num_hidden_layers": 48},
         **{"num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 256, "intermediate_size": 5120},
@@ -183,14 +183,14 @@ def test_an_absent_field_has_the_default_of_the_library(name, absent, value):
 @pytest.mark.parametrize(
     ("name", "experts"), [("qwen2_moe", 60), ("qwen3_moe", 128), ("qwen3_next", 512), ("qwen3_5_moe_text", 256)]
 )
-def test_absent_experts_of_qwen_are_the_librarys(name, experts):
+def test_an_absent_number_of_experts_of_qwen_has_the_default_of_the_library(name, experts):
     source = json.loads((HERE / name / "config.json").read_text())
     source = {key: value for key, value in source.items() if key not in ("num_experts", "num_local_experts")}
     assert FAMILIES[name].schema.model_validate(source).num_experts == experts
 
 
-def test_absent_sizes_of_switch_are_the_librarys():
-    """A null depth of the decoder is that of the encoder; an absent one is 12."""
+def test_absent_sizes_of_switch_have_the_defaults_of_the_library():
+    """A decoder depth of null is the encoder's; an absent one is 12."""
     schema = FAMILIES["switch_transformers"].schema
     source = json.loads((HERE / "switch_transformers" / "config.json").read_text())
     sizes = ("d_model", "num_heads", "num_layers", "num_decoder_layers")
@@ -212,7 +212,7 @@ def test_absent_sizes_of_switch_are_the_librarys():
         ("deepseek_v2", "n_routed_experts", "num_experts"),
     ],
 )
-def test_the_librarys_second_names_are_read(name, own, other):
+def test_alternative_field_names_of_the_library_are_read(name, own, other):
     source = json.loads((HERE / name / "config.json").read_text())
     renamed = {other if key == own else key: value for key, value in source.items()}
     assert renamed != source
@@ -225,7 +225,7 @@ def test_the_librarys_second_names_are_read(name, own, other):
     assert other not in written  # beside the first name, that library would read the second one
 
 
-def test_an_export_names_no_code_that_it_lacks():
+def test_an_export_does_not_refer_to_remote_code():
     code = {"auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"}}
     source = json.loads((HERE / "kimi_k2" / "config.json").read_text()) | code
     assert "auto_map" not in keep_fields(source, read_open_config(source))
@@ -249,8 +249,8 @@ def test_published_losses_of_olmoe_and_epsilon_of_deepseek_moe():
 
 
 @pytest.mark.parametrize(("name", "heads"), [("mixtral", 8), ("qwen2", 32), ("qwen3_moe", 4), ("olmoe", None)])
-def test_absent_heads_of_keys_are_the_librarys(name, heads):
-    """A null, or no default, is as many as those of queries."""
+def test_an_absent_number_of_key_heads_has_the_default_of_the_library(name, heads):
+    """Null, or a family without a default, means as many as query heads."""
     fields = json.loads((HERE / name / "config.json").read_text())
     del fields["num_key_value_heads"]
     assert FAMILIES[name].schema.model_validate(fields).num_key_value_heads == heads
@@ -266,7 +266,7 @@ def test_null_is_false_in_deepseek_v3():
 
 @pytest.mark.parametrize("name", ["minimax_m2", "ernie4_5_moe"])
 def test_models_with_mixtrals_loss_balance_the_batch(name):
-    """Both inherit it in that library; the gate whose rule they share balances each sequence."""
+    """Both inherit that loss in transformers; the gate whose rule they share balances each sequence."""
     source = json.loads((HERE / name / "config.json").read_text())
     assert read_open_config(source).model.moe.losses.scope == "batch"
 
@@ -277,7 +277,7 @@ def test_switch_without_sparse_layers_is_dense():
     assert not any(sparse_layers(read_open_config(source).model)[: source["num_layers"]])
 
 
-def test_a_dense_switch_comes_back():
+def test_a_dense_switch_survives_a_round_trip():
     source = json.loads((HERE / "switch_transformers" / "config.json").read_text())
     source |= {"num_sparse_encoder_layers": 0, "num_sparse_decoder_layers": 0}
     config = read_open_config(source)
@@ -308,7 +308,7 @@ def test_published_coefficients_in_the_configs(config, name, coefficient):
 
 
 def test_layers_of_qwen():
-    """decoder_sparse_step 2 of 6 layers: 1, 3, 5; without 3. Windows: even layers below max_window_layers."""
+    """Of 6 layers decoder_sparse_step=2 makes 1, 3, 5 sparse, less 3. Windows: even layers below max_window_layers."""
     source = json.loads((HERE / "qwen2_moe" / "config.json").read_text())
     source |= {"num_hidden_layers": 6, "decoder_sparse_step": 2, "mlp_only_layers": [3], "max_window_layers": 3}
     del source["layer_types"]
@@ -318,7 +318,7 @@ def test_layers_of_qwen():
 
 
 def test_the_older_field_of_scaling_replaces_the_newer_one():
-    """With the base beside it or the default, as transformers does; one without content is absent."""
+    """Its base is the rope_theta beside it or the default, as in transformers; an empty field counts as absent."""
     source = json.loads((HERE / "llama" / "config.json").read_text())
     both = source | {
         "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
@@ -351,8 +351,8 @@ HALF_ROTATED = {
         ("glm4_moe", {"rope_parameters": HALF_ROTATED}, {"rope_dim": 4}),
     ],
 )
-def test_what_a_family_changes_is_not_checked_before(name, fields, expected):
-    """Sizes of heads that latent attention replaces, and those that relative positions or a partial rotation allow."""
+def test_sizes_that_a_family_replaces_are_not_checked_first(name, fields, expected):
+    """Head sizes that latent attention replaces, or that relative positions or a partial rotation allow."""
     model = read_open_config(json.loads((HERE / name / "config.json").read_text()) | fields).model
     assert {field: getattr(model, field) for field in expected} == expected
 
@@ -367,7 +367,7 @@ def test_a_longrope_that_names_no_original_context_has_factor_1():
     assert scaling.original_length == source["max_position_embeddings"]
 
 
-def test_a_scaling_may_say_that_it_was_fine_tuned():
+def test_the_field_finetuned_of_a_scaling_is_ignored():
     source = json.loads((HERE / "llama" / "config.json").read_text())
     yarn = {"type": "yarn", "factor": 16.0, "original_max_position_embeddings": 64}
     plain, tuned = (read_open_config(source | {"rope_scaling": yarn | more}) for more in ({}, {"finetuned": True}))
@@ -388,7 +388,7 @@ def test_an_export_keeps_what_training_on_shorter_rows_did_not_change(path):
     assert keep_fields(source, shorter) == source
 
 
-def test_a_changed_setting_replaces_the_field_that_the_source_had_it_in():
+def test_a_changed_setting_is_written_to_the_field_in_which_the_source_has_it():
     source = json.loads((HERE / "qwen2_moe" / "config.json").read_text())
     config = read_open_config(source)
     changed = dataclasses.replace(config, model=dataclasses.replace(config.model, rope_theta=5e5))
@@ -397,8 +397,8 @@ def test_a_changed_setting_replaces_the_field_that_the_source_had_it_in():
     assert written["initializer_range"] == source["initializer_range"]
 
 
-def test_a_changed_number_of_experts_leaves_no_other_one():
-    """transformers 5 reads the name num_local_experts last."""
+def test_a_changed_number_of_experts_leaves_no_stale_field():
+    """transformers 5 reads num_local_experts last, so that a stale one would win."""
     source = json.loads((HERE / "qwen3_moe" / "config.json").read_text())
     source["num_local_experts"] = source.pop("num_experts")
     config = read_open_config(source)
@@ -410,7 +410,7 @@ def test_a_changed_number_of_experts_leaves_no_other_one():
 
 
 @pytest.mark.parametrize("base", [96, 128, 160, 192])
-def test_models_with_the_rules_of_a_base_width_are_exported(base):
+def test_models_scaled_from_a_base_width_are_exported(base):
     model = ModelConfig(d_model=256, base_d_model=base, moe=moe_config(dispatch="dropless"))
     again = read_open_config(write_config(Config(model=model))).model
     assert again.logit_scale == pytest.approx(model.logit_scale, rel=1e-12)
@@ -437,7 +437,7 @@ def test_a_model_that_no_family_expresses_is_refused(tmp_path):
 
 
 def test_a_decoder_family_is_one_file_of_at_most_80_lines():
-    """Nothing else in the package names GLM but the list of families."""
+    """Besides GLM's own files only the list of families names GLM."""
     package = Path(families.__file__).parents[2]
     for name in FAMILIES.keys() - {"t5", "switch_transformers"}:
         assert len((package / "interop" / "families" / f"{name}.py").read_text().splitlines()) <= 80

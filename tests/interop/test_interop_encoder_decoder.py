@@ -1,7 +1,7 @@
 """T5 and Switch checkpoints: values equal Hugging Face transformers', exports equal imports, pickles are refused.
 
-tests/data holds a T5 with an own output matrix and a deeper decoder, and a Switch whose MoE layers lie at other places
-in the two stacks, with left padding and dropped tokens; ../shared/parity more.
+tests/data holds a T5 with an untied output matrix and a deeper decoder, and a Switch whose MoE layers are at different
+positions in the two stacks, with left padding and dropped tokens; ../shared/parity holds more.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ PATHS = [
     *(SHARED / name for name in ("t5", "t5_v1_1", "switch", "switch_capacity")),
 ]
 CASES = [pytest.param(path, id=f"{path.parent.name}-{path.name}") for path in PATHS]
-#: The shown references are of families that others in tests/data have too.
+#: The references of ../shared are of families that tests/data covers too.
 SOME = [*CASES[:2], *(slow_case(*case.values, id=case.id) for case in CASES[2:])]
 
 
@@ -83,8 +83,8 @@ def test_parity(path):
 
 
 @pytest.mark.parametrize("path", [CASES[2], *(slow_case(*case.values, id=case.id) for case in CASES[3:5])])
-def test_a_cache_continues_as_without_one(path):
-    """Where the decoder drops nothing; left padding has no place in a cache."""
+def test_generation_with_a_cache_equals_generation_without(path):
+    """For decoders that drop nothing; left padding is removed, since a cache cannot hold it."""
     expected = _expected(path)
     model, config = load_huggingface(path)
     sources = [row[mask > 0] for row, mask in zip(expected["input_ids"], expected["attention_mask"], strict=True)]
@@ -107,20 +107,20 @@ def test_an_export_equals_its_import(path, tmp_path):
             load_file(path / "model.safetensors"),
         )
         written = json.loads((folder / "config.json").read_text())
-        # That library's T5 writes True for an own output matrix too.
+        # The T5 of transformers writes tie_word_embeddings=True for an untied output matrix too.
         kept = source.keys() - {"dtype", "tie_word_embeddings"}
         assert {name: written.get(name) for name in kept} == {name: source[name] for name in kept}
 
 
-def test_a_model_trained_here_keeps_its_meaning():
-    """Layers 1, 2, 3 of 4 in the encoder are no rule of that library, and neither are layers 0 and 2."""
+def test_layer_patterns_of_a_model_trained_here_are_exported_or_refused():
+    """MoE layers 1, 2, 3 of 4 in the encoder, or 0 and 2, are refused: no sparse step of transformers selects them."""
     switch = {"gate": "switch", "every": 2, "encoder_layers": 4, "num_layers": 3, "num_kv_heads": 4, "moe_d_ff": 28}
     t5 = {"relative_buckets": 8, "relative_max_distance": 20, "tie_embeddings": True, "scale_logits": True}
     settings = {**switch, **t5, "activation": "relu"}
     written = write_config(Config(model=tiny_model(**settings)))
     assert written["model_type"] == "switch_transformers"
     assert (written["encoder_sparse_step"], written["num_sparse_encoder_layers"]) == (2, 2)
-    assert (written["decoder_sparse_step"], written["num_sparse_decoder_layers"]) == (3, 1)  # any from 2 on
+    assert (written["decoder_sparse_step"], written["num_sparse_decoder_layers"]) == (3, 1)  # any step from 2 on
     assert "hidden_size" not in written
     assert sparse_layers(read_config(written).model) == (False, True, False, True, False, True, False)
     dense = write_config(Config(model=tiny_model(**{**settings, "gate": "none", "activation": "geglu"})))
@@ -131,7 +131,7 @@ def test_a_model_trained_here_keeps_its_meaning():
 
 
 def test_balance_coefficients_keep_their_weight():
-    """Two stacks, each a mean over its layers that is 1 at balance: 0.01·2 over 4 layers is 0.005 each."""
+    """Each of two stacks has a mean over its layers that is 1 at balance: 0.001·2 over 4 layers is 0.0005 each."""
     config = read_config(json.loads((HERE / "switch_transformers" / "config.json").read_text()))
     layers = sum(sparse_layers(config.model))
     assert config.model.moe.losses.balance == pytest.approx(0.001 * 2 / layers)
@@ -139,9 +139,9 @@ def test_balance_coefficients_keep_their_weight():
 
 
 def test_the_first_token_of_a_trained_decoder_is_exported(tmp_path):
-    """Decoders that are trained here begin with padding, whichever token of the tokenizer that is."""
+    """Decoders trained here begin with padding, whichever id the tokenizer gives it."""
     import_checkpoint(HERE / "switch_transformers", tmp_path / "run")
-    for name in ("huggingface_config.json", "generation_config.json"):  # those of an import
+    for name in ("huggingface_config.json", "generation_config.json"):  # which only an import has
         (tmp_path / "run" / name).unlink()
     text = Tokenizer(WordLevel({"<unk>": 0, "a": 1, "</s>": 2, "<pad>": 3}, unk_token="<unk>"))
     text.save(str(tmp_path / "run" / "tokenizer.json"))
@@ -151,15 +151,15 @@ def test_the_first_token_of_a_trained_decoder_is_exported(tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["decoder_start_token_id"] == 3
 
 
-def test_pickles_are_refused_with_a_way_out(tmp_path):
+def test_pickles_are_refused_with_a_remedy(tmp_path):
     shutil.copy(HERE / "t5" / "config.json", tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80")
     with pytest.raises(ConfigError, match=r"\*\.bin.*convert them once with transformers.*save_pretrained"):
         load_huggingface(tmp_path)
 
 
-def test_untied_stacks_have_tables_of_their_own(tmp_path):
-    """Switch without tied embeddings, as transformers 5.24 stores it; where the tables are equal one is kept here."""
+def test_untied_stacks_have_separate_tables(tmp_path):
+    """Switch without tied embeddings, as transformers 5.24 stores it; of two equal tables one is kept."""
     source = json.loads((HERE / "switch_transformers" / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(source | {"tie_word_embeddings": False}))
     tensors = load_file(HERE / "switch_transformers" / "model.safetensors")
@@ -201,7 +201,7 @@ def test_a_router_bias_is_read(tmp_path):
     assert load_file(tmp_path / "out" / "model.safetensors").keys() == tensors.keys() | biases.keys()
 
 
-def test_copies_of_the_embedding_must_be_copies(tmp_path):
+def test_copies_of_the_embedding_must_equal_it(tmp_path):
     shutil.copytree(HERE / "switch_transformers", tmp_path / "model")
     path = tmp_path / "model" / "model.safetensors"
     tensors = load_file(path)
@@ -214,7 +214,7 @@ def test_copies_of_the_embedding_must_be_copies(tmp_path):
 
 
 def test_a_router_in_bfloat16_is_not_exported():
-    """There its softmax and its weights would be rounded too."""
+    """transformers would round the softmax and the weights too."""
     config = read_config(json.loads((HERE / "switch_transformers" / "config.json").read_text()))
     moe = dataclasses.replace(config.model.moe, router_dtype="bfloat16")
     with pytest.raises(ConfigError, match=r"router_dtype='bfloat16': must be 'float32'"):
@@ -226,8 +226,8 @@ def test_a_router_in_bfloat16_is_not_exported():
 @pytest.mark.parametrize(
     "changes", [{"group_size": 4}, {"overflow_to_next": True}, {"drop_policy": "probability"}, {"route_padding": False}]
 )
-def test_what_the_capacity_of_the_format_cannot_say_is_refused(changes):
-    """It drops the last tokens of a row beyond a capacity, padding included: other drops are other logits."""
+def test_drop_rules_that_the_format_cannot_express_are_refused(changes):
+    """The format drops a row's last tokens beyond the capacity, padding included; other rules give other logits."""
     config = read_config(json.loads((HERE / "switch_transformers" / "config.json").read_text()))
     moe = dataclasses.replace(config.model.moe, capacity=Capacity(fixed=3), dispatch="gather")
     whole = dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe))

@@ -1,4 +1,4 @@
-"""Qwen3-Next and Qwen3.5-MoE: shares of tensors, multi-token prediction, a model of text inside one of images."""
+"""Qwen3-Next and Qwen3.5-MoE: slices of fused tensors, multi-token prediction, a text model in a multimodal one."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def _equal(left, right):
     jax.tree.map(np.testing.assert_array_equal, left, right)
 
 
-def test_shares_of_a_tensor_by_hand():
-    """2 heads of keys of 4, and 2 heads of values of 6 for each: rows 4+4+12+12 of the first, then of the second."""
+def test_slices_of_fused_tensors_by_hand():
+    """2 key heads of 4 with 2 value heads of 6 each: rows 4+4+12+12 of the first, then of the second."""
     tensors = load_file(NEXT / "model.safetensors")
     model, _ = load_huggingface(NEXT)
     layer = model.segment_0.block_0.delta_net
@@ -44,8 +44,8 @@ def test_shares_of_a_tensor_by_hand():
 
 
 @pytest.mark.parametrize("path", [NEXT, TEXT], ids=lambda path: path.name)
-def test_each_device_reads_its_share(path):
-    """Heads over tensor, D over fsdp: turns of a tensor that a device reads in part."""
+def test_each_device_reads_its_slices(path):
+    """Heads are split over tensor and D over fsdp, so that a device reads slices of the fused tensors."""
     whole, _ = load_huggingface(path)
     split, _ = load_huggingface(path, mesh=make_mesh(MeshConfig(data=1, fsdp=4, tensor=2)))
     _equal(split, whole)
@@ -53,8 +53,8 @@ def test_each_device_reads_its_share(path):
     assert query.sharding.shard_shape(query.shape)[2] == 2
 
 
-def test_multi_token_prediction_is_skipped_or_comes_in_and_goes_out(tmp_path, caplog):
-    """A layer of attention after two of gated DeltaNet and one of attention, in the names of Qwen's files."""
+def test_multi_token_prediction_is_skipped_or_imported_and_exported(tmp_path, caplog):
+    """An attention layer after two of gated DeltaNet and one of attention, under the names of Qwen's files."""
     tensors = load_file(TEXT / "model.safetensors")
     last = {name: tensor for name, tensor in tensors.items() if name.startswith("model.layers.2.")}
     extra = {name.replace("model.layers.2.", "mtp.layers.0."): tensor + 1 for name, tensor in last.items()}
@@ -77,8 +77,8 @@ def test_multi_token_prediction_is_skipped_or_comes_in_and_goes_out(tmp_path, ca
         import_checkpoint(NEXT, tmp_path / "none", prediction=True)
 
 
-def test_the_model_of_text_inside_one_of_images(tmp_path, caplog):
-    """The published form: names with a prefix, a vision model, fields under text_config. The export is text alone."""
+def test_the_text_model_of_a_multimodal_checkpoint_is_read(tmp_path, caplog):
+    """The published form: names with a prefix, a vision model, fields under text_config. The export is text only."""
     tensors = load_file(TEXT / "model.safetensors")
     inside = {f"model.language_model.{name.removeprefix('model.')}": tensor for name, tensor in tensors.items()}
     source = json.loads((TEXT / "config.json").read_text())
@@ -98,7 +98,7 @@ def test_the_model_of_text_inside_one_of_images(tmp_path, caplog):
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == source
 
 
-def test_an_export_without_images_names_its_own_architecture_and_modules():
+def test_an_export_of_the_text_model_names_its_architecture_and_modules():
     source = json.loads((TEXT / "config.json").read_text())
     bare = {name: value for name, value in source.items() if name != "architectures"}
     assert keep_fields(bare, read_config(bare))["architectures"] == source["architectures"]
@@ -118,12 +118,12 @@ def test_an_export_without_images_names_its_own_architecture_and_modules():
         ({"head_dim": 6}, "model.rope_dim=3: must be even"),
     ],
 )
-def test_what_is_refused(changes, message):
+def test_unsupported_settings_are_refused(changes, message):
     source = json.loads((NEXT / "config.json").read_text())
     with pytest.raises(ConfigError, match=message):
         read_config(source | changes)
 
 
-def test_no_experts_make_a_dense_model():
+def test_zero_experts_make_a_dense_model():
     source = json.loads((NEXT / "config.json").read_text())
     assert read_config(source | {"num_experts": 0}).model.moe.gate is None

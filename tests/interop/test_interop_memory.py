@@ -37,7 +37,7 @@ DEEPSEEK_V3 = {
 
 
 def _write_checkpoint(folder: Path, num_files: int) -> int:
-    """A sharded bfloat16 checkpoint of noise; returns its bytes."""
+    """Write a sharded bfloat16 checkpoint of noise and return its size in bytes."""
     # Without the highest bits of sign and exponent: numbers from 0 to 2, all finite.
     noise = np.random.default_rng(0).integers(0, 1 << 14, 1 << 24, np.uint16).tobytes()
     tensors = {
@@ -65,14 +65,14 @@ def _write_checkpoint(folder: Path, num_files: int) -> int:
 
 
 def _peak(folder: Path, parameters: str, *flags: str) -> int:
-    """Largest memory of an import of folder/source, in bytes; the program's output says so many parameters."""
+    """Peak memory in bytes of importing folder/source; checks that the output contains the number of parameters."""
     script = Path(__file__).parents[2] / "scripts" / "import_hf.py"
     command = [sys.executable, str(script), f"--source={folder / 'source'}", f"--out={folder / 'out'}", *flags]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     with process.stdout as lines:
         output = lines.read()
-    _, status, usage = os.wait4(process.pid, 0)  # of this child alone
+    _, status, usage = os.wait4(process.pid, 0)  # of this child process only
     assert status == 0
     assert parameters in output
     assert read_config(folder / "out").model.num_layers == 2
@@ -82,7 +82,7 @@ def _peak(folder: Path, parameters: str, *flags: str) -> int:
 
 
 def _write_fp8(folder: Path) -> int:
-    """A folder of zeros, which take no space on the disk; returns the bytes that it seems to have."""
+    """Write a checkpoint of zeros as a sparse file, which takes no disk space; return its apparent size in bytes."""
     tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
     for parameter in layout(read_open_config(DEEPSEEK_V3).model, FAMILIES["deepseek_v3"]):
         shape = parameter.file_shape
@@ -107,7 +107,7 @@ def _write_fp8(folder: Path) -> int:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_two_layers_of_deepseek_v3_in_fp8_under_6_gib(tmp_path):
-    """13.1 billion parameters; the largest tensors are the two of the vocabulary, 1.73 GiB each in bfloat16."""
+    """13.1 billion parameters; the largest tensors are the embedding and the unembedding, 1.73 GiB each in bfloat16."""
     (tmp_path / "source").mkdir()
     assert _write_fp8(tmp_path / "source") > 15e9
     assert _peak(tmp_path, "13,", "--dtype=bfloat16") < LIMIT

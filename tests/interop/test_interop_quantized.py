@@ -32,7 +32,7 @@ PATHS = [HERE / name for name in ("deepseek_v3_fp8", "gpt_oss_mxfp4", "kimi_k2_i
 
 
 class Arrays(dict[str, np.ndarray]):
-    """Tensors in memory, as a source to read from; counts the elements that are read."""
+    """In-memory source of tensors, which counts the elements that are read."""
 
     count = 0
 
@@ -73,14 +73,14 @@ def test_every_code_of_fp8():
 
 
 def test_the_product_is_rounded_once():
-    """1.125 · (1 + 2^-8) = 1.12939453125 = 144.5625 · 2^-7: bfloat16 has 145 · 2^-7; of 1.125 · 1 it would be 144."""
+    """1.125 · (1 + 2^-8) = 144.5625 · 2^-7 rounds to 145 · 2^-7; a scale rounded first would give 144 · 2^-7."""
     arrays = Arrays({"w": np.full((1, 1), 1.125).astype(FP8), "s": np.full((1, 1), 1 + 2**-8, np.float32)})
     got = FP8Blocks("w", "s", (1, 1), (128, 128)).read(arrays, (), np.dtype(BF16))
     assert float(got[0, 0]) == 145 * 2**-7
 
 
 def test_compressed_tensors_rounds_products_to_the_type_of_the_scales():
-    """A scale for each row, in bfloat16: 1.125 · (1 + 2^-7) = 145.125 · 2^-7 becomes 145 · 2^-7; experts' do not."""
+    """A bfloat16 scale per row: 1.125 · (1 + 2^-7) = 145.125 · 2^-7 becomes 145 · 2^-7, except in experts."""
     arrays = Arrays({"w": np.full((2, 3), 1.125).astype(FP8), "s": np.array([[1 + 2**-7], [2]]).astype(BF16)})
     for rounded, first in ((True, 145 * 2**-7), (False, 145.125 * 2**-7)):
         got = FP8Blocks("w", "s", (2, 3), (1, 3), rounded).read(arrays, (), FLOAT32)
@@ -111,7 +111,7 @@ def test_exponents_as_scales(kind):
 
 
 def test_mxfp4_by_hand():
-    """E = 1, two outputs, 32 inputs: the lower half of a byte first. 1 is 0.5, 7 is 6, 10 is -1; the scale 128 is 2."""
+    """E = 1, two outputs, 32 inputs, low half of a byte first. Code 1 is 0.5, 7 is 6, 10 is -1; scale 128 is 2."""
     blocks = np.zeros((1, 2, 1, 16), np.uint8)
     blocks[0, 0, 0, 0], blocks[0, 1, 0, 15] = 0x71, 0xA1
     arrays = Arrays({"b": blocks, "s": np.array([[[128], [126]]], np.uint8)})
@@ -123,7 +123,7 @@ def test_mxfp4_by_hand():
 
 
 def test_int4_by_hand():
-    """Eight values plus 8 in a word, the first in the lowest bits; one scale for four columns, in bfloat16."""
+    """Eight values, each plus 8, in a word, the first in the lowest bits; one bfloat16 scale for four columns."""
     values = [-8, -1, 0, 7, 1, 2, 3, -3]
     word = sum((value + 8) << 4 * i for i, value in enumerate(values))
     arrays = Arrays(
@@ -134,7 +134,7 @@ def test_int4_by_hand():
         }
     )
     form = PackedInt4("p", "s", "n", (1, 8), 4)
-    # 3 · (1 + 2^-7) = 193.5 · 2^-6 lies halfway between two of bfloat16's numbers: to the even one.
+    # 3 · (1 + 2^-7) = 193.5 · 2^-6 lies halfway between two bfloat16 numbers and is rounded to the even one.
     want = [-4, -0.5, 0, 3.5, 1 + 2**-7, 2 + 2**-6, 194 * 2**-6, -194 * 2**-6]
     np.testing.assert_array_equal(form.read(arrays, (), FLOAT32)[0], want)
     arrays["n"] = np.array([8, 1])
@@ -173,13 +173,13 @@ def test_parts_are_slices_of_the_whole_and_read_no_more_than_their_blocks(rng):
             assert arrays.count <= 2 * (rows + 32) * (columns + 64) // 2 + 2
 
 
-# --- FP8 back --------------------------------------------------------------------------------------------------------
+# --- FP8 exports -----------------------------------------------------------------------------------------------------
 def _bytes(tensors: Mapping[str, np.ndarray]) -> dict[str, tuple[str, bytes]]:
     return {name: (f"{tensor.dtype}{tensor.shape}", tensor.tobytes()) for name, tensor in tensors.items()}
 
 
 @pytest.mark.parametrize("dtype", ["float32", slow_case("bfloat16")])
-def test_fp8_comes_back_bit_for_bit(dtype, tmp_path):
+def test_fp8_round_trip_is_bit_identical(dtype, tmp_path):
     source = PATHS[0]
     import_checkpoint(source, tmp_path / "run", dtype=dtype)
     export_checkpoint(tmp_path / "run", tmp_path / "fp8", quantized=True)
@@ -198,8 +198,8 @@ def test_fp8_comes_back_bit_for_bit(dtype, tmp_path):
 
 
 @pytest.mark.parametrize("kind", [np.float32, E8M0])
-def test_a_block_that_changed_gets_a_scale_of_its_own(kind, rng):
-    """Its largest absolute number over 448, rounded up to a power of two where scales are; others keep theirs."""
+def test_a_changed_block_gets_a_new_scale(kind, rng):
+    """It is the largest magnitude over 448, rounded up if scales are powers of two; other blocks keep theirs."""
     form = FP8Blocks("w", "s", (3, 5), (2, 2))
     codes = rng.integers(0, 126, (3, 5), np.uint8).view(FP8)
     scales = np.exp2(rng.integers(-4, 4, (2, 3))).astype(kind)
@@ -214,7 +214,7 @@ def test_a_block_that_changed_gets_a_scale_of_its_own(kind, rng):
     assert float(form.read(Arrays(changed), (), FLOAT32)[2, 0]) == pytest.approx(1000, rel=2**-4)
 
 
-def test_scales_in_a_file():
+def test_scales_survive_packing():
     scales = {"a": np.ones((2, 1), np.float32), "b": np.arange(3, dtype=np.uint8).view(E8M0), "c": np.ones(1, BF16)}
     assert _bytes(unpack_scales(pack_scales(scales))) == _bytes(scales)
 
@@ -315,7 +315,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("number", "change", "pattern"), REFUSED)
-def test_broken_files_are_one_sentence(number, change, pattern, tmp_path):
+def test_broken_files_are_refused_in_one_sentence(number, change, pattern, tmp_path):
     shutil.copytree(PATHS[number], tmp_path / "source")
     config = json.loads((tmp_path / "source" / "config.json").read_text())
     tensors = _folder(tmp_path / "source")
@@ -333,7 +333,7 @@ def test_broken_files_are_one_sentence(number, change, pattern, tmp_path):
 # --- The other libraries ---------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.transformers
-def test_values_are_the_other_libraries_bit_for_bit(dtype, rng):
+def test_values_equal_those_of_other_libraries_bit_for_bit(dtype, rng):
     """Needs torch, transformers 5 and compressed-tensors: python -m pytest -m transformers."""
     torch = pytest.importorskip("torch")
     fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8")
@@ -349,7 +349,7 @@ def test_values_are_the_other_libraries_bit_for_bit(dtype, rng):
     arguments = quantization.QuantizationArgs(num_bits=4, type="int", symmetric=True, strategy="group", group_size=32)
     scheme = quantization.QuantizationScheme(targets=["Linear"], weights=arguments)
     for form, arrays in _random_forms(rng):
-        if isinstance(form, FP8Blocks):  # that library reads whole blocks only
+        if isinstance(form, FP8Blocks):  # transformers reads whole blocks only
             form = FP8Blocks("w", "s", (3, 48, 64), (12, 16))
             arrays = Arrays(w=arrays["w"][:, :48, :64].copy(), s=arrays["s"][:, :, :4].copy())
             theirs = fp8.Fp8Dequantize(None)._dequantize_one(tensor(arrays["w"]), tensor(arrays["s"]), kind)

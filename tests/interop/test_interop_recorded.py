@@ -29,7 +29,7 @@ def recorded():
 
 
 def _records(engine: str, index: np.ndarray) -> object:
-    """The experts [L,B,T,K] of MoE layers 1 and 2 of three as this engine gives them."""
+    """The experts [L,B,T,K] of MoE layers 1 and 2 of three, in this engine's layout."""
     rows = [index[:, i, :length].swapaxes(0, 1) for i, length in enumerate(LENGTHS)]  # [T,L,K]
     everywhere = [np.concatenate([np.zeros_like(row[:, :1]), row], axis=1) for row in rows]  # a dense layer 0
     if engine == "vllm":
@@ -60,7 +60,7 @@ def test_every_layout_replays_exactly(engine, recorded):
 
 
 def test_replay_of_other_experts(recorded):
-    """With one layer, and room for all tokens."""
+    """One layer, with capacity for all tokens."""
     _, tokens, _, run = recorded
     sizes = {"num_experts": 5, "experts_per_token": 2, "dispatch": "einsum", "eval_capacity_factor": 5.0}
     model = random_model(tiny_model(num_layers=1, gate="mixtral", **sizes))

@@ -46,7 +46,7 @@ def read(folder):
 
 
 def test_a_cast_export_is_the_cast_of_the_merged_weights(tmp_path):
-    """Cast before they are added, adapters that are small beside the base would be lost."""
+    """Adding adapters after the cast would lose those that are small compared with the base."""
     _, lora = workdirs(tmp_path)
     for name, options in (("whole", {}), ("cast", {"dtype": "bfloat16"})):
         export_checkpoint(lora, tmp_path / name, **options)
@@ -56,7 +56,7 @@ def test_a_cast_export_is_the_cast_of_the_merged_weights(tmp_path):
 
 
 @pytest.mark.parametrize("common_a", [False, True])
-def test_adapters_added_by_hand_are_the_merged_export(tmp_path, common_a):
+def test_adapters_added_by_hand_equal_the_merged_export(tmp_path, common_a):
     base, lora = workdirs(tmp_path, **{"lora.common_a": common_a})
     export_checkpoint(base, tmp_path / "out_base")
     export_checkpoint(lora, tmp_path / "out_merged")
@@ -78,8 +78,8 @@ def test_adapters_added_by_hand_are_the_merged_export(tmp_path, common_a):
 
 @pytest.mark.transformers
 @pytest.mark.parametrize("changes", [{"lora.parts": ("attention",)}, {}, {"lora.common_a": True}])
-def test_peft_reads_them(tmp_path, changes):
-    """Logits of the base with its adapters, as PEFT loads them, are those of the merged export."""
+def test_peft_loads_exported_adapters(tmp_path, changes):
+    """The base with adapters loaded by PEFT has the logits of the merged export."""
     torch, transformers, peft = (pytest.importorskip(name) for name in ("torch", "transformers", "peft"))
     base, lora = workdirs(tmp_path, **changes)
     export_checkpoint(base, tmp_path / "out_base")
@@ -98,7 +98,7 @@ def test_peft_reads_them(tmp_path, changes):
 
 
 @pytest.mark.parametrize("with_model", [True, False])
-def test_adapters_are_not_left_out_by_an_import(tmp_path, with_model):
+def test_an_import_refuses_a_folder_of_adapters(tmp_path, with_model):
     source = tmp_path / "source"
     shutil.copytree(Path(__file__).parents[1] / "data" / "checkpoints" / "mixtral", source)
     if not with_model:
@@ -109,12 +109,12 @@ def test_adapters_are_not_left_out_by_an_import(tmp_path, with_model):
 
 
 @pytest.mark.parametrize(("layers", "task"), [(0, "CAUSAL_LM"), (2, "SEQ_2_SEQ_LM")])
-def test_the_task_of_adapters_is_that_of_the_model(layers, task):
+def test_task_type_of_adapters_follows_the_model(layers, task):
     model = ModelConfig(encoder_layers=layers, relative_buckets=8 if layers else 0)
     assert peft._config(Config(model=model), {}, None)["task_type"] == task
 
 
-def test_what_the_layout_cannot_hold_is_refused(tmp_path):
+def test_what_the_adapter_layout_cannot_hold_is_refused(tmp_path):
     base, lora = workdirs(tmp_path, **{"lora.trained": ("router",)})
     with pytest.raises(ConfigError, match="trains no adapters"):
         export_adapters(base, tmp_path / "out")

@@ -27,7 +27,7 @@ def test_ling_by_hand():
     # G = 10: exponent 1.23 - 0.0761·20 + 0.0167 - 0.117 = -0.3923; A = 0.1: 0.1^-0.3923 and 0.1163^-0.3923.
     low, high = laws.ling_leverage(0.1, 10, 1e20)
     assert (low, high) == (pytest.approx(2.325, abs=2e-3), pytest.approx(2.468, abs=2e-3))
-    assert laws.ling_leverage(1 / 32, 10, 1e22)[0] > low  # sparser and larger: worth more
+    assert laws.ling_leverage(1 / 32, 10, 1e22)[0] > low  # sparser, at more compute: larger leverage
 
 
 def test_clark_by_hand():
@@ -39,14 +39,14 @@ def test_clark_by_hand():
     assert laws.clark_gain(1e9, 64) == pytest.approx((53.77 / 1.847) ** -0.027, abs=1e-4)
 
 
-def test_what_lies_beyond_the_runs_is_named():
+def test_extrapolation_beyond_the_published_runs_is_named():
     assert laws.KRAJEWSKI_RANGE.beyond(parameters=1e9, tokens=2e10) == ""
     assert laws.KRAJEWSKI_RANGE.beyond(tokens=1.3e12) == "tokens 1.3e+12 is 10 times above 1.3e+11"
     assert laws.KRAJEWSKI_RANGE.beyond(tokens=8e9) == "tokens 8e+09 is 2 times below 1.6e+10"
     assert laws.KRAJEWSKI_RANGE.beyond(parameters=3.9e11) == "parameters 3.9e+11 is 105 times above 3.7e+09"
 
 
-def test_a_region_holds_the_best_and_grows():
+def test_a_region_contains_the_optimum_and_widens_with_tolerance_and_budget():
     budget = advice.Budget(1e20, 1e20, 1e20, "")
     narrow, wide = advice.by_krajewski(budget, 0.001), advice.by_krajewski(budget, 0.02)
     assert narrow.width[1] == wide.width[1]
@@ -72,8 +72,8 @@ def test_memory_and_sparsity_by_hand():
     assert all(a.total < b.total and a.gain > b.gain for a, b in itertools.pairwise(rows))
 
 
-def test_experts_of_a_row_have_the_parameters_beside_them():
-    """d 2880, 45 layers, granularity 8: F = 720, and K = 11 of them are 8 of the 12 d^2 of a layer with attention."""
+def test_expert_counts_of_a_row_match_its_parameters():
+    """D = 2880, 45 layers, granularity 8: F = 720; K = 11 such experts have about 8 of a layer's 12 D² parameters."""
     size = advice.Size("law", (2880, 2880, 2880), 12 * 2880**2 * 45, (1.0, 1.0, 1.0), None, None, "")
     rows = advice.sparsities(size.active, 1e20, 8, None)
     text = advice._sparsities(rows, size, 8)
@@ -83,8 +83,8 @@ def test_experts_of_a_row_have_the_parameters_beside_them():
         assert (4 * 2880 + 3 * experts * 720) * 2880 * 45 == pytest.approx(row.total, rel=0.1)
 
 
-def test_spreads_pair_seeds():
-    """Differences 0.1, 0.3 and 0.2 over three common seeds: deviation 0.1."""
+def test_spreads_are_of_differences_paired_by_seed():
+    """Differences 0.1, 0.3 and 0.2 over three common seeds: standard deviation 0.1."""
     dense = {0: (4.0, 1.0), 1: (4.2, 1.0), 2: (4.4, 1.0), 9: (9.0, 9.0)}
     losses = {
         ("dense", 10): dense,
@@ -97,7 +97,7 @@ def test_spreads_pair_seeds():
     assert found.loss == pytest.approx(4.2)
 
 
-def test_the_page():
+def test_the_page_of_advice_shows_budget_law_and_spreads():
     tokens = [100, 1000, 10_000]
     own = {
         (e, d): 2 + math.exp(3 - 0.3 * math.log(d) + 0.1 * math.log(e) - 0.02 * math.log(d) * math.log(e))

@@ -1,7 +1,7 @@
-"""Every number in the committed reports is that of the records, computed anew by :mod:`tests.recomputation`.
+"""Every number in the committed reports follows from the records, as recomputed by :mod:`tests.recomputation`.
 
-The reports are those under docs/results, and one of records that are drawn at random, so that the computation is tested
-whatever has been run.
+The reports are those under docs/results and one of random records, so that the computation is tested whatever has been
+run.
 """
 
 import dataclasses
@@ -148,7 +148,7 @@ def tables(text):
 
 
 def check(where, cell, *values):
-    """The numbers of a cell, in order, are these (value, format) pairs; csv has seven digits of a value."""
+    """Check that a cell's numbers, in order, are these (value, format) pairs; the CSV keeps seven digits of a value."""
     printed = NUMBER.findall(cell.replace("> 1", "inf").replace("beyond the longest horizon", "inf"))
     assert len(printed) == len(values), f"{where}: {cell!r} has not {len(values)} numbers"
     for text, (value, form) in zip(printed, values, strict=True):
@@ -158,26 +158,26 @@ def check(where, cell, *values):
 
 
 def effect(where, cell, values):
-    """A cell "mean [low, high], n = N"."""
+    """Check a cell "mean [low, high], n = N"."""
     mean, low, high, _, _ = again.interval(values)
     ends = [(low, "+.4f"), (high, "+.4f")] if len(values) > 1 else []
     check(where, cell.removesuffix(": no interval"), (mean, "+.4f"), *ends, (len(values), "d"))
 
 
 def mean_sd(where, cell, values):
-    """Cells "mean ± sd", separated by slashes: one per series of values."""
+    """Check a cell of "mean ± sd" separated by slashes, one for each series of values."""
     pairs = [(v.mean(), v.std(ddof=1)) if len(v) > 1 else (v.mean(),) for v in values]
     check(where, cell, *[(value, ".4f") for pair in pairs for value in pair])
 
 
 def interval_cell(where, cell, values):
-    """A cell "mean [low, high]"."""
+    """Check a cell "mean [low, high]"."""
     mean, low, high, _, _ = again.interval(values)
     check(where, cell, (mean, "+.4f"), *([(low, "+.4f"), (high, "+.4f")] if len(values) > 1 else []))
 
 
 def share_cell(where, cell, values, wholes):
-    """A cell "share [low, high], n = N" of differences by seed, where both have the seed."""
+    """Check a cell "share [low, high], n = N" of differences by seed, over the seeds that both have."""
     both = pd.concat([values, wholes], axis=1, join="inner").dropna().to_numpy()
     if not len(both):
         assert cell == "–", where
@@ -235,7 +235,7 @@ def _comparison(where, cells, runs, point, adjusted, pooled, bootstrap):
         check(where, cells[0].split(":")[0], (differences.iloc[0], "+.4f"), (1, "d"))
         assert cells[1:3] == ["–", "–"]
     check(where, cells[3], *[(value, "+.4f") for value in pooled or ()])
-    # Another generator: the ends differ by Monte Carlo error, of standard deviation 0.02 widths (2,000 draws).
+    # From another generator: the ends differ by Monte Carlo error, of standard deviation 0.02 widths (2,000 draws).
     printed = np.asarray([float(x) for x in NUMBER.findall(cells[4])])
     assert len(printed) == 2, where
     assert np.abs(printed - bootstrap).max() <= 0.1 * (bootstrap[1] - bootstrap[0]), (
@@ -263,7 +263,7 @@ def test_pictures(drawn):
 
 
 def test_headline(report):
-    """Sentences on each arm: effect and side."""
+    """Each arm's sentence states the effect of its paired differences, and its side."""
     runs, sections, _, _ = report
     lines = re.findall(r"^- ([\w.]+) (is .*)", sections[""], re.MULTILINE)
     for arm, text in lines:
@@ -276,7 +276,7 @@ def test_headline(report):
 
 
 def against(values, bound):
-    """Two-sided p of a mean at a bound."""
+    """Two-sided p-value of the hypothesis that the mean is at the bound."""
     return 1.0 if len(values) < 2 else stats.ttest_1samp(values, bound).pvalue
 
 
@@ -328,7 +328,7 @@ def test_claims(report):
 
 @pytest.mark.parametrize("folder", ["drawn", *([RESULTS] if (RESULTS / "claims.md").exists() else [])])
 def test_verdicts(folder, drawn):
-    """No verdict that Holm's p over its whole family contradicts, on either page; the counts."""
+    """Verdicts on both pages agree with Holm's p over the whole family, and their counts are right."""
     _, _, claims = drawn
     folder = drawn[0].parent if folder == "drawn" else folder
     if folder == RESULTS:
@@ -348,7 +348,7 @@ def test_verdicts(folder, drawn):
     sides = {int(row[0]): row[2] for row in rows}
     for row in rows:
         if (number := int(row[0])) in families and row[5] != "–":
-            assert float(row[5]) == pytest.approx(adjusted[number], rel=0.06)  # from p with two digits
+            assert float(row[5]) == pytest.approx(adjusted[number], rel=0.06)  # from the printed p
     for number, verdict in verdicts.items():
         if verdict in ("supported", "contradicted"):
             assert number in families
@@ -365,7 +365,7 @@ def test_verdicts(folder, drawn):
 
 @pytest.mark.parametrize("which", ["drawn", "committed"])
 def test_contrasts_over_training(which, drawn):
-    """Every cell from the evaluations of the runs, at shares 1, 1/2, 1/4, … of them."""
+    """Every cell follows from the evaluations of the runs after 1, 1/2, 1/4, … of their steps."""
     folder, suite, claims = drawn
     path, longest = folder.parent / "switch_or_mixtral.md", 80
     if which == "committed":
@@ -387,7 +387,7 @@ def test_contrasts_over_training(which, drawn):
 
 @pytest.mark.parametrize("which", ["drawn", "committed"])
 def test_arms_of_the_answer(which, drawn):
-    """Losses by how they are measured."""
+    """Losses of each arm by every way of measuring them, its dropped assignments and its step time."""
     folder, suite, _ = drawn
     path, steps, seconds = folder.parent / "switch_or_mixtral.md", 80, dict.fromkeys(suite.variants, (0.1, 0.12, 0.2))
     if which == "committed":
@@ -418,7 +418,7 @@ def test_arms_of_the_answer(which, drawn):
 
 @pytest.mark.parametrize("folder", REPORTS, ids=lambda folder: folder.name)
 def test_the_page_of_claims_has_the_rows_of_every_report(folder):
-    """Whose numbers are computed above."""
+    """The numbers of these rows are recomputed by the tests above."""
     page = (RESULTS / "claims.md").read_text()
     for row in re.findall(r"^\| \d+ \|.*n = .*$", sections_of(folder / "report.md").get("Claims", ""), re.MULTILINE):
         assert row in page
@@ -437,7 +437,7 @@ def test_effects_of_the_committed_answer():
 
 
 def test_paper_tables():
-    """Every row whose suite has records, by its formula in the file."""
+    """Every row whose suite has records follows from its formula in paper_tables.toml."""
     entries = tomllib.loads((ROOT / "configs/ablations/paper_tables.toml").read_text())["table"]
     shown, checked = tables((RESULTS / "paper_tables.md").read_text()), 0
     for entry, (_, rows) in zip(entries, shown, strict=True):
@@ -536,7 +536,7 @@ def test_domains_routing_and_probes(report):
 
 
 def test_provenance(report):
-    """Number of runs, hours, tokens for each parameter, epochs."""
+    """Number of runs, hours, tokens per active parameter, epochs."""
     runs, sections, suite, _ = report
     source = sections["Where the numbers come from"]
     every = runs.all.groupby(["variant", "steps", "learning_rate", "seed"]).seconds.first()
@@ -555,7 +555,7 @@ def test_provenance(report):
 
 @pytest.mark.parametrize("name", ["claims", "paper_tables"])
 def test_lengths_of_runs(name):
-    """Tokens for each active parameter, and epochs, of every suite with records, on the pages over all of them."""
+    """Tokens per active parameter and epochs of every suite with records, on the pages that cover all suites."""
     text = re.search(r"Length of the runs.*", (RESULTS / f"{name}.md").read_text())[0]
     found = re.findall(
         r"([a-z_][\w, ]*): ([\d.]+)M training tokens, ([\d. to]+) per active parameter of a suite's first arm; "
@@ -578,7 +578,7 @@ def test_lengths_of_runs(name):
 
 
 def test_law(report):
-    """The coefficients at the floor that is printed, and that no other floor has a smaller misfit."""
+    """The coefficients are the fit at the printed floor, and other floors fit no better."""
     runs, sections, suite, _ = report
     text = sections.get("Law of experts and tokens", "")
     if "L∞ = " not in text:
@@ -645,7 +645,7 @@ def test_quantities_of_the_claims_of_earlier_runs(early):
 
 
 def test_table_of_specialisation(early):
-    """Means of specialisation.csv, and the interval of lexical class less domain."""
+    """Means of specialisation.csv, and the interval of lexical class minus domain."""
     data = pd.read_csv(EARLY / "specialisation.csv", dtype={"layer": str})
     means = data.groupby(["layer", "router", "label"]).explained.mean()
     _, (_, _, rows) = early

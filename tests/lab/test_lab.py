@@ -36,13 +36,13 @@ SUITES = sorted(path for path in (ROOT / "configs/ablations").glob("*.py") if pa
 
 @pytest.mark.parametrize("path", SUITES, ids=lambda path: path.stem)
 @pytest.mark.parametrize("size", ["laptop", slow_case("pod")])
-def test_every_suite_is_as_equal_as_it_says(path, size):
+def test_arms_of_every_suite_are_equal_in_what_it_declares(path, size):
     suite = load_suite(str(path), size)
     assert suite.name == path.stem
     assert set(suite.primary_domains) <= set(suite.base.data.domains) | {suite.base.data.dataset}
 
 
-def test_a_suite_on_own_text_takes_the_folder_and_names_what_it_replaces():
+def test_a_suite_on_own_text_takes_the_folder_and_names_the_settings_it_replaces():
     path = str(ROOT / "configs/ablations/own_text.py")
     suite = load_suite(f"{path}:/tmp/text", "laptop")
     assert suite.base.data.dataset == "/tmp/text"
@@ -53,7 +53,7 @@ def test_a_suite_on_own_text_takes_the_folder_and_names_what_it_replaces():
         load_suite(path, "laptop")
 
 
-def test_a_suite_that_is_read_already_is_not_read_again():
+def test_a_suite_that_is_already_loaded_is_not_loaded_again():
     """Its file may need an argument, or have another name."""
     folder = ROOT / "configs/ablations"
     own = dataclasses.replace(load_suite(f"{folder}/own_text.py:/tmp/text", "laptop"), name="mine")
@@ -65,8 +65,8 @@ def test_a_suite_that_is_read_already_is_not_read_again():
 
 
 @pytest.mark.parametrize("named", ["GATE", "LAYER", "Sharp"])
-def test_fields_of_a_users_gate_are_part_of_a_run(monkeypatch, named):
-    """What the name stands for is edited between two starts."""
+def test_fields_of_a_users_gate_are_part_of_the_identity_of_a_run(monkeypatch, named):
+    """What is behind the name is edited between two starts."""
 
     def run(power, counts="assignments"):
         @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,8 +91,8 @@ def test_fields_of_a_users_gate_are_part_of_a_run(monkeypatch, named):
     assert (run(4.0) != run(4.0, "first_choice")) == (named == "LAYER")
 
 
-def test_the_page_of_the_question_is_of_its_suite_alone():
-    """What it says of sizes and factors is true of no other."""
+def test_the_page_of_the_question_is_only_for_its_suite():
+    """Its text on sizes and factors is true of no other suite."""
     primary = read_claims(ROOT / "configs/ablations/claims.toml")
     assert answer.is_asked(primary)
     own = dataclasses.replace(primary.claims[0], suite="mine", family="primary")
@@ -227,7 +227,7 @@ def test_a_record_of_wrong_types_is_refused_in_a_sentence(tmp_path, change):
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"3", b"{", b"\xff", b"[" * 100_000])
-def test_a_record_that_is_none_is_refused_in_a_sentence(tmp_path, content):
+def test_a_file_that_is_not_a_record_is_refused_in_a_sentence(tmp_path, content):
     (tmp_path / "records").mkdir()
     (tmp_path / "records" / "a.json").write_bytes(content)
     with pytest.raises(ConfigError, match=r"a\.json: not a record"):
@@ -241,7 +241,7 @@ def test_records_are_kept_as_one_table(tmp_path):
     path.parent.mkdir()
     records.write_table(path, runs)
     assert records.read_all(tmp_path) == records.read_all(path.parent) == runs
-    # A run that is in both is there once, and the file of the run itself counts.
+    # A run that is in both is read once, from its own file.
     dataclasses.replace(runs[0], seconds=7.0).write(tmp_path)
     assert [run.seconds for run in records.read_all(tmp_path)] == [7.0, 1.0]
     for content in (b"no table", path.read_bytes()[:-20]):
@@ -250,7 +250,7 @@ def test_records_are_kept_as_one_table(tmp_path):
             records.read_all(tmp_path)
 
 
-def test_a_run_under_two_names_has_the_probes_of_both(tmp_path):
+def test_a_run_recorded_under_two_names_has_the_probes_of_both(tmp_path):
     suite = suite_of({"a": DENSE, "b": DENSE}, horizons=(20,), seeds=(0, 1))
     first, second = keyed(suite, [record("a", 0, 4.5, probes={"p": 0.5, "q": 0.5}), record("b", 0, 4.5)])
     assert first.run == second.run
@@ -264,7 +264,7 @@ def test_a_run_under_two_names_has_the_probes_of_both(tmp_path):
         assert [run.probes for run in records.read_all(tmp_path / folder)] == [both]
 
 
-def test_other_seeds_are_not_those_of_the_sweep():
+def test_chosen_seeds_must_differ_from_each_other_and_from_those_of_the_sweep():
     suite = suite_of({"a": DENSE}, sweep=Sweep((3e-3, 6e-3), (9,)))
     assert with_seeds(suite, [4]).seeds == (4,)
     for seeds in ([9], [1, 1]):
@@ -272,7 +272,7 @@ def test_other_seeds_are_not_those_of_the_sweep():
             with_seeds(suite, seeds)
 
 
-def test_each_horizon_has_a_schedule_of_its_own():
+def test_each_horizon_has_its_own_schedule():
     suite = suite_of({"a": dataclasses.replace(DENSE, rate_scale=0.5)}, horizons=(2000, 200))
     assert suite.steps == (200, 2000)
     for steps, warmup, evaluate in ((200, 20, 25), (2000, 200, 250)):
@@ -309,13 +309,13 @@ def test_parents_are_trained_before_their_children():
     key = found.runs()[1]
     assert found.parents(key) == {"starts_from": Key("parent", 320, 3e-3, 0)}
     assert suite.config("child", 1).seed == 8
-    # The child is another run when its parent is.
+    # A different parent makes the child a different run.
     edited = dataclasses.replace(DENSE, overrides={**DENSE.overrides, "model.d_ff": 64})
     other = Plan(dataclasses.replace(suite, variants={"child": child, "parent": edited}), [])
     assert found.run(key) != other.run(key)
 
 
-def test_what_is_taken_over_from_parents_is_part_of_a_run():
+def test_what_is_inherited_from_parents_is_part_of_the_identity_of_a_run():
     both = {"starts_from": "parent", "teacher": "parent"}
     arms = {
         "parent": SWITCH,
@@ -328,8 +328,8 @@ def test_what_is_taken_over_from_parents_is_part_of_a_run():
     assert len({found.run(found.key(name, 20, 0)) for name in arms}) == len(arms)
 
 
-def test_the_capacity_of_experts_that_choose_is_part_of_a_run():
-    """They take as many tokens of a group as it says, dropless too."""
+def test_the_capacity_under_expert_choice_is_part_of_the_identity_of_a_run():
+    """It sets how many tokens of a group each expert takes, with dropless dispatch too."""
     own = {"model.moe.gate": "expert_choice", "model.moe.dispatch": "dropless", "model.moe.accept_future_leak": True}
     changes = ({}, {"model.moe.capacity.train": 2.0}, {"model.moe.group_size": 256})
     arms = {f"arm_{i}": Variant(own | change) for i, change in enumerate(changes)}
@@ -337,7 +337,7 @@ def test_the_capacity_of_experts_that_choose_is_part_of_a_run():
     assert len({found.run(found.key(name, 20, 0)) for name in arms}) == len(arms)
 
 
-#: Settings that the canonical form names by hand, each with a value that is not the usual one.
+#: Settings that the canonical form names by hand, each with a value other than its default.
 NAMED = {
     "model.moe.losses.z": 1e-3, "model.moe.losses.balance": 0.1, "model.moe.losses.scope": "sequence",
     "model.moe.router_dtype": "bfloat16", "model.moe.expert_dropout": 0.1, "model.moe.jitter": 0.1,
@@ -349,7 +349,7 @@ NAMED = {
 }  # fmt: skip
 
 
-def test_every_setting_is_part_of_a_run():
+def test_every_setting_is_part_of_the_identity_of_a_run():
     own = {"model.moe.gate": "mixtral", "model.moe.accept_future_leak": True}
     arms = {"plain": Variant(own)} | {name: Variant(own | {name: value}) for name, value in NAMED.items()}
     # Every second layer is dense, so that the width of dense layers counts.
@@ -379,7 +379,7 @@ def test_a_sweep_goes_from_the_base_rate_to_its_neighbours_at_each_horizon():
     choice = after(*middle).choices["a", 10]
     assert (choice.rate, choice.tuned, choice.to_try) == (9e-3, False, (27e-3,))
     assert {key.seed for key in after(*middle).runs()} == {7}
-    # It diverges: the arm is tuned at this horizon, with the arm that takes its rate; the other horizon is not.
+    # That one diverges: here the arm is tuned, and so is the arm that takes its rate; at the other horizon neither is.
     full = [*middle, record("a", 7, 4.0, 10, 27e-3, DIVERGED)]
     found = after(*full)
     assert found.choices["a", 10] == found.choices["b", 10]
@@ -398,7 +398,7 @@ def test_a_sweep_goes_from_the_base_rate_to_its_neighbours_at_each_horizon():
 
 @pytest.mark.parametrize("role", ["starts_from", "teacher"])
 def test_a_sweep_trains_the_parents_that_take_the_rate_of_another_arm(role):
-    """Each finished run is recorded: the sweep of an arm whose parent has none of its own comes to its end."""
+    """With each finished run recorded, the sweep of an arm whose parent has no sweep of its own completes."""
     arms = {
         "c": dataclasses.replace(SWITCH, **{role: "b"}),
         "a": DENSE,
@@ -429,11 +429,11 @@ def test_a_rate_of_many_digits_finds_its_record():
     runs = keyed(suite, [record("a", 7, 5.0, rate=1 / 300), record("a", 7, 5.1, rate=1 / 150)])
     found = Plan(suite, runs)
     assert found.choices["a", 20].tried == {1 / 300: 5.0, 1 / 150: 5.1}
-    # Seven digits of it are another rate.
+    # Rounded to seven digits it is another rate.
     assert Plan(suite, keyed(suite, [record("a", 7, 5.0, rate=0.003333333)])).choices["a", 20].tried == {}
 
 
-def test_an_edited_arm_is_another_run(tmp_path):
+def test_an_edited_arm_is_a_different_run(tmp_path):
     suite = suite_of({"a": DENSE, "b": SWITCH}, seeds=(0, 1), horizons=(20,))
     for run in keyed(suite, [record("b", 0, 5.0), record("b", 1, 5.0)]):
         run.write(tmp_path)
@@ -454,7 +454,7 @@ def test_an_edited_arm_is_another_run(tmp_path):
 
 
 def test_the_canonical_form_names_every_setting():
-    """A field added to the config is named here or in the canonical form: does it change a run's result?"""
+    """A field added to the config must be named in the canonical form if it changes a run's result, else here."""
     of_no_effect = {
         "seed", "vocab_size", "data.directory", "data.heldout_rows", "start.checkpoint", "start.optimizer",
         "distill.teacher", "distill.soft_share", "train.log_every", "train.eval_every", "train.save_every",
@@ -538,14 +538,14 @@ def test_a_table_keeps_probes_that_a_later_record_lacks(tmp_path):
     assert len(records.read_table(tmp_path / "records.parquet")) == 3
 
 
-def test_the_loss_of_other_domains_is_another_evaluation():
+def test_a_loss_over_other_domains_is_a_different_evaluation():
     own = suite_of({"a": DENSE}, horizons=(20,))
     assert len(Table(own, keyed(own, [record("a", 0, 5.0)])).used) == 1
     other = dataclasses.replace(own, primary=("python",))
     assert Table(other, keyed(own, [record("a", 0, 5.0)])).used == []
 
 
-def test_the_first_evaluation_of_a_run_is_not_its_last():
+def test_the_last_evaluation_of_a_run_does_not_count_as_its_first():
     suite = suite_of({"a": DENSE}, horizons=(20,))
     found = table(suite, [record("a", 0, 5.0, rows=[(20, "loss", PRIMARY, "", 5.0)])])
     assert found.values(20, "loss[a]") == {0: 5.0}
@@ -577,20 +577,20 @@ def test_executed_flops_leave_out_dropped_assignments():
 
 
 def test_executed_flops_of_an_encoder_follow_its_own_length():
-    """Rows of 24 tokens for one layer of the encoder, of 8 for two of the decoder: 3·1 + 2 layers a token of these."""
+    """One encoder layer on rows of 24 tokens, two decoder layers on rows of 8: 3·1 + 2 layers per decoder token."""
     model = tiny_encoder_decoder(encoder_layers=1, num_layers=2, every=1, dispatch="gather", capacity_factor=1.0)
     config = Config(model=model, data=DataConfig(sequence_length=8, input_length=24))
     tokens = config.train.num_steps * config.train.batch_size * 8
     saved = costs.executed_flops(config, 0.0) - costs.executed_flops(config, 0.25)
     assert saved == pytest.approx(0.25 * 6 * 2 * model.d_model * 20 * 5 * tokens)  # two matrices of 20 hidden units
-    # Two matmuls with one-hot [E·C] of 2 FLOPs a number, three passes; E·C is 24 in the encoder's groups, 8 in others.
+    # Two one-hot matmuls of E·C rows, 2 FLOPs a number, three passes; E·C is 24 in the encoder's groups, 8 in others.
     moe = dataclasses.replace(model.moe, dispatch="einsum")
     einsum = dataclasses.replace(config, model=dataclasses.replace(model, moe=moe))
     one_hot = costs.executed_flops(einsum, 0.0) - costs.executed_flops(config, 0.0)
     assert one_hot == pytest.approx(12 * model.d_model * (24 * 3 + 2 * 8) * tokens)
 
 
-def test_the_training_of_parents_is_counted():
+def test_the_flops_of_parents_are_counted():
     suite = suite_of({"parent": DENSE, "child": dataclasses.replace(DENSE, starts_from="parent")}, horizons=(20,))
     runs = [record(name, seed, 5.0) for name in ("parent", "child") for seed in (0, 1)]
     text = sections.costs_section(table(suite, runs))
@@ -627,8 +627,8 @@ def test_values_of_layers_and_first_evaluations():
         found.values(20, "nothing[a]")
 
 
-def test_a_probe_of_some_runs_is_their_value():
-    """A probe is a measurement of its own: runs without it are left out, and a claim on it says of how many runs."""
+def test_a_probe_measured_on_some_runs_has_values_only_for_those():
+    """Runs without the measurement are left out, and a claim on it states on how many seeds it was measured."""
     suite = suite_of({"a": DENSE}, seeds=(0, 1, 2), horizons=(20,))
     found = table(suite, [record("a", seed, 5.0, probes={"p": 0.5 * seed} if seed else {}) for seed in range(3)])
     assert found.values(20, "p[a]") == {1: 0.5, 2: 1.0}
@@ -640,7 +640,7 @@ def test_a_probe_of_some_runs_is_their_value():
 
 
 def test_a_report_on_fewer_seeds_keeps_the_other_runs(tmp_path):
-    """A folder of tables alone is the state of its suites, and a report is about some of its runs."""
+    """A folder may hold only tables, so that a report on some runs must leave the others in them."""
     suite = suite_of({"a": DENSE, "b": SWITCH}, {"c": Comparison("a", ("b",), ("steps",))}, (0, 1, 2), horizons=(20,))
     runs = [record(name, seed, 5.0) for name in suite.variants for seed in suite.seeds]
     folder = tmp_path / suite.name
@@ -654,7 +654,7 @@ def test_a_report_on_fewer_seeds_keeps_the_other_runs(tmp_path):
     assert "- Runs: 2 in `records.parquet`, of which 2 are compared" in (folder / "report.md").read_text()
 
 
-def test_a_trial_of_two_seeds_is_marked(tmp_path):
+def test_a_report_on_two_seeds_is_marked_as_a_trial(tmp_path):
     suite = dataclasses.replace(tiny_suite(tiny_base(tmp_path)), seeds=(0, 1))
     check(suite)
     found = [record(name, seed, 5.0 + seed, 4) for name in ("dense", "mixtral") for seed in (0, 1)]
@@ -662,7 +662,7 @@ def test_a_trial_of_two_seeds_is_marked(tmp_path):
     assert "**A trial:**" in (tmp_path / "report.md").read_text()
 
 
-def test_report_of_horizons_tells_the_crossing(tmp_path):
+def test_report_of_horizons_states_the_crossing(tmp_path):
     suite = dataclasses.replace(tiny_suite(tiny_base(tmp_path)), horizons=(4, 400))
     found = []
     for seed in (0, 1, 2):
@@ -685,7 +685,7 @@ def test_report_of_horizons_tells_the_crossing(tmp_path):
         ((0.3, -0.1, 0.05), "the lower one at some horizons and the higher one at others"),
     ],
 )
-def test_an_arm_is_ahead_from_a_horizon_on_or_that_is_not_said(tmp_path, differences, sentence):
+def test_a_crossing_is_stated_only_where_the_arm_stays_ahead(tmp_path, differences, sentence):
     suite = dataclasses.replace(tiny_suite(tiny_base(tmp_path)), horizons=(4, 40, 400))
     pairs = zip(suite.steps, differences, strict=True)
     found = [
@@ -745,8 +745,8 @@ def test_the_law_of_a_suite_of_widths_is_in_parameters():
     assert "| 4 | 1M | 3.4100 |" in text
 
 
-def test_a_report_needs_no_run_of_another_arm_than_the_baseline(tmp_path):
-    """Interrupted early: the page says what is missing."""
+def test_a_report_needs_only_a_run_of_the_baseline(tmp_path):
+    """The page of a suite that was interrupted early is written from what there is."""
     arms = {"dense": DENSE, "switch": SWITCH}
     suite = suite_of(arms, {"all": Comparison("dense", ("switch",), ("steps",))}, seeds=(0, 1), horizons=(20,))
     write_page(tmp_path, suite, [record("dense", 0, 5.0)])

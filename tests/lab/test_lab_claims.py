@@ -42,7 +42,7 @@ def test_primary_claims_are_decided_after_holm_over_the_whole_family():
     assert alone.outcomes[0].p == pytest.approx(0.0033, abs=5e-5)
     assert (alone.verdict, alone.adjusted) == (decide.SUPPORTED, pytest.approx(5 * alone.outcomes[0].p))
     assert {other.verdict for other in others} == {decide.NOT_TESTED}
-    # -0.1 ± 0.0275 of three seeds, p = 0.031 alone: its interval excludes zero, the family of five does not.
+    # -0.1 ± 0.099 of three seeds, p = 0.049: alone the claim is supported, in a family of five it is undecided.
     wide = table_of((4.9, 4.86, 4.94), claim=first)
     (single,), family = decide.assess([first], {"test": wide}, PRIMARY), decide.assess(five, {"test": wide}, PRIMARY)
     assert (single.verdict, family[0].verdict) == (decide.SUPPORTED, decide.UNDECIDED)
@@ -53,7 +53,7 @@ def test_primary_claims_are_decided_after_holm_over_the_whole_family():
 
 
 def test_fewer_seeds_than_were_registered_decide_nothing():
-    """Ten differences of -0.1 or so: whichever five of the seeds a report is about, it is interim."""
+    """Ten differences of about -0.1: a report on only some of the registered seeds is interim."""
     claim = claim_of(family="primary")
     hashes = {"1": claim.hash}
     for fixed in (False, True):
@@ -70,12 +70,12 @@ def test_fewer_seeds_than_were_registered_decide_nothing():
             assert found.verdict == decide.UNDECIDED
             assert f"interim, {len(asked.seeds)} of the 10 seeds that were registered" in found.lacks
         assert assess(claim, table(many, runs), PRIMARY).verdict == decide.SUPPORTED
-        # Ten seeds that were not registered are none of those that were.
+        # Five of these ten seeds were not registered and do not count.
         others = [run for run in runs if run.seed >= 10]
         found = assess(claim, table(with_seeds(suite, range(10, 20)), others), PRIMARY)
         assert (found.verdict, found.outcomes[0].effect.n) == (decide.UNDECIDED, 5)
         assert "interim, 5 of the 10 seeds that were registered" in found.lacks
-        # Nor do they count beside them.
+        # Nor do they count in addition to the ten registered ones.
         more = assess(claim, table(with_seeds(suite, range(5, 20)), runs), PRIMARY)
         assert (more.verdict, more.outcomes[0].effect.n) == (decide.SUPPORTED, 10)
     page = claims_page.claims_section([claim], {"test": table(few, [])}, None)
@@ -85,8 +85,8 @@ def test_fewer_seeds_than_were_registered_decide_nothing():
 PRIMARY = Primary("which?", (1, 2, 3, 4, 5), smallest=0.02, equivalence=0.02, pilot="none")
 
 
-def test_a_replication_is_a_family_of_its_own():
-    """p = 0.0033 in each: adjusted over the one claim of the first family and the two of the second."""
+def test_replications_are_a_separate_family():
+    """p = 0.0033 in each, adjusted over the one claim of the first family and over the two of the second."""
     first = claim_of(family="primary")
     again = [dataclasses.replace(claim_of(family="replication"), number=n) for n in (2, 3)]
     findings = decide.assess([first, *again], {"test": table_of((4.9, 4.89, 4.91), claim=first)}, PRIMARY)
@@ -94,7 +94,7 @@ def test_a_replication_is_a_family_of_its_own():
     assert {f.verdict for f in findings} == {decide.SUPPORTED}
 
 
-def test_arms_of_the_same_runs_show_nothing():
+def test_a_claim_on_arms_with_the_same_runs_stays_open():
     suite = suite_of({"a": DENSE, "b": DENSE}, horizons=(20,))
     finding = assess(claim_of("within", margin=0.1), table(suite, [record("a", seed, 5.0) for seed in (0, 1, 2)]))
     assert (finding.verdict, finding.outcomes[0].note) == (decide.OPEN, "the arms are the same runs")
@@ -118,7 +118,7 @@ def test_a_claim_edited_after_its_runs_is_post_hoc():
     assert "**post hoc: the claim was edited after its runs started**" in answer._contrasts([finding])
 
 
-def test_claims_are_those_of_the_first_start(tmp_path):
+def test_a_run_keeps_the_claims_of_its_first_start(tmp_path):
     claim = claim_of()
     first = hashes_at_start(tmp_path / "run.claims.json", [claim])
     again = hashes_at_start(tmp_path / "run.claims.json", [dataclasses.replace(claim, text="other")])
@@ -158,7 +158,7 @@ def test_arms_that_drop_different_shares_are_not_comparable_unless_the_suite_say
         )
 
 
-def test_margins_allow_what_was_stated():
+def test_sides_of_differences_are_decided_at_the_margin():
     # Interval of (0, 0.001, 0.002): 0.001 ± 0.0025.
     small, large = inference.effect([0.0, 0.001, 0.002]), inference.effect([0.1, 0.101, 0.102])
     opposite = inference.effect([-0.1, -0.101, -0.102])
@@ -185,10 +185,10 @@ def test_diverged_runs_are_outcomes():
     # Diverging is the higher loss.
     higher = claim_of("above")
     assert assess(higher, table_of((math.inf,) * 6, (5.0,) * 6, claim=higher)).verdict == decide.FOR
-    # Two of three: no verdict, and the two seeds are not dropped.
+    # Two of three seeds diverge: no verdict, and both still count.
     some = assess(claim_of(), table_of((math.inf, math.inf, 4.9)))
     assert (some.verdict, some.outcomes[0].effect.n) == (decide.OPEN, 3)
-    # Below the margin of "not above" in five of six seeds, above zero in all: the margin counts.
+    # Above zero in all seeds, but within the margin of "not above" in five of six: the sign is taken at the margin.
     claim = claim_of("not_above", margin=0.05)
     found = assess(claim, table_of((5.01,) * 5 + (math.inf,), (5.0,) * 6, claim=claim))
     assert "5 lower, 1 higher" in found.outcomes[0].note
@@ -223,7 +223,7 @@ def test_less_variance_is_tested_on_pairs():
     assert "| undefined, n = 2 at 20 steps |" in claims_page.claims_section([claim], {"test": few}, None)
 
 
-def test_power_is_that_for_the_smallest_effect_of_interest():
+def test_power_is_stated_for_the_smallest_effect_of_interest():
     claim = claim_of(published=-0.05)
     finding = assess(claim, table_of((4.9, 5.12, 4.95), claim=claim), PRIMARY)
     outcome = finding.outcomes[0]
@@ -237,7 +237,7 @@ def test_power_is_that_for_the_smallest_effect_of_interest():
 
 def test_the_page_says_what_would_decide_a_claim():
     undecided = claims_page.claims_section([claim_of()], {"test": table_of((4.9, 5.05, 4.9))}, None)
-    # Differences to 5.0: -0.1, 0.05, -0.1; mean -0.05, sd 0.0866. To zero it is 0.05, to a margin of ±0.06 only 0.01.
+    # Differences to 5.0: -0.1, 0.05, -0.1; mean -0.05, sd 0.0866. It is 0.05 from zero, 0.01 from a margin of ±0.06.
     needed = inference.seeds_needed(inference.effect([-0.1, 0.05, -0.1]).sd, -0.05)
     assert f"{needed} seeds would decide it at the mean and spread seen" in undecided
     within = claims_page.claims_section([claim_of("within", margin=0.06)], {"test": table_of((4.9, 5.05, 4.9))}, None)
@@ -246,7 +246,7 @@ def test_the_page_says_what_would_decide_a_claim():
     suite = suite_of({"a": DENSE, "b": SWITCH, "c": SWITCH})
     other = dataclasses.replace(claim_of(published=-0.05, min_steps=20), number=2, suite="other")
     pair = {"test": table_of((4.9, 5.12, 4.95)), "other": Table(suite, [])}
-    longer = dataclasses.replace(other, number=3, min_steps=40)  # of whose spread nothing is known
+    longer = dataclasses.replace(other, number=3, min_steps=40)  # its spread is unknown
     text = claims_page.claims_section([claim_of(min_steps=20), other, longer], pair, None)
     tokens = 20 * suite.tokens_per_step / 1e6
     assert f"no runs of b, a; needs 5 seeds of each arm for 20 steps ({tokens:.1f}M tokens), which find" in text

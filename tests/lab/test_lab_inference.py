@@ -23,7 +23,7 @@ def test_one_seed_has_no_interval_and_a_diverged_one_no_mean():
     assert diverged.n == 3
 
 
-def test_smallest_detectable_effect_is_the_published_table():
+def test_smallest_detectable_effect_matches_the_published_table():
     # papers: standard deviation 0.025 → 0.082 (n = 3), 0.042 (5), 0.025 (10).
     found = [inference.smallest_detectable(0.025, n) for n in (3, 5, 10)]
     assert found == pytest.approx([0.082, 0.042, 0.025], abs=6e-4)
@@ -56,17 +56,17 @@ def test_pooled_model_of_two_arms_is_the_paired_test_and_uses_incomplete_seeds()
     assert inference.pooled({"base": {0: 5.0}, "arm": {0: 6.0}}, "base") == {}
 
 
-def test_bootstrap_weighs_domains_alike_and_covers_the_seeds():
+def test_bootstrap_weighs_domains_equally_and_resamples_seeds():
     # Constant within a domain: every draw is (1 + 4)/2.
     assert inference.bootstrap([[1, 1, 1, 4]], ["a", "a", "a", "b"]) == (2.5, 2.5)
-    # Three seeds of -1, 0 and 1: all three the same, -1 or 1, once in 27 each, which is more than 2.5 %.
+    # Seeds of -1, 0 and 1: three draws are all -1, or all 1, with probability 1/27 each, which is more than 2.5 %.
     assert inference.bootstrap([[-1.0], [0.0], [1.0]], ["a"]) == (-1.0, 1.0)
-    # Two seeds are kept as they are, and one row leaves nothing to draw.
+    # Two seeds are not resampled, and one row leaves nothing to resample.
     assert inference.bootstrap([[-1.0], [2.0]], ["a"]) == (0.5, 0.5)
 
 
 def test_censored_median_by_hand():
-    # Three seeds: the range covers the median with 1 - 2/8; six: with 1 - 2/64.
+    # The range of three seeds covers the median with probability 1 - 2/8, that of six with 1 - 2/64.
     three = inference.censored_median([0.5, math.inf, 0.7])
     assert (three.median, three.low, three.high, three.coverage, three.censored) == (0.7, 0.5, math.inf, 0.75, 1)
     six = inference.censored_median([1, 2, 3, 4, 5, 6])
@@ -79,7 +79,7 @@ def test_steps_to_reach_a_loss():
     assert inference.steps_to_reach(curve, 4.25) == 17.5  # three quarters of the way from 5 to 4
     assert inference.steps_to_reach(curve, 3.5) == 30
     assert inference.steps_to_reach(curve, 3.4) == math.inf
-    assert inference.steps_to_reach(curve, 9.0) == curve[0][0]  # there from the start
+    assert inference.steps_to_reach(curve, 9.0) == curve[0][0]  # reached at the first evaluation
 
 
 def test_crossing_is_interpolated_in_log_tokens():
@@ -109,14 +109,14 @@ def test_law_is_recovered_from_its_own_losses():
     assert found.sd < 1e-4
     moved = law.fit({**points, (4, 10**6): points[4, 10**6] + 0.1})
     assert max(moved.residuals, key=moved.residuals.get) == (4, 10**6)
-    # One horizon tells nothing of tokens; one number of experts nothing of experts; one point nothing.
+    # One horizon leaves the slope in tokens open, one number of experts that in experts, one point both.
     assert law.fit({(e, 10**6): loss(e, 10**6) for e in (1, 4, 16, 64)}).names == ("d", "b")
     assert law.fit({(4, t): loss(4, t) for t in (10**5, 10**6, 10**7, 10**8)}).names == ("d", "a")
     assert law.fit({(4, 10**6): 3.0}).names == ("d",)
 
 
 def test_the_interval_of_a_law_is_over_whole_seeds():
-    """A seed that moves all losses by one factor moves d by its logarithm, and no slope."""
+    """A seed that scales all losses by one factor shifts d by its logarithm and changes no slope."""
     points = {(e, n): 3.0 * e**-0.1 * n**-0.05 for e in (1, 4, 16) for n in (10**5, 10**6)}
     seeds = [{point: factor * loss for point, loss in points.items()} for factor in (0.99, 1.0, 1.01)]
     found = law.intervals(seeds)
@@ -129,7 +129,7 @@ def test_the_interval_of_a_law_is_over_whole_seeds():
 
 
 def test_share_of_a_whole_by_hand():
-    """Values 1, 3 and wholes 4, 4: the whole has no variance, so that the interval is that of the values over 4.
+    """Values 1, 3 and wholes 4, 4: the whole has no variance, so that the interval is that of the values, divided by 4.
 
     Mean 2, sd √2, error √2 / √2 = 1, t(0.975, 1) = 12.7062: 2 ∓ 12.7062 over 4.
     """
@@ -139,12 +139,12 @@ def test_share_of_a_whole_by_hand():
     assert found.high == pytest.approx((2 + 12.7062) / 4, abs=1e-4)
     whole = inference.share([2.0, 3.0, 4.0], [2.0, 3.0, 4.0])
     assert (whole.low, whole.mean, whole.high) == pytest.approx((1.0, 1.0, 1.0))
-    open_ended = inference.share([1.0, 1.5, 2.0], [-1.0, 1.0, 3.0])  # a whole that may be nothing
+    open_ended = inference.share([1.0, 1.5, 2.0], [-1.0, 1.0, 3.0])  # the whole may be zero
     assert (open_ended.low, open_ended.high) == (-math.inf, math.inf)
 
 
 @pytest.mark.parametrize("shape", [(1.0, 2.0), (2.0, 1.0), (-0.5, 3.0)])
-def test_the_interval_of_a_share_holds_what_the_paired_test_does_not_exclude(shape):
+def test_the_interval_of_a_share_contains_what_the_paired_test_does_not_reject(shape):
     rng = np.random.default_rng(0)
     values, wholes = (mean + rng.normal(0, 0.2, 6) for mean in shape)
     found = inference.share(values, wholes)

@@ -39,7 +39,7 @@ def test_an_interval_on_both_sides_of_zero_is_open(tmp_path):
     assert "| open; contains the paper's |" in text
 
 
-def test_missing_runs_and_quantities_are_said(tmp_path):
+def test_missing_runs_and_quantities_are_named(tmp_path):
     rows = (Row("c", "loss[c] - loss[a]"), Row("d", "dead_experts[b]"), Row("e", "loss[b] - loss[a]", -1.0))
     text = page_of(tmp_path, *rows, test=table_of((4.9,)))
     assert "| c | – | – | no runs |" in text
@@ -48,7 +48,7 @@ def test_missing_runs_and_quantities_are_said(tmp_path):
     assert "| e | -1.000 | – | no runs |" in page_of(tmp_path, *rows)
 
 
-def test_a_diverged_run_has_no_number(tmp_path):
+def test_a_row_with_a_diverged_run_has_no_number(tmp_path):
     found = table_of((4.9, float("inf"), 4.9))
     assert "| a run diverged |" in page_of(tmp_path, Row("b", "loss[b] - loss[a]"), test=found)
 
@@ -77,7 +77,7 @@ ROW = "[[table.row]]\nwhat = 'w'\n"
         "\x00",
     ],
 )
-def test_a_file_of_another_form_is_refused_in_one_sentence(tmp_path, text):
+def test_a_malformed_file_is_refused_in_one_sentence(tmp_path, text):
     path = tmp_path / TABLES_FILE
     path.write_text(text)
     with pytest.raises(ConfigError, match="not a list of tables"):

@@ -29,7 +29,7 @@ from tests.tiny_text import build
 
 @pytest.fixture
 def faked(monkeypatch):
-    """Runs that are not trained: their records have losses made from the key."""
+    """Replace training by records whose losses are made from the key; returns the keys that were run."""
     calls = []
 
     def fake(self, key):
@@ -39,11 +39,11 @@ def faked(monkeypatch):
         run.write(self._workdir)
 
     monkeypatch.setattr(runner.Worker, "_train", fake)
-    monkeypatch.setattr(runner.Worker, "_open_text", lambda self: None)  # there is none
+    monkeypatch.setattr(runner.Worker, "_open_text", lambda self: None)  # these runs have no text
     return calls
 
 
-def test_only_what_is_missing_is_run_and_the_report_repeats(faked, tmp_path):
+def test_only_missing_runs_are_trained_and_the_report_is_reproducible(faked, tmp_path):
     suite = tiny_suite(tiny_base(tmp_path))
     texts = []
     for name in ("first", "second"):
@@ -75,7 +75,7 @@ def test_only_the_arms_and_horizons_asked_for_are_trained(faked, tmp_path):
         runner.only(suite, ["none"], [])
 
 
-def test_a_suite_goes_on_from_records_alone(faked, tmp_path):
+def test_a_suite_continues_from_its_records_only(faked, tmp_path):
     suite = tiny_suite(tiny_base(tmp_path))
     runner.Worker(with_seeds(suite, [0, 1]), tmp_path / "here", []).run()
     there = tmp_path / "there"
@@ -86,7 +86,7 @@ def test_a_suite_goes_on_from_records_alone(faked, tmp_path):
     assert {key.seed for key in faked} == {2}
 
 
-def test_a_run_that_another_process_has_taken_is_left_to_it(faked, tmp_path):
+def test_a_run_that_another_process_has_locked_is_left_to_it(faked, tmp_path):
     suite = tiny_suite(tiny_base(tmp_path))
     found = Plan(suite, [])
     taken = found.runs()[0]
@@ -114,8 +114,8 @@ def test_a_process_waits_for_the_sweep_that_others_finish(faked, monkeypatch, tm
     assert {(key.variant, key.seed) for key in faked} >= set(itertools.product(suite.variants, suite.seeds))
 
 
-def test_a_process_looks_again_after_a_run_that_ended_while_it_looked(faked, monkeypatch, tmp_path):
-    """The last run of a sweep, written between reading the records and taking its lock: more follows from it."""
+def test_a_process_rereads_the_records_after_a_run_that_ended_while_it_read(faked, monkeypatch, tmp_path):
+    """The last run of a sweep is written after the records were read, before its lock is taken: more runs follow."""
     sweep = Sweep((1e-3, 3e-3, 9e-3), (7,))
     suite = dataclasses.replace(tiny_suite(tiny_base(tmp_path)), sweep=sweep)
     monkeypatch.setattr(runner, "_LOOK_AGAIN", 0.01)
@@ -145,7 +145,7 @@ def test_a_process_looks_again_after_a_run_that_ended_while_it_looked(faked, mon
     assert not missing()
 
 
-def test_an_arm_without_its_parent_is_told(faked, tmp_path):
+def test_an_arm_without_its_parent_is_refused(faked, tmp_path):
     suite = tiny_suite(tiny_base(tmp_path))
     suite = dataclasses.replace(suite, variants={**suite.variants, "child": Variant({}, starts_from="dense")})
     with pytest.raises(ConfigError, match=r"child, .* needs the run dense, .* not finished"):
@@ -154,7 +154,7 @@ def test_an_arm_without_its_parent_is_told(faked, tmp_path):
 
 
 @pytest.mark.parametrize("own", [{"starts_from": "dense"}, {"rate_from": "dense"}])
-def test_an_arm_whose_rate_nobody_here_decides_is_told(faked, tmp_path, own):
+def test_an_arm_whose_rate_follows_from_untrained_arms_is_refused(faked, tmp_path, own):
     suite = tiny_suite(tiny_base(tmp_path))
     variants = {**suite.variants, "child": Variant({}, **own)}
     suite = dataclasses.replace(suite, sweep=Sweep((1e-3, 3e-3, 9e-3), (7,)), variants=variants)
@@ -163,8 +163,8 @@ def test_an_arm_whose_rate_nobody_here_decides_is_told(faked, tmp_path, own):
     assert not faked
 
 
-def test_a_run_that_was_refused_has_not_diverged(monkeypatch, tmp_path):
-    """Some updates of its last logged row were skipped, but what ended it is its data."""
+def test_a_run_that_ended_in_an_error_has_not_diverged(monkeypatch, tmp_path):
+    """Some updates of its last logged row were skipped, but it ended because its data cannot be read."""
 
     def fail(config, directory, **_):
         Path(directory).mkdir(parents=True)
@@ -179,7 +179,7 @@ def test_a_run_that_was_refused_has_not_diverged(monkeypatch, tmp_path):
     assert not records.read_all(tmp_path / "w")
 
 
-def test_a_failed_run_is_told_after_the_others(faked, monkeypatch, tmp_path):
+def test_a_failed_run_is_reported_after_the_others(faked, monkeypatch, tmp_path):
     succeed = runner.Worker._train
 
     def fails_once(self, key):
@@ -193,10 +193,10 @@ def test_a_failed_run_is_told_after_the_others(faked, monkeypatch, tmp_path):
     assert len(records.read_all(tmp_path)) == 4
 
 
-def test_a_stopped_run_keeps_and_evaluates_the_checkpoints_of_the_others(tmp_path, monkeypatch):
+def test_a_stopped_run_is_evaluated_at_the_same_checkpoints_as_others(tmp_path, monkeypatch):
     train_config = suite_of({"a": DENSE}, horizons=(2000,)).config("a").train
     assert (train_config.save_every, train_config.keep_every) == (250, 250)
-    # Stops at 650 and 850 left checkpoints of their own; the last step need not be a multiple.
+    # Stops at 650 and 850 left extra checkpoints; the last step need not be a multiple of 250.
     monkeypatch.setattr(results.manager, "complete_steps", lambda _: [250, 500, 650, 750, 850, 1990])
     assert results.checkpoint_steps(tmp_path, train_config.save_every) == [250, 500, 750, 1990]
 
@@ -210,14 +210,14 @@ def test_what_counts_as_diverged():
 
 
 @pytest.mark.parametrize(("code", "error"), [(75, SystemExit), (1, ConfigError)])
-def test_jobs_that_were_stopped_did_not_fail(monkeypatch, code, error):
-    """Exit code 75 is that of a program that SIGTERM stopped: the same command continues."""
+def test_stopped_jobs_are_told_apart_from_failed_ones(monkeypatch, code, error):
+    """Exit code 75 means that SIGTERM stopped the program, and that the same command continues."""
     monkeypatch.setattr(jobs.subprocess, "Popen", lambda *_, **__: SimpleNamespace(wait=lambda: code))
     with pytest.raises(error, match=r"75|a process failed"):
         jobs.start(1, [])
 
 
-def test_jobs_are_pinned_to_a_core_each(monkeypatch):
+def test_each_job_is_pinned_to_one_core(monkeypatch):
     started = []
 
     class Job:
@@ -238,7 +238,7 @@ def test_jobs_are_pinned_to_a_core_each(monkeypatch):
         jobs.start(4096, [])
 
 
-def test_probes_are_measured_once_and_not_of_rates_that_lost(tmp_path, monkeypatch):
+def test_probes_are_measured_once_and_only_at_the_rate_in_use(tmp_path, monkeypatch):
     suite = suite_of({"a": dataclasses.replace(DENSE, probes=("p",))}, seeds=(0, 1), horizons=(20,))
     runs = keyed(suite, [record("a", 0, 5.0), record("a", 1, 5.0), record("a", 2, 4.0, rate=1e-3)])
     for run in runs:
@@ -262,8 +262,8 @@ def test_probes_are_measured_once_and_not_of_rates_that_lost(tmp_path, monkeypat
         assert found() == [1.0, 2.0, None]
 
 
-def test_a_probe_that_cannot_be_measured_is_told_and_the_others_are(tmp_path, monkeypatch):
-    """Another suite, which has no probes of the same run, has pruned the checkpoints that one of them reads."""
+def test_a_probe_that_cannot_be_measured_is_logged_and_the_others_are_measured(tmp_path, monkeypatch):
+    """The checkpoints that one probe reads were pruned by another suite, which has the same run without probes."""
     suite = suite_of({"a": dataclasses.replace(DENSE, probes=("saturation", "p"))}, seeds=(0, 1), horizons=(20,))
     runs = keyed(suite, [record("a", 0, 5.0), record("a", 1, 5.0)])
     for run in runs:
@@ -299,7 +299,7 @@ def test_a_run_is_probed_before_the_next_one_is_trained(tmp_path, monkeypatch):
     assert [found.probes.get("p/finished") for found in records.read_all(tmp_path)] == [1.0, 2.0]
 
 
-def test_what_the_end_needs_is_checked_at_the_start():
+def test_probes_and_claims_are_checked_at_the_start():
     suite = suite_of({"a": DENSE, "b": dataclasses.replace(SWITCH, probes=("eval_capacities",))})
     with pytest.raises(ConfigError, match=r"variant 'b': no probe 'eval_capacities'; there are eval_capacity, "):
         runner.check_start(suite, [])
@@ -341,7 +341,7 @@ def test_a_suite_trains_and_is_reproducible(tmp_path):
     # At a capacity of 4·2·16/4 = 32 for 16 tokens nothing is dropped, as in the dropless model without masked experts.
     measured = mixtral[0].probes
     assert measured["eval_capacity/loss_4.0"] == pytest.approx(measured["mask_top/loss_full"], rel=1e-5)
-    # One of 4 experts is a quarter; the eighth is rounded to none.
+    # A quarter of 4 experts is one; an eighth is rounded to none.
     assert {"mask_top/loss_full", "mask_top/loss_masked", "mask_top/loss_0.25"} == {n for n in measured if "mask" in n}
     assert measured["mask_top/loss_masked"] == measured["mask_top/loss_full"] != measured["mask_top/loss_0.25"]
     assert 0 <= measured["saturation/early@1"] <= 1
@@ -350,7 +350,7 @@ def test_a_suite_trains_and_is_reproducible(tmp_path):
     assert first == measured["specialisation/repeat_first@1"] <= either <= 1
     for control in ("", "untrained_", "hash_"):
         assert 0 <= measured[f"specialisation/{control}repeat_first@1"] <= 1
-    # A run of the lab is an ordinary run: alone, with a program of its own, it logs the same rows.
+    # A run of the lab is an ordinary run: trained on its own, with its own compiled program, it logs the same rows.
     key = mixtral[-1].key
     train(
         suite.config(key.variant, key.seed, steps=key.steps, learning_rate=key.learning_rate), str(tmp_path / "alone")
@@ -359,14 +359,14 @@ def test_a_suite_trains_and_is_reproducible(tmp_path):
     assert alone == (runner.run_directory(tmp_path / "first", key, mixtral[-1].run) / "metrics.jsonl").read_bytes()
 
 
-def test_the_primary_loss_is_over_the_domains_named():
+def test_the_primary_loss_is_the_mean_over_the_named_domains():
     losses, domains = {4: np.asarray([1.0, 3.0, 8.0])}, ["a", "a", "b"]
     assert (4, "loss", PRIMARY, "", 5.0) in runner._mixed_rows("loss", losses, domains, ("a", "b"))  # (2 + 8) / 2
     assert (4, "loss", PRIMARY, "", 2.0) in runner._mixed_rows("loss", losses, domains, ("a",))
 
 
 def test_losses_of_the_last_tenth_by_batch(tmp_path):
-    """Of 20 steps the last two; a step that is trained again after a stop counts once."""
+    """The last two of 20 steps; a step that is trained again after a stop counts once."""
     program = SimpleProgram(config=SimpleNamespace(train=SimpleNamespace(num_steps=20)), train_step=lambda s, b: (s, b))
     path = tmp_path / "last"
     recorded = last_tenth.recording(program, path)
@@ -385,7 +385,7 @@ class SimpleProgram:
     train_step: object
 
 
-def test_capacity_arms_are_evaluated_without_drops_too():
+def test_arms_with_a_capacity_are_evaluated_without_drops_too():
     suite = suite_of({"drop": SWITCH, "dense": DENSE, "choice": Variant({
         "model.moe.gate": "expert_choice", "model.moe.accept_future_leak": True})})  # fmt: skip
     dropping = suite.config("drop")
@@ -394,7 +394,7 @@ def test_capacity_arms_are_evaluated_without_drops_too():
     assert dropless(suite.config("choice")) is None
 
 
-def test_the_time_left_is_of_whole_minutes(tmp_path, monkeypatch):
+def test_the_time_left_is_rounded_to_whole_minutes(tmp_path, monkeypatch):
     """Half of the work took 179.6 minutes: 3 hours are left, not 2 hours and 60 minutes."""
     clock = iter((0.0, 179.6 * 60))
     monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(clock)))
@@ -423,7 +423,7 @@ def test_arms_may_read_texts_whose_domains_have_the_same_names(tmp_path, monkeyp
 @pytest.mark.parametrize("version", ["1", "2"])
 @pytest.mark.parametrize("other", [SWITCH, Variant({"data.shuffle_window": 64})])
 def test_runs_on_a_folder_that_changed_are_not_compared(tmp_path, monkeypatch, version, other):
-    """The version of a folder is known once it is opened, and no part of what a run is found by."""
+    """The version of a folder is known only once it is opened, and is not part of a run's identity."""
     suite = suite_of({"a": DENSE, "b": other}, horizons=(20,))
     (run,) = keyed(suite, [record("a", 0, 5.0)])
     dataclasses.replace(run, data={"own": "1", "literature": "0"}).write(tmp_path)

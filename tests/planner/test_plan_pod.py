@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
-#: Runs plan_pod.py for one H100, which has one program for all configs; the remat policy "hidden" does not fit.
+#: Runs plan_pod.py for one H100, with the same program for every config; the remat policy "hidden" does not fit.
 SCRIPT = """
 import sys
 from pathlib import Path
@@ -54,15 +54,15 @@ def _run(folder, *flags):
     return subprocess.run(command, check=False, capture_output=True, text=True, cwd=folder, env=environment)
 
 
-def test_a_what_if_is_not_kept(tmp_path):
+def test_a_plan_with_a_what_if_is_not_kept(tmp_path):
     refused = _run(tmp_path, "--record", "--bandwidth=2")
     assert "--bandwidth: is not read with --record, whose plans have no what-if" in refused.stderr
     assert not (tmp_path / "plans.json").exists()
 
 
 def test_changes_are_counted_in_the_scenario_of_the_plan(tmp_path):
-    """Where all policies have one program, none of them gains anything over another, whatever the matmuls reach."""
-    for share in (0.01, 0.02):  # the second finds the plans of the first
+    """All policies have the same program here, so that none is faster than another at any share of the peak."""
+    for share in (0.01, 0.02):  # the second run finds the plans of the first
         plan = _plan_pod(tmp_path, f"--matmul_share={share}", "--changes=20")
         of_policies = [each["plan"] for each in plan["changes"] if each["label"].startswith("model.remat=")]
         found = [each for each in of_policies if "error" not in each]
@@ -72,8 +72,8 @@ def test_changes_are_counted_in_the_scenario_of_the_plan(tmp_path):
             assert each["step_seconds"] == pytest.approx(plan["step_seconds"])
 
 
-def test_a_policy_that_was_chosen_is_kept_and_changed(tmp_path):
-    """The policy "hidden" does not fit, so "outputs" is chosen: a kept plan sets it, and it is no change to try."""
+def test_a_policy_chosen_by_fit_is_kept_and_not_tried_as_a_change(tmp_path):
+    """The policy "hidden" does not fit, so "outputs" is chosen: the kept plan sets it, and no change tries it again."""
     page = tmp_path / "docs" / "results" / "plans.md"
     page.parent.mkdir(parents=True)
     page.write_text("<!-- plans: made by scripts/plan_pod.py --record -->\n<!-- end of plans -->\n")

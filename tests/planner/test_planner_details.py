@@ -69,8 +69,8 @@ def test_reads_kernels_and_writes_in_place_of_gpus():
     assert [timeline.part(item) for item in read.items] == ["experts", "experts", "layers, the rest", "attention"]
 
 
-def test_gpus_write_to_and_read_from_the_hosts_memory_in_fusions():
-    """One layer of a stack that is there moves, over PCIe, beside the work between start and done."""
+def test_gpu_fusions_that_read_and_write_host_memory_are_transfers():
+    """One layer of a stack in host memory moves over PCIe, overlapped with the work between start and done."""
     text = PROGRAM.replace("bf16[4,1024,512]{2,1,0}", "bf16[4,1024,512]{2,1,0:S(5)}").replace(
         "  ROOT %z",
         "  %reading = ((bf16[4,1024,512]{2,1,0:S(5)}, s32[]), bf16[1,1024,512]{2,1,0}, u32[]) fusion-start(%written, "
@@ -82,7 +82,7 @@ def test_gpus_write_to_and_read_from_the_hosts_memory_in_fusions():
     assert read.unpriced == 0
 
 
-def test_float8_matmuls_of_gpus_are_at_twice_the_rate_of_bfloat16():
+def test_float8_matmuls_on_gpus_are_priced_at_their_own_rate():
     """Not at XLA's rate, which is for another type."""
     gemm = re.sub(r"(%[lr]|[lr])( =|:) bf16\[", r"\1\2 f8e4m3fn[", PROGRAM)
     assert gemm.count("f8e4m3fn") == 4
@@ -110,7 +110,7 @@ ENTRY %main (all: bf16[4,8,512,256], x: bf16[1024,512], s: s32[8], n: s32[]) -> 
 """  # noqa: E501
 
 
-def test_a_kernel_that_slices_its_matrices_costs_what_it_does_alone():
+def test_a_kernel_fused_with_a_slice_of_its_matrices_costs_no_more():
     def price(matmul):
         return kernels.price(matmul, 1024, GPUS["h100"])
 
@@ -121,17 +121,17 @@ def test_a_kernel_that_slices_its_matrices_costs_what_it_does_alone():
     assert (item.kind, item.where, item.seconds) == ("grouped matmul", "forward", price(alone).seconds)
 
 
-def test_matmuls_at_a_share_of_the_peak():
+def test_matmuls_take_the_time_of_the_given_share_of_the_peak():
     assert _read(program.Rates(1e9, 1e12, 0.5e12)).seconds == pytest.approx(2 * 1024 * 512 * 256 / 0.5e12)
 
 
-def test_gpus_pay_what_the_kernel_was_measured_at():
+def test_gpu_kernels_are_priced_as_measured():
     matmul = GroupedMatmul("rows", (131072, 2048, 768, 128), (0, 0, 0), 2, 1, "mosaic")
     made = kernels.price(matmul, 131072, GPUS["h100"])
     assert made.basis == "measured"
     prices = measured.price("h100", "pallas_mosaic_gpu_ragged_dot", "rows", 131072, 2048, 768, 128)
     assert (made.seconds, made.low, made.high) == pytest.approx(prices)
-    # An H200 has an H100's FLOP/s; a kernel bound by them takes as long, with a wider interval.
+    # An H200 has the FLOP/s of an H100: a compute-bound kernel takes as long, with a wider interval.
     like = kernels.price(matmul, 131072, GPUS["h200"])
     assert (like.seconds, like.basis) == (pytest.approx(made.seconds), "by analogy")
     assert like.high / like.low > made.high / made.low
@@ -141,7 +141,7 @@ def test_gpus_pay_what_the_kernel_was_measured_at():
     )
 
 
-def test_tpus_pay_the_formula_times_a_constant():
+def test_tpu_kernels_are_priced_by_the_formula_times_a_constant():
     sizes, tiles = (131072, 2048, 768, 128), (512, 1024, 1024)
     matmul = GroupedMatmul("weights", sizes, tiles, 2, 1)
     made = kernels.price(matmul, 131072, CHIPS["v6e"])
@@ -151,13 +151,13 @@ def test_tpus_pay_the_formula_times_a_constant():
     inside = np.abs(logs - logs[7]) <= math.log(made.high / made.seconds) + 1e-9
     assert 0.8 <= inside.mean() <= 0.95
     assert kernels.price(matmul, 131072, CHIPS["v4"]).basis == "by analogy"
-    # 2880 is no multiple of 256 and costs what it was measured at.
+    # 2880 is not a multiple of 256 and is priced as measured.
     odd = kernels.price(GroupedMatmul("rows", (327680, 2880, 2880, 128), tiles, 2, 1), 327680, CHIPS["v6e"])
     prices = measured.price("v6e", "pallas_mosaic_tpu_ragged_dot", "rows", 327680, 2880, 2880, 128)
     assert (odd.basis, odd.seconds) == ("measured", pytest.approx(prices[0]))
 
 
-def test_equal_instructions_stand_in_one_row_with_their_bound():
+def test_equal_instructions_share_one_row_with_their_bound():
     def item(name, seconds, flops, moved):
         return Item(
             name, "matmul", "forward", "jvp(loss)/dot", seconds, 4, flops, moved, "c", 0.0, seconds, seconds, ""
@@ -193,8 +193,8 @@ def test_a_timeline_shows_waits(monkeypatch):
     assert (main["seconds"], body["seconds"]) == (13.0, 4.0)
 
 
-def test_flops_of_silent_kernels_are_split_by_their_bytes():
-    """20 and 40 FLOPs at 10 a second; backward at twice the time of the peak, within a factor e."""
+def test_flops_of_kernels_that_state_none_are_split_by_their_bytes():
+    """20 and 40 FLOPs at 10 a second; backward takes twice the time at peak, within a factor of e."""
 
     def kernel(count, moved, where, flops=0.0):
         return Item(f"k{moved}", "attention", where, "splash", 0.0, count, flops, moved, "c", 0.0, 0.0, 0.0, "")
@@ -213,8 +213,8 @@ def test_flops_of_silent_kernels_are_split_by_their_bytes():
 
 
 @pytest.mark.parametrize(("device", "kind"), sorted({(t["device"], t["kind"]) for t in attention.timings()}))
-def test_published_times_of_attention_left_out_are_predicted(device, kind):
-    """Within a fifth, median; 70 % and more inside the interval."""
+def test_left_out_published_times_of_attention_are_predicted(device, kind):
+    """The median error is within a fifth, and at least 70 % lie inside the interval."""
     rows = [row for row in attention.timings() if (row["device"], row["kind"]) == (device, kind)]
     name = next(name for name, each in measured.DEVICES.items() if each == device)
     weights, width = attention._fit(name, kind)
@@ -226,7 +226,7 @@ def test_published_times_of_attention_left_out_are_predicted(device, kind):
 
 
 def test_times_of_attention_by_hand():
-    """Rows of the table: Mixtral's heads at 4096 tokens take 1.14 to 1.23 of all keys at peak on v5p, 3.35 on v6e."""
+    """In the table, Mixtral's heads at 4096 tokens take 1.14 to 1.23 times all keys at peak on v5p, 3.35 on v6e."""
     model = from_config_dict(mixtral_8x7b.get_config()).model
     v5p, v6e = (attention.factor(name, model, 4096, "forward") for name in ("v5p", "v6e"))
     assert v5p[0] == pytest.approx(1.19, rel=0.1)
@@ -243,7 +243,7 @@ def test_times_of_attention_by_hand():
 
 
 def test_arrays_at_the_peak():
-    """By hand: the stack of 4 layers is alive to its update in place; then y, g and the arguments with it."""
+    """By hand: the peak is the in-place update of the stack of 4 layers, when y, g and the arguments are live too."""
     arrays = liveness.at_peak(hlo.parse(PROGRAM))
     assert [(array.name, array.bytes) for array in arrays] == [
         ("kept", 4 * 1024 * 512 * 2), ("w", 8 * 512 * 256 * 2), ("g", 8 * 512 * 256 * 2), ("x", 1024 * 512 * 2),

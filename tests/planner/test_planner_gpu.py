@@ -24,8 +24,8 @@ from moe.planner.program import Collective
 
 MESH = {"data": 1, "fsdp": 8, "expert": 8, "tensor": 1}
 
-# Excerpt of a train step for 64 H100s, shortened: a loop of 32 trips with an all-to-all beside a matmul, a gather that
-# is waited for, a combined reduce-scatter, an asynchronous copy, a Triton fusion, and cuDNN's attention.
+# Excerpt of a train step for 64 H100s, shortened: a loop of 32 trips with an all-to-all beside a matmul, a
+# synchronous gather, a combined reduce-scatter, an asynchronous copy, a Triton fusion, and cuDNN's attention.
 PROGRAM = """HloModule jit_train_step, is_scheduled=true
 %gemm (param_0.3: bf16[4096,4096], param_1.2: bf16[4096,6144]) -> bf16[4096,6144] {
   %param_0.3 = bf16[4096,4096]{1,0} parameter(0)
@@ -86,7 +86,7 @@ def test_reads_a_program_for_gpus():
     assert [exchanges.purpose(c) for c in read.collectives] == [
         "tokens to experts, back", "weights", "gradients of weights",
     ]  # fmt: skip
-    # The measured rate of the bfloat16 matmul, the peak for the one with another result, models of XLA for the rest.
+    # The bfloat16 matmul is at its measured rate, the one with another result type at peak, the rest by XLA's models.
     assert read.parts == pytest.approx(
         {
             ("recomputation", "matmuls"): 32 * 264e-6,
@@ -167,7 +167,7 @@ def test_cloud_names_of_slices(name, meaning):
 
 
 @pytest.mark.parametrize("name", ["v5p:2x4x8", "v5p:4x4x12", "v5e:1x8", "v5p:1x1x1", "h100:8x8"])
-def test_other_shapes_have_no_name_in_a_cloud(name):
+def test_other_shapes_have_no_cloud_name(name):
     assert topology.all_names(name) == {name}
 
 
@@ -216,7 +216,7 @@ def test_gpu_topologies(monkeypatch):
         topology.get_topology("h100:8x8")
 
 
-def test_every_gpu_has_a_target_and_agrees_with_it():
+def test_every_gpu_agrees_with_its_compile_target():
     for name, gpu in GPUS.items():
         text = gpus.target_config(name)
         assert f"device_memory_size: {gpu.memory}\n" in text

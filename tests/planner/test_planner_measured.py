@@ -17,7 +17,7 @@ H100 = "h100", "pallas_mosaic_gpu_ragged_dot"
 
 @pytest.fixture(scope="module")
 def left_out():
-    """(log of predicted over measured, inside the interval) of every timing by the fit without its shape, by group."""
+    """Group → (log of predicted over measured, inside the interval) of its timings, by fits without their shapes."""
     rows = collections.defaultdict(list)
     for shape in sorted({timing.shape for timing in measured.timings()}):
         fit = measured.leave_out(shape)
@@ -34,7 +34,7 @@ def test_shapes_that_were_not_measured_are_priced_within_15_percent(left_out):
     assert max(medians.values()) <= 0.15, medians
 
 
-def test_intervals_hold_80_percent_of_shapes_that_were_not_measured(left_out):
+def test_intervals_cover_80_percent_of_shapes_that_were_not_measured(left_out):
     inside = np.concatenate([rows[:, 1] for rows in left_out.values()])
     assert len(inside) == 388
     assert 0.75 <= inside.mean() <= 0.87
@@ -43,8 +43,8 @@ def test_intervals_hold_80_percent_of_shapes_that_were_not_measured(left_out):
             assert 0.7 <= rows[:, 1].mean() <= 0.9, group
 
 
-def test_residuals_in_closed_form_are_those_of_the_fit_without_the_shape(left_out):
-    fit = measured.leave_out((0, 0, 0))  # no such shape: of all timings
+def test_closed_form_residuals_equal_those_of_the_fit_without_the_shape(left_out):
+    fit = measured.leave_out((0, 0, 0))  # no such shape: the fit of all timings
     assert len(fit.scores) == 388
     index, timing = next((i, t) for i, t in enumerate(measured.timings()) if t.device == "tpu7x" and t.N == 768)
     smaller = measured.leave_out(timing.shape)
@@ -77,11 +77,11 @@ def test_more_rows_never_cost_less_and_narrow_intervals_are_near_measured_shapes
     assert high / low < far_high / far_low
 
 
-def test_names_of_the_table_and_of_the_planner_mean_the_same():
+def test_names_of_the_table_and_of_the_planner_are_interchangeable():
     assert price("v5p", "pallas_mosaic_tpu_ragged_dot", "rows", 4096, 4096, 4096, 8) == price(
         "tpu_v5", "pallas_mosaic_tpu_ragged_dot", "rows x mats", 4096, 4096, 4096, 8
     )
-    # Weight gradients do not state their experts: those of the table's other products of these matrices.
+    # The table does not state the experts of a weight gradient: they are those of other products of these matrices.
     assert price(*H100, "wgrad", 131072, 2048, 768) == price(*H100, "weights", 131072, 2048, 768, 128)
 
 

@@ -53,8 +53,8 @@ def test_memory_errors_name_the_excess_and_the_settings_that_help(message, words
     assert told.least == pytest.approx(float(needed[1]) * GiB if needed else 0)
 
 
-def test_slices_without_a_ragged_exchange_are_told_in_a_sentence():
-    """The message for 16 x 16 v5e chips, whose exchanges go to neighbours alone."""
+def test_slices_without_a_ragged_all_to_all_are_refused_in_a_sentence():
+    """The message for 16 x 16 v5e chips, whose ICI routing reaches only neighbours."""
     config = from_config_dict({"mesh": {"expert": 8}})
     message = "INTERNAL: RET_CHECK failure Ragged all-to-all is currently not supported in limited ICI routing settings"
     told = memory_errors.explained(config, jax.errors.JaxRuntimeError(message))
@@ -74,21 +74,21 @@ def test_other_compiler_errors_are_unchanged():
 
 @pytest.mark.parametrize("tensor", [1, 4])
 def test_kept_projections_of_latent_attention_by_hand(tensor):
-    """128 heads of queries of 192 and of keys and values of 128 each, split; latents of 1536, 512 and 64, whole."""
+    """128 heads with queries of 192 and keys and values of 128 are split; latents of 1536, 512 and 64 are not."""
     sizes = {"data": 1, "fsdp": 4, "expert": 8, "tensor": tensor}
     config = from_config_dict(deepseek_v2.get_config())
     models = [dataclasses.replace(config.model, remat=remat) for remat in ("dots", "full")]
     bytes_kept = [fit.estimate(dataclasses.replace(config, model=model), sizes, "gpu").kept for model in models]
     tokens = config.train.batch_size * config.data.sequence_length // 32
-    attention = 60 * (128 * (192 + 128 + 128) / tensor + 1536 + 512 + 64 + 5120)  # and the last projection
+    attention = 60 * (128 * (192 + 128 + 128) / tensor + 1536 + 512 + 64 + 5120)  # 5120: the output projection
     dense = 2 * 12288 / tensor  # of the first layer
     assert bytes_kept[0] - bytes_kept[1] == tokens * 2 * (attention + dense)
 
 
-def test_layers_of_no_stage_by_hand():
-    """Two of 34 layers, of which four stages have 32. A device gathers its share of the other axes, and has its
-    gradients: queries and outputs [4096,4096], keys and values [4096,1024], 8 experts, over 64 devices, and on every
-    one the router and two norms."""
+def test_layers_outside_the_pipeline_stages_by_hand():
+    """Four stages hold 32 of 34 layers. A device gathers its shard of the two others over the other axes, and has
+    its gradients: queries and outputs [4096,4096], keys and values [4096,1024] and 8 experts, split over 64 devices,
+    and the router and two norms whole."""
     config = from_config_dict(mixtral_8x7b.get_config())
     train = dataclasses.replace(config.train, accumulation_steps=4)
     config = dataclasses.replace(config, train=train, model=dataclasses.replace(config.model, num_layers=34))
@@ -98,8 +98,8 @@ def test_layers_of_no_stage_by_hand():
 
 
 def test_kept_projections_of_a_delta_net_by_hand():
-    """36 layers with 16 heads of queries and keys of 128, 32 of values and gates of 128; 12 of attention with 16 heads
-    of queries and gates of 256, 2 of keys and values; all split over two devices."""
+    """36 gated DeltaNet layers with 16 heads of 128 for queries and keys, 32 for values and gates; 12 attention layers
+    with 16 heads of 256 for queries and gates and 2 for keys and values; all split over two devices."""
     sizes = {"data": 1, "fsdp": 4, "expert": 8, "tensor": 2}
     config = from_config_dict(qwen3_next_80b_a3b.get_config())
     kept = {
@@ -110,23 +110,23 @@ def test_kept_projections_of_a_delta_net_by_hand():
     }
     tokens = config.train.batch_size * config.data.sequence_length // 32
     projections = 36 * (2 * 16 + 2 * 32) * 128 / 2 + 12 * (2 * 16 + 2 * 2) * 256 / 2
-    assert kept["dots"] - kept["full"] == tokens * 2 * (projections + 48 * 2048)  # and the last ones
+    assert kept["dots"] - kept["full"] == tokens * 2 * (projections + 48 * 2048)  # the last term: output projections
     inner = 36 * 2048  # inputs of three of the four layers of a repeat
     heads = (36 * 32 * 128 + 12 * 16 * 256) / 2
     assert kept["attention"] - kept["full"] == tokens * 2 * (projections + heads + inner)
 
 
 def test_estimate_by_hand():
-    """A row of 4096 tokens a device; arrays of a layer are 5120 rows (1.25 x 2 experts a token)."""
+    """One row of 4096 tokens per device; a layer's expert arrays have 10,240 rows (1.25 x 2 experts per token)."""
     config = from_config_dict(mixtral_8x7b.get_config())
     found = fit.estimate(config, MESH, "gpu")
     experts, router, norms = 32 * 8 * 3 * 4096 * 14336, 32 * 4096 * 8, 65 * 4096
     others = 46_702_792_704 - experts - router - norms
-    # experts are split over fsdp and expert, and so is D of every other matrix; routers and norms are everywhere
+    # experts are split over fsdp and expert, and so is D of every other matrix; routers and norms are replicated
     assert found.parameters == 4 * ((experts + others) // 64 + router + norms)
     assert found.optimizer == pytest.approx(2 * found.parameters, rel=1e-6)  # and two counters
     assert found.gradients == found.parameters
-    # bfloat16: all weights as they are stored, and one layer's with its expert gathered
+    # bfloat16: all weights as they are stored, and those of one layer, with one expert, gathered
     gathered = 3 * 4096 * 14336 + 4096 * 128 * (2 * 32 + 2 * 8)
     assert found.weights == pytest.approx(found.parameters / 2 + 2 * gathered, rel=0.01)
     assert found.kept == 4096 * 2 * 32 * 4096
@@ -142,9 +142,9 @@ def test_estimate_by_hand():
     assert fit.estimate(keeps_all, MESH, "gpu").weights == pytest.approx(found.weights + 32 * 2 * gathered, rel=0.01)
 
 
-def test_adapters_are_what_a_run_of_them_trains():
-    """A of [4096,2] and B of [2,·] for q, k, v, out [·] of 4096, 1024, 1024 and 4096 in 32 layers; their matrices are
-    copied once, and the copy has a gradient."""
+def test_memory_of_a_run_of_adapters_by_hand():
+    """A [4096,2] and B [2,n] for q, k, v and out, with n of 4096, 1024, 1024 and 4096, in 32 layers; the matrices that
+    they adapt are copied once, and the copy has a gradient."""
     lora = {"rank": 2, "parts": ("attention",)}
     tree = to_dict(from_config_dict(mixtral_8x7b.get_config())) | {"start": {"checkpoint": "/base"}}
     config = from_config_dict(tree | {"lora": lora})
@@ -158,8 +158,8 @@ def test_adapters_are_what_a_run_of_them_trains():
 
 
 def test_rows_split_over_devices_by_hand():
-    """Each of four devices has 1024 of a row's 4096 tokens, of 32 layers' inputs of 4096 numbers in bfloat16, and two
-    experts for each."""
+    """Each of four devices has 1024 of a row's 4096 tokens: 32 layer inputs of 4096 bfloat16 numbers and two
+    assignments per token."""
     config = from_config_dict(mixtral_8x7b.get_config())
     moe = dataclasses.replace(config.model.moe.with_dispatch("dropless"), group_size=1024)
     train = dataclasses.replace(config.train, batch_size=64)
@@ -172,7 +172,7 @@ def test_rows_split_over_devices_by_hand():
     assert rows == [4096 * 2, 1024 * 2]
 
 
-# Configs, meshes (data, fsdp, expert, tensor), rows a device, policies, and GiB that the compilers needed
+# Configs, meshes (data, fsdp, expert, tensor), rows per device, policies, and GiB of the compiled programs
 # (docs/log/2026-11.md).
 COMPILED = [
     ("mixtral_8x7b", "tpu", (1, 64, 1, 1), 16, "full", 80.3),
@@ -194,7 +194,7 @@ COMPILED = [
 
 
 @pytest.mark.parametrize(("name", "platform", "mesh", "rows", "remat", "needed"), COMPILED)
-def test_estimates_are_within_a_tenth_of_what_compiled_programs_needed(name, platform, mesh, rows, remat, needed):
+def test_estimates_are_within_a_tenth_of_the_memory_of_compiled_programs(name, platform, mesh, rows, remat, needed):
     sizes = dict(zip(("data", "fsdp", "expert", "tensor"), mesh, strict=True))
     fields = importlib.import_module(f"configs.{name}").get_config()
     fields.model.moe.dispatch, fields.model.remat = "dropless", remat
@@ -218,7 +218,7 @@ def test_rows_of_expert_buffers(dispatch, expert, rows):
 
 @pytest.mark.parametrize("moe", [{"gate": "moe_plus_plus"}, {"gate": "switch", "capacity": {"fixed": 4}}])
 def test_rows_of_buffers_are_those_of_the_layer(moe):
-    """MoE++'s capacity leaves out what its experts without an FFN take; a fixed one has no factor."""
+    """MoE++'s capacity excludes the share of its experts without an FFN; a fixed capacity ignores the factor."""
     config = from_config_dict({"model": {"moe": moe}})
     own, size = config.model.moe, config.data.sequence_length
     capacity = 4 if own.capacity.fixed else layer_capacity(own, size)
@@ -226,6 +226,6 @@ def test_rows_of_buffers_are_those_of_the_layer(moe):
     assert own.num_experts * capacity / size < own.capacity.train * own.experts_per_token
 
 
-def test_an_error_of_memory_comes_whole_from_another_process():
+def test_a_memory_error_survives_pickling():
     error = pickle.loads(pickle.dumps(memory_errors.DoesNotFitError("does not fit: by 3 GiB", 7.0)))
     assert (str(error), error.least) == ("does not fit: by 3 GiB", 7.0)

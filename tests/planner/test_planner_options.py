@@ -52,8 +52,8 @@ def test_reads_exchanges_on_sparse_cores():
     assert (read.seconds, read.unpriced) == (570, 0)
 
 
-# Excerpt of a compiled train step for v5e: a gather of [8,64,32] over 4 chips that is started, carried on by a fusion
-# of 500 cycles, not by one of 70, and ended; each of the three has a copy of it.
+# Excerpt of a compiled train step for v5e: a gather of [8,64,32] over 4 chips that is started, continued by a fusion of
+# 500 cycles, not by one of 70, and finished; the computations of all three contain a copy of it.
 CARRIED = """HloModule jit_train_step, is_scheduled=true
 %start (p: bf16[8,64,32]) -> (bf16[8,64,32], bf16[8,256,32], u32[]) {
   %p = bf16[8,64,32]{2,1,0} parameter(0)
@@ -87,7 +87,7 @@ ENTRY %main (w: bf16[8,64,32]) -> bf16[8,256,32] {
 """  # noqa: E501
 
 
-def test_reads_an_exchange_that_fusions_carry_on_once():
+def test_an_exchange_that_fusions_continue_is_read_once():
     read = program.read(CARRIED, MESH, clock=1.0)
     (gather,) = read.collectives
     assert (gather.kind, gather.axes, gather.bytes) == ("all-gather", ("fsdp",), 8 * 256 * 32 * 2)
@@ -106,7 +106,7 @@ def test_reads_the_rings_of_an_exchange():
     assert program.read(of_one_dimension, MESH, clock=1.0).collectives[0].rings == 2
 
 
-def test_kernels_are_work_beside_exchanges():
+def test_kernels_overlap_exchanges():
     kernel = """  %y = bf16[64,32]{1,0} custom-call(%s, %x, %m), custom_call_target="tpu_custom_call", frontend_attributes={ragged_dot_tiling="8,8,8"}
   %gather-done"""  # noqa: E501
     text = SPARSE_CORE.replace("  %gather-done", kernel).replace(
@@ -119,7 +119,7 @@ def test_kernels_are_work_beside_exchanges():
     assert read.seconds == 570  # kernels are added elsewhere
 
 
-def test_attention_is_work_beside_exchanges():
+def test_attention_overlaps_exchanges():
     kernel = '  %a = bf16[64,32]{1,0} custom-call(%w), custom_call_target="tpu_custom_call"\n  %gather-done'
     text = SPARSE_CORE.replace("  %gather-done", kernel)
 
@@ -136,7 +136,7 @@ def test_attention_is_work_beside_exchanges():
 
 
 def test_exchanges_wait_for_each_other():
-    """By hand: gathers of 3 s that start at 0 s and are awaited at 2 s and 4 s of work; then one that is waited for."""
+    """By hand: gathers of 3 s that start at 0 s and are awaited at 2 s and 4 s of work; then a synchronous one."""
 
     def collective(started, overlap, places, seconds=3.0):
         return Collective("all-gather", (), (0, 1), 0, 1, overlap, str(seconds), "body", places, started)
@@ -153,9 +153,9 @@ def test_exchanges_wait_for_each_other():
     assert exposed(work) == pytest.approx([1.0, 1.0, 0.0, 3.0])
     other = [dataclasses.replace(c, computation="another") for c in work[:1]]
     assert exposed(work[:1] + other) == [1.0, 1.0]
-    # On a link of its own the second is over at 3 s, before it is awaited.
+    # On its own link the second finishes at 3 s, before it is awaited.
     assert exposed(work, "nvnn") == pytest.approx([1.0, 0.0, 0.0, 3.0])
-    # The first is awaited at 2 s, for 1 s; that second also passes for the fifth, of 5 s, awaited at 4 s of work.
+    # The 1 s spent waiting for the first, at 2 s, also overlaps the fifth, of 5 s, which is awaited at 4 s of work.
     fifth = collective(0.0, 4.0, (1, 6), 5.0)
     assert exposed([*work[:1], fifth], "nv") == pytest.approx([1.0, 0.0])
 
@@ -214,7 +214,7 @@ def test_kept_activations_by_hand():
 @pytest.mark.parametrize(
     ("kind", "source", "purpose"),
     [
-        # XLA combined gathers.
+        # Gathers that XLA combined.
         ("all-gather", "state.parameters['unembedding']['kernel']", "weights"),
         (
             "all-gather",
@@ -239,11 +239,11 @@ def test_purposes_of_exchanges(kind, source, purpose):
 
 
 def test_rows_of_an_exchange_by_host_by_hand():
-    """Four devices of the expert axis on two hosts, beside a tensor axis of two: members of a group between hosts are
-    two experts' places apart, those of one host one."""
+    """Four devices of the expert axis on two hosts, with a tensor axis of two: members of a group between hosts are two
+    positions of the expert axis apart, those within a host one."""
     assert hosts.balanced_visits(2, 8) == pytest.approx(2 * (1 - 1 / 2**8))
-    # DeepSeek-V3: of 8 groups 4 are kept, each on a host of its own, or on two of sixteen; of 4 hosts with two groups
-    # each, all but C(6,4)/C(8,4) have a kept one.
+    # DeepSeek-V3 keeps 4 of 8 groups. Each group is on one host of 8, or on two of 16; of 4 hosts with two groups each,
+    # all but a share of C(6,4)/C(8,4) have a kept one.
     assert hosts.balanced_visits(8, 8, 8, 4) == pytest.approx(4 * (1 - (3 / 4) ** 8))
     assert hosts.balanced_visits(16, 8, 8, 4) == pytest.approx(8 * (1 - (7 / 8) ** 8))
     visited = 4 * (1 - 15 / 70)

@@ -63,7 +63,7 @@ def _step(**moe):
     return from_config_dict(config), topology, step
 
 
-def test_a_kept_program_is_read_again(tmp_path, monkeypatch):
+def test_a_cached_program_is_not_compiled_again(tmp_path, monkeypatch):
     config, topology, step = _step()
     asked = []
     monkeypatch.setattr(compiled, "compile_step", lambda *arguments: asked.append(arguments) or step)
@@ -94,7 +94,7 @@ def test_every_time_has_an_interval(made):
 
 
 def test_a_plan_names_the_bubble_of_a_pipeline(made):
-    """4 stages, 8 microbatches in 2 rounds: 3 of 8·2 + 3 turns."""
+    """4 stages, 8 microbatches in 2 rounds: 3 of 8·2 + 3 turns are idle."""
     train = made.config["train"] | {"accumulation_steps": 8, "pipeline_rounds": 2}
     split = dataclasses.replace(made, mesh=made.mesh | {"pipeline": 4}, config=made.config | {"train": train})
     assert (made.bubble, split.bubble) == (0, pytest.approx(3 / 19))
@@ -102,10 +102,10 @@ def test_a_plan_names_the_bubble_of_a_pipeline(made):
     assert "bubble" not in page.render(made)
 
 
-def test_scenarios_change_what_they_name(monkeypatch):
+def test_scenarios_change_only_what_they_name(monkeypatch):
     with pytest.raises(ConfigError, match=r"--skew=2.0: must be at most mesh.expert=1, where one device has all rows"):
         _plan(Scenario(skew=2.0))
-    with monkeypatch.context() as patch:  # the same program, as if of two devices
+    with monkeypatch.context() as patch:  # the same program, as if for two devices
         patch.setattr(plan, "make_mesh", _mesh_of_two)
         even, skewed = (_plan(Scenario(skew=skew)) for skew in (1.0, 2.0))
     assert skewed.kernel_seconds > even.kernel_seconds
@@ -158,7 +158,7 @@ def test_pages_open_in_a_browser_as_wide_as_a_phone(made, tmp_path):
     shown = _shown_in_a_browser(pages.page(plain), tmp_path)
     assert {"Where the step goes", "The 30 most expensive instructions", "Timeline", "Memory"} <= set(shown["headings"])
     assert f"step {made.step_seconds:.3g} s" in shown["text"]
-    # The dearest instructions, in order.
+    # The most expensive instructions, in order.
     assert dearest == sorted(dearest, reverse=True)
     places = [
         shown["text"].index(f"{1e3 * seconds:,.1f}", shown["text"].index("30 most expensive"))
@@ -180,7 +180,7 @@ def _shown_in_a_browser(text, folder):
     return run(text, folder, script, width=500)
 
 
-def test_the_page_says_that_tokens_are_gathered_where_that_was_asked_for(made):
+def test_the_page_says_where_all_gathers_of_tokens_were_asked_for(made):
     asked = exchanges.Exchange("all-gather", ("expert",), exchanges.ROUTED, 12, 12, 2**30, 0.1, 0.05)
     for found, words in (((), "no all-gather of tokens"), ((asked,), "as model.moe.exchange=all_gather asks")):
         text = "\n".join(page._exchanges(dataclasses.replace(made, exchanges=found)))
@@ -207,7 +207,7 @@ def test_differences_name_settings_and_add_up(made, tmp_path):
     assert differences.read(tmp_path / "b.json") == json.loads(json.dumps(b))
 
 
-def test_changes_are_valid_and_single():
+def test_each_change_is_valid_and_changes_one_setting():
     devices = make_mesh(from_config_dict(base.get_config()).mesh, jax.devices()[:1]).devices.flat
     topology = types.SimpleNamespace(devices=tuple(devices), chip=GPUS["h100"])
     config = mixtral_8x7b.get_config()
@@ -225,7 +225,7 @@ def test_changes_are_valid_and_single():
         assert len([name for name in before if before[name] != after[name]]) == 1
 
 
-def test_an_exchange_in_more_parts_is_a_change_where_there_is_one():
+def test_more_exchange_chunks_are_tried_where_there_is_an_exchange():
     topology = types.SimpleNamespace(devices=tuple(jax.devices()[:2]), chip=GPUS["h100"])
     config = mixtral_8x7b.get_config()
     config.mesh.update(data=1, fsdp=1, expert=2)
@@ -234,11 +234,11 @@ def test_an_exchange_in_more_parts_is_a_change_where_there_is_one():
         config.model.moe.dispatch = mode
         labels.append({label for label, _ in candidates.changes(from_config_dict(config), topology, 100)})
     assert "model.moe.exchange_chunks=2" in labels[1] - labels[0]
-    assert not [label for label in labels[1] if "exchange_hosts" in label]  # both devices are of one host
+    assert not [label for label in labels[1] if "exchange_hosts" in label]  # both devices are on one host
 
 
-def test_an_exchange_by_host_is_a_change_where_experts_span_hosts():
-    """Eight GPUs in hosts of four, the expert axis over all of them or, beside tensor 2, over two hosts of two."""
+def test_an_exchange_by_host_is_tried_where_experts_span_hosts():
+    """Eight GPUs in hosts of four: expert axes of 8, and of 4 with tensor=2, span both; of 4 with fsdp=2, one."""
     topology = types.SimpleNamespace(devices=tuple(jax.devices()), chip=dataclasses.replace(GPUS["h100"], domain=4))
     config = mixtral_8x7b.get_config()
     config.model.moe.dispatch = "dropless"
@@ -282,7 +282,7 @@ def test_a_kept_plan_in_8_bits_has_a_name_of_its_own(made):
 
 
 def test_the_mfu_of_a_chip_is_that_of_its_plans_in_bfloat16():
-    """0.4 in 10 s (8 to 16) is 0.25 to 0.5, 0.6 in 3 s (2 to 4) is 0.45 to 0.9; 8 bits and other chips do not count."""
+    """0.4 at 10 s (8 to 16) is 0.25 to 0.5, 0.6 at 3 s (2 to 4) is 0.45 to 0.9; 8 bits and other chips do not count."""
     plans = [
         {
             "config": config,
@@ -320,7 +320,7 @@ def test_the_best_kept_plan_is_a_named_setting():
 
 
 def test_kept_plans_are_at_the_scale_of_the_published_steps():
-    """The scale changes with every published step that is added: scripts/calibration.py then rescales them."""
+    """The scale changes with every published step that is added; scripts/calibration.py then rescales the plans."""
     for kept in kept_plans.read(ROOT / "configs" / "plans.json"):
         today = kept_plans.rescaled(kept, calibration.rows())
         assert today["cost"] == kept["cost"]
@@ -329,8 +329,8 @@ def test_kept_plans_are_at_the_scale_of_the_published_steps():
 
 
 def test_a_kept_plan_is_rescaled_by_hand(made, tmp_path):
-    """10 s counted, 4 of kernels, 3 to 6 at their ends; published steps take the counted time of this platform, with
-    the spread that is assumed before any is known: three residuals of 0.2 and one of 0."""
+    """10 s counted, of which 4 s (3 to 6) in kernels. Without published steps the scale is 1, and the spread is the one
+    assumed before any is known: three residuals of 0.2 and one of 0."""
     kept = kept_plans.row(made, "mixtral_8x7b", {}) | {
         "counted_seconds": 10.0, "kernel_seconds": 4.0, "kernel_low": 3.0, "kernel_high": 6.0, "step_seconds": 5.0,
         "tokens": 400, "chips": 2, "tokens_per_second_per_chip": 40.0, "mfu": 0.5,
@@ -353,7 +353,7 @@ def test_a_kept_plan_is_rescaled_by_hand(made, tmp_path):
         kept_plans.write_table(path, page)
 
 
-def test_the_table_of_plans_is_that_of_the_kept_plans():
+def test_the_table_of_plans_matches_the_kept_plans():
     rows = kept_plans.read(ROOT / "configs" / "plans.json")
     kept, _, _ = kept_plans.table(rows).partition("\n\nCounted by earlier prices")  # prices may have changed since
     assert kept in (ROOT / "docs" / "results" / "plans.md").read_text()

@@ -66,7 +66,7 @@ def test_reads_loops_exchanges_and_cycles():
 
 @pytest.mark.parametrize(("scope", "runs"), [("", 32), ("taken_5_of_16/", 10)])
 def test_branches_count_as_often_as_their_scope_says(scope, runs):
-    """A fusion of 800 cycles and one of 7, of which the dearer counts, in a loop of 32 trips."""
+    """A fusion of 800 cycles and one of 7, of which the more expensive counts, in a loop of 32 trips."""
     cycles = 'backend_config={"window_config":{"estimated_cycles":"%s"}}'
     text = PROGRAM
     for name, number in (("cheap", 7), ("dear", 800)):
@@ -256,9 +256,9 @@ ENTRY %main (x: f32[]) -> (f32[], s32[]) {
 
 @pytest.mark.parametrize(
     ("start", "trips"),
-    [("constant(1)", 62), ("constant(0)", 63), ("parameter(1)", 63)],  # 1 to 62: of 64, the first and last apart
+    [("constant(1)", 62), ("constant(0)", 63), ("parameter(1)", 63)],  # 1 to 62 of 64: first and last are peeled off
 )
-def test_trips_of_the_rest_of_a_loop(start, trips):
+def test_trips_of_a_loop_with_peeled_iterations(start, trips):
     module = hlo.parse(_REST_OF_A_LOOP.replace("constant(1)", start))
     assert hlo.trip_count(module.computations["main"][-1], module) == trips
 

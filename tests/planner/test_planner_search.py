@@ -72,7 +72,7 @@ def _slice(name, num_slices=1):
     return Topology(name, num_slices, CHIPS["v5p"], ())
 
 
-def test_machines_of_one_gpu_do_not_share_plans(tmp_path):
+def test_machines_with_the_same_gpu_and_different_networks_do_not_share_plans(tmp_path):
     named = Topology("h100:8x8", 1, GPUS["h100"], ())
     slower = dataclasses.replace(named, chip=dataclasses.replace(GPUS["h100"], network=12.5e9))
     assert search.Cache(tmp_path, named).path(tiny_config()) != search.Cache(tmp_path, slower).path(tiny_config())
@@ -89,8 +89,8 @@ def test_groups_of_two_rows_are_searched_with_even_numbers_of_rows():
         assert each.train.batch_size // (each.mesh.data * each.mesh.fsdp * each.mesh.expert) % 2 == 0
 
 
-def test_the_flags_of_a_candidate_make_it_of_the_config_file():
-    """Also where the file sets exchanges that the candidate has not."""
+def test_the_flags_of_a_candidate_reproduce_it_from_the_config_file():
+    """Also where the file sets exchange settings that the candidate does not have."""
     tree = mixtral_8x7b.get_config()
     tree.model.moe.update({"dispatch": "dropless", "exchange_chunks": 2})
     for candidate in candidates.candidates(from_config_dict(tree), 16, GPUS["h100"])[0][::20]:
@@ -101,7 +101,7 @@ def test_the_flags_of_a_candidate_make_it_of_the_config_file():
         assert from_config_dict(changed) == candidate.config
 
 
-def test_twice_the_largest_number_of_chunks_is_no_change():
+def test_more_than_the_largest_number_of_chunks_is_not_tried():
     tree = mixtral_8x7b.get_config()
     tree.model.moe.update({"dispatch": "dropless", "exchange_chunks": 64})
     tree.mesh.update({"data": 1, "fsdp": 1, "expert": 8})
@@ -111,7 +111,7 @@ def test_twice_the_largest_number_of_chunks_is_no_change():
     assert not any("chunks" in label for label in labels)
 
 
-def test_a_change_of_the_mesh_exchanges_between_the_hosts_that_it_spans():
+def test_a_change_of_the_mesh_adapts_the_number_of_exchange_hosts():
     tree = mixtral_8x7b.get_config()
     tree.model.moe.update({"dispatch": "dropless", "exchange_hosts": 2})
     tree.mesh.update({"data": 1, "fsdp": 1, "expert": 8})
@@ -121,7 +121,7 @@ def test_a_change_of_the_mesh_exchanges_between_the_hosts_that_it_spans():
     assert changed["mesh.fsdp=8, mesh.expert=1, model.moe.exchange_hosts=1"].model.moe.exchange_hosts == 1
 
 
-def test_a_second_model_is_not_left_out_of_a_plan():
+def test_a_plan_with_a_teacher_is_refused():
     config = dataclasses.replace(tiny_config(), distill=DistillConfig("/teacher", 0.5))
     where = Topology("h100:1x1", 1, GPUS["h100"], tuple(jax.devices()[:1]))
     with pytest.raises(ConfigError, match=r"distill\.teacher='/teacher': must be empty in a plan"):
@@ -129,7 +129,7 @@ def test_a_second_model_is_not_left_out_of_a_plan():
 
 
 def test_guesses_lie_near_the_counted_steps_of_kept_plans():
-    """Between a third and three and a half times, on every kind of chip: a search begins with the best guesses."""
+    """Between 0.3 and 3.6 times the counted step on every kind of chip; a search begins with the best guesses."""
     ratios = {}
     for kept in kept_plans.read(ROOT / "configs" / "plans.json"):
         if "model.low_precision" in kept["flags"]:
@@ -209,8 +209,8 @@ def test_search_ranks_caches_and_shares_work(tmp_path, monkeypatch):
 
 
 def _truth(found, seed):
-    """Steps and memory as a compiler might state them: the guess times a factor of each policy, mode and axis, and
-    something that no feature explains."""
+    """Step times and memory as a compiler might report them: the guess times a factor of each policy, mode and axis,
+    and noise that no feature explains."""
     generator = np.random.default_rng(seed)
     factors = collections.defaultdict(lambda: math.exp(0.25 * generator.normal()))
     slopes = 0.08 * generator.normal(size=5)
@@ -238,7 +238,7 @@ def of_mixtral():
 
 
 def test_twelve_programs_find_a_plan_within_three_percent_of_the_best(of_mixtral, tmp_path):
-    """Searches of 1,176 candidates, some of which do not fit, in eight worlds with factors that the guess does not
+    """Searches over 1,176 candidates, some of which do not fit, in eight simulations whose factors the guess does not
     know."""
     found, capacity = of_mixtral, CHIPS["v5p"].memory
     assert len(found) > 1000
@@ -267,9 +267,9 @@ def test_a_mode_that_a_fixed_capacity_rules_out_is_left_out():
     assert any("capacity.fixed=8: needs a dispatch with a capacity" in reason for reason in pruned)
 
 
-def test_a_program_that_does_not_fit_says_what_others_need():
-    """Rows of 3 GiB each on top of 20, of 95, where more rows save 0.2 % each: 24 rows should just fit. They need a
-    fifth more than that: then 20 rows do not fit either, and 16 do."""
+def test_a_program_that_does_not_fit_corrects_the_predicted_memory_of_others():
+    """Of 95 GiB, 20 are fixed and each row is predicted to take 3; more rows save 0.2 % of time each. 24 rows should
+    just fit, but need a fifth more than predicted: then 20 rows do not fit either, and 16 do."""
 
     def candidate(remat, rows):
         config = dataclasses.replace(tiny_config(remat=remat), mesh=MeshConfig(1, 8, 1, 1))
@@ -279,7 +279,7 @@ def test_a_program_that_does_not_fit_says_what_others_need():
     rows = (("full", 24), ("full", 20), ("full", 16), ("dots", 4), ("full", 26))
     guide = Guide([candidate(*each) for each in rows], 95 * GiB)
     assert guide.order() == [2, 1, 3, 0, 4]
-    # Less than was predicted at the least, which may be much less than it needs, teaches nothing.
+    # A lower bound below the prediction, which may be far below the actual need, teaches nothing.
     guide.learn(4, {"error": "does not fit", "memory_least": 96 * GiB})
     assert guide.order() == [2, 1, 3, 0]
     guide.learn(0, {"error": "does not fit", "memory_least": 110 * GiB})

@@ -1,4 +1,4 @@
-"""The page in a headless browser: experts, weights, drops and losses are Python's; text, keys and refusals."""
+"""The page in a headless browser: experts, weights, drops and losses equal Python's; text, keys and refusals."""
 
 import dataclasses
 import json
@@ -41,7 +41,7 @@ TOKENS = 24  # of every row that is compared
 
 
 def pack(model, **header):
-    """A page's weights of a model with random parameters, and its vocabulary of six pieces."""
+    """Pack a model with random parameters, and a vocabulary of six pieces, as the weights of a page."""
     graphdef, variables = random_parameters(model)
     built = nnx.merge(graphdef, variables)
     parts = [nnx.to_pure_dict(nnx.state(built, kind)) for kind in (nnx.Param, SelectionBias)]
@@ -91,7 +91,7 @@ def _assignments(experts, amounts, chosen, kept):
 
 
 def in_browser(text, tmp_path, rows, settings):
-    """The same of the page, for each setting: rule, k, capacity, and the experts that are off in all layers."""
+    """The page's results for each setting: rule, k, capacity, and the experts that are off in all layers."""
     script = f"""return {json.dumps(settings)}.map(({{ rule, k, capacity, off }}) => {json.dumps(rows.tolist())}.map(
         ids => model.forward(ids, {{ rule: data.rules[rule], k, capacity,
             off: Object.fromEntries(SPARSE.map(layer => [layer, new Set(off)])) }})))"""
@@ -163,7 +163,7 @@ def _without_routers(tree):
     }
 
 
-def test_the_committed_losses_hardly_suffer_from_int8():
+def test_int8_hardly_changes_the_committed_losses():
     packed = weights.read(COMMITTED)
     losses = packed.header["losses"]
     assert abs(losses["int8"]["all"] - losses["float32"]["all"]) < 0.01
@@ -182,7 +182,7 @@ def test_the_committed_losses_hardly_suffer_from_int8():
     ],
     ids=lambda overrides: overrides["gate"],
 )
-def test_other_models_of_a_run(tmp_path, rng, overrides):
+def test_pages_of_other_models_compute_what_python_does(tmp_path, rng, overrides):
     packed = pack(tiny_model(dispatch="dropless", num_layers=3, **overrides))
     rows = rng.integers(0, 48, (2, 11)).astype(np.int32)
     settings = {"rule": 0, "k": packed.model.moe.experts_per_token, "capacity": 0, "off": []}
@@ -190,7 +190,7 @@ def test_other_models_of_a_run(tmp_path, rng, overrides):
     compare(found[0], in_python(packed.model, *weights.unpack(packed), rows), range(4))
 
 
-def test_rounding_and_back(tmp_path):
+def test_int8_rounding_and_the_round_trip_by_hand(tmp_path):
     """Rows (127, -63.6) and (0, 0): scales 1 and about 0, integers (127, -64) and (0, 0)."""
     model = tiny_model(dispatch="dropless")
     packed = pack(model)
@@ -243,7 +243,7 @@ def _array(name, edit):
         (_array("final_norm", lambda array: array[0]), r"final_norm must be finite float32 of shape \[1, 16\]"),
     ],
 )
-def test_files_of_something_else_are_refused(tmp_path, edit, says):
+def test_malformed_files_are_refused(tmp_path, edit, says):
     packed = pack(tiny_model(dispatch="dropless"))
     packed = weights.Packed(json.loads(json.dumps(packed.header)), dict(packed.arrays))
     edit(packed)
@@ -266,13 +266,13 @@ def tokenizer():
 
 @pytest.mark.slow
 @needs_browser
-def test_tokens_are_those_of_sentencepiece(tmp_path, tokenizer):
+def test_tokens_equal_those_of_sentencepiece(tmp_path, tokenizer):
     text = page.render(pack(tiny_model(dispatch="dropless", vocab_size=420), vocabulary=vocabulary(tokenizer)))
     found = run(text, tmp_path, f"return {json.dumps(ODD)}.map(text => tokenizer.encode(text))")
     assert found == [tokenizer.encode(odd).tolist() for odd in ODD]
 
 
-def test_other_tokenizers_are_refused(tokenizer):
+def test_unsupported_tokenizers_are_refused(tokenizer):
     from sentencepiece import sentencepiece_model_pb2 as schema
 
     assert vocabulary(tokenizer)["kinds"][:5] == "cccc" + "u"
@@ -292,7 +292,7 @@ def test_other_tokenizers_are_refused(tokenizer):
 # --- Controls ---
 @pytest.mark.slow
 @needs_browser
-def test_controls_keys_and_messages(tmp_path):
+def test_controls_keys_and_messages_of_the_page(tmp_path):
     text = page.render(pack(tiny_model(dispatch="dropless")))
     found = run(
         text,
@@ -378,11 +378,11 @@ def test_controls_keys_and_messages(tmp_path):
 
 
 # --- Titles and sizes ---
-def test_half_characters_of_a_title_are_spelled_out():
+def test_surrogates_in_a_title_are_escaped():
     assert "<title>\\ud800" in page.render(pack(tiny_model(dispatch="dropless"), title="\ud800"))
 
 
-def test_a_page_of_too_many_parameters_is_refused(monkeypatch):
+def test_a_page_with_too_many_parameters_is_refused(monkeypatch):
     monkeypatch.setattr(page, "LARGEST", 10_000)
     with pytest.raises(ConfigError, match=r"the page would have 0\.\d MB; at most 0 MB are allowed"):
         page.render(pack(tiny_model(dispatch="dropless")))

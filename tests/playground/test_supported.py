@@ -1,4 +1,4 @@
-"""Models that the page does not compute are refused, and no setting of a model is forgotten."""
+"""Models that the page cannot compute are refused, and every setting of a model is considered."""
 
 import dataclasses
 
@@ -25,14 +25,14 @@ from tests.helpers import tiny_model
         ({"activation": "geglu_exact"}, r"model.activation='geglu_exact': the page supports only swiglu, "),
     ],
 )  # fmt: skip
-def test_models_beyond_the_page_are_refused(overrides, message):
+def test_models_that_the_page_cannot_compute_are_refused(overrides, message):
     overrides = {"accept_future_leak": True} | overrides if overrides.get("gate") == "expert_choice" else overrides
     with pytest.raises(ConfigError, match=message):
         supported.check(tiny_model(**overrides))
 
 
 def test_a_rule_that_the_page_does_not_know_is_refused():
-    """A subclass may choose others: that of its parent would be shown as trained."""
+    """A subclass may choose other experts, but the page would show its parent's rule as the trained one."""
 
     class Reverse(TopK):
         def route(self, router_logits, inputs):
