@@ -21,7 +21,7 @@ from tests.bad_input_helpers import (
 
 
 def _fifo_within(folder: Path) -> None:
-    """A FIFO in the place of a checkpoint's first metadata."""
+    """Replace a checkpoint's first metadata file by a FIFO."""
     path = min((folder / "run" / "checkpoints").rglob("_METADATA"))
     path.unlink()
     os.mkfifo(path)
@@ -396,7 +396,7 @@ CASES = [
     ),
 ]
 
-#: Those found out late: when the first file is written, after everything was compiled, or after retries.
+#: Cases that are refused late: at the first written file, after compilation, or after retries.
 SLOW_CASES = [
     main("--workdir=/proc/run", says="--workdir"),
     value("data.dataset", "gs://nowhere/text", "gs://nowhere/text"),  # without a network gcsfs retries for 45 s

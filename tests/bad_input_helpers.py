@@ -1,4 +1,4 @@
-"""A command with a wrong input, and the functions that write such a case or break its files."""
+"""Commands with a wrong input, and functions that write such cases or damage their files."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ TINY = (
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A command and the words of its error. In arguments, `{new}` is an empty folder, `{data}` prepared text,
-    `{run}` an imported model and `{open}` an open checkpoint.
+    """A command, and words that its error message contains. In arguments, `{new}` is an empty folder, `{data}` prepared
+    text, `{run}` an imported model and `{open}` an open checkpoint.
 
-    `break_it` changes copies of the last two, or puts something in the first.
+    `break_it` damages a copy of `{run}` or `{open}`, or puts something into `{new}`.
     """
 
     script: str
@@ -38,10 +38,10 @@ class Case:
 
 
 def main(*arguments: str, says: str | tuple[str, ...], break_it: Callable[[Path], None] | None = None) -> Case:
-    """A case of main.py: these arguments, and the others of TINY."""
+    """A case of main.py: these arguments, and those of TINY that they do not override."""
     given = {argument.partition("=")[0] for argument in arguments}
     tiny = [argument for argument in TINY if argument.partition("=")[0] not in given]
-    ordered = sorted([*tiny, *arguments], key=lambda argument: not argument.startswith("--config="))  # it comes first
+    ordered = sorted([*tiny, *arguments], key=lambda argument: not argument.startswith("--config="))  # first
     return Case("main.py", tuple(ordered), (says,) if isinstance(says, str) else says, break_it)
 
 
@@ -52,7 +52,7 @@ def script(
 
 
 def fifo(name: str) -> Callable[[Path], None]:
-    """Put a FIFO in the case's folder, from which nothing ever comes."""
+    """Create a FIFO without a writer in the case's folder: reading it blocks for ever."""
     return lambda folder: os.mkfifo(folder / name)
 
 
@@ -76,7 +76,7 @@ def remove(name: str) -> Callable[[Path], None]:
 
 
 def change(name: str, **fields) -> Callable[[Path], None]:
-    """Change fields of a JSON file; a value of None takes the field out."""
+    """Change fields of a JSON file; a value of None removes the field."""
 
     def edit(folder: Path) -> None:
         tree = json.loads((folder / name).read_text()) | fields
@@ -112,5 +112,5 @@ def turn_tensor(folder: Path) -> None:
 
 
 def value(field: str, text: str, allowed: str) -> Case:
-    """A value that main.py refuses, naming the field and what is allowed."""
+    """A case of main.py that refuses a field's value and names the field and what is allowed."""
     return main(f"--config.{field}={text}", says=(field, allowed))

@@ -24,7 +24,7 @@ needs_browser = pytest.mark.skipif(BROWSER is None, reason="needs Chromium: apt-
 
 
 def run(page: str, tmp_path, script: str, *flags: str, width: int = 1400):
-    """Opens a page, runs a script in it and gives the object that the script returns; its errors as text."""
+    """Open a page, run a script in it and return the object that the script returns, or its exception as text."""
     assert BROWSER is not None
     probe = (
         "<script>let answer; try { answer = (() => {" + script + "})(); } catch (error) { answer = String(error); }"

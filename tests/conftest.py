@@ -2,22 +2,23 @@
 
 import os
 
-# Before jax is imported: both are read once.
+# Set before jax is imported, which reads both variables once.
 os.environ["JAX_PLATFORMS"] = "cpu"
 _FLAGS = (
     "--xla_force_host_platform_device_count=8",
-    # Tests compile much and run little: LLVM's optimisations would take half of their time. XLA's own passes, the
-    # partitioner among them, are not touched by it.
+    # Tests compile much and run little: LLVM's optimisations would take half of their time. XLA's own passes,
+    # including the partitioner, are unaffected.
     "--xla_backend_optimization_level=0",
     "--xla_llvm_disable_expensive_passes=true",
     "--xla_cpu_parallel_codegen_split_count=1",
-    # A device waits 40 s for the others and then aborts the process; eight on two busy cores may need longer.
+    # By default a device aborts the process after waiting 40 s for the others; eight devices on two busy cores may
+    # need longer.
     "--xla_cpu_collective_call_warn_stuck_timeout_seconds=60",
     "--xla_cpu_collective_call_terminate_timeout_seconds=1200",
 )
 os.environ["XLA_FLAGS"] = " ".join([*os.environ.get("XLA_FLAGS", "").split(), *_FLAGS])
 if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.pop("LD_PRELOAD", None)  # this process has jemalloc; programs that tests start choose for themselves
+    os.environ.pop("LD_PRELOAD", None)  # programs started by tests choose their own allocator
 
 import functools  # noqa: E402
 import gc  # noqa: E402
@@ -44,20 +45,21 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_xdist_setupnodes() -> None:
-    """Give workers jemalloc, if it is installed: XLA's compiler allocates much, and tests take 7 % less time."""
+    """Preload jemalloc in the workers, if it is installed: XLA's compiler allocates much, and tests take 7 % less
+    time."""
     jemalloc = {"LD_PRELOAD": "libjemalloc.so.2"}
     if "LD_PRELOAD" not in os.environ and process._starts(jemalloc):
         os.environ.update(jemalloc)
 
 
 def pytest_collection_finish() -> None:
-    """Leave modules and collected tests out of every later garbage collection, which would visit them in vain."""
+    """Exempt modules and collected tests from later garbage collections, which would traverse them in vain."""
     gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
 def eight_devices() -> list[jax.Device]:
-    """The fake devices; fails loudly if jax was imported before this file could ask for them."""
+    """The eight fake devices; fails if jax was imported before this file requested them."""
     devices = jax.devices("cpu")
     assert len(devices) == 8
     return devices
@@ -65,7 +67,7 @@ def eight_devices() -> list[jax.Device]:
 
 @pytest.fixture(scope="session", autouse=True)
 def no_kept_programs():
-    """Programs started by tests keep no compiled programs in the user's cache; read by JAX at its import."""
+    """Disable the user's compilation cache for programs that tests start, by a variable that JAX reads at import."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_ENABLE_COMPILATION_CACHE", "0")
         yield
@@ -73,7 +75,8 @@ def no_kept_programs():
 
 @pytest.fixture(scope="session", autouse=True)
 def small_matmul():
-    """Every run measures the machine's matmul rate, two seconds on a fake device: here with a small matrix."""
+    """Use a small matrix to measure the machine's matmul rate, which would take every run two seconds on a fake
+    device."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(profiling, "measured_matmul_rate", functools.partial(profiling.measured_matmul_rate, size=64))
         yield

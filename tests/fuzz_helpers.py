@@ -29,12 +29,12 @@ def set_field(tree: dict[str, Any], name: str, value: Any) -> dict[str, Any]:
     """A copy of a config's dict with another value of a field, given by its dotted name."""
     section, _, rest = name.partition(".")
     inner = tree.get(section, {})
-    inner = {"name": inner} if isinstance(inner, str) else inner  # of a gate
+    inner = {"name": inner} if isinstance(inner, str) else inner  # a gate given by its name
     return tree | {section: set_field(inner, rest, value) if rest else value}
 
 
 def shared_build(config: Config, mesh: Any, teacher: Any = None) -> Program:
-    """Build a program, or return the one of an equal config but for what no program depends on."""
+    """Build a program, or reuse that of a config that differs only in fields on which no program depends."""
     if teacher is not None:
         return build(config, mesh, teacher)
     own = TrainConfig(config.train.num_steps, config.train.batch_size, config.train.accumulation_steps)
@@ -54,7 +54,7 @@ def listing(folder: Path) -> set[str]:
 
 
 def is_one_sentence(error: ConfigError, left: set[str] | None = None) -> None:
-    """Assert that a refusal is a line of bounded length, and that nothing is left."""
+    """Assert that a refusal is one line of bounded length and that it leaves no files behind."""
     message = str(error)
     assert not left, message
     assert 0 < len(message) < 2100, message

@@ -41,7 +41,7 @@ def fields(cls: Any = Config, path: str = "") -> Iterator[tuple[str, Any, Any]]:
 
 
 def edges(hint: Any) -> tuple[Any, ...]:
-    """Edge values of a type, wrong types among them."""
+    """Edge values of a type, including values of wrong types."""
     if typing.get_origin(hint) is typing.Literal:
         return (*typing.get_args(hint), "", "x", None, 3, [])
     if typing.get_origin(hint) is tuple:
@@ -50,7 +50,7 @@ def edges(hint: Any) -> tuple[Any, ...]:
 
 
 def edge_cases() -> list[tuple[str, Any]]:
-    """(field, value) of every field and edge, but for values that random combinations train anyway."""
+    """(field, value) of every field and edge value, except values that random combinations train anyway."""
     return [
         (name, value)
         for name, hint, _ in fields()
@@ -60,7 +60,7 @@ def edge_cases() -> list[tuple[str, Any]]:
     ]
 
 
-#: Values of fields of gates, those of them that a gate has.
+#: Values of gates' fields; each gate gets those that it has.
 GATE_FIELDS: dict[str, tuple[Any, ...]] = {
     "k": (1, 2, 4),
     "bias": ("none", "sign", "quantile"),
@@ -73,7 +73,7 @@ GATE_FIELDS: dict[str, tuple[Any, ...]] = {
     "slots": (1, 2),
 }
 
-#: Values of fields that combine into runs of a few kilobytes; others of these fields are edges.
+#: Values of fields that combine into runs of a few kilobytes; the fields' other values are edge cases.
 PLAUSIBLE: dict[str, tuple[Any, ...]] = {
     "model.moe.gate": ("none", *LAYERS),
     "model.moe.num_experts": (1, 2, 4, 6, 8),

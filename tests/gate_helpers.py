@@ -5,7 +5,7 @@ import numpy as np
 
 from moe.routing import balancing
 
-# Compiled whole, it takes a fifth of the time of one small program per operation.
+# Jitted as one program, it takes a fifth of the time of one small program per operation.
 load_balancing_loss = jax.jit(balancing.load_balancing_loss, static_argnames=("counts", "parts"))
 
 # Two tokens with probabilities (6, 3, 1, 2)/12 and (1, 2, 9, 4)/16.

@@ -35,7 +35,7 @@ _MOE_FIELDS = {field.name for field in dataclasses.fields(MoEConfig)} - {"d_ff"}
 #: A case of a parametrised test that runs with the slow tests.
 slow_case = functools.partial(pytest.param, marks=pytest.mark.slow)
 
-#: The gates that this oracle (moe/conformance/reference.py) knows.
+#: The gates that the oracle (moe/conformance/reference.py) implements.
 FOUR = ("dense_mixture", "gshard", "mixtral", "switch")
 
 
@@ -51,9 +51,9 @@ def set_moe(tree: ml_collections.ConfigDict, **fields: Any) -> None:
 
 
 def tiny_model(**overrides: Any) -> ModelConfig:
-    """A resolved model whose dims all differ, so that no axis can be taken for another.
+    """A resolved model whose dims all differ, so that no axis can be mistaken for another.
 
-    Fields of the MoE section go by their names in the flat form, but for the experts' hidden dim: ``moe_d_ff``.
+    Fields of the MoE section have their names in the flat form, except the experts' hidden dim: ``moe_d_ff``.
     """
     moe = {"num_experts": 4, "d_ff": overrides.pop("moe_d_ff", 20)}
     moe |= {name: overrides.pop(name) for name in tuple(overrides) if name in _MOE_FIELDS}
@@ -70,7 +70,8 @@ def tiny_model(**overrides: Any) -> ModelConfig:
 
 
 def tiny_encoder_decoder(**overrides: Any) -> ModelConfig:
-    """:func:`tiny_model` with T5's blocks: three encoder layers, two decoder layers, the second of each Switch's."""
+    """:func:`tiny_model` with T5's blocks: three encoder and two decoder layers, every second one of a stack
+    Switch's."""
     layers = {"encoder_layers": 3, "num_layers": 2, "gate": "switch", "every": 2, "activation": "relu", "jitter": 0.0}
     blocks = {"relative_buckets": 8, "relative_max_distance": 9, "norm_eps": 1e-6}
     return tiny_model(**{**layers, **blocks, "scale_logits": True, "tie_embeddings": True, **overrides})
@@ -79,7 +80,7 @@ def tiny_encoder_decoder(**overrides: Any) -> ModelConfig:
 def random_parameters(config: ModelConfig) -> tuple[Any, Any]:
     """(graphdef, variables as a nested dict) of a model, drawn by NumPy: compiling its own init takes seconds.
 
-    Matrices have deviation 1/4, as of a fan-in of 16; norm scales are around 1, so that none can be left out unseen.
+    Matrices have standard deviation 1/4, as for a fan-in of 16; norm scales vary around 1, so that omitting one shows.
     """
     graphdef, state = nnx.split(abstract_model(config))
     generator = np.random.default_rng(0)
@@ -92,7 +93,8 @@ def random_parameters(config: ModelConfig) -> tuple[Any, Any]:
 
 
 def random_state(program: Program) -> TrainState:
-    """A program's state at step 0 with parameters drawn by NumPy and zeros elsewhere, instead of compiling its own."""
+    """A program's state at step 0, parameters drawn by NumPy and all else zeros, without compiling the program's
+    init."""
     generator = np.random.default_rng(0)
 
     def draw(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
@@ -116,7 +118,7 @@ def random_model(config: ModelConfig) -> Model:
 
 
 def gate_named(name: str, k: int | None = None, **fields: Any) -> Gate:
-    """The gate of a paper's layer, with K and other fields instead; without DeepSeek-V3's groups."""
+    """The gate of a paper's layer with K and other fields replaced; DeepSeek-V3's groups are off unless given."""
     gate = LAYERS[name].gate
     own = {field.name for field in dataclasses.fields(gate)}
     if "groups" in own and fields.get("groups", 1) == 1:
@@ -134,9 +136,9 @@ def _route(gate, logits, mask, arrays, replay, fixed):
 
 
 def routed(gate: str, logits: Any, k: int | None = None, mask: Any = None, replay: Any = None, **given: Any) -> Routing:
-    """route() on logits [G,S,E], all tokens real unless said otherwise, K the gate's unless said otherwise.
+    """route() on logits [G,S,E]; by default all tokens are real and K is the gate's.
 
-    ``given``: fields of the gate, inputs of the call. Jitted: written out, a gate is thirty programs to compile.
+    ``given``: fields of the gate, and inputs of the call. Jitted: run eagerly, a gate compiles thirty programs.
     """
     logits = jnp.asarray(logits, jnp.float32)
     mask = np.ones(logits.shape[:2], bool) if mask is None else np.asarray(mask)
@@ -167,7 +169,7 @@ _KINDS = "all-to-all|all-gather|all-reduce|reduce-scatter|collective-permute|col
 
 
 def collectives(hlo: str, num_devices: int) -> list[Collective]:
-    """The collectives in the text of a compiled program; each counts once however often its loop runs."""
+    """The collectives in the text of a compiled program; one inside a loop counts once."""
     found = []
     for line in hlo.splitlines():
         match = re.search(rf"= (.*?) ({_KINDS})(?:-start)?\(", line)
@@ -182,7 +184,7 @@ def collectives(hlo: str, num_devices: int) -> list[Collective]:
 
 
 def _groups(line: str, num_devices: int) -> frozenset[frozenset[int]]:
-    """XLA's three spellings: a mesh and its axes, a transposed iota, a list."""
+    """Groups of devices in any of XLA's three notations: a mesh and its axes, a transposed iota, a list."""
     mesh = re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", line)
     iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line)
     explicit = re.search(r"replica_groups=\{((?:\{[\d,]*\},?)*)\}", line)
@@ -206,7 +208,7 @@ def _groups(line: str, num_devices: int) -> frozenset[frozenset[int]]:
 
 
 def axis_groups(mesh: jax.sharding.Mesh, *axes: str) -> frozenset[frozenset[int]]:
-    """The groups of devices that differ along these axes alone, as positions in the mesh."""
+    """The groups of devices that differ only along these axes, as positions in the mesh."""
     positions = [mesh.axis_names.index(axis) for axis in axes]
     ids = np.moveaxis(np.arange(mesh.size).reshape(mesh.devices.shape), positions, range(-len(axes), 0))
     rows = ids.reshape(-1, int(np.prod([mesh.shape[axis] for axis in axes])))
@@ -215,7 +217,7 @@ def axis_groups(mesh: jax.sharding.Mesh, *axes: str) -> frozenset[frozenset[int]
 
 @contextlib.contextmanager
 def mounted(path: Path, *options: str):
-    """A disk of its own, where this process may have one; else the test is skipped."""
+    """Mount a separate file system, or skip the test if this process may not mount one."""
     path.mkdir()
     result = subprocess.run(["mount", *options, str(path)], capture_output=True, check=False)
     if result.returncode:
@@ -227,6 +229,6 @@ def mounted(path: Path, *options: str):
 
 
 def rounded(array: Any, axis: int, precision: str) -> np.ndarray:
-    """Numbers as quantised along an axis, and scaled again."""
+    """Quantise numbers along an axis and dequantise them."""
     values, scales = quantized.quantize(jnp.asarray(array), axis, precision)
     return np.asarray(values.astype(jnp.float32)) * np.asarray(scales)

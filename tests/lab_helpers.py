@@ -42,7 +42,7 @@ def record(variant, seed, loss, steps=20, rate=3e-3, status=FINISHED, **fields):
 
 
 def keyed(suite, runs):
-    """Records as the suite's own runs would write them, parents at the base config's rate."""
+    """Records as the suite's own runs would write them, with parents at the base config's learning rate."""
     found, keyed_runs = Plan(suite, []), []
     for run in runs:
         parents = {role: found.run(key) for role, key in found.parents(run.key).items()}
@@ -93,6 +93,6 @@ def tiny_suite(base, **fields):
 
 
 def write_page(directory, suite, runs, claims=()):
-    """A report of records without their hashes, in the folder itself."""
+    """Write the report of records that still lack their hashes directly into a folder."""
     registered = registration.Registered(tuple(claims))
     page.write(directory, {suite.name: table(suite, runs)}, suite, registered, "COMMAND")

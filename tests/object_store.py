@@ -1,7 +1,7 @@
-"""A Google Cloud Storage on loopback: gcp-storage-emulator with the two things that TensorStore needs besides it.
+"""Google Cloud Storage on loopback: gcp-storage-emulator with two features added that TensorStore needs.
 
-Objects appear whole, nothing is appended or renamed, and a write may depend on an object's generation, as in the real
-one.
+Objects appear whole, cannot be appended to or renamed, and a write may depend on an object's generation, as in the real
+service.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ objects_download, objects_insert = objects.download, objects.insert
 
 @contextlib.contextmanager
 def object_store(refuses: Callable[[str], bool] = lambda name: False) -> Iterator[dict[str, str]]:
-    """Run the store in a thread; gives the environment in which a program's gs:// is this store.
+    """Run the store in a thread; yield the environment variables that direct a program's gs:// paths to it.
 
     Args:
-        refuses: whether an object's bytes are, at this moment, neither read nor written, but answered with 503.
+        refuses: whether a read or write of the named object is answered with 503 at this moment.
     """
 
     def with_refusals(handler):
@@ -76,7 +76,7 @@ def object_store(refuses: Callable[[str], bool] = lambda name: False) -> Iterato
                 "TENSORSTORE_GCS_HTTP_URL": url,
                 "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",
                 "GOOGLE_CLOUD_PROJECT": "none",
-                # Else gcsfs asks Google, with credentials, which kind of bucket it is.
+                # Otherwise gcsfs asks Google, with credentials, for the kind of bucket.
                 "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
                 "NO_GCE_CHECK": "true",
             }

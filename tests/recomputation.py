@@ -1,6 +1,6 @@
-"""The arithmetic of a suite's report a second time, from the table of its records with pandas and SciPy.
+"""Independent recomputation of a suite's report from the table of its records, with pandas and SciPy.
 
-Nothing of :mod:`moe.lab` is used, and other methods where there are any: power by integration over the chi-square
+It uses nothing of :mod:`moe.lab`, and other methods where there are any: power by integration over the chi-square
 distribution instead of the noncentral t, multinomial row weights in the bootstrap, normal equations for the law.
 """
 
@@ -49,7 +49,7 @@ FIELDS = ("step", "quantity", "domain", "layer", "value")
 
 
 class Runs:
-    """All runs of a suite as a long table, and those that comparisons are about."""
+    """All runs of a suite as a long table, and the subset that comparisons use."""
 
     def __init__(self, table, losses=None):
         self.all, self._losses = table, losses or {}
@@ -67,7 +67,7 @@ class Runs:
         return [s for s in steps if set.intersection(*(set(self.seeds(arm, s)) for arm in arms))]
 
     def fullest(self, arm):
-        """Horizon with the most seeds, the longest of several."""
+        """Horizon with the most seeds; the longest if several tie."""
         return max(self.data.steps.unique(), key=lambda steps: (len(self.seeds(arm, steps)), steps))
 
     def rows(self, arm, steps, quantity, domain=""):
@@ -79,7 +79,7 @@ class Runs:
         return rows.pivot_table("value", "seed", rows.layer.astype(str), aggfunc="last")
 
     def last(self, arm, steps, quantity, domain="", layers="", first=False, until=None):
-        """Seed → value at the last (or first) step, of those up to a step, mean over layers."""
+        """Seed → value at the last (or first) step, optionally up to a given step, averaged over layers."""
         rows = self.rows(arm, steps, quantity, domain).sort_values("step")
         rows = rows if until is None else rows[rows.step <= until]
         if layers:
@@ -110,7 +110,7 @@ class Runs:
         return total.dropna()
 
     def rates(self, arm, rate, steps, seeds):
-        """Mean loss of the runs of the sweep."""
+        """Mean loss of an arm's sweep runs at one learning rate."""
         runs = self.all
         chosen = (runs.variant == arm) & np.isclose(runs.learning_rate, rate) & (runs.steps == steps)
         chosen &= runs.seed.isin(seeds) & (runs.quantity == "loss") & (runs.domain == "primary") & (runs.step == steps)
@@ -134,12 +134,13 @@ def interval(values):
 
 
 def share(values, wholes):
-    """(ratio of the means, ends of its interval: where the t statistic of values - r·wholes crosses the quantile)."""
+    """(ratio of the means, its interval, whose ends are where the t statistic of values - r·wholes crosses the
+    quantile)."""
     values, wholes = np.asarray(values), np.asarray(wholes)
     ratio, critical = values.mean() / wholes.mean(), scipy.stats.t.ppf(0.975, len(values) - 1)
     if abs(scipy.stats.ttest_1samp(wholes, 0).statistic) <= critical:
         return ratio, None
-    if np.allclose(values, ratio * wholes, rtol=1e-9):  # of the whole itself
+    if np.allclose(values, ratio * wholes, rtol=1e-9):  # a constant share
         return ratio, [ratio, ratio]
 
     def excess(r):
@@ -157,7 +158,7 @@ def power(effect, n):
 
 @functools.cache
 def detectable(n):
-    """Effect in standard deviations that n values find with 80 % power; one value finds none."""
+    """Effect in standard deviations that n values detect with 80 % power; infinite for one value."""
     return np.inf if n < 2 else scipy.optimize.brentq(lambda effect: power(effect, n) - 0.8, 1e-6, 50.0)
 
 
@@ -186,7 +187,8 @@ def pooled(losses, base):
 
 
 def bootstrap(runs, arm, base, steps, primary, draws=2_000):
-    """95 % percentile interval over rows of each primary domain and seeds (fewer than three seeds: rows alone)."""
+    """95 % percentile interval over rows of each primary domain and over seeds (with fewer than three seeds: rows
+    only)."""
     rng, differences = np.random.default_rng(7), []
     seeds = sorted(set(runs.seeds(arm, steps)) & set(runs.seeds(base, steps)))
     domains = np.empty(0)
@@ -204,7 +206,7 @@ def bootstrap(runs, arm, base, steps, primary, draws=2_000):
 
 
 def share_of_steps(runs, arm, base, steps):
-    """Share of the steps after which the arm has the baseline's last loss, per seed; [] without a curve."""
+    """Share of the steps after which the arm reaches the baseline's last loss, per seed; [] without a curve."""
     shares = []
     curves = runs.rows(arm, steps, "loss", "primary").sort_values("step")
     for seed, target in runs.loss(base, steps).items():
@@ -225,7 +227,7 @@ def share_of_steps(runs, arm, base, steps):
 
 
 def median_interval(values):
-    """(median, low, high, coverage) from order statistics: the narrowest with 95 %, or the whole range."""
+    """(median, low, high, coverage) from order statistics: the narrowest interval with 95 %, or the whole range."""
     values, n, k = np.sort(values), len(values), 1
     while k < n // 2 and 1 - 2 * scipy.stats.binom.cdf(k, n, 0.5) >= 0.95:
         k += 1
@@ -233,7 +235,8 @@ def median_interval(values):
 
 
 def zero(tokens, values):
-    """First token count at which values fall through zero, between logarithms; infinite if they never do."""
+    """First token count at which values fall to zero, interpolated in the logarithm of tokens; infinite if they never
+    do."""
     if values[0] <= 0:
         return 0.0
     for (t, v), (after, w) in itertools.pairwise(zip(np.log(tokens), values, strict=True)):

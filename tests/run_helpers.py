@@ -32,7 +32,7 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def compilation_cache(tmp_path_factory):
-    """A compilation cache on disk: most runs of a file are the same program."""
+    """A compilation cache on disk: most runs of a test file share one program."""
     jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("programs")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     yield
@@ -62,7 +62,7 @@ def tiny(directory, tree=None, **overrides):
         "data.shuffle_window": 4,
         "data.heldout_rows": 8,
         "optimizer.warmup_steps": 2,
-        "train.batch_size": 8,  # few rows an expert: few sizes of chunk to compile
+        "train.batch_size": 8,  # few rows per expert: few chunk sizes to compile
         "train.num_steps": 6,
         "train.log_every": 2,
         "train.eval_every": 3,
@@ -74,7 +74,7 @@ def tiny(directory, tree=None, **overrides):
 
 
 def compile_once(build=build):
-    """A make_program that builds at its first call, for runs whose settings are no part of the program."""
+    """A make_program that builds once and then reuses the program, for runs whose settings do not affect it."""
     made = []
 
     def make(config, mesh, teacher=None):
@@ -85,12 +85,12 @@ def compile_once(build=build):
     return make
 
 
-#: One program for the whole process.
+#: One make_program, hence one program, for the whole process.
 compiled_programs = functools.cache(compile_once)
 
 
 def write_run(folder, config, parameters):
-    """A workdir with a config and parameters alone."""
+    """Write a workdir that holds only a config and parameters."""
     folder = epath.Path(folder)
     folder.mkdir(exist_ok=True)
     write_parameters(folder, streamed(parameters))
@@ -133,7 +133,7 @@ def at_step(wanted, act):
 
 @contextlib.contextmanager
 def interrupted(step):
-    """Within it, the batch of a step is never read; 0: every batch is."""
+    """Interrupt runs in its body before the batch of a step is read; 0: no interruption."""
     with pytest.MonkeyPatch.context() as patch:
         if step:
             patch.setattr(training, "next_batch", at_step(step, raise_interrupted))

@@ -9,5 +9,5 @@ _check = beartype(conf=BeartypeConf(is_pep484_tower=True))
 
 
 def check(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Check calls of a function. Constructors are left alone: jax.tree.map rebuilds dataclasses with placeholders."""
+    """Check calls of a function. Constructors are not checked: jax.tree.map rebuilds dataclasses with placeholders."""
     return function if function.__name__ == "__init__" else _check(function)

@@ -37,17 +37,17 @@ def test_importing_the_package_does_not_import_jax():
 
 
 @pytest.mark.parametrize("name", moe.__all__)
-def test_every_public_name_is_there(name):
+def test_every_public_name_can_be_accessed(name):
     assert getattr(moe, name).__name__ == name
 
 
-def test_an_unknown_name_is_refused_with_those_there_are():
+def test_an_unknown_name_is_refused_with_the_public_names():
     with pytest.raises(AttributeError, match="MoELayer"):
         _ = moe.MixtureLayer
 
 
 @pytest.mark.parametrize("gate", [slow_case("mixtral"), "switch", "soft_moe", "expert_choice"])
-def test_the_layer_alone(gate):
+def test_the_layer_outside_a_model(gate):
     y, report, routing = jax.jit(_layer(gate=gate).__call__)(_x(2, 6))
     assert y.shape == (2, 6, 8)
     assert bool(jnp.any(y != 0))
@@ -55,7 +55,7 @@ def test_the_layer_alone(gate):
     assert routing.expert_index.shape[:2] == (2, 6)
 
 
-def test_soft_moe_is_a_layer_of_its_own():
+def test_soft_moe_has_a_separate_layer_class():
     assert isinstance(_layer(gate="soft_moe"), SoftMoE)
     assert SoftMoE(**SIZES, gate=gates.SoftMoE(slots=3), rngs=nnx.Rngs(0)).router.kernel.shape == (8, 4, 3)
     with pytest.raises(ConfigError, match=r"gate='soft_moe': needs a moe\.SoftMoE, not a MoELayer"):
@@ -65,19 +65,19 @@ def test_soft_moe_is_a_layer_of_its_own():
 
 
 @pytest.mark.parametrize("gate", [gates.Hash(), gates.Random(), gates.DenseMixture()])
-def test_a_gate_that_no_balance_loss_moves_needs_none_unset(gate):
+def test_gates_that_no_balance_loss_affects_get_no_loss_weights(gate):
     layer = MoELayer(**SIZES, gate=gate, rngs=nnx.Rngs(0))
     assert layer.config.losses == moe.Losses()
 
 
-def test_slots_as_a_value_have_no_capacity_to_set():
+def test_a_soft_moe_gate_given_as_a_value_needs_no_capacity():
     layer = {"gate": gates.SoftMoE(slots=2), "dispatch": "einsum", "accept_future_leak": True}
     config = from_config_dict({"model": {"moe": layer}})
     assert config.model.moe.capacity == moe.Capacity(train=1.0, eval=1.0)
     assert from_config_dict(to_dict(config)) == config
 
 
-def test_no_mask_is_a_mask_of_real_tokens():
+def test_without_a_mask_all_tokens_are_real():
     run, x = jax.jit(_layer().__call__), _x(2, 6)
     np.testing.assert_array_equal(run(x)[0], run(x, np.ones((2, 6), bool))[0])
 
@@ -129,8 +129,8 @@ def test_the_layer_in_a_users_mesh(dispatch):
 
 
 @pytest.mark.parametrize("dispatch", ["einsum", slow_case("dropless")])
-def test_experts_over_the_axis_of_the_data(dispatch):
-    """A user's axis ``data`` with the role of the experts has no other one."""
+def test_experts_over_an_axis_called_data(dispatch):
+    """A user's axis ``data`` that has the role of the experts has no other role."""
     layer, x = _layer(dispatch=dispatch, capacity=moe.Capacity(4.0, 4.0)), _x(8, 6)
     expected = jax.jit(layer.__call__)(x)[0]
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
@@ -143,7 +143,7 @@ def test_experts_over_the_axis_of_the_data(dispatch):
 
 
 @pytest.mark.parametrize("dispatch", ["einsum", "gather", "dropless", "slots"])
-def test_what_padding_holds_reaches_no_token(dispatch):
+def test_contents_of_padding_reach_no_token(dispatch):
     layer = (
         SoftMoE(d_model=8, d_ff=12, num_experts=4, rngs=nnx.Rngs(0))
         if dispatch == "slots"
@@ -161,7 +161,7 @@ def test_a_mesh_with_explicit_axes_is_refused():
         _layer()(_x(8, 6))
 
 
-def test_unresolved_configs_are_filled_in():
+def test_unresolved_configs_are_resolved():
     config = moe.ModelConfig(d_model=8, num_layers=1, moe=moe.MoEConfig(num_experts=4, d_ff=12))
     assert MoELayer(config, rngs=nnx.Rngs(0)).config.experts_per_token == 2
     model = nnx.eval_shape(lambda: moe.Transformer(config, rngs=nnx.Rngs(0)))
@@ -182,12 +182,12 @@ def test_unresolved_configs_are_filled_in():
     ],
     ids=["name", "gate", "type", "value", "flat", "choice", "config", "both"],
 )
-def test_wrong_settings_get_a_sentence(settings, pattern):
+def test_wrong_settings_are_refused(settings, pattern):
     with pytest.raises(ConfigError, match=pattern):
         _layer(**settings)
 
 
-def test_sizes_are_needed():
+def test_missing_sizes_are_refused():
     with pytest.raises(ConfigError, match="needs d_model and d_ff"):
         MoELayer(rngs=nnx.Rngs(0))
 
@@ -201,7 +201,7 @@ def test_sizes_are_needed():
     ],
     ids=["dims", "groups", "token ids"],
 )
-def test_wrong_inputs_get_a_sentence(settings, x, pattern):
+def test_wrong_inputs_are_refused(settings, x, pattern):
     with pytest.raises(ValueError, match=pattern):
         _layer(**settings)(x)
 

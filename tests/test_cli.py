@@ -1,4 +1,4 @@
-"""Command lines: the config file that is loaded, what --help shows, and what is said where something is missing."""
+"""Command lines: which config file is loaded, what --help shows, and messages about what is missing."""
 
 import ast
 import json
@@ -28,20 +28,21 @@ NEEDED = ("config", "workdir")
         ("configs/capacity_facto.py", "configs/ablations/capacity_factor.py"),
     ],
 )
-def test_a_config_that_is_not_there_is_answered_with_the_nearest_name(name, nearest, monkeypatch):
+def test_a_missing_config_file_is_refused_with_the_nearest_name(name, nearest, monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(ConfigError, match=f"--config={name}: no such file; did you mean {nearest}"):
         cli._with_config_file(["main.py", f"--config={name}"], NEEDED)
 
 
-def test_a_name_that_is_like_no_config_is_not_guessed(tmp_path, monkeypatch):
+def test_a_name_unlike_any_config_gets_no_suggestion(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=r"--config=zzz\.py: no such file$"):
         cli._with_config_file(["main.py", "--config", "zzz.py"], NEEDED)
 
 
 def test_the_config_of_a_run_is_a_config_file_whose_fields_are_all_set(tmp_path):
-    """Also those that a run took from start.checkpoint: they are not inherited again, from a changed checkpoint."""
+    """Including fields that the run took from start.checkpoint: they are not inherited again from a changed
+    checkpoint."""
     config = from_config_dict(switch.get_config())
     other = from_config_dict(mixtral.get_config())
     for name, tree in (("run", config), ("start", other)):
@@ -58,7 +59,7 @@ def test_the_config_of_a_run_is_a_config_file_whose_fields_are_all_set(tmp_path)
     assert from_config_dict(tree).model == config.model
 
 
-def test_what_is_no_config_of_a_run_is_named(tmp_path):
+def test_a_file_that_is_not_the_config_of_a_run_is_refused(tmp_path):
     file = tmp_path / "config.json"
     for content in ('{"modle": {}}', "[]", "no JSON"):
         file.write_text(content)
@@ -66,7 +67,7 @@ def test_what_is_no_config_of_a_run_is_named(tmp_path):
             run_config.get_config(str(file))
 
 
-def test_a_workdir_alone_is_continued_with_the_config_that_it_holds(tmp_path, monkeypatch):
+def test_a_workdir_without_a_config_flag_continues_with_its_own_config(tmp_path, monkeypatch):
     monkeypatch.setattr(cli, "_default_config", [])  # a program imported by another test may have one
     with pytest.raises(ConfigError, match=r"--config is needed: .* holds no run to continue"):
         cli._with_config_file(["main.py", f"--workdir={tmp_path}"], NEEDED)
@@ -77,7 +78,7 @@ def test_a_workdir_alone_is_continued_with_the_config_that_it_holds(tmp_path, mo
     assert cli._with_config_file(words, ("workdir",)) == words  # a program without a config
 
 
-def test_help_shows_what_is_needed_first_then_options_examples_and_exit_codes():
+def test_help_shows_required_flags_then_options_examples_and_exit_codes():
     shown = subprocess.run([sys.executable, "main.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
     parts = ["\nneeded", "  --config=FILE", "  --workdir", "\noptions", "  --change", "\nexamples", "\nexit codes"]
     places = [shown.stdout.index(part) for part in parts]
@@ -85,12 +86,12 @@ def test_help_shows_what_is_needed_first_then_options_examples_and_exit_codes():
     assert shown.stdout.count("python main.py --") >= 3
 
 
-def test_flags_are_left_out_with_their_values():
+def test_flags_are_removed_with_their_values():
     argv = ["python", "a.py", "--jobs", "2", "--seeds=1", "-jobs=2", "--jobs=2", "--jobs_of=3"]
     assert cli.without_flags(argv, "jobs") == ["python", "a.py", "--seeds=1", "--jobs_of=3"]
 
 
-def test_a_closed_output_ends_a_program_without_a_word():
+def test_a_closed_output_ends_a_program_without_an_error_message():
     """``main.py --help | head -1``."""
     reader, writer = os.pipe()
     os.close(reader)
@@ -100,7 +101,7 @@ def test_a_closed_output_ends_a_program_without_a_word():
     assert (ended.returncode, ended.stderr) == (1, "")
 
 
-def test_a_name_is_looked_up_in_the_cache_of_the_hub(tmp_path, monkeypatch):
+def test_a_model_name_is_resolved_in_the_hub_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     snapshots = tmp_path / "models--org--name" / "snapshots"
@@ -138,7 +139,7 @@ def test_every_command_is_a_program_and_an_entry_point():
     assert all(name in shown.stderr for name in commands.COMMANDS)
 
 
-def test_programs_that_need_something_have_two_examples():
+def test_programs_with_required_flags_have_two_examples():
     for path in (*sorted((ROOT / "moe" / "programs").glob("*.py")), *sorted((ROOT / "scripts").glob("*.py"))):
         calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
         for call in calls:

@@ -1,4 +1,4 @@
-"""Compiled programs kept between starts: where, and that they compute the same bits."""
+"""The compilation cache: its folder, and equal bits from cached programs."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _CHANGED = ("jax_compilation_cache_dir", *compilation_cache._SETTINGS)
 
 @pytest.fixture(autouse=True)
 def unchanged(monkeypatch, tmp_path):
-    """JAX without a cache, a user's cache folder in tmp_path, and JAX's settings put back at the end."""
+    """JAX without a cache, a user's cache folder in tmp_path, and JAX's settings restored at the end."""
     before = {name: getattr(jax.config, name) for name in _CHANGED}
     monkeypatch.setattr(compilation_cache, "DEFAULT", str(tmp_path / "user"))
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     jax.config.update("jax_compilation_cache_dir", None)
-    monkeypatch.setattr(jax, "device_count", lambda: 1)  # of these tests' eight, runs here use one
+    monkeypatch.setattr(jax, "device_count", lambda: 1)  # runs here use one of the tests' eight devices
     reset_cache()
     yield
     for name, value in before.items():
@@ -33,7 +33,7 @@ def _entries(folder):
 
 
 @pytest.mark.slow
-def test_programs_of_a_first_start_serve_the_second_with_the_same_bits(directory, monkeypatch, tmp_path):
+def test_a_second_start_reuses_the_programs_of_the_first_bit_for_bit(directory, monkeypatch, tmp_path):
     monkeypatch.setitem(compilation_cache._SETTINGS, "jax_persistent_cache_min_compile_time_secs", 0.0)
     written, found = {}, []
     for name, folder in (
@@ -64,14 +64,14 @@ def test_processes_of_one_run_share_a_folder(monkeypatch, tmp_path, folder, proc
     assert jax.config.jax_compilation_cache_dir == str(machine)
 
 
-def test_programs_of_several_cpu_devices_are_not_kept(monkeypatch, tmp_path):
+def test_programs_of_several_cpu_devices_are_not_cached(monkeypatch, tmp_path):
     monkeypatch.setattr(jax, "device_count", lambda: 8)
     compilation_cache.use(str(tmp_path / "programs"), str(tmp_path))
     assert jax.config.jax_compilation_cache_dir is None
     assert not list(tmp_path.iterdir())
 
 
-def test_jax_own_variable_and_an_empty_name_leave_jax_as_it_is(monkeypatch, tmp_path):
+def test_jaxs_own_variable_and_an_empty_name_leave_jaxs_settings_unchanged(monkeypatch, tmp_path):
     compilation_cache.use("", str(tmp_path))
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "own"))
     compilation_cache.use("auto", str(tmp_path))
@@ -79,7 +79,7 @@ def test_jax_own_variable_and_an_empty_name_leave_jax_as_it_is(monkeypatch, tmp_
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_cannot_be_used_costs_one_line(capsys, tmp_path):
+def test_an_unusable_folder_gives_one_line_on_stderr(capsys, tmp_path):
     (tmp_path / "file").touch()
     compilation_cache.use(str(tmp_path / "file"), str(tmp_path))
     assert jax.config.jax_compilation_cache_dir is None
@@ -90,7 +90,7 @@ def test_a_folder_that_cannot_be_used_costs_one_line(capsys, tmp_path):
     assert "Not a directory" in printed.err
 
 
-def test_other_instructions_of_a_cpu_are_another_machine(monkeypatch, tmp_path):
+def test_cpus_with_other_instruction_sets_are_other_machines(monkeypatch, tmp_path):
     names = []
     for flags in ("fpu avx2", "fpu avx2", "fpu avx2 avx512f"):
         info = tmp_path / "cpuinfo"

@@ -1,4 +1,4 @@
-"""Code and commands that the guides show, executed as they stand there."""
+"""Code and commands of the guides, executed as written."""
 
 import ast
 import os
@@ -17,7 +17,7 @@ API, WALK = ROOT / "docs" / "api.md", ROOT / "docs" / "walk.md"
 
 
 def test_programs_import_only_what_is_installed():
-    """An installation maps `moe` alone; main.py's folder hides that from main.py, and pytest from the tests."""
+    """An installation provides only `moe`; beside main.py, and under pytest, the other folders can be imported too."""
     for path in (ROOT / "main.py", *(ROOT / "scripts").glob("*.py"), *(ROOT / "moe").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
@@ -26,7 +26,7 @@ def test_programs_import_only_what_is_installed():
                 assert name.partition(".")[0] not in ("configs", "scripts", "tests"), f"{path}:{node.lineno}"
 
 
-def test_a_default_config_finds_its_neighbours_from_any_folder(tmp_path):
+def test_a_default_config_imports_its_neighbours_from_any_folder(tmp_path):
     package = tmp_path / "settings"
     package.mkdir()
     (package / "__init__.py").touch()
@@ -57,14 +57,14 @@ def _anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def test_links_between_files_of_the_repository_lead_somewhere():
-    """Links of the site are checked by Sphinx too; README and the others beside it are not in the site."""
+def test_links_between_files_of_the_repository_resolve():
+    """Sphinx also checks links of the site, to which README and the other top-level pages do not belong."""
     pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
     links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text())]
     assert len(links) > 200
     for page, link in links:
         path, _, anchor = link.partition("#")
-        if link.startswith(("http", "mailto:")) or path.endswith(".rst"):  # the reference is made by Sphinx
+        if link.startswith(("http", "mailto:")) or path.endswith(".rst"):  # Sphinx generates the reference
             continue
         target = page.parent / path if path else page
         assert target.exists(), f"{page}: {link}"
@@ -72,7 +72,7 @@ def test_links_between_files_of_the_repository_lead_somewhere():
 
 
 def _messages() -> str:
-    """All text that the code has, a line for each string; values of f-strings are left out."""
+    """All string literals of the package, one per line, without the values of f-strings."""
     found = []
     for path in (ROOT / "moe").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -86,7 +86,7 @@ def _messages() -> str:
 
 
 def test_the_entries_of_the_troubleshooting_page_are_messages():
-    """Each piece of a heading between its values (..., N, M, E) and punctuation is in a string of the code."""
+    """Each part of a heading, split at values (..., N, M, E) and punctuation, occurs in a string of the code."""
     headings = re.findall(r"\*\*`([^`]+)`", (ROOT / "docs" / "troubleshooting.md").read_text())
     assert len(headings) > 20
     messages = re.sub(r"\s+", " ", _messages())
@@ -104,7 +104,7 @@ def test_the_code_of_the_api_page_runs(tmp_path):
     names = {}
     for block in blocks:
         exec(compile(block, "api.md", "exec"), names)
-    assert names["y"].shape == (8, 128, 512)  # the last one is the mesh's
+    assert names["y"].shape == (8, 128, 512)  # from the last block, on a mesh
     assert len(names["y"].sharding.device_set) == len(jax.devices()) == 8
     assert names["output"].logits.shape == (2, 64, 4096)
     writer = names["lines"](tmp_path, {}, 0)
@@ -115,8 +115,8 @@ def test_the_code_of_the_api_page_runs(tmp_path):
 
 
 def _forms_of_steps(page: str) -> list[str]:
-    """Patterns of the lines of steps on a page: any numbers after the names of losses and speeds, any text for "...",
-    and all else as it stands."""
+    """Patterns of the step lines on a page: any numbers after the names of losses and speeds, any text for "...", and
+    everything else literally."""
     forms = []
     for line in re.findall(r"^step .*$", page, re.MULTILINE):
         pieces = re.split(r"(\.\.\.|(?<=loss )[\d.]+|(?<=heldout )[\d.]+|(?<=tokens/s )[\d,]+|(?<=MFU )\d+)", line)
@@ -125,8 +125,8 @@ def _forms_of_steps(page: str) -> list[str]:
     return forms
 
 
-def test_the_lines_of_steps_in_the_walk_are_those_of_a_run(capsys):
-    """The second one on the page, of a row with these values."""
+def test_step_lines_in_the_walk_match_those_that_a_run_prints(capsys):
+    """A row with these values is printed as the second step line on the page, and matches no other."""
     progress = Progress(10, 20, quiet=False, epochs_per_step={"text": 0.0005})
     row = {"cross_entropy": 5.701, "learning_rate": 0.0012, "fraction_tokens_dropped": [0.0, 0.0]}
     progress.logged(row, {"tokens_per_second": 5201.2, "mfu": 0.051})
@@ -143,7 +143,8 @@ def test_the_lines_of_steps_in_the_walk_are_those_of_a_run(capsys):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_walk(tmp_path):
-    """Train, extend, change the rate, fine-tune, export, import, fine-tune the import, export: what each says."""
+    """Train, extend, change the rate, fine-tune, export, import, fine-tune the import, export: the lines that each
+    prints."""
     page = WALK.read_text()
     commands = "".join(re.findall(r"```sh\n(.*?)```", page, re.DOTALL)[:2])
     commands = commands.replace("/tmp/walk", str(tmp_path)).replace(".venv/bin/python", sys.executable)
@@ -181,6 +182,6 @@ def test_the_walk(tmp_path):
         model,
         f"{tmp_path}/hf2: config.json, model.safetensors, tokenizer.model",
     ]
-    shown = iter(result.stderr.splitlines())  # which each form goes on reading where the one before ended
+    shown = iter(result.stderr.splitlines())  # each form continues where the previous one matched
     for form in _forms_of_steps(page):
         assert any(re.fullmatch(form, line) for line in shown), form

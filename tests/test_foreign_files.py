@@ -1,4 +1,4 @@
-"""Files that a crash, an edit or another program changed: one sentence that names file and field."""
+"""Files that a crash, an edit or another program changed: refused in one sentence that names file and field."""
 
 import gzip
 import json
@@ -37,18 +37,18 @@ ROW = {"step": 1, "kind": "heldout/all", "loss": 2.5, "expert_load": [[0.5, 0.5]
         ({"fraction_tokens_dropped": 0.1}, "fraction_tokens_dropped=0.1: must be a list"),
     ],
 )
-def test_a_wrong_row_of_metrics_is_named(tmp_path, fields, says):
+def test_a_wrong_row_of_metrics_is_refused_by_line_and_field(tmp_path, fields, says):
     path = tmp_path / "metrics.jsonl"
     path.write_text(f"{json.dumps(ROW)}\n{json.dumps(ROW | fields)}\n{json.dumps(ROW)[:20]}")
     with pytest.raises(ConfigError, match=r"metrics\.jsonl, line 2: not a row of metrics") as caught:
         read_rows(path)
     assert says in str(caught.value)
     path.write_text(f"{json.dumps(ROW | {'loss': float('nan'), 'mine': 'x'})}\n{json.dumps(ROW)[:20]}")
-    assert [row["mine"] for row in read_rows(path)] == ["x"]  # as it is; the unfinished line is dropped
+    assert [row["mine"] for row in read_rows(path)] == ["x"]  # kept unchanged; the unfinished line is dropped
 
 
 def _bomb(path):
-    """A gigabyte of zeros in a megabyte."""
+    """Write a zip bomb: a gigabyte of zeros in a megabyte."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("x.npy", "w") as file:
         np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": (1 << 30,)})
         for _ in range(64):
@@ -90,7 +90,7 @@ def _larger_than_it_is(path):
         (lambda path: np.savez(path, x=np.ones(1) * 1j), "x is of type complex128"),
     ],
 )
-def test_what_is_no_file_of_arrays_is_refused(tmp_path, make, says):
+def test_files_that_hold_no_arrays_are_refused(tmp_path, make, says):
     path = tmp_path / "x.npz"
     make(path)
     with pytest.raises(ConfigError, match=says) as caught:
@@ -98,8 +98,8 @@ def test_what_is_no_file_of_arrays_is_refused(tmp_path, make, says):
     is_one_sentence(caught.value)
 
 
-def test_metrics_that_are_no_file_are_refused(tmp_path):
-    os.mkfifo(tmp_path / "metrics.jsonl")  # reading it would wait for ever
+def test_metrics_that_are_not_a_regular_file_are_refused(tmp_path):
+    os.mkfifo(tmp_path / "metrics.jsonl")  # reading it would block for ever
     with pytest.raises(ConfigError, match="is not a regular file"):
         read_rows(tmp_path / "metrics.jsonl")
 
@@ -116,7 +116,7 @@ def test_metrics_that_are_no_file_are_refused(tmp_path):
         ("{}", "has no step"),
     ],
 )  # fmt: skip
-def test_a_wrong_note_or_change_is_named(tmp_path, content, says):
+def test_a_wrong_base_note_or_change_is_refused(tmp_path, content, says):
     (tmp_path / "base.json").write_text(content)
     (tmp_path / "changes.jsonl").write_text(content)
     folder = epath.Path(tmp_path)
@@ -138,7 +138,7 @@ def test_a_wrong_note_or_change_is_named(tmp_path, content, says):
         (("model", "moe", "layer_gates"), 3, "model.moe.layer_gates=3: must be tuple"),
     ],
 )
-def test_an_odd_config_of_a_start_is_named(tmp_path, path, value, says):
+def test_a_wrong_config_of_a_start_checkpoint_is_refused_by_field(tmp_path, path, value, says):
     tree = json.loads(json.dumps(to_dict(Config())))
     if path:
         node = tree
@@ -166,7 +166,7 @@ def test_an_odd_config_of_a_start_is_named(tmp_path, path, value, says):
         ),
     ],
 )
-def test_a_suite_that_does_not_load_is_one_sentence(tmp_path, text, says):
+def test_a_suite_that_does_not_load_is_refused_in_one_sentence(tmp_path, text, says):
     path = tmp_path / "mine.py"
     path.write_text(text)
     with pytest.raises(ConfigError, match="--suite=") as caught:
@@ -175,7 +175,7 @@ def test_a_suite_that_does_not_load_is_one_sentence(tmp_path, text, says):
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", "[" * 100_000, '{"config": 3}', '{"config": {}, "topology": 1}'])
-def test_a_file_that_is_no_plan_is_one_sentence(tmp_path, content):
+def test_a_file_that_is_not_a_plan_is_refused_in_one_sentence(tmp_path, content):
     path = tmp_path / "a.json"
     path.write_text(content)
     with pytest.raises(ConfigError, match=r"a\.json: (not|must)") as caught:
@@ -183,7 +183,7 @@ def test_a_file_that_is_no_plan_is_one_sentence(tmp_path, content):
     assert len(str(caught.value)) < 300
 
 
-def test_a_field_that_is_given_twice_is_refused(tmp_path):
+def test_a_field_with_two_values_is_refused(tmp_path):
     config = json.dumps(to_dict(Config()))
     (tmp_path / "config.json").write_text(config[:-1] + ', "model": {}}')
     with pytest.raises(ConfigError, match=r"config\.json: two values of 'model'"):
@@ -193,7 +193,7 @@ def test_a_field_that_is_given_twice_is_refused(tmp_path):
         read_rows(tmp_path / "metrics.jsonl")
 
 
-def test_a_field_that_no_model_has_is_not_inherited(tmp_path):
+def test_an_unknown_model_field_is_not_inherited(tmp_path):
     config = to_dict(Config())
     config["model"]["moe"]["gate"] = {"name": "mixtral", "k": 2, "kk": 3}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -218,7 +218,7 @@ POINT = {"series": "s", "topology": "v3:8x8", "devices": 128, "experts": 128}
         ({"step_interval": [3.0, 1.0]}, "step_interval=[3.0, 1.0]: must be the lower end, then the upper"),
     ],
 )
-def test_a_wrong_kept_plan_is_named(tmp_path, edit, says):
+def test_a_wrong_kept_plan_is_refused_by_entry_and_field(tmp_path, edit, says):
     path = tmp_path / "plans.json"
     path.write_text(json.dumps([PLAN, PLAN | edit]))
     if says is None:
@@ -238,7 +238,7 @@ def test_a_wrong_kept_plan_is_named(tmp_path, edit, says):
         ({"platform": "abacus"}, "calibration.json, entry 1: platform='abacus'"),
     ],
 )
-def test_a_wrong_published_step_is_named(tmp_path, monkeypatch, edit, says):
+def test_a_wrong_published_step_is_refused_by_entry_and_field(tmp_path, monkeypatch, edit, says):
     rows = json.loads(calibration.PATH.read_text())
     monkeypatch.setattr(calibration, "PATH", tmp_path / "calibration.json")
     calibration.PATH.write_text(json.dumps([rows[0] | edit, *rows[1:]]))
@@ -250,7 +250,7 @@ def test_a_wrong_published_step_is_named(tmp_path, monkeypatch, edit, says):
     assert says in str(caught.value)
 
 
-def test_names_of_kept_plans_are_text_of_their_cells():
+def test_names_of_kept_plans_are_escaped_in_table_cells():
     table = kept_plans.table([PLAN | {"config": "<b>a|b\n# x", "flags": {"x": "`|`"}}])
     row = table.splitlines()[2]
     assert row.startswith(r"| &lt;b&gt;a\|b # x | ")
@@ -258,7 +258,7 @@ def test_names_of_kept_plans_are_text_of_their_cells():
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[3]", "[" * 100_000, "[{}]"])
-def test_plans_that_are_none_are_one_sentence(tmp_path, content):
+def test_a_file_without_kept_plans_is_refused_in_one_sentence(tmp_path, content):
     (tmp_path / "plans.json").write_text(content)
     with pytest.raises(ConfigError, match=r"plans\.json(: (not|must)|, entry 1: (must|has no))"):
         kept_plans.read(tmp_path / "plans.json")
@@ -273,7 +273,7 @@ def test_plans_that_are_none_are_one_sentence(tmp_path, content):
         (json.dumps(POINT | {"refused": "too large", "devices": "128"}), "devices='128': must be an integer"),
     ],
 )
-def test_a_wrong_row_of_scaling_is_named(tmp_path, line, says):
+def test_a_wrong_row_of_scaling_is_refused_by_line(tmp_path, line, says):
     good = POINT | {"refused": "does not fit", "mine": 1}
     path = tmp_path / "scaling.jsonl"
     path.write_text(json.dumps(good) + "\n")
@@ -285,7 +285,7 @@ def test_a_wrong_row_of_scaling_is_named(tmp_path, line, says):
 
 
 @pytest.mark.parametrize("kind", ["whole", "cut", "text", "other"])
-def test_a_kept_program_that_is_none_is_one_sentence(tmp_path, kind):
+def test_a_damaged_compiled_step_is_refused_in_one_sentence(tmp_path, kind):
     path = tmp_path / "step.json.gz"
     step = CompiledStep("HLO", Memory(1, 2, 3, 4, 5, 6, 7), Flops(1.0, 2.0, 3.0), 1.5, "abc1234")
     step.save(path)

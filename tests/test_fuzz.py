@@ -24,7 +24,7 @@ from tests.run_helpers import ONE, tiny
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 PAIRS = 160
-PROGRAM = ("model.", "mesh.", "optimizer.")  # sections whose values make a program of their own
+PROGRAM = ("model.", "mesh.", "optimizer.")  # sections whose values change the program
 SETTINGS = {
     "train.num_steps": 2,
     "train.log_every": 1,
@@ -40,7 +40,7 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def tree(directory) -> dict[str, Any]:
-    """Config of a tiny run as a dict of JSON types; what its MoE section leaves out is the gate's constant."""
+    """Config of a tiny run as a dict of JSON types; fields that its MoE section omits are the gate's constants."""
     config = to_dict(tiny(directory, base.get_config(), **SETTINGS))
     config["model"]["moe"] = {"num_experts": 4, "d_ff": 16}
     return config
@@ -48,7 +48,7 @@ def tree(directory) -> dict[str, Any]:
 
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch):
-    """An empty folder that is the current one and the home directory."""
+    """An empty folder that is both the current folder and the home directory."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", os.fspath(tmp_path))
     return tmp_path
@@ -66,7 +66,7 @@ def test_every_field_at_its_edges(case, tree, elsewhere):
     elif name.startswith(PROGRAM):
         tree = set_field(tree, "model.moe.gate", "none")
     devices = ONE
-    if name.startswith("mesh."):  # the data axis takes the devices that the others leave
+    if name.startswith("mesh."):  # the data axis takes the devices that the other axes leave
         devices, tree = jax.devices(), set_field(set_field(tree, "mesh.data", -1), "train.batch_size", 8)
     changed = set_field(tree, name, value)
     if name.startswith(PROGRAM):

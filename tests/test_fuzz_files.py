@@ -35,7 +35,7 @@ FOLDERS, TEXTS = int(os.environ.get("FUZZ_N", 200)), 100
 
 
 def fuzzed(count: int):
-    """Settings of hypothesis: so many cases, the same ones every time."""
+    """Hypothesis settings: this many cases, the same in every run."""
     return settings(
         max_examples=count,
         derandomize=True,
@@ -102,14 +102,15 @@ def damage(path: Path, kind: str, content: bytes, where: float) -> None:
         "replace": content,
         "cut": before[:at],
         "overwrite": before[:at] + content + before[at + len(content) :],
-        # An index of the family's one file, with a wrong entry.
+        # An index with a wrong entry, for a family with one file.
         "weights": json.dumps({"weight_map": {"lm_head.weight": content.decode("latin-1")}}).encode(),
     }
     path.write_bytes(after[kind])
 
 
 def imports_or_refuses(source: Path, folder: Path) -> None:
-    """Import, train two steps and export, or one sentence with nothing left."""
+    """Assert that a folder imports, trains two steps and exports, or is refused in one sentence with nothing left
+    behind."""
     try:
         with at_most(60):
             config = import_checkpoint(source, folder / "out")
@@ -128,7 +129,7 @@ _TRAINED = set()
 
 
 def _trains(config: Config) -> None:
-    """Assert that the imported config trains; each model once, on rows of 8 tokens."""
+    """Assert that the imported config trains on rows of 8 tokens; each model is trained once."""
     if config.model not in _TRAINED:
         _TRAINED.add(config.model)
         run = Config(
@@ -194,7 +195,7 @@ CONTENTS = st.one_of(
 
 
 def lay(folder: Path, file: tuple[str, str, tuple[str, bytes | str]]) -> None:
-    """Write a file, or put something else in its place."""
+    """Write a file of the case, or create a FIFO, folder or link in its place."""
     below, name, (suffix, content) = file
     parent = folder / below if below not in (".", "..") else folder
     path = parent / (name + suffix)
@@ -205,7 +206,7 @@ def lay(folder: Path, file: tuple[str, str, tuple[str, bytes | str]]) -> None:
         else:
             path.write_bytes(content)
     except (FileExistsError, NotADirectoryError, IsADirectoryError):
-        return  # two of the case's files have one name
+        return  # two files of the case share a name
 
 
 @pytest.fixture(scope="module")

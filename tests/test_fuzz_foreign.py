@@ -40,7 +40,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 @contextlib.contextmanager
 def read_or_refused():
-    """What is refused is refused in one sentence, within a minute."""
+    """Assert that reading in its body succeeds or is refused in one sentence, within a minute."""
     try:
         with at_most(60):
             yield
@@ -68,7 +68,7 @@ def replaced(tree, path, value):
 
 @st.composite
 def edits(draw, trees):
-    """(name, content): one of the trees with a wrong value somewhere, or other bytes."""
+    """(name, content): one of the trees with one wrong value, or arbitrary bytes."""
     name = draw(st.sampled_from(sorted(trees)))
     if draw(st.integers(0, 4)) == 0:
         return name, draw(BYTES)

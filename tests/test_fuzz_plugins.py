@@ -1,6 +1,6 @@
-"""Gates, optimizers and writers of a user at random: each refused in one sentence, or works where it is accepted.
+"""Random gates, optimizers and writers of a user: each is refused in one sentence, or works once accepted.
 
-Nothing is trained: what runs are the checks at the start of a run. Cases are drawn by hypothesis, the same in every
+Nothing is trained: only the checks at the start of a run are executed. Cases are drawn by hypothesis, the same in every
 run. See tests/test_fuzz.py for the command.
 """
 
@@ -40,18 +40,18 @@ E = 6
 ERRORS = st.sampled_from(
     [ZeroDivisionError("0"), KeyError(1), ValueError(), RuntimeError("two\nlines"), SystemExit(0), Exception("x" * 999)]
 )  # fmt: skip
-#: What a user's function may return instead of what it should.
+#: Wrong values that a user's function may return.
 ODD = st.one_of(JSON, ERRORS, st.sampled_from([object(), print, int, (), {1: 2, "a": 3}, {1, 2}]))
 
 
 def mostly_none(strategy):
-    """None three times of four."""
+    """None in three of four cases."""
     return st.integers(0, 3).flatmap(lambda number: st.none() if number else strategy)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def outcomes():
-    """Counts of accepted and refused cases of each test: both happen, or the test tests nothing."""
+    """Counts of accepted and refused cases of each test; asserts that both occur."""
     counts: Counter[tuple[str, bool]] = Counter()
     yield counts
     for name in {name for name, _ in counts}:
@@ -61,7 +61,7 @@ def outcomes():
 
 @contextlib.contextmanager
 def module_with(**names: Any):
-    """A module ``plugins`` of a user."""
+    """Provide a user's module ``plugins`` with these names."""
     sys.modules["plugins"] = types.ModuleType("plugins")
     vars(sys.modules["plugins"]).update(names)
     try:
@@ -86,7 +86,7 @@ def accepted_or_refused(outcomes, name):
 
 
 def returned(value: Any) -> Any:
-    """The value, or raise it."""
+    """Return the value, or raise it if it is an exception."""
     if isinstance(value, BaseException):
         raise value
     return value
@@ -129,7 +129,7 @@ FACTS = {
 
 @st.composite
 def gates(draw):
-    """(facts of the class, edits of what its rule returns, what it returns instead)."""
+    """(attributes of the class, edits of its rule's output, a value returned instead of the output)."""
     names = draw(st.lists(st.sampled_from(sorted(FACTS)), max_size=1, unique=True))
     fields = draw(st.lists(st.sampled_from(GateOutput._fields), max_size=1))
     edits = {field: draw(st.sampled_from(sorted(ARRAY_EDITS))) for field in fields}

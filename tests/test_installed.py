@@ -1,8 +1,8 @@
 """The package installed in an empty environment and used from another folder, as a reader of docs/api.md would.
 
 ``python -m pytest -n 0 -m network tests/test_installed.py`` (some minutes; uv, if installed, makes the environment
-faster). The layer alone, in a user's NNX and Linen models and mesh; a user's gate through every program; every program
-of the README in a clean clone.
+faster). The layer by itself, in a user's NNX and Linen models and mesh; a user's gate through every program; every
+program of the README in a clean clone.
 """
 
 import os
@@ -199,7 +199,7 @@ def test_a_users_gate_through_every_program(folder):
     assert "mixtral" in report
 
 
-def test_a_gate_that_is_gone_is_one_sentence(folder):
+def test_a_missing_gate_module_is_refused_in_one_sentence(folder):
     (folder / "away").mkdir()
     result = subprocess.run(
         [
@@ -218,7 +218,7 @@ def test_a_gate_that_is_gone_is_one_sentence(folder):
     assert len(result.stderr.strip().splitlines()) == 1
 
 
-#: Program of README's table: arguments of a short run, and what it prints. {clone}: the clone.
+#: Program of README's table → arguments of a short run, and text that it prints. {clone}: the clone.
 TINY = "--config={clone}/configs/tiny.py --config.data.dataset=./text --config.data.directory=cache"
 SHORT_RUNS = {
     "main.py": (f"{TINY} --workdir=run", "unigram loss"),

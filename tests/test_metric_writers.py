@@ -51,7 +51,7 @@ def module(tmp_path, monkeypatch):
 
 
 def events(folder):
-    """(step, tag, value) of the event files of a folder; a record is length, checksum, bytes, checksum."""
+    """(step, tag, value) from the event files of a folder; a record is length, checksum, bytes, checksum."""
     found = []
     for path in sorted(folder.iterdir()):
         content, at = path.read_bytes(), 0
@@ -121,7 +121,8 @@ def test_a_writer_that_fails_is_named(monkeypatch, tmp_path, body, message):
 
 
 def test_tensorboard_has_scalars_histograms_over_experts_and_the_config(tmp_path):
-    """Means before layers; not the z-loss, whose weight is 0, nor a number that was never anything but 0 or K."""
+    """Means come before layers; left out are the z-loss, whose weight is 0, and values that were never anything but 0
+    or K."""
     config = Config(seed=7)
     writer = MetricsWriter(epath.Path(tmp_path), 0, config, find_writers(config.train.writers))
     writer.write(3, "train", ROW | {"cross_entropy": 2.0, "skipped": 0, "router_z_loss": [1.0, 2.0]})
@@ -155,7 +156,7 @@ def test_tensorboard_has_scalars_histograms_over_experts_and_the_config(tmp_path
         (6, "routing_layers_active_experts/layer_0"): 2.0,
         (6, "routing_layers_active_experts/layer_1"): 1.0,
     }
-    groups = {tag.partition("/")[0] for _, tag in found} - {"config", "warning"}  # texts have a page of their own
+    groups = {tag.partition("/")[0] for _, tag in found} - {"config", "warning"}  # texts are shown on a separate page
     assert sorted(groups)[0] == "loss"
     histogram = found[3, "routing_layers_expert_load/layer_1"].histo
     # Bins (0,1], (1,2], (2,3] of experts 0, 1 and 2; their mean is 0.25 * 0.5 + 0.75 * 2.5 = 2.

@@ -30,7 +30,7 @@ JEMALLOC = {"LD_PRELOAD": "libjemalloc.so.2", "MALLOC_CONF": KEPT}
         ({}, False, "madvise", {"GLIBC_TUNABLES": HUGE}),
         ({}, False, "always", None),
         ({}, False, "never", None),
-        (JEMALLOC, True, "madvise", None),  # the second start
+        (JEMALLOC, True, "madvise", None),  # the restarted program
         ({"GLIBC_TUNABLES": HUGE}, True, "madvise", None),
         ({"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"}, True, "madvise", None),
         ({"LD_PRELOAD": ""}, True, "madvise", {"LD_PRELOAD": "", "GLIBC_TUNABLES": HUGE}),
@@ -39,9 +39,7 @@ JEMALLOC = {"LD_PRELOAD": "libjemalloc.so.2", "MALLOC_CONF": KEPT}
         ({"GLIBC_TUNABLES": "a=1"}, False, "madvise", {"GLIBC_TUNABLES": f"a=1:{HUGE}"}),
     ],
 )
-def test_a_program_restarts_with_memory_that_stays_unless_told_otherwise(
-    monkeypatch, here, jemalloc, mode, restarts_with
-):
+def test_a_program_restarts_with_an_allocator_that_keeps_freed_memory(monkeypatch, here, jemalloc, mode, restarts_with):
     restarts = []
     monkeypatch.setattr(os, "environ", dict(here))
     monkeypatch.setattr(os, "execv", lambda path, arguments: restarts.append((path, arguments)))
@@ -53,7 +51,7 @@ def test_a_program_restarts_with_memory_that_stays_unless_told_otherwise(
     assert os.environ == (here if restarts_with is None else restarts_with)
 
 
-def test_a_library_that_is_not_there_is_not_asked_for():
+def test_a_missing_library_is_not_preloaded():
     assert process._starts({})
     assert not process._starts({"LD_PRELOAD": "libjemalloc.so.no_such_version"})
 
@@ -63,7 +61,7 @@ def test_the_commit_is_unknown_without_git(monkeypatch, tmp_path):
     assert checkout.commit() == checkout.short_commit() == "unknown"
 
 
-def test_what_benchmarks_print(monkeypatch):
+def test_allocator_description_that_benchmarks_print(monkeypatch):
     def said(mode: str, **variables: str) -> str:
         monkeypatch.setattr(os, "environ", variables)
         monkeypatch.setattr(process, "_huge_page_mode", lambda: mode)
@@ -76,8 +74,8 @@ def test_what_benchmarks_print(monkeypatch):
     assert said("always") == "the system allocator, huge pages on"
 
 
-def test_an_entry_point_runs_with_what_this_machine_has():
-    """mappings of a program after its restart: jemalloc's library exactly where it can be loaded."""
+def test_an_entry_point_uses_jemalloc_where_it_is_installed():
+    """After its restart a program maps jemalloc's library exactly where that can be loaded."""
     program = (
         "from moe import process; process.prepare(); print(process.allocator()); "
         "print('jemalloc' in open('/proc/self/maps').read())"
@@ -115,7 +113,8 @@ cli.run(main)
 
 
 def start(*redirections: str, **variables: str) -> subprocess.Popen[str]:
-    """PROGRAM in a process of its own, which inherits no ignored SIGINT from tests that run in the background."""
+    """Start PROGRAM in a new process, which does not inherit an ignored SIGINT from tests that run in the
+    background."""
     command = f'exec "$0" -c "$1" {" ".join(redirections)}'
     environment = os.environ | {"PYTHONPATH": str(ROOT)} | variables
     ours = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -140,7 +139,7 @@ def start(*redirections: str, **variables: str) -> subprocess.Popen[str]:
     ],
 )
 def test_a_signal_during_startup_ends_the_program_without_a_traceback(number, code, seconds, prepare):
-    process = start(STAY="30", PREPARE=prepare)  # seconds: it must not end by itself before the signal
+    process = start(STAY="30", PREPARE=prepare)  # seconds, so that it does not end before the signal
     assert process.stdout is not None
     assert process.stdout.readline() == "prepared\n"
     time.sleep(seconds)  # while JAX is imported
@@ -177,7 +176,7 @@ finally:
 
 @pytest.mark.parametrize(("number", "code", "error"), [*((*stop, "") for stop in STOPS), (0, 0, "ZeroDivisionError")])
 def test_a_signal_inside_a_destructor_is_not_lost(number, code, error):
-    """number 0: no signal; other errors in a destructor are printed as before."""
+    """``number`` 0 sends no signal: other errors in a destructor are printed as usual."""
     ended = subprocess.run(
         [sys.executable, "-c", DESTRUCTOR, str(int(number))], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
@@ -196,7 +195,7 @@ def test_a_closed_or_full_stderr_does_not_end_a_run(redirection):
 def test_a_closed_pipe_behind_stdout_does_not_end_a_run(monkeypatch):
     reader, writer = os.pipe()
     os.close(reader)
-    with os.fdopen(writer, "w") as stream:  # closing it fails where anything is left to be written
+    with os.fdopen(writer, "w") as stream:  # closing it fails if unwritten text is left
         monkeypatch.setattr(sys, "stdout", stream)
         progress.say("lost")
         progress.say("lost too")
@@ -244,7 +243,7 @@ def _written_to_a_terminal(monkeypatch, columns: int) -> list[str]:
         monkeypatch.setattr(sys, "stderr", stream)
         _report_three_times()
     written = b""
-    with contextlib.suppress(OSError):  # how Linux says that the other end is closed
+    with contextlib.suppress(OSError):  # Linux's error when the other end is closed
         while block := os.read(reader, 4096):
             written += block
     os.close(reader)
@@ -260,7 +259,7 @@ def _written_to_a_terminal(monkeypatch, columns: int) -> list[str]:
         (200, f"{HELDOUT} tokens/s 1,000 dropped 15.0 % lr 0.0003 epoch 0.60 MFU 50 %"),
     ],
 )
-def test_a_terminal_shows_one_line_that_rewrites_itself(monkeypatch, columns, values):
+def test_a_terminal_shows_one_line_that_is_updated_in_place(monkeypatch, columns, values):
     above, bar, rest = _written_to_a_terminal(monkeypatch, columns)
     assert above.split("\r")[-1] == WARNING
     assert rest == ""
@@ -284,7 +283,7 @@ def test_a_file_gets_a_line_for_each_report(capsys):
 
 
 def test_a_terminal_of_unknown_width_gets_lines(monkeypatch):
-    """A terminal without columns, as in a container or under a console of CI."""
+    """A terminal that reports no columns, as in a container or on a CI console."""
     lines = _written_to_a_terminal(monkeypatch, 0)
     assert [line.partition(" ")[2].partition(" ")[0] for line in lines] == ["20/60", "no", "40/60", "60/60", ""]
 
@@ -311,7 +310,7 @@ def test_figures_need_no_display(monkeypatch):
         ({"JAX_ENABLE_X64": "perhaps"}, "error: JAX_ENABLE_X64='perhaps': must be unset or 0"),
     ],
 )
-def test_variables_of_the_environment_are_refused_in_one_sentence(variables, words):
+def test_wrong_environment_variables_are_refused_in_one_sentence(variables, words):
     _, errors = (process := start(**variables)).communicate(timeout=60)
     assert process.returncode == 1
     assert words in errors

@@ -1,4 +1,4 @@
-"""Checkpoints, tokenizers and datasets are data: nothing in them is run; what is fetched is checked by its hash."""
+"""Checkpoints, tokenizers and datasets are data: nothing in them is executed, and downloads are checked by hash."""
 
 from __future__ import annotations
 
@@ -43,22 +43,22 @@ from moe.training import open_run, report
 from tests.tiny_text import random_text
 
 ROOT = Path(__file__).parents[1]
-#: Modules whose loaders run what they load, and calls that run text.
+#: Modules whose loaders can execute what they load, and builtins that execute text.
 RUNS_CODE = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "torch", "yaml"}
 CALLS = {"eval", "exec", "compile", "__import__", "execfile"}
-#: A suite of ablations is a program of the user's own, named on the command line, as a config file is.
+#: Where a user's program is executed: a suite of ablations, named on the command line as a config file is.
 PROGRAMS = {"moe/config/references.py"}
 
-#: Calls that write a file in place, through a link of that name, and leave half of it on a full disk.
+#: Calls that write in place: they follow a link of that name, and leave a partial file on a full disk.
 WRITES = {"write_text", "write_bytes", "savefig", "savez", "savez_compressed"}
-WRITERS = {"moe/atomic_files.py", "scripts/kill_runs.py"}  # the second writes the text of its own test
+WRITERS = {"moe/atomic_files.py", "scripts/kill_runs.py"}  # kill_runs.py writes the text of its own test
 
-#: Scripts that import torch to time it, and read nothing with it.
+#: Scripts that import torch only to time it and load no file with it.
 TIMES_TORCH = {"scripts/gpu_report.py"}
 
 
 class _Planted:
-    """An object that makes a file when it is unpickled."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -69,11 +69,11 @@ class _Planted:
 
 @pytest.fixture
 def payload(tmp_path):
-    """A pickle whose loading makes the file `ran`, and a check that nothing made it."""
+    """A pickle that creates the file `ran` when it is loaded; asserts at the end that nothing did."""
     ran = tmp_path / "ran"
     content = pickle.dumps(_Planted(ran))
     pickle.loads(content)
-    assert ran.exists()  # it is a working one
+    assert ran.exists()  # the pickle works
     ran.unlink()
     yield content
     assert not ran.exists()
@@ -81,7 +81,8 @@ def payload(tmp_path):
 
 @pytest.fixture
 def no_unpickling():
-    """A list of the classes that pickles name, asserted empty at the end; an audit hook cannot be removed."""
+    """The classes that unpickling looked up, asserted empty at the end; the audit hook is added once, as none can be
+    removed."""
     if not hasattr(sys, "_moe_unpickled"):
         sys._moe_unpickled = []
         sys.addaudithook(lambda event, args: sys._moe_unpickled.append(args) if event == "pickle.find_class" else None)
@@ -116,7 +117,7 @@ def _offences(tree, name):
             yield "shell="
 
 
-def test_no_code_of_ours_could_run_what_it_reads():
+def test_no_code_of_ours_can_execute_what_it_reads():
     assert len(_sources()) > 50
     found = {}
     for path in _sources():
@@ -141,7 +142,7 @@ def test_no_code_of_ours_could_run_what_it_reads():
         "np.savez(path, x=x)",
     ],
 )
-def test_the_check_itself_sees(line):
+def test_the_check_finds_forbidden_calls(line):
     assert list(_offences(ast.parse(line), "moe/x.py"))
 
 
@@ -177,16 +178,16 @@ def test_pickles_planted_in_a_checkpoint(tmp_path, payload, no_unpickling):
         (folder / name).write_bytes(payload)
     jax.tree.map(
         np.testing.assert_array_equal, before, parameters.read_parameters(tmp_path / "run", config.model)
-    )  # the planted ones are nothing to it
+    )  # planted pickles are ignored
     for replaced in ([path for path in files if path.parent.name == "d"], files):
         for path in replaced:
             path.write_bytes(payload)
-        with pytest.raises(Exception, match=r".") as refusal:  # Orbax and TensorStore refuse in their own words
+        with pytest.raises(Exception, match=r".") as refusal:  # Orbax and TensorStore raise their own errors
             parameters.read_parameters(tmp_path / "run", config.model)
         assert not isinstance(refusal.value, pickle.UnpicklingError)
 
 
-def test_pickles_in_the_place_in_the_data(tmp_path, payload, no_unpickling):
+def test_pickles_in_place_of_the_saved_data_position(tmp_path, payload, no_unpickling):
     texts = [random_text(i) for i in range(20)]
     prepared = preparation.Prepared(SimpleNamespace(files={}, bos_id=1, eos_id=2, pad_id=0), ("x",), {"x": texts}, {})
     prepared.tokenizer.encode = lambda text: np.arange(3, 3 + len(text), dtype=np.int32)
@@ -219,7 +220,7 @@ def test_pickles_in_place_of_text(tmp_path, payload, no_unpickling, name):
         pipeline.prepare(data, 400, progress=lambda _: None)
 
 
-def test_a_wheel_with_another_byte_is_not_used(tmp_path, monkeypatch):
+def test_a_wheel_with_a_changed_byte_is_not_used(tmp_path, monkeypatch):
     """A wheel with another hash is refused on disk, and pip is told to require the hash."""
     wheel = tmp_path / "wheel"
     with zipfile.ZipFile(wheel, "w") as archive:
@@ -246,7 +247,7 @@ def test_a_wheel_with_another_byte_is_not_used(tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == [spec.filename, "wheel"]
 
 
-def test_orbax_state_of_ours_names_no_class(tmp_path, no_unpickling):
+def test_orbax_checkpoints_contain_no_pickled_class(tmp_path, no_unpickling):
     """Checkpoints are arrays and JSON; restoring one loads no class from a pickle."""
     with ocp.CheckpointManager(tmp_path) as manager:
         manager.save(0, args=ocp.args.Composite(state=ocp.args.StandardSave({"x": np.ones(3)})))
@@ -259,7 +260,7 @@ def test_orbax_state_of_ours_names_no_class(tmp_path, no_unpickling):
 
 @pytest.fixture
 def planted_module(tmp_path, monkeypatch):
-    """A module `planted_gates` on the path that makes the file `ran` when it is imported."""
+    """A module `planted_gates` on the path that creates the file `ran` when it is imported."""
     folder = tmp_path / "modules"
     folder.mkdir()
     source = (
@@ -275,8 +276,9 @@ def planted_module(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("field", ["gate", "layer_gates"])
-def test_a_workdir_names_a_module_and_nothing_imports_it(tmp_path, planted_module, field):
-    """As gate of config.json: whoever reads the workdir, continues it or starts from it, until the user names it."""
+def test_a_module_named_in_a_workdir_is_not_imported_until_allowed(tmp_path, planted_module, field):
+    """A module named in config.json is not imported by reading, continuing, exporting or starting from the workdir
+    until the user allows it."""
     workdir = tmp_path / "run"
     import_checkpoint(Path(__file__).parent / "data" / "checkpoints" / "mixtral", workdir)
     content = json.loads((workdir / "config.json").read_text())
@@ -313,12 +315,12 @@ def test_reading_a_workdir_needs_no_optimizer(tmp_path, planted_module, monkeypa
     open_run.open_workdir(str(workdir), {("train", "batch_size"): 8})
     assert not planted_module.exists()
     with pytest.raises(ConfigError, match=r"optimizer\.name='planted_gates:optimizer' is code .*=planted_gates"):
-        run_config.get_config(str(workdir / "config.json"))  # to train on, it is needed
+        run_config.get_config(str(workdir / "config.json"))  # continuing to train needs it
 
 
 # --- Links, full disks, text -----------------------------------------------------------------------------------------
 def test_a_planted_link_is_replaced_and_not_followed(tmp_path):
-    """PATH.tmp, which a writer makes first, and the file itself, as links to a file of the user's."""
+    """PATH.tmp, which a writer creates first, and the file itself are links to one of the user's files."""
     target = tmp_path / "precious"
     target.write_text("mine")
     for name in ("report.txt", "report.txt.tmp"):
@@ -335,7 +337,7 @@ def test_a_planted_link_is_replaced_and_not_followed(tmp_path):
 
 @contextlib.contextmanager
 def full_disk(size):
-    """No file may grow beyond a size, as on a disk that is full."""
+    """Limit the size of every file, as a full disk does."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -344,7 +346,7 @@ def full_disk(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_lines_are_not_appended_to_what_is_no_file(tmp_path):
+def test_lines_are_appended_to_regular_files_only(tmp_path):
     (tmp_path / "target").write_text("theirs")
     (tmp_path / "link").symlink_to(tmp_path / "target")
     os.mkfifo(tmp_path / "fifo")  # opening it would wait for a reader
@@ -357,14 +359,14 @@ def test_lines_are_not_appended_to_what_is_no_file(tmp_path):
     assert (tmp_path / "new").read_bytes() == "1 é\n2\n".encode()
 
 
-def test_a_file_does_not_take_the_place_of_a_device(tmp_path):
-    (tmp_path / "null").symlink_to("/dev/null")  # as --output=/dev/null is for root
+def test_a_device_is_not_replaced_by_a_file(tmp_path):
+    (tmp_path / "null").symlink_to("/dev/null")  # as with --output=/dev/null run by root
     with pytest.raises(ConfigError, match="null: is a device, and must be a file"):
         write_atomic(tmp_path / "null", "ours")
     assert [path.readlink() for path in tmp_path.iterdir()] == [Path("/dev/null")]
 
 
-def test_a_full_disk_leaves_the_good_file(tmp_path):
+def test_a_full_disk_leaves_the_previous_file_intact(tmp_path):
     path = tmp_path / "analysis.json"
     write_atomic(path, "good")
     with full_disk(100), pytest.raises(OSError, match="too large"):
@@ -372,7 +374,7 @@ def test_a_full_disk_leaves_the_good_file(tmp_path):
     assert (path.read_text(), list(tmp_path.iterdir())) == ("good", [path])
 
 
-def test_import_and_export_on_a_full_disk_are_one_sentence(tmp_path):
+def test_import_and_export_to_a_full_disk_fail_in_one_sentence(tmp_path):
     source = Path(__file__).parent / "data" / "checkpoints" / "mixtral"
     import_checkpoint(source, tmp_path / "run")
     with (
@@ -385,7 +387,7 @@ def test_import_and_export_on_a_full_disk_are_one_sentence(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_text_is_text_wherever_it_is_shown(tmp_path):
+def test_text_is_escaped_for_terminals_markdown_and_figures(tmp_path):
     assert escaping.terminal("a\tb\n\x1b]52;c;eA==\x07\x9b2J\r漢字é\u202e") == (
         "a\tb\n\\x1b]52;c;eA==\\x07\\x9b2J\\r漢字é\\u202e"
     )
@@ -395,17 +397,17 @@ def test_text_is_text_wherever_it_is_shown(tmp_path):
     )
     assert escaping.markdown_text("a|<b>[c](d)\n$x$") == "a\\|&lt;b&gt;\\[c\\](d) \\$x\\$"
     rows = [{"kind": "heldout/$\\frac$", "step": 1, "loss": 2.0}, {"kind": "heldout/all", "step": 1, "loss": 2.0}]
-    report.figure(tmp_path / "training.png", rows, {"all": 1.0})  # not TeX, which this would not be
+    report.figure(tmp_path / "training.png", rows, {"all": 1.0})  # not parsed as TeX, which would fail
 
 
-def test_what_a_program_prints_moves_no_cursor():
+def test_control_characters_in_output_are_escaped():
     code = "from moe import cli\ncli.run(lambda: print('a\\x1b[2Jb'))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout == "a\\x1b[2Jb\n"
 
 
-def test_an_encoding_without_the_characters_writes_them_all(tmp_path):
-    """A report is UTF-8 wherever it is written."""
+def test_reports_are_utf8_in_every_locale(tmp_path):
+    """In the C locale too, a report is UTF-8 and complete."""
     code = "import sys, pathlib\nfrom moe.atomic_files import write_atomic\n"
     code += f"write_atomic(pathlib.Path(sys.argv[1]), {'ü ± 漢 ' + chr(0xD800)!a})"
     environment = os.environ | {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}

@@ -16,12 +16,12 @@ from moe.training import loop as training
 from moe.training.loop import train
 from tests.run_helpers import ONE, SETTINGS, at_step, rows, steps, tiny
 
-# Most runs of a file are the same program.
+# Most runs of this file share one program.
 pytestmark = pytest.mark.usefixtures("compilation_cache")
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
-def test_a_signal_saves_at_the_steps_end(directory, whole, programs, tmp_path, monkeypatch, number, code):
+def test_a_signal_saves_at_the_end_of_the_step(directory, whole, programs, tmp_path, monkeypatch, number, code):
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(training, "next_batch", at_step(3, lambda: os.kill(os.getpid(), number)))
     with pytest.raises(signals.Stopped) as caught:
@@ -44,8 +44,8 @@ def test_a_signal_before_the_first_step_ends_the_run_at_once(directory, programs
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_two_processes_stop_at_one_step(directory, tmp_path):
-    """SIGTERM reaches one of them; both save the same step and end with 75."""
+def test_two_processes_stop_at_the_same_step(directory, tmp_path):
+    """SIGTERM reaches only one of them; both save the same step and exit with 75."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"

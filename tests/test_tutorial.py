@@ -1,4 +1,4 @@
-"""The tutorial: what was committed with it, and its cells executed again in order."""
+"""The tutorial: its committed outputs, and its cells executed in order."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 NOTEBOOK = ROOT / "docs" / "tutorial.ipynb"
 
 
-def test_it_is_committed_as_it_ran():
-    """Every cell that says something has its output, in one run from top to bottom; Colab opens what is valid."""
+def test_the_committed_notebook_was_run_once_from_top_to_bottom():
+    """Every cell that prints has its output, from one run from top to bottom; the notebook is valid, as Colab
+    requires."""
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     nbformat.validate(notebook)
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]

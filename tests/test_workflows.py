@@ -80,7 +80,7 @@ class Workflow:
         imported = import_checkpoint(self.folder / "exported", self.folder / "imported")
         again = StartConfig(checkpoint=str(self.folder / "imported"))
         self.train(dataclasses.replace(config, model=imported.model, start=again), "last")
-        # On one device, as the other stages: eight fake ones that share busy cores may wait for each other for ever.
+        # On one device, like the other stages: eight fake devices on busy cores may wait for each other for ever.
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(runner, "train", functools.partial(train, devices=ONE))
             patch.setattr(runner, "make_mesh", functools.partial(make_mesh, devices=ONE))
@@ -95,7 +95,7 @@ class Workflow:
         write_page(self.folder / "suite", suite, records.read_all(self.folder / "suite"))
 
     def left(self):
-        """Path → content of what must not depend on interruptions, without the folder's own name."""
+        """Path → content of every file that must not depend on interruptions, without the folder's own name."""
         found = {}
         for path in sorted(self.folder.rglob("*")):
             name = str(path.relative_to(self.folder))

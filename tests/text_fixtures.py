@@ -1,4 +1,4 @@
-"""Fixtures of the data tests: the config of a small TFDS dataset, what is prepared of it, and a folder of text."""
+"""Fixtures of the data tests: the config of a small TFDS dataset, its prepared text, and a folder of text."""
 
 import dataclasses
 import json

@@ -14,7 +14,7 @@ def random_text(seed, words=60):
 
 
 class TinyText(tfds.core.GeneratorBasedBuilder):
-    """Config `split` has a validation split; `whole` has train alone, with each text in it twice."""
+    """Config `split` has a validation split; `whole` has only a train split, with each text twice."""
 
     VERSION = tfds.core.Version("1.0.0")
     BUILDER_CONFIGS: ClassVar = [tfds.core.BuilderConfig(name="split"), tfds.core.BuilderConfig(name="whole")]
@@ -34,8 +34,8 @@ class TinyText(tfds.core.GeneratorBasedBuilder):
 
 
 def published(name: str, version: str, texts: dict[str, int], words: int, path: Path) -> None:
-    """Prepare a dataset under a published name, `texts` documents a split: the directory that the code of that name
-    would leave. The code itself stays unregistered, so that the directory is read for what it is."""
+    """Prepare a dataset under a published name with `texts` documents per split, as the published builder would. The
+    builder is not registered afterwards, so that the dataset is read from its directory alone."""
     base, _, config = name.partition("/")
 
     class Published(TinyText, skip_registration=True):

@@ -36,8 +36,8 @@ CAPACITY_MODES = ("gather", "einsum")
         (1.25, 2, 10, 8, 4),  # 25/8 = 3.125, up
         (1.1, 2, 40, 8, 11),  # 88/8 = 11, in floating point 11.000000000000002
         (1.2, 3, 25, 9, 10),  # 90/9 = 10
-        (1.01, 1, 100, 4, 26),  # 25.25, up: the rounding is no floor
-        (8.0, 2, 16, 4, 16),  # 64, but no token names an expert twice: S
+        (1.01, 1, 100, 4, 26),  # 25.25 is rounded up, not down
+        (8.0, 2, 16, 4, 16),  # 64, capped at S: a token chooses an expert at most once
         (1.0, 5, 7, 5, 7),  # K = E: S
         (0.01, 1, 4, 64, 1),  # at least one
     ],
@@ -46,7 +46,7 @@ def test_expert_capacity(factor, k, tokens, num_experts, capacity):
     assert expert_capacity(factor, k, tokens, num_experts) == capacity
 
 
-def test_beside_experts_without_an_ffn_the_capacity_is_of_their_share():
+def test_capacity_covers_the_share_of_experts_with_an_ffn():
     layer = LAYERS["moe_plus_plus"]  # 8 FFNs and 4 others, tau 0.75, K 2, factor 1.1
     assert layer_capacity(layer, 1000) == 165  # 1.1 * 0.75 * 2 * 1000 / (0.75 * 8 + 4)
     whole = sampling.without_drops(ModelConfig(moe=layer)).moe
@@ -74,7 +74,7 @@ def test_first_choices_come_before_all_second_choices():
     np.testing.assert_array_equal(plan.kept, [[[True, True], [True, False], [True, False], [False, False]]])
 
 
-def test_unchosen_assignments_take_no_position_and_groups_count_apart():
+def test_unchosen_assignments_take_no_position_and_groups_are_counted_separately():
     chosen = [[[False], [True], [True]], [[True], [True], [False]]]
     plan = _plan(_routing([[[0], [0], [0]], [[0], [1], [0]]], 2, chosen), capacity=1)
     # Group 0: token 0 is padding, so token 1 has position 0. Group 1 counts from 0 again.
@@ -117,7 +117,7 @@ _MODULES = {"router": Router, "experts": Experts}
 
 
 def _parameters(config):
-    """Parameters of a router and experts at twice their usual scale, so that nothing is nearly uniform or linear."""
+    """Parameters of a router and experts at twice their usual scale, so that nothing is almost uniform or linear."""
     numbers = np.random.default_rng(4)
     modules = {name: nnx.eval_shape(lambda m=m: m(config, rngs=nnx.Rngs(0))) for name, m in _MODULES.items()}
     return jax.tree.map(
@@ -127,7 +127,7 @@ def _parameters(config):
 
 
 def _system(config, capacity, mode, key):
-    """(parameters, x, mask, cotangent) → sum(y·cotangent) and its gradients, jitted; y, plan and routing beside."""
+    """(parameters, x, mask, cotangent) → sum(y·cotangent) and its gradients, jitted; also y, plan and routing."""
     router_def = nnx.graphdef(nnx.eval_shape(lambda: Router(config, rngs=nnx.Rngs(0))))
     experts_def = nnx.graphdef(nnx.eval_shape(lambda: Experts(config, rngs=nnx.Rngs(0))))
 
@@ -144,7 +144,7 @@ def _system(config, capacity, mode, key):
 
 
 def _oracle(config, parameters, x, mask, cotangent, capacity, uniform):
-    """y and gradients of the same function by moe/conformance/reference.py, and its decisions."""
+    """y, gradients and routing decisions of the oracle, moe/conformance/reference.py."""
     router = np.asarray(parameters["router"]["kernel"], np.float64)
     logits = np.array([[token @ router for token in group] for group in np.asarray(x, np.float64)])
     gate, k = config.moe.gate.name, config.moe.experts_per_token
@@ -164,13 +164,13 @@ def _oracle(config, parameters, x, mask, cotangent, capacity, uniform):
         )
         return jnp.sum(y * cotangent), y
 
-    # Operation by operation: compiling its unrolled loops takes longer.
+    # Run eagerly: compiling its unrolled loops takes longer.
     gradients, y = jax.grad(loss, argnums=(0, 1), has_aux=True)(parameters, x)
     return y, gradients, decisions
 
 
 def _assert_close(actual, expected, name=""):
-    """To float32 rounding: rtol 1e-5 of each value, or of the array's largest where terms cancel."""
+    """Compare to float32 rounding: rtol 1e-5 of each value, or of the array's largest where terms cancel."""
     expected = np.asarray(expected)
     scale = float(np.abs(expected).max(initial=0.0))
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5 * scale, err_msg=name)
@@ -241,7 +241,7 @@ def cases(draw):
     return {"gate": gate, "experts_per_token": k, "num_experts": num_experts, "activation": activation}, shape
 
 
-# An example compiles three programs: hence few examples, and no shrinking of a failing one.
+# Each example compiles three programs: hence few examples, and no shrinking of a failing one.
 @pytest.mark.slow
 @settings(max_examples=8, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
 @given(case=cases())
@@ -265,7 +265,7 @@ def test_all_padding_gives_zeros_and_no_gradient(mode, rng):
 @pytest.mark.slow
 @pytest.mark.parametrize("capacity", [15, 50])
 def test_modes_agree_beyond_oracle_sizes(capacity, rng):
-    """A few hundred tokens, where the oracle would be slow: gather and einsum, dropping and not."""
+    """On a few hundred tokens, for which the oracle would be slow, gather equals einsum with and without drops."""
     config = tiny_model(num_experts=6, experts_per_token=3, gate="switch", d_model=8, moe_d_ff=6)
     parameters = _parameters(config)
     x = jnp.asarray(rng.normal(size=(4, 50, config.d_model)), jnp.float32)
@@ -279,7 +279,7 @@ def test_modes_agree_beyond_oracle_sizes(capacity, rng):
 
 
 def test_bfloat16_to_its_own_rounding(rng):
-    """Activations in bfloat16, 8 bits of mantissa: within a few roundings of float32; decisions the same."""
+    """Activations in bfloat16, 8 bits of mantissa, are within a few roundings of float32, with the same decisions."""
     config = tiny_model(num_experts=3, d_model=8)
     parameters = _parameters(config)
     # Inputs exact in bfloat16, so that both runs route alike.
@@ -297,7 +297,7 @@ def test_bfloat16_to_its_own_rounding(rng):
         pairs = zip(jax.tree.leaves((y, d_x, d_state)), jax.tree.leaves((y32, d_x32, d_state32)), strict=True)
         for ours, theirs in pairs:
             theirs = np.asarray(theirs)
-            # Three matmuls and a product in a row, 2^-8 each, the bound being of the largest value.
+            # Three matmuls and a product in sequence, 2^-8 each, relative to the largest value.
             np.testing.assert_allclose(np.asarray(ours, np.float32), theirs, atol=4 * 2**-8 * np.abs(theirs).max())
 
 
@@ -306,7 +306,7 @@ def test_layer_takes_its_capacity_factor_from_the_phase(train, capacity, rng):
     # S = 8, E = 4, K = 1: factors 1 and 2 are capacities of 2 and 4.
     config = tiny_model(gate="switch", capacity_factor=1.0, eval_capacity_factor=2.0, dispatch="einsum")
     layer = MoELayer(config, rngs=nnx.Rngs(0))
-    # Equal tokens all choose one expert, which keeps its capacity of them.
+    # Equal tokens all choose one expert, which keeps as many as its capacity.
     x = jnp.broadcast_to(jnp.asarray(rng.normal(size=config.d_model), jnp.float32), (3, 8, config.d_model))
     y, report, _ = jax.jit(lambda x: layer(x, jnp.ones((3, 8), bool), train=train))(x)
     kept = np.abs(np.asarray(y)).max(-1) > 0
@@ -316,7 +316,8 @@ def test_layer_takes_its_capacity_factor_from_the_phase(train, capacity, rng):
 
 @pytest.mark.parametrize("group_size", [4, 16])
 def test_groups_are_runs_of_the_batch_in_row_order(group_size, rng):
-    """Rows of 8: a group is half a row or two rows, and the output is that of those tokens as a batch of their own."""
+    """In rows of 8 tokens a group is half a row or two rows, and its outputs are those of its tokens as a separate
+    batch."""
     config = tiny_model(gate="switch", group_size=group_size, capacity_factor=1.0, dispatch="einsum")
     layer = MoELayer(config, rngs=nnx.Rngs(0))
     whole = MoELayer(dataclasses.replace(config, moe=dataclasses.replace(config.moe, group_size=0)), rngs=nnx.Rngs(0))

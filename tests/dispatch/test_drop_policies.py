@@ -11,7 +11,7 @@ from tests.helpers import routed
 
 
 def _one_expert(weights):
-    """Tokens that all want expert 0 (their second best is expert 1), with these weights."""
+    """Routing of tokens that all prefer expert 0, then expert 1, with these weights of expert 0."""
     probs = np.array([[[w, 0.9 * (1 - w), 0.1 * (1 - w)] for w in weights]])
     return routed("switch", np.log(probs), 1)
 
@@ -26,7 +26,7 @@ def test_drop_policies_by_hand():
 
 def test_priority_is_the_router_probability_and_not_the_renormalised_weight():
     # First choices by probability: 0.46, 0.48, 0.42; by Mixtral's weight: 0.46/0.90 = 0.51, 0.48/0.93 = 0.52 and
-    # 0.42/0.72 = 0.58. Of two rows, the third token's is the one beyond the capacity.
+    # 0.42/0.72 = 0.58. With a capacity of two, the third token is dropped.
     probs = np.array([[[0.46, 0.10, 0.44], [0.48, 0.45, 0.07], [0.42, 0.28, 0.30]]])
     routing = routed("mixtral", np.log(probs), 2)
     plan = make_plan(routing, 2, drop_policy="probability")
@@ -43,7 +43,7 @@ def test_random_drops_are_fair():
     assert np.abs(np.asarray(plans).sum((0, 1, 3)) - 200).max() < 58
 
 
-def test_a_layer_drops_other_tokens_with_each_key():
+def test_a_layer_drops_different_tokens_under_different_keys():
     """Of eight tokens that all want expert 0, C = 0.5 · 8 / 2 = 2 are kept."""
     weights = {"router": np.zeros((1, 2)), "up": np.ones((2, 1, 1)), "down": np.ones((2, 1, 1))}
     drops = {"drop_policy": "random", "accept_future_leak": True, "capacity": Capacity(train=0.5, eval=0.5)}

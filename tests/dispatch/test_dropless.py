@@ -1,4 +1,4 @@
-"""Dropless dispatch equals einsum without drops, on any load, on any mesh, by every kernel."""
+"""Dropless dispatch equals einsum without drops, for any load, mesh and kernel."""
 
 from __future__ import annotations
 
@@ -118,9 +118,9 @@ def test_gather_on_cpu_computes_filled_rows_only(rng):
 @pytest.mark.parametrize("sizes", [(0, 37, 3, 90), slow_case((0, 0, 0, 130)), slow_case((60, 0, 40, 0))])
 @pytest.mark.parametrize("kernel", ["row_blocks", "ragged_dot"])
 def test_kernels_are_one_function(kernel, sizes, rng, monkeypatch):
-    """lax.ragged_dot, used on accelerators, and the loop over row blocks, used on CPUs, against a loop over groups.
+    """lax.ragged_dot, used on accelerators, and the loop over row blocks, used on CPUs, equal a loop over groups.
 
-    Uninitialised buffers are filled with NaN: nothing that no row block wrote may reach a result.
+    Uninitialised buffers are filled with NaN: values that no row block wrote must not reach a result.
     """
     monkeypatch.setattr(target, "is_cpu", lambda: kernel == "row_blocks")
     garbage = functools.partial(jax.tree.map, lambda leaf: jnp.full(leaf.shape, jnp.nan, leaf.dtype))
@@ -149,7 +149,8 @@ def test_kernels_are_one_function(kernel, sizes, rng, monkeypatch):
 
 
 def _in_row_blocks(rng, sizes, num_experts, keeps_hidden):
-    """(function of rows [R,6], groups and weights; weights of E experts, joined and turned, as on accelerators)."""
+    """(function of rows [R,6], group sizes and weights; weights of E experts, up joined with gate and down transposed,
+    as on accelerators)."""
     up, gate, down = (jnp.asarray(rng.normal(size=(num_experts, *s)), jnp.float32) for s in ((6, 8), (6, 8), (8, 6)))
     biases = tuple(jnp.asarray(rng.normal(size=(num_experts, 8)), jnp.float32) for _ in range(2))
     weights = ExpertWeights(up, gate, down, biases, activation="swiglu", keeps_hidden=keeps_hidden).joined()
@@ -161,8 +162,8 @@ def _in_row_blocks(rng, sizes, num_experts, keeps_hidden):
     ("on_cpu", "keeps_hidden"), [(True, True), (False, False), slow_case(True, False), slow_case(False, True)]
 )
 def test_joined_experts_in_row_blocks(on_cpu, keeps_hidden, rng, monkeypatch):
-    """Values and gradients of large groups on GPUs, against plain matmuls; rows of no group, and buffers that nothing
-    has written, hold NaN."""
+    """Row blocks, used for large groups on GPUs, equal plain matmuls in values and gradients; rows of no group and
+    unwritten buffers hold NaN."""
     monkeypatch.setattr(target, "is_cpu", lambda: on_cpu)
     garbage = functools.partial(jax.tree.map, lambda leaf: jnp.full(leaf.shape, jnp.nan, leaf.dtype))
     monkeypatch.setattr(row_blocks, "_unwritten", lambda tree, sizes, dtype=None: garbage(tree))
@@ -197,14 +198,14 @@ def test_joined_experts_in_row_blocks(on_cpu, keeps_hidden, rng, monkeypatch):
     ("keeps_hidden", "num_experts"), [(True, 2), (False, 1), slow_case(True, 1), slow_case(False, 2)]
 )
 def test_trips_of_row_blocks_are_known(keeps_hidden, num_experts, rng):
-    """Count of trips and products by the names of loops, where each expert has 19 of 80 rows, and so 20 on the fullest
-    device: one block of 16 rows, and one of 4."""
+    """The planner reads trip counts and products from the names of loops. Each expert has 19 of 80 rows, hence 20 on
+    the fullest device: one block of 16 rows and one of 4."""
     ours, weights = _in_row_blocks(rng, (4, 8, 16), num_experts, keeps_hidden)
     num_rows = 80 * num_experts
     loss = jax.grad(lambda rows, sizes, weights: jnp.sum(jnp.sin(ours(rows, sizes, weights))), (0, 2))
     arguments = jnp.ones((num_rows, 6)), jnp.full(num_experts, 20), weights
-    # Of up, gate and down: three products forward and six backward, and two again if they were not kept. Of both
-    # biases, matrices of one row: one forward, their gradient, and one again.
+    # Up, gate and down: three products forward and six backward, and two recomputed unless they were kept. Each of the
+    # two biases, a matrix of one row: one forward, one for its gradient, and one recomputed.
     products, biases = (9, 4) if keeps_hidden else (11, 6)
     per_row = 2 * 8 * (products * 6 + biases)
     assert arithmetic.matmul_flops(jax.make_jaxpr(loss)(*arguments).jaxpr).total == num_rows * per_row
@@ -222,8 +223,8 @@ def test_trips_of_row_blocks_are_known(keeps_hidden, num_experts, rng):
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_large_groups_by_the_kernels_of_tpus(transposed, rng, monkeypatch):
-    """Products and gradients with megablox, interpreted on CPU, against one matmul per group; the last rows belong to
-    no group."""
+    """Products and gradients by megablox, interpreted on CPU, equal one matmul per group; the last rows belong to no
+    group."""
     monkeypatch.setattr(tpu, "megablox_gmm", functools.partial(tpu.megablox_gmm, interpret=True))
     monkeypatch.setattr(tpu, "_tiles", lambda *_: (256, 128, 128))
     sizes = np.array([700, 1200], np.int32)
@@ -252,7 +253,8 @@ def test_large_groups_by_the_kernels_of_tpus(transposed, rng, monkeypatch):
 
 
 def test_biases_by_group(rng):
-    """Each row's own bias, an empty group included; the last rows belong to no group and their gradient is NaN."""
+    """Each row gets the bias of its group; one group is empty, the last rows belong to none and their gradient is
+    NaN."""
     sizes, biases = np.array([2, 0, 3]), rng.normal(size=(3, 4)).astype(np.float32)
     gradient = np.concatenate([rng.normal(size=(5, 4)), np.full((2, 4), np.nan)]).astype(np.float32)
 
@@ -275,8 +277,9 @@ def test_gradients_of_up_and_gate_stand_beside_each_other(rng):
 def test_work_of_a_kernels_grid_by_hand():
     """R 512 in 2 groups, K 256, N 384, tiles of 128 x 128 x 384: 4 + 1 blocks of rows, 2 of K, 1 of N: 10 steps.
 
-    Rows move 10 · 128·128 numbers, matrices 10 · 128·384, results 5 · 128·384. Of weights: 10 · 128·(128 + 384) and
-    2 · 2 results of 128·384. With all of K in a step, 5 steps, and a matrix of 256·384 moves once a group.
+    The products read 10 · 128·128 numbers of rows and 10 · 128·384 of matrices, and write 5 · 128·384. The gradient of
+    the weights reads 10 · 128·(128 + 384) and writes 2 · 2 results of 128·384. With all of K in one step there are 5
+    steps, and a matrix of 256·384 is read once per group.
     """
     tiles, matrices = (128, 128, 384), (2, 256, 384)
     flops = 10 * 2 * 128 * 128 * 384
@@ -299,7 +302,8 @@ def test_work_of_a_kernels_grid_by_hand():
 )
 @pytest.mark.parametrize("kind", ["rows", "weights"])
 def test_tiles_add_little_work(kind, rows, matrices, share):
-    """Of v5p: FLOPs over those of the filled rows, parts of lanes and shared blocks included."""
+    """On v5p, FLOPs with partly filled lanes and shared blocks, and the time to move data, are within a share of the
+    FLOPs of the filled rows and of their time at peak."""
     peak, bandwidth = 459e12, 2765e9
     device = tpu_tiles.Device(peak, bandwidth, 28 * 2**20)
     for experts, k, n in (matrices, (matrices[0], matrices[2], matrices[1])):
@@ -312,7 +316,8 @@ def test_tiles_add_little_work(kind, rows, matrices, share):
 
 @pytest.mark.slow
 def test_within_vmap_scan_and_remat(rng):
-    """Values and gradients of three batches: one after the other, mapped, and scanned with the body recomputed."""
+    """Three batches, mapped or scanned with a recomputed body, equal the same batches one by one in values and
+    gradients."""
     config = tiny_model(num_experts=3, moe_d_ff=8)
     graphdef, parameters = nnx.split(Experts(config, rngs=nnx.Rngs(0)))
     cases = [_case(rng, 1, 20, 3, 2, load) for load in ("random", "one", "padding")]
@@ -355,7 +360,7 @@ def test_row_blocks_hold_all_rows_with_little_padding(draws, rng):
         first = np.asarray(jax.jit(blocks.first_block)(padded))
         assert np.all(padded >= sizes)
         assert np.all(padded - sizes < np.diff([0, *blocks.sizes]).max())
-        # Every padded group is one block of a known size and blocks of the largest.
+        # Every padded group is one block of a known size plus blocks of the largest size.
         assert set(first) <= {0, *blocks.sizes}
         assert np.all((padded - first) % blocks.sizes[-1] == 0)
         assert padded.sum() <= blocks.total_rows(int(sizes.sum()), num_groups)
@@ -415,15 +420,15 @@ def test_equal_on_meshes(mesh, load, rng):
 def _emulated(
     operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name, axis_index_groups=None
 ):
-    """jax.lax.ragged_all_to_all by its documentation; XLA has none for CPUs."""
+    """Emulate jax.lax.ragged_all_to_all by its documentation; XLA has none for CPUs."""
     groups = np.asarray(axis_index_groups or [range(jax.lax.axis_size(axis_name))])
     parts = groups.shape[1]
-    me = jnp.argsort(groups.reshape(-1))[jax.lax.axis_index(axis_name)] % parts  # place in its group
+    me = jnp.argsort(groups.reshape(-1))[jax.lax.axis_index(axis_name)] % parts  # index within its group
     slices = send_sizes.shape[0] // parts
     rows, begins, sizes, ends = jax.lax.all_gather(
         (operand, input_offsets, send_sizes, output_offsets), axis_name, axis_index_groups=axis_index_groups
     )
-    # Slices that arrive here, [parts · slices]: all at once, as a loop over them takes long to compile.
+    # Slices that arrive here, [parts · slices]: handled at once, since a loop over them takes long to compile.
     mine = me * slices + jnp.arange(slices)
     begin, size, to = (array[:, mine].reshape(-1) for array in (begins, sizes, ends))
     size = jnp.where(recv_sizes == size, size, 0)  # both sides must agree
@@ -435,7 +440,7 @@ def _emulated(
 
 
 def _exchange_as_accelerators_do(monkeypatch):
-    """Trace for accelerators, with the ragged exchange emulated and uninitialised memory full of thousands."""
+    """Trace for accelerators, with the ragged exchange emulated and uninitialised memory filled with 1000."""
     monkeypatch.setattr(target, "is_cpu", lambda: False)
     monkeypatch.setattr(jax.lax, "ragged_all_to_all", _emulated)
     monkeypatch.setattr(jax.lax, "empty", lambda shape, dtype: jnp.full(shape, 1000, dtype))
@@ -449,8 +454,9 @@ def _exchange_as_accelerators_do(monkeypatch):
     ids=lambda m: f"data{m.data}-fsdp{m.fsdp}-expert{m.expert}-tensor{m.tensor}",
 )
 def test_the_exchange_of_accelerators_equals_one_device(mesh, load, remat, rng, monkeypatch):
-    """Ragged exchange with 120 rows a device: under the load "one" a device receives more than one round. With full
-    recomputation combine weights go to the experts, else outputs are kept and weighted where they return."""
+    """The ragged exchange has 120 rows per device: under the load "one" a device receives more than one round. With
+    full recomputation the combine weights are sent to the experts, otherwise outputs are kept and weighted after their
+    return."""
     config = tiny_model(num_experts=8, remat=remat)
     routing = _case(rng, 8, 60, 8, 2, load)
     x = jnp.asarray(rng.normal(size=(8, 60, config.d_model)), jnp.float32)
@@ -462,11 +468,11 @@ def test_the_exchange_of_accelerators_equals_one_device(mesh, load, remat, rng, 
     _assert_close(_on_mesh(mesh, config, routing, x, "ragged exchange"), alone, 1e-5)
 
 
-@pytest.mark.slow  # the exchange above and test_joined_experts_in_row_blocks are not
+@pytest.mark.slow  # the exchange above and test_joined_experts_in_row_blocks are fast
 @pytest.mark.parametrize("load", ["random", "one"])
 @pytest.mark.parametrize("remat", ["full", "none"])
 def test_row_blocks_behind_the_exchange_of_accelerators(remat, load, rng, monkeypatch):
-    """Two experts a device, in blocks as on GPUs; under the load "one" a device receives more than one round."""
+    """Two experts per device, in row blocks as on GPUs; under the load "one" a device receives more than one round."""
     config = tiny_model(num_experts=8, remat=remat)
     routing = _case(rng, 8, 60, 8, 2, load)
     x = jnp.asarray(rng.normal(size=(8, 60, config.d_model)), jnp.float32)
@@ -481,7 +487,7 @@ def test_row_blocks_behind_the_exchange_of_accelerators(remat, load, rng, monkey
 @pytest.mark.parametrize("variant", ["chunks", slow_case("dropout in chunks")])
 @pytest.mark.parametrize("ragged", [slow_case(False), True], ids=["slots", "ragged"])
 def test_exchange_in_chunks_equals_one_device(ragged, variant, load, rng, monkeypatch):
-    """Three parts of 20 tokens, 40 rows a device: under the load "one" a device receives several rounds of each."""
+    """Three chunks of 20 tokens, 40 rows per device: under the load "one" a device receives several rounds of each."""
     config = tiny_model(num_experts=8)
     routing = _case(rng, 8, 60, 8, 2, load)
     x = jnp.asarray(rng.normal(size=(8, 60, config.d_model)), jnp.float32)
@@ -516,8 +522,8 @@ def test_exchange_in_chunks_equals_one_device(ragged, variant, load, rng, monkey
     ids=str,
 )
 def test_tokens_sent_once_equal_one_device(ragged, mesh, variant, load, rng, monkeypatch):
-    """A token goes once to each host that the expert axis spans, or to every device; under the load "one" the first
-    choices of all tokens are of one host, which needs further windows, and of one device: further rounds."""
+    """A token is sent once to each host that the expert axis spans, or to every device. Under the load "one" all first
+    choices are experts of one host, which needs further windows, and of one device, which needs further rounds."""
     config = tiny_model(num_experts=8, remat="none" if "dropout" in variant else "full")  # outputs kept, or weighted
     routing = _case(rng, 8, 60, 8, 2, load)
     x = jnp.asarray(rng.normal(size=(8, 60, config.d_model)), jnp.float32)
@@ -531,7 +537,7 @@ def test_tokens_sent_once_equal_one_device(ragged, mesh, variant, load, rng, mon
 @pytest.mark.parametrize("variant", ["", slow_case("dropout")])
 @pytest.mark.parametrize("mesh", [None, MeshConfig(data=1, fsdp=4, tensor=2)], ids=["alone", "fsdp"])
 def test_weights_before_the_last_matmul_on_accelerators(mesh, variant, load, rng, monkeypatch):
-    """Combine weights scale hidden activations there, and their gradients are those of weighted outputs."""
+    """On accelerators combine weights scale the hidden activations; their gradients are those of weighted outputs."""
     config = tiny_model(num_experts=8)
     routing = _case(rng, 8, 10, 8, 2, load)
     x = jnp.asarray(rng.normal(size=(8, 10, config.d_model)), jnp.float32)
@@ -544,7 +550,7 @@ def test_weights_before_the_last_matmul_on_accelerators(mesh, variant, load, rng
 
 @pytest.mark.parametrize("mesh", [MeshConfig(data=1, fsdp=4, tensor=2), slow_case(MESHES[2])], ids=["fsdp", "expert"])
 def test_kernels_with_the_nonlinearity_on_meshes(mesh, rng, monkeypatch):
-    """Kernels of TPUs, interpreted, on shards whose parts of F are padded to whole lanes and gathered interleaved."""
+    """TPU kernels, interpreted, on shards whose parts of F are padded to whole lanes and gathered interleaved."""
     config = tiny_model(num_experts=8, activation="swiglu")
     routing = _case(rng, 8, 10, 8, 2)
     x = jnp.asarray(rng.normal(size=(8, 10, config.d_model)), jnp.float32)
@@ -564,7 +570,7 @@ def test_kernels_with_the_nonlinearity_on_meshes(mesh, rng, monkeypatch):
 
 
 def test_expert_dropout_depends_on_assignments_alone(rng, monkeypatch):
-    """The same numbers are dropped by every dispatch mode and on a mesh."""
+    """The same hidden activations are dropped by every dispatch mode and on a mesh."""
     config = tiny_model(num_experts=8)
     routing = _case(rng, 8, 10, 8, 2)
     x = jnp.asarray(rng.normal(size=(8, 10, config.d_model)), jnp.float32)
@@ -589,7 +595,7 @@ def test_expert_dropout_with_the_exchange_of_accelerators(rng, monkeypatch):
 
 
 def _outside_of_loops(jaxpr, name):
-    """How often a primitive stands in a jaxpr outside of its scans."""
+    """Count the occurrences of a primitive in a jaxpr outside its scans."""
     count = 0
     for equation in jaxpr.eqns:
         count += equation.primitive.name == name
@@ -600,7 +606,7 @@ def _outside_of_loops(jaxpr, name):
 
 @pytest.mark.parametrize(("platform", "outside"), [("tpu", False), ("gpu", True)])
 def test_buffers_of_the_exchange_on_tpus_stay_in_the_loop_over_layers(platform, outside, rng, monkeypatch):
-    """Allocated before it, they would be copied in every layer."""
+    """Buffers allocated before the loop would be copied in every layer."""
     config = tiny_model(num_experts=8)
     routing, x = _case(rng, 8, 10, 8, 2), jnp.ones((8, 10, config.d_model))
     graphdef, parameters = nnx.split(Experts(config, rngs=nnx.Rngs(0)))
@@ -622,7 +628,7 @@ def test_buffers_of_the_exchange_on_tpus_stay_in_the_loop_over_layers(platform, 
 
 @pytest.mark.parametrize("peers", [Peers(), Peers(2), Peers(2, across=True)])
 def test_numbers_are_gathered_by_an_all_to_all_on_gpus(peers, monkeypatch):
-    """All-to-all instead of an all-gather, whose inputs XLA would compute once more, a layer ahead."""
+    """An all-to-all replaces an all-gather, whose inputs XLA would recompute one layer ahead."""
     numbers = {"index": jnp.arange(16).reshape(8, 2), "weight": jnp.linspace(0, 1, 24).reshape(8, 3)}
 
     def gathered() -> tuple[str, dict[str, Array]]:
@@ -644,7 +650,7 @@ def test_numbers_are_gathered_by_an_all_to_all_on_gpus(peers, monkeypatch):
 
 
 def test_both_cores_have_blocks_of_columns():
-    """Two blocks of 768 columns instead of one of 1536, which leaves a core idle, take half of the FLOPs at peak."""
+    """Two blocks of 768 columns cost half of the FLOPs at peak of one block of 1536, which leaves a core idle."""
     v5p = tpu_tiles.Device(459e12, 2765e9, 28 * 2**20, cores=2)
     one, two = ((256, 2048, n) for n in (1536, 768))
     alone, shared = (tpu_tiles.grid_work("rows", 2560, (1, 2048, 1536), tiles, cores=2) for tiles in (one, two))

@@ -1,4 +1,4 @@
-"""Kernels of TPUs that compute the nonlinearity of a gated FFN too, interpreted on CPU."""
+"""TPU kernels that also compute the nonlinearity of a gated FFN, interpreted on CPU."""
 
 import functools
 
@@ -14,13 +14,13 @@ from moe.parallel import target
 from moe.planner import arithmetic
 from tests.helpers import slow_case
 
-#: Rows of each group, of 512: two groups share blocks of 128 rows, one is empty, and the last rows have no group.
+#: Group sizes within 512 rows: two groups share blocks of 128 rows, one is empty, the last rows are in no group.
 SIZES = np.array([200, 0, 250], np.int32)
 
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    """The kernels by Pallas' interpreter, with small tiles."""
+    """Run the kernels in Pallas' interpreter, with small tiles."""
     for module, name in ((gated, "activated"), (gated, "activation_gradients"), (tpu, "megablox_gmm")):
         monkeypatch.setattr(module, name, functools.partial(getattr(module, name), interpret=True))
     tiles = {"activated": (128, 256, 256), "gradients": (128, 256, 128), "rows": (128, 128, 128)}
@@ -39,7 +39,7 @@ def _weights(rng, *, hidden, biases, turned, activation):
 
 
 def _oracle(rows, weights, scale):
-    """Each group's rows through its expert, in float32; rows of no group are left out."""
+    """Apply each group's expert to its rows in float32; rows of no group are left out."""
     ends, outputs = np.cumsum(SIZES), []
     for expert, (end, size) in enumerate(zip(ends, SIZES, strict=True)):
         x = rows[end - size : end]
@@ -89,7 +89,7 @@ def test_values_and_gradients(activation, hidden, biases, turned, scaled, rng, i
 
 
 def test_the_nonlinearity_is_in_the_kernels(rng, interpreted):
-    """No other operation of the program has the size of up and gate but the kernels' and the products' own."""
+    """Outside the kernels no logistic function is applied to an array of all rows."""
     weights, _ = _weights(rng, hidden=256, biases=False, turned=True, activation="swiglu")
     rows = jnp.ones((512, 256), jnp.bfloat16)
     loss = jax.grad(lambda rows, weights: jnp.sum(tpu.grouped_ffn(rows, jnp.asarray(SIZES), weights)), (0, 1))
@@ -97,7 +97,7 @@ def test_the_nonlinearity_is_in_the_kernels(rng, interpreted):
     outside = [line for line in text.splitlines() if "logistic" in line and "bf16[512" in line]
     assert text.count("pallas_call") >= 2
     assert not outside
-    # Up and gate forward and twice backward, and of down both gradients; the output itself is not needed.
+    # Up and gate: forward and two gradients each; down: two gradients, since the output itself is not needed.
     flops = arithmetic.matmul_flops(jax.make_jaxpr(loss)(rows, weights).jaxpr)
     assert flops.total == 512 * 2 * 256 * 256 * (2 * 3 + 2)
 
@@ -130,7 +130,7 @@ def test_shapes_that_fit_no_tiles_take_other_kernels(rng, interpreted, monkeypat
 
 @pytest.mark.parametrize("activation", GATED_ACTIVATIONS)
 def test_kernels_take_the_activations_that_pallas_lowers_for_tpus(activation, rng, monkeypatch):
-    """Lowering needs no TPU. The error function of geglu_exact is missing, which must stay outside of the kernels."""
+    """Lowering needs no TPU. Pallas has no error function for TPUs, so that geglu_exact stays outside the kernels."""
     monkeypatch.setattr(target.Target, "has_gated_kernels", True)
     weights, _ = _weights(rng, hidden=256, biases=True, turned=True, activation=activation)
     is_fused = weights.joined().is_interleaved
@@ -168,7 +168,7 @@ V5P = tpu_tiles.Device(459e12, 2765e9, 28 * 2**20, cores=2)
 )
 @pytest.mark.parametrize("kind", ["activated", "gradients"])
 def test_tiles_of_kernels_add_little_work(kind, rows, experts, width, hidden, share):
-    """FLOPs over those of the filled rows on v5p, what an idle core could have done included."""
+    """On v5p, FLOPs are within a share of those of the filled rows, counting what an idle core could have computed."""
     columns = 2 * hidden if kind == "activated" else hidden
     tiles = tpu_tiles.fastest_tiles(kind, rows, (experts, width, columns), V5P)
     _, flops, moved = tpu_tiles.grid_work(kind, rows, (experts, width, columns), tiles, cores=2)

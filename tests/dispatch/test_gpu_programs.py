@@ -1,4 +1,4 @@
-"""Programs for NVIDIA GPUs: kernels interpreted on CPU, and programs compiled for GPUs that are absent."""
+"""Programs for NVIDIA GPUs: kernels interpreted on CPU, and programs compiled for absent GPUs."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ TARGETS = Path(__file__).parents[2] / "moe" / "planner" / "targets"
     ],
 )
 def test_kernels_equal_one_matmul_per_group(sizes, num_rows, dtype, tolerance, transposed, rng):
-    """Values and both gradients; rows of no group hold NaN."""
+    """Values and both gradients; rows that belong to no group hold NaN."""
     x, gradient = (np.full((num_rows, d), np.nan) for d in (32, 48))
     x[: sum(sizes)], gradient[: sum(sizes)] = rng.normal(size=(sum(sizes), 32)), rng.normal(size=(sum(sizes), 48))
     x, gradient = jnp.asarray(x, dtype), jnp.asarray(gradient, dtype)
@@ -79,7 +79,7 @@ def test_kernels_equal_one_matmul_per_group(sizes, num_rows, dtype, tolerance, t
 @pytest.mark.skipif(not hasattr(mosaic_gpu, "force_gpu_interpret_mode"), reason="this JAX cannot interpret the kernel")
 @pytest.mark.parametrize("transposed", [False, True])
 def test_hoppers_kernel_equals_one_matmul_per_group(transposed, rng, monkeypatch):
-    """JAX's Mosaic kernel as it is called for Hopper: a product, and the gradient of rows."""
+    """JAX's Mosaic kernel as called for Hopper: a product, and the gradient of the rows."""
     sizes, num_rows = [50, 0, 70], 128  # tiles of 64 rows shared by two groups, an empty group, rows of no group
     x = jnp.asarray(rng.normal(size=(num_rows, 64)), jnp.bfloat16)
     matrices = jnp.asarray(rng.normal(size=(3, 128, 64) if transposed else (3, 64, 128)), jnp.bfloat16)
@@ -101,14 +101,14 @@ _SIXTEEN = [50, 0, 1, 2, 97, 0, 0, 3, 5, 7, 11, 64, 32, 63, 0, 33]
 @pytest.mark.parametrize(
     ("terms", "columns", "transposed", "cores"),
     [
-        (320, 64, False, 2),  # more loads than buffers, tiles in turns on two cores
+        (320, 64, False, 2),  # more loads than buffers, tiles alternate between two cores
         slow_case(64, 384, True, 1),  # all tiles on one core, as those of float8 below
         slow_case(192, 576, True, 5),
         slow_case(128, 512, False, 3),
     ],
 )
 def test_blackwells_kernel_equals_one_matmul_per_group(terms, columns, transposed, cores, rng, monkeypatch):
-    """The kernel as it is called for Blackwell, with the interpreter's detection of races; other rows are NaN."""
+    """The kernel as called for Blackwell, under the interpreter's race detection; rows of no group hold NaN."""
     ends = np.cumsum(_SIXTEEN)
     x = np.full((384, terms), np.nan)
     x[: ends[-1]] = rng.normal(size=(ends[-1], terms))
@@ -131,15 +131,15 @@ def test_blackwells_kernel_equals_one_matmul_per_group(terms, columns, transpose
 @pytest.mark.parametrize(
     ("capability", "sides", "transposed", "cores"),
     [
-        slow_case(9, (256, 128), False, 2),  # more loads than buffers, tiles in turns on two cores
+        slow_case(9, (256, 128), False, 2),  # more loads than buffers, tiles alternate between two cores
         (10, (256, 128), True, 1),
         slow_case(9, (768, 256), True, 5),
         slow_case(10, (128, 640), False, 3),
     ],
 )
 def test_products_of_float8_and_their_gradients(capability, sides, transposed, cores, rng, monkeypatch):
-    """By both kernels, with the interpreter's detection of races, and as float8 is rounded; other rows are NaN. The
-    gradient of the matrices is the kernel's of other factors."""
+    """Both kernels, under the interpreter's race detection, multiply factors rounded to float8; rows of no group hold
+    NaN. The gradient of the matrices is another kernel's, of unrounded factors."""
     pytest.importorskip("qwix")
     device = types.SimpleNamespace(platform="gpu", device_kind="", compute_capability=capability, num_cores=cores)
     each = [50, 0, 97, 3, 64]
@@ -199,7 +199,7 @@ def test_schedule_visits_each_tile_of_each_group_once(draws, rng):
 
 
 def _computed_rows(num_rows: int, num_groups: int) -> int:
-    """The most rows that one of the three matmuls computes for R rows, shared tiles counted twice."""
+    """Upper bound of the rows that one of the three matmuls computes for R rows, shared tiles counted twice."""
     return num_rows + tiles.tile_rows(num_rows, num_groups) * (num_groups - 1)
 
 
@@ -222,14 +222,14 @@ needs_plugin = [
 
 
 def _mesh(name: str) -> jax.sharding.Mesh:
-    """One absent GPU."""
+    """Mesh of one absent GPU."""
     text = (TARGETS / f"{name}.textproto").read_text()
     topology = topologies.get_topology_desc(platform="cuda", target_config=text, topology="1x1x1")
     return make_mesh(MeshConfig(data=1), topology.devices)
 
 
 def _compile(function: Any, mesh: jax.sharding.Mesh, *arguments: Any) -> str:
-    """The compiled program's text; arguments are shapes."""
+    """Text of the program compiled for these argument shapes."""
     with jax.set_mesh(mesh), checked_for_target():
         sharding = jax.NamedSharding(mesh, jax.P())
         shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), arguments)
@@ -237,7 +237,7 @@ def _compile(function: Any, mesh: jax.sharding.Mesh, *arguments: Any) -> str:
 
 
 def _matmul_flops(text: str) -> float:
-    """FLOPs of all dots and cuBLAS calls of a program: [B,M,K] · [B,K,N] is 2 BMNK = 2 sqrt(BMK · BKN · BMN / B)."""
+    """FLOPs of all dots and cuBLAS calls in a program: [B,M,K] · [B,K,N] is 2 BMNK = 2 sqrt(BMK · BKN · BMN / B)."""
     types = dict(re.findall(r"%([\w.\-]+) = \(?(\w+\[[\d,]*\])", text))
     total = 0.0
     pattern = r"%([\w.\-]+) = [^=]*?(?:\bdot|custom-call)\(%([\w.\-]+), %([\w.\-]+)[^)]*\)([^\n]*)"
@@ -289,8 +289,8 @@ def test_dropless_costs_its_active_flops(name):
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=needs_plugin) for name in ("a100", "h100", "b200")])
 def test_large_groups_are_plain_matmuls(name):
-    """No kernel of ours, and no array of all rows' hidden activations, where these are computed again; the kernels
-    where they are kept."""
+    """Where hidden activations are recomputed, the program has neither our kernels nor an array of all rows' hidden
+    activations; where they are kept, it has the kernels."""
     num_rows, d, f = 65536, 1024, 4096
     kernels = {}
     for keeps_hidden in (False, True):
@@ -309,8 +309,8 @@ def test_large_groups_are_plain_matmuls(name):
 
 @pytest.mark.parametrize("name", [pytest.param("b200", marks=needs_plugin)])
 def test_many_experts_on_blackwell_take_its_own_kernel(name):
-    """32 experts: both products of rows and both gradients of rows are Mosaic's, those of the matrices Triton's. In a
-    process of its own, since one compiles Mosaic's kernels for one architecture."""
+    """With 32 experts, both products and both gradients of rows are Mosaic kernels, the gradients of matrices Triton's.
+    A separate process compiles them, since a process compiles Mosaic kernels for one architecture only."""
     with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         text = pool.submit(_compile_layer, "dropless", 8192, name, e=32, d=256, f=512, tokens=4096).result()
     kernels = re.findall(r'custom_call_target="(mosaic_gpu_v2|__gpu\$xla.gpu.triton)"', text)
@@ -335,7 +335,7 @@ def test_gather_multiplies_its_slots_once(name):
         pytest.param("h100", (192, 128), 0, marks=needs_plugin),
     ],
 )
-def test_attention_is_cudnns_and_holds_no_square(name, heads, window):
+def test_attention_is_cudnns_and_holds_no_array_of_all_scores(name, heads, window):
     """Packed documents of 4096 tokens, forward and gradient; MLA's heads of 192 and 128 on Hopper."""
     length = 4096
 
@@ -347,15 +347,15 @@ def test_attention_is_cudnns_and_holds_no_square(name, heads, window):
     query, key, value = (jax.ShapeDtypeStruct((1, length, *shape), jnp.bfloat16) for shape in shapes)
     segment_ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
     text = _compile(jax.grad(loss, (0, 1, 2)), _mesh(name), query, key, value, segment_ids)
-    # The gradient reads what the kernel returned before: each block has one call of either.
+    # The backward kernel reads the forward kernel's results: each block calls both once.
     assert text.count('"__cudnn$fmhaScaleBiasSoftmaxBackward"') == text.count('"__cudnn$fmhaScaleBiasSoftmax"') > 0
     assert not re.search(rf"\[(\d+,)*{length},{length}\]", text)
 
 
 @pytest.mark.parametrize("hosts", [1, 2])
 def test_no_exchange_waits_for_gradients_of_matrices(hosts, monkeypatch):
-    """In the backward pass as traced for H100s: outer products of rows, which can hide the way back of the rows'
-    gradients, come before none of its exchanges."""
+    """In the backward pass as traced for H100s no exchange depends on an outer product of rows, so that these products
+    can overlap the return of the rows' gradients."""
     monkeypatch.setattr(target, "current", lambda: target.Target("gpu", "NVIDIA H100 80GB HBM3", 132))
     sizes = {"d_model": 16, "moe_d_ff": 16, "num_experts": 8, "exchange_hosts": hosts, "dtype": "bfloat16"}
     config = tiny_model(dispatch="dropless", remat="full", **sizes)

@@ -1,4 +1,4 @@
-"""Kernels of TPUs for quantised factors, interpreted on CPU, and shards that are quantised before they are gathered."""
+"""TPU kernels for quantised factors, interpreted on CPU, and shards that are quantised before they are gathered."""
 
 import functools
 import re
@@ -33,8 +33,8 @@ pytest.importorskip("qwix")
     ],
 )
 def test_values_and_gradients(precision, transposed, tile_k, rng, monkeypatch):
-    """Values and gradients of rounded factors; 200 columns are a block and a part of one, and K is one block or two.
-    The gradient of the rows contracts these 200, as one block."""
+    """Values and gradients are those of rounded factors. The 200 columns are one block and part of another, K is one
+    block or two, and the rows' gradient contracts all 200 columns as one block."""
     monkeypatch.setattr(tpu, "grouped_products", functools.partial(tpu.grouped_products, interpret=True))
     tiles = {256: (128, tile_k, 128), 200: (128, 200, 128)}
     monkeypatch.setattr(tpu, "_tiles", lambda kind, _, shape: tiles[shape[1]] if kind == "rows" else None)
@@ -69,12 +69,11 @@ def test_values_and_gradients(precision, transposed, tile_k, rng, monkeypatch):
     [("int8", False, True, True), ("float8", True, False, False), slow_case("int8", True, True, True)],
 )
 def test_the_nonlinearity_in_kernels(precision, biases, turned, scaled, rng, monkeypatch):
-    """Values and gradients are those of rounded factors, whose results are rounded to bfloat16 where kernels write
-    them."""
+    """Values and gradients are those of rounded factors, with results rounded to bfloat16 where kernels write them."""
     for module, name in ((gated, "activated"), (gated, "activation_gradients"), (tpu, "grouped_products")):
         monkeypatch.setattr(module, name, functools.partial(getattr(module, name), interpret=True))
     monkeypatch.setattr(target.Target, "has_gated_kernels", True)
-    # Of 200 columns 256 are made, whole lanes of both halves in turn.
+    # 200 columns are padded to 256, whole lanes that alternate between the two halves.
     tiles = {"activated": (128, 256, 256), "gradients": (128, 256, 128), "rows": (128, 256, 128)}
     monkeypatch.setattr(tpu, "_tiles", lambda kind, *_: tiles.get(kind))
     up, gate, down = (jnp.asarray(rng.normal(size=(3, 256, 200)) / 16, jnp.bfloat16) for _ in range(3))
@@ -133,14 +132,15 @@ def test_the_nonlinearity_in_kernels(precision, biases, turned, scaled, rng, mon
 
 
 def _of_groups(left, right):
-    """Transposed rows of each group by rows of the other array."""
+    """For each group, the transpose of its rows times the same rows of the other array."""
     ends = np.cumsum(SIZES)
     return np.stack([left[end - size : end].T @ right[end - size : end] for end, size in zip(ends, SIZES, strict=True)])
 
 
 @pytest.mark.parametrize("precision", ["int8", slow_case("float8")])
 def test_what_kernels_with_the_nonlinearity_write(precision, rng):
-    """Products that are those of the kernel without it, and the largest hidden activation, or gradient, of each row."""
+    """They write the same products as the kernel without it, and the largest hidden activation, or gradient, of each
+    row."""
     sizes, filled, tiles = jnp.asarray(SIZES), SIZES.sum(), (128, 256, 256)
     rows, gradient = (jnp.asarray(rng.normal(size=(512, 256)), jnp.bfloat16) for _ in range(2))
     joined, down = (jnp.asarray(rng.normal(size=(3, 256, columns)), jnp.bfloat16) for columns in (768, 384))
@@ -182,7 +182,8 @@ def test_what_kernels_with_the_nonlinearity_write(precision, rng):
     ids=str,
 )
 def test_shards_are_quantised_before_they_are_gathered(precision, mesh, rng, monkeypatch):
-    """Outputs and gradients are those of matrices quantised whole, and no gather moves more than a byte a number."""
+    """Outputs and gradients are those of matrices quantised as a whole, and gathers move at most one byte per
+    number."""
     monkeypatch.setattr(target, "is_cpu", lambda: False)
     config = tiny_model(dispatch="dropless", low_precision=precision, gate="mixtral", activation="swiglu", d_model=32)
     graphdef, parameters = nnx.split(MoELayer(config, rngs=nnx.Rngs(0)))

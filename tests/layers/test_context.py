@@ -1,4 +1,4 @@
-"""Rows split over the mesh axis `context`: the same values and gradients, keys gathered and nothing else, refusals."""
+"""Rows split over the mesh axis `context`: equal values and gradients, only keys and values gathered, refusals."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _config(mesh: MeshConfig, **overrides) -> Config:
 
 
 def _batch(rows: int) -> dict[str, np.ndarray]:
-    """Packed documents that begin at any position, those where a device's part begins or ends among them."""
+    """Packed documents that begin at any position, including the boundaries between devices."""
     rng = np.random.default_rng(0)
     starts = rng.random((rows, T)) < 0.15
     starts[:, [0, T // 2]] = True, False
@@ -99,7 +99,7 @@ def test_a_split_row_has_the_values_and_gradients_of_a_whole_one(mesh, overrides
         ({"data.objective": "prefix_lm"}, "data.objective='prefix_lm': must be causal with mesh.context=4"),
     ],
 )
-def test_what_needs_whole_rows_is_refused(overrides, message):
+def test_settings_that_need_whole_rows_are_refused(overrides, message):
     with pytest.raises(ConfigError, match=message):
         validate_mesh(_config(SPLIT[1], **overrides), make_mesh(SPLIT[1]).shape)
 
@@ -110,15 +110,15 @@ def test_generation_is_refused():
         sampling.sample(config.model, {}, [np.ones(3, np.int32)], 2, sampling.Sampling())
 
 
-def test_meshes_without_it_keep_four_axes():
+def test_meshes_without_a_context_axis_keep_four_axes():
     assert "context" not in make_mesh(MeshConfig()).axis_names
     assert make_mesh(MeshConfig(data=2, context=-1)).shape["context"] == 4
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)  # two minutes of processor time and more
+@pytest.mark.timeout(1800)  # takes at least two minutes of processor time
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason='needs pip install "jax[tpu]"')
-def test_32k_tokens_of_a_row_on_four_tpus_gather_keys_and_values_alone():
+def test_rows_of_32k_tokens_over_four_tpus_gather_only_keys_and_values():
     """Compiled for 8 absent v5e chips: experts over 2, positions over 4. Only keys and values are gathered."""
     mesh = MeshConfig(1, 1, 2, 1, 4)
     sizes = {

@@ -1,4 +1,4 @@
-"""Gated DeltaNet: by chunks against one token at a time, packed documents, its state, and a mesh of 8 devices."""
+"""Gated DeltaNet: chunks against one token at a time, packed documents, its state, and a mesh of 8 devices."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CONFIG = ModelConfig(d_model=12, delta_net=DeltaNetConfig((0,), 2, 6, 4, 5, 3))
 
 
 def _arrays(rng, length, rows=2, heads=(2, 3), dims=(4, 5), steps=8.0):
-    """Queries, keys, values, decays down to exp(-steps) a token, and shares."""
+    """Queries, keys, values, log decays of up to about -steps per token, and write strengths beta."""
     m, j = heads
     query, key = (rng.normal(size=(rows, length, m, dims[0])) for _ in range(2))
     value = rng.normal(size=(rows, length, m, j, dims[1]))
@@ -36,7 +36,7 @@ def _segments(rng, rows, length, share=0.05):
 
 
 def _recurrent(query, key, value, decay, beta, segment_ids):
-    """Equation 10, one token after the other."""
+    """Equation 10, one token at a time."""
 
     def token(memory, inputs):
         *arrays, segment, before = inputs
@@ -53,7 +53,7 @@ def _recurrent(query, key, value, decay, beta, segment_ids):
 
 
 def _plain(query, key, value, decay, beta):
-    """The same with NumPy in float64, of one head and row, from the equation as it is written."""
+    """Equation 10 as written, in NumPy and float64, for one head and row."""
     memory, outputs = np.zeros((key.shape[-1], value.shape[-1])), []
     for t in range(len(query)):
         unit_key = key[t] / np.sqrt(key[t] @ key[t] + 1e-6)
@@ -76,7 +76,7 @@ def test_one_token_at_a_time_is_the_equation(rng):
 
 
 def _weighted(rule, weights):
-    """A loss that reads every output and the last memory."""
+    """A loss that depends on every output and on the final memory."""
 
     def loss(*arrays):
         y, memory = rule(*arrays)
@@ -92,7 +92,7 @@ def _program(rule, weights):
 
 
 def _assert_close(got, want):
-    """Outputs and memory within 1e-5, and every gradient within 1e-5 of its largest number."""
+    """Compare outputs and memory to 1e-5, and every gradient to 1e-5 of its largest value."""
     for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * max(1.0, float(np.max(np.abs(theirs)))))
 
@@ -105,7 +105,7 @@ def test_chunks_have_the_values_and_gradients_of_the_recurrence(rng, length, ste
 
 
 def test_equal_keys_do_not_lose_precision(rng):
-    """A power series of the triangular matrix has terms of 1e17 here."""
+    """With equal keys a power series of the triangular matrix would have terms of 1e17."""
     query, key, value, decay, beta = _arrays(rng, CHUNK)
     arrays = query, jnp.broadcast_to(key[:, :1], key.shape), value, 0 * decay, jnp.ones_like(beta)
     segment_ids = np.ones((2, CHUNK), np.int32)
@@ -114,7 +114,7 @@ def test_equal_keys_do_not_lose_precision(rng):
 
 
 def test_over_eight_devices(rng):
-    """Rows over data and fsdp, heads over tensor: values and gradients, and no exchange but of losses' sums."""
+    """Rows over data and fsdp, heads over tensor: equal values and gradients, without all-gathers or all-to-alls."""
     arrays = (*_arrays(rng, CHUNK + 9, rows=4, heads=(2, 2)), _segments(rng, 4, CHUNK + 9))
     weights = rng.normal(size=arrays[2].shape), rng.normal(size=(4, 2, 2, 4, 5))
     want = jax.jit(_program(_recurrent, weights))(*arrays)
@@ -129,7 +129,7 @@ def test_over_eight_devices(rng):
 
 
 def test_short_convolution_by_hand():
-    """Two taps, 3 for the token itself and 2 for the one before: 3, 3·2 + 2·1, and 3·3 where a document begins."""
+    """Taps of 3 for the token itself and 2 for the previous one: 3, 3·2 + 2·1, and 3·3 where a document begins."""
     x = jnp.asarray([1.0, 2.0, 3.0, 4.0]).reshape(1, 4, 1, 1)
     y = short_convolution(x, jnp.asarray([2.0, 3.0]).reshape(2, 1, 1), jnp.asarray([[1, 1, 2, 2]]))
     np.testing.assert_allclose(y.ravel(), jax.nn.silu(jnp.asarray([3.0, 8.0, 9.0, 18.0])), rtol=1e-6)
@@ -141,10 +141,10 @@ def layer():
 
 
 def _rows(segment_ids):
-    return Rows(segment_ids, segment_ids, segment_ids)  # a delta net reads the documents alone
+    return Rows(segment_ids, segment_ids, segment_ids)  # a delta net reads only the document ids
 
 
-@pytest.mark.slow  # tests/models/test_hybrid.py has the same of a model
+@pytest.mark.slow  # tests/models/test_hybrid.py tests the same in a model
 def test_packed_documents_run_by_themselves(layer, rng):
     x = jnp.asarray(rng.normal(size=(1, 11, 12)), jnp.float32)
     run = jax.jit(lambda x, segment_ids: layer.prefill(x, _rows(segment_ids))[0])
@@ -156,8 +156,8 @@ def test_packed_documents_run_by_themselves(layer, rng):
 
 
 def test_state_goes_on_from_prompts_of_unequal_length(layer, rng):
-    """Prompts of 6 and 2 tokens, the latter padded on the right and on the left, and then three tokens one by one: as
-    the whole rows at once."""
+    """Prompts of 6 and 2 tokens, the latter padded on the right and on the left, followed by three single tokens, equal
+    one pass over the whole rows."""
     x = jnp.asarray(rng.normal(size=(2, 9, 12)), jnp.float32)
     want = jax.jit(lambda x: layer.prefill(x, _rows(jnp.ones(x.shape[:2], jnp.int32)))[0])(x)
     padding = jnp.full((4, 12), 7.0)
@@ -205,6 +205,6 @@ def test_impossible_settings(changes, message):
         Config(model=ModelConfig(**changes))
 
 
-def test_heads_of_values_are_multiples():
+def test_value_heads_must_be_a_multiple_of_key_heads():
     with pytest.raises(ConfigError, match=r"model\.delta_net\.value_heads=6: must be a multiple of key_heads=4"):
         DeltaNetConfig(value_heads=6)

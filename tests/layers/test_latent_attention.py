@@ -1,4 +1,4 @@
-"""Multi-head latent attention: against plain loops, with its cache, over a mesh; scaled rotary positions."""
+"""Multi-head latent attention against plain loops, with its cache and over a mesh; scaled rotary positions."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CONFIG = ModelConfig(
 
 
 def _reference(module: LatentAttention, x: np.ndarray, segments: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """One query, head and key at a time, after DeepSeek-V2 2024, equations 37-47."""
+    """One query, head and key at a time, by DeepSeek-V2 2024, equations 37-47."""
     c = module.config
     weights = {
         name: np.asarray(leaf, np.float64)
@@ -118,7 +118,7 @@ def test_over_a_mesh(tmp_path):
         return jnp.mean(jax.nn.logsumexp(model(tokens).logits, axis=-1) ** 2)
 
     want, gradients = nnx.jit(nnx.value_and_grad(loss))(original, tokens)
-    # Latents of 6 do not divide by fsdp x expert: ``expert`` splits the heads with ``tensor``.
+    # Latents of 6 are not divisible by fsdp x expert: ``expert`` splits the heads together with ``tensor``.
     devices = make_mesh(MeshConfig(data=1, fsdp=2, expert=2, tensor=2))
     loaded, _ = load_huggingface(tmp_path, mesh=devices)
     with jax.set_mesh(devices):
@@ -182,7 +182,8 @@ def test_frequencies_that_depend_on_the_length_by_hand():
 
 
 def test_a_row_has_its_own_length(rng):
-    """A row of 5 beside one of 12, and padded to 12, is what it is alone, though the other is beyond the context."""
+    """A row of 5 tokens beside one of 12, padded to 12, gives the logits of the row by itself, though the other exceeds
+    the context."""
     scaling = RopeScalingConfig(kind="dynamic", factor=4.0, original_length=6)
     config = ModelConfig(vocab_size=16, num_layers=1, d_ff=8, moe=MoEConfig(gate=None))
     model = random_model(dataclasses.replace(config, rope_scaling=scaling))
@@ -213,7 +214,7 @@ def test_a_row_has_its_own_length(rng):
     ids=lambda scaling: scaling.kind,
 )
 def test_a_document_has_its_own_length(scaling, rng):
-    """A document of 6 tokens, within the context, before one of 10 in the same row, which is beyond it."""
+    """A document of 6 tokens, within the context, is packed before one of 10, which exceeds it."""
     config = ModelConfig(
         vocab_size=16, num_layers=1, d_ff=8, d_model=16, num_heads=2, num_kv_heads=2, head_dim=8,
         moe=MoEConfig(gate=None), rope_scaling=scaling,

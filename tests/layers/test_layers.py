@@ -1,4 +1,4 @@
-"""Norms, rotary positions, attention, FFN and embeddings against plain loops, and what must not change at all."""
+"""Norms, rotary positions, attention, FFN and embeddings against plain loops, and invariances."""
 
 import itertools
 import math
@@ -42,7 +42,7 @@ def test_rms_norm_by_hand():
 
 
 def test_layer_norm_by_hand():
-    # Less the mean of 5: (-3, -1, 1, 3), mean square 5, with epsilon 4 a root of 3.
+    # Minus the mean of 5: (-3, -1, 1, 3), mean square 5; with epsilon 4 the root is 3.
     norm = LayerNorm(4, 4.0)
     norm.scale[...], norm.bias[...] = jnp.asarray([1.0, 2.0, 3.0, 0.0]), jnp.asarray([0.0, 0.0, 1.0, 7.0])
     np.testing.assert_allclose(norm(jnp.asarray([2.0, 4.0, 6.0, 8.0])), [-1, -2 / 3, 2, 7], rtol=1e-6)
@@ -89,7 +89,7 @@ def test_rotated_products_depend_on_relative_positions_alone(rng):
 
 
 def _attention(config) -> Attention:
-    """With norm scales and sizes that make attention neither uniform nor one-hot."""
+    """Attention whose norm scales and sizes make it neither uniform nor one-hot."""
     module = Attention(config, window=config.sliding_window, rngs=nnx.Rngs(0))
     for name in ("query", "key", "value", "out"):
         getattr(module, name)[...] *= 1.5
@@ -100,7 +100,7 @@ def _attention(config) -> Attention:
     return module
 
 
-# One row of two documents and padding, one of a single document.
+# A row of two documents and padding, and a row of a single document.
 SEGMENTS = np.array([[1, 1, 1, 2, 2, 2, 2, 0], [1, 1, 1, 1, 1, 1, 1, 1]])
 POSITIONS = np.array([[0, 1, 2, 0, 1, 2, 3, 0], [0, 1, 2, 3, 4, 5, 6, 7]])
 
@@ -161,7 +161,7 @@ def test_documents_of_one_row_never_see_each_other(qk_norm, rng):
     np.testing.assert_array_equal(before[0, 3:], after[0, 3:])
     np.testing.assert_array_equal(before[1], after[1])
     assert (np.abs(before[0, :3] - after[0, :3]) > 1e-3).any()
-    # Nor does padding reach a document.
+    # Padding does not reach a document either.
     changed = x.copy()
     changed[0, 7] += 5.0
     np.testing.assert_array_equal(before[0, :7], _run(module, changed)[0, :7])
@@ -195,8 +195,8 @@ def test_a_window_of_three_sees_the_token_itself_and_two_before(rng):
 
 @pytest.mark.parametrize("overrides", [{"relative_buckets": 8}, {}], ids=str)
 def test_the_scale_of_the_scores_is_the_one_that_is_set(overrides, rng):
-    """Softmax of 0.3·query·key, with relative positions (without a bias here) as with rotary ones, at once and of the
-    last token by the cache."""
+    """Softmax of 0.3·query·key with relative (here without a bias) and with rotary positions, for whole rows and for
+    the last token by the cache."""
     module = _attention(tiny_model(**overrides, num_kv_heads=4, attention_scale=0.3))
     plain = _attention(tiny_model(**overrides, num_kv_heads=4))
     x, ids = jnp.asarray(rng.normal(size=(1, 5, 16)), jnp.float32), jnp.ones((1, 5), jnp.int32)
@@ -215,7 +215,7 @@ def test_the_scale_of_the_scores_is_the_one_that_is_set(overrides, rng):
 @pytest.mark.parametrize(("name", "gated"), [("swiglu", True), ("geglu", True), ("gelu", False), ("relu", False)])
 def test_activations_and_dense_ffn(name, gated, rng):
     values = np.linspace(-3, 3, 7)
-    # The tanh approximation of GELU, as T5 has it.
+    # The tanh approximation of GELU, as in T5.
     gelu = [0.5 * v * (1 + math.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3))) for v in values]
     curve = {"swiglu": [v / (1 + math.exp(-v)) for v in values], "relu": [max(v, 0.0) for v in values]}.get(name, gelu)
     up = jnp.full(7, 2.0) if gated else jnp.asarray(values, jnp.float32)
@@ -232,7 +232,7 @@ def test_activations_and_dense_ffn(name, gated, rng):
     np.testing.assert_allclose(ffn(x), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_places_of_a_layer_drop_apart():
+def test_sites_of_a_layer_draw_independent_dropout_masks():
     drop = Dropout(0.5, jax.random.key(0))
     kept = [np.asarray(drop.at(site)(jnp.ones(64))) for site in Site]
     assert all(set(values.tolist()) == {0.0, 2.0} for values in kept)
@@ -249,7 +249,7 @@ def test_embedding_looks_up_its_table(rng):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_logits_come_from_the_embedding_where_tied_and_from_their_own_matrix_where_not(tied):
+def test_logits_use_the_embedding_if_tied_and_a_separate_matrix_otherwise(tied):
     config = tiny_model(tie_embeddings=tied)
     graphdef, parameters = random_parameters(config)
     output = nnx.merge(graphdef, parameters).output_matrix()
@@ -270,14 +270,14 @@ def test_matrices_are_truncated_normal(scale):
     sigma = math.sqrt(scale / 400)
     assert np.abs(values).max() <= 2 * sigma
     assert np.abs(values).max() > 1.9 * sigma
-    # A normal cut at two sigma has deviation 0.8796 sigma; 40,000 draws pin it to half a percent or so.
+    # A normal truncated at two sigma has standard deviation 0.8796 sigma; 40,000 draws give it to about half a percent.
     assert values.std() == pytest.approx(0.8796 * sigma, rel=0.02)
     assert abs(values.mean()) < 5 * sigma / math.sqrt(values.size)
     assert values.dtype == np.float32
 
 
 def test_every_matrix_is_scaled_by_its_own_fan_in():
-    """Deviation 0.8796·sqrt(scale/fan_in), fan_in being what a unit of the next layer sums over."""
+    """Standard deviation 0.8796·sqrt(scale/fan_in), where fan_in is the number of inputs that an output sums over."""
     config = tiny_model(d_model=64, num_heads=8, num_kv_heads=4, head_dim=16, d_ff=160, moe_d_ff=96, init_scale=0.5)
     model = jax.jit(lambda: nnx.to_pure_dict(nnx.state(Transformer(config, rngs=nnx.Rngs(0)))))()
     block = model["segment_0"]["block_0"]
@@ -295,7 +295,7 @@ def test_every_matrix_is_scaled_by_its_own_fan_in():
         for name in path:
             values = values[name]
         assert float(np.std(values)) == pytest.approx(0.8796 * math.sqrt(0.5 / size), rel=0.05), path
-    # The layers of a stack are drawn apart.
+    # The layers of a stack are drawn independently.
     query = np.asarray(block["attention"]["query"])
     assert (query[0] != query[1]).mean() > 0.99
 
@@ -308,7 +308,8 @@ def test_the_product_with_a_matrix_has_the_gradients_of_plain_products(rng, shap
 
 
 def test_no_product_of_the_ffn_reads_its_rows_transposed_on_cpu():
-    """XLA's CPU would compute the gradients of the matrices from rows [F,R] that it writes column by column."""
+    """Otherwise XLA on CPU would compute the gradients of the matrices from rows [F,R] that it writes column by
+    column."""
     graphdef, parameters = nnx.split(DenseFFN(tiny_model(), 32, rngs=nnx.Rngs(0)), nnx.Param)
     x = jnp.ones((2, 16, tiny_model().d_model))
     loss = jax.grad(lambda parameters, x: jnp.sum(nnx.merge(graphdef, parameters)(x) ** 2), (0, 1))

@@ -1,4 +1,4 @@
-"""Forms that never hold T x T scores or [B,T,V] logits equal the plain ones, in values and gradients."""
+"""Implementations that never hold T x T scores or [B,T,V] logits equal the plain ones in values and gradients."""
 
 import dataclasses
 import functools
@@ -37,7 +37,7 @@ FORMS = [
     ],
 )
 def test_forms_of_attention_are_equal(dtype, window, kv_heads, monkeypatch):
-    """JAX's attention over all T x T scores, the loop over blocks of queries, and the form for CPUs."""
+    """JAX's attention over all T x T scores, the loop over blocks of queries, and the implementation for CPUs."""
     monkeypatch.setattr(attend, "_block_size", lambda length, largest: 16)  # 6 blocks of 96 positions
     monkeypatch.setattr(cpu, "_SMALLEST_BLOCK", 20)  # 5 blocks, the last of 16
     keys = jax.random.split(jax.random.key(0), 4)
@@ -66,7 +66,7 @@ def test_forms_of_attention_are_equal(dtype, window, kv_heads, monkeypatch):
         )
 
 
-#: Heads of queries and of values; window; whether documents are packed. All else is slow.
+#: Head dims of queries and of values, window, whether documents are packed. Other combinations are slow tests.
 SPLASH = [(64, 64, 100, True), (192, 128, 0, True)]
 
 
@@ -82,7 +82,7 @@ SPLASH = [(64, 64, 100, True), (192, 128, 0, True)]
     ],
 )
 def test_splash_attention_equals_plain(head_dim, value_dim, window, packed):
-    """The kernels for TPUs, interpreted, in 3 x 3 blocks of 128: values and gradients, of sinks too."""
+    """The TPU kernels, interpreted, in 3 x 3 blocks of 128: values and gradients, including those of sinks."""
     length, scoring = 384, Scoring(window, scale=0.11)
     keys = jax.random.split(jax.random.key(0), 4)
     query = jax.random.normal(keys[0], (2, length, 2, head_dim))
@@ -105,7 +105,7 @@ def test_splash_attention_equals_plain(head_dim, value_dim, window, packed):
 
 
 def test_partial_gradients_of_queries_are_added():
-    """Gradients of 3 blocks of keys: additions, in no sum over an axis of a five-dimensional array."""
+    """Gradients from 3 blocks of keys are added up, not reduced over an axis of a five-dimensional array."""
     query, key, value = (jnp.ones((1, 384, heads, 64)) for heads in (2, 1, 1))
 
     def loss(query):
@@ -118,7 +118,7 @@ def test_partial_gradients_of_queries_are_added():
 
 
 @pytest.mark.parametrize(("policy", "forward_kernels"), [("attention", 1), ("full", 2)])
-def test_kept_attention_runs_no_kernel_again(policy, forward_kernels):
+def test_kept_attention_is_not_recomputed(policy, forward_kernels):
     query, key, value = (jnp.ones((1, 384, heads, 64)) for heads in (2, 1, 1))
 
     def loss(query):
@@ -130,10 +130,10 @@ def test_kept_attention_runs_no_kernel_again(policy, forward_kernels):
 
 
 def test_blocks_of_scores_cost_least():
-    """(1 + ceil((window - 1) / side)) · (side + 256² / side) a query; without a window half of the blocks.
+    """Cost per query: (1 + ceil((window - 1) / side)) · (side + 256² / side); without a window half of all blocks.
 
-    4096 tokens: 2.5 · (1024 + 64) = 2720 against 4.5 · (512 + 128) = 2880; window 128: 2 · (256 + 256) = 1024 against
-    2 · (512 + 128) = 1280; window 4096 of 8192: 5 · (1024 + 64) = 5440 against 9 · (512 + 128) = 5760.
+    4096 tokens: 2.5 · (1024 + 64) = 2720 against 4.5 · (512 + 128) = 2880; window 128: 2 · (256 + 256) = 1024 against 2
+    · (512 + 128) = 1280; window 4096 of 8192: 5 · (1024 + 64) = 5440 against 9 · (512 + 128) = 5760.
     """
     assert tpu.block_sizes(4096, 0).block_q == 1024
     assert tpu.block_sizes(4096, 128).block_q == 256
@@ -159,7 +159,7 @@ def test_shapes_of_splash_attention(kind, shape, value_dim, runs, monkeypatch):
 
 
 def test_cudnn_gets_blocks_of_queries_with_their_mask(monkeypatch):
-    """Without a GPU, XLA's attention stands in for the kernel and gets the arguments that cuDNN would get."""
+    """Without a GPU, XLA's attention replaces the kernel and receives the arguments that cuDNN would receive."""
     real, blocks = jax.nn.dot_product_attention, []
 
     def cudnn(query, key, value, bias, mask, *, scale, implementation):
@@ -177,7 +177,7 @@ def test_cudnn_gets_blocks_of_queries_with_their_mask(monkeypatch):
     segment_ids = jnp.repeat(jnp.arange(4), 16)[None].repeat(2, axis=0)
     full = attend.attend(query, key, value, segment_ids, kind="full", scoring=Scoring(9))
     monkeypatch.setattr(jax.nn, "dot_product_attention", cudnn)
-    # A window of 9 before 16 queries needs 24 keys; where keys come in 64, each quarter of the row gets those so far.
+    # A window of 9 and 16 queries need 24 keys; with blocks of 64 keys each quarter of the row gets all keys so far.
     for keys_of_a_window, seen in ((8, [24]), (64, [16, 32, 48, 64])):
         monkeypatch.setattr(attend, "_KEYS", keys_of_a_window)
         in_blocks = attend.attend(query, key, value, segment_ids, kind="blocked", scoring=Scoring(9))
@@ -199,8 +199,8 @@ def test_cudnn_gets_blocks_of_queries_with_their_mask(monkeypatch):
         assert not runs(query, 16, 16)
 
 
-@pytest.mark.parametrize(("window", "sizes"), [(0, [1024] * 4), (128, [512])])  # a part of the row each; a loop's body
-def test_blocks_of_cudnn_are_parts_of_a_row_but_for_windows(window, sizes, monkeypatch):
+@pytest.mark.parametrize(("window", "sizes"), [(0, [1024] * 4), (128, [512])])  # quarters of the row; a loop's body
+def test_blocks_of_cudnn_are_parts_of_a_row_unless_there_is_a_window(window, sizes, monkeypatch):
     device = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H100", compute_capability="9.0")
     blocks = []
 
@@ -218,7 +218,7 @@ def test_blocks_of_cudnn_are_parts_of_a_row_but_for_windows(window, sizes, monke
 
 @pytest.mark.parametrize("prefix", [False, True])
 def test_cudnn_gets_the_rows_of_a_device_within_a_pipeline(prefix, monkeypatch):
-    """XLA cannot partition the kernel there: every axis of the mesh is the program's own where it is called."""
+    """XLA cannot partition the kernel inside a pipeline: all mesh axes are manual where it is called."""
     calls = []
 
     def cudnn(query, key, value, bias, mask, *, scale, implementation):
@@ -241,8 +241,9 @@ def test_cudnn_gets_the_rows_of_a_device_within_a_pipeline(prefix, monkeypatch):
 
 
 @pytest.mark.parametrize(("window", "keys"), [(0, 4096 * 10 / 16), (128, 640), (2048, 2560), (4096, 4096 * 10 / 16)])
-def test_keys_that_no_query_of_a_block_sees_are_left_out(window, keys):
-    """Of 4096: on average 10/16 in quarters of a causal row; a window and the block's own 512 queries."""
+def test_keys_that_no_query_of_a_block_sees_are_skipped(window, keys):
+    """Of 4096 keys a query meets 10/16 on average in quarters of a causal row; with a window, the window and its
+    block's 512."""
     query, key = (jax.ShapeDtypeStruct((1, 4096, heads, 64), jnp.bfloat16) for heads in (4, 2))
     segment_ids = jnp.ones((1, 4096), jnp.int32)
 
@@ -275,7 +276,7 @@ def test_chunked_loss_equals_plain(dtype, monkeypatch):
         plain,
         chunked,
     )
-    nll, known = jax.jit(losses.linear_cross_entropy)(hidden, matrix, targets)  # of the value alone
+    nll, known = jax.jit(losses.linear_cross_entropy)(hidden, matrix, targets)  # without a gradient
     np.testing.assert_allclose(0.3 * nll, plain[0], rtol=1e-5)
     assert known == np.sum(np.asarray(targets) >= 0)
     by_row = jax.jit(losses.row_cross_entropy)(hidden, matrix, targets)

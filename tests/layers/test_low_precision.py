@@ -1,4 +1,4 @@
-"""Quantised factors in experts and dense FFNs: by hand, against dequantised oracles, in programs, and refusals."""
+"""Quantised factors in experts and dense FFNs: values by hand, dequantised oracles, compiled programs, refusals."""
 
 import collections
 import dataclasses
@@ -35,18 +35,18 @@ SIZES = np.array([5, 0, 9, 4], np.int32)
 
 
 def test_a_product_by_hand():
-    """[4,2] has scale 4/127.5 and numbers 127 and 64 (63.75); [1,1/2] the same numbers and scale 1/127.5."""
+    """[4,2] has scale 4/127.5 and values 127 and 64 (63.75); [1,1/2] the same values and scale 1/127.5."""
     y = quantized.matmul(jnp.array([[4.0, 2.0]]), jnp.array([[1.0], [0.5]]), "int8")
     np.testing.assert_allclose(y, [[(127 * 127 + 64 * 64) * 4 / 127.5**2]], rtol=1e-6)
-    # float8's 448 is the largest: 4 and 1 become 448 and 448, 2 and 1/2 the exact halves.
+    # The largest float8 value is 448: 4 and 1 both become 448, 2 and 1/2 exactly half of it.
     y = quantized.matmul(jnp.array([[4.0, 2.0]]), jnp.array([[1.0], [0.5]]), "float8")
     np.testing.assert_allclose(y, [[5.0]], rtol=1e-6)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_products_and_gradients_are_those_of_rounded_factors(precision, rng):
-    """Of rows and matrices for y, of the output's gradient and matrices for the rows' gradient; the gradient of the
-    matrices is not rounded."""
+    """y has rounded rows and matrices, the rows' gradient a rounded output gradient and matrices; the gradient of the
+    matrices has unrounded factors."""
     rows, gradient = (rng.normal(size=(18, d)).astype(np.float32) for d in (16, 24))
     matrices = rng.normal(size=(4, 16, 24)).astype(np.float32) * np.array([1, 9, 0.1, 3], np.float32)[:, None, None]
     groups = np.repeat(np.arange(4), SIZES)
@@ -85,8 +85,8 @@ def test_products_and_gradients_are_those_of_rounded_factors(precision, rng):
 
 
 def test_experts_in_buffers_and_sorted_rows_are_one_function(rng):
-    """With biases, whose product with 1 is exact. A hidden number next to the border of two steps may be rounded
-    otherwise."""
+    """With biases, whose product with 1 is exact. A hidden activation near the boundary between two quantisation steps
+    may be rounded differently."""
     up, gate, down = (jnp.asarray(rng.normal(size=(4, *s)), jnp.float32) for s in ((16, 24), (16, 24), (24, 16)))
     biases = tuple(jnp.asarray(rng.normal(size=(4, 24)), jnp.float32) for _ in range(2))
     weights = ExpertWeights(up, gate, down, biases, activation="swiglu", precision="int8")
@@ -124,13 +124,14 @@ LATENT = {"q_lora_rank": 12, "kv_lora_rank": 8, "head_dim": 8, "rope_dim": 4, "v
         slow_case("dropless", 0, {}),
         # Queries, keys, values and outputs of two layers.
         ("dropless", 2 * 4, {"low_precision_in": "all"}),
-        # Both latents, what is rotated of queries and what is not, and outputs.
+        # Both latents, the rotated and the other part of queries, and outputs.
         ("dropless", 2 * 5, {"low_precision_in": "all"} | LATENT),
     ],
 )
 def test_every_product_is_quantised_where_asked(dispatch, attention, settings, monkeypatch):
-    """Up, gate and down of a dense layer, a shared expert and the experts, and attention's projections, as traced for a
-    TPU: forward, and for the rows' gradients; all other products, the router's among them, are not."""
+    """As traced for a TPU, the products with up, gate and down of a dense layer, a shared expert and the experts, and
+    attention's projections, are quantised forward and for the rows' gradients; all others, including the router's, are
+    not."""
     low = {"dtype": "bfloat16", "low_precision": "int8"}
     config = tiny_model(dispatch=dispatch, shared_d_ff=8, first_dense=1, capacity_factor=4.0, **low, **settings)
     graphdef, parameters = random_parameters(config)
@@ -154,8 +155,8 @@ def _logits(graphdef, parameters, tokens):
 
 
 def test_a_mesh_changes_neither_loss_nor_gradients():
-    """Experts over 4 devices, exchanged, weights over 2: scales do not depend on it. A number next to the border of two
-    steps may be rounded otherwise, which is a part in 127 of it."""
+    """Experts over 4 devices, with an exchange, and weights over 2: scales do not depend on the mesh. A value near the
+    boundary between two quantisation steps may be rounded differently, by 1/127 of it."""
     layer = MoELayer(tiny_model(dispatch="dropless", low_precision="int8", gate="mixtral"), rngs=nnx.Rngs(0))
     graphdef, state = nnx.split(layer)
     parameters = nnx.to_pure_dict(state)
@@ -176,7 +177,7 @@ def test_a_mesh_changes_neither_loss_nor_gradients():
 
 
 def test_packed_rows_are_the_quantised_rows():
-    """Bytes of 5 numbers and a scale; rows that were packed before are not changed by it."""
+    """Bytes of 5 values and a scale; packing rows a second time does not change them."""
     precision = "float8"
     rows = jnp.asarray(np.random.default_rng(0).normal(size=(7, 5)), jnp.bfloat16)
     sent = quantized.pack(rows, precision)
@@ -189,8 +190,8 @@ def test_packed_rows_are_the_quantised_rows():
 
 
 @pytest.mark.slow
-def test_rows_between_hosts_in_8_bits_change_gradients_alone():
-    """The experts quantise the rows all the same; gradients of matrices are then sums of quantised rows."""
+def test_rows_between_hosts_in_8_bits_change_only_gradients():
+    """The experts quantise their rows in any case; gradients of matrices become sums of quantised rows."""
     mesh = make_mesh(MeshConfig(data=1, fsdp=1, expert=8), jax.devices()[:8])
     generator, results = np.random.default_rng(0), []
     x, target_of_x = (jnp.asarray(generator.normal(size=(8, 12, 16)), jnp.float32) for _ in range(2))
@@ -234,7 +235,7 @@ def test_hardware_without_such_products_is_refused(kind, precision, words, monke
         quantized.matmul(jnp.ones((2, 4)), jnp.ones((4, 3)), precision)
 
 
-def test_experts_that_no_kernel_takes_are_refused(monkeypatch):
+def test_experts_whose_sizes_fit_no_kernel_are_refused(monkeypatch):
     monkeypatch.setattr(target, "current", lambda: target.Target("gpu", "NVIDIA H100 80GB HBM3", 132))
     arguments = jnp.ones((128, 128)), jnp.ones((2, 128, 192)), jnp.array([64, 64], jnp.int32)
     with pytest.raises(ConfigError, match="sides of a device's expert matrices must be multiples of 128"):
@@ -243,7 +244,7 @@ def test_experts_that_no_kernel_takes_are_refused(monkeypatch):
 
 @pytest.mark.parametrize("name", ["h100", "b200"])
 def test_the_planner_prices_float8_on_gpus_by_analogy(name):
-    """At the share of the roofline of the kernel in bfloat16, far from the memory's bound: half of its time."""
+    """At the same share of the roofline as the bfloat16 kernel and far from the memory bound: half of its time."""
     sizes = (65536, 4096, 4096, 8)
     wide, narrow = (GroupedMatmul("rows", sizes, (0, 0, 0), item, 1, "mosaic") for item in (2, 1))
     prices = [kernels.price(matmul, 65536, GPUS[name]) for matmul in (wide, narrow)]
@@ -253,7 +254,7 @@ def test_the_planner_prices_float8_on_gpus_by_analogy(name):
 
 
 def test_the_planner_prices_products_of_bytes_at_twice_the_peak():
-    """Far from the memory's bound, half of the formula's time in bfloat16; marked as by analogy."""
+    """Far from the memory bound, half of the formula's time in bfloat16; marked as by analogy."""
     sizes = (32768, 4096, 4096, 8)
     wide, narrow = (GroupedMatmul("rows", sizes, (512, 4096, 1024), item, 1) for item in (2, 1))
     times = [kernels.formula(matmul, 32768, CHIPS["v6e"]) for matmul in (wide, narrow)]
@@ -299,8 +300,8 @@ with jax.set_mesh(mesh):
     ],
 )
 def test_compiled_experts_are_quantised(topology, precision, name, compiler):
-    """For absent devices: up and gate as one and down, forward and for the rows' gradients, have factors of one byte;
-    the two weight gradients do not."""
+    """Compiled for absent devices, the products with up and gate as one and with down, forward and for the rows'
+    gradients, have factors of one byte; the two weight gradients do not."""
     if importlib.util.find_spec(compiler) is None:
         pytest.skip(f"{compiler} is not installed")
     command = [sys.executable, "-c", _SCRIPT, topology, precision]

@@ -1,4 +1,4 @@
-"""Low-rank adapters: values and gradients of merged matrices on every mesh, and runs that save them alone."""
+"""Low-rank adapters: values and gradients of merged matrices on every mesh, and runs that save only the adapters."""
 
 import dataclasses
 
@@ -26,7 +26,7 @@ EVERYTHING = ("attention", "experts")
 
 
 def test_merged_matrices_by_hand():
-    """A = (1,2)ᵀ, B = (3,4), alpha / rank = 2: 2 A B = (6 8; 12 16). Two experts with one A have a B each."""
+    """A = (1,2)ᵀ, B = (3,4), alpha / rank = 2: 2 A B = (6 8; 12 16). Two experts share one A and have a B each."""
     base = {"dense": {"up": jnp.eye(2)}, "experts": {"up": jnp.zeros((2, 2, 2))}, "norm": {"scale": jnp.ones(2)}}
     a, b = jnp.asarray([[1.0], [2.0]]), jnp.asarray([[3.0, 4.0]])
     adapters = {
@@ -96,7 +96,7 @@ def _batch(mesh):
 
 
 def _gradients(config, state):
-    """Loss and gradients, and the state, whose arrays are placed on the config's mesh."""
+    """Loss, gradients, and the state with its arrays placed on the config's mesh."""
     count = int(np.prod([abs(size) for size in dataclasses.astuple(config.mesh)]))
     mesh = make_mesh(config.mesh, jax.devices()[:count])
     validate_mesh(config, mesh.shape)
@@ -154,7 +154,7 @@ def test_values_and_gradients_are_those_of_the_merged_model(tmp_path, dispatch, 
 
 
 def _compare(gradient, factors, dense, form, a):
-    """Both factors' gradients against those of their matrix; the form is "dW,B->dA,A,dW->dB"."""
+    """Compare both factors' gradients with those derived from their matrix's; the form is "dW,B->dA,A,dW->dB"."""
     of_a, middle, of_b = form.split("->")
     name_a, second = middle.split(",", 1)
     expected = {
@@ -168,7 +168,7 @@ def _compare(gradient, factors, dense, form, a):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("compilation_cache")
-def test_a_run_saves_adapters_alone_resumes_to_the_bit_and_is_read_merged(directory, tmp_path, monkeypatch):
+def test_a_run_saves_only_adapters_resumes_bit_for_bit_and_is_read_merged(directory, tmp_path, monkeypatch):
     base = tiny(directory, **SETTINGS | {"train.num_steps": 4, "train.save_every": 2})
     train(base, str(tmp_path / "base"), ONE, quiet=True)
     write_average(str(tmp_path / "base"), str(tmp_path / "mean"), [], ema=False)
@@ -185,7 +185,7 @@ def test_a_run_saves_adapters_alone_resumes_to_the_bit_and_is_read_merged(direct
         patch.setattr(training, "next_batch", at_step(3, raise_interrupted))
         with pytest.raises(Interrupted):
             train(config, str(tmp_path / "broken"), ONE, quiet=True)
-    # The base goes on; the adapters still belong to its step 4.
+    # The base is trained further; the adapters still belong to its step 4.
     longer = tiny(directory, **SETTINGS | {"train.num_steps": 6, "train.save_every": 2, "train.keep_every": 4})
     train(longer, str(tmp_path / "base"), ONE, quiet=True, allow_changes=True)
     train(config, str(tmp_path / "broken"), ONE, quiet=True)
@@ -198,7 +198,7 @@ def test_a_run_saves_adapters_alone_resumes_to_the_bit_and_is_read_merged(direct
     change = np.asarray(experts[0] - experts[1])[0]
     assert all(np.linalg.matrix_rank(matrix, tol=1e-6) == 2 for matrix in change)
     np.testing.assert_array_equal(merged["embedding"]["table"], before["embedding"]["table"])
-    # The moving average, 0.5 decay, is nearer to the weights before the end than the weights at the end.
+    # The moving average, with decay 0.5, differs from the last weights by less than these from the base.
     write_average(str(tmp_path / "whole"), str(tmp_path / "ema"), [], ema=True)
     average = read_parameters(tmp_path / "ema", config.model)["segment_0"]["block_0"]["moe"]["experts"]["up"]
     assert 0 < np.abs(average - experts[0]).max() < np.abs(change).max()
@@ -228,6 +228,6 @@ def test_a_run_saves_adapters_alone_resumes_to_the_bit_and_is_read_merged(direct
         ),
     ],
 )
-def test_what_adapters_and_schedules_cannot_be_is_refused(tmp_path, changes, message):
+def test_impossible_settings_of_adapters_and_schedules_are_refused(tmp_path, changes, message):
     with pytest.raises(ConfigError, match=message):
         tiny(tmp_path, **changes)

@@ -1,4 +1,4 @@
-"""Encoder-decoders against plain loops: buckets by hand, values, gradients, meshes, scan, remat, cache, padding."""
+"""Encoder-decoders: buckets by hand; values and gradients against loops; meshes, scan, remat, cache, padding."""
 
 import dataclasses
 import functools
@@ -32,7 +32,7 @@ _build = functools.cache(random_parameters)
 
 @functools.cache
 def _batch():
-    """Packed rows: two documents and padding in most, one document in the last, on both sides."""
+    """Packed rows of both stacks: two documents and padding in most, one document in the last."""
     rng = np.random.default_rng(0)
 
     def side(length):
@@ -53,7 +53,7 @@ def _batch():
 
 
 def _loss(graphdef, parameters, batch, rng=None):
-    """A loss of logits and of both stacks' auxiliary losses, and (logits, encoder output, reports)."""
+    """A loss of the logits and of both stacks' auxiliary losses, and (logits, encoder output, reports)."""
     model = nnx.merge(graphdef, parameters)
     encoder = {name: batch[name] for name in batch if name.startswith("encoder_")}
     output = model(batch["tokens"], batch["segment_ids"], batch["positions"], train=True, rng=rng, **encoder)
@@ -100,7 +100,7 @@ def test_buckets_by_hand():
 
 
 def test_biases_are_spread_by_distance():
-    """[n,q,u] is the bias of u − q: of distances −2…3, at 0…5, three queries and four keys."""
+    """[n,q,u] is the bias for distance u − q, from −2…3 (columns 0…5) for three queries and four keys."""
     spread = bias_of_rows(jnp.arange(12.0).reshape(2, 6), 3)
     np.testing.assert_array_equal(spread[0], [[2, 3, 4, 5], [1, 2, 3, 4], [0, 1, 2, 3]])
     np.testing.assert_array_equal(spread[1], spread[0] + 6)
@@ -108,7 +108,7 @@ def test_biases_are_spread_by_distance():
 
 # --- Values and gradients against loops ------------------------------------------------------------------------------
 def _bucket(distance, buckets, most, bidirectional):
-    """T5's rule, number by number."""
+    """T5's rule for a single distance."""
     first = 0
     if bidirectional:
         buckets //= 2
@@ -214,8 +214,8 @@ def test_values_and_gradients_equal_the_oracle(changes):
 
 
 @pytest.mark.parametrize("encoder_vocab_size", [0, 48])
-def test_the_embedding_scale_is_of_both_stacks(encoder_vocab_size):
-    """A scale of 4 is a table four times as large where the output matrix is another, in the encoder too."""
+def test_the_embedding_scale_applies_to_both_stacks(encoder_vocab_size):
+    """With a separate output matrix, a scale of 4 equals a table four times as large, in the encoder too."""
     layers = {"gate": "none", "encoder_layers": 1, "num_layers": 1}
     plain = tiny_encoder_decoder(**layers, tie_embeddings=False, encoder_vocab_size=encoder_vocab_size)
     scaled = dataclasses.replace(plain, embedding_scale=4.0)
@@ -263,18 +263,18 @@ def test_no_mesh_changes_loss_gradients_or_reports(sizes, mode):
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"scan_layers": False}, {"remat": "dots"}, {"remat": "full"}], ids=str)
 def test_scan_and_remat_change_nothing(changes):
-    """With noise: dropout and jitter are drawn again in the backward pass."""
+    """With noise: the backward pass draws the same dropout and jitter again."""
     config = tiny_encoder_decoder(dropout=0.2, jitter=0.1)
     _assert_trees_close(_run(dataclasses.replace(config, **changes)), _run(config), rtol=2e-5)
 
 
 @pytest.mark.slow
-def test_blocked_attention_is_the_same():
+def test_blocked_attention_changes_nothing():
     _assert_trees_close(_run(tiny_encoder_decoder(attention="blocked")), _run(tiny_encoder_decoder()), rtol=2e-5)
 
 
 # --- Dropout ---------------------------------------------------------------------------------------------------------
-def test_dropout_drops_in_training_alone_and_keeps_the_mean():
+def test_dropout_applies_only_in_training():
     config = tiny_encoder_decoder(gate="none", dropout=0.5, encoder_layers=1, num_layers=1)
     graphdef, parameters = _build(config)
     model = nnx.merge(graphdef, parameters)
@@ -295,7 +295,7 @@ def test_dropout_drops_in_training_alone_and_keeps_the_mean():
     np.testing.assert_allclose(evaluated, expected, rtol=1e-6)
 
 
-def test_no_two_layers_of_both_stacks_draw_the_same():
+def test_all_layers_of_both_stacks_draw_different_noise():
     model, key = abstract_model(tiny_encoder_decoder(relative_buckets=0)), jax.random.key(0)
     rows, keys = make_rows(np.zeros((1, 4), np.int32), None, None), []
     for stack in (model.encoder, model.decoder):
@@ -303,14 +303,14 @@ def test_no_two_layers_of_both_stacks_draw_the_same():
         block = mock.Mock(spec=Block, side_effect=lambda x, rows, bias, **settings: (settings["rng"], None))
         keys += [body(block, jnp.zeros(()), None, jnp.asarray(layer))[0] for layer in range(len(stack.kinds))]
         keys.append(stack.outer_dropout(train=True, rng=key).rng)
-    # Three layers and two, and what is outside the layers of each.
+    # Three layers and two, and in each stack the dropout outside its layers.
     assert len({tuple(np.asarray(jax.random.key_data(key)).tolist()) for key in keys}) == len(keys) == 7
 
 
 # --- Padding and documents -------------------------------------------------------------------------------------------
 def test_padding_and_other_documents_change_nothing():
-    """The logits of a document and the auxiliary losses stay when padding's tokens change; those of document 1 when
-    document 2 changes, in source or target."""
+    """A document's logits and the auxiliary losses do not change with the tokens of padding; logits of document 1 do
+    not change with document 2, in source or target."""
     config = tiny_encoder_decoder(eval_capacity_factor=4.0, encoder_layers=2, dispatch="einsum")  # nothing is dropped
     graphdef, parameters = _build(config)
     batch = _batch()
@@ -339,7 +339,7 @@ def test_padding_and_other_documents_change_nothing():
 
 @pytest.mark.slow
 def test_padding_can_be_routed():
-    """Two real tokens and eight of padding at the same expert, which takes three: the padding comes first."""
+    """Two real tokens and eight of padding choose the same expert, which takes three: padding comes first."""
     config = tiny_encoder_decoder(
         route_padding=True, expert_capacity=3, num_experts=2, every=1, num_layers=1, encoder_layers=1
     )
@@ -359,7 +359,7 @@ def test_padding_can_be_routed():
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
 def test_an_encoders_row_does_not_depend_on_the_length_of_others(kind):
-    """A source of 2 tokens, which is not beyond the original context of 3, alone and beside one of 5, which is."""
+    """A source of 2 tokens, within the original context of 3, by itself and beside one of 5, which exceeds it."""
     factors = {"short_factors": (1.0, 2.0, 3.0), "long_factors": (4.0, 5.0, 6.0)} if kind == "longrope" else {}
     scaling = RopeScalingConfig(kind=kind, factor=4.0, original_length=3, **factors)
     sizes = {"encoder_layers": 1, "num_layers": 1, "gate": "none", "every": 1}
@@ -393,7 +393,7 @@ def test_a_cache_generates_what_recomputation_does(changes):
     for i in range(5):
         texts[:, i + 1] = np.argmax(run(texts)[:, i], axis=-1)
     np.testing.assert_array_equal(written, texts[:, 1:])
-    # Logits at each step too, not the likeliest token alone.
+    # Logits of each step too, not only the likeliest token.
     lengths = mask.sum(1).astype(np.int32)
     encoded = kv_cache.encode(model, jnp.asarray(padded), jnp.asarray(lengths))
     caches = kv_cache.empty(config, 2, 6)

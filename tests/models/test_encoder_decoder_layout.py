@@ -1,4 +1,4 @@
-"""Encoder-decoders: numbering of layers, counts and FLOPs by hand, embeddings, and what is refused."""
+"""Encoder-decoders: layer numbering, counts and FLOPs by hand, embeddings, refusals."""
 
 import dataclasses
 
@@ -73,8 +73,8 @@ def test_refusals(changes, message):
         Config(model=tiny_encoder_decoder(**changes))
 
 
-def test_an_encoder_with_an_embedding_of_its_own():
-    """Ids beyond the decoder's vocabulary, another gradient for each table, and its rows alone in the count."""
+def test_an_encoder_with_a_separate_embedding():
+    """It takes ids beyond the decoder's vocabulary, and only its rows add to the parameter count."""
     config = tiny_encoder_decoder(encoder_vocab_size=60, gate="none", encoder_layers=1, num_layers=1)
     graphdef, parameters = random_parameters(config)
     tables = parameters["embedding"]["table"], parameters["encoder"]["embedding"]["table"]
@@ -87,14 +87,15 @@ def test_an_encoder_with_an_embedding_of_its_own():
     assert np.abs(first - second).max() > 0.01
 
 
-def test_a_model_is_of_its_config():
+def test_create_model_builds_the_architecture_of_its_config():
     assert isinstance(nnx.eval_shape(lambda: create_model(tiny_encoder_decoder(), rngs=nnx.Rngs(0))), EncoderDecoder)
     with pytest.raises(ConfigError, match=r"model\.encoder_layers=0: must be at least 1"):
         EncoderDecoder(tiny_model(), rngs=nnx.Rngs(0))
 
 
 def test_groups_of_both_stacks_are_spread_over_the_mesh():
-    """8 rows of 8 and of 32 tokens in groups of 32: 2 groups of targets and 8 of inputs, for 4 devices."""
+    """8 rows of 8 and of 32 tokens in groups of 32: 2 groups of targets and 8 of inputs; 4 devices cannot split the
+    2."""
     data, train = DataConfig(sequence_length=8, input_length=32, objective="pairs"), TrainConfig(batch_size=8)
     model = tiny_encoder_decoder(group_size=32)
     config = Config(model=model, data=data, train=train)

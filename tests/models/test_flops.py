@@ -21,7 +21,7 @@ EXPERT, ATTENTION, NORMS, TABLE = 960, 768 + 384, 2 * 16, 48 * 16
 
 
 def _by_hand(router, expert_rows, extra=0.0, length=8):
-    """One layer, 4 experts: 6 FLOPs a parameter, and scores over (T+1)/2 keys on average."""
+    """FLOPs of one layer, 4 experts: 6 per parameter, and scores over (T+1)/2 keys on average."""
     parameters = ATTENTION + NORMS + router + EXPERT * expert_rows + 16 + TABLE
     return 6 * parameters + extra + 12 * 4 * 6 * (length + 1) / 2
 
@@ -34,7 +34,7 @@ def test_a_gate_in_which_tokens_choose_counts_k_experts():
 
 
 def test_steps_count_their_rows_and_what_their_encoder_reads():
-    """3 steps of 2 rows of 4 tokens, with 8 of the encoder beside each."""
+    """3 steps of 2 rows of 4 tokens, each with 8 encoder tokens."""
     data = DataConfig(sequence_length=4, input_length=8)
     config = Config(model=tiny_encoder_decoder(), data=data, train=TrainConfig(batch_size=2))
     assert train_flops(config, 3) == 3 * 2 * 4 * train_flops_per_token(config.model, 4, 8)
@@ -42,7 +42,8 @@ def test_steps_count_their_rows_and_what_their_encoder_reads():
 
 def test_a_delta_net_counts_its_matrices_and_its_memory():
     """M 2, N 4 heads of H 3 and V 5: 16·(2·2·3 + 2·4·5 + 2·4) in, 4·5·16 out, 3 taps of 2·2·3 + 4·5 channels, two
-    numbers a head, a norm of 5; 3 products with 4·3·5 numbers, 2 FLOPs each, three times. No score at any length."""
+    numbers per head, a norm of 5; 3 products with 4·3·5 numbers, 2 FLOPs each, three times. There are no scores at any
+    length."""
     delta = DeltaNetConfig(layers=(0,), key_heads=2, value_heads=4, key_dim=3, value_dim=5, conv_width=3)
     config = tiny_model(num_layers=1, gate="mixtral", delta_net=delta)
     mixer = 16 * (12 + 40 + 8) + 4 * 5 * 16 + 3 * (12 + 20) + 2 * 4 + 5
@@ -54,7 +55,7 @@ def test_a_delta_net_counts_its_matrices_and_its_memory():
     assert total - active == 2 * EXPERT
 
 
-def test_latent_experts_multiply_the_latent_dimension_and_two_projections():
+def test_latent_experts_count_the_latent_dimension_and_two_projections():
     """Latent dimension 4: an expert has 3·4·20 parameters, not 3·16·20, and every token is projected 16 → 4 → 16."""
     config = tiny_model(num_layers=1, gate="mixtral", latent_dim=4)
     assert train_flops_per_token(config, 8) == _by_hand(16 * 4 + 2 * 16 * 4, expert_rows=2 * 4 / 16)
@@ -64,7 +65,7 @@ def test_latent_experts_multiply_the_latent_dimension_and_two_projections():
 
 @pytest.mark.parametrize(("group_size", "rows"), [(0, 4 * 2 / 8), (16, 4 * 2 / 16)])
 def test_soft_moe_counts_its_slots_and_their_mixing(group_size, rows):
-    """E·P = 8 slots a group, each one row of one expert; mixing in and out multiplies 8 slots by D twice."""
+    """E·P = 8 slots per group, each one row of one expert; mixing in and mixing out each multiply 8 slots by D."""
     config = tiny_model(
         num_layers=1, gate="soft_moe", dispatch="einsum", accept_future_leak=True, slots_per_expert=2,
         group_size=group_size,
@@ -76,14 +77,14 @@ def test_soft_moe_counts_its_slots_and_their_mixing(group_size, rows):
 
 @pytest.mark.parametrize(("factor", "rows"), [(1.0, 2.0), (0.5, 1.0), (1.1, 4 * 5 / 8)])
 def test_expert_choice_counts_its_capacity(factor, rows):
-    """C = ceil(factor · 2 · 8 / 4) tokens for each of 4 experts; 1.1: ceil(4.4) = 5."""
+    """Each of 4 experts takes C = ceil(factor · 2 · 8 / 4) tokens; for 1.1, ceil(4.4) = 5."""
     config = tiny_model(num_layers=1, gate="expert_choice", accept_future_leak=True, capacity_factor=factor)
     assert expert_rows_per_token(config, 8) == rows
     assert train_flops_per_token(config, 8) == _by_hand(16 * 4, expert_rows=rows)
 
 
-def test_layers_of_prediction_mix_slots_too():
-    """12 · 8 slots · 16 more for the layer of the depth than for a model whose depth mixes nothing."""
+def test_prediction_layers_count_the_mixing_of_slots():
+    """A prediction layer that mixes slots counts 12 · 8 slots · 16 more than one that does not."""
     config = tiny_model(
         num_layers=1,
         gate="soft_moe",
@@ -113,7 +114,7 @@ def test_accelerators_are_measured_by_a_chain_of_large_matmuls(monkeypatch):
 
     monkeypatch.setattr(profiling.target, "is_cpu", lambda: False)
     monkeypatch.setattr(profiling, "_multiply", multiply)
-    profiling.measured_matmul_rate.func("bfloat16", repeats=1)  # not the small one of conftest.py
+    profiling.measured_matmul_rate.func("bfloat16", repeats=1)  # bypasses the small matrix of conftest.py
     assert seen["size"] >= 8192
     assert seen["chain"] >= 8
 
@@ -141,7 +142,7 @@ def test_the_planners_chips_have_the_same_peaks():
 
 
 def test_the_rate_of_a_mesh_is_that_of_all_its_devices(monkeypatch):
-    """Each device runs the measured matmul whole, so that the rate is one device's."""
+    """Each device runs the whole measured matmul, so that the measured rate is that of one device."""
     monkeypatch.setattr(profiling, "measured_matmul_rate", lambda _: 1e9)
     config = Config(model=tiny_model(num_layers=1))
     shares = []
@@ -152,7 +153,7 @@ def test_the_rate_of_a_mesh_is_that_of_all_its_devices(monkeypatch):
 
 
 def test_balanced_experts_without_an_ffn_compute_no_rows():
-    """τ = 1/2, E = 6 and 3 without: of 2 assignments 0.5·6 / (0.5·6 + 3) = 1/2 have an FFN."""
+    """τ = 1/2, E = 6 and 3 experts without an FFN: of 2 assignments, 0.5·6 / (0.5·6 + 3) = 1/2 reach an FFN."""
     config = tiny_model(gate="mixtral", experts_per_token=2, num_experts=6, zero_experts=3)
     losses = dataclasses.replace(config.moe.losses, null=0.5)
     config = dataclasses.replace(config, moe=dataclasses.replace(config.moe, losses=losses))

@@ -1,4 +1,4 @@
-"""Text with a key/value cache is the text without one, whatever shares the batch or the mesh."""
+"""Generation with a key/value cache equals generation without one, whatever else is in the batch and on any mesh."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _model(**changes):
 
 
 def _without_cache(config, variables, prompts, num_tokens):
-    """Run the whole rows again for every token, padded to one length so that it compiles once."""
+    """Recompute whole rows for every token, padded to one length so that the program compiles once."""
     config = sampling.without_drops(config)
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
     forward = jax.jit(lambda tokens, ids: nnx.merge(graphdef, variables)(tokens, ids).logits)
@@ -71,14 +71,14 @@ PROMPTS = [[5, 9, 2, 30, 11, 7, 8], [3], [40, 41, 2, 1]]
     ],
     ids=["a window in one layer", "gather", "ring", "dense"],
 )
-def test_greedy_with_cache_is_greedy_without(changes):
-    """Often: test_hybrid.py, and references of other forms of attention below."""
+def test_greedy_text_with_a_cache_equals_that_without(changes):
+    """All slow: test_hybrid.py and the references of other forms of attention below are always run."""
     config, variables = _model(**changes)
     texts = sampling.sample(config, variables, PROMPTS, 10, GREEDY)
     np.testing.assert_array_equal(texts, _without_cache(config, variables, PROMPTS, 10))
 
 
-#: One of each form of attention; the other families run with the slow tests.
+#: One family for each form of attention; the others run with the slow tests.
 _OFTEN = ("deepseek_v3", "gpt_oss")
 
 
@@ -86,9 +86,9 @@ _OFTEN = ("deepseek_v3", "gpt_oss")
     "path",
     [case if case.id in _OFTEN else slow_case(*case.values, id=case.id) for case in CASES],
 )
-def test_greedy_is_the_reference_librarys(path):
+def test_greedy_text_is_that_of_the_reference_library(path):
     expected = _expected(path)["greedy"]
-    width = 8 if expected.shape[1] == 20 else 6  # of the prompts
+    width = 8 if expected.shape[1] == 20 else 6  # prompt length
     model, config = load_huggingface(path)
     variables = nnx.to_pure_dict(nnx.state(model))
     texts = sampling.sample(config.model, variables, list(expected[:, :width]), expected.shape[1] - width, GREEDY)
@@ -127,7 +127,7 @@ def test_a_source_is_encoded_independently_of_others_by_these_gates(gate):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", [MeshConfig(data=2, expert=4), MeshConfig(data=1, fsdp=2, expert=2, tensor=2)])
-def test_a_mesh_writes_the_same_text(mesh):
+def test_a_mesh_generates_the_same_text(mesh):
     config, variables = _model(sliding_window=5)
     want = sampling.sample(config, variables, PROMPTS, 6, GREEDY)
     devices = make_mesh(mesh)
@@ -154,7 +154,7 @@ def test_a_run_with_microbatches_or_groups_of_several_rows_can_generate_on_a_mes
 
 @pytest.mark.slow
 def test_expert_choice_keeps_its_capacity():
-    """It is part of the function that a reference model computes."""
+    """The capacity is part of the function that a reference model computes."""
     config = ModelConfig(moe=moe_config(gate="expert_choice", expert_capacity=3, accept_future_leak=True))
     assert sampling.without_drops(config) == config
 
@@ -171,7 +171,7 @@ def test_a_row_ends_with_its_stop_token():
     assert [len(column) for column in sampling.stream(config, variables, PROMPTS, 8, every)] == [3]
 
 
-def test_long_prompts_are_filled_up_to_whole_blocks():
+def test_long_prompts_are_padded_to_whole_blocks():
     assert [sampling.pad_prompts([[1] * length])[0].shape[1] for length in (511, 512, 1021)] == [511, 512, 1024]
 
 
@@ -185,7 +185,7 @@ def test_choosing_by_hand():
 
     np.testing.assert_allclose(shares(), [0.4, 0.3, 0.2, 0.1], atol=0.03)
     np.testing.assert_allclose(shares(top_k=2), [4 / 7, 3 / 7, 0, 0], atol=0.03)
-    # 0.4 + 0.3 = 0.7 reaches 0.65 and 0.7 falls short of 0.75.
+    # 0.4 + 0.3 = 0.7 reaches 0.65 but not 0.75.
     np.testing.assert_allclose(shares(top_p=0.65), [4 / 7, 3 / 7, 0, 0], atol=0.03)
     np.testing.assert_allclose(shares(top_p=0.75), [4 / 9, 3 / 9, 2 / 9, 0], atol=0.03)
     # Squared and normalised: 16 : 9 : 4 : 1.
@@ -196,7 +196,8 @@ def test_choosing_by_hand():
 
 
 def test_the_ring_holds_the_window_by_hand():
-    """W = 3. Five positions leave 3, 4, 2 in slots 0, 1, 2; two leave 0, 1 and one slot empty. Then 5 into slot 2."""
+    """W = 3: five positions leave 3, 4, 2 in slots 0, 1, 2; two leave 0, 1 and an empty slot. Then 5 goes into slot
+    2."""
     config, variables = _model(sliding_window=3, num_layers=1, moe={"gate": "none"})
     model = nnx.merge(nnx.graphdef(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))), variables)
     tokens = jnp.asarray([[1, 2, 3, 4, 5], [1, 2, 0, 0, 0]])
@@ -217,7 +218,7 @@ def test_the_ring_holds_the_window_by_hand():
         ([[1]], {"top_k": -1}, "top_k=-1"),
     ],
 )
-def test_what_is_refused(prompts, options, pattern):
+def test_impossible_prompts_and_options_are_refused(prompts, options, pattern):
     config, variables = _model()
     with pytest.raises(ConfigError, match=pattern):
         sampling.sample(config, variables, prompts, 2, Sampling(**options))

@@ -1,4 +1,4 @@
-"""Parts of gpt-oss: attention sinks, biases of router and experts, the clamped SwiGLU; in every form and on a mesh."""
+"""Parts of gpt-oss: attention sinks, biases of router and experts, the clamped SwiGLU, in every form and on a mesh."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ MODEL = ModelConfig(
 
 
 def _model(**changes) -> Transformer:
-    """A model whose biases and sinks are not zero."""
+    """A model with nonzero biases and sinks."""
     return random_model(dataclasses.replace(MODEL, **changes))
 
 
 def test_clamped_swiglu_by_hand():
-    """Slope 1.702, limit 7: gate 10 and up -9 become 7 and -7, -1 and 2 stay."""
+    """Slope 1.702, limit 7: a gate of 10 and an up of -9 become 7 and -7; -1 and 2 are unchanged."""
     got = activate("swiglu_clamped", jnp.array([-9.0, 2.0]), jnp.array([10.0, -1.0]))
     want = [7 / (1 + math.exp(-1.702 * 7)) * (-7 + 1), -1 / (1 + math.exp(1.702)) * (2 + 1)]
     np.testing.assert_allclose(got, want, rtol=1e-6)
@@ -45,7 +45,7 @@ def test_clamped_swiglu_by_hand():
 
 @pytest.mark.parametrize("kind", ["full", "blocked"])
 def test_a_sink_by_hand(kind):
-    """Keys of zeros, so all scores are 0; exp(ln 2) = 2 beside them: token t gets Σ_{u≤t} v_u / (t + 1 + 2)."""
+    """Keys of zeros give scores of 0, and the sink adds exp(ln 2) = 2: token t gets Σ_{u≤t} v_u / (t + 1 + 2)."""
     zeros, value = jnp.zeros((1, 3, 1, 8)), jnp.ones((1, 3, 1, 8)) * jnp.array([1.0, 2.0, 3.0])[None, :, None, None]
     segments, sinks = jnp.ones((1, 3), jnp.int32), jnp.log(jnp.array([2.0]))
     got = attend.attend(zeros, zeros, value, segments, kind=kind, scoring=Scoring(sinks=sinks))
@@ -54,7 +54,7 @@ def test_a_sink_by_hand(kind):
 
 @pytest.mark.parametrize("window", [slow_case(0), 7])
 def test_forms_of_attention_with_sinks(window, monkeypatch):
-    """All forms against a softmax over the scores and the sink, in values and gradients, the sinks' too."""
+    """All forms equal a softmax over the scores and the sink, in values and gradients, including those of the sinks."""
     monkeypatch.setattr(attend, "_block_size", lambda length, largest: 8)
     monkeypatch.setattr(cpu, "_SMALLEST_BLOCK", 10)
     keys = jax.random.split(jax.random.key(0), 4)
@@ -92,7 +92,7 @@ def test_forms_of_attention_with_sinks(window, monkeypatch):
 
 
 def _every_expert(layer: MoELayer, x):
-    """All experts on all tokens, of which each token keeps the two with the largest logits."""
+    """Run all experts on all tokens; each token keeps the two with the largest logits."""
     experts, router = layer.experts, layer.router
     logits = x @ router.kernel[...] + router.logit_bias[...]
     second = jnp.sort(logits, axis=-1)[..., -2:-1]
@@ -147,7 +147,7 @@ def test_an_expert_layer_with_biases(mode, sizes, rng):
 
 @pytest.mark.slow
 def test_over_a_mesh():
-    """Sinks over tensor, experts over expert: loss and gradients of a whole model."""
+    """Loss and gradients of a whole model with sinks over tensor and experts over expert."""
     model = _model(attention="blocked")
     tokens = np.arange(8 * 9).reshape(8, 9) % 48
 
@@ -168,7 +168,7 @@ def test_over_a_mesh():
 
 @pytest.mark.slow
 def test_the_cache_has_the_sinks_too():
-    """Logits after each token, with the cache and without."""
+    """Logits after each token are equal with the cache and without."""
     model, tokens = _model(), jnp.arange(2 * 9).reshape(2, 9) % 48
     want = model(tokens).logits
     caches = kv_cache.empty(model.config, 2, 9)

@@ -54,7 +54,7 @@ def _case():
     return config, graphdef, parameters, logits
 
 
-def test_pairs_of_layers_are_stacked():
+def test_layers_are_stacked_in_pairs():
     kinds = layer_kinds(_case()[0])
     assert [kind.mixer for kind in kinds] == ["gated_delta_net", "attention"] * 2
     assert [(len(unit), repeats) for unit, repeats in segments(kinds)] == [(2, 2)]
@@ -63,7 +63,7 @@ def test_pairs_of_layers_are_stacked():
 
 
 def test_packed_documents_are_as_if_alone(rng):
-    """Two documents and padding in one row, and each in a row of its own with padding before or after it."""
+    """Two documents and padding in one row equal each document in a separate row with padding before or after it."""
     _, _, parameters, logits = _case()
     first, second = rng.integers(1, 48, 5), rng.integers(1, 48, 7)
     tokens = np.zeros((3, 14), np.int32)
@@ -77,7 +77,7 @@ def test_packed_documents_are_as_if_alone(rng):
     assert np.all(np.isfinite(found))
 
 
-def test_greedy_text_with_state_is_that_without():
+def test_greedy_text_with_state_equals_that_without():
     config = _hybrid(num_layers=2, delta_net=dataclasses.replace(DELTA, layers=(0,)), dispatch="einsum")
     _, parameters = random_parameters(config)
     texts = sampling.sample(config, parameters, PROMPTS, 6, GREEDY)
@@ -86,9 +86,9 @@ def test_greedy_text_with_state_is_that_without():
 
 @pytest.mark.slow
 def test_eight_devices_have_the_values_and_gradients_of_one(rng):
-    """Rows over fsdp, heads over tensor, remat. Short queries and keys are made unit vectors, by which rounding grows:
-    parameters that differ in their last bit change a gradient by as much as a mesh may. The layer by itself is within
-    1e-5 (tests/layers/test_gated_delta_net.py)."""
+    """Rows over fsdp, heads over tensor, remat. Normalising short queries and keys amplifies rounding: parameters that
+    differ in their last bit change a gradient as much as a mesh may. A layer by itself is within 1e-5
+    (tests/layers/test_gated_delta_net.py)."""
     config = dataclasses.replace(_case()[0], remat="attention")
     graphdef, parameters = random_parameters(config)
     tokens = jnp.asarray(rng.integers(1, 48, (4, 10)), jnp.int32)
@@ -122,11 +122,11 @@ def test_eight_devices_have_the_values_and_gradients_of_one(rng):
 
 
 def _error(ours, theirs):
-    """Largest difference, of the largest number."""
+    """Largest difference, relative to the largest value."""
     return float(jnp.max(jnp.abs(ours - theirs)) / jnp.max(jnp.abs(theirs)))
 
 
-def test_parts_adapters_and_optimizers_know_its_parameters():
+def test_parts_adapters_and_optimizers_cover_delta_net_parameters():
     config, _, parameters, _ = _case()
     state = nnx.state(nnx.eval_shape(lambda: nnx.merge(_case()[1], parameters)))
     layer = parameters["segment_0"]["block_0"]["delta_net"]
@@ -156,7 +156,7 @@ def test_impossible_runs(changes, message):
         Config(model=_hybrid(), **changes)
 
 
-def test_meshes_that_cannot_split_it():
+def test_meshes_that_cannot_split_a_delta_net_are_refused():
     config = Config(model=_hybrid(group_size=64), train=TrainConfig(batch_size=2, sample_tokens=0, num_steps=200))
     with pytest.raises(ConfigError, match=r"model.delta_net.layers=\(0, 2\): must be \(\) with mesh.context=4"):
         validate_mesh(config, {"data": 2, "fsdp": 1, "expert": 1, "tensor": 1, "context": 4})
@@ -168,7 +168,7 @@ def test_meshes_that_cannot_split_it():
     validate_mesh(dataclasses.replace(config, model=unused), sizes)
 
 
-def test_a_layer_of_multi_token_prediction_has_the_mixer_of_the_last():
+def test_a_multi_token_prediction_layer_has_the_mixer_of_the_last_layer():
     config = _hybrid(num_layers=3, prediction_layers=1)
     graphdef, state = nnx.split(abstract_model(config))
     variables, tokens = nnx.to_pure_dict(state), jax.ShapeDtypeStruct((2, 6), jnp.int32)

@@ -1,4 +1,5 @@
-"""The mesh axis `pipeline`: values, gradients and checkpoints as without it, what crosses stages, refusals."""
+"""The mesh axis `pipeline`: values, gradients and checkpoints equal those without it; transfers between stages;
+refusals."""
 
 from __future__ import annotations
 
@@ -46,7 +47,7 @@ def _config(rounds: int = 1, **model) -> Config:
 
 
 def _batch(rows: int) -> dict[str, np.ndarray]:
-    """Two documents a row, the second of which ends early in every other row."""
+    """Two documents per row; in every other row the second one ends early."""
     tokens = np.random.default_rng(0).integers(1, 48, (rows, T + 1))
     segment_ids = np.repeat([[1, 1, 1, 2, 2, 2, 2, 2]], rows, axis=0)
     segment_ids[::2, -2:] = 0
@@ -107,7 +108,7 @@ def _check_equal(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> No
     ("sizes", "rounds", "model"),
     [
         slow_case({"pipeline": 2}, 1, {"gate": "none", "num_layers": 2}),
-        # Before and after the pipelined layers there is one of each kind, and multi-token prediction at the end.
+        # One layer of each kind before and after the pipelined layers, and multi-token prediction at the end.
         slow_case(
             {"data": 4, "pipeline": 2},
             1,
@@ -117,7 +118,7 @@ def _check_equal(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> No
         ),
         slow_case({"expert": 2, "pipeline": 4}, 1, {"gate": "noisy_topk", "dispatch": "dropless"}),
         slow_case({"fsdp": 2, "pipeline": 2}, 2, {"gate": "switch", "dispatch": "gather", "jitter": 0.1}),
-        # Stages that do not divide the layers: one, or two, belong to none.
+        # Stages that do not divide the layers: one layer, or two, belong to no stage.
         ({"pipeline": 2}, 2, {"gate": "none", "num_layers": 5}),
         slow_case({"expert": 2, "pipeline": 2}, 1, DEEPSEEK | {"num_layers": 5, "dropout": 0.1}),
         slow_case(
@@ -148,8 +149,8 @@ def test_values_and_gradients_are_those_without_a_pipeline(sizes, rounds, model)
     config = _config(rounds, **model)
     split, text = _gradients(config, MeshConfig(**{"data": 1, **sizes}))
     _check_equal(_gradients(config, ALONE)[0], split)
-    # What the planner counts. Two stages, two rounds, four microbatches in two blocks: 2 x 2 x 2 + 2 - 1 turns, in the
-    # first two of each block and in the last another microbatch may enter.
+    # The planner reads these counts. Two stages, two rounds and four microbatches in two blocks: 2 x 2 x 2 + 2 - 1
+    # turns; another microbatch may enter in the first two of each block and in the last.
     if (sizes["pipeline"], rounds) == (2, 2):
         conditionals = re.findall(r" conditional\(.*op_name=\"([^\"]+)", text)
         assert conditionals
@@ -158,10 +159,10 @@ def test_values_and_gradients_are_those_without_a_pipeline(sizes, rounds, model)
 
 @pytest.mark.slow
 def test_gradients_of_matrices_that_are_sent_in_bfloat16_are_summed_in_float32():
-    """Three rounds of two stages, every token to every expert, as rounding would change choices.
+    """Three rounds of two stages; every token goes to every expert, since rounding would change choices.
 
-    The two programs round differently. A sum in bfloat16 would hold nothing but its numbers; of one in float32 a fourth
-    are.
+    The two programs round differently. A sum in bfloat16 would hold only bfloat16 values; in a sum in float32 about a
+    fourth are.
     """
     config = _config(3, gate="mixtral", experts_per_token=4, dispatch="dropless", num_layers=7, dtype="bfloat16")
     one, _ = _gradients(config, ALONE)
@@ -173,8 +174,8 @@ def test_gradients_of_matrices_that_are_sent_in_bfloat16_are_summed_in_float32()
 
 
 @pytest.mark.slow
-def test_activations_pass_from_stage_to_stage_and_no_weights_do():
-    """Two rounds of two stages, experts over two devices, experts and D over two; also without stages, to evaluate."""
+def test_stages_exchange_activations_but_no_weights():
+    """Two rounds of two stages, experts over two devices, D over two; also evaluation, which has no stages."""
     sizes = MeshConfig(data=1, fsdp=2, expert=2, pipeline=2)
     config = _config(2, gate="mixtral", dispatch="gather")
     found, text = _gradients(config, sizes)
@@ -219,8 +220,8 @@ def test_a_checkpoint_moves_between_meshes_with_and_without_a_pipeline(layers, s
 
 
 @pytest.mark.slow
-def test_layers_of_no_stage_are_evaluated_as_without_a_pipeline():
-    """Five layers, of which two stages store half of each: no device ever holds more than one whole."""
+def test_layers_outside_the_stages_are_evaluated_as_without_a_pipeline():
+    """Two stages each store half of each of five layers: no device ever holds more than one whole layer."""
     sizes = MeshConfig(data=1, fsdp=2, expert=2, pipeline=2)
     config = _config(gate="mixtral", dispatch="gather", num_layers=5)
     evaluated, text = _evaluate(config, sizes)
@@ -231,8 +232,9 @@ def test_layers_of_no_stage_are_evaluated_as_without_a_pipeline():
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_run_goes_on_with_and_without_a_pipeline(directory, tmp_path):
-    """Two steps on two stages of four devices, two on one device, two on two stages of one, against six on one."""
+def test_a_run_continues_with_and_without_a_pipeline(directory, tmp_path):
+    """Two steps on two stages of four devices, two on one device and two on two stages of one equal six on one
+    device."""
     settings = SETTINGS | {"model.num_layers": 2, "train.accumulation_steps": 2, "train.sample_tokens": 4}
     train(tiny(directory, **settings), str(tmp_path / "still"), ONE, quiet=True)
     split = {"mesh.data": 1, "mesh.pipeline": 2}
@@ -248,7 +250,7 @@ def test_a_run_goes_on_with_and_without_a_pipeline(directory, tmp_path):
 
 @pytest.mark.parametrize(("layers", "rounds", "unrolled"), [(2, 1, True), (4, 2, True), (5, 2, True), (4, 1, False)])
 def test_loops_over_several_layers_of_a_turn_are_not_unrolled_on_nvidia(layers, rounds, unrolled):
-    """Two stages: with one layer in a turn there is no loop."""
+    """Two stages; with one layer per turn there is no such loop."""
     config = _config(rounds, num_layers=layers)
     device = types.SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3")
     for shape, expected in (({"pipeline": 2}, unrolled), ({"data": 2}, True)):
@@ -274,6 +276,6 @@ def test_loops_over_several_layers_of_a_turn_are_not_unrolled_on_nvidia(layers, 
         ({}, {"tensor": 2}, r"mesh.tensor=2: must be 1 with mesh.pipeline=2"),
     ],
 )
-def test_what_does_not_fit_is_refused_in_a_sentence(changes, sizes, message):
+def test_impossible_pipelines_are_refused_in_one_sentence(changes, sizes, message):
     with pytest.raises(ConfigError, match=message):
         check(dataclasses.replace(_config(), **changes), {"pipeline": 2} | sizes)

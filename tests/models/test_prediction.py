@@ -1,4 +1,4 @@
-"""Multi-token prediction against a loop over documents, and published layers in and out."""
+"""Multi-token prediction against a loop over documents, and import and export of published layers."""
 
 import dataclasses
 import json
@@ -46,7 +46,7 @@ def config_of(tmp_path, moe=None, **changes):
 
 
 def batch_of(rng, rows=8):
-    """Two documents of 7 tokens a row, and 2 of padding."""
+    """Rows of two documents of 7 tokens and 2 tokens of padding."""
     tokens = rng.integers(3, 40, (rows, 16)).astype(np.int32)
     segments = np.repeat([1, 2, 0], [7, 7, 2])[None].repeat(rows, 0).astype(np.int32)
     positions = np.concatenate([np.arange(7), np.arange(7), [0, 0]])[None].repeat(rows, 0).astype(np.int32)
@@ -62,8 +62,8 @@ def test_targets_of_a_depth_stay_in_their_document():
 
 
 def loop(model, config, batch):
-    """Nats of every depth: each document by itself, each depth on the positions that have what it needs (equations 21
-    to 24), each target looked up by itself."""
+    """Nats of every depth, one document at a time, each depth on the positions that have the tokens it needs (equations
+    21 to 24), one target at a time."""
     c, sums = config.model, [0.0] * config.model.prediction_layers
     matrix, table = np.asarray(model.output_matrix(), np.float64), np.asarray(model.embedding.table[...])
     graphdef, stacked = nnx.split(model.prediction)
@@ -95,7 +95,7 @@ def loop(model, config, batch):
     return sums
 
 
-def test_losses_are_those_of_a_loop(tmp_path):
+def test_losses_equal_those_of_a_loop(tmp_path):
     config = config_of(tmp_path, **{"model.num_layers": 1})
     model = random_model(config.model)
     batch = batch_of(np.random.default_rng(0), rows=2)
@@ -119,7 +119,7 @@ def test_losses_are_those_of_a_loop(tmp_path):
     np.testing.assert_allclose(float(loss - cross_entropy), 0.6 / 2 * sum(expected), rtol=1e-4)
 
 
-def test_parts_and_places_of_the_layers(tmp_path):
+def test_parts_and_layer_numbers_of_prediction_layers(tmp_path):
     model = config_of(tmp_path, BIASED).model
     assert stacked_layers(model, ("prediction", "block", "attention", "query")) == (range(2, 4), ("attention", "query"))
     assert part_of(("prediction", "project")) == "dense"
@@ -131,7 +131,7 @@ def test_parts_and_places_of_the_layers(tmp_path):
 
 @pytest.mark.slow
 def test_a_step_trains_the_layers_on_eight_devices(tmp_path):
-    """Every parameter of them moves, and logged terms are nats per target."""
+    """Every parameter of the prediction layers moves, and logged terms are nats per target."""
     config = config_of(tmp_path, BIASED, **{"mesh.data": 2, "mesh.expert": 2, "mesh.tensor": 2})
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
@@ -149,7 +149,8 @@ def test_a_step_trains_the_layers_on_eight_devices(tmp_path):
 
 
 def published(tmp_path):
-    """DeepSeek-V3's folder with a layer of multi-token prediction, and copies of the tables as published ones have."""
+    """Write DeepSeek-V3's folder with a multi-token-prediction layer and, as in published ones, copies of the
+    tables."""
     shutil.copytree(V3, tmp_path / "v3")
     tensors = load_file(tmp_path / "v3" / "model.safetensors")
     rng = np.random.default_rng(0)
@@ -162,7 +163,7 @@ def published(tmp_path):
     return tensors | extra
 
 
-def test_published_layers_come_in_and_go_out(tmp_path):
+def test_published_layers_are_imported_and_exported_unchanged(tmp_path):
     tensors = published(tmp_path)
     config = import_checkpoint(tmp_path / "v3", tmp_path / "run", prediction=True)
     assert config.model.prediction_layers == 1
@@ -172,7 +173,7 @@ def test_published_layers_come_in_and_go_out(tmp_path):
     for name, tensor in tensors.items():
         np.testing.assert_array_equal(written[name], tensor, err_msg=name)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["num_nextn_predict_layers"] == 1
-    # Without them the model is the same one.
+    # They can be left out when the model is read.
     plain, _ = load_huggingface(tmp_path / "out")
     assert not hasattr(plain, "prediction")
     changed = load_file(tmp_path / "v3" / "model.safetensors")
@@ -186,7 +187,7 @@ def test_published_layers_come_in_and_go_out(tmp_path):
 
 @pytest.mark.parametrize("changes", [{}, slow_case({"model.sliding_window": 5})], ids=["full", "window"])
 def test_speculated_text_is_the_greedy_text_in_fewer_steps(tmp_path, changes):
-    """With an untrained model drafts are rejected; one whose next token depends on the last alone confirms them."""
+    """An untrained model's drafts are rejected; a model whose next token depends only on the last one confirms them."""
     config = config_of(tmp_path, **{"model.num_layers": 1, "model.prediction_layers": 1} | changes).model
     _, variables = random_parameters(config)
     rng = np.random.default_rng(0)
@@ -204,7 +205,7 @@ def test_speculated_text_is_the_greedy_text_in_fewer_steps(tmp_path, changes):
         strict=True,
     ):
         np.testing.assert_array_equal(ours, theirs)
-    # Without what attention and experts add, model and layer see the last token alone; the layer copies its embedding.
+    # Without the outputs of attention and experts, both see only the last token; the layer copies its embedding.
     variables = jax.tree_util.tree_map_with_path(
         lambda path, leaf: jnp.ones_like(leaf) if path[-1].key == "scale" else leaf, variables
     )
@@ -215,14 +216,14 @@ def test_speculated_text_is_the_greedy_text_in_fewer_steps(tmp_path, changes):
     variables["prediction"]["project"] = jnp.concatenate([jnp.eye(16), jnp.zeros((16, 16))])[None]
     certain = speculation.sample(config, variables, prompts, 12)
     assert certain.accepted == 1
-    assert certain.steps == 6  # one token by the prompt, then two a step
+    assert certain.steps == 6  # one token from the prompt, then two per step
     for ours, theirs in zip(
         certain.texts, sampling.sample(config, variables, prompts, 12, sampling.Sampling(temperature=0)), strict=True
     ):
         np.testing.assert_array_equal(ours, theirs)
     none = speculation.sample(config, variables, prompts, 0)
     assert ([text.tolist() for text in none.texts], none.steps, none.accepted) == ([[], [], []], 0, 0.0)
-    assert speculation._programs.cache_info().misses == compiled + 1  # all texts are of the same sizes
+    assert speculation._programs.cache_info().misses == compiled + 1  # all texts have the same sizes
     scaling = RopeScalingConfig(kind="dynamic", factor=2.0, original_length=8)
     with pytest.raises(ConfigError, match="'dynamic': must be another to draft tokens"):
         speculation.sample(dataclasses.replace(config, rope_scaling=scaling), variables, prompts, 2)

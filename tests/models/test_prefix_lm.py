@@ -1,4 +1,4 @@
-"""Prefix LM in a decoder: what a prefix sees, training, and generation."""
+"""Prefix LM in a decoder: visibility within a prefix, training, generation."""
 
 import dataclasses
 
@@ -19,7 +19,7 @@ from tests.run_helpers import ONE, rows, tiny
 
 @pytest.mark.parametrize("kind", ["full", "blocked"])
 def test_attention_by_hand(kind):
-    """Two documents, of 5 tokens with a prefix of 3 and of 3 with a prefix of 1, against softmax under a mask."""
+    """Documents of 5 tokens with a prefix of 3 and of 3 tokens with a prefix of 1, against softmax under a mask."""
     segments = np.array([[1, 1, 1, 1, 1, 2, 2, 2]])
     prefix = np.array([[1, 1, 1, 0, 0, 1, 0, 0]])
     visible = np.zeros((8, 8), bool)
@@ -41,7 +41,7 @@ def model():
     return config, variables, nnx.merge(graphdef, variables)
 
 
-def test_a_prefix_is_seen_from_both_sides(model):
+def test_attention_within_a_prefix_is_bidirectional(model):
     config, _, transformer = model
     assert isinstance(transformer, Transformer)
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (1, 8))
@@ -87,7 +87,7 @@ def test_speculated_text_is_the_greedy_text_of_a_prefix_lm():
 
 
 @pytest.mark.slow
-def test_a_run(directory, tmp_path):
+def test_a_prefix_lm_trains(directory, tmp_path):
     train(tiny(directory, **{"data.objective": "prefix_lm"}), str(tmp_path / "run"), ONE)
     final = rows(tmp_path / "run", "heldout/all")[-1]
     assert 0 < final["loss"] < np.log(400) + 1

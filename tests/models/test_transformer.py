@@ -45,7 +45,7 @@ def _forward(config, train=False):
 
 @functools.cache
 def _value_and_grad(config):
-    """Jitted (parameters, tokens) → (value, gradients) of a loss in which logits and balance take part."""
+    """Jitted (parameters, tokens) → (value, gradients) of a loss of the logits and of the balance."""
     graphdef, _ = _build(config)
 
     def loss(parameters, tokens):
@@ -77,7 +77,7 @@ def _assert_trees_close(actual, expected, rtol=1e-5):
         ({"num_layers": 4, "first_dense": 1}, "DSSS", [("D", 1), ("S", 3)]),
         ({"num_layers": 8, "every": 4}, "DDDSDDDS", [("DDDS", 2)]),
         ({"num_layers": 5, "every": 2}, "DSDSD", [("DS", 2), ("D", 1)]),
-        # The second layer would be MoE but is among the first three. The longest run from each layer on is taken.
+        # The second layer would be MoE but is among the first three. From each layer on, the longest run is taken.
         ({"num_layers": 8, "every": 2, "first_dense": 3}, "DDDSDSDS", [("D", 3), ("SD", 2), ("S", 1)]),
         ({"num_layers": 6, "layers": (1, 2, 4, 5)}, "DSSDSS", [("DSS", 2)]),
         ({"num_layers": 1}, "S", [("S", 1)]),
@@ -113,7 +113,7 @@ def test_scan_changes_nothing(overrides, rng):
 
 @pytest.mark.parametrize(("unroll", "written_out"), [(2, 2), slow_case(8, 5)])
 def test_layers_of_one_trip_change_nothing(unroll, written_out, rng):
-    """Five layers in two trips and one more, or all written out, each recomputed."""
+    """Five layers as two trips of two and one more, or all unrolled, each recomputed."""
     config = tiny_model(num_layers=5, remat="full", dispatch="einsum")
     tokens = _tokens(rng, config)
     _, parameters = _build(config)
@@ -136,7 +136,7 @@ def test_remat_changes_neither_value_nor_gradient(policies, rng):
         _assert_trees_close(results[policy], results["none"])
 
 
-def test_offload_keeps_inputs_and_heads_in_the_hosts_memory():
+def test_offload_keeps_inputs_and_heads_in_host_memory():
     config = tiny_model(num_layers=2, remat="offload")
     graphdef, parameters = _build(config)
 
@@ -150,8 +150,8 @@ def test_offload_keeps_inputs_and_heads_in_the_hosts_memory():
     assert {e.outvars[0].aval.memory_space for e in moved} == {jax.memory.Space.Host}
 
 
-def test_policies_recompute_what_they_say():
-    """Matmuls of one training step's program: einsum dispatch, whose experts are plain matmuls on CPUs too."""
+def test_policies_recompute_the_documented_matmuls():
+    """Counts matmuls of a training step's program with einsum dispatch, whose experts are plain matmuls on CPUs too."""
     config = tiny_model(num_layers=1, dispatch="einsum")
     tokens = jnp.zeros((B, T), jnp.int32)
 
@@ -172,15 +172,15 @@ def test_policies_recompute_what_they_say():
     assert outputs - hidden == 2
     assert none <= hidden
     assert dots("routes") == full
-    # Of a repeat of two layers, attention's parts of both and the last matmul of the first, which ends in the second's
-    # input.
+    # In a repeated unit of two layers: attention's matmuls of both, and the last matmul of the first, whose output
+    # enters the second's input.
     two = tiny_model(**EVERY_2)
     assert dots("full", two) - dots("attention", two) == 2 * (full - attention) + 1
 
 
-def test_routes_that_are_kept_are_not_chosen_again():
-    """A choice is the lowest index that has the maximum: a minimum, forward, and again in the backward pass where the
-    whole layer is recomputed."""
+def test_kept_routes_are_not_recomputed():
+    """A choice is the lowest index that has the maximum, hence one minimum forward, and another in the backward pass
+    where the whole layer is recomputed."""
     config = tiny_model(num_layers=1)
 
     def choices(policy):
@@ -215,7 +215,7 @@ def test_remat_saves_memory_with_layers_scanned_and_written_out(scan):
 
 
 def _explicit(config, parameters, tokens, segment_ids, positions, *, train, rng):
-    """The same model as a plain loop over unstacked blocks; also each layer's report and routing, None if dense."""
+    """The same model as a plain loop over unstacked blocks, with each layer's report and routing, None if dense."""
     model = nnx.merge(_build(config)[0], parameters)
     x = model.embedding(tokens, jnp.dtype(config.dtype))
     records = []
@@ -236,7 +236,7 @@ def _explicit(config, parameters, tokens, segment_ids, positions, *, train, rng)
     "overrides",
     [
         slow_case({"num_layers": 5, "first_dense": 2}),
-        # Two MoE layers in the unit that repeats.
+        # Two MoE layers in the repeated unit.
         {"num_layers": 6, "layers": (1, 2, 4, 5), "dispatch": "einsum"},
         slow_case({"num_layers": 6, "layers": (1, 2, 4, 5)}),
         slow_case({"num_layers": 6, "every": 2, "first_dense": 1}),
@@ -280,8 +280,8 @@ def test_routing_is_returned_only_when_asked_for(rng):
     assert output.layers.load_balancing_loss.shape == (2,)
 
 
-# One choice a token: buffers fill in token order, so even drops look back only. With more, an earlier token's second
-# choice yields to a later one's first (GShard, algorithm 1), so room for all is given.
+# With one choice per token buffers fill in token order, so that drops are causal too. With more, an earlier token's
+# second choice yields to a later one's first (GShard, algorithm 1), so that the capacity must hold all.
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -325,7 +325,8 @@ def test_packed_documents_are_independent_and_equal_to_themselves_alone(rng):
     ("gate", "dispatch"), [("mixtral", "einsum"), slow_case("mixtral", "gather"), slow_case("switch", "gather")]
 )
 def test_padding_has_no_effect(gate, dispatch, rng):
-    """A row of padding, and padding after a document: finite, and worth nothing to anyone, whatever its tokens are."""
+    """A row of padding, and padding after a document, give finite logits and affect nothing else, whatever their
+    tokens."""
     config = tiny_model(dispatch=dispatch, gate=gate, num_layers=2, first_dense=1, eval_capacity_factor=0.5)
     _, parameters = _build(config)
     tokens = np.asarray(_tokens(rng, config, (3, T)))
@@ -339,7 +340,7 @@ def test_padding_has_no_effect(gate, dispatch, rng):
     other_logits, other_layers, _ = run(parameters, other, segment_ids, None)
     np.testing.assert_array_equal(np.asarray(logits)[segment_ids > 0], np.asarray(other_logits)[segment_ids > 0])
     jax.tree.map(np.testing.assert_array_equal, layers, other_layers)
-    # Without the row of padding: another program, so to rounding.
+    # Without the row of padding it is another program, hence equal to rounding.
     short_logits, short_layers, _ = run(parameters, tokens[:2], segment_ids[:2], None)
     real = segment_ids[:2] > 0
     np.testing.assert_allclose(np.asarray(logits)[:2][real], np.asarray(short_logits)[real], rtol=1e-5, atol=1e-5)
@@ -359,7 +360,7 @@ def test_bfloat16_keeps_parameters_router_and_reports_in_float32(rng):
     assert {array.dtype for array in jax.tree.leaves(layers)} == {jnp.dtype("float32")}
     _, gradients = _value_and_grad(config)(parameters, tokens)
     assert {array.dtype for array in jax.tree.leaves(gradients)} == {jnp.dtype("float32")}
-    # Near the float32 model, but not it: 2^-8 a rounding, a dozen of them in a row.
+    # Near the float32 model but not equal to it: about a dozen successive roundings of 2^-8.
     full, _, _ = _forward(dataclasses.replace(config, dtype="float32"))(parameters, tokens)
     difference = np.abs(np.asarray(logits, np.float32) - np.asarray(full))
     assert 1e-4 < np.median(difference) < 0.05
@@ -378,7 +379,7 @@ def test_without_a_key_the_model_is_deterministic_and_with_one_it_is_not(rng):
     assert not np.array_equal(one[2].router_logits, other[2].router_logits)
     assert not np.array_equal(one[2].router_logits, first[2].router_logits)
     assert not bool(jnp.all(one[2].chosen)), "second experts were declined"
-    # The layers draw apart: with the same draws both would decline the same tokens.
+    # The layers draw independently: with the same draws both would decline the same tokens.
     assert not np.array_equal(one[2].chosen[0], one[2].chosen[1])
 
 
@@ -410,7 +411,7 @@ def test_unstacked_layers_restack_to_the_same_tree(overrides):
     ids=["dense", "sparse mixer"],
 )
 def test_biases_of_norms_and_logits_on_a_mesh(rng, changes):
-    """The loss and the gradient of the biases against the formula on one device."""
+    """Loss and gradients of the biases equal those of the formula on one device."""
     config = tiny_model(layer_norm=True, logit_bias=True, **changes)
     graphdef, parameters = random_parameters(config)
     tokens = jnp.asarray(rng.integers(1, 48, (8, 6)))

@@ -1,4 +1,4 @@
-"""Two processes of four devices each train as one process of eight does, and one goes on where two were lost."""
+"""Two processes of four devices train as one process of eight does, and one continues after both were lost."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def settings(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def source(settings, tmp_path_factory):
-    """The workdir of one process of eight devices."""
+    """Workdir of a run in one process of eight devices."""
     workdir = tmp_path_factory.mktemp("alone")
     train(_config(settings), str(workdir), quiet=True)
     return workdir
@@ -58,7 +58,7 @@ def source(settings, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(source):
-    """The losses of one process of eight devices."""
+    """Losses of the run in one process of eight devices."""
     return _losses(source)
 
 
@@ -103,7 +103,7 @@ def _start_two(settings, workdir, log):
 
 
 def _wait_for(path, processes, log):
-    """Until a checkpoint is complete (Orbax renames it then)."""
+    """Wait until a checkpoint is complete, when Orbax renames it."""
     deadline = time.monotonic() + 250
     while not path.exists():
         assert all(process.poll() is None for process in processes), Path(log.name).read_text()[-3000:]
@@ -112,14 +112,14 @@ def _wait_for(path, processes, log):
 
 
 @pytest.mark.slow
-def test_two_processes_are_lost_and_one_goes_on(settings, alone, tmp_path):
+def test_one_process_continues_a_run_of_two_lost_processes(settings, alone, tmp_path):
     workdir = tmp_path / "run"
     with open(tmp_path / "log", "w") as log:
         pair = _start_two(settings, workdir, log)
         try:
             _wait_for(workdir / "checkpoints" / "2", pair, log)
         finally:
-            for process in reversed(pair):  # one is lost; its launcher takes the other down
+            for process in reversed(pair):  # one is lost, and its launcher ends the other
                 process.kill()
         assert [process.wait() for process in pair] == [-9, -9]
     train(_config(settings), str(workdir), quiet=True)
@@ -128,8 +128,8 @@ def test_two_processes_are_lost_and_one_goes_on(settings, alone, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_process_whose_partner_is_lost_ends(settings, tmp_path):
-    """JAX's coordinator misses its heartbeats for 100 s and ends the one that is left."""
+def test_a_process_ends_after_the_other_is_lost(settings, tmp_path):
+    """JAX's coordinator misses heartbeats for 100 s and ends the remaining process."""
     with open(tmp_path / "log", "w") as log:
         pair = _start_two(settings | {"train.num_steps": 100_000}, tmp_path / "run", log)
         try:
@@ -143,14 +143,14 @@ def test_a_process_whose_partner_is_lost_ends(settings, tmp_path):
 
 
 def _launch(settings, workdir, devices):
-    """Train in two processes of as many devices each."""
+    """Train in two processes of this many devices each."""
     command = ["sh", "scripts/launch/processes.sh", "2", str(devices), *_arguments(settings, workdir)]
     subprocess.run(command, cwd=ROOT, env=_environment(), check=True)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_the_launcher_of_processes(settings, alone, tmp_path):
+def test_launched_processes_have_the_losses_of_one_process(settings, alone, tmp_path):
     _launch(settings, tmp_path / "run", 4)
     np.testing.assert_allclose(_losses(tmp_path / "run"), alone, rtol=1e-5)
 
@@ -161,7 +161,7 @@ FEW = {"mesh.data": 1, "train.num_steps": 2, "train.eval_every": 2}
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_processes_start_from_a_checkpoint(settings, source, tmp_path):
-    """Its parameters and moments are then split over the processes; one process trains the same."""
+    """The checkpoint's parameters and moments are split over the processes; losses equal those of one process."""
     start = {"start.checkpoint": str(source), "start.optimizer": "carry"}
     settings = settings | FEW | start | {"mesh.fsdp": 2}
     _launch(settings, tmp_path / "pair", 4)
@@ -172,8 +172,8 @@ def test_processes_start_from_a_checkpoint(settings, source, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_processes_that_share_rows_save(settings, tmp_path):
-    """Each writes the position of every stream."""
+def test_processes_that_share_rows_save_checkpoints(settings, tmp_path):
+    """Each process writes the position of every stream."""
     _launch(settings | FEW | {"mesh.expert": 1, "mesh.tensor": 2, "train.save_every": 1}, tmp_path / "run", 1)
     assert np.isfinite(_losses(tmp_path / "run", 2)).all()
     assert (tmp_path / "run" / "checkpoints" / "2" / "data" / "stream_0.json").exists()

@@ -18,8 +18,8 @@ from moe.parallel import mesh
 
 ROOT = Path(__file__).parents[2]
 
-# A stand-in for a run: exits with the next code of a file each time; for "wait" exits with 75 on SIGTERM, and counts
-# the signals.
+# A stand-in for a run: each start exits with the next code of a file; on "wait" it waits for SIGTERM, counts the
+# signals and exits with 75.
 RUN = """
 stop=
 trap 'echo term >> terms; stop=yes' TERM
@@ -71,7 +71,7 @@ def test_a_stopped_launcher_stops_its_run_once(tmp_path, number):
     assert _lines(tmp_path / "terms") == 1
 
 
-# Two nodes, one task on each with 8 GPUs, as SLURM describes them to the second node's process.
+# Two nodes with one task and 8 GPUs each, as SLURM describes them to the process of the second node.
 SLURM_NODE = {
     "SLURM_JOB_ID": "4711", "SLURM_STEP_NODELIST": "node[07-08]", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": "2",
     "SLURM_PROCID": "1", "SLURM_LOCALID": "0", "SLURM_GPUS_ON_NODE": "8",
@@ -80,7 +80,8 @@ SLURM_NODE = {
 
 @pytest.fixture
 def initialized(monkeypatch):
-    """Arguments that JAX's distributed client gets, from its own detection of the cluster, instead of connecting."""
+    """Record the arguments that JAX's distributed client would get from its own cluster detection, without
+    connecting."""
     found = {}
 
     def record(address=None, count=None, index=None, local_device_ids=None):
@@ -106,7 +107,7 @@ def initialized(monkeypatch):
         ({"SLURM_GPUS_ON_NODE": "0"}, [0]),  # no GPUs: JAX's own choice, without effect
     ],
 )
-def test_one_process_a_node_gets_all_its_gpus(initialized, monkeypatch, changes, gpus):
+def test_one_process_per_node_gets_all_gpus_of_the_node(initialized, monkeypatch, changes, gpus):
     for name, value in (SLURM_NODE | changes).items():
         monkeypatch.setenv(name, value)
     mesh.join_processes()
@@ -117,7 +118,7 @@ def test_one_process_a_node_gets_all_its_gpus(initialized, monkeypatch, changes,
     )
 
 
-def test_a_coordinator_that_is_given_leaves_a_process_all_gpus_of_its_node(initialized, monkeypatch):
+def test_with_a_given_coordinator_a_process_gets_all_gpus_of_its_node(initialized, monkeypatch):
     given = {"JAX_COORDINATOR_ADDRESS": "node07:1234", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
     for name, value in (SLURM_NODE | given).items():
         monkeypatch.setenv(name, value)
@@ -132,8 +133,8 @@ def _script(path, text):
 
 
 @pytest.mark.parametrize(("code", "requeued"), [(0, False), (75, True), (1, False)])
-def test_slurm_job_starts_one_task_a_node_and_requeues_after_75(tmp_path, code, requeued):
-    # srun in short: one task a node, each told how many CPUs it has; the worst exit code is srun's own.
+def test_slurm_job_starts_one_task_per_node_and_requeues_after_75(tmp_path, code, requeued):
+    # A minimal srun: it runs one task per node and exits with the last nonzero code.
     _script(
         tmp_path / "bin/srun",
         'shift; for node in 0 1; do SLURM_PROCID=$node "$@" || worst=$?; done; exit ${worst:-0}\n',
@@ -167,7 +168,7 @@ def test_slurm_options_describe_whole_nodes():
 
 
 def _queued_resource(folder, *words):
-    """Run the script with a gcloud that notes its arguments and runs commands for workers here, once."""
+    """Run the script with a gcloud that records its arguments and runs commands for workers here, once."""
     _script(
         folder / "bin/gcloud",
         'printf "%s\\n" "$*" >> asked\n'
@@ -179,7 +180,7 @@ def _queued_resource(folder, *words):
 
 
 def test_queued_resource_starts_runs_that_outlive_the_connection(tmp_path):
-    # The stand-in for a run shows its arguments, then waits for SIGTERM; SIGHUP must not end it.
+    # The stand-in for a run prints its arguments and waits for SIGTERM; SIGHUP must not end it.
     run = "printf '<%s>' \"$@\"; trap 'echo stopped; exit 75' TERM; touch ready; while :; do sleep 0.05; done\n"
     _script(tmp_path / "moe/scripts/launch/tpu_vm.sh", run)
     arguments = ("--config=configs/mixtral.py", "--workdir=a b", "--config.data.dataset=it's $HOME")
@@ -239,14 +240,14 @@ def test_dockerfile_copies_files_that_exist():
     copied = [word for line in lines if line.startswith("COPY") for word in line.split()[1:-1]]
     assert "pyproject.toml" in copied
     assert all((ROOT / word).exists() for word in copied)
-    assert ".venv" in (ROOT / ".dockerignore").read_text().split()  # the image has its own
+    assert ".venv" in (ROOT / ".dockerignore").read_text().split()  # the image has its own environment
     assert lines[-2:] == ['ENTRYPOINT ["sh"]', 'CMD ["scripts/launch/gpu_host.sh", "--help"]']
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("ended", [False, True])
 def test_a_signal_reaches_all_processes_of_a_rehearsal(tmp_path, number, ended):
-    """Also where one of them has ended already."""
+    """Even if one of them has already ended."""
     for file in ("again.sh", "processes.sh"):
         (tmp_path / "scripts/launch").mkdir(parents=True, exist_ok=True)
         (tmp_path / "scripts/launch" / file).write_text((ROOT / "scripts/launch" / file).read_text())
@@ -269,7 +270,7 @@ def test_a_signal_reaches_all_processes_of_a_rehearsal(tmp_path, number, ended):
         subprocess.run(["pkill", "-KILL", "-f", str(tmp_path)], check=False)
 
 
-def test_gpu_hosts_join_only_if_there_are_several(tmp_path):
+def test_gpu_hosts_join_only_with_a_coordinator_address(tmp_path):
     for file in ("again.sh", "gpu_host.sh"):
         (tmp_path / "scripts/launch").mkdir(parents=True, exist_ok=True)
         (tmp_path / "scripts/launch" / file).write_text((ROOT / "scripts/launch" / file).read_text())

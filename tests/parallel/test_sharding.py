@@ -1,7 +1,7 @@
 """The mesh, and the contract on compiled programs: what crosses devices, over which axis; no mesh changes a value.
 
 Per MoE layer, two all-to-alls of expert slots forward and four with the gradient, over the expert axis; none without
-one. Parameters are gathered over the axes they are stored split over; tokens are gathered nowhere.
+one. Parameters are gathered over the axes that split them in storage; tokens are never gathered.
 """
 
 import collections
@@ -30,7 +30,7 @@ from moe.parallel.mesh import ROW_AXES, constrain, make_mesh
 from tests.helpers import axis_groups, collectives, random_parameters, slow_case, tiny_model
 
 P = jax.sharding.PartitionSpec
-# T is no other dim and divides none: an array that has it is of tokens.
+# T equals no other dim and divides none: an array with this dim holds tokens.
 B, T, E = 8, 11, 8
 
 
@@ -45,14 +45,14 @@ def _place(mesh, tree, spec=None):
 
 
 def _check_contract(compiled, mesh, parameters, config, *, all_to_alls):
-    """The promises of moe.parallel.mesh, read off a compiled program of B rows of T tokens."""
+    """Assert the contract of moe.parallel.mesh on a compiled program of B rows of T tokens."""
     found = collectives(compiled.as_text(), mesh.size)
     by_kind = collections.defaultdict(list)
     for collective in found:
         by_kind[collective.kind].append(collective)
     assert set(by_kind) <= {"all-to-all", "all-gather", "all-reduce", "reduce-scatter"}, found
 
-    # Exactly the slots travel, between devices that differ in the expert axis alone.
+    # All-to-alls move exactly the slots, between devices that differ only along the expert axis.
     exchanges = by_kind["all-to-all"]
     assert len(exchanges) == (all_to_alls if mesh.shape["expert"] > 1 else 0), exchanges
     moe = config.moe
@@ -63,26 +63,26 @@ def _check_contract(compiled, mesh, parameters, config, *, all_to_alls):
         assert exchange.groups == axis_groups(mesh, "expert"), exchange.text
         assert sum(math.prod(shape) for shape in exchange.shapes) == slots, exchange.text
 
-    # What is gathered is a parameter, over one after the other of the axes that have tokens (experts but over their
-    # own), and still split over the others.
+    # Only parameters are gathered, over one token axis after another (experts not over the expert axis), and they stay
+    # split over the other axes.
     gathered = {use for use in _gathered_parameters(mesh, parameters) if len(next(iter(use[1]))) > 1}
     assert (len(by_kind["all-gather"]) > 0) == (len(gathered) > 0)
     for gather in by_kind["all-gather"]:
         assert all((_dims(shape), gather.groups) in gathered for shape in gather.shapes), gather.text
 
-    # Partial sums of tokens exist where heads or F are split, and nowhere else.
+    # Partial sums of tokens exist only where heads or F are split.
     for reduce in by_kind["all-reduce"] + by_kind["reduce-scatter"]:
         if any(size % T == 0 for shape in reduce.shapes for size in shape):
             assert reduce.groups == axis_groups(mesh, "tensor"), reduce.text
 
 
 def _dims(shape):
-    """Sorted sizes but for ones: XLA transposes and squeezes as it likes."""
+    """Sorted sizes without ones: XLA transposes and squeezes freely."""
     return tuple(sorted(size for size in shape if size != 1))
 
 
 def _axes(entry):
-    """Mesh axes of one entry of a PartitionSpec, or of all of it."""
+    """Mesh axes of a PartitionSpec or of one of its entries."""
     return [entry] if isinstance(entry, str) else [axis for part in entry or () for axis in _axes(part)]
 
 
@@ -91,7 +91,7 @@ def _names(path):
 
 
 def _leaves(parameters):
-    """(names, leaf, spec) of each."""
+    """(names, leaf, spec) of each parameter."""
     leaves = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(parameters))
     specs = jax.tree.leaves(weights.parameter_specs(parameters), is_leaf=lambda leaf: isinstance(leaf, P))
     return [(_names(path), leaf, spec) for (path, leaf), spec in zip(leaves, specs, strict=True)]
@@ -104,8 +104,8 @@ def _random_parameters(config):
 
 
 def _gathered_parameters(mesh, parameters):
-    """(dims, groups of devices) of each parameter of one layer after each step of its gathering: over ``expert``, where
-    it is no expert's, then over ``fsdp``. Heads and their dimension may be one axis."""
+    """(dims, groups of devices) of each parameter of a layer after each step of its gathering: over ``expert``, except
+    for experts, then over ``fsdp``. Heads and their dim may be joined into one axis."""
     found = set()
     for names, leaf, spec in _leaves(parameters):
         whole = set()
@@ -151,7 +151,7 @@ def _layer_program(gate, mode, *, gradient):
         *(
             slow_case(sizes, gate, gradient, mode)
             for sizes, gate, gradient in (
-                ((1, 2, 4, 1), "gshard", False),  # test_contract_of_the_forward_pass is of a whole model
+                ((1, 2, 4, 1), "gshard", False),  # test_contract_of_the_forward_pass covers a whole model
                 ((1, 2, 4, 1), "gshard", True),
                 ((2, 2, 2, 1), "mixtral", True),
                 ((8, 1, 1, 1), "gshard", True),
@@ -173,7 +173,8 @@ def test_contract_of_a_layer(sizes, gate, mode, gradient):
 
 
 def test_each_chunk_of_tokens_has_its_exchanges():
-    """Sizes and rows to the experts, and outputs back: three all-to-alls on CPUs; the values are those of one part."""
+    """Per chunk, three all-to-alls on CPUs: sizes and rows to the experts, outputs back; values equal those of one
+    chunk."""
     mesh, results = _mesh((1, 1, 8, 1)), []
     x = jnp.asarray(np.random.default_rng(0).normal(size=(B, 12, 16)), jnp.float32)
     for chunks in (1, 3):
@@ -193,8 +194,9 @@ def test_each_chunk_of_tokens_has_its_exchanges():
 
 @pytest.mark.parametrize("low", [slow_case(False), True])
 def test_a_token_goes_once_to_each_host(low):
-    """Two hosts of four devices: one all-to-all there and one back has a slot for every token of both hosts' devices
-    in a place, 2·24; all others are of one host. In 8 bits a row there is its 16 numbers and 4 bytes of a scale."""
+    """Two hosts of four devices: one all-to-all between hosts each way, with a slot for every token of the two devices
+    at the same place, 2·24; all others stay within a host. In 8 bits a row sent there has 16 numbers and a scale of 4
+    bytes."""
     mesh = _mesh((1, 1, 8, 1))
     settings = {"low_precision": "float8", "low_precision_in": "all"} if low else {}
     layer = MoELayer(tiny_model(dispatch="dropless", num_experts=E, exchange_hosts=2, **settings), rngs=nnx.Rngs(0))
@@ -210,8 +212,9 @@ def test_a_token_goes_once_to_each_host(low):
     assert all(each.groups == hosts for each in found if each not in between)
 
 
-def test_gathered_tokens_go_round_the_ring():
-    """All tokens of eight devices, 24 each, to every one of them, its sums of them back, and no all-to-all."""
+def test_gathered_tokens_use_an_all_gather_and_a_reduce_scatter():
+    """An all-gather brings all tokens, 24 of each of eight devices, to every device, a reduce-scatter its sums back;
+    there is no all-to-all."""
     mesh = _mesh((1, 1, 8, 1))
     layer = MoELayer(tiny_model(dispatch="dropless", num_experts=E, exchange="all_gather"), rngs=nnx.Rngs(0))
     graphdef, parameters = nnx.split(layer)
@@ -244,7 +247,7 @@ def _loss(graphdef, parameters, tokens, rng):
 
 @functools.cache
 def _case(gate, mode, num_layers):
-    """(config, parameters, tokens, rng, jitted value-and-gradient) and the result without a mesh."""
+    """(config, parameters, tokens, rng, value-and-gradient function)."""
     config = tiny_model(gate=gate, dispatch=mode, num_experts=E, num_layers=num_layers, every=2, jitter=0.1)
     graphdef, parameters = _random_parameters(config)
     tokens = jnp.asarray(np.random.default_rng(1).integers(0, config.vocab_size, (B, T)), jnp.int32)
@@ -255,7 +258,7 @@ def _case(gate, mode, num_layers):
 
 @functools.cache
 def _without_mesh(gate, num_layers):
-    """Values that no mesh and no mode may change; from the einsum mode on one device, which compiles fastest."""
+    """Values that neither mesh nor mode may change, from the einsum mode on one device, which compiles fastest."""
     _, parameters, tokens, rng, program = _case(gate, "einsum", num_layers)
     return jax.tree.map(np.asarray, jax.jit(program)(nnx.to_pure_dict(parameters), tokens, rng))
 
@@ -276,7 +279,7 @@ def _without_mesh(gate, num_layers):
     ids=str,
 )
 def test_no_mesh_changes_loss_gradients_or_reports(sizes, mode, gate, num_layers):
-    """And the train program keeps the contract: a dense and an MoE block, once or scanned, have four all-to-alls."""
+    """The train program also keeps the contract: a dense and an MoE block, once or scanned, have four all-to-alls."""
     mesh = _mesh(sizes)
     config, parameters, tokens, rng, program = _case(gate, mode, num_layers)
     with jax.set_mesh(mesh):
@@ -297,7 +300,7 @@ def test_no_mesh_changes_loss_gradients_or_reports(sizes, mode, gate, num_layers
 
 
 def test_gradients_are_worth_comparing():
-    """Every parameter has a gradient, and the routers were noisy and short of room."""
+    """Every parameter has a nonzero gradient, and every MoE layer drops assignments."""
     (_, layers), gradients = _without_mesh("gshard", 2)
     for path, gradient in jax.tree_util.tree_flatten_with_path(gradients)[0]:
         assert np.abs(gradient).max() > 0, path
@@ -329,7 +332,7 @@ def test_remat_full_repeats_the_exchange_of_the_forward_pass():
     ],
     ids=str,
 )
-def test_make_mesh_fills_in_what_is_left(sizes, shape):
+def test_make_mesh_infers_the_remaining_axis(sizes, shape):
     mesh = make_mesh(MeshConfig(**sizes))
     assert mesh.axis_names == ("data", "fsdp", "expert", "tensor")
     assert mesh.devices.shape == shape
@@ -337,7 +340,7 @@ def test_make_mesh_fills_in_what_is_left(sizes, shape):
 
 
 def test_any_axis_may_span_hosts_with_gpus():
-    # Each host is a slice of its own there, and the devices come in no order.
+    # With GPUs each host is a separate slice, and devices are listed in any order.
     gpus = [types.SimpleNamespace(platform="gpu", id=i, slice_index=i // 4) for i in reversed(range(8))]
     arranged = mesh_module._arrange(("data", "fsdp", "expert", "tensor"), (1, 2, 4, 1), gpus)
     assert [[device.id for device in host] for host in arranged[0, :, :, 0]] == [[0, 1, 2, 3], [4, 5, 6, 7]]
@@ -391,7 +394,7 @@ def test_every_matrix_is_split_as_its_module_says(overrides):
 
 
 def test_a_variable_without_a_spec_is_refused():
-    """Instead of being replicated in silence."""
+    """Instead of being silently replicated."""
     model = abstract_model(tiny_model())
     model.scale = nnx.Param(jnp.ones(3))
     with pytest.raises(ValueError, match=r"scale: made without a PartitionSpec; use .*\.parameter"):
@@ -408,7 +411,7 @@ def test_specs_of_optimizer_state():
     assert adam.mu["segment_0"]["block_0"]["moe"]["experts"]["up"] == up
     assert adam.nu["embedding"]["table"] == P("tensor", ("fsdp", "expert"))
     assert adam.count == P()
-    # Adafactor keeps a row and a column of each matrix: each is split as the dimensions it keeps.
+    # Adafactor keeps a row and a column of each matrix, each split like the dimensions that it keeps.
     large = {"experts": {"up": jax.ShapeDtypeStruct((3, 8, 128, 256), jnp.float32)}}
     state = jax.eval_shape(optax.adafactor(1e-3).init, large)
     factored = weights.optimizer_specs(large, {"experts": {"up": up}}, state)
@@ -434,8 +437,8 @@ def test_constrain_without_a_mesh_does_nothing():
 @pytest.mark.parametrize("form", ["cpu", "narrow", "whole"])
 @pytest.mark.parametrize("inputs", [1, 2])
 def test_projections_onto_heads_and_back(inputs, form, rng, monkeypatch):
-    """[D,N,H] and [N,H,D] against an einsum, on a mesh that splits D and N; in the gradients of heads that do not fill
-    the lanes, and on CPUs, N and H are one axis."""
+    """[D,N,H] and [N,H,D] against an einsum, on a mesh that splits D and N. N and H are one axis on CPUs, and in
+    gradients of heads that do not fill the lanes."""
     monkeypatch.setattr(target, "is_cpu", lambda: form == "cpu")
     monkeypatch.setattr(target, "LANES", 3 if form == "whole" else 4)
     shape, spec = [((8, 2, 3), partition_specs.HEADS_IN), ((2, 3, 8), partition_specs.HEADS_OUT)][inputs - 1]
@@ -455,7 +458,7 @@ def test_projections_onto_heads_and_back(inputs, form, rng, monkeypatch):
         products = re.findall(r"dot_general.* -> tensor<([0-9x]+)xf32>", jax.jit(gradients).lower(x, weight).as_text())
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
     jax.tree.map(close, actual, jax.grad(plain, (0, 1))(x, weight))
-    # The result, which the sine's gradient needs, and the gradients of x and of the weight: those with N·H = 6.
+    # The result, which the sine's gradient needs, and the gradients of x and of the weight; joined: N·H = 6.
     joined = [product for product in products if "6" in product.split("x")]
     assert len(products) == 3
     assert len(joined) == {"cpu": 2, "narrow": inputs, "whole": 0}[form], products
@@ -471,7 +474,7 @@ def test_weights_are_gathered_in_two_hops_where_an_axis_spans_a_3d_torus(monkeyp
     first, second = weights._hops(64)  # 4x4x4: 16 rings of the last dimension, then 4 planes
     assert first[:2] == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert second[:2] == [list(range(0, 64, 4)), list(range(1, 64, 4))]
-    first, second = weights._hops(64, 45)  # 4 rings have 180 rows, no whole tiles: 4 planes, then 16 rings
+    first, second = weights._hops(64, 45)  # 180 rows on 4 rings are not whole tiles: 4 planes, then 16 rings
     assert first == np.arange(64).reshape(4, 16).tolist()
     assert second[:2] == [[0, 16, 32, 48], [1, 17, 33, 49]]
     assert weights._hops(64, 4)[0][0] == [0, 1, 2, 3]  # 16 rows, a tile of bfloat16 and half of one of bytes
@@ -480,7 +483,7 @@ def test_weights_are_gathered_in_two_hops_where_an_axis_spans_a_3d_torus(monkeyp
     assert weights._hops(1) == []
     monkeypatch.setattr(
         weights, "axis_size", lambda *axes: 256 if "fsdp" in axes else 1
-    )  # fsdp 64 is not alone: 256 chips with experts split
+    )  # fsdp 64 is not the whole mesh: 256 chips with experts split
     assert weights._hops(64) == [None]
 
 

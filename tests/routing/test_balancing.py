@@ -1,4 +1,4 @@
-"""Losses and metrics of balance: the check values of the papers, and that padding counts in none of them."""
+"""Losses and metrics of balance: reference values of the papers, and no effect of padding."""
 
 import dataclasses
 import math
@@ -19,19 +19,19 @@ from tests.gate_helpers import load_balancing_loss
 from tests.helpers import FOUR, routed, slow_case, tiny_model
 
 E = 8
-# Compiled whole, as load_balancing_loss.
+# Jitted as one program, like load_balancing_loss.
 report = jax.jit(balancing.report, static_argnames="counts")
 make_plan = jax.jit(make_plan, static_argnames="capacity")
 
 
 def _cyclic(scale: float) -> np.ndarray:
-    """[1,E,E] logits: token s prefers expert s, then s+1, and so on; over the tokens every expert is equal."""
+    """[1,E,E] logits: token s prefers expert s, then s+1, and so on; summed over tokens all experts are equal."""
     row = -scale * np.arange(E)
     return np.stack([np.roll(row, s) for s in range(E)])[None]
 
 
 def _collapsed(tokens: int = 24) -> np.ndarray:
-    """[1,S,E] logits: expert 0 has all the probability, the rest share what float32 does not see."""
+    """[1,S,E] logits: expert 0 has all the probability; the others' is below float32's resolution."""
     return np.broadcast_to(np.where(np.arange(E) == 0, 200.0, -np.arange(E)), (1, tokens, E))
 
 
@@ -81,7 +81,7 @@ def test_gshard_auxiliary_loss_is_ours_over_e_squared(logits, expected):
     assert expected is None or ours == pytest.approx(expected, rel=1e-5)
 
 
-def test_gshard_counts_first_choices_alone_and_the_others_all():
+def test_gshard_is_the_only_gate_that_counts_only_first_choices():
     assert [gate for gate in FOUR if LAYERS[gate].losses.counts == "first_choice"] == ["gshard"]
     # One token, second choice expert 1: over both choices f = (1/2, 1/2), over the first f = (1, 0); P = (2/3, 1/3).
     routing = routed("gshard", np.log([[[2.0, 1.0]]]))
@@ -129,7 +129,7 @@ def test_router_z_loss():
 def test_max_violation_and_dead_experts(load, violation, dead):
     assert float(max_violation(jnp.asarray(load, jnp.float32))) == pytest.approx(violation, abs=1e-6)
     assert int(dead_experts(jnp.asarray(load, jnp.float32))) == dead
-    # Layer by layer when stacked.
+    # One value per layer for stacked layers.
     stacked = jnp.stack([jnp.full(8, 1 / 8), jnp.asarray(load, jnp.float32)])
     np.testing.assert_allclose(max_violation(stacked), [0.0, violation], atol=1e-6)
     np.testing.assert_array_equal(dead_experts(stacked), [0, dead])
@@ -164,7 +164,7 @@ def test_padding_changes_nothing(gate, rng):
     with_padding = routed(gate, padded, mask=mask)
     plain_report = report(plain, _mask(logits), make_plan(plain, 4).kept, counts=counts)
     padded_report = report(with_padding, mask, make_plan(with_padding, 4).kept, counts=counts)
-    # To rounding: a sum with zeros appended may be taken in another order.
+    # Equal to rounding: a sum with zeros appended may be taken in another order.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), padded_report, plain_report)
     assert 0 < float(plain_report.fraction_tokens_dropped) < 1 or gate == "dense_mixture"
 
@@ -184,7 +184,7 @@ def test_declined_choices_are_not_counted():
     assert float(out.fraction_tokens_dropped) == 0
 
 
-def test_token_mean_takes_real_tokens_alone():
+def test_token_mean_covers_only_real_tokens():
     values = jnp.asarray([[[1.0, 10.0], [3.0, 30.0], [100.0, 1000.0]]])
     np.testing.assert_allclose(token_mean(values, jnp.asarray([[True, True, False]])), [2.0, 20.0])
 
@@ -202,14 +202,14 @@ def test_broken_tokens_are_counted_over_microbatches_and_steps():
     assert mean_row(steps)["broken_tokens"] == [9, 0]
 
 
-def test_a_skipped_step_is_no_part_of_the_mean_of_a_row():
+def test_the_mean_of_a_row_leaves_out_skipped_steps():
     steps = [{"skipped": skipped, "loss": loss} for skipped, loss in ((0, 1.0), (1, math.nan), (0, 3.0))]
     assert mean_row(steps) == {"skipped": 1, "loss": 2.0}
 
 
-def test_metrics_of_batches_are_those_of_one_batch():
-    """Six tokens to experts 0 0 0 0 1 1 with C = 2, and two to expert 1: 2 of 8 are dropped, not (1/3 + 0)/2; the
-    padded batch counts by its tokens."""
+def test_metrics_of_several_batches_equal_those_of_one():
+    """Six tokens to experts 0 0 0 0 1 1 with C = 2, and two to expert 1: 2 of 8 are dropped, not (1/3 + 0)/2, since the
+    padded batch is weighted by its tokens."""
     logits = np.log([[[3.0, 1.0]] * 4 + [[1.0, 3.0]] * 2, [[1.0, 3.0]] * 2 + [[1.0, 1.0]] * 4])
     mask = np.asarray([[True] * 6, [True] * 2 + [False] * 4])
     batches = []
@@ -225,8 +225,8 @@ def test_metrics_of_batches_are_those_of_one_batch():
     assert metrics["active_experts"] == [pytest.approx(1.0)]
 
 
-def test_losses_without_a_weight_have_no_part_in_the_objective():
-    """A product with 0 would make XLA compute their gradients all the same."""
+def test_losses_of_weight_zero_are_left_out_of_the_objective():
+    """Multiplied by 0, XLA would still compute their gradients."""
     reports = report(routed("switch", np.zeros((1, 4, E))), jnp.ones((1, 4), bool), jnp.ones((1, 4, 1), bool))
     moe = tiny_model().moe
     moe = dataclasses.replace(moe, losses=dataclasses.replace(moe.losses, balance=0.5, z=0.0))

@@ -53,7 +53,7 @@ def test_broken_logits_are_counted_in_a_train_step_and_harm_no_other_token(rng):
 
 
 def test_routing_is_recorded_and_replayed_under_another_mode_and_mesh(rng):
-    """Other routers, another mode, eight devices: the recorded routing decides, and the logits are the same."""
+    """With other routers, another mode and eight devices, the recorded routing decides and the logits are equal."""
     config = tiny_model(
         gate="gshard", num_layers=3, first_dense=1, num_experts=8, d_model=16, num_kv_heads=4, eval_capacity_factor=0.5
     )
@@ -63,7 +63,7 @@ def test_routing_is_recorded_and_replayed_under_another_mode_and_mesh(rng):
     assert recorded.routing.expert_index.shape == (2, 8, 6, 2)
     assert 0 < float(recorded.layers.fraction_tokens_dropped.mean()) < 1
     other = random_model(dataclasses.replace(config, moe=dataclasses.replace(config.moe, dispatch="einsum")))
-    # Asked, this router would choose the two worst of eight experts instead of the two best.
+    # By itself this router would choose the two worst of eight experts instead of the two best.
     router = other.segment_1.block_0.moe.router
     router.kernel[...] = -router.kernel[...]
     mesh = make_mesh(MeshConfig(data=2, expert=4))
@@ -85,8 +85,8 @@ def test_replay_in_other_groups_is_refused(rng):
 
 
 @pytest.mark.parametrize("mode", ["gather", "dropless"])
-def test_expert_dropout_drops_hidden_activations_in_training_alone(mode):
-    # x = 1, up = 1: hidden 1 in 4000 units, down averages them with weights w_j = j/sum: y is the kept weight over 0.6.
+def test_expert_dropout_drops_hidden_activations_only_in_training(mode):
+    # x = 1, up = 1: 4000 hidden units of 1, averaged by down with weights w_j = j/sum: y is the kept weight over 0.6.
     f = 4000
     down = np.arange(1, f + 1) / (f * (f + 1) / 2)
     weights = {"up": np.ones((1, 1, f)), "down": down[None, :, None], "router": np.zeros((1, 1))}
@@ -104,7 +104,7 @@ def test_expert_dropout_drops_hidden_activations_in_training_alone(mode):
     ("gate", "leaks"), [("expert_choice", True), ("soft_moe", True), ("switch", False), ("deepseek_v3", False)]
 )
 def test_who_looks_ahead(gate, leaks, rng):
-    """Changing the last token changes an earlier one's output only under the gates that are refused for it."""
+    """Changing the last token changes an earlier one's output exactly under the gates that need accept_future_leak."""
     assert LAYERS[gate].gate.looks_ahead == leaks
     soft = gate == "soft_moe"
     weights = {

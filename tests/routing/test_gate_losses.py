@@ -81,7 +81,7 @@ def test_device_balance_by_hand():
 
 
 def test_a_layers_gate_without_groups_has_no_device_loss():
-    """Over one group it is 1 whatever the routing: a constant that the other layers' loss would be added to."""
+    """Over one group the loss is always 1: a constant to which the other layers' loss would be added."""
     losses = Losses(device=0.05)
     moe = MoEConfig(gate=TopK(k=2, groups=4, kept_groups=2), losses=losses, layer_gates=(TopK(k=2),))
     layer = MoELayer(ModelConfig(d_model=8, d_ff=8, moe=moe), gate=moe.layer_gates[0], rngs=nnx.Rngs(0))
@@ -91,21 +91,21 @@ def test_a_layers_gate_without_groups_has_no_device_loss():
 
 @pytest.mark.parametrize("shape", [(2, 4), (1, 8), (4, 2)])
 def test_scopes_of_the_load_balancing_loss(shape):
-    """Two rows of four, each collapsed onto its own expert: balanced over the batch, E = 2 within a row."""
+    """Two rows of four, each collapsed onto a different expert: balanced over the batch, E = 2 within a row."""
     groups, rows = shape[0], 2
     logits = np.repeat(100 * np.eye(2), 4, axis=0).reshape(*shape, 2)
     per_group = 1.0 if groups == 1 else 2.0
     for parts, expected in ((1, 1.0), (groups, per_group), (rows, 2.0)):
         loss = load_balancing_loss(routed("switch", logits, 1), jnp.ones(shape, bool), parts=parts)
         assert float(loss) == pytest.approx(expected, rel=1e-5), parts
-        # The second row being padding, it is no part of the mean.
+        # If the second row is padding, the mean leaves it out.
         mask = np.arange(8).reshape(shape) < 4
         loss = load_balancing_loss(routed("switch", logits, 1, mask), jnp.asarray(mask), parts=parts)
         assert float(loss) == pytest.approx(2.0, rel=1e-5), parts
 
 
 @pytest.mark.parametrize(("scope", "parts"), [("batch", 1), ("group", 4), ("sequence", 2)])
-def test_the_layer_takes_the_loss_over_its_scope(scope, parts, monkeypatch):
+def test_a_layer_computes_the_loss_over_its_scope(scope, parts, monkeypatch):
     """Two rows of eight in groups of four."""
     config = tiny_model(gate="switch", balance_scope=scope, group_size=4)
     asked, report = [], balancing.report
@@ -116,7 +116,8 @@ def test_the_layer_takes_the_loss_over_its_scope(scope, parts, monkeypatch):
 
 
 def test_sequence_loss_of_deepseek_v3_by_hand():
-    """Equations 17-20 for one sequence of two tokens: f_i = E/(K·T)·count, P_i = mean of s/sum s; ours is their sum."""
+    """Equations 17-20 for one sequence of two tokens: f_i = E/(K·T)·count, P_i = mean of s/sum s; the loss is Σ f_i
+    P_i."""
     routing = routed("deepseek_v3", SIGMOID_LOGITS, 2)
     shares = SIGMOIDS / SIGMOIDS.sum(-1, keepdims=True)
     counts = np.array([1, 0, 2, 1])
@@ -134,7 +135,7 @@ def test_next_selection_bias_by_hand():
 
 
 def test_loss_free_balancing_balances(rng):
-    """A router that prefers expert 0 is brought to balance by the bias alone, its weights staying sigmoids."""
+    """The bias by itself brings a router that prefers expert 0 to balance."""
     logits = jnp.asarray(rng.normal(size=(1, 512, 4)) + np.array([1.5, 0, 0, -1]), jnp.float32)
 
     @jax.jit
@@ -178,7 +179,7 @@ def _batch(program, seed=0):
 
 @pytest.mark.parametrize("dispatch", ["einsum", slow_case("gather")])
 def test_train_step_moves_the_bias_by_the_load_and_nothing_else_does(dispatch, tmp_path):
-    """On a mesh, over a pattern of dense and sparse layers; and the bias comes back from a checkpoint."""
+    """On a mesh, over a pattern of dense and sparse layers; the bias is also restored from a checkpoint."""
     import orbax.checkpoint as ocp
 
     program = _program(
@@ -209,7 +210,7 @@ def test_train_step_moves_the_bias_by_the_load_and_nothing_else_does(dispatch, t
             checkpointer.wait_until_finished()
             restored = checkpointer.restore(tmp_path / "state", program.state)
         jax.tree.map(np.testing.assert_array_equal, restored.biases, state.biases)
-        # The model reads it: the same step from the same parameters with this bias sends tokens elsewhere.
+        # The model uses it: the same step from the same parameters with this bias sends tokens to other experts.
         _, moved = program.train_step(
             dataclasses.replace(random_state(program), biases=restored.biases), _batch(program)
         )

@@ -1,4 +1,4 @@
-"""Settings of gates that are refused, and the constants that each gate's paper gives."""
+"""Refused settings of gates, and the constants of each gate's paper."""
 
 import numpy as np
 import pytest

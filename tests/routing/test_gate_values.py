@@ -1,4 +1,4 @@
-"""Routing of the gates: values computed by hand, and draws against their distribution."""
+"""Routing by the gates: values computed by hand, and draws against their distribution."""
 
 import math
 
@@ -16,7 +16,7 @@ from moe.routing import balancing
 from tests.gate_helpers import LOGITS, SIGMOID_LOGITS, SOFTPLUS_LOGITS
 from tests.helpers import FOUR, routed, tiny_model
 
-#: Weights of DeepSeek-V3 as they are: the sigmoids.
+#: DeepSeek-V3 without renormalisation or scale: weights are the sigmoids.
 RAW = {"renormalise": False, "scale": 1.0}
 
 HAND_COMPUTED = [
@@ -85,7 +85,7 @@ HAND_COMPUTED = [
     ("deepseek_v4", SOFTPLUS_LOGITS, RAW | {"groups": 2, "kept_groups": 1}, [[3, 2]], [[4.0, 3.0]]),
     ("quantile_balancing", SIGMOID_LOGITS, {}, [[0, 2], [3, 2]], [[8 / 14, 6 / 14], [9 / 13, 4 / 13]]),
     ("moe_plus_plus", LOGITS, {}, [[0, 1], [2, 3]], [[6 / 12, 3 / 12], [9 / 16, 4 / 16]]),
-    # Near: logits at most 2·0.01·max(|logit|, best) below the best that is left, of each round by itself. Token 0: 10
+    # Near: logits at most 2·0.01·max(|logit|, best) below the best remaining one, in each round separately. Token 0: 10
     # and 9.9 (within 0.2), not 9.7; then 9.9 alone, since 9.7 is not within 0.198. Token 1: −1 and −1.02 (within
     # 0.0204), not −1.04; then −1.02 and −1.04 (within 0.0208).
     (
@@ -108,7 +108,7 @@ def test_hand_computed_values(gate, logits, given, experts, weights):
     assert bool(jnp.all(routing.chosen))
 
 
-def test_every_gate_is_tested_by_hand_or_by_its_own_test():
+def test_every_gate_has_a_hand_computed_value_or_a_separate_test():
     own = {
         "expert_choice",
         "expert_threshold",
@@ -143,7 +143,7 @@ def test_padding_and_broken_tokens_are_never_chosen(gate, rng):
 def test_broken_noise_breaks_its_token_and_underflowing_noise_does_not(rng):
     logits, noise = rng.normal(size=(1, 5, 4)), np.full((1, 5, 4), -200.0)  # softplus(-200) is 0 in float32
     noise[0, 1, 2] = np.nan
-    logits[0, 3] = 1.0  # equal logits: 0/0 without a least deviation
+    logits[0, 3] = 1.0  # equal logits: 0/0 without a minimum deviation
 
     def load(noise):
         routing = routed("noisy_topk", logits, 2, noise_logits=noise, rng=jax.random.key(0))
@@ -157,7 +157,7 @@ def test_broken_noise_breaks_its_token_and_underflowing_noise_does_not(rng):
 
 
 def test_sparse_mixer_samples_and_has_the_gradient_of_the_probability():
-    logits = np.broadcast_to([9.9, 10.0, 9.7, 1.0], (1, 4000, 4))  # near: 9.9 and 10
+    logits = np.broadcast_to([9.9, 10.0, 9.7, 1.0], (1, 4000, 4))  # near the best: 9.9 and 10
     best = 1 / (1 + np.exp(-0.1))  # 0.525
 
     def weights(logits):
@@ -172,7 +172,7 @@ def test_sparse_mixer_samples_and_has_the_gradient_of_the_probability():
     other = weight[first == 0] / (1 - best)  # a third in three of four draws
     np.testing.assert_allclose(np.unique(np.round(other, 4)), [0.3333, 1.0])
     assert abs((other > 0.5).mean() - 0.25) < 4 * 0.5 / np.sqrt(1900)
-    slope = best * (1 - best)  # of either probability, by its own logit
+    slope = best * (1 - best)  # derivative of either probability by its own logit
     sign = np.where(np.asarray(first == 1)[:, None], [-1, 1, 0, 0], [1, -1, 0, 0])
     np.testing.assert_allclose(gradient[0], slope * sign, rtol=1e-4, atol=1e-7)
 
@@ -183,7 +183,7 @@ def test_expert_choice_by_hand():
     routing = routed("expert_choice", np.log(probs), 1, expert_capacity=2)
     np.testing.assert_array_equal(routing.chosen, [[[True, False], [True, True], [False, True]]])
     np.testing.assert_allclose(routing.combine_weights, np.where(routing.chosen, probs, 0), rtol=1e-6)
-    # Token 0 being padding, expert 0 takes the two others.
+    # With token 0 as padding, expert 0 takes the two others.
     padded = routed("expert_choice", np.log(probs), 1, [[False, True, True]], expert_capacity=2)
     np.testing.assert_array_equal(padded.chosen, [[[False, False], [True, True], [True, True]]])
 
@@ -194,7 +194,7 @@ def test_expert_choice_never_drops_and_is_balanced(rng):
     np.testing.assert_array_equal(make_plan(routing, 8).kept, routing.chosen)
 
 
-def test_hash_depends_on_the_token_alone():
+def test_hash_depends_only_on_the_token():
     tokens = jnp.asarray([[5, 17, 5, 900], [17, 5, 0, 900]])
     routing = routed("hash", np.zeros((2, 4, 6)), 2, token_ids=tokens)
     experts = {}
@@ -211,11 +211,11 @@ def test_hash_depends_on_the_token_alone():
 def test_baselines_spread_evenly(gate):
     routing = routed(gate, np.zeros((1, 8000, 5)), 1, token_ids=jnp.arange(8000)[None], rng=jax.random.key(1))
     load = np.bincount(np.asarray(routing.expert_index).ravel(), minlength=5)
-    # A count is 1600 ± sqrt(8000·0.2·0.8) = 36: five of them.
+    # A count is 1600 ± sqrt(8000·0.2·0.8) = 36; the bound is five of them.
     assert np.abs(load - 1600).max() < 180
 
 
-def test_random_draws_anew_with_each_key_and_never_in_evaluation():
+def test_random_draws_differ_by_key_and_evaluation_draws_nothing():
     logits = np.zeros((1, 200, 4))
     first, second = (routed("random", logits, rng=jax.random.key(seed)).expert_index for seed in (0, 1))
     assert 0.5 < float(jnp.mean(first != second)) < 0.95  # 3/4 differ by chance
@@ -229,13 +229,13 @@ def test_sampled_experts_follow_the_softmax():
     index = np.asarray(routing.expert_index)[..., 0]
     np.testing.assert_allclose(np.bincount(index.ravel(), minlength=3), [2800, 800, 400], atol=116)
     np.testing.assert_allclose(routing.combine_weights[..., 0], probs[0, 0][index], rtol=1e-6)  # p itself, not 1
-    # Two without replacement are two different ones, and without a key there is no draw.
+    # Two draws without replacement differ, and without a key nothing is drawn.
     pairs = np.asarray(routed("switch_sampled", np.log(probs), 2, rng=jax.random.key(1)).expert_index)
     assert (pairs[..., 0] != pairs[..., 1]).all()
     np.testing.assert_array_equal(routed("switch_sampled", np.log(probs), 2).expert_index[0, 0], [0, 1])
 
 
-def test_balanced_skips_padding_and_goes_on_in_the_next_group():
+def test_balanced_skips_padding_and_continues_in_the_next_group():
     mask = [[True, False, True, True], [True, True, True, True]]
     routing = routed("balanced", np.zeros((2, 4, 3)), 1, mask)
     # Group 0: real tokens take 0, 1, 2; group 1 starts at token 4: 1, 2, 0, 1.
@@ -246,7 +246,7 @@ def test_balanced_skips_padding_and_goes_on_in_the_next_group():
 
 def test_noise_is_softplus_of_its_own_logits():
     shape = (1, 5000, 3)
-    # softplus(0.5) = 0.974 for expert 1; the others hardly any noise. Expert 0 is 1 ahead of expert 1.
+    # softplus(0.5) = 0.974 for expert 1 and almost no noise for the others. Expert 0 is 1 ahead of expert 1.
     noise = jnp.broadcast_to(jnp.asarray([-20.0, 0.5, -20.0]), shape)
     logits = jnp.broadcast_to(jnp.asarray([1.0, 0.0, -9.0]), shape)
     routing = routed("noisy_topk", logits, 1, noise_logits=noise, rng=jax.random.key(0))
@@ -258,8 +258,8 @@ def test_noise_is_softplus_of_its_own_logits():
     )
 
 
-def test_smooth_load_is_the_chance_to_stay_chosen_under_new_noise():
-    """Shazeer 2017, equation 8, by drawing expert i's noise again and again, the others' held."""
+def test_smooth_load_is_the_probability_to_stay_chosen_under_new_noise():
+    """Shazeer 2017, equation 8, estimated by redrawing expert i's noise with the others' held fixed."""
     logits = np.array([0.3, 0.1, -0.2, 0.5], np.float32)
     noise = np.array([0.2, -0.4, 0.6, 0.0], np.float32)
     key, k = jax.random.key(3), 2

@@ -1,4 +1,5 @@
-"""Gates of 2024 to 2026: quantile balancing, ReMoE, thresholds, zero-computation and latent experts, gates by layer."""
+"""Gates of 2024 to 2026: quantile balancing, ReMoE, thresholds, zero-computation and latent experts, gates per
+layer."""
 
 import dataclasses
 import functools
@@ -24,7 +25,7 @@ quantile = jax.jit(interface.quantile)
 
 
 def report_of(routing, **moe):
-    """The report of a routing whose tokens are all real, under a layer's config."""
+    """The report of a routing of real tokens only, under a layer's config."""
     moe = tiny_model(num_experts=routing.router_logits.shape[-1], **moe).moe
     mask = jnp.ones(routing.chosen.shape[:2], bool)
     report = functools.partial(
@@ -69,7 +70,7 @@ def test_quantile_balancing_needs_one_step():
 
 
 def test_quantile_balancing_balances_many_experts(rng):
-    """Three steps of quantiles do for eight experts what a hundred of the sign's do."""
+    """Three quantile steps balance eight experts, for which sign updates need about a hundred."""
     logits = jnp.asarray(rng.normal(size=(2, 512, 8)) + np.linspace(-2, 2, 8), jnp.float32)
     bias = jnp.zeros(8)
 
@@ -88,7 +89,8 @@ def test_quantile_balancing_balances_many_experts(rng):
 
 
 def test_quantiles_of_sampled_experts_are_of_what_ranks_them(rng):
-    """Logits + noise, to which the bias is added; their differences to the cut-off are not those of the softmax."""
+    """Experts are ranked by logits + noise + bias, so that quantiles are of these scores' distance to the cut-off, not
+    of the softmax's."""
     # Second logits are the cut-offs of K = 1, here without noise: 1, 1 and 1.
     routing = routed("switch_sampled", [[[3.0, 1.0], [2.0, 1.0], [1.0, 2.0]]], 1, bias="quantile", train=True)
     np.testing.assert_allclose(routing.needed_bias, [[[-2, 0], [-1, 0], [0, -1]]])
@@ -116,7 +118,7 @@ def test_remoe_by_hand():
     # f = E/(K·T)·(1, 0, 2) = 3/2·(1, 0, 2), mean R = (1, 0, 2): the penalty is λ·(3/2·1 + 3·2) = 7.5 λ; 3 of 2 tokens.
     mask = jnp.ones((1, 2), bool)
     assert float(balancing.sparsity_penalty(routing, mask, 1, jnp.asarray(0.1))) == pytest.approx(0.75)
-    # A third token, of padding, has no part in it.
+    # A third token, of padding, does not count.
     real = jnp.asarray([[True, True, False]])
     padded = routed("remoe", [[[2.0, -1.0, 1.0], [-0.5, -2.0, 3.0], [5.0, 5.0, 5.0]]], 1, real)
     assert float(balancing.sparsity_penalty(padded, real, 1, jnp.asarray(0.1))) == pytest.approx(0.75)
@@ -129,7 +131,7 @@ def test_remoe_by_hand():
         np.testing.assert_allclose(strength, np.full(3, expected), rtol=1e-6)
 
 
-def test_thresholds_route_each_token_alone_and_as_many():
+def test_thresholds_route_single_tokens_as_training_routed_the_batch():
     # p of expert 0: 0.9, 0.6, 0.2, 0.4. In training C = 2: expert 0 takes 0 and 1, expert 1 takes 2 and 3. The needed
     # biases are -p; half of them are below -0.4 (expert 0), the third lowest of (-0.9, -0.6, -0.4, -0.2).
     probs = np.array([[[0.9, 0.1], [0.6, 0.4], [0.2, 0.8], [0.4, 0.6]]])
@@ -152,7 +154,7 @@ def test_thresholds_route_each_token_alone_and_as_many():
     ],
     ids=["overflow", "priority"],
 )
-def test_what_overflows_under_noise_is_ranked_by_the_noisy_scores(fields, rule, full):
+def test_overflow_and_priority_under_noise_use_the_noisy_scores(fields, rule, full):
     case = oracle.Case("noisy_topk", 2, 6, 5, 2, 2, 0.2, fields, rule, draws=True, full=full)
     for row in oracle.against_oracle(case, seed=1):
         assert row.passes, row
@@ -160,7 +162,7 @@ def test_what_overflows_under_noise_is_ranked_by_the_noisy_scores(fields, rule, 
 
 @pytest.mark.parametrize("factor", [0.5, slow_case(1.0), 2.0])
 def test_thresholds_follow_the_capacity_of_training(factor, rng):
-    """C = factor · 2 · 16 / 4 of 16 tokens, a quarter of them padding: the thresholds let as many through."""
+    """C = factor · 2 · 16 / 4 of 16 tokens, a quarter of them padding: the thresholds let through as many tokens."""
     sizes = {"num_experts": 4, "experts_per_token": 2, "capacity_factor": factor}
     config = tiny_model(gate="expert_threshold", accept_future_leak=True, dispatch="einsum", **sizes)
     layer = MoELayer(config, rngs=nnx.Rngs(0))
@@ -172,8 +174,8 @@ def test_thresholds_follow_the_capacity_of_training(factor, rng):
     assert float(alone.active_experts) == pytest.approx(float(training.active_experts), rel=0.05)
 
 
-def test_hashed_experts_are_weighed_by_their_scores():
-    """softplus (4, 1, 9, 16) has the roots 2, 1, 3, 4; the hash chooses, whatever they are."""
+def test_hashed_experts_are_weighted_by_their_scores():
+    """softplus (4, 1, 9, 16) has the roots 2, 1, 3, 4; the hash chooses independently of them."""
     token = jnp.asarray([[7]])
     index = routed("hash", SOFTPLUS_LOGITS, 2, token_ids=token).expert_index
     routing = routed("deepseek_v4_hash", SOFTPLUS_LOGITS, 2, token_ids=token)
@@ -184,8 +186,8 @@ def test_hashed_experts_are_weighed_by_their_scores():
 
 @pytest.mark.parametrize("mode", ["gather", slow_case("einsum"), slow_case("dropless")])
 def test_zero_copy_and_constant_experts_by_hand(mode):
-    # Two FFNs that double and treble x = (1, 1) (identity activations cannot be: ReLU of a positive x is x), then zero,
-    # copy and constant. Weights of the softmax (1, 2, 3, 4, 6)/16, K = 5: all of them.
+    # Two FFNs that double and treble x = (1, 1) (ReLU acts as the identity on a positive x), then a zero, a copy and a
+    # constant expert. With K = 5 all are chosen, with the softmax weights (1, 2, 3, 4, 6)/16.
     config = tiny_model(gate="moe_plus_plus", num_experts=2, experts_per_token=2, d_model=2, constant_experts=1)
     config = dataclasses.replace(config, activation="relu")
     moe = dataclasses.replace(config.moe, d_ff=2, dispatch=mode, capacity=Capacity(eval=9.0))
@@ -207,7 +209,7 @@ def test_zero_copy_and_constant_experts_by_hand(mode):
 
 
 def test_novices_by_hand():
-    """Choices among two FFNs and two novices with vectors (8, 0) and (0, 16): x = (1, 1) chooses the last of each.
+    """Among two FFNs and two novices with vectors (8, 0) and (0, 16), x = (1, 1) chooses the second of each.
 
     3/4 of FFN 1, which trebles x, and 1/4 of novice 1 are (9/4, 9/4) + (0, 4). The other novice has no gradient.
     """
@@ -232,7 +234,7 @@ def test_novices_by_hand():
 
 @pytest.mark.slow
 def test_novices_equal_the_oracle_in_every_mode():
-    """Values and gradients, beside zero, copy and constant experts."""
+    """Values and gradients, together with zero, copy and constant experts."""
     rows = list(oracle.against_oracle(oracle.NOVICES, seed=1))
     assert [row for row in rows if not row.passes] == []
     assert len(rows) == 3
@@ -241,7 +243,7 @@ def test_novices_equal_the_oracle_in_every_mode():
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["gather", "einsum", "dropless"])
 def test_novices_are_equal_on_eight_devices(mode, rng):
-    """y and all gradients in training, on data 2 x fsdp 2 x expert 2 as on one device."""
+    """y and all gradients in training on data 2 x fsdp 2 x expert 2 equal those on one device."""
     weights = oracle.weights_of(8, 8, 4, 11, null=(0, 0, 0, 2))
     layer = single_layer(
         "mixtral", **oracle.read_by("mixtral", weights), novice_experts=2, dispatch=mode, capacity={"train": 1.0}
@@ -259,7 +261,8 @@ def test_novices_are_equal_on_eight_devices(mode, rng):
 
 @pytest.mark.parametrize("mode", ["gather", slow_case("einsum"), slow_case("dropless")])
 def test_latent_experts_are_experts_of_projected_tokens(mode, rng):
-    """The layer is a layer of P = 4 on x·down, its output times up, with the weights that the router gives x."""
+    """The layer equals a layer of model dim 4 on x·down, with the router's weights for x, its output multiplied by
+    up."""
     config = tiny_model(gate="mixtral", latent_dim=4, num_experts=8, dispatch=mode, eval_capacity_factor=4.0)
     layer = MoELayer(config, rngs=nnx.Rngs(0))
     assert layer.experts.up.shape == (8, 4, config.moe.d_ff)
@@ -283,12 +286,12 @@ LAYERED = {
 
 @pytest.mark.parametrize("mesh", [None, slow_case(MeshConfig(data=2, expert=4))], ids=["alone", "mesh"])
 def test_layers_have_gates_of_their_own(rng, mesh):
-    """First layer dense, then scored hash, hash, and two layers of top-k, with a mesh as without."""
+    """A dense layer, then scored hash, hash, and two layers of top-k, without and with a mesh."""
     config = tiny_model(num_layers=5, first_dense=1, d_model=16, num_kv_heads=4, dispatch="einsum", **LAYERED)
     names = [kind.gate and kind.gate.name for kind in layer_kinds(config)]
     assert names == [None, "deepseek_v4_hash", "hash", *["deepseek_v4"] * 2]
     model = random_model(config)
-    # A bias only where the gate selects by it, and no router in the hash layer.
+    # Only gates that select by a bias have one, and the hash layer has no router.
     biases = nnx.to_pure_dict(nnx.state(model, SelectionBias))
     assert list(biases) == ["segment_3"]
     assert model.segment_2.block_0.moe.router is None
@@ -301,7 +304,7 @@ def test_layers_have_gates_of_their_own(rng, mesh):
     hashed = routed("hash", np.zeros((8, 6, 8)), 2, token_ids=tokens).expert_index
     np.testing.assert_array_equal(index[:2], np.stack([hashed, hashed]))
     assert (index[2] != hashed).any()
-    # Constants that nothing can learn from, in a loss over the batch and over a step.
+    # The hash layer's losses, which have no gradient, are 0, over the batch and over a step.
     over = balancing.over_step(output.layers, output.layers.sums, 1.0, 1)
     for losses in (over.load_balancing_loss, output.layers.importance_loss, output.layers.load_loss):
         assert float(losses[1]) == 0

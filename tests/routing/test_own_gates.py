@@ -182,7 +182,7 @@ def test_a_run_refuses_a_wrong_rule_before_anything_is_compiled(module, monkeypa
 
 
 def test_the_recipe_of_the_guide_for_contributors():
-    """The class and the line of the table stand in CONTRIBUTING.md and work as they are."""
+    """The class and the line of the table in CONTRIBUTING.md work as written."""
     text = (Path(__file__).resolve().parents[2] / "CONTRIBUTING.md").read_text()
     recipe, line = re.findall(r"```python\n(.*?)```", text.partition("## Adding a gate")[2], re.DOTALL)[:2]
     names = {"dataclasses": dataclasses, "jax": jax, "setting": setting, "top_k": top_k}
@@ -216,7 +216,7 @@ def test_a_layer_gate_that_looks_ahead_is_refused_as_the_models_gate_is():
     assert sampling.one_group_a_row(accepted) == accepted
 
 
-def test_it_trains_resumes_and_evaluates(module, tmp_path):
+def test_a_users_gate_trains_resumes_and_evaluates(module, tmp_path):
     directory = build(tmp_path / "data")
     tree = tree_with("my_gates:layer", dispatch="einsum")
     tree.model.update(

@@ -1,4 +1,4 @@
-"""Recorded experts whose weights the router computes anew: values, gradients, files, and what refuses them."""
+"""Recorded experts with weights recomputed by the router: values, gradients, files, refusals."""
 
 import dataclasses
 
@@ -36,9 +36,9 @@ def test_every_gate_weighs_its_own_choices_as_before(gate, rng):
     np.testing.assert_array_equal(again.expert_index, recorded.expert_index)
     np.testing.assert_array_equal(again.chosen, recorded.chosen)
     np.testing.assert_allclose(again.combine_weights, recorded.combine_weights, rtol=1e-5)
-    if gate == "sparse_mixer":  # whose second expert is weighed among those without the first
+    if gate == "sparse_mixer":  # it weighs the second expert among those without the first
         return
-    # Recorded in another order, as by engines that sort by weight, each expert keeps its own.
+    # If recorded in another order, as by engines that sort by weight, each expert keeps its weight.
     turned = dataclasses.replace(
         recorded.choices, expert_index=recorded.expert_index[..., ::-1], chosen=recorded.chosen[..., ::-1]
     )
@@ -47,9 +47,10 @@ def test_every_gate_weighs_its_own_choices_as_before(gate, rng):
 
 
 def test_the_router_keeps_its_gradient_and_files_hold_everything(rng, tmp_path):
-    """Choices of another model, from a file: the experts are theirs, the weights and the gradient are this router's.
+    """With another model's choices read from a file, the experts are that model's, and weights and gradient this
+    router's.
 
-    A full routing replayed gives the router no gradient at all.
+    A replayed full routing gives the router no gradient.
     """
     sizes = {"num_experts": 8, "experts_per_token": 2, "eval_capacity_factor": 4.0, "dispatch": "einsum"}
     config = tiny_model(gate="deepseek_v4", num_layers=1, **sizes)

@@ -1,4 +1,4 @@
-"""Gates: values worked out by hand, draws, padding, and which gates let the router learn at K = 1."""
+"""Gates: values computed by hand, draws, padding, and whether the router learns at K = 1."""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ LOGITS = np.log([[[6.0, 3.0, 1.0, 2.0], [1.0, 2.0, 9.0, 4.0]]])
 HAND_COMPUTED = [
     # All experts in order, weights the softmax.
     ("dense_mixture", 4, [range(4), range(4)], [np.array([6, 3, 1, 2]) / 12, np.array([1, 2, 9, 4]) / 16]),
-    # The top of the full softmax as it is.
+    # The top of the full softmax, not renormalised.
     ("switch", 1, [[0], [2]], [[6 / 12], [9 / 16]]),
     ("switch", 2, [[0, 1], [2, 3]], [[6 / 12, 3 / 12], [9 / 16, 4 / 16]]),
     # (6/12)/(6/12 + 3/12) = 2/3; (9/16)/(9/16 + 4/16) = 9/13.
@@ -91,7 +91,7 @@ def test_router_computes_in_float32(rng):
     assert routing.combine_weights.dtype == routing.router_probs.dtype == routing.router_logits.dtype == jnp.float32
 
 
-def test_the_products_of_the_router_have_all_bits_on_tpus():
+def test_router_matmuls_use_the_highest_precision_on_tpus():
     config = tiny_model(gate="noisy_topk")
     router = Router(config, kind="noisy", rngs=nnx.Rngs(0))
     text = str(jax.make_jaxpr(lambda x: (router(x), router.noise_logits(x)))(jnp.ones((1, 2, config.d_model))))
@@ -99,7 +99,7 @@ def test_the_products_of_the_router_have_all_bits_on_tpus():
 
 
 def test_top_k_is_that_of_lax(rng):
-    # Integers, so that ties abound: both give the lower index first.
+    # Integers, hence many ties: both give the lower index first.
     scores = jnp.asarray(rng.integers(0, 4, size=(3, 40, 7)), jnp.float32)
     for k in (1, 3, 7):
         values, index = top_k(scores, k)
@@ -121,7 +121,7 @@ def _layer(**overrides):
 
 
 def test_language_model_gradient_reaches_the_router_at_one_expert(rng):
-    """Switch keeps p_top; a softmax over the one chosen logit is always 1, and no gate is made of it."""
+    """Switch keeps p_top; a softmax over the single chosen logit is always 1, so that such a gate is refused."""
     with pytest.raises(ConfigError, match="the only weight is then always 1"):
         TopK(k=1, renormalise=True)
     config, layer = _layer(gate="switch", experts_per_token=1, jitter=0.0, eval_capacity_factor=4.0)
@@ -137,7 +137,8 @@ def test_language_model_gradient_reaches_the_router_at_one_expert(rng):
 
 
 def test_jitter_moves_the_router_and_not_what_the_experts_receive(rng):
-    """With one expert of weight p = 1 the output is expert(x) whatever the logits: only a leak could change it."""
+    """With one expert of weight p = 1 the output is expert(x) for any logits: only jitter in the experts' input could
+    change it."""
     config, layer = _layer(gate="switch", num_experts=1, jitter=0.5, capacity_factor=1.0)
     x = jnp.asarray(rng.normal(size=(2, 5, config.d_model)), jnp.float32)
     mask = jnp.ones((2, 5), bool)
@@ -149,7 +150,7 @@ def test_jitter_moves_the_router_and_not_what_the_experts_receive(rng):
 
     (quiet, quiet_logits), (noisy, noisy_logits) = run(None), run(jax.random.key(3))
     assert np.abs(np.asarray(quiet_logits) - np.asarray(noisy_logits)).max() > 0.1
-    # Two programs, so to rounding; the jitter is of a half.
+    # Two programs, hence equal to rounding; the jitter is 0.5.
     np.testing.assert_allclose(quiet, noisy, rtol=1e-5, atol=1e-6)
 
 

@@ -17,7 +17,7 @@ from moe.training import recovery
 from moe.training.loop import train
 from tests.run_helpers import ONE, SETTINGS, Interrupted, interrupted, rows, state_of, steps, tiny
 
-# Most runs of a file are the same program.
+# Most runs of this file share one program.
 pytestmark = pytest.mark.usefixtures("compilation_cache")
 
 
@@ -50,9 +50,9 @@ def test_an_update_that_is_not_finite_changes_nothing(directory, whole, programs
             )
             if (np.asarray(ours) != theirs).any()
         ]
-        assert len(changed) == 1  # the schedule's count: the learning rate goes on with the steps
+        assert len(changed) == 1  # the schedule's count: the learning rate follows the steps
         assert metrics.learning_rate == pytest.approx(rows(whole, "train")[4]["learning_rate"])
-        # The same state, mended, is updated.
+        # The same state is updated once repaired.
         after.parameters["final_norm"]["scale"] = scale_before
         last, metrics = program.train_step(after, batch)
         assert metrics.skipped == 0
@@ -60,7 +60,7 @@ def test_an_update_that_is_not_finite_changes_nothing(directory, whole, programs
 
 
 def poisoned(programs, before=(), after=()):
-    """make_program whose parameters turn infinite before or after some steps, as an update gone wrong leaves them."""
+    """A make_program whose parameters become infinite before or after some steps, as after a bad update."""
 
     def infinite(state):
         norm = jax.tree.map(lambda scale: scale * jnp.inf, state.parameters["final_norm"])
@@ -79,7 +79,7 @@ def poisoned(programs, before=(), after=()):
     return make
 
 
-def test_rollback_goes_on_past_the_bad_batches(directory, tmp_path, programs):
+def test_training_after_a_rollback_skips_the_bad_batches(directory, tmp_path, programs):
     config = tiny(directory, **SETTINGS, **{"train.num_steps": 10, "train.max_skipped_steps": 3})
     bad = poisoned(programs, {5})
     train(config, str(tmp_path / "run"), ONE, make_program=bad)
@@ -94,7 +94,7 @@ def test_rollback_goes_on_past_the_bad_batches(directory, tmp_path, programs):
     assert [row["skipped"] for row in logged] == [0, 0, 0, 0, 1, 1, 1, 0, 0, 0]
     assert np.isfinite([row["loss"] for row in logged[7:]]).all()
     assert logged[7]["learning_rate"] < logged[4]["learning_rate"] < logged[2]["learning_rate"]
-    # Interrupted after the rollback and before the next checkpoint: the same bytes, rollback and all.
+    # Interrupted after the rollback and before the next checkpoint, it writes the same bytes, rollback included.
     with interrupted(8), pytest.raises(Interrupted):
         train(config, str(tmp_path / "stopped"), ONE, make_program=bad)
     assert steps(tmp_path / "stopped") == [2, 4]
@@ -110,28 +110,29 @@ def test_rollback_goes_on_past_the_bad_batches(directory, tmp_path, programs):
         ({}, {1}, "no checkpoint is left to roll back to"),
     ],
 )
-def test_numbers_that_stay_bad_stop_the_run(directory, tmp_path, programs, overrides, at, words):
+def test_persistent_non_finite_losses_stop_the_run(directory, tmp_path, programs, overrides, at, words):
     config = tiny(directory, **SETTINGS, **{"train.max_skipped_steps": 2}, **overrides)
     with pytest.raises(ConfigError, match=words):
         train(config, str(tmp_path), ONE, make_program=poisoned(programs, at))
 
 
-def test_a_streak_that_goes_on_goes_back_further(directory, tmp_path, programs):
-    """Spoilt at 7, back to 6, spoilt again at 9 without a good step between: back to 4."""
+def test_a_continued_streak_of_skips_rolls_back_further(directory, tmp_path, programs):
+    """Non-finite at 7, back to 6, again at 9 without a good step between: back to 4."""
     config = tiny(directory, **SETTINGS, **{"train.num_steps": 12, "train.max_skipped_steps": 2})
     train(config, str(tmp_path), ONE, make_program=poisoned(programs, {7, 9}))
     assert [row["to"] for row in rows(tmp_path, "warning") if row["what"] == "rollback"] == [6, 4]
     assert rows(tmp_path, "train")[-1]["skipped"] == 0
 
 
-def test_a_rollback_goes_first_to_checkpoints_that_no_interruption_left():
+def test_a_rollback_prefers_regular_checkpoints_to_those_of_interruptions():
     checkpoints = object.__new__(Checkpoints)
     checkpoints._manager = SimpleNamespace(all_steps=lambda: [2, 4, 5, 6, 7])
     assert checkpoints.before(6, 2) == [4, 2, 5]
 
 
 def test_spikes_and_dead_experts_by_hand():
-    """Losses 1, 2, 1, 2, ...: median 1.5, every deviation 0.5, sigma 0.7413; six of them end at 5.9478."""
+    """Losses 1, 2, 1, 2, ...: median 1.5, every deviation 0.5, sigma 0.7413; a spike is above 1.5 + 6 sigma =
+    5.9478."""
     watch = recovery.Health(6.0, 8)
     metrics = [{"skipped": 0.0, "cross_entropy": 1.0 + step % 2} for step in range(16)]
     load = [[0.5, 0.5, 0.0], [0.2, 0.4, 0.4]]
@@ -145,7 +146,7 @@ def test_spikes_and_dead_experts_by_hand():
     assert (spike["what"], spike["at"], spike["median"]) == ("spike", 18, 1.5)
     assert (watch.skipped_in_a_row, resumed.skipped_in_a_row) == (0, 0)
     (dead,) = resumed.look(19, [], {"expert_load": [[0.5, 0.5, 0.0], [0.0, 0.4, 0.6]]})
-    assert dead["experts"] == [[1, 0]]  # the other one was dead before
+    assert dead["experts"] == [[1, 0]]  # the other one is already known to be dead
     assert recovery.Health(0.0, 8, watch.memory()).look(20, [{"skipped": 0.0, "cross_entropy": 99.0}], {}) == []
 
 
@@ -163,8 +164,8 @@ def test_parameters_that_are_not_finite_are_never_saved(directory, programs, tmp
 
 @pytest.mark.parametrize(("begun_at", "expected"), [(0, [160, 185, 160]), (185, [185, 160])])
 def test_a_new_streak_of_skipped_updates_begins_at_its_newest_checkpoint(begun_at, expected):
-    """Steps 165 to 182 and 186 on are skipped, every tenth is logged, eight in a row are too many: also where the good
-    steps between were logged by nobody, and in a run that was resumed among them."""
+    """Updates 165 to 182 and from 186 on are skipped, every tenth step is logged, and eight in a row are too many. It
+    holds although no log falls on the good steps between, and in a run that was resumed among them."""
     saved = [80, 160, 185]
     checkpoints = SimpleNamespace(wait=lambda: None, restore=lambda step, _: (step, None))
     settings = TrainConfig(max_skipped_steps=8, save_every=5)

@@ -50,7 +50,7 @@ def programs():
 
 @pytest.fixture(scope="module")
 def spans(directory, programs, tmp_path_factory):
-    """Workdir of a run by span corruption."""
+    """Workdir of a span-corruption run."""
     workdir = tmp_path_factory.mktemp("spans") / "run"
     train(tiny(directory, **T5), str(workdir), ONE, make_program=programs)
     return workdir
@@ -62,7 +62,7 @@ def opened(spans):
 
 
 @pytest.mark.parametrize("settings", [T5, {"data.objective": "prefix_lm"}])
-def test_random_rows_of_a_timed_step_are_a_whole_batch(tmp_path, settings):
+def test_random_rows_of_a_timed_step_have_all_arrays_of_a_batch(tmp_path, settings):
     config = tiny(tmp_path, **settings)
     mesh = make_mesh(config.mesh, ONE)
     with jax.set_mesh(mesh):
@@ -82,7 +82,7 @@ def test_the_report_shows_filled_blanks(spans):
     assert text.startswith(re.sub(r"\[[^]|]*\|([^]]*)\]", r"\1", shown, flags=re.S))
     final = rows(spans, "heldout/all")[-1]
     assert 0 < final["loss"] < np.log(500) + 1
-    assert len(final["expert_load"]) == 2  # one MoE layer in either stack
+    assert len(final["expert_load"]) == 2  # one MoE layer in each stack
 
 
 def tiny_data(workdir):
@@ -90,7 +90,7 @@ def tiny_data(workdir):
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_ends_the_same(spans, directory, programs, tmp_path):
+def test_an_interrupted_run_writes_the_same_metrics(spans, directory, programs, tmp_path):
     config = tiny(directory, **T5)
     with interrupted(5), pytest.raises(Interrupted):
         train(config, str(tmp_path / "run"), ONE, make_program=programs)
@@ -99,8 +99,8 @@ def test_an_interrupted_run_ends_the_same(spans, directory, programs, tmp_path):
 
 
 @pytest.mark.slow
-def test_row_losses_add_up(opened):
-    """The lab's losses of single rows are those of the evaluation."""
+def test_row_losses_add_up_to_the_evaluation_loss(opened):
+    """The lab's losses of single rows sum to the loss of the evaluation."""
     program = opened.program
     with jax.set_mesh(program.mesh):
         found = evaluate(program, opened.variables(), load_heldout(program, opened.prepared))["all"]

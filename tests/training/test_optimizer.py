@@ -1,4 +1,4 @@
-"""Optimizers: what they move, what they decay, how their state is stored, and updates computed by hand."""
+"""Optimizers: which parameters they update and decay, how their state is stored, and updates computed by hand."""
 
 import dataclasses
 import math
@@ -50,7 +50,7 @@ def step(config, gradients, parameters):
 
 
 def own(config, schedule):
-    """Sign descent, as a user's optimizer."""
+    """Sign descent, an example of a user's optimizer."""
     return optax.chain(optax.scale_by_sign(), optax.scale_by_learning_rate(schedule))
 
 
@@ -67,7 +67,8 @@ def test_frozen_parameters_stay_and_have_no_state(name):
 
 
 def test_each_parameter_belongs_to_one_part():
-    """A shared expert's FFN is no dense layer; relative biases are attention's; norms are a part of their own."""
+    """A shared expert's FFN is not a dense layer, relative biases belong to attention, and norms are a separate
+    part."""
     encoder_decoder = nnx.to_pure_dict(abstract_parameters(tiny_encoder_decoder(shared_d_ff=12)))
     parts = {}
     for tree in (encoder_decoder, nnx.to_pure_dict(abstract_parameters(tiny_model(**EVERYTHING)))):
@@ -93,7 +94,7 @@ def test_relative_biases_do_not_decay():
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_weight_decay_is_decoupled_and_spares_norm_scales(name):
-    """Decay of 0.5 at a rate of 0.1 takes 0.05 of a matrix of ones, whatever the gradient does."""
+    """Decay of 0.5 at a rate of 0.1 subtracts 0.05 from a matrix of ones, whatever the gradient."""
     gradients, parameters = tree(jnp.ones), tree(jnp.ones)
     plain, decayed = (
         step(dataclasses.replace(CONFIG, name=name, weight_decay=decay), gradients, parameters) for decay in (0.0, 0.5)
@@ -106,14 +107,15 @@ def test_weight_decay_is_decoupled_and_spares_norm_scales(name):
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_moments_in_bfloat16_take_half_the_memory_and_follow_those_in_float32(name, rng):
-    """Ten steps on the same gradients end within bfloat16's rounding, 2^-8 a moment, of the updates in float32."""
+    """After ten steps on the same gradients, updates differ from those in float32 by bfloat16's rounding, 2^-8 per
+    moment."""
     config = dataclasses.replace(CONFIG, name=name, gradient_clip=1.0, eps=1e-8)
     gradients = [tree(lambda shape: jnp.asarray(rng.normal(size=shape), jnp.float32)) for _ in range(10)]
     updates, sizes, first = [], [], []
     for dtype in ("float32", "bfloat16"):
         optimizer = make_optimizer(dataclasses.replace(config, moment_dtype=dtype), 10)
         state, parameters = optimizer.init(tree(jnp.ones)), tree(jnp.ones)
-        # beside moments Muon's state has three coefficients, which it computes with
+        # besides moments, Muon's state holds its three coefficients
         sizes.append(sum(leaf.nbytes for leaf in jax.tree.leaves(state) if leaf.ndim and leaf.shape != (3,)))
         for gradient in gradients:
             before = jax.tree.map(lambda leaf: leaf.dtype, state)
@@ -122,7 +124,7 @@ def test_moments_in_bfloat16_take_half_the_memory_and_follow_those_in_float32(na
             first += [update] * (gradient is gradients[0])
         updates.append(update["segment_0"])
     assert sizes[1] * 2 == sizes[0]
-    jax.tree.map(np.testing.assert_array_equal, *first)  # nothing was rounded yet
+    jax.tree.map(np.testing.assert_array_equal, *first)  # nothing has been rounded yet
     for ours, reference in zip(*map(jax.tree.leaves, reversed(updates)), strict=True):
         assert ours.dtype == jnp.float32
         np.testing.assert_allclose(ours, reference, atol=0.05 * RATE)
@@ -138,7 +140,7 @@ def test_moments_that_bfloat16_cannot_hold_are_refused(fields, words):
         from_config_dict({"optimizer": fields | {"moment_dtype": "bfloat16"}})
 
 
-def test_adafactor_multiplies_by_the_parameters_size():
+def test_adafactor_scales_updates_by_the_rms_of_the_parameter():
     """The first update is the gradient's sign, of RMS 1, times the RMS of the parameter, 2, and the rate."""
     updates = step(dataclasses.replace(CONFIG, name="adafactor"), tree(jnp.ones), tree(lambda s: jnp.full(s, 2.0)))
     np.testing.assert_allclose(updates["router"]["kernel"], -2 * RATE, rtol=1e-3)
@@ -156,7 +158,7 @@ def test_adafactor_multiplies_by_the_parameters_size():
     ],
 )
 def test_the_second_update_by_hand(name, second, expected):
-    """Gradients of 1 and then of another size, all parameters 2."""
+    """Gradients of 1, then of another size; all parameters are 2."""
     optimizer = make_optimizer(dataclasses.replace(CONFIG, name=name, b1=0.5, b2=0.75), 10)
     parameters = {"dense": {"up": jnp.full((2, 3), 2.0)}}
     state = optimizer.init(parameters)
@@ -167,7 +169,7 @@ def test_the_second_update_by_hand(name, second, expected):
 
 
 def test_adafactor_factors_large_matrices():
-    """Second moments of [2,256,128] are [2,256] and [2,128]; no array of its size is kept."""
+    """Second moments of [2,256,128] are [2,256] and [2,128]; no array of the matrix's size is kept."""
     parameters = {"dense": {"up": jnp.ones((2, 256, 128))}}
     state = make_optimizer(dataclasses.replace(CONFIG, name="adafactor"), 10).init(parameters)
     shapes = {leaf.shape for leaf in jax.tree.leaves(state)}
@@ -175,7 +177,7 @@ def test_adafactor_factors_large_matrices():
     assert (2, 256, 128) not in shapes
 
 
-def test_adafactor_factors_experts_where_there_are_more_than_dimensions():
+def test_adafactor_factors_over_experts_if_they_outnumber_a_matrix_dimension():
     """Mesh TensorFlow's rule: the two largest dimensions, here 512 experts and F 256."""
     parameters = {"experts": {"up": jax.ShapeDtypeStruct((1, 512, 128, 256), jnp.float32)}}
     state = jax.eval_shape(make_optimizer(dataclasses.replace(CONFIG, name="adafactor"), 10).init, parameters)
@@ -192,7 +194,7 @@ def test_muon_makes_each_experts_update_orthogonal(rng):
     np.testing.assert_allclose(updates["experts"]["up"], others["experts"]["up"], rtol=0.05, atol=1e-3)
     for matrix in np.asarray(updates["experts"]["up"]).reshape(4, 3, 4):
         singular = np.linalg.svd(matrix, compute_uv=False) / (RATE * 0.2 * 2)
-        assert 0.5 < singular.min() <= singular.max() < 1.4  # five Newton-Schulz steps go so far
+        assert 0.5 < singular.min() <= singular.max() < 1.4  # the accuracy of five Newton-Schulz steps
     np.testing.assert_allclose(np.abs(updates["router"]["kernel"]), RATE, rtol=1e-3)  # AdamW's first step
 
 
@@ -210,7 +212,7 @@ EVERYTHING = {
     "latent_dim": 8,
 }
 
-#: Matrices that Muon moves, by the last two names of their paths.
+#: Matrices that Muon updates, by the last two names of their paths.
 ORTHOGONAL = {
     *(f"attention.{name}" for name in ("query_down", "query_up", "kv_down", "kv_up", "out")),
     *(f"{owner}.{name}" for owner in ("dense", "experts") for name in ("gate", "up", "down")),
@@ -218,8 +220,9 @@ ORTHOGONAL = {
 }
 
 
-def test_which_parameters_muon_moves_and_which_decay():
-    """Every parameter of a model by name: Muon's or AdamW's, decayed or not; a step without gradients is the decay."""
+def test_which_parameters_muon_updates_and_which_decay():
+    """Every parameter of a model by name: updated by Muon or AdamW, decayed or not; without gradients a step is the
+    decay."""
     parameters = nnx.to_pure_dict(abstract_parameters(tiny_model(**EVERYTHING)))
     parameters = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), parameters)
     leaves = jax.tree_util.tree_leaves_with_path(parameters)
@@ -232,7 +235,7 @@ def test_which_parameters_muon_moves_and_which_decay():
         ".".join(key.key for key in path[-2:] if hasattr(key, "key"))
         for path, _ in jax.tree_util.tree_leaves_with_path(optax.tree_utils.tree_get_all_with_path(state, "nu"))
     }
-    # AdamW has second moments of all others, and of no matrix that Muon moves.
+    # AdamW has second moments of all others, and of no matrix that Muon updates.
     assert {name for name in second_moments if "." in name} == set(names.values()) - ORTHOGONAL
     zeros = jax.tree.map(jnp.zeros_like, parameters)
     updates, _ = jax.jit(optimizer.update)(zeros, state, parameters, norm=jnp.ones(()))
@@ -242,7 +245,7 @@ def test_which_parameters_muon_moves_and_which_decay():
 
 
 def test_muon_moves_stacked_experts_as_it_would_each_alone(rng):
-    """Two layers of three experts in one array, and six matrices one by one."""
+    """Two layers of three experts in one array equal six separate matrices."""
     gradient = jnp.asarray(rng.normal(size=(2, 3, 5, 4)), jnp.float32)
 
     def updated(gradient):
@@ -255,8 +258,8 @@ def test_muon_moves_stacked_experts_as_it_would_each_alone(rng):
     np.testing.assert_allclose(updated(gradient), alone, rtol=1e-4, atol=1e-7)
 
 
-def test_state_is_stored_as_the_parameter_where_it_has_its_shape():
-    """Adafactor's factored moments of [2,8,256,128] lack one axis, and with it that axis' devices."""
+def test_optimizer_state_is_sharded_like_its_parameter():
+    """Adafactor's factored moments of [2,8,256,128] lack one axis and are not split over its devices."""
     parameters = {"segment_0": {"experts": {"up": jnp.ones((2, 8, 256, 128))}}}
     expected = jax.P(None, "expert", "fsdp", "tensor")
     specs = {"segment_0": {"experts": {"up": expected}}}
@@ -268,7 +271,7 @@ def test_state_is_stored_as_the_parameter_where_it_has_its_shape():
         assert found.count(partition_specs.REPLICATED) == len(found) - sum(counts.values())
 
 
-def test_an_unknown_optimizer_is_named():
+def test_an_unknown_optimizer_is_refused():
     with pytest.raises(ConfigError, match=r"optimizer\.name='sgd': must be one of adamw, adafactor, muon, or module:f"):
         make_optimizer(dataclasses.replace(CONFIG, name="sgd"), 10)
     with pytest.raises(ConfigError, match=r"optimizer\.name='nowhere:at_all': no module 'nowhere'"):
@@ -296,7 +299,7 @@ def test_an_unknown_optimizer_is_named():
         (lambda p: jnp.zeros(()), lambda g, s, p=None: (g, s > 0), r"the state .* are bool\[\], not float32\[\]"),
     ],
 )
-def test_an_optimizer_that_cannot_update_is_named(monkeypatch, init, update, message):
+def test_an_optimizer_that_cannot_update_is_refused(monkeypatch, init, update, message):
     module = types.ModuleType("failing_optimizers")
     vars(module)["make"] = lambda config, schedule: optax.GradientTransformation(init, update)
     monkeypatch.setitem(sys.modules, "failing_optimizers", module)
@@ -308,7 +311,7 @@ def test_an_optimizer_that_cannot_update_is_named(monkeypatch, init, update, mes
 
 
 def test_the_moving_average_of_the_weights_by_hand():
-    """Decay 1/2; weights 1 and 3 after two updates count 1/4 and 1/2, divided by their sum: (0.25 + 1.5) / 0.75."""
+    """Decay 1/2: after two updates weights 1 and 3 count 1/4 and 1/2, divided by their sum: (0.25 + 1.5) / 0.75."""
     config = OptimizerConfig(learning_rate=1.0, schedule="constant", warmup_steps=0, ema_decay=0.5, frozen=("router",))
     averaging = _averaging(0.5)
     state = averaging.init({"w": jnp.zeros(1)})
@@ -316,7 +319,7 @@ def test_the_moving_average_of_the_weights_by_hand():
         updates, state = averaging.update({"w": jnp.full(1, update)}, state, {"w": jnp.full(1, weight)})
         assert updates["w"] == update
     np.testing.assert_allclose(averaged_weights(config, (state,))["w"], 1.75 / 0.75, rtol=1e-6)
-    # In the whole optimizer the average is of what the updates lead to, of frozen parts too.
+    # In the whole optimizer the average is of the updated weights, including those of frozen parts.
     optimizer = make_optimizer(config, 10)
     weights = {"router": {"kernel": jnp.ones((2, 2))}, "dense": {"up": jnp.ones((2, 2))}}
     state = optimizer.init(weights)
@@ -329,7 +332,7 @@ def test_the_moving_average_of_the_weights_by_hand():
 
 
 @pytest.mark.parametrize("decay", [0.9, 0.99999, 0.999999])
-def test_the_moving_average_of_one_weight_is_that_weight(decay):
+def test_the_moving_average_of_constant_weights_is_constant(decay):
     averaging = _averaging(decay)
     weights, still = {"w": jnp.ones(1)}, {"w": jnp.zeros(1)}
     state = averaging.init(weights)

@@ -1,4 +1,4 @@
-"""Reinforcement learning from rollouts: advantages, clipped losses and weights by hand, replay, files, a run."""
+"""Reinforcement learning from rollouts: advantages, clipped losses and weights by hand; replay; files; a run."""
 
 import base64
 import dataclasses
@@ -52,8 +52,8 @@ def test_advantages_of_four_completions_by_hand():
 def test_losses_and_gradients_of_tokens_by_hand():
     """Ratios 3/2, 3/2, 1/2, 1/2 with advantages 2, −2, 2, −2, clipped to [0.8, 1.28].
 
-    −min(3, 2.56), −min(−3, −2.56), −min(1, 1.6), −min(−1, −1.6). The first and the last are clipped: no gradient; the
-    gradient of the others is −r A.
+    −min(3, 2.56), −min(−3, −2.56), −min(1, 1.6), −min(−1, −1.6). The first and the last are clipped and have no
+    gradient; that of the others is −r A.
     """
     settings = PolicyConfig(clip_low=0.2, clip_high=0.28, kl=0.5)
     log_probs = jnp.log(jnp.array([[0.3, 0.3, 0.1, 0.1]]))
@@ -77,7 +77,7 @@ def test_losses_and_gradients_of_tokens_by_hand():
 
 
 def test_means_over_tokens_completions_and_a_constant():
-    """Completions of 1 and of 3 tokens in a row, and one of 2 in another."""
+    """Completions of 1 and of 3 tokens in one row, and one of 2 in another."""
     targets = jnp.array([[-1, 5, -1, 5, 5, 5], [5, 5, -1, -1, -1, -1]])
     segments = jnp.array([[1, 1, 2, 2, 2, 2], [1, 1, 0, 0, 0, 0]])
     weights = token_weights(targets >= 0, segments, per_completion=True)
@@ -118,7 +118,7 @@ def _laid_out(completion, engine):
 
 @pytest.fixture(scope="module")
 def model():
-    """A model of a dense and two MoE layers."""
+    """A model with a dense layer and two MoE layers."""
     sizes = {"num_experts": 5, "experts_per_token": 2, "dispatch": "dropless", "layers": (1, 2)}
     config = tiny_model(num_layers=3, gate="mixtral", **sizes)
     return nnx.merge(*random_parameters(config))
@@ -131,7 +131,7 @@ def examples(model, engine="vllm", **settings):
 
 @pytest.mark.parametrize("engine", EngineName.__args__)
 def test_an_example_by_hand_in_every_layout(model, engine):
-    """Prompt of three tokens, completion of two: targets from the last token of the prompt on."""
+    """A prompt of three tokens and a completion of two: targets begin at the prompt's last token."""
     one = group(np.random.default_rng(0))
     first, *_ = examples(model, engine)
     ids = one["prompt_tokens"] + one["completions"][0]["tokens"]
@@ -147,7 +147,8 @@ def _batch(model, mesh, **settings):
 
 
 def test_replay_makes_the_ratio_exactly_one(model):
-    """The rollout took other experts than our router would, as with noise: without replay the ratios differ."""
+    """The rollout used other experts than our router chooses, as with noise: without replay the ratios differ from
+    one."""
     mesh = make_mesh(MeshConfig(), ONE)
     with jax.set_mesh(mesh):
         batch = _batch(model, mesh)
@@ -164,14 +165,14 @@ def test_replay_makes_the_ratio_exactly_one(model):
     assert np.abs(ratios[1] - 1).max() > 0.01
 
 
-def test_the_policy_is_run_without_noise():
+def test_the_policy_runs_without_routing_noise():
     parts = SimpleNamespace(objective=PolicyObjective(PolicyConfig()))
     assert _noise_key(parts, jax.random.key(0)) is None
 
 
 @pytest.mark.parametrize("mean", [slow_case("tokens"), "completions", slow_case("constant")])
 def test_gradients_are_those_of_a_loop_over_tokens(rng, mean):
-    """Completions of 2 and 3 tokens in a row, and of 4 in another; some ratios are clipped."""
+    """Completions of 2 and 3 tokens in one row, and of 4 in another; some ratios are clipped."""
     settings = PolicyConfig(mean=mean, clip_low=0.1, clip_high=0.15, kl=0.3)
     objective, config = PolicyObjective(settings), SimpleNamespace(data=SimpleNamespace(sequence_length=8))
     targets = np.array([[-1, 3, 1, -1, 2, 4, 0, -1], [-1, -1, 1, 2, 3, 4, -1, -1]])
@@ -215,7 +216,7 @@ def test_gradients_are_those_of_a_loop_over_tokens(rng, mean):
 
 
 @pytest.mark.slow
-def test_a_mesh_of_eight_replays_as_one_device():
+def test_replay_on_eight_devices_equals_one_device():
     """Two steps in two microbatches, rows and parameters over fsdp and experts over expert."""
     sizes = {"num_experts": 6, "experts_per_token": 2, "dispatch": "dropless", "layers": (1, 2)}
     found = []
@@ -247,7 +248,7 @@ MODEL = {
 
 
 def write_lines(folder, lines):
-    """Groups as JSON lines of a folder's only domain; the file."""
+    """Write groups as JSON lines into a folder's only domain; returns the file."""
     (folder / "sums").mkdir(parents=True)
     path = folder / "sums" / "a.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -255,7 +256,7 @@ def write_lines(folder, lines):
 
 
 def open_all(folder):
-    """The training split and the held-out split of such a folder."""
+    """Training split and held-out split of such a folder."""
     return folders.open_folder(str(folder), epath.Path(folder.parent), lambda _: None)[0]["sums"]
 
 
@@ -271,7 +272,7 @@ def place_of_run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def start(place_of_run):
-    """Settings of a run on 60 groups, from a random model with a tokenizer."""
+    """Settings of a run on 60 groups that starts from a random model with a tokenizer."""
     rng = np.random.default_rng(0)
     write_lines(place_of_run / "text", [group(rng, layers=1) for _ in range(60)])
     reference = epath.Path(place_of_run / "start")
@@ -290,7 +291,7 @@ def start(place_of_run):
     return settings | {"start.checkpoint": str(reference)}
 
 
-def test_a_run_from_a_file_learns_and_resumes_to_the_bit(start, place_of_run, tmp_path, capsys):
+def test_a_run_from_a_file_learns_and_resumes_bit_for_bit(start, place_of_run, tmp_path, capsys):
     program = compile_once(make_program)
     config = tiny(place_of_run / "cache", **start)
     train(config, str(tmp_path / "run"), ONE, make_program=program)
@@ -325,7 +326,7 @@ def test_a_reference_drops_no_tokens(start, place_of_run, tmp_path):
     assert model.moe.capacity.eval == model.moe.num_experts / model.moe.experts_per_token  # room for every token
 
 
-def test_tables_hold_the_same_rollouts(tmp_path):
+def test_parquet_tables_are_read_as_the_same_rollouts(tmp_path):
     rng = np.random.default_rng(0)
     lines = [group(rng) for _ in range(60)]
     write_lines(tmp_path / "text", lines)
@@ -378,7 +379,7 @@ def test_bad_rollouts_are_refused_by_line_and_field(tmp_path, model, change, mes
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
-def test_a_completion_a_row_is_refused(tmp_path, model, suffix):
+def test_rows_of_single_completions_are_refused(tmp_path, model, suffix):
     rows = [{"group": i, "prompt_tokens": [5, 9], **completion} for i in range(4) for completion in _flat(i)]
     write_lines(tmp_path / "text", rows)
     if suffix == "parquet":
@@ -393,7 +394,7 @@ def _flat(number):
     return [{"tokens": [number + 1, 2], "log_probs": [-0.5, -0.1], "reward": float(reward)} for reward in (0, 1)]
 
 
-def test_experts_without_a_layer_that_replays_them_are_refused():
+def test_recorded_experts_are_refused_for_a_model_without_moe_layers():
     dense = policy.Reader(tiny_model(vocab_size=48, gate="none"), PolicyConfig(), 16)
     text = rollouts.document(group(np.random.default_rng(0)))
     with pytest.raises(ConfigError, match=r"engine='vllm': belongs to a model with MoE layers; set policy.replay"):
@@ -401,7 +402,7 @@ def test_experts_without_a_layer_that_replays_them_are_refused():
     assert len(dataclasses.replace(dense, policy=PolicyConfig(replay=False)).examples(text)) == 3
 
 
-def test_refusals_of_settings(start, place_of_run):
+def test_impossible_settings_of_a_policy_run_are_refused(start, place_of_run):
     for changes, message in (
         ({"policy.kl": 0.0}, r"distill\.teacher='.*': must name the reference model with policy\.kl above 0"),
         ({"model.moe.dispatch": "einsum"}, r"model\.moe\.dispatch='einsum': must be 'dropless' with data\.objective"),

@@ -1,4 +1,4 @@
-"""Rollouts of the model's own sampler, with what they record, and a run on them that restarts to the bit."""
+"""Rollouts by the model's own sampler, what they record, and a run on them that resumes bit for bit."""
 
 import dataclasses
 import shutil
@@ -32,7 +32,7 @@ CONFIG = Config(
 
 
 class Evens:
-    """Even ids are good."""
+    """A task that rewards even ids."""
 
     def prompts(self, rng, count):
         return [rng.integers(1, 13, 2 + i % 2) for i in range(count)]
@@ -46,7 +46,7 @@ ROLLOUT = Rollout(np.array([3, 2]), np.array([-1.0, -2.0], np.float32), None)
 
 
 def without_training(monkeypatch):
-    """A program for rounds whose updates are no part of the test; nothing is saved."""
+    """A program for tests of rounds that do not need its updates; nothing is saved."""
     checkpoints = mock.MagicMock(resume=mock.Mock(return_value=None))
     monkeypatch.setattr(online, "Checkpoints", lambda *_: checkpoints)
     return SimpleNamespace(
@@ -54,14 +54,14 @@ def without_training(monkeypatch):
     )
 
 
-def test_the_sampler_records_what_the_model_does_on_the_whole_text():
+def test_sampled_log_probabilities_and_experts_are_those_of_a_full_forward_pass():
     graphdef, variables = random_parameters(CONFIG.model)
     prompts = [np.array([3, 1, 4]), np.array([1]), np.array([5, 9])]
     sample = make_sampler(CONFIG.model, 6, stop_tokens=(2, 7))
     found = sample(variables, prompts, jax.random.key(1))
     again = sample(variables, prompts, jax.random.key(1))
     assert [one.tokens.tolist() for one in found] == [one.tokens.tolist() for one in again]
-    assert any(len(one.tokens) < 6 for one in found)  # a stop token ends a row, and is part of it
+    assert any(len(one.tokens) < 6 for one in found)  # a stop token ends a row and is included
     for one in found:
         assert not np.isin(one.tokens[:-1], (2, 7)).any()
         assert len(one.tokens) == 6 or one.tokens[-1] in (2, 7)
@@ -87,7 +87,7 @@ def test_the_sampler_records_what_the_model_does_on_the_whole_text():
 
 
 @pytest.mark.slow
-def test_a_run_on_its_own_samples_restarts_to_the_bit(tmp_path):
+def test_a_run_on_its_own_samples_resumes_bit_for_bit(tmp_path):
     mesh = make_mesh(MeshConfig(), ONE)
     with jax.set_mesh(mesh):
         program, engine = make_program(CONFIG, mesh), own_engine(CONFIG.model, 6, (2,))
@@ -100,7 +100,10 @@ def test_a_run_on_its_own_samples_restarts_to_the_bit(tmp_path):
         other = dataclasses.replace(program, config=dataclasses.replace(CONFIG, seed=1))
         with pytest.raises(ConfigError, match="seed"):
             train_online(other, str(tmp_path / "parts"), Evens(), engine, rounds)
-        for sizes in (Rounds(group_size=2, updates=2), Rounds(updates=1)):  # other draws, and other rounds' numbers
+        for sizes in (
+            Rounds(group_size=2, updates=2),
+            Rounds(updates=1),
+        ):  # other draws, or other numbers of rounds
             with pytest.raises(ConfigError, match=r"rounds.json: the run has .'group_size': 4, 'updates': 2.*, not"):
                 train_online(program, str(tmp_path / "parts"), Evens(), engine, sizes)
         states = [state_of(program, epath.Path(tmp_path / name), 6) for name in ("whole", "parts")]
@@ -108,13 +111,13 @@ def test_a_run_on_its_own_samples_restarts_to_the_bit(tmp_path):
     assert rest == whole[1:]
     assert (tmp_path / "whole" / "metrics.jsonl").read_bytes() == (tmp_path / "parts" / "metrics.jsonl").read_bytes()
     jax.tree.map(np.testing.assert_array_equal, *states)
-    # The first step of a round sees the parameters and the experts that sampled: only the order of sums differs.
+    # The first step of a round uses the parameters and experts that sampled: only the order of sums differs.
     assert all(row["policy_ratio"] == pytest.approx(1, abs=1e-5) for row in whole)
     assert all(row["policy_extreme"] == 0 for row in whole)
     assert len({row["reward"] for row in whole}) > 1
 
 
-def test_each_round_has_prompts_and_samples_of_its_own(tmp_path, monkeypatch):
+def test_each_round_draws_new_prompts_and_samples(tmp_path, monkeypatch):
     drawn, keys = [], []
 
     class Seen(Evens):
@@ -129,13 +132,13 @@ def test_each_round_has_prompts_and_samples_of_its_own(tmp_path, monkeypatch):
 
     monkeypatch.setattr(online, "_updates", lambda program, state, *_: (state, {}))
     train_online(without_training(monkeypatch), str(tmp_path), Seen(), Engine(sample), Rounds(updates=2))
-    # Six steps, two a round.
+    # Six steps, two per round.
     assert len(set(drawn)) == len(drawn) == 3
     assert len(set(keys)) == len(keys) == 3
 
 
 class Odd(Evens):
-    """A task with a method of its own."""
+    """A task with one method replaced."""
 
     def __init__(self, **methods):
         vars(self).update(methods)
@@ -157,7 +160,7 @@ def _fails(*_):
         (Odd(reward=lambda *_: float("nan")), "the rollouts of a round: reward=nan: must be a finite number"),
     ],
 )
-def test_a_wrong_task_is_one_sentence(tmp_path, monkeypatch, task, says):
+def test_a_wrong_task_is_refused_in_one_sentence(tmp_path, monkeypatch, task, says):
     sampled = Engine(lambda variables, prompts, key: check_prompts(CONFIG.model, prompts) or [ROLLOUT] * len(prompts))
     program = without_training(monkeypatch)
     with pytest.raises(ConfigError, match=says):
@@ -166,10 +169,10 @@ def test_a_wrong_task_is_one_sentence(tmp_path, monkeypatch, task, says):
 
 @pytest.mark.parametrize("rank", [0, 2])
 def test_a_run_begins_with_its_checkpoint(tmp_path, monkeypatch, rank):
-    """The parameters that sample the first rollouts are those of ``start``; adapters do not change them yet.
+    """The parameters that sample the first rollouts are those of ``start``; fresh adapters do not change them.
 
-    The other run is trained further after the first start, which failed before any checkpoint: adapters belong to the
-    base that they began with, while a start anew without adapters takes the newest checkpoint.
+    The other run is trained further after a first start that failed before any checkpoint: adapters stay with the base
+    that they began with, while without adapters the next start takes the newest checkpoint.
     """
 
     def load(variables, key):
@@ -217,8 +220,8 @@ def test_sizes_that_do_not_divide_are_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_step_is_timed_by_itself_on_texts_alone():
-    """A row for --saves, which times the run as it is, names K different experts for each token and layer."""
+def test_a_single_step_is_timed_only_on_texts():
+    """The random row for --saves, which times the run itself, has K different experts for each token and layer."""
     experts = random_rows(CONFIG)[EXPERTS_KEY]
     assert experts.shape == (8, 9, CONFIG.model.num_layers, 2)
     assert (experts[..., 0] != experts[..., 1]).all()

@@ -1,4 +1,4 @@
-"""Preferences: documents, rows, the DPO loss by hand, and a run that resumes to the bit."""
+"""Preferences: documents, rows, the DPO loss by hand, and a run that resumes bit for bit."""
 
 import json
 from types import SimpleNamespace
@@ -48,7 +48,7 @@ def test_documents_of_all_forms():
     assert pair() == expected
     assert documents.make_document(("prompt", "chosen", "rejected"), (PROMPT, *answers)) == expected
     assert documents.make_document(("chosen", "rejected"), whole) == expected
-    assert documents.make_document(("prompt", "chosen", "rejected"), ("ab", *whole)) == expected  # prompt said twice
+    assert documents.make_document(("prompt", "chosen", "rejected"), ("ab", *whole)) == expected  # prompt given twice
     with pytest.raises(ValueError, match="both answers, or both whole conversations"):
         documents.make_document(("prompt", "chosen", "rejected"), ("ab", whole[0], answers[1]))
     assert documents.text_fields({"prompt", "chosen", "rejected", "score"}) == ("prompt", "chosen", "rejected")
@@ -83,7 +83,7 @@ def test_a_pair_is_two_segments_with_targets_in_the_answers():
 
 
 def test_loss_and_gradient_by_hand():
-    """p(chosen) = 3/4 and p(rejected) = 1/4 against 1/2 each: margin ln 3/2 − ln 1/2 = ln 3; beta 1/2."""
+    """p(chosen) = 3/4 and p(rejected) = 1/4 against 1/2 for each: margin ln 3/2 − ln 1/2 = ln 3; beta 1/2."""
     log3 = float(np.log(3))
     batch = {
         "segment_ids": jnp.array([[1, 1, 2, 2, 0, 0], [0] * 6]),
@@ -139,7 +139,7 @@ def start(tmp_path):
     return folder, settings | {"start.checkpoint": str(folder)}
 
 
-def test_a_run_begins_at_the_reference_learns_and_resumes_to_the_bit(start, tmp_path, capsys):
+def test_a_run_begins_at_the_reference_learns_and_resumes_bit_for_bit(start, tmp_path, capsys):
     _, settings = start
     program = compile_once(make_program)
     config = tiny(tmp_path / "cache", **settings)
@@ -162,7 +162,7 @@ def test_a_run_begins_at_the_reference_learns_and_resumes_to_the_bit(start, tmp_
 
 
 @pytest.mark.parametrize("objective", ["preferences", "policy"])
-def test_layers_that_no_loss_reaches_are_refused(objective, tmp_path):
+def test_prediction_layers_without_a_loss_are_refused(objective, tmp_path):
     data = {"data.objective": objective, "distill.teacher": str(tmp_path) if objective == "preferences" else ""}
     config = tiny(tmp_path, **data, **{"model.prediction_layers": 1, "model.moe.dispatch": "dropless"})
     with pytest.raises(ConfigError, match=r"model.prediction_layers=1: must be 0 with data.objective="):
@@ -170,7 +170,7 @@ def test_layers_that_no_loss_reaches_are_refused(objective, tmp_path):
 
 
 def test_the_reference_may_have_two_tokenizers(tmp_path, monkeypatch):
-    """An import keeps both files; conversations are rendered with the tokenizer.json of start and reference."""
+    """An import keeps both files; start and reference render conversations with their tokenizer.json."""
     config = tiny(tmp_path, **{"data.objective": "preferences", "distill.teacher": str(tmp_path)})
     (tmp_path / "config.json").write_text(json.dumps(to_dict(config)))
     (tmp_path / "tokenizer.model").write_bytes(train_tokenizer(["word of a text\n" * 99], 272).model_bytes)
@@ -181,7 +181,7 @@ def test_the_reference_may_have_two_tokenizers(tmp_path, monkeypatch):
     assert teacher.read_teacher(config, make_mesh(MeshConfig(), ONE), ours) == (config.model, {})
 
 
-def test_a_template_of_ones_own_goes_with_a_reference(start, tmp_path):
+def test_a_users_chat_template_works_with_a_reference(start, tmp_path):
     folder, settings = start
     (tmp_path / "own.jinja").write_text(json.loads((folder / "tokenizer_config.json").read_text())["chat_template"])
     config = tiny(tmp_path / "cache", **settings | {"data.chat_template": str(tmp_path / "own.jinja")})

@@ -1,4 +1,4 @@
-"""Steps that a trace covers; tests/training/test_train.py traces a real run."""
+"""Which steps a trace covers; tests/training/test_train.py traces a real run."""
 
 import contextlib
 import dataclasses
@@ -19,7 +19,7 @@ class FakeProgram:
     train_step: Callable[..., Any]
 
 
-def test_the_flag_names_steps_of_the_run():
+def test_the_profile_flag_is_parsed_as_steps_of_the_run():
     assert profiling.parse("10:3", 12) == profiling.Steps(10, 12)
     for text in ("", "10", "0:3", "10:0", "10:-1", "a:b", "10:3:1"):
         with pytest.raises(ConfigError, match="must be STEP:COUNT"):
@@ -29,8 +29,8 @@ def test_the_flag_names_steps_of_the_run():
 
 
 @pytest.mark.parametrize("kind", ["device", "pinned_host"])
-def test_moments_in_the_hosts_memory_need_none_of_the_devices(kind):
-    """A device of 2 GiB: parameters and two moments of 1 GiB each."""
+def test_moments_in_host_memory_need_no_device_memory(kind):
+    """A device of 2 GiB; parameters and two moments take 1 GiB each."""
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     places = (one, one.with_memory_kind(kind))
     gibibyte, moment = (jax.ShapeDtypeStruct((2**28,), jnp.float32, sharding=place) for place in places)
@@ -51,7 +51,7 @@ def test_moments_in_the_hosts_memory_need_none_of_the_devices(kind):
     ("resumed_at", "run_to", "traced"),
     [(0, 9, [3, 4]), (3, 9, [4]), (4, 9, []), (0, 2, []), (0, 3, [3])],
 )
-def test_only_those_steps_are_traced(tmp_path, monkeypatch, resumed_at, run_to, traced):
+def test_only_the_given_steps_are_traced(tmp_path, monkeypatch, resumed_at, run_to, traced):
     running, seen = [], []
     monkeypatch.setattr(jax.profiler, "start_trace", lambda folder, **_: running.append(folder))
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: running.pop())
@@ -70,4 +70,4 @@ def test_only_those_steps_are_traced(tmp_path, monkeypatch, resumed_at, run_to, 
         for number in range(resumed_at + 1, run_to + 1):
             step = run(step, number)
     assert seen == traced
-    assert not running  # also where the run ended before the last of them
+    assert not running  # also if the run ended before the last of these steps

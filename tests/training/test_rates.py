@@ -1,4 +1,4 @@
-"""Transfer of rates: factors by hand, no change at the base's own sizes, and coordinate checks."""
+"""Transfer of learning rates: factors by hand, no change at the base's own sizes, and coordinate checks."""
 
 import dataclasses
 
@@ -37,7 +37,7 @@ def test_factors_of_every_parameter_by_hand():
     model = tiny_model(**GROWN, **BASE, **MOE, first_dense=1, shared_d_ff=112, shared_gate=True)
     assert (model.embedding_scale, model.logit_scale) == (2.0, 0.5)
     assert model.residual_scale == pytest.approx(1 / 3)
-    assert model.attention_scale == 0  # heads of the same size, more of them
+    assert model.attention_scale == 0  # more heads of the same size
     adam, muon = (factors(rates, name, model=model) for name in ("adamw", "muon"))
     layer = "segment_1/block_0/"
     for name, rate in (
@@ -48,8 +48,8 @@ def test_factors_of_every_parameter_by_hand():
         ("segment_0/block_0/dense/up", 1 / 4),
     ):  # fmt: skip
         assert adam[name] == pytest.approx(rate), name
-    # f² = out/(in·max(in, out)). Of up [64,10] 10/64², of the base's [16,20] 1/16; of down [10,64] 1/10, of [20,16]
-    # 16/20². Where all dimensions grow by 4, f falls to half.
+    # f² = out/(in·max(in, out)): for up [64,10] 10/64², for the base's [16,20] 1/16; for down [10,64] 1/10, for [20,16]
+    # 16/20². If all dimensions grow by 4, f is halved.
     for name, rate in (
         (f"{layer}moe/experts/up", (10 / 64**2 * 16) ** 0.5), (f"{layer}moe/experts/down", (20**2 / 10 / 16) ** 0.5),
         (f"{layer}attention/query", 1 / 2), (f"{layer}moe/router/kernel", 1 / 4), ("embedding/table", 1 / 2),
@@ -64,7 +64,7 @@ def test_factors_of_every_parameter_by_hand():
 
 
 def test_latent_experts_take_over_the_settings_of_a_base():
-    """Their dimension grows with D, m = 4, as it has no size of a base; F of experts by 1/2, as above."""
+    """The latent dim has no base size and grows with D, m = 4; F of experts by 1/2, as above."""
     model = tiny_model(**GROWN, **BASE, **MOE, latent_dim=8)
     adam, muon = (factors(rates, name, model=model) for name in ("adamw", "muon"))
     layer = "segment_0/block_0/moe/"
@@ -72,8 +72,8 @@ def test_latent_experts_take_over_the_settings_of_a_base():
     assert shapes[f"{layer}experts/up"].shape == (6, 4, 8, 10)
     for name, rate in (("latent/down", 1 / 4), ("latent/up", 1 / 4), ("experts/up", 1 / 4), ("experts/down", 2)):
         assert adam[layer + name] == pytest.approx(rate), name
-    # As above: of the latents all dimensions grow by 4. Of experts/up [8,10] f² is 10/(8·10), of the base's [2,20]
-    # 20/(2·20), hence a factor of (2/8)^½; of experts/down [10,8] 8/10², of the base's [20,2] 2/20²: 16^½.
+    # As above: all dimensions of the latents grow by 4. For experts/up [8,10] f² is 10/(8·10), for the base's [2,20]
+    # 20/(2·20), hence a factor of (2/8)^½; for experts/down [10,8] 8/10², for the base's [20,2] 2/20²: 16^½.
     for name, rate in (("latent/down", 1 / 2), ("latent/up", 1 / 2), ("experts/up", 1 / 2), ("experts/down", 4)):
         assert muon[layer + name] == pytest.approx(rate), name
 
@@ -99,9 +99,9 @@ def test_a_models_own_sizes_as_base_change_nothing(rng, name):
 
 
 def test_updates_by_hand():
-    """One step of AdamW: −η (r g c/(|g| c + ε) + λ w), with g = ε so that the factor on the gradient shows.
+    """One step of AdamW: −η (r g c/(|g| c + ε) + λ w), with g = ε so that the gain c of the gradient is visible.
 
-    Of an expert's up matrix r = 1/4 and c = 12: −0.1 (1/4 · 12/13 + 0.5 · 2); of a norm's scale r = 1, no decay.
+    An expert's up matrix has r = 1/4 and c = 12: −0.1 (1/4 · 12/13 + 0.5 · 2); a norm's scale has r = 1 and no decay.
     """
     model = tiny_model(**GROWN, **BASE, **MOE)
     config = OptimizerConfig(
@@ -116,7 +116,7 @@ def test_updates_by_hand():
 
 
 def moved(width, name, *, transfer):
-    """RMS of the change of the logits after three steps at a rate that the base of 16 bears."""
+    """RMS change of the logits after three steps at a learning rate that suits the base of width 16."""
     wide = {"d_model": width, "num_heads": width // 8, "num_kv_heads": width // 8, "head_dim": 8, "moe_d_ff": width}
     base = {"base_d_model": 16} if transfer else {}
     model = tiny_model(**wide, **base, **MOE, num_layers=1, vocab_size=32)
@@ -147,7 +147,7 @@ def moved(width, name, *, transfer):
 
 
 def initial(model):
-    """Parameters as the model draws them, σ = 1/sqrt(fan-in), by NumPy."""
+    """Parameters with the model's initial distribution, σ = 1/sqrt(fan-in), drawn by NumPy."""
     _, drawn = random_parameters(model)  # σ = 1/4
     fan_in = {"table": -1, "out": (-3, -2)}
 
@@ -164,8 +164,8 @@ def initial(model):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_changes_do_not_grow_with_the_width(name):
-    """Coordinate check (Yang et al. 2022, appendix D.1): eight times as wide; without the transfer they do grow."""
+def test_changes_of_the_logits_do_not_grow_with_the_width(name):
+    """Coordinate check (Yang et al. 2022, appendix D.1) at eight times the width; without the transfer changes grow."""
     base, transferred = (moved(width, name, transfer=True) for width in (16, 128))
     assert 1 / 3 < transferred / base < 1.5, (base, transferred)
     plain = moved(128, name, transfer=False)

@@ -1,4 +1,4 @@
-"""The report at a run's end: what it continues, and that its failures come at the start."""
+"""The report at the end of a run: which document it continues, and that its failures are raised at the start."""
 
 import dataclasses
 import types
@@ -26,14 +26,14 @@ def _with(prepared, *texts):
     return dataclasses.replace(prepared, heldout={DOMAIN: [*texts, random_text(3)]})
 
 
-def test_prompts_are_of_the_first_document_that_has_one(directory, prepared):
+def test_prompts_come_from_the_first_document_that_is_long_enough(directory, prepared):
     tokenizer = prepared.tokenizer
     long = tokenizer.encode(random_text(3))
     begin = [tokenizer.bos_id] if tokenizer.bos_id >= 0 else []
     one = next(text for text in "aeiou0" if len(tokenizer.encode(text)) == 1)
     found = report.prompts(tiny(directory), _with(prepared, one))
     np.testing.assert_array_equal(found[DOMAIN], [*begin, *tokenizer.encode(one)])
-    # Of one token, an encoder-decoder's prefix has nothing to predict; of none, no decoder has a token to begin with.
+    # One token leaves an encoder-decoder's prefix nothing to predict; empty text without BOS has no first token.
     encoder = {"model.encoder_layers": 1, "data.objective": "prefix_lm", "data.input_length": 16}
     found = report.prompts(tiny(directory, **encoder), _with(prepared, one))
     assert found[DOMAIN]["encoder"][0] == long[0]
@@ -48,7 +48,7 @@ def _without_bos(tokenizer):
 
 
 @pytest.mark.parametrize("gate", ["soft_moe", "expert_choice"])
-def test_a_gate_that_looks_ahead_ends_without_a_sample(directory, prepared, gate):
+def test_the_report_under_a_gate_that_looks_ahead_has_no_sample(directory, prepared, gate):
     config = tiny(directory, **{"model.moe.gate": gate, "model.moe.accept_future_leak": True})
     program: Any = types.SimpleNamespace(config=config)
     state: Any = None
@@ -57,7 +57,7 @@ def test_a_gate_that_looks_ahead_ends_without_a_sample(directory, prepared, gate
 
 
 def test_a_document_that_the_report_cannot_show_is_refused_at_the_start(directory, tmp_path, monkeypatch):
-    """Not after training: the program is never built."""
+    """Not after training: the program is never even built."""
     prepare = pipeline.prepare_run
 
     def with_plain_text(config, **options):

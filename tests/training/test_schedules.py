@@ -9,11 +9,11 @@ from moe.config import OptimizerConfig
 from moe.config.run_sections import Schedule
 from moe.training.optimizer import SCHEDULES, learning_rate_schedule
 
-#: Rates after a peak of 1 at step 4 of 20, at steps 0, 2, 4, 12 and 20 (which none has); the final fraction is 0.1.
+#: Rates at steps 0, 2, 4, 12 and 20 of a run of 20 steps (0 to 19); peak of 1 at step 4, final fraction 0.1.
 EXPECTED = {
     "cosine": [0.2, 0.6, 1.0, 0.55, 0.1],
     "constant": [0.2, 0.6, 1.0, 1.0, 1.0],
-    "wsd": [0.2, 0.6, 1.0, 0.73, 0.1],  # a decay of 10 steps: 0.09 less a step from step 10 on
+    "wsd": [0.2, 0.6, 1.0, 0.73, 0.1],  # a decay of 10 steps: 0.09 less per step from step 10 on
     "rsqrt": [1.0, 1.0, 1.0, (4 / 12) ** 0.5, (4 / 20) ** 0.5],  # √(4 / max(step, 4)): no linear start
 }
 

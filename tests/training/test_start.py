@@ -62,7 +62,7 @@ T = 8
 
 
 def _config(workdir, **changes) -> Config:
-    """The imported model as a run's config: 2 rows of 8 tokens."""
+    """The imported model as the config of a run with 2 rows of 8 tokens."""
     tree = to_dict(import_checkpoint(workdir[0], workdir[1]) if workdir[0] else read_config(workdir[1]))
     tree["data"] |= {"sequence_length": T}
     tree["train"] |= {"batch_size": 2, "num_steps": 4}
@@ -92,8 +92,8 @@ def _batch(mesh, vocab):
     )
 
 
-def test_upcycled_experts_compute_what_the_dense_model_did(tmp_path):
-    """Equal experts under weights that sum to 1 are the dense FFN, whatever the fresh router says."""
+def test_an_upcycled_model_has_the_outputs_of_the_dense_model(tmp_path):
+    """Equal experts whose weights sum to 1 are the dense FFN, whatever the fresh router chooses."""
     sparse = {"gate": "mixtral", "num_experts": 4, "experts_per_token": 2, "d_ff": 28, "dispatch": "dropless"}
     config = _config((HERE / "mistral", tmp_path), moe=sparse, start={"checkpoint": str(tmp_path)})
     mesh, make = _program(config)
@@ -117,7 +117,7 @@ def test_upcycled_experts_compute_what_the_dense_model_did(tmp_path):
             )
 
 
-def test_what_does_not_fit_is_named(tmp_path):
+def test_a_start_that_does_not_fit_is_refused_by_field(tmp_path):
     wider = {"gate": "mixtral", "num_experts": 2, "d_ff": 20}
     config = _config((HERE / "mistral", tmp_path), moe=wider, start={"checkpoint": str(tmp_path)})
     mesh, make = _program(config)
@@ -146,7 +146,7 @@ def test_a_dense_student_keeps_all_but_the_experts_and_learns_from_its_teacher(t
             state, metrics = program.train_step(state, batch)
             losses.append(float(metrics.loss))
         assert losses[-1] < losses[0]
-        # The same student, half on the text: the loss is the mean of both cross-entropies.
+        # The same student with half of its loss on the text: the loss is the mean of both cross-entropies.
         half = dataclasses.replace(config, distill=DistillConfig(str(tmp_path), 0.5))
         _, metrics = build(half, mesh, teacher).train_step(warm_start.first_state(program), batch)
         np.testing.assert_allclose(metrics.loss, (losses[0] + metrics.cross_entropy) / 2, rtol=1e-5)
@@ -161,7 +161,7 @@ def test_soft_targets_by_hand():
     np.testing.assert_allclose(loss, -(np.log(0.25) + np.log(0.75)) / 2, rtol=1e-6)
 
 
-def test_soft_targets_take_the_place_of_their_share_of_the_hard_ones():
+def test_soft_targets_replace_their_share_of_the_hard_targets():
     """Student and teacher as above; the hard target is the first of the two."""
     logits, targets = jnp.log(jnp.asarray([[[0.25, 0.75]]])), jnp.zeros((1, 1), jnp.int32)
     output, taught = (SimpleNamespace(hidden=x, logits=x, further=()) for x in (logits, jnp.zeros((1, 1, 2))))
@@ -171,8 +171,8 @@ def test_soft_targets_take_the_place_of_their_share_of_the_hard_ones():
     np.testing.assert_allclose((sums.loss, sums.cross_entropy), (0.75 * hard + 0.25 * soft, hard), rtol=1e-6)
 
 
-def test_a_run_that_starts_from_a_checkpoint_inherits_what_nobody_set(tmp_path):
-    """Fine-tuning takes the whole model section; upcycling says what changes, and the gate brings its own constants."""
+def test_a_run_that_starts_from_a_checkpoint_inherits_unset_fields(tmp_path):
+    """Fine-tuning inherits the whole model section; upcycling sets what changes, and its gate has its own constants."""
     imported = import_checkpoint(HERE / "mixtral", tmp_path / "moe")
     tree = base.get_config()
     tree.start.checkpoint = str(tmp_path / "moe")
@@ -205,7 +205,7 @@ def test_the_tokenizer_is_the_checkpoints_unless_the_config_names_one(tmp_path):
     assert warm_start.tokenizer(dataclasses.replace(config, start=StartConfig()), tmp_path / "run") is None
 
 
-def test_what_was_loaded_is_fresh_and_is_inherited_is_said_in_a_line(tmp_path):
+def test_one_line_says_what_is_loaded_fresh_and_inherited(tmp_path):
     config = _config((HERE / "mixtral", tmp_path), start={"checkpoint": str(tmp_path), "fresh": ["router"]})
     mesh, make = _program(config)
     said = []
@@ -217,8 +217,8 @@ def test_what_was_loaded_is_fresh_and_is_inherited_is_said_in_a_line(tmp_path):
 
 
 @pytest.mark.parametrize("names", [("mixtral", "none"), ("none", "mixtral"), ("mixtral", "hash")])
-def test_of_another_gate_the_name_is_said(names):
-    """Not the fields of either, which are those of its paper."""
+def test_a_changed_gate_is_reported_by_name(names):
+    """Without the fields of either gate, which are constants of its paper."""
     theirs, ours = (Config(model=ModelConfig(moe=find_layer(name))) for name in names)
     parameters = nnx.to_pure_dict(abstract_parameters(theirs.model))
     said = warm_start._summary(ours, theirs, jax.tree.map(lambda leaf: np.broadcast_to(0, leaf.shape), parameters))
@@ -228,7 +228,7 @@ def test_of_another_gate_the_name_is_said(names):
 
 
 def _save_run(workdir, config, state):
-    """A run's workdir with one checkpoint, without the loop."""
+    """Write a run's workdir with one checkpoint, without running the loop."""
     workdir.mkdir()
     (workdir / "config.json").write_text(json.dumps(to_dict(config)))
     checkpoints = manager.Checkpoints(epath.Path(workdir), 1)
@@ -249,8 +249,9 @@ LOSS_FREE = {
 }
 
 
-def test_frozen_parts_do_not_move_and_fresh_ones_begin_anew(tmp_path):
-    """Selection biases are the router's: of 1 they stay 1 where it is frozen, and are zeros where it is fresh."""
+def test_frozen_parts_are_not_updated_and_fresh_parts_are_reinitialised(tmp_path):
+    """Selection biases belong to the router: biases of 1 stay 1 where it is frozen and become zeros where it is
+    fresh."""
     source = _config((HERE / "mixtral", tmp_path / "open"), moe=LOSS_FREE)
     mesh, make = _program(source)
     with jax.set_mesh(mesh):
@@ -265,7 +266,7 @@ def test_frozen_parts_do_not_move_and_fresh_ones_begin_anew(tmp_path):
         assert jax.tree.leaves(first.biases)
         jax.tree.map(lambda bias: np.testing.assert_array_equal(bias, 1), first.biases)
         before = jax.tree.map(np.asarray, first.parameters)
-        # Parts can also be left out of what is taken over: those are what a run from nothing starts with.
+        # Fresh parts are not taken over: they have the values with which a run without a checkpoint starts.
         partly = dataclasses.replace(config, start=StartConfig(str(tmp_path / "run"), fresh=("router",)))
         partial, random = warm_start.first_state(dataclasses.replace(program, config=partly)), program.init()
         jax.tree.map(lambda bias: np.testing.assert_array_equal(bias, 0), partial.biases)
@@ -287,7 +288,7 @@ def test_frozen_parts_do_not_move_and_fresh_ones_begin_anew(tmp_path):
 
 
 def test_the_state_of_another_rule_is_not_taken_over(tmp_path):
-    """ReMoE's strength stands where DeepSeek-V3's selection bias does, and begins at 1e-8."""
+    """ReMoE's strength has the place of DeepSeek-V3's selection bias, and begins at 1e-8."""
     source = _config((HERE / "mixtral", tmp_path / "open"), moe=LOSS_FREE)
     mesh, make = _program(source)
     with jax.set_mesh(mesh):
@@ -327,7 +328,7 @@ def test_the_optimizers_state_is_carried_on_request(tmp_path):
 
 
 def test_a_start_reads_one_step_of_its_source(tmp_path, monkeypatch):
-    """Parameters, biases and moments of one step, though the source saves another one meanwhile."""
+    """Parameters, biases and moments are of one step, although the source saves another one meanwhile."""
     gate = {"name": "deepseek_v3", "k": 2, "groups": 1, "kept_groups": 1, "scores_per_group": 1}
     sparse = {"gate": gate, "num_experts": 4, "d_ff": 28, "dispatch": "einsum"}
     config = _config((HERE / "mistral", tmp_path / "open"), moe=sparse)
@@ -355,8 +356,8 @@ def test_a_start_reads_one_step_of_its_source(tmp_path, monkeypatch):
     assert read[0] != 9
 
 
-def test_a_model_is_read_without_its_layers_of_prediction(tmp_path):
-    """Adapters for preferences have none, whose loss they are no part of; their base may."""
+def test_a_base_is_read_without_its_prediction_layers(tmp_path):
+    """Adapters trained on preferences have no prediction layers, which that loss does not reach; their base may."""
     model = tiny_model(prediction_layers=1, num_layers=1)
     trees = [nnx.to_pure_dict(nnx.state(random_model(model), nnx.Param)), {}]
     write_workdir(tmp_path / "base", Config(model=model), *trees, {})
@@ -370,7 +371,7 @@ def test_a_model_is_read_without_its_layers_of_prediction(tmp_path):
 
 
 def _trained(folder, optimizer, ema_decay=0.0, **changes):
-    """A run of one step of the dense model, and its state, drawn instead of trained: no train step is compiled."""
+    """A run of one step of the dense model, and its state, which is drawn so that no train step is compiled."""
     settings = {"name": optimizer, "ema_decay": ema_decay}
     config = _config((HERE / "mistral", folder / "open"), optimizer=settings, **changes)
     mesh, make = _program(config)
@@ -390,7 +391,7 @@ def _trained(folder, optimizer, ema_decay=0.0, **changes):
 
 @pytest.mark.parametrize("optimizer", ["reset", "carry"])
 def test_a_run_on_several_devices_starts_from_a_checkpoint(tmp_path, optimizer):
-    """The checkpoint is read on one device while the mesh of the run, of eight, is in context."""
+    """The checkpoint is read on one device while the run's mesh of eight devices is in context."""
     trained, config = _trained(tmp_path, "adamw")
     start = StartConfig(str(tmp_path / "run"), optimizer=optimizer)
     train = dataclasses.replace(config.train, batch_size=8)
@@ -404,7 +405,7 @@ def test_a_run_on_several_devices_starts_from_a_checkpoint(tmp_path, optimizer):
     assert jax.tree.leaves(state.parameters)[0].sharding.device_set == set(jax.devices())
 
 
-def test_an_optimizer_with_a_copy_of_the_weights_begins_with_those_of_the_checkpoint(tmp_path, monkeypatch):
+def test_an_optimizers_copy_of_the_weights_begins_with_those_of_the_checkpoint(tmp_path, monkeypatch):
     module = types.ModuleType("copying_optimizers")
     vars(module)["make"] = lambda config, schedule: optax.contrib.schedule_free_adamw(schedule)
     monkeypatch.setitem(sys.modules, "copying_optimizers", module)
@@ -424,8 +425,8 @@ def test_moments_of_adapters_are_not_carried_to_a_model(tmp_path):
         warm_start._carry(SimpleNamespace(config=config), adapted, None, 0)
 
 
-def test_the_average_of_weights_begins_anew_in_another_model(tmp_path):
-    """The source has no weights of the fresh parameters that its average could be continued with."""
+def test_the_average_of_weights_restarts_in_another_model(tmp_path):
+    """The source has no average of the fresh parameters to continue."""
     _, dense = _trained(tmp_path, "adamw", ema_decay=0.9)
     sparse = {"gate": "mixtral", "num_experts": 4, "experts_per_token": 2, "d_ff": 28, "dispatch": "einsum"}
     config = _config((None, tmp_path / "run"), moe=sparse, start=dataclasses.asdict(dense.start))
@@ -437,8 +438,8 @@ def test_the_average_of_weights_begins_anew_in_another_model(tmp_path):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), average, state.parameters)
 
 
-def test_the_average_of_weights_begins_anew_under_another_decay(tmp_path):
-    """Its factors sum to 1 - decay^steps, by which it is divided."""
+def test_the_average_of_weights_restarts_under_another_decay(tmp_path):
+    """The average is divided by the sum of its factors, 1 - decay^steps, which depends on the decay."""
     _, config = _trained(tmp_path, "adamw", ema_decay=0.9)
     config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, ema_decay=0.999))
     mesh, make = _program(config)
@@ -451,7 +452,7 @@ def test_the_average_of_weights_begins_anew_under_another_decay(tmp_path):
     assert any(np.any(leaf) for leaf in jax.tree.leaves(optax.tree_utils.tree_get(state.optimizer, "mu")))
 
 
-def test_what_changes_a_start_needs_one():
+def test_settings_of_a_start_need_a_checkpoint():
     config = Config(start=StartConfig(optimizer="carry", fresh=("router",)))
     with pytest.raises(
         ConfigError, match=r"start.checkpoint='': must name a workdir to use start.fresh, start.optimizer"
@@ -460,7 +461,7 @@ def test_what_changes_a_start_needs_one():
 
 
 def test_moments_are_carried_in_the_type_of_this_run(tmp_path):
-    """A checkpoint in the source's type would be cast, and so taken for a damaged one, when the run goes on."""
+    """Saved in the source's type, they would be cast when the run resumes, and the checkpoint refused as damaged."""
     trained, config = _trained(tmp_path, "adamw")
     config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, moment_dtype="bfloat16"))
     mesh, make = _program(config)
@@ -473,7 +474,7 @@ def test_moments_are_carried_in_the_type_of_this_run(tmp_path):
     jax.tree.map(lambda ours, old: np.testing.assert_array_equal(ours, old.astype(ours.dtype)), moments, expected)
 
 
-@pytest.mark.slow  # that of AdamW is below
+@pytest.mark.slow  # AdamW's is tested below
 @pytest.mark.parametrize("optimizer", ["adafactor", "muon"])
 def test_every_optimizers_state_is_carried_to_the_same_model(tmp_path, optimizer):
     trained, config = _trained(tmp_path, optimizer)
@@ -485,7 +486,7 @@ def test_every_optimizers_state_is_carried_to_the_same_model(tmp_path, optimizer
 
 
 def test_a_changed_moment_is_not_carried(tmp_path, monkeypatch):
-    """The checksums of the checkpoint are compared, as they are when a run resumes."""
+    """The checkpoint's checksums are compared, as when a run resumes."""
     trained, config = _trained(tmp_path, "adamw")
     saved = integrity.checksums(trained)
     name = next(name for name in saved if ".mu" in name)
@@ -535,7 +536,7 @@ def test_a_teacher_that_does_not_fit_the_mesh_is_refused(tmp_path):
         ("start.checkpoint", {"start": StartConfig("other"), "lora": LoraConfig(rank=2)}),
     ],
 )
-def test_a_run_reads_one_checkpoint_of_another_to_its_end(tmp_path, monkeypatch, field, reads):
+def test_a_run_always_reads_the_same_checkpoint_of_another_run(tmp_path, monkeypatch, field, reads):
     monkeypatch.chdir(tmp_path)
     import_checkpoint(HERE / "mistral", tmp_path / "other")
     config, folder = dataclasses.replace(Config(), **reads), epath.Path(tmp_path / "run")
@@ -546,15 +547,15 @@ def test_a_run_reads_one_checkpoint_of_another_to_its_end(tmp_path, monkeypatch,
     shutil.copytree(tmp_path / "other" / "checkpoints" / "0", tmp_path / "other" / "checkpoints" / "9")
     assert pinned_steps(config, folder) == steps
     newest = dataclasses.replace(steps, **{name: 9 for name, step in dataclasses.asdict(steps).items() if step == 0})
-    assert pinned_steps(config, epath.Path(tmp_path)) == newest  # of a folder without notes
-    assert pinned_steps(config, None) == newest  # also where a start that failed has left its notes
+    assert pinned_steps(config, epath.Path(tmp_path)) == newest  # a folder without notes
+    assert pinned_steps(config, None) == newest  # also if a failed start has left its notes
     shutil.rmtree(tmp_path / "other" / "checkpoints" / "0")
     with pytest.raises(ConfigError, match=f"{field}='other': this run reads its checkpoint of step 0, which is gone"):
         pinned_steps(config, folder)
 
 
 def test_adapters_belong_to_the_base_that_was_read(tmp_path, monkeypatch, directory):
-    """The base is trained further while the run starts: the note names the step that was read, not the newest."""
+    """The base is trained further while the run starts: the note has the step that was read, not the newest."""
     config = tiny(directory, **SETTINGS)
     (tmp_path / "base" / "checkpoints" / "0").mkdir(parents=True)
     (tmp_path / "base" / "config.json").write_text(json.dumps(to_dict(config)))
@@ -578,8 +579,8 @@ def test_adapters_belong_to_the_base_that_was_read(tmp_path, monkeypatch, direct
     assert json.loads((tmp_path / "run" / "base.json").read_text()) == {"step": 0}
 
 
-def test_a_run_needs_its_start_no_longer(tmp_path):
-    """The command line inherits the model, and the tokenizer, from the run's own workdir."""
+def test_a_started_run_no_longer_needs_its_start_checkpoint(tmp_path):
+    """The command line inherits model and tokenizer from the run's own workdir."""
     import_checkpoint(HERE / "mistral", tmp_path / "run")
     tree = to_config_dict(Config())
     tree.start.checkpoint = str(tmp_path / "deleted")

@@ -1,4 +1,4 @@
-"""Memory of the compiled train step, its noise, and clipping and skipping of its gradients."""
+"""The compiled train step: memory, noise, and clipping and skipping of gradients."""
 
 import dataclasses
 import re
@@ -21,7 +21,7 @@ from tests.run_helpers import Interrupted
 
 @pytest.fixture(scope="module")
 def programs():
-    """(Program, its compiled train step, its text): 4 rows of 24 tokens, vocabulary of 48, 8 positions a chunk."""
+    """(Program, its compiled train step, its text): 4 rows of 24 tokens, vocabulary of 48, chunks of 8 positions."""
     config = Config(
         model=tiny_model(gate="none", num_layers=1),
         data=DataConfig(sequence_length=24),
@@ -37,13 +37,13 @@ def programs():
 
 def test_every_buffer_of_the_state_is_reused(programs):
     program, compiled, text = programs
-    # The schedule's count is always the state's step: it is written and never read, so it is no argument.
+    # The schedule's count always equals the state's step: it is written but never read, hence not an argument.
     paths = jax.tree_util.tree_leaves_with_path(program.state)
     unread = max(i for i, (path, _) in enumerate(paths) if getattr(path[-1], "name", None) == "count")
     outputs = [i for i in range(len(paths)) if i != unread]
     header = text.splitlines()[0]
     pairs = re.findall(r"\{(\d+)\}: \((\d+), \{\}, (?:may|must)-alias\)", header)
-    # Each output takes the buffer of its predecessor.
+    # Each output reuses the buffer of the corresponding input.
     assert sorted((int(output), int(argument)) for output, argument in pairs) == list(
         zip(outputs, range(len(outputs)), strict=True)
     )
@@ -53,8 +53,8 @@ def test_every_buffer_of_the_state_is_reused(programs):
 
 
 @pytest.mark.slow
-def test_moments_in_the_hosts_memory_give_the_same_steps():
-    """Three steps on eight devices, bit for bit; AdamW's arrays stay in the host's memory."""
+def test_moments_in_host_memory_give_the_same_steps():
+    """Three steps on eight devices are equal bit for bit; AdamW's arrays stay in host memory."""
     states = {}
     for memory in ("device", "host"):
         config = Config(
@@ -85,7 +85,7 @@ def test_moments_in_the_hosts_memory_give_the_same_steps():
 
 
 def test_logits_are_held_a_chunk_at_a_time(programs):
-    """The program holds no array of 4·24·48 floating-point numbers, in any shape."""
+    """The program has no floating-point array of 4·24·48 numbers, in any shape."""
     text = programs[2]
     assert "f32[4,8,48]" in text
     sizes = {shape: 1 for shape in re.findall(r"\bb?f\d+\[([\d,]+)\]", text) if shape.endswith(",48")}
@@ -98,8 +98,8 @@ def test_logits_are_held_a_chunk_at_a_time(programs):
 
 @pytest.mark.parametrize("frozen", [(), ("attention",)])
 @pytest.mark.parametrize("size", [1e-3, 1.0])
-def test_clipping_multiplies_by_what_exceeds_the_norm(frozen, size):
-    """Gradients (3s, 4s) have the norm 5s, or without the frozen part 3s, and a norm of 2 is allowed."""
+def test_clipping_scales_gradients_to_the_allowed_norm(frozen, size):
+    """Gradients (3s, 4s) have norm 5s, or 3s without the frozen part; the allowed norm is 2."""
     config = OptimizerConfig(gradient_clip=2.0, frozen=frozen)
     parameters = {"dense": {"up": jnp.ones((1, 1))}, "attention": {"query": jnp.ones((1, 1))}}
     gradients = {"dense": {"up": jnp.full((1, 1), 3 * size)}, "attention": {"query": jnp.full((1, 1), 4 * size)}}
@@ -119,7 +119,7 @@ def test_clipping_multiplies_by_what_exceeds_the_norm(frozen, size):
     assert bool(jnp.any(moved["attention"]["query"] != 0)) != bool(frozen)
 
 
-def test_each_step_has_noise_of_its_own(monkeypatch):
+def test_each_step_has_its_own_noise_key(monkeypatch):
     keys, run = [], jax.random.key(7)
 
     def gradients(parts, state, batch, rng, teacher):
@@ -134,7 +134,7 @@ def test_each_step_has_noise_of_its_own(monkeypatch):
         np.testing.assert_array_equal(keys[-1], jax.random.key_data(jax.random.fold_in(run, number)))
 
 
-def test_an_evaluation_is_neither_training_nor_noisy(monkeypatch):
+def test_evaluation_uses_neither_training_mode_nor_noise(monkeypatch):
     asked = []
 
     def forward(model, batch, **settings):
@@ -148,8 +148,8 @@ def test_an_evaluation_is_neither_training_nor_noisy(monkeypatch):
     assert not any(asked[0].values())
 
 
-def test_a_gradient_that_is_not_finite_is_no_update(monkeypatch):
-    """Of a loss that is finite."""
+def test_a_non_finite_gradient_skips_the_update(monkeypatch):
+    """Even if the loss is finite."""
     config = Config(model=tiny_model(gate="none"), optimizer=OptimizerConfig(schedule="constant", warmup_steps=0))
     optimizer, parameters = make_optimizer(config.optimizer, 10), {"dense": {"up": jnp.ones((2, 2))}}
     parts = step._Parts(config, None, None, optimizer, learning_rate_schedule(config.optimizer, 10))

@@ -19,7 +19,7 @@ from tests.helpers import random_state, set_moe, slow_case, step_gradients, tiny
 
 
 def program(devices=1, mesh=None, accumulation=1, remat="none", weight=3.0, layers=2, **moe):
-    """A tiny model whose objective is the load-balancing loss above all."""
+    """A tiny model whose objective is dominated by the load-balancing loss."""
     tree = to_config_dict(Config())
     tree.model.update(vocab_size=48, d_model=16, num_layers=layers, num_heads=4, num_kv_heads=4, head_dim=4, d_ff=16)
     fields = {"gate": "switch", "num_experts": 4, "d_ff": 16, "jitter": 0.0, "load_balancing_weight": weight}
@@ -34,7 +34,7 @@ def program(devices=1, mesh=None, accumulation=1, remat="none", weight=3.0, laye
 
 
 def batch(program):
-    """Eight rows of which some are mostly padding, so that microbatches differ in their number of tokens."""
+    """Eight rows, some of them mostly padding, so that microbatches differ in their number of tokens."""
     rng = np.random.default_rng(0)
     tokens = rng.integers(1, 48, (8, 9)).astype(np.int32)
     segments = (np.arange(8) < np.array([8, 8, 3, 2, 8, 5, 1, 8])[:, None]).astype(np.int32)
@@ -44,7 +44,7 @@ def batch(program):
 
 
 def gradients(program, state=None):
-    """Loss, reports and gradients of a step's objective, from a state or the random one."""
+    """Loss, reports and gradients of a step's objective, from a given state or the initial one."""
     with jax.set_mesh(program.mesh):
         (loss, _, layers), gradient = step_gradients(program, seed=0)(state or program.init(), batch(program))
     return loss, layers, gradient
@@ -53,7 +53,7 @@ def gradients(program, state=None):
 @pytest.mark.parametrize(
     ("mesh", "remat", "moe"),
     [
-        ({"data": 1}, "full", {"dispatch": "einsum"}),  # compiles fastest; the others are gather
+        ({"data": 1}, "full", {"dispatch": "einsum"}),  # compiles fastest; the others use gather
         slow_case({"data": 1}, "full", {}),
         slow_case({"data": 2, "expert": 2}, "none", {"gate": "mixtral", "experts_per_token": 2}),
         slow_case(
@@ -74,10 +74,10 @@ def gradients(program, state=None):
         ),
     ],
 )
-def test_microbatches_are_one_batch_in_value_and_gradient(mesh, remat, moe):
+def test_microbatches_equal_one_batch_in_value_and_gradient(mesh, remat, moe):
     devices = int(np.prod(list(mesh.values())))
     given = {"mesh": mesh, "devices": devices, "layers": 1} | moe
-    # One program with the whole batch, and microbatches with f of the step.
+    # The whole batch at once, and microbatches that use f of the whole step.
     count = 4 // max(devices // 2, 1)
     once = program(**given, balance_scope="batch")
     with jax.set_mesh(once.mesh):
@@ -91,7 +91,7 @@ def test_microbatches_are_one_batch_in_value_and_gradient(mesh, remat, moe):
 
 
 @pytest.mark.slow
-def test_the_mean_over_microbatches_is_another_loss_with_another_gradient():
+def test_the_mean_over_microbatches_is_a_different_loss_with_a_different_gradient():
     once = program(dispatch="einsum", balance_scope="batch")
     state = random_state(once)
     each = {"step": 4, "batch": 4}
@@ -108,12 +108,12 @@ def test_the_mean_over_microbatches_is_another_loss_with_another_gradient():
 
 
 @pytest.mark.slow
-def test_without_accumulation_a_step_is_a_batch():
+def test_without_accumulation_the_scopes_step_and_batch_are_equal():
     one, other = (gradients(program(balance_scope=scope)) for scope in ("step", "batch"))
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
-def test_microbatches_draw_apart_and_the_balance_of_the_step_is_measured_with_the_same_draws(monkeypatch):
+def test_microbatches_draw_separately_and_the_balance_of_the_step_uses_the_same_draws(monkeypatch):
     def forward(model, batch, *, train, rng):
         drawn = jax.random.uniform(rng)
         return SimpleNamespace(drawn=drawn, layers=SimpleNamespace(sums=drawn))
@@ -131,13 +131,13 @@ def test_microbatches_draw_apart_and_the_balance_of_the_step_is_measured_with_th
     draws = [float(jax.random.uniform(jax.random.fold_in(key, i))) for i in (0, 1)]
     assert draws[0] != draws[1]
     np.testing.assert_allclose(nll, sum(draws), rtol=1e-6)
-    np.testing.assert_allclose(totals, 2 * sum(draws), rtol=1e-6)  # each microbatch has the sum of the step
+    np.testing.assert_allclose(totals, 2 * sum(draws), rtol=1e-6)  # each microbatch receives the sum over the step
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.slow
-def test_a_step_moves_the_state_that_the_gate_names(accumulation):
-    """Quantile balancing evens the load at once; thresholds follow their average; ReMoE's penalty grows."""
+def test_a_step_updates_the_state_of_the_gate(accumulation):
+    """Quantile balancing evens out the load at once; thresholds follow their average; ReMoE's penalty grows."""
     states, loads = {}, {}
     for gate, more in (
         ("quantile_balancing", {"experts_per_token": 2}),

@@ -1,4 +1,4 @@
-"""The whole loop on tiny text: files, resume to the bit, the same curve on every mesh."""
+"""The whole loop on tiny text: files, bit-for-bit resumption, and equal curves on every mesh."""
 
 import importlib
 import math
@@ -22,7 +22,7 @@ from moe.training.step import EvalMetrics
 from tests.helpers import slow_case, tiny_model
 from tests.run_helpers import ONE, SETTINGS, Interrupted, interrupted, state_of, tiny
 
-# Most runs of a file are the same program.
+# Most runs of this file share one program.
 pytestmark = pytest.mark.usefixtures("compilation_cache")
 
 
@@ -30,7 +30,7 @@ def train_rows(workdir):
     return [row for row in read_rows(workdir / "metrics.jsonl") if row["kind"] == "train"]
 
 
-def test_a_run_leaves_what_it_promises_and_says_when_it_is_done(directory, tmp_path, capsys):
+def test_a_run_writes_its_documented_files_and_says_when_it_is_done(directory, tmp_path, capsys):
     config = tiny(directory, **{"model.num_layers": 1})
     with profiling.profiled(profiling.Steps(4, 5), str(tmp_path / "run")) as make_program:
         train(config, str(tmp_path / "run"), ONE, make_program=make_program)
@@ -54,7 +54,7 @@ def test_a_run_leaves_what_it_promises_and_says_when_it_is_done(directory, tmp_p
     planes = jax.profiler.ProfileData.from_file(str(trace)).planes
     names = {event.name for plane in planes for line in plane.lines for event in line.events}
     assert "train" in names
-    assert any("train_step" in name for name in names)  # and XLA's work of it
+    assert any("train_step" in name for name in names)  # and XLA's execution of it
     rows = read_rows(tmp_path / "run" / "metrics.jsonl")
     assert [(row["step"], row["kind"]) for row in rows] == [
         (2, "train"),
@@ -68,7 +68,7 @@ def test_a_run_leaves_what_it_promises_and_says_when_it_is_done(directory, tmp_p
     timing = read_rows(tmp_path / "run" / "timing.jsonl")
     assert [row["step"] for row in timing] == [2, 4, 6]
     assert all(0 <= row["data_wait_share"] <= 1 and row["tokens_per_second"] > 0 for row in timing)
-    assert rows[-2]["loss"] < rows[1]["loss"]  # three more steps helped
+    assert rows[-2]["loss"] < rows[1]["loss"]  # three more steps reduce the loss
     assert np.shape(rows[0]["expert_load"]) == (1, 8)  # per layer and expert
     np.testing.assert_allclose(np.sum(rows[0]["expert_load"], axis=1), 1, rtol=1e-6)
     assert (tmp_path / "run" / "training.png").read_bytes().startswith(b"\x89PNG")
@@ -90,7 +90,7 @@ def test_without_a_terminal_every_logged_step_is_a_line(whole, programs, tmp_pat
     rest = r" dropped \d+\.\d % lr [\d.e-]+ epoch [\d.]+( MFU \d+ %)?"
     pattern = rf"step (\d)/6 \([^)]*\) loss \d\.\d{{3}}({heldout})?{speed}{rest}"
     matches = [re.fullmatch(pattern, line) for line in lines if line.startswith("step")]
-    # Step 4 is the first one of this start and its row would count the compilation.
+    # Step 4 is the first one after this start: its speed would include the compilation.
     assert [(match[1], bool(match[2]), bool(match[3])) for match in matches] == [("4", False, False), ("6", True, True)]
     assert re.search(r"\] preparing the data\n.*\] compiling the train step", "\n".join(lines), re.DOTALL)
     report = (tmp_path / "run" / "report.txt").read_text()
@@ -100,7 +100,7 @@ def test_without_a_terminal_every_logged_step_is_a_line(whole, programs, tmp_pat
 
 
 def test_the_standard_error_of_a_heldout_loss_by_hand():
-    """Rows of 6 nats in 2 targets and 2 in 2: loss 2, residuals 2 and -2, variance of the sum 2/1 x 8 = 16."""
+    """Rows of 6 nats in 2 targets and of 2 nats in 2: loss 2, residuals 2 and -2, variance of the sum 2/1 x 8 = 16."""
     nll, targets = np.asarray([6.0, 2.0, 0.0]), np.asarray([2.0, 2.0, 0.0])  # the last row is padding
     assert sum_variance(nll, targets) == 16
     summary = _summary(np.asarray([8.0, 4.0, 16.0]), 16.0, [])
@@ -120,7 +120,7 @@ def test_the_error_over_domains_adds_their_variances(monkeypatch):
     assert found["all"]["standard_error"] == pytest.approx(math.sqrt(16 + 16) / 8)
 
 
-def test_the_model_flops_utilisation_is_of_all_devices(monkeypatch):
+def test_mfu_is_relative_to_the_rate_of_all_devices(monkeypatch):
     config = Config(model=tiny_model())
     monkeypatch.setattr(profiling, "measured_matmul_rate", lambda dtype: 1e6)
     with jax.set_mesh(make_mesh(MeshConfig(data=2, expert=4))):
@@ -141,7 +141,7 @@ WHOLE = SETTINGS | {"train.log_every": 4, "train.eval_every": 3, "train.save_eve
 
 @pytest.fixture(scope="module")
 def whole(directory, programs, tmp_path_factory):
-    """(config, workdir) of a run that nothing stopped."""
+    """(config, workdir) of an uninterrupted run."""
     config = tiny(directory, **WHOLE)
     workdir = tmp_path_factory.mktemp("whole")
     train(config, str(workdir), ONE, make_program=programs)
@@ -171,7 +171,7 @@ MESHES = [
 
 @pytest.mark.slow
 def test_one_curve_on_every_mesh(directory, tmp_path):
-    # One layer, and nothing but steps: compiling is most of the time. tests/parallel/test_sharding.py has more layers.
+    # One layer and only steps, since compiling takes most of the time. tests/parallel/test_sharding.py has more layers.
     settings = {"train.log_every": 1, "model.moe.gate": "gshard", "train.sample_tokens": 0, "model.num_layers": 1}
     settings |= {"train.eval_every": 6, "train.save_every": 6, "model.moe.dispatch": "gather"}
     curves = []
@@ -213,7 +213,7 @@ def test_accumulated_microbatches_are_the_batch(directory, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["dense", "switch", "gshard", "mixtral"])
-def test_every_layer_trains_by_config_alone(directory, tmp_path, name):
+def test_every_layer_trains_from_its_config_file(directory, tmp_path, name):
     tree = importlib.import_module(f"configs.{name}").get_config()
     config = tiny(directory, tree, **{"train.num_steps": 4, "train.sample_tokens": 0, "model.dtype": "bfloat16"})
     train(config, str(tmp_path), ONE)
@@ -221,7 +221,7 @@ def test_every_layer_trains_by_config_alone(directory, tmp_path, name):
     assert losses[-1] < losses[0]
 
 
-def test_a_new_run_has_the_streams_that_its_hosts_need_and_keeps_them(monkeypatch):
+def test_a_new_run_gets_the_streams_that_its_hosts_need_and_keeps_them(monkeypatch):
     config, said = Config(train=TrainConfig(batch_size=64)), []
     mesh = make_mesh(config.mesh, ONE)
     assert loop._with_streams(config, mesh, None, said.append) == config
@@ -231,13 +231,13 @@ def test_a_new_run_has_the_streams_that_its_hosts_need_and_keeps_them(monkeypatc
     begun = loop._with_streams(config, mesh, None, said.append)
     assert begun.data.streams == 16
     assert said == ["data.streams: 16, so that each process has whole streams"]
-    for own in (config, begun):  # the default and the number itself, on whatever hosts, name the run
+    for own in (config, begun):  # on any hosts, both the default and the chosen number belong to the run
         assert loop._with_streams(own, mesh, begun, said.append) == begun
     assert loop._with_streams(config, mesh, config, said.append) == config
 
 
 def test_a_pipeline_without_microbatches_is_refused_on_several_hosts(directory, tmp_path, monkeypatch):
-    """Before rows, which then do not divide, are given to processes."""
+    """The refusal comes before rows are assigned to processes, among which they could not be divided."""
     config = tiny(directory, **{"mesh.pipeline": 2, "mesh.data": 2, "train.batch_size": 6})
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(ConfigError, match=r"train\.accumulation_steps=1: must be a multiple of mesh\.pipeline=2"):

@@ -1,4 +1,4 @@
-"""Experts from shards of a dense FFN, virtual groups, drop-upcycling and noise."""
+"""Upcycling: experts from shards of a dense FFN, virtual groups, drop-upcycling and noise."""
 
 import dataclasses
 from pathlib import Path
@@ -35,8 +35,9 @@ def test_shards_by_hand():
             warm_start.granularity(28, experts, d_ff)
 
 
-def test_drop_upcycling_draws_the_same_units_of_every_matrix_anew():
-    """Half of eight units: four columns of up and gate and the same four rows of down, in each expert others."""
+def test_drop_upcycling_reinitialises_the_same_units_of_every_matrix():
+    """Half of eight units: four columns of up and gate and the same four rows of down, different ones in each
+    expert."""
     rng = np.random.default_rng(0)
     start = StartConfig(drop_share=0.5, expert_scale=3.0)
     dense = {name: rng.normal(2.0, 0.5, (400, 8)).astype(np.float32) for name in ("up", "gate")}
@@ -78,7 +79,7 @@ def started(tmp_path, moe, **start):
 
 @pytest.mark.slow
 def test_virtual_groups_keep_the_dense_models_output(tmp_path):
-    """Four shards of 7 units in four groups; K = 8 is two whole groups, and down is times four."""
+    """Four shards of 7 units in four groups; K = 8 is two whole groups, and down is multiplied by four."""
     moe = {"gate": "mixtral", "num_experts": 16, "experts_per_token": 8, "d_ff": 7}
     dense, _ = load_huggingface(DENSE)
     tokens = np.arange(16).reshape(2, 8)
@@ -88,7 +89,7 @@ def test_virtual_groups_keep_the_dense_models_output(tmp_path):
     np.testing.assert_allclose(output.logits, expected, rtol=1e-4, atol=1e-5)
     groups = np.sort(np.asarray(output.routing.expert_index), axis=-1).reshape(-1, 2, 4)
     np.testing.assert_array_equal(groups % 4, np.broadcast_to(np.arange(4), groups.shape))
-    # Without the groups a token gets some shards twice and others never; without the scale a quarter of the output.
+    # Without the groups a token gets some shards twice and others never; without the scale, a quarter of the output.
     for i, start in enumerate(({"expert_scale": 4.0}, {"virtual_groups": True})):
         program, state = started(tmp_path / str(i), moe, **start)
         logits = jax.jit(lambda v, program=program: program.model(v)(tokens).logits)(state.variables)
@@ -96,8 +97,8 @@ def test_virtual_groups_keep_the_dense_models_output(tmp_path):
 
 
 @pytest.mark.parametrize(("k", "null"), [(6, 0), (4, 1)])
-def test_virtual_groups_are_whole_and_of_experts_with_an_ffn(k, null, tmp_path):
-    """Four shards of 7 units: K = 6 is a group and a half; the router's column of a zero expert is no group's."""
+def test_virtual_groups_are_complete_and_leave_out_experts_without_an_ffn(k, null, tmp_path):
+    """Four shards of 7 units: K = 6 is a group and a half; the router's column of a zero expert belongs to no group."""
     moe = {"gate": "mixtral", "num_experts": 16, "experts_per_token": k, "d_ff": 7, "zero_experts": null}
     if k % 4:
         with pytest.raises(ConfigError, match=r"start.virtual_groups=True: K=6 must be a multiple of the 4 shards"):
@@ -114,7 +115,7 @@ def test_virtual_groups_are_whole_and_of_experts_with_an_ffn(k, null, tmp_path):
         *((upcycle_drop, 1), (upcycle_granular, 4), slow_case(upcycle_virtual_groups, 4)),
     ],
 )
-def test_the_configs_start_from_a_dense_checkpoint(module, shards, tmp_path):
+def test_upcycling_configs_start_from_a_dense_checkpoint(module, shards, tmp_path):
     dense = import_checkpoint(DENSE, tmp_path)
     tree = module.get_config()
     tree.start.checkpoint = str(tmp_path)
