@@ -149,7 +149,7 @@ def test_untrained_routers_change_nothing_else_in_the_model(recorded):
 # --- Probes ----------------------------------------------------------------------------------------------------------
 
 
-def test_masking_excludes_the_most_probable_experts_of_each_token(rng):
+def test_masking_takes_the_most_probable_experts_of_each_token(rng):
     logits = rng.normal(size=(2, 5, 6)).astype(np.float32)
     order = np.argsort(-logits, axis=-1)
     mask = jnp.ones((2, 5), bool)

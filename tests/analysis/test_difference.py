@@ -84,7 +84,7 @@ def tiny():
     return program, variables, Recorder(program), difference.TokenLosses(program)
 
 
-def test_losses_of_tokens_add_up_to_that_of_the_model(rng, tiny):
+def test_losses_of_tokens_are_those_of_the_model(rng, tiny):
     program, variables, recorder, losses = tiny
     batch = random_batch(rng, program.config.model.vocab_size, real=13)
     found = losses(variables, {"text": [batch]})
@@ -102,7 +102,7 @@ def test_losses_of_tokens_add_up_to_that_of_the_model(rng, tiny):
 def test_what_cannot_be_compared_is_refused(rng):
     one = _records(rng.integers(0, E, ROWS * LENGTH))
     for changes, message in (
-        ({"tokens": one.tokens + 1}, "other tokens"),
+        ({"tokens": one.tokens + 1}, "read different tokens"),
         ({"layers": (1, 2)}, "1 MoE layers, the other 2"),
         ({"num_experts": 8}, "4 experts"),
     ):

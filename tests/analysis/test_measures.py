@@ -42,7 +42,7 @@ def test_first_or_second_choice_repetition_by_hand(rng):
         repetition(np.zeros((4, 3), int), np.arange(3), 8, shuffles=1, rng=rng)
 
 
-def test_repetition_explained_by_repeated_tokens(rng):
+def test_repetition_that_repeated_tokens_explain(rng):
     """Experts that are a function of the token repeat as often as the tokens; experts by context repeat more often."""
     tokens = rng.integers(0, 3, 600).repeat(2)  # every token appears twice in a row
     consecutive = np.arange(len(tokens) - 1)
@@ -100,7 +100,7 @@ def test_mutual_information_by_hand(rng):
     assert dependence(np.zeros(4, int), y, np.arange(4), shuffles=2, rng=rng).nmi == 0
 
 
-def test_the_null_removes_the_bias_of_rare_labels(rng):
+def test_the_null_takes_the_bias_of_rare_labels_away(rng):
     x, y = rng.integers(0, 8, 2000), rng.integers(0, 500, 2000)
     found = dependence(x, y, np.arange(2000) // 50, shuffles=40, rng=rng)
     assert found.information > 0.5 * 7 * 499 / (2 * 2000)  # independent, yet the plug-in estimate is near (7·499)/2n
@@ -144,7 +144,7 @@ def _sticky(rng, values, rows, length, stay):
     return np.take_along_axis(drawn, last, axis=1).reshape(-1)
 
 
-def test_independent_sequences_are_found_independent_despite_autocorrelation(rng):
+def test_independent_sequences_are_found_independent_however_alike_neighbours_are(rng):
     """Independent sticky experts and labels have p <= 0.05 in about 5 % of draws, and explain nothing on average."""
     rows, length, draws = 16, 64, 200
     row = np.repeat(np.arange(rows), length)

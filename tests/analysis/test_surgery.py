@@ -52,7 +52,7 @@ def _logits(config, mesh, batch, parameters, biases):
     ],
     ids=lambda overrides: overrides["gate"],
 )
-def test_splitting_and_merging_again_changes_no_logit(rng, overrides):
+def test_split_and_merged_again_no_logit_changes(rng, overrides):
     program, variables = tiny_program(**overrides)
     config, mesh = program.config, program.mesh
     parameters, biases = _parts(program, variables)
@@ -69,7 +69,7 @@ def test_splitting_and_merging_again_changes_no_logit(rng, overrides):
     np.testing.assert_allclose(same, before, rtol=1e-6, atol=1e-6)
 
 
-def test_grouping_experts_that_are_chosen_together_changes_no_logit(rng):
+def test_experts_chosen_together_stand_together_and_no_logit_changes(rng):
     """Two tokens choose experts 0 and 2, one 1 and 3, one only 0: two groups, {0, 2} and {1, 3}. In the original
     order each of the first three has experts in both groups: (2 + 2 + 2 + 1)/4 against 1."""
     index = np.array([[0, 2], [2, 0], [1, 3], [0, 1]])
@@ -93,7 +93,7 @@ def test_grouping_experts_that_are_chosen_together_changes_no_logit(rng):
         surgery.check_groups(config.model, 3)
 
 
-def test_a_pruned_model_routes_among_the_remaining_experts(rng):
+def test_a_pruned_model_routes_among_the_experts_that_are_left(rng):
     """If the router never chooses expert 1, pruning it changes no renormalised weight."""
     program, variables = tiny_program(gate="mixtral", num_experts=4, **ROOM, bias="router")
     config, mesh = program.config, program.mesh
@@ -190,7 +190,7 @@ def test_mean_and_deviation_of_outputs_by_hand(rng):
         np.testing.assert_allclose(saliency.deviation(moments)[0, expert], variance**0.5, rtol=1e-3, atol=1e-5)
 
 
-def test_merging_an_expert_with_its_permuted_copy_leaves_it_unchanged(rng):
+def test_an_expert_merged_with_its_permuted_copy_is_itself(rng):
     """Expert 2 is expert 0 with its hidden units in another order: merging it into expert 0 leaves 0 unchanged."""
     program, variables = tiny_program(gate="switch", num_experts=3, **ROOM, bias="all")
     model = program.config.model
@@ -320,7 +320,7 @@ def test_a_users_gate_is_not_split():
 
 @pytest.mark.transformers
 @pytest.mark.parametrize("merged", [False, True])
-def test_a_pruned_export_loads_in_transformers_with_equal_logits(tmp_path, rng, merged):
+def test_a_pruned_export_loads_elsewhere_with_equal_logits(tmp_path, rng, merged):
     """The export is a Mixtral of three experts. Needs torch and transformers 5: python -m pytest -m transformers."""
     torch, transformers = (pytest.importorskip(name) for name in ("torch", "transformers"))
     program, variables = tiny_program(gate="mixtral", num_experts=4, **ROOM)

@@ -198,7 +198,7 @@ def test_fp8_round_trip_is_bit_identical(dtype, tmp_path):
 
 
 @pytest.mark.parametrize("kind", [np.float32, E8M0])
-def test_a_changed_block_gets_a_new_scale(kind, rng):
+def test_a_block_that_changed_gets_a_scale_of_its_own(kind, rng):
     """It is the largest magnitude over 448, rounded up if scales are powers of two; other blocks keep theirs."""
     form = FP8Blocks("w", "s", (3, 5), (2, 2))
     codes = rng.integers(0, 126, (3, 5), np.uint8).view(FP8)
@@ -280,7 +280,7 @@ REFUSED = [
     (1, _replaced(_SCALES, lambda a: _with(a, 255)), r"holds NaN scales"),
     (1, _replaced(_BLOCKS, lambda a: a.astype(np.int32)), rf"{_BLOCKS}: is I32, must be U8"),
     (1, _replaced(_BLOCKS, lambda a: a[..., :8]), r"must be \[experts, outputs, inputs / 32, 16\]"),
-    (2, _added(f"{_UP}_zero_point"), rf"{_UP}_zero_point: is not read; the quantization_config says symmetric"),
+    (2, _added(f"{_UP}_zero_point"), rf"{_UP}_zero_point: is not read; quantization_config says symmetric"),
     (2, _dropped(f"{_UP}_scale"), rf"{_UP}_packed: needs {_UP}_scale"),
     (2, _dropped(f"{_UP}_shape"), rf"{_UP}_shape: is missing, but needed for {_UP}_packed"),
     (
@@ -333,7 +333,7 @@ def test_broken_files_are_refused_in_one_sentence(number, change, pattern, tmp_p
 # --- The other libraries ---------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.transformers
-def test_values_equal_those_of_other_libraries_bit_for_bit(dtype, rng):
+def test_values_are_the_other_libraries_bit_for_bit(dtype, rng):
     """Needs torch, transformers 5 and compressed-tensors: python -m pytest -m transformers."""
     torch = pytest.importorskip("torch")
     fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8")

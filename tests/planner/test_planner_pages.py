@@ -349,7 +349,7 @@ def test_a_kept_plan_is_rescaled_by_hand(made, tmp_path):
     (row,) = kept_plans.read(path)
     assert f"{row['step_seconds']:.3g} (" in page.read_text()
     page.write_text("no marks")
-    with pytest.raises(ConfigError, match="no marks between which"):
+    with pytest.raises(ConfigError, match="has no marks around the table of plans"):
         kept_plans.write_table(path, page)
 
 

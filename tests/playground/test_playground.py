@@ -182,7 +182,7 @@ def test_int8_hardly_changes_the_committed_losses():
     ],
     ids=lambda overrides: overrides["gate"],
 )
-def test_pages_of_other_models_compute_what_python_does(tmp_path, rng, overrides):
+def test_other_models_of_a_run(tmp_path, rng, overrides):
     packed = pack(tiny_model(dispatch="dropless", num_layers=3, **overrides))
     rows = rng.integers(0, 48, (2, 11)).astype(np.int32)
     settings = {"rule": 0, "k": packed.model.moe.experts_per_token, "capacity": 0, "off": []}
