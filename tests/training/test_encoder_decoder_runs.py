@@ -114,7 +114,7 @@ def test_routing_of_both_stacks(opened, tmp_path, monkeypatch):
     variables = opened.variables()
     folder = training.epath.Path(tmp_path)
     recorders = {stack: Recorder(opened.program, stack) for stack in ("encoder", "decoder")}
-    for stack, length in (("encoder", 32), ("decoder", 16)):
+    for stack, length, layer in (("encoder", 32, 1), ("decoder", 16, 3)):  # the encoder's two layers come first
         recorder = recorders[stack]
         rows_ = pipeline.heldout_batches(
             opened.prepared, opened.program.config.data, domain="tiny_text/split", batch_size=8
@@ -124,7 +124,7 @@ def test_routing_of_both_stacks(opened, tmp_path, monkeypatch):
         segments = name.replace("tokens", "segment_ids")
         expected = np.concatenate([batch[name][batch[segments] > 0] for batch in rows_])
         np.testing.assert_array_equal(records.tokens, expected)
-        assert records.layers == (1,)
+        assert records.layers == (layer,)
         assert len(records.tokens) <= len(rows_) * 8 * length
         analysis = analyse.analyse(recorder, variables, opened.prepared, tokens=64, shuffles=2, seed=0)
         analyse.write(analysis, folder / stack, stack)
@@ -137,7 +137,7 @@ def test_routing_of_both_stacks(opened, tmp_path, monkeypatch):
         stacks.compare(recorders, variables, opened.prepared, tokens=16, shuffles=3)
     text = stacks.write(compared, folder)
     assert "| encoder | 1 |" in text
-    assert "| decoder | 1 |" in text
+    assert "| decoder | 3 |" in text
     assert re.search(r"training added [+-]\d+\.\d points in the encoder and [+-]\d+\.\d in the decoder", text)
     assert "encoder/experts.html" in (tmp_path / "experts.html").read_text()
 
