@@ -210,6 +210,13 @@ def test_absent_sizes_of_switch_have_the_defaults_of_the_library():
         ("gpt_oss", "num_local_experts", "num_experts"),
         ("minimax_m2", "num_local_experts", "num_experts"),
         ("deepseek_v2", "n_routed_experts", "num_experts"),
+        ("deepseek_v3", "n_routed_experts", "num_local_experts"),
+        ("glm4_moe", "n_routed_experts", "num_local_experts"),
+        ("dots1", "n_routed_experts", "num_local_experts"),
+        ("olmoe", "num_experts", "num_local_experts"),
+        ("flex_olmo", "num_experts", "num_local_experts"),
+        ("hunyuan_v1_moe", "num_experts", "num_local_experts"),
+        ("hunyuan_v1_moe", "moe_topk", "num_experts_per_tok"),
     ],
 )
 def test_alternative_field_names_of_the_library_are_read(name, own, other):
