@@ -180,7 +180,7 @@ def _gate(moe: MoEConfig) -> Canonical:
 
 def text_source(data: DataConfig) -> Any:
     """What a text is found by: another one may have domains of the same names."""
-    return data.dataset, data.text_suffixes, data.domains
+    return data.dataset, data.text_suffixes
 
 
 def text_versions(data: DataConfig) -> dict[str, str]:

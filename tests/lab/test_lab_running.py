@@ -420,6 +420,21 @@ def test_arms_may_read_texts_whose_domains_have_the_same_names(tmp_path, monkeyp
         runner.Worker(suite, tmp_path, [])._open_text()
 
 
+def test_arms_with_other_domains_of_a_folder_read_the_same_text(tmp_path, monkeypatch):
+    arms = {"all": (), "books": ("books",)}
+    dataset = {"data.dataset": "/tmp/x/text"}
+    suite = suite_of({name: Variant({**dataset, "data.domains": used}) for name, used in arms.items()}, horizons=(20,))
+    (run,) = keyed(suite, [record("all", 0, 5.0)])
+    dataclasses.replace(run, data={"books": "1", "code": "1"}).write(tmp_path)
+
+    def prepare_run(config, progress):
+        return SimpleNamespace(versions=dict.fromkeys(config.data.domains or ("books", "code"), "2"))
+
+    monkeypatch.setattr(runner.pipeline, "prepare_run", prepare_run)
+    with pytest.raises(ConfigError, match=r"text of 'books' has changed since the run all"):
+        runner.Worker(suite, tmp_path, [], only=lambda key: key.variant == "books")._open_text()
+
+
 @pytest.mark.parametrize("version", ["1", "2"])
 @pytest.mark.parametrize("other", [SWITCH, Variant({"data.shuffle_window": 64})])
 def test_runs_on_a_folder_that_changed_are_not_compared(tmp_path, monkeypatch, version, other):
