@@ -16,9 +16,9 @@ from moe.config.model_section import Activation
 from moe.foreign_files import Json, check
 
 
-def also_named(default: Any, *names: str) -> Any:
-    """A field with a default that a file may give under several names; the first of them counts."""
-    return pydantic.Field(default, validation_alias=pydantic.AliasChoices(*names))
+def named(*names: str) -> Any:
+    """Field that a file may give under several names, of which the first counts."""
+    return pydantic.Field(validation_alias=pydantic.AliasChoices(*names))
 
 
 def _refuse_true(value: bool) -> bool:
@@ -39,7 +39,11 @@ Size = Annotated[int, pydantic.Field(ge=1, le=1 << 24)]
 OptionalCount = Annotated[int, pydantic.Field(ge=0, le=1 << 16)]
 Layers = Annotated[int, pydantic.Field(ge=1, le=1024)]
 Experts = Annotated[int, pydantic.Field(ge=1, le=4096)]
-OptionalExperts = Annotated[int, pydantic.Field(ge=0, le=4096)]
+# E of the fields that the library also takes by a second name, the first being the one that it writes.
+NumExperts = Annotated[Experts, named("num_experts", "num_local_experts")]
+OptionalNumExperts = Annotated[int, pydantic.Field(ge=0, le=4096), named("num_experts", "num_local_experts")]
+NumLocalExperts = Annotated[Experts, named("num_local_experts", "num_experts")]
+RoutedExperts = Annotated[Count, named("n_routed_experts", "num_local_experts")]
 Window = Annotated[int, pydantic.Field(ge=0, le=(1 << 31) - 1)] | None
 Context = Annotated[int, pydantic.Field(ge=1, le=(1 << 31) - 1)]
 Positive = Annotated[float, pydantic.Field(gt=0, le=1e30, allow_inf_nan=False)]

@@ -4,7 +4,7 @@ from typing import Literal
 
 from moe.config import ConfigError, ModelConfig
 from moe.interop.families.family import ATTENTION, DENSE, EXPERTS, shared_expert, write_experts
-from moe.interop.schema import Count, Json, Off, OpenConfig, OptionalCount, Size, also_named
+from moe.interop.schema import Count, Json, Off, OpenConfig, OptionalCount, RoutedExperts, Size
 
 
 class LatentConfig(OpenConfig):
@@ -15,7 +15,7 @@ class LatentConfig(OpenConfig):
     qk_nope_head_dim: Count
     qk_rope_head_dim: Count
     v_head_dim: Count
-    n_routed_experts: Count = also_named(..., "n_routed_experts", "num_local_experts")
+    n_routed_experts: RoutedExperts
     n_shared_experts: OptionalCount = 0
     moe_intermediate_size: Size
     first_k_dense_replace: OptionalCount = 0

@@ -1,6 +1,6 @@
 """DeepSeek-V2 and V2-Lite: latent attention, softmax scores, selection limited to groups by their best expert."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from moe.config import ModelConfig
 from moe.interop.families.deepseek_layers import (
@@ -10,13 +10,13 @@ from moe.interop.families.deepseek_layers import (
     write_fields,
 )
 from moe.interop.families.family import Family, gate_field, read_experts
-from moe.interop.schema import Coefficient, Count, Json, Off, OptionalCount, Positive, also_named
+from moe.interop.schema import Coefficient, Count, Json, Off, OptionalCount, Positive, named
 
 
 class DeepseekV2Config(LatentConfig):
     """Fields of ``config.json``. With ``norm_topk_prob`` the published code and transformers differ: it is refused."""
 
-    n_routed_experts: Count = also_named(64, "n_routed_experts", "num_experts")
+    n_routed_experts: Annotated[Count, named("n_routed_experts", "num_experts")] = 64
     q_lora_rank: OptionalCount | None = 1536
     n_shared_experts: OptionalCount = 2
     topk_method: Literal["greedy", "group_limited_greedy"] = "greedy"

@@ -16,7 +16,7 @@ from moe.interop.families.family import (
     write_experts,
     write_windows,
 )
-from moe.interop.schema import Count, Json, OpenConfig, OptionalCount, Positive, Size, Window, also_named
+from moe.interop.schema import Count, Json, OpenConfig, OptionalCount, Positive, RoutedExperts, Size, Window
 
 
 class Dots1Config(OpenConfig):
@@ -26,7 +26,7 @@ class Dots1Config(OpenConfig):
     n_group: Count = 1
     topk_group: Count = 1
     routed_scaling_factor: Positive = 1.0
-    n_routed_experts: Count = also_named(..., "n_routed_experts", "num_local_experts")
+    n_routed_experts: RoutedExperts
     n_shared_experts: OptionalCount = 0
     moe_intermediate_size: Size = 1408
     first_k_dense_replace: OptionalCount = 0

@@ -15,7 +15,7 @@ from moe.interop.families.family import (
     read_sparse_layers,
     shared_expert,
 )
-from moe.interop.schema import Context, Count, Experts, Json, Off, OpenConfig, OptionalCount, Positive, Size, also_named
+from moe.interop.schema import Context, Count, Experts, Json, Off, OpenConfig, OptionalCount, Positive, Size, named
 
 
 class ErnieConfig(OpenConfig):
@@ -26,8 +26,8 @@ class ErnieConfig(OpenConfig):
     rms_norm_eps: Positive = 1e-5
     rope_theta: Positive = 500_000.0
     tie_word_embeddings: bool = True
-    num_experts_per_tok: Count = also_named(6, "moe_k", "num_experts_per_tok")
-    moe_num_experts: Experts = also_named(64, "moe_num_experts", "num_experts")
+    num_experts_per_tok: Annotated[Count, named("moe_k", "num_experts_per_tok")] = 6
+    moe_num_experts: Annotated[Experts, named("moe_num_experts", "num_experts")] = 64
     moe_num_shared_experts: OptionalCount = 2
     moe_intermediate_size: Size = 1536
     moe_layer_start_index: OptionalCount = 1

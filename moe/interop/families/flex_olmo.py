@@ -3,7 +3,7 @@
 from moe.config import ModelConfig
 from moe.interop.families import olmoe
 from moe.interop.families.family import ATTENTION, EXPERTS, Family
-from moe.interop.schema import Count, Experts, Json, Positive, also_named
+from moe.interop.schema import Count, Json, NumExperts, Positive
 
 
 class FlexOlmoConfig(olmoe.OlmoeConfig):
@@ -11,7 +11,7 @@ class FlexOlmoConfig(olmoe.OlmoeConfig):
 
     rms_norm_eps: Positive = 1e-6
     rope_theta: Positive = 500_000.0
-    num_experts: Experts = also_named(7, "num_experts", "num_local_experts")
+    num_experts: NumExperts = 7
     num_experts_per_tok: Count = 5
 
 

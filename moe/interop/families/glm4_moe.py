@@ -13,7 +13,7 @@ from moe.interop.families.family import (
     shared_expert,
     write_experts,
 )
-from moe.interop.schema import Context, Count, Json, OpenConfig, OptionalCount, Positive, Size, also_named
+from moe.interop.schema import Context, Count, Json, OpenConfig, OptionalCount, Positive, RoutedExperts, Size
 
 
 class Glm4MoeConfig(OpenConfig):
@@ -29,7 +29,7 @@ class Glm4MoeConfig(OpenConfig):
     num_experts_per_tok: Count = 8
     norm_topk_prob: bool = True
     routed_scaling_factor: Positive = 1.0
-    n_routed_experts: Count = also_named(128, "n_routed_experts", "num_local_experts")
+    n_routed_experts: RoutedExperts = 128
     n_shared_experts: OptionalCount = 1
     moe_intermediate_size: Size = 1408
     first_k_dense_replace: OptionalCount = 1

@@ -9,13 +9,12 @@ from moe.interop.schema import (
     Coefficient,
     Context,
     Count,
-    Experts,
     Json,
+    NumLocalExperts,
     OpenConfig,
     Positive,
     RopeParameters,
     Window,
-    also_named,
 )
 
 _SCALING = {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096, "truncate": False}
@@ -32,7 +31,7 @@ class GptOssConfig(OpenConfig):
     rope_scaling: RopeParameters | None = RopeParameters.model_validate(_SCALING)
     attention_bias: bool = True
     sliding_window: Window = 128
-    num_local_experts: Experts = also_named(128, "num_local_experts", "num_experts")
+    num_local_experts: NumLocalExperts = 128
     num_experts_per_tok: Count = 4
     router_aux_loss_coef: Coefficient = 0.9
     swiglu_alpha: float = pydantic.Field(SWIGLU_SLOPE, ge=SWIGLU_SLOPE, le=SWIGLU_SLOPE)

@@ -6,7 +6,7 @@ import pydantic
 
 from moe.config import ModelConfig, RopeScalingConfig
 from moe.interop.families.family import ATTENTION, EXPERTS, FUSED_EXPERTS, Family, read_bias, shared_expert
-from moe.interop.schema import Count, Experts, Json, OpenConfig, Positive, also_named
+from moe.interop.schema import Count, Json, NumExperts, OpenConfig, Positive, named
 
 
 def _same(value: Any) -> Any:
@@ -22,10 +22,8 @@ class HunyuanConfig(OpenConfig):
     """Fields of ``config.json`` with the library's defaults; lists by layer must hold one value."""
 
     rms_norm_eps: Positive = 1e-5
-    num_experts: Annotated[Experts, pydantic.BeforeValidator(_same)] = also_named(1, "num_experts", "num_local_experts")
-    num_experts_per_tok: Annotated[Count, pydantic.BeforeValidator(_same)] = also_named(
-        1, "moe_topk", "num_experts_per_tok"
-    )
+    num_experts: Annotated[NumExperts, pydantic.BeforeValidator(_same)] = 1
+    num_experts_per_tok: Annotated[Count, pydantic.BeforeValidator(_same), named("moe_topk", "num_experts_per_tok")] = 1
 
 
 def read(source: HunyuanConfig) -> tuple[Json, Json]:

@@ -5,7 +5,7 @@ from typing import Literal
 from moe.config import ModelConfig
 from moe.interop.families.family import ATTENTION, ONE_GROUP, Family, Tensor
 from moe.interop.families.mixtral import ALIASES, EXPERTS
-from moe.interop.schema import Context, Count, Experts, Fraction, Json, OpenConfig, Positive, also_named
+from moe.interop.schema import Context, Count, Fraction, Json, NumLocalExperts, OpenConfig, Positive
 
 
 class MiniMaxM2Config(OpenConfig):
@@ -16,7 +16,7 @@ class MiniMaxM2Config(OpenConfig):
     rope_theta: Positive = 5e6
     head_dim: Count | None = 128
     rotary_dim: Count | None = None
-    num_local_experts: Experts = also_named(256, "num_local_experts", "num_experts")
+    num_local_experts: NumLocalExperts = 256
     num_experts_per_tok: Count = 8
     router_jitter_noise: Fraction = 0.0
     scoring_func: Literal["sigmoid"] = "sigmoid"

@@ -2,7 +2,7 @@
 
 from moe.config import ModelConfig
 from moe.interop.families.family import ATTENTION, Family, window_of
-from moe.interop.schema import Context, Count, Experts, Fraction, Json, OpenConfig, Positive, Window, also_named
+from moe.interop.schema import Context, Count, Fraction, Json, NumLocalExperts, OpenConfig, Positive, Window
 
 
 class MixtralConfig(OpenConfig):
@@ -13,7 +13,7 @@ class MixtralConfig(OpenConfig):
     rope_theta: Positive = 1e6
     rms_norm_eps: Positive = 1e-5
     sliding_window: Window = None
-    num_local_experts: Experts = also_named(8, "num_local_experts", "num_experts")
+    num_local_experts: NumLocalExperts = 8
     router_jitter_noise: Fraction = 0.0
 
 

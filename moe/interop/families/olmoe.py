@@ -2,7 +2,7 @@
 
 from moe.config import ModelConfig
 from moe.interop.families.family import ATTENTION, EXPERTS, Family, read_bias, read_gate, selection_rule
-from moe.interop.schema import Coefficient, Context, Count, Experts, Json, OpenConfig, Positive, also_named
+from moe.interop.schema import Coefficient, Context, Count, Json, NumExperts, OpenConfig, Positive
 
 
 class OlmoeConfig(OpenConfig):
@@ -11,7 +11,7 @@ class OlmoeConfig(OpenConfig):
     max_position_embeddings: Context = 4096
     rms_norm_eps: Positive = 1e-5
     clip_qkv: Coefficient | None = None
-    num_experts: Experts = also_named(64, "num_experts", "num_local_experts")
+    num_experts: NumExperts = 64
     num_experts_per_tok: Count = 8
     router_aux_loss_coef: Coefficient = 0.01
 

@@ -12,7 +12,7 @@ from moe.interop.families.family import (
     write_windows,
 )
 from moe.interop.families.qwen_layers import QwenConfig, read_experts, write_experts
-from moe.interop.schema import Context, Count, Json, OptionalCount, OptionalExperts, Size, also_named
+from moe.interop.schema import Context, Count, Json, OptionalCount, OptionalNumExperts, Size
 
 
 class Qwen2Config(QwenConfig):
@@ -20,7 +20,7 @@ class Qwen2Config(QwenConfig):
 
     max_position_embeddings: Context = 32768
     num_key_value_heads: Count | None = 16
-    num_experts: OptionalExperts = also_named(60, "num_experts", "num_local_experts")
+    num_experts: OptionalNumExperts = 60
     num_experts_per_tok: Count = 4
     qkv_bias: bool = True
     shared_expert_intermediate_size: Size

@@ -13,14 +13,14 @@ from moe.interop.families.qwen3_next_layers import (
     convolutions,
     gated_queries,
 )
-from moe.interop.schema import Count, Json, OptionalCount, OptionalExperts, Size, also_named
+from moe.interop.schema import Count, Json, OptionalCount, OptionalNumExperts, Size
 
 
 class Qwen35Config(Qwen3NextConfig):
     """Fields of ``config.json`` with the library's defaults."""
 
     intermediate_size: Size = 512  # not in these files: every layer is MoE
-    num_experts: OptionalExperts = also_named(256, "num_experts", "num_local_experts")
+    num_experts: OptionalNumExperts = 256
     num_experts_per_tok: Count = 8
     num_nextn_predict_layers: OptionalCount = 0  # a family writes the field if its own schema names it
 

@@ -3,7 +3,7 @@
 from moe.config import ModelConfig
 from moe.interop.families.family import ATTENTION, DENSE, EXPERTS, Family, read_bias, window_of
 from moe.interop.families.qwen_layers import QwenConfig, read_experts, write_experts
-from moe.interop.schema import Context, Count, Json, OptionalExperts, also_named
+from moe.interop.schema import Context, Count, Json, OptionalNumExperts
 
 
 class Qwen3MoeConfig(QwenConfig):
@@ -11,7 +11,7 @@ class Qwen3MoeConfig(QwenConfig):
 
     max_position_embeddings: Context = 32768
     num_key_value_heads: Count | None = 4
-    num_experts: OptionalExperts = also_named(128, "num_experts", "num_local_experts")
+    num_experts: OptionalNumExperts = 128
     num_experts_per_tok: Count = 8
 
 

@@ -7,7 +7,7 @@ import pydantic
 from moe.config import ModelConfig
 from moe.interop.families.family import Tensor
 from moe.interop.families.qwen_layers import QwenConfig
-from moe.interop.schema import Context, Count, HiddenAct, OptionalCount, OptionalExperts, Positive, Size, also_named
+from moe.interop.schema import Context, Count, HiddenAct, OptionalCount, OptionalNumExperts, Positive, Size
 
 
 def _is_silu(name: HiddenAct) -> HiddenAct:
@@ -29,7 +29,7 @@ class Qwen3NextConfig(QwenConfig):
     partial_rotary_factor: Positive = 0.25
     moe_intermediate_size: Size = 512
     shared_expert_intermediate_size: Size = 512
-    num_experts: OptionalExperts = also_named(512, "num_experts", "num_local_experts")
+    num_experts: OptionalNumExperts = 512
     num_experts_per_tok: Count = 10
     norm_topk_prob: bool = True
     full_attention_interval: Count = 4

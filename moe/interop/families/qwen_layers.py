@@ -9,10 +9,9 @@ from moe.interop.schema import (
     LayerNumbers,
     OpenConfig,
     OptionalCount,
-    OptionalExperts,
+    OptionalNumExperts,
     Size,
     Window,
-    also_named,
 )
 
 
@@ -37,7 +36,7 @@ def read_upper_windows(source: UpperWindowsConfig) -> Json:
 class QwenConfig(OpenConfig):
     """Fields of ``config.json``; ``num_local_experts`` is the newer name of ``num_experts``."""
 
-    num_experts: OptionalExperts = also_named(0, "num_experts", "num_local_experts")
+    num_experts: OptionalNumExperts = 0
     moe_intermediate_size: Size
     decoder_sparse_step: Count = 1
     mlp_only_layers: LayerNumbers | None = None
