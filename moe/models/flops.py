@@ -41,8 +41,15 @@ def expert_rows_per_token(config: ModelConfig, sequence_length: int) -> float:
     if isinstance(gate, SoftMoE):
         return moe.num_experts * gate.slots / group_size
     if gate is not None and gate.experts_choose:
-        return moe.num_experts * layer_capacity(moe, group_size) / group_size
+        return buffer_rows_per_token(config, sequence_length)
     return moe.experts_per_token * moe.ffn_share
+
+
+def buffer_rows_per_token(config: ModelConfig, sequence_length: int) -> float:
+    """E·C/S: rows of one layer's expert buffers for each token, filled or not, at the capacity of training."""
+    moe = config.moe
+    group_size = moe.group_size or sequence_length
+    return moe.num_experts * layer_capacity(moe, group_size) / group_size
 
 
 def train_flops(config: Config, steps: int = 1) -> float:

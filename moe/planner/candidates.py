@@ -140,7 +140,8 @@ def guess_seconds(config: Config, chip: Chip | Gpu) -> float:
     expert_parameters = moe_layers * (into + 1) * model.expert_dim * moe.d_ff
     needed = flops.expert_rows_per_token(model, length)
     slots = moe.gate is not None and moe.gate.router == "slots"
-    rows = needed if not moe_layers or slots or moe.dispatch == "dropless" else fit.buffer_rows(config)
+    buffers = moe_layers and not slots and moe.dispatch != "dropless"
+    rows = flops.buffer_rows_per_token(model, length) if buffers else needed
     per_token, total = _of_model(fit.same_parameters(model), length, inputs)
     per_token *= config.train.batch_size * length / tokens
     per_token += 6 * expert_parameters * (rows - needed)

@@ -22,9 +22,9 @@ from jax.sharding import PartitionSpec as P
 
 from moe.config import Config, LayerKind, LoraConfig, ModelConfig, OptimizerConfig, stacks
 from moe.dispatch.backends import gpu
-from moe.dispatch.buffers import layer_capacity
 from moe.dispatch.exchange import ROUND_SIZE
 from moe.dispatch.ffn import GATED_ACTIVATIONS, ExpertWeights
+from moe.models import flops
 from moe.models.adapters import LORA_B
 from moe.models.factory import abstract_parameters, abstract_trained
 from moe.models.stack import segments
@@ -305,11 +305,4 @@ def _expert_rows(config: Config, sizes: Mapping[str, int]) -> float:
         return 0.0
     if moe.dispatch == "dropless":
         return moe.experts_per_token * (ROUND_SIZE if sizes["expert"] > 1 else 1.0)
-    return buffer_rows(config)
-
-
-def buffer_rows(config: Config) -> float:
-    """E·C/S: rows of the buffers of a dispatch with a capacity, per token."""
-    moe = config.model.moe
-    size = moe.group_size or config.data.sequence_length
-    return moe.num_experts * layer_capacity(moe, size) / size
+    return flops.buffer_rows_per_token(config.model, config.data.sequence_length)
