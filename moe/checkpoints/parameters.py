@@ -231,11 +231,17 @@ def read_variables(
     return join(read_parameters(workdir, model, **options), read_biases(workdir, model, **options))
 
 
-def chosen_step(workdir: str | os.PathLike[str], step: int | None) -> int:
-    """Return ``step``, or for None the step of the newest checkpoint. Raises ConfigError if there is none."""
+def saved_steps(workdir: str | os.PathLike[str]) -> list[int]:
+    """Steps of the checkpoints of a workdir, in order. Raises ConfigError where there are none."""
     steps = complete_steps(epath.Path(workdir))
     if not steps:
         raise ConfigError(f"{workdir}: holds no checkpoints")
+    return steps
+
+
+def chosen_step(workdir: str | os.PathLike[str], step: int | None) -> int:
+    """Return ``step``, or for None the step of the newest checkpoint. Raises ConfigError if there is none."""
+    steps = saved_steps(workdir)
     if step is not None and step not in steps:
         raise ConfigError(f"{workdir}: holds no checkpoint of step {step}")
     return steps[-1] if step is None else step

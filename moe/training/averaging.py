@@ -8,11 +8,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from etils import epath
 
 from moe.atomic_files import refuse_files
 from moe.checkpoints import parameters as stored
-from moe.checkpoints.manager import complete_steps
 from moe.checkpoints.pinned import base_step
 from moe.checkpoints.workdir import read_config
 from moe.config import Config, ConfigError, LoraConfig, MeshConfig
@@ -35,18 +33,17 @@ def write_average(workdir: str, out: str, steps: Sequence[int], *, ema: bool) ->
     Raises:
         ConfigError: a checkpoint or the tokenizer is missing, ``out`` holds files, or the run keeps no moving average.
     """
-    config, there = read_config(workdir), complete_steps(epath.Path(workdir))
+    config = read_config(workdir)
     find_tokenizer(workdir)  # a model without one could not be evaluated
     refuse_files(out)
     if ema and not config.optimizer.ema_decay:
         raise ConfigError(f"--ema: {workdir} was trained with optimizer.ema_decay=0 and keeps no moving average")
-    if not there:
-        raise ConfigError(f"{workdir}: holds no checkpoints")
-    chosen = sorted(set(steps)) or there
-    weights = _moving_average(workdir, config) if ema else _mean(workdir, config, chosen)
-    biases = stored.read_biases(workdir, config.model)
+    there = stored.saved_steps(workdir)
+    chosen, newest = sorted(set(steps)) or there, there[-1]  # the run may save further ones meanwhile
+    weights = _moving_average(workdir, config, newest) if ema else _mean(workdir, config, chosen)
+    biases = stored.read_biases(workdir, config.model, step=newest)
     stored.write_workdir(out, dataclasses.replace(config, lora=LoraConfig()), weights, biases, companions(workdir))
-    what = f"the moving average at step {there[-1]}" if ema else f"the mean of steps {', '.join(map(str, chosen))}"
+    what = f"the moving average at step {newest}" if ema else f"the mean of steps {', '.join(map(str, chosen))}"
     return f"{out}: {what} of {workdir}"
 
 
@@ -60,8 +57,8 @@ def _mean(workdir: str, config: Config, steps: Sequence[int]) -> Any:
     return jax.tree.map(lambda leaf: leaf.astype(np.float32), total)
 
 
-def _moving_average(workdir: str, config: Config) -> Any:
-    weights = averaged_weights(config.optimizer, optimizer_state(config, workdir, "--ema"))
+def _moving_average(workdir: str, config: Config, step: int) -> Any:
+    weights = averaged_weights(config.optimizer, optimizer_state(config, workdir, "--ema", step))
     if config.lora.rank:
         mesh = make_mesh(MeshConfig(data=1), jax.local_devices()[:1])
         base, _ = stored.read_base(config, base_step(config, workdir), mesh)

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from etils import epath
 
-from moe.checkpoints import manager, parameters
+from moe.checkpoints import parameters
 from moe.checkpoints.workdir import read_config
-from moe.config import Config, ConfigError, MeshConfig, OptimizerConfig, to_dict, validate_mesh
+from moe.config import Config, MeshConfig, OptimizerConfig, to_dict, validate_mesh
 from moe.config.parse import from_config_dict
 from moe.data import pipeline
 from moe.data.tokenizer_files import find_tokenizer
@@ -39,10 +38,7 @@ class Workdir:
 
     def steps(self) -> list[int]:
         """Steps of its checkpoints, in order."""
-        steps = manager.complete_steps(epath.Path(self.path))
-        if not steps:
-            raise ConfigError(f"{self.path}: holds no checkpoints")
-        return steps
+        return parameters.saved_steps(self.path)
 
     def step_or_newest(self, step: int | None) -> int:
         """See :func:`moe.checkpoints.parameters.chosen_step`."""

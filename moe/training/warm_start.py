@@ -272,12 +272,12 @@ def _host(tree: Any) -> Any:
     return jax.tree.map(whole, tree)
 
 
-def optimizer_state(source: Config, workdir: str, field: str, step: int | None = None) -> Any:
+def optimizer_state(source: Config, workdir: str, field: str, step: int) -> Any:
     """Optimizer state of a run's checkpoint, on one device, checked by its checksums.
 
     Args:
         field: field or flag that needs it, for messages.
-        step: of the checkpoint; None: the newest.
+        step: of the checkpoint.
 
     Raises:
         ConfigError: an import, which has none, a damaged checkpoint, or an optimizer of a module that was not allowed.
@@ -287,7 +287,6 @@ def optimizer_state(source: Config, workdir: str, field: str, step: int | None =
     with jax.set_mesh(mesh):
         program = build(dataclasses.replace(source, mesh=MeshConfig(data=1)), mesh)
     checkpoints = Checkpoints(epath.Path(workdir), 1, read_only=True)
-    step = checkpoints.latest() or 0 if step is None else step
     if not (epath.Path(workdir) / "checkpoints" / str(step) / "memory").exists():  # an import
         raise ConfigError(f"{field}: {workdir} holds no optimizer state, as an import does not")
     try:
