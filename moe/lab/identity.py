@@ -179,7 +179,7 @@ def _gate(moe: MoEConfig) -> Canonical:
 
 
 def text_source(data: DataConfig) -> Any:
-    """What a text is found by: another one may have domains of the same names."""
+    """Settings that name a text; another text may have domains of the same names."""
     return data.dataset, data.text_suffixes
 
 

@@ -110,7 +110,7 @@ def test_weights_above_1_are_shown(tmp_path, has_unit, shown):
 
 
 def test_long_texts_stay_responsive(tmp_path):
-    """Of 200,000 tokens only those near the view have elements, whatever is selected."""
+    """Only tokens near the view have elements, of 200,000 and whatever is selected."""
     page = make_page(200_000)
     found = run(
         page,

@@ -44,7 +44,7 @@ def test_random_drops_are_fair():
 
 
 def test_a_layer_drops_different_tokens_under_different_keys():
-    """Of eight tokens that all want expert 0, C = 0.5 · 8 / 2 = 2 are kept."""
+    """Keep C = 0.5 · 8 / 2 = 2 of eight tokens that all want expert 0."""
     weights = {"router": np.zeros((1, 2)), "up": np.ones((2, 1, 1)), "down": np.ones((2, 1, 1))}
     drops = {"drop_policy": "random", "accept_future_leak": True, "capacity": Capacity(train=0.5, eval=0.5)}
     layer = single_layer("switch", **weights, **drops, activation="relu", jitter=0.0, dispatch="einsum")

@@ -315,7 +315,7 @@ def test_published_coefficients_in_the_configs(config, name, coefficient):
 
 
 def test_layers_of_qwen():
-    """Of 6 layers decoder_sparse_step=2 makes 1, 3, 5 sparse, less 3. Windows: even layers below max_window_layers."""
+    """Sparse layers are 1, 3 and 5 of 6 by decoder_sparse_step=2, less 3; windows: even layers below the bound."""
     source = json.loads((HERE / "qwen2_moe" / "config.json").read_text())
     source |= {"num_hidden_layers": 6, "decoder_sparse_step": 2, "mlp_only_layers": [3], "max_window_layers": 3}
     del source["layer_types"]

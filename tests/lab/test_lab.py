@@ -66,7 +66,7 @@ def test_a_suite_that_is_already_loaded_is_not_loaded_again():
 
 @pytest.mark.parametrize("named", ["GATE", "LAYER", "Sharp"])
 def test_fields_of_a_users_gate_are_part_of_the_identity_of_a_run(monkeypatch, named):
-    """What is behind the name is edited between two starts."""
+    """Edit what is behind the name between two starts."""
 
     def run(power, counts="assignments"):
         @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -242,7 +242,7 @@ def test_cudnn_gets_the_rows_of_a_device_within_a_pipeline(prefix, monkeypatch):
 
 @pytest.mark.parametrize(("window", "keys"), [(0, 4096 * 10 / 16), (128, 640), (2048, 2560), (4096, 4096 * 10 / 16)])
 def test_keys_that_no_query_of_a_block_sees_are_skipped(window, keys):
-    """Of 4096 keys a query meets 10/16 on average in quarters of a causal row; with a window, the window and its
+    """A query meets 10/16 of 4096 keys on average in quarters of a causal row; with a window, the window's and its
     block's 512."""
     query, key = (jax.ShapeDtypeStruct((1, 4096, heads, 64), jnp.bfloat16) for heads in (4, 2))
     segment_ids = jnp.ones((1, 4096), jnp.int32)

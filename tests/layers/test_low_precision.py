@@ -129,9 +129,8 @@ LATENT = {"q_lora_rank": 12, "kv_lora_rank": 8, "head_dim": 8, "rope_dim": 4, "v
     ],
 )
 def test_every_product_is_quantised_where_asked(dispatch, attention, settings, monkeypatch):
-    """As traced for a TPU, the products with up, gate and down of a dense layer, a shared expert and the experts, and
-    attention's projections, are quantised forward and for the rows' gradients; all others, including the router's, are
-    not."""
+    """Products with up, gate and down of a dense layer, a shared expert and the experts, and attention's projections,
+    are quantised forward and for the rows' gradients in a trace for TPUs; others, including the router's, are not."""
     low = {"dtype": "bfloat16", "low_precision": "int8"}
     config = tiny_model(dispatch=dispatch, shared_d_ff=8, first_dense=1, capacity_factor=4.0, **low, **settings)
     graphdef, parameters = random_parameters(config)

@@ -268,8 +268,8 @@ def test_a_mode_that_a_fixed_capacity_rules_out_is_left_out():
 
 
 def test_a_program_that_does_not_fit_corrects_the_predicted_memory_of_others():
-    """Of 95 GiB, 20 are fixed and each row is predicted to take 3; more rows save 0.2 % of time each. 24 rows should
-    just fit, but need a fifth more than predicted: then 20 rows do not fit either, and 16 do."""
+    """A chip has 95 GiB, of which 20 are fixed and each row is predicted to take 3; more rows save 0.2 % of time each.
+    24 rows should just fit, but need a fifth more than predicted: then 20 rows do not fit either, and 16 do."""
 
     def candidate(remat, rows):
         config = dataclasses.replace(tiny_config(remat=remat), mesh=MeshConfig(1, 8, 1, 1))
