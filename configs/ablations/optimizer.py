@@ -34,6 +34,7 @@ def get_suite(size: str) -> Suite:
         question="Does the optimizer change which gate wins?",
         variants=variants,
         seeds=(5, 6, 7),
+        sweep=common.sweep(size),
         comparisons={
             **{
                 f"gates under {name}": Comparison(

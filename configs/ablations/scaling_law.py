@@ -38,6 +38,7 @@ def get_suite(size: str) -> Suite:
         question="How does the gain of more experts change with the width of the model?",
         variants=variants,
         seeds=(5, 6, 7),
+        sweep=common.sweep(size),
         experts=experts,
         comparisons={
             f"width × {times}": Comparison(

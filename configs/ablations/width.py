@@ -35,6 +35,7 @@ def get_suite(size: str) -> Suite:
         base=base,
         variants=wider,
         seeds=(5, 6, 7, 8, 9),
+        sweep=common.sweep(size),
         headline=tuple(name for name in names if name != "top1_free"),
         dropping_differs="dropping is one of the factors",
         comparisons={"equal active FLOPs": Comparison("dense", names[1:], ("steps", "flops"))},

@@ -33,9 +33,8 @@ domains. Time is that of a CPU, whose dense and expert FFNs run the same product
 (with half as wide experts, so that parameters and FLOPs stay) and dropping; with K = 1 the weight is the router's
 probability and with K = 2 it is renormalised over the two, as the papers have it, so that the factor K includes that.
 All arms start from matrices of scale 1.0. Switch's paper prescribes 0.1 (section 2.4), which the suite `initial_scale`
-compares. {rates}"""
-_NO_SWEEP = "All arms train at the base config's learning rate; beside the pilot's runs no other one has been tried."
-_SWEEP = "Arms of one kind of layer share the learning rate that the sweep in the suite's report chose."
+compares. All arms train at the base config's learning rate; the suite `tuned_rates` compares each arm at the best of
+its own."""
 
 _OVER_TRAINING = """\
 The contrasts at evaluations of the same runs, by training tokens per active parameter of the dense model. The learning
@@ -84,18 +83,12 @@ def write_page(
         *_picture(_loss_by_cost(directory / f"{NAME}_cost.png", found, seconds)),
         *([_measured(seconds)] if seconds else []),
         "## What this does not say",
-        _limits(found),
+        _LIMITS.replace("\n", " "),
         "## Rules",
         rules(primary),
         f"Claims file: SHA-256 `{registered.digest}`. Records: suite `{found.suite.name}`.",
     ]
     write_atomic(directory / f"{NAME}.md", ("\n\n".join(filter(None, parts)) + "\n").encode())
-
-
-def _limits(found: Table) -> str:
-    """Limits of the page's answer, with how its learning rates were chosen."""
-    swept = any(choice.tried for choice in found.choices.values())
-    return _LIMITS.format(rates=_SWEEP if swept else _NO_SWEEP).replace("\n", " ")
 
 
 def _answer(findings: Sequence[Finding]) -> str:

@@ -1,0 +1,33 @@
+"""The arms of switch_vs_mixtral once more, each at the best of its own learning rates.
+
+    python scripts/ablate.py --suite=configs/ablations/tuned_rates.py --workdir=/tmp/lab --jobs=2
+
+Four sweeps on seeds 100 and 101: of dense, top-1, top-2 and DeepSeekMoE; arms of one kind share theirs. Where the best
+rate is the base config's, the runs are those of switch_vs_mixtral. When claims 44 to 48 were registered, dense's and
+top-2's best rate were known to be the base config's and top-1's to be half of it or less, at which no compared run had
+been made.
+"""
+
+import dataclasses
+
+from configs.ablations import common, switch_vs_mixtral
+from moe.lab.suite import Comparison, Suite
+
+_ARMS = ("dense", "switch", "mixtral", "top1_drop", "top1_free", "top2_drop", "top2_free", "deepseek_moe")
+
+
+def get_suite(size: str) -> Suite:
+    """Dense, the 2 × 2, Switch and Mixtral as published, and DeepSeekMoE."""
+    first = switch_vs_mixtral.get_suite(size)
+    return dataclasses.replace(
+        first,
+        name="tuned_rates",
+        question="Do the answers on Switch against Mixtral hold with each arm at its best learning rate?",
+        variants={name: dataclasses.replace(first.variants[name], probes=()) for name in _ARMS},
+        sweep=common.sweep(size),
+        headline=("dense", "switch", "mixtral"),
+        comparisons={
+            title: Comparison(c.baseline, tuple(a for a in c.variants if a in _ARMS), c.equal, c.tolerance)
+            for title, c in first.comparisons.items()
+        },
+    )
