@@ -21,6 +21,8 @@ FLOPS_AND_PARAMETERS = ("steps", "flops", "active_parameters", "total_parameters
 
 #: Tokens of each domain's training text, text version 1.2.0 and the tokenizer of 2,048 that it trains.
 TRAINING_TOKENS = {"literature": 4_152_602, "definitions": 4_489_272, "python": 10_544_259, "technical": 10_744_716}
+#: Seeds on which learning rates are chosen.
+SWEPT_SEEDS = (100, 101)
 #: Fields of model.moe of arms that drop, and of those that do not.
 DROPPING: dict[str, Any] = {"capacity.train": 1.25, "capacity.eval": 2.0}
 DROPLESS: dict[str, Any] = {"dispatch": "dropless"}
@@ -55,6 +57,7 @@ def suite(size: str, **fields: Any) -> Suite:
     shared: dict[str, Any] = {
         "base": base(size),
         "seeds": (0, 1, 2, 3, 4),
+        "reserved": SWEPT_SEEDS,
         "warmup_share": 0.025,
         "unseen": ("unseen_book", "unseen_package") if laptop else (),
         "domain_tokens": TRAINING_TOKENS if laptop else {},
@@ -65,7 +68,7 @@ def suite(size: str, **fields: Any) -> Suite:
 def sweep(size: str, rate: float = 0.0) -> Sweep:
     """From a quarter to four times a learning rate, by default the base config's."""
     rate = rate or float(base(size).optimizer.learning_rate)
-    return Sweep(tuple(factor * rate for factor in (0.25, 0.5, 1.0, 2.0, 4.0)), seeds=(100, 101))
+    return Sweep(tuple(factor * rate for factor in (0.25, 0.5, 1.0, 2.0, 4.0)), seeds=SWEPT_SEEDS)
 
 
 def hidden(of: str | ml_collections.ConfigDict) -> int:

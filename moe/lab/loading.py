@@ -70,13 +70,11 @@ def with_seeds(suite: Suite, seeds: Sequence[int]) -> Suite:
     Verdicts still need all seeds of the suite as given.
 
     Raises:
-        ConfigError: a seed is repeated, or reserved for the sweep.
+        ConfigError: a seed is repeated, or reserved.
     """
-    reserved = set(suite.sweep.seeds) if suite.sweep else set()
-    if len(set(seeds)) < len(seeds) or reserved & set(seeds):
-        raise ConfigError(
-            f"--seeds={','.join(map(str, seeds))}: must be different, and none of the sweep's {reserved or ''}"
-        )
+    if len(set(seeds)) < len(seeds) or suite.reserved_seeds & set(seeds):
+        none = f", and none of the reserved {sorted(suite.reserved_seeds)}" if suite.reserved_seeds else ""
+        raise ConfigError(f"--seeds={','.join(map(str, seeds))}: must be different{none}")
     return dataclasses.replace(suite, seeds=tuple(seeds), registered=suite.registered_seeds)
 
 
@@ -99,6 +97,8 @@ def check(suite: Suite) -> None:
         raise ConfigError(f"{where}, primary={unknown}: must be among data.domains {domains}")
     if len(suite.seeds) < 2 or len(set(suite.seeds)) < len(suite.seeds):
         raise ConfigError(f"{where}, seeds={suite.seeds}: must be at least two different seeds; a result needs five")
+    if suite.reserved_seeds & set(suite.seeds):
+        raise ConfigError(f"{where}, seeds={suite.seeds}: must be none of the reserved {sorted(suite.reserved_seeds)}")
     if any(steps < 1 for steps in suite.steps) or len(set(suite.steps)) < len(suite.steps):
         raise ConfigError(f"{where}, horizons={suite.horizons}: must be different positive numbers of steps")
     for name in suite.headline:
@@ -135,8 +135,8 @@ def _check_sweep(suite: Suite, sweep: Sweep) -> None:
         raise ConfigError(f"{where}, learning_rates={rates}: must be positive")
     if suite.learning_rate not in rates:
         raise ConfigError(f"{where}, learning_rates={rates}: must contain the base config's {suite.learning_rate}")
-    if not sweep.seeds or set(sweep.seeds) & set(suite.seeds):
-        raise ConfigError(f"{where}, seeds={sweep.seeds}: must be at least one, and none of the suite's {suite.seeds}")
+    if not sweep.seeds:
+        raise ConfigError(f"{where}, seeds={sweep.seeds}: must be at least one")
     if other := sorted(set(sweep.horizons) - set(suite.steps)):
         raise ConfigError(f"{where}, horizons={other}: must be among the suite's {suite.steps}")
 

@@ -136,6 +136,7 @@ class Suite:
         dropping_differs: why arms that drop different shares of their assignments in training are compared; empty: the
             shares within a comparison may differ by at most :data:`MAX_DROP_DIFFERENCE`.
         domain_tokens: domain → tokens of its training text, for the number of epochs in the report.
+        reserved: seeds on which other suites chose something, such as a learning rate; no comparison uses them.
         unseen: embedded domains that no run is trained on, evaluated beside the others; never part of the primary loss.
         fixed_seeds: leave out other seeds, for which other suites may have run the same arms: adding seeds to the
             registered ones would be a choice made after seeing their results.
@@ -160,6 +161,7 @@ class Suite:
     heldout_rows: Annotated[int, pydantic.Field(strict=True, ge=1)] = 256
     dropping_differs: str = ""
     domain_tokens: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    reserved: tuple[Seed, ...] = ()
     unseen: tuple[str, ...] = ()
     fixed_seeds: bool = False
     whole_batch_groups: bool = True
@@ -184,6 +186,11 @@ class Suite:
     def registered_seeds(self) -> tuple[int, ...]:
         """Seeds that a verdict needs, whichever of them this command runs."""
         return self.registered or self.seeds
+
+    @property
+    def reserved_seeds(self) -> frozenset[int]:
+        """Seeds that no comparison uses: those of the sweep too."""
+        return frozenset((*self.reserved, *(self.sweep.seeds if self.sweep else ())))
 
     @property
     def longest(self) -> int:

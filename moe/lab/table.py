@@ -31,9 +31,8 @@ class Table:
         records = list(records)
         self.suite, self.plan = suite, schedule.Plan(suite, records)
         self.choices = self.plan.choices
-        reserved = set(suite.sweep.seeds) if suite.sweep else set()
         others = () if suite.fixed_seeds else (record.seed for record in records)
-        seeds = sorted({*suite.seeds, *others} - reserved)
+        seeds = sorted({*suite.seeds, *others} - suite.reserved_seeds)
         self._runs: dict[tuple[str, int, int], Record] = {}
         for name, steps, seed in itertools.product(suite.variants, suite.steps, seeds):
             record = self.plan.record(self.plan.key(name, steps, seed))

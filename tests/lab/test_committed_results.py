@@ -129,7 +129,7 @@ def read(folder, suite):
     text = sections_of(folder / "report.md")["Learning rates"]
     for arm, steps, rate, *_ in tables(text)[0][1] if "**Not tuned:**" not in text else ():
         rates[arm, int(steps.replace(",", ""))] = float(rate)
-    return again.read_records(folder / "records.parquet", suite.sweep.seeds, rates)
+    return again.read_records(folder / "records.parquet", suite.reserved_seeds, rates)
 
 
 def sections_of(path):

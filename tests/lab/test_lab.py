@@ -154,7 +154,8 @@ TWO = {"a": DENSE, "b": DENSE}
         ),
         (suite_of({"a": DENSE}, sweep=Sweep((1e-3, 2e-3), (9,))), "must contain the base config's 0.003"),
         (suite_of({"a": DENSE}, sweep=Sweep((0.0, 3e-3), (9,))), "must be positive"),
-        (suite_of({"a": DENSE}, sweep=Sweep((3e-3, 6e-3), (1,))), "none of the suite's"),
+        (suite_of({"a": DENSE}, sweep=Sweep((3e-3, 6e-3), (1,))), "none of the reserved"),
+        (suite_of({"a": DENSE}, reserved=(1,)), "none of the reserved"),
         (suite_of({"a": DENSE}, sweep=Sweep((3e-3, 6e-3), (9,), (7,))), "must be among the suite's"),
         (suite_of({"../a": DENSE}), "variant '../a': must be at most 60 letters"),
         (suite_of({"a": dataclasses.replace(DENSE, rate_from="b")}), "no variant 'b'"),
@@ -451,6 +452,8 @@ def test_an_edited_arm_is_a_different_run(tmp_path):
     for fixed, seeds in ((False, [0, 1]), (True, [1])):
         found = Table(dataclasses.replace(renamed, seeds=(1, 2), fixed_seeds=fixed), runs)
         assert found.seeds(20, "c") == seeds
+    # A reserved seed is counted by no comparison.
+    assert Table(dataclasses.replace(renamed, seeds=(1, 2), reserved=(0,)), runs).seeds(20, "c") == [1]
 
 
 def test_the_canonical_form_names_every_setting():
