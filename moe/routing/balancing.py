@@ -52,6 +52,8 @@ AUXILIARY: Mapping[str, tuple[str, str]] = types.MappingProxyType(
         "router_z_loss": ("z", "router z-loss"),
     }
 )
+#: Fields of :class:`LayerReport` that are shares of the assignments.
+PER_ASSIGNMENT = ("expert_load", "fraction_tokens_dropped")
 
 
 @jax.tree_util.register_dataclass

@@ -11,7 +11,7 @@ import numpy as np
 from moe.config import ConfigError
 from moe.data import pipeline
 from moe.parallel.mesh import local_rows
-from moe.routing.balancing import LayerReport
+from moe.routing.balancing import PER_ASSIGNMENT, LayerReport
 from moe.training.batches import place
 from moe.training.step import Program
 
@@ -141,7 +141,7 @@ def routing_metrics(reports: list[LayerReport]) -> dict[str, Any]:
         values = np.stack([getattr(report, name) for report in reports])
         if name == "broken_tokens":
             return values.sum(axis=0).tolist()
-        weights = assignments if name in ("expert_load", "fraction_tokens_dropped") else tokens
+        weights = assignments if name in PER_ASSIGNMENT else tokens
         shares = weights / np.maximum(weights.sum(axis=0), 1)
         return np.sum(values * shares.reshape(shares.shape + (1,) * (values.ndim - 2)), axis=0).tolist()
 

@@ -17,7 +17,7 @@ from moe.models.factory import Model
 from moe.models.prediction import further_targets
 from moe.parallel import partition_specs, target
 from moe.parallel.mesh import TOKEN_AXES, axis_size, constrain
-from moe.routing.balancing import AUXILIARY, LayerReport
+from moe.routing.balancing import AUXILIARY, PER_ASSIGNMENT, LayerReport
 
 #: Named scope of the chunked loss, by which the planner finds it in a compiled program.
 LOSS_SCOPE = "loss"
@@ -276,6 +276,18 @@ def auxiliary_loss(layers: LayerReport | None, config: MoEConfig) -> Array:
 
 
 def mean_reports(reports: LayerReport) -> LayerReport:
-    """Mean over the leading axis of batches; ``broken_tokens``, a count, is summed."""
+    """One report of a step's microbatches, stacked over a leading axis.
+
+    Losses are means over microbatches, as in the objective. Metrics are those of all tokens together: shares of
+    assignments, means over tokens, and ``broken_tokens`` as a sum.
+    """
     mean = jax.tree.map(lambda values: jnp.mean(values, axis=0), reports)
-    return dataclasses.replace(mean, broken_tokens=jnp.sum(reports.broken_tokens, axis=0))
+
+    def together(name: str, counts: Array) -> Array:
+        values = getattr(reports, name)
+        shares = counts / jnp.maximum(jnp.sum(counts, axis=0), 1)
+        return jnp.sum(values * shares.reshape(shares.shape + (1,) * (values.ndim - shares.ndim)), axis=0)
+
+    metrics = {name: together(name, reports.sums.assignments) for name in PER_ASSIGNMENT}
+    metrics |= {name: together(name, reports.sums.tokens) for name in ("router_entropy", "active_experts")}
+    return dataclasses.replace(mean, broken_tokens=jnp.sum(reports.broken_tokens, axis=0), **metrics)

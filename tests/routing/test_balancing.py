@@ -225,6 +225,27 @@ def test_metrics_of_several_batches_equal_those_of_one():
     assert metrics["active_experts"] == [pytest.approx(1.0)]
 
 
+def test_metrics_of_microbatches_are_those_of_all_their_tokens():
+    """Four tokens of K = 2 to experts 0 and 1, all dropped, and one to experts 2 and 3: loads (4, 4, 1, 1)/10, 8 of 10
+    dropped, entropy (4 x 0.5 + 1.0)/5; the losses are the objective's, a mean over microbatches."""
+    zeros = {field.name: jnp.zeros((2,)) for field in dataclasses.fields(balancing.LayerReport)}
+    per_expert = jnp.zeros((2, 4))
+    sums = balancing.BalanceSums(per_expert, per_expert, jnp.array([4.0, 1.0]), jnp.array([8.0, 2.0]), per_expert)
+    values = {
+        "expert_load": jnp.array([[0.5, 0.5, 0, 0], [0, 0, 0.5, 0.5]]),
+        "fraction_tokens_dropped": jnp.array([1.0, 0.0]),
+        "router_entropy": jnp.array([0.5, 1.0]),
+        "active_experts": jnp.array([2.0, 1.0]),
+        "load_balancing_loss": jnp.array([3.0, 1.0]),
+    }
+    mean = mean_reports(balancing.LayerReport(**zeros | values | {"sums": sums}))
+    np.testing.assert_allclose(mean.expert_load, [0.4, 0.4, 0.1, 0.1], rtol=1e-6)
+    assert float(mean.fraction_tokens_dropped) == pytest.approx(0.8)
+    assert float(mean.router_entropy) == pytest.approx(0.6)
+    assert float(mean.active_experts) == pytest.approx(1.8)
+    assert float(mean.load_balancing_loss) == 2
+
+
 def test_losses_of_weight_zero_are_left_out_of_the_objective():
     """Multiplied by 0, XLA would still compute their gradients."""
     reports = report(routed("switch", np.zeros((1, 4, E))), jnp.ones((1, 4), bool), jnp.ones((1, 4, 1), bool))
