@@ -280,13 +280,13 @@ def epochs_per_step(prepared: Prepared, config: Config) -> dict[str, float]:
     """
     if config.data.whole_examples:
         return {}
-    epochs = {}
+    epochs, read = {}, config.train.batch_size * (config.data.sequence_length + 1)  # a row is cut from T + 1 tokens
     for domain, share in row_shares(config.data, prepared.domains).items():
         documents = prepared.train[domain]
         count = min(len(documents), max(EPOCH_SAMPLE // len(prepared.domains), 1))
         sample = [documents[int(i)] for i in np.linspace(0, len(documents) - 1, count)]
         tokens = np.mean([len(_tokenise(text, prepared.tokenizer)["row"]) for text in sample]) * len(documents)
-        epochs[domain] = float(config.tokens_per_step * share / tokens)
+        epochs[domain] = float(read * share / tokens)
     return epochs
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from moe.config import ConfigError, DataConfig
+from moe.config import Config, ConfigError, DataConfig, TrainConfig
 from moe.data import pipeline, preparation, streams
 from moe.data.tokenizer import Tokenizer, train_tokenizer
 from tests.text_fixtures import VOCAB, assert_equal, data, prepared  # noqa: F401
@@ -110,6 +110,13 @@ def test_split_document_and_padding_by_hand(letters):
     np.testing.assert_array_equal(batch["targets"], [[3, 4, 2, -1], [2, -1, -1, -1], [-1] * 4])
     np.testing.assert_array_equal(batch["segment_ids"], [[1, 1, 1, 1], [1, 1, 0, 0], [0] * 4])
     np.testing.assert_array_equal(batch["positions"], [[0, 1, 2, 3], [0, 1, 0, 0], [0] * 4])
+
+
+def test_a_step_reads_one_token_more_than_the_targets_of_each_row(letters):
+    """Documents of 4 and 3 tokens (bos ab eos, bos c eos); a row of T = 3 is cut from 4 tokens, so a step of 2 rows
+    reads 8 of 7 tokens."""
+    config = Config(data=DataConfig(sequence_length=3), train=TrainConfig(batch_size=2, sample_tokens=0))
+    assert pipeline.epochs_per_step(letters, config) == {"x": pytest.approx(8 / 7)}
 
 
 def test_unigram_by_hand(letters):
