@@ -403,6 +403,23 @@ def test_the_time_left_is_rounded_to_whole_minutes(tmp_path, monkeypatch):
     assert shown._time_left(1.0, running=True).startswith("3 h 0 min left")
 
 
+def test_the_pace_counts_only_the_steps_of_this_process(tmp_path, monkeypatch):
+    """A run of 8 steps goes on at step 6; one step takes 2 minutes, so the last one does too."""
+    clock = iter((0.0, 120.0, 120.0))
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    suite, key = suite_of({"a": SWITCH}), records.Key("a", 8, 1e-3, 0)
+    shown = progress.Progress(suite, tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 6, "kind": "train", "cross_entropy": 2.0}\n')
+    shown.start(key, [key], [])
+    with shown.following(key, tmp_path):
+        shown._follow(key, 6, 2.0)
+        shown._follow(key, 7, 2.0)
+    lines = (tmp_path / "progress.log").read_text().splitlines()
+    assert lines[-2].endswith("step 6 of 8, loss 2.000; time left not known yet")
+    assert lines[-1].endswith("step 7 of 8, loss 2.000; 0 h 2 min left at the pace of this process")
+    assert shown._trained == pytest.approx(suite.costs("a", 8)["flops"] / 4)
+
+
 def test_arms_may_read_texts_whose_domains_have_the_same_names(tmp_path, monkeypatch):
     suite = suite_of(
         {name: Variant({"data.dataset": f"/tmp/{name}/text"}) for name in ("raw", "clean")}, horizons=(20,)

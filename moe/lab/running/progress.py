@@ -7,6 +7,7 @@ import datetime
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from etils import epath
 
@@ -29,6 +30,7 @@ class Progress:
         self._start = time.monotonic()
         self._trained = 0.0  # FLOPs of the runs that this process has finished
         self._left = 0.0  # FLOPs of the current run and of those after it
+        self._before = 0.0  # FLOPs of the current run that an earlier process has done
         self._title = ""
 
     def say(self, text: str) -> None:
@@ -51,16 +53,20 @@ class Progress:
     def following(self, key: Key, directory: Path) -> Iterator[None]:
         """Write a line a minute while the run in ``directory`` is trained."""
 
-        def follow() -> None:
-            trained = [row for row in read_rows(epath.Path(directory) / METRICS) if row["kind"] == "train"]
-            if trained:
-                self._follow(key, trained[-1]["step"], trained[-1]["cross_entropy"])
+        def trained() -> list[dict[str, Any]]:
+            return [row for row in read_rows(epath.Path(directory) / METRICS) if row["kind"] == "train"]
 
+        def follow() -> None:
+            if rows := trained():
+                self._follow(key, rows[-1]["step"], rows[-1]["cross_entropy"])
+
+        begun = rows[-1]["step"] if (rows := trained()) else 0
+        self._before = self._flops(key) * begun / key.steps
         try:
             with repeatedly(_SECONDS_BETWEEN_LINES, follow):
                 yield
         finally:
-            self._trained += self._flops(key)
+            self._trained += self._flops(key) - self._before
 
     def finish(self, key: Key, record: Record) -> None:
         """Report the end of a run, with the loss that comparisons use."""
@@ -76,6 +82,8 @@ class Progress:
 
     def _time_left(self, current: float, *, running: bool = False) -> str:
         """Time left for all planned runs at this process's pace so far; ``current``: FLOPs done of the current run."""
-        trained = self._trained + current * running
+        trained = self._trained + (current - self._before) * running
+        if trained <= 0:
+            return "time left not known yet"
         minutes = round((self._left - current) * (time.monotonic() - self._start) / trained / 60)
         return f"{minutes // 60} h {minutes % 60} min left at the pace of this process"
