@@ -81,7 +81,7 @@ def utilisation(config: Any, mesh: Any) -> None:
     )
     peak = target.current().peak_flops
     if peak:
-        share = per_step / step / (peak * jax.device_count())
+        share = per_step / step / (peak * program.mesh.size)
         print(f"MFU against the datasheet's {peak / 1e12:.0f} TFLOP/s in bfloat16: {share:.2f}")
     if _SEEDS.value > 1:
         vmapped_step = statistics.median(seconds["together"])

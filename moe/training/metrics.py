@@ -7,7 +7,6 @@ import functools
 import time
 from typing import Any
 
-import jax
 import numpy as np
 
 from moe.config import Config
@@ -83,7 +82,7 @@ class Throughput:
         self._tokens = config.tokens_per_step
         self._flops = flops.train_flops(config)
         self._dtype = config.model.dtype
-        self._datasheet = (target.current().peak_flops or 0.0) * jax.device_count()
+        self._datasheet = target.current().peak_flops or 0.0
 
     @functools.cached_property
     def _peak(self) -> float:
@@ -102,5 +101,5 @@ class Throughput:
             "data_wait_share": waited / seconds,
         }
         if self._datasheet:
-            row["mfu_datasheet"] = self._flops / seconds / self._datasheet
+            row["mfu_datasheet"] = self._flops / seconds / (self._datasheet * axis_size(*AXES))
         return row

@@ -144,12 +144,14 @@ def test_the_planners_chips_have_the_same_peaks():
 def test_the_rate_of_a_mesh_is_that_of_all_its_devices(monkeypatch):
     """Each device runs the whole measured matmul, so that the measured rate is that of one device."""
     monkeypatch.setattr(profiling, "measured_matmul_rate", lambda _: 1e9)
+    monkeypatch.setattr(profiling.target, "current", lambda: Target("cpu", "TPU v5p"))
     config = Config(model=tiny_model(num_layers=1))
     shares = []
     for devices in (1, 4):
         with jax.set_mesh(make_mesh(MeshConfig(data=1, fsdp=devices), jax.devices()[:devices])):
-            shares.append(Throughput(config).row(1.0, 0.0)["mfu"])
-    assert shares[0] == pytest.approx(4 * shares[1])
+            row = Throughput(config).row(1.0, 0.0)
+            shares.append([row["mfu"], row["mfu_datasheet"]])
+    assert shares[0] == [pytest.approx(4 * share) for share in shares[1]]
 
 
 def test_balanced_experts_without_an_ffn_compute_no_rows():
