@@ -213,10 +213,15 @@ def _pin_sizes(rounds: Rounds, directory: epath.Path, *, new: bool) -> None:
 def _updates(
     program: Program, state: TrainState, reader: policy.Reader, groups: Sequence[rollouts.Group], updates: int
 ) -> tuple[TrainState, dict[str, Any]]:
-    """Train ``updates`` steps on a round; the row is that of the first step, whose parameters sampled the round."""
+    """Train ``updates`` steps on a round.
+
+    The row is that of the first step, whose parameters sampled the round; ``skipped`` counts all updates.
+    """
     examples = [example for group in groups for example in reader.of_group(group)]
     batch = place(policy.batch(examples, reader.length, pad_id=0), program.mesh)
-    state, first = program.train_step(state, batch)
-    for _ in range(updates - 1):
-        state, _ = program.train_step(state, batch)
-    return state, mean_row([step_metrics(first)])
+    steps = []
+    for _ in range(updates):
+        state, metrics = program.train_step(state, batch)
+        steps.append(metrics)
+    rows = [step_metrics(metrics) for metrics in steps]
+    return state, mean_row(rows[:1]) | {"skipped": sum(int(row["skipped"]) for row in rows)}

@@ -137,6 +137,14 @@ def test_each_round_draws_new_prompts_and_samples(tmp_path, monkeypatch):
     assert len(set(keys)) == len(keys) == 3
 
 
+def test_every_skipped_update_of_a_round_is_counted(monkeypatch):
+    monkeypatch.setattr(online, "place", lambda batch, mesh: batch)
+    monkeypatch.setattr(online.policy, "batch", lambda *_, **__: {})
+    steps = iter([{"skipped": 0.0, "loss": 1.0}, {"skipped": 1.0, "loss": np.nan}, {"skipped": 1.0, "loss": np.nan}])
+    program = SimpleNamespace(train_step=lambda state, _: (state + 1, next(steps)), mesh=None)
+    assert online._updates(program, 5, SimpleNamespace(length=8), [], 3) == (8, {"skipped": 2, "loss": 1.0})
+
+
 class Odd(Evens):
     """A task with one method replaced."""
 
