@@ -110,6 +110,18 @@ def test_the_standard_error_of_a_heldout_loss_by_hand():
     assert "standard_error" not in _summary(np.asarray([2.0, 2.0, 8.0]), None, [])
 
 
+@pytest.mark.parametrize(("objective", "sentinels"), [("span_corruption", 0), ("causal", 12)])
+def test_sentinels_that_are_pieces_of_a_tokenizer_have_no_bytes(objective, sentinels):
+    tokenizer = types.SimpleNamespace(
+        vocab_size=102, token_bytes=np.asarray([0, 5] + 100 * [12]), piece_id=lambda piece: 2 + int(piece[10:-1])
+    )
+    settings = types.SimpleNamespace(
+        model=types.SimpleNamespace(vocab_size=103), data=types.SimpleNamespace(objective=objective)
+    )
+    sizes = evaluation.token_bytes(types.SimpleNamespace(config=settings), types.SimpleNamespace(tokenizer=tokenizer))
+    assert sizes.tolist() == [0, 5, *100 * [sentinels], 0]
+
+
 def test_the_error_over_domains_adds_their_variances(monkeypatch):
     """Two domains of the rows above: variances of 16 each, 8 targets."""
     monkeypatch.setattr(evaluation, "place", lambda batch, mesh: batch)
