@@ -1,6 +1,7 @@
 """Code and commands of the guides, executed as written."""
 
 import ast
+import dataclasses
 import os
 import re
 import subprocess
@@ -8,9 +9,16 @@ import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
+from moe.config import Config
+from moe.routing.balancing import LayerReport
+from moe.training import evaluation
+from moe.training.metrics import Throughput, mean_row
 from moe.training.progress import Progress
+from moe.training.step import TrainMetrics
+from tests.helpers import tiny_model
 
 ROOT = Path(__file__).parents[1]
 API, WALK = ROOT / "docs" / "api.md", ROOT / "docs" / "walk.md"
@@ -112,6 +120,18 @@ def test_the_code_of_the_api_page_runs(tmp_path):
     writer.write(1, "timing", {"mfu": 0.5})
     writer.close()
     assert (tmp_path / "loss.txt").read_text() == "1 2.0\n"
+
+
+def test_every_logged_value_is_explained():
+    names = {field.name for part in (TrainMetrics, LayerReport) for field in dataclasses.fields(part)}
+    names -= {"layers", "terms", "sums"}
+    names |= mean_row([{"skipped": 0, "expert_load": [[1.0]], "broken_tokens": [0]}]).keys()
+    names |= evaluation._summary(np.ones(3), 1.0, []).keys()
+    throughput = Throughput(Config(model=tiny_model()))
+    throughput._peak, throughput._datasheet = 1.0, 1.0
+    names |= throughput.row(1.0, 0.0).keys()
+    page = (ROOT / "docs" / "monitoring.md").read_text()
+    assert [name for name in sorted(names) if f"`{name}`" not in page] == []
 
 
 def _forms_of_steps(page: str) -> list[str]:

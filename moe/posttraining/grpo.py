@@ -66,7 +66,7 @@ class PolicyObjective:
             reference = jax.lax.stop_gradient(reference)
         terms = token_terms(self.policy, log_probs, batch["log_probs"], batch["advantages"], reference)
         weights = token_weights(targets >= 0, batch["segment_ids"], per_completion=self.policy.mean != "tokens")
-        # Logged numbers are means over tokens even where the loss is divided by a constant.
+        # Where the loss is divided by a constant, logged numbers are still means over completions of means over tokens.
         means = {f"policy_{name}": jnp.sum(weights * values) for name, values in terms.items()}
         loss = means.pop("policy_loss")
         if self.policy.mean == "constant":

@@ -50,10 +50,11 @@ class TrainMetrics:
     """Metrics of one step over its whole batch.
 
     Attributes:
-        loss: [] cross_entropy plus weighted auxiliary terms.
-        cross_entropy: [] nats per target.
-        gradient_norm: [] of the trained parameters, before clipping.
-        learning_rate: [].
+        loss: [] the objective plus weighted auxiliary terms; the objective is the cross_entropy, or with a teacher or
+            prediction layers their weighted sum with it.
+        cross_entropy: [] nats per target; of an objective on answers, its loss.
+        gradient_norm: [] L2 norm over all trained parameters, before clipping and the factors of a base model.
+        learning_rate: [] of the schedule, before the factors of a base model.
         skipped: [] float32, 1 if the loss or a gradient was not finite and nothing was updated, else 0.
         layers: LayerReport with leading axis [L], or None in a dense model.
         terms: further numbers of the objective by name, [] each.
