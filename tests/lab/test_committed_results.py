@@ -535,6 +535,12 @@ def test_domains_routing_and_probes(report):
         mean_sd(f"{arm}, {quantity}", cell, [values[layer] for layer in values])
 
 
+def _read(suite):
+    """Tokens that the rows are cut from: T + 1 for T targets."""
+    length = suite.base.data.sequence_length
+    return suite.longest * suite.tokens_per_step * (length + 1) / length
+
+
 def test_provenance(report):
     """Number of runs, hours, tokens per active parameter, epochs."""
     runs, sections, suite, _ = report
@@ -548,9 +554,9 @@ def test_provenance(report):
     text = re.search(r"- (.*) training tokens, (.*) per active parameter", source)
     check("tokens", text[1], (tokens / 1e6, ".3g"))
     check("tokens", text[2], (tokens / suite.costs(base)["active_parameters"], ".1f"))
-    domains = suite.config(base).data.domains
+    domains, read = suite.config(base).data.domains, _read(suite)
     for name, size in suite.domain_tokens.items():
-        check(name, re.search(rf"{name} ([\d.]+\d)", source)[1], (tokens / len(domains) / size, ".2f"))
+        check(name, re.search(rf"{name} ([\d.]+\d)", source)[1], (read / len(domains) / size, ".2f"))
 
 
 @pytest.mark.parametrize("name", ["claims", "paper_tables"])
@@ -569,7 +575,7 @@ def test_lengths_of_runs(name):
             seen = suite.longest * suite.tokens_per_step
             ratios.append(seen / suite.costs(next(iter(suite.variants)))["active_parameters"])
             check(suite.name, tokens, (seen / 1e6, ".3g"))
-            check(suite.name, epochs, *((seen / 4 / size, ".2f") for size in suite.domain_tokens.values()))
+            check(suite.name, epochs, *((_read(suite) / 4 / size, ".2f") for size in suite.domain_tokens.values()))
         ends = sorted({f"{min(ratios):.1f}", f"{max(ratios):.1f}"}, key=float)
         assert each == " to ".join(ends)
     expected = {path.parent.name for path in RESULTS.glob("*/records.parquet")}

@@ -38,6 +38,7 @@ def _numbers(found: Table) -> tuple[str, float, str]:
     tokens = suite.longest * suite.tokens_per_step
     config = suite.config(base)
     shares = row_shares(config.data, config.data.domains)
+    read = tokens * (1 + 1 / config.data.sequence_length)  # a row is cut from T + 1 tokens
     sizes = {name: size for name, size in suite.domain_tokens.items() if name in shares}
-    epochs = ", ".join(f"{name} {tokens * shares[name] / size:.2f}" for name, size in sizes.items())
+    epochs = ", ".join(f"{name} {read * shares[name] / size:.2f}" for name, size in sizes.items())
     return f"{tokens / 1e6:.3g}M", tokens / suite.costs(base)["active_parameters"], epochs
