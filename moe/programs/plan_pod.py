@@ -58,20 +58,7 @@ _KEPT = _ROOT / "configs" / "plans.json"
 
 def main() -> None:
     """Print one plan, the table of a search, or the difference of two plans."""
-    compiles = not (_DIFF.present or _REMAKE.value)
-    searches, tries = compiles and _SEARCH.value, compiles and (_SEARCH.value or _CHANGES.value)
-    if searches:
-        unread = _PAGE, _ROOFLINE, _CHANGES, _RECORD, _PROGRAMS, _BANDWIDTH, _MATMUL_SHARE, _SKEW
-        cli.only_with(False, "is not read with --search", *unread)
-    cli.only_with(bool(searches), "is read only with --search", _LIMIT, _FIXED_BATCH)
-    cli.only_with(
-        not _RECORD.value, "is not read with --record, whose plans have no what-if", _BANDWIDTH, _MATMUL_SHARE, _SKEW
-    )
-    cli.only_with(bool(tries), "is read only with --search or --changes", _CACHE)
-    unread = _JSON, _ROOFLINE, _CHANGES, _SEARCH, _RECORD, _BANDWIDTH, _MATMUL_SHARE, _SKEW, _SLICES, _TOPOLOGY
-    cli.only_with(compiles, "is not read with --diff or --remake", *unread)
-    cli.only_with(not _REMAKE.value, "is not read with --remake", _PAGE)
-    cli.only_with(not _DIFF.present, "is not read with --diff", _PROGRAMS, _REMAKE)
+    _refuse_unread_flags()
     if _DIFF.present:
         _print_difference()
         return
@@ -112,6 +99,23 @@ def main() -> None:
         print(f"Kept plans of {where.name} are for another network: --search looks for settings")
         return
     _print_best(topology.of_slices(where.name, where.num_slices))
+
+
+def _refuse_unread_flags() -> None:
+    """Refuse flags that were given but have no effect beside the others."""
+    compiles = not (_DIFF.present or _REMAKE.value)
+    searches = compiles and _SEARCH.value
+    tries = searches or (compiles and _CHANGES.value > 0)
+    what_if = _BANDWIDTH, _MATMUL_SHARE, _SKEW
+    unread = _PAGE, _ROOFLINE, _CHANGES, _RECORD, _PROGRAMS, *what_if
+    cli.only_with(not searches, "is not read with --search", *unread)
+    cli.only_with(searches, "is read only with --search", _LIMIT, _FIXED_BATCH)
+    cli.only_with(not _RECORD.value, "is not read with --record, whose plans have no what-if", *what_if)
+    cli.only_with(tries, "is read only with --search or --changes", _CACHE)
+    unread = _JSON, _ROOFLINE, _CHANGES, _SEARCH, _RECORD, *what_if, _SLICES, _TOPOLOGY
+    cli.only_with(compiles, "is not read with --diff or --remake", *unread)
+    cli.only_with(not _REMAKE.value, "is not read with --remake", _PAGE)
+    cli.only_with(not _DIFF.present, "is not read with --diff", _PROGRAMS, _REMAKE)
 
 
 def _print_difference() -> None:
