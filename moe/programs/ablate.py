@@ -65,17 +65,7 @@ def main() -> None:
     runner.check_start(suite, registered.claims)
     reported = load_suites(suites, _names(registered), _SIZE.value, suite) | {suite.name: suite}
     if _TIME.value:
-        arms = _ARMS.value or list(suite.variants)
-        runner.only(suite, arms, ())
-        if taught := [arm for arm in arms if suite.variants[arm].teacher]:
-            raise ConfigError(
-                f"--time: a step of {', '.join(taught)} has a teacher's forward pass, which is not timed; name other "
-                "arms with --arms"
-            )
-        seconds = train_steps.processor_seconds({arm: suite.config(arm) for arm in arms}, _TIME.value)
-        measured = step_seconds.StepSeconds(seconds, _TIME.value, runner.hardware(), commit())
-        measured.write(output / suite.name)
-        print(f"{output / suite.name / step_seconds.FILE}")
+        _time(suite, output / suite.name)
         return
     only = runner.only(suite, _ARMS.value, _HORIZONS.value)
     if not _REPORT.value:
@@ -94,6 +84,21 @@ def main() -> None:
         raise ConfigError(f"--workdir={workdir}: no run of the suite is finished")
     page.write(output / suite.name, tables, suite, registered, _command())
     print(f"{output / suite.name / 'report.md'}")
+
+
+def _time(suite: Suite, folder: Path) -> None:
+    """Time steps of the arms and write the seconds into the folder."""
+    arms = _ARMS.value or list(suite.variants)
+    runner.only(suite, arms, ())
+    if taught := [arm for arm in arms if suite.variants[arm].teacher]:
+        raise ConfigError(
+            f"--time: a step of {', '.join(taught)} has a teacher's forward pass, which is not timed; name other "
+            "arms with --arms"
+        )
+    seconds = train_steps.processor_seconds({arm: suite.config(arm) for arm in arms}, _TIME.value)
+    measured = step_seconds.StepSeconds(seconds, _TIME.value, runner.hardware(), commit())
+    measured.write(folder)
+    print(f"{folder / step_seconds.FILE}")
 
 
 def _suites() -> Path:
