@@ -198,51 +198,19 @@ def decide(gate: str, logits: np.ndarray, mask: np.ndarray, k: int, capacity: in
     groups, tokens, num_experts = logits.shape
     expert = np.zeros((groups, tokens, k), int)
     chosen = np.zeros((groups, tokens, k), bool)
-    position = np.zeros((groups, tokens, k), int)
-    kept = np.zeros((groups, tokens, k), bool)
+    position, kept = np.zeros_like(expert), np.zeros_like(chosen)
     for g in range(groups):
         for s in range(tokens):
-            scores = logits[g, s]
-            if gate == "switch_sampled" and rule.draws is not None:
-                scores = scores + rule.draws[g, s]  # Switch 2021, appendix C, by the Gumbel-max trick
-            expert[g, s] = choose(gate, scores, k, rule)
-            if gate in ("hash", "deepseek_v4_hash") and rule.token_ids is not None:
-                expert[g, s] = hashed(int(rule.token_ids[g, s]), num_experts, k)
-            if gate == "balanced":
-                nth = g * tokens + int(mask[g, :s].sum())
-                expert[g, s] = [(nth * k + choice) % num_experts for choice in range(k)]
-            if gate == "random" and rule.draws is not None:
-                expert[g, s] = sorted(range(num_experts), key=lambda e, draws=rule.draws[g, s]: -draws[e])[:k]
-            chosen[g, s] = mask[g, s]
-            if gate == "remoe":
-                chosen[g, s] &= logits[g, s] > 0
-            if gate == "expert_threshold":
-                chosen[g, s] &= softmax(logits[g, s]) + rule.bias > 0
-            if gate == "gshard" and rule.draws is not None:
-                second = float(weights(gate, logits[g, s], list(expert[g, s]))[1])
-                chosen[g, s, 1] &= 2 * second > rule.draws[g, s]
-            if gate == "st_moe" and rule.draws is not None:
-                # ST-MoE 2022, appendix D: sent with probability min(1, weight/0.2), the first always.
-                for choice, weight in list(enumerate(weights(gate, logits[g, s], list(expert[g, s]))))[1:]:
-                    chosen[g, s, choice] &= weight > 0.2 * rule.draws[g, s, choice]
+            number = g * tokens + int(mask[g, :s].sum())
+            expert[g, s] = _experts_of(gate, logits[g, s], k, rule, (g, s), number)
+            chosen[g, s] = mask[g, s] & _sent(gate, logits[g, s], list(expert[g, s]), rule, (g, s))
         for e in range(num_experts if gate == "expert_choice" else 0):
             # Expert Choice 2022, equation 2: the expert takes its highest-scoring tokens.
             best = sorted(np.flatnonzero(mask[g]), key=lambda s: (-float(softmax(logits[g, s])[e]), s))[:capacity]
             chosen[g, :, e] = [s in best for s in range(tokens)]
     original = expert.copy()
     for g in range(groups):
-        order = list(range(tokens))
-        if rule.policy == "probability":
-            largest = [
-                max(
-                    float(probabilities(gate, logits[g, s])[e]) * sent
-                    for e, sent in zip(expert[g, s], chosen[g, s], strict=True)
-                )
-                for s in order
-            ]
-            order.sort(key=lambda s: (-largest[s], s))
-        if rule.policy == "random" and rule.priorities is not None:
-            order.sort(key=lambda s, priority=rule.priorities[g]: (-priority[s], s))
+        order = _filling_order(gate, logits[g], expert[g], chosen[g], rule, g)
         taken = [0] * num_experts
         for choice in range(k):
             for s in order:
@@ -265,6 +233,57 @@ def decide(gate: str, logits: np.ndarray, mask: np.ndarray, k: int, capacity: in
                         kept[g, s, choice] = taken[e] < capacity
                         taken[e] += 1
     return Decisions(expert, chosen, position, kept, original)
+
+
+def _experts_of(gate: str, logits: np.ndarray, k: int, rule: Rule, token: tuple[int, int], number: int) -> list[int]:
+    """The experts that a token (group, position) names; ``number`` is g·S plus the real tokens before it in its group,
+    which only balanced reads."""
+    num_experts = len(logits)
+    if gate in ("hash", "deepseek_v4_hash") and rule.token_ids is not None:
+        return hashed(int(rule.token_ids[token]), num_experts, k)
+    if gate == "balanced":
+        return [(number * k + choice) % num_experts for choice in range(k)]
+    if gate == "random" and rule.draws is not None:
+        draws = rule.draws[token]
+        return sorted(range(num_experts), key=lambda e: -draws[e])[:k]
+    if gate == "switch_sampled" and rule.draws is not None:
+        logits = logits + rule.draws[token]  # Switch 2021, appendix C, by the Gumbel-max trick
+    return choose(gate, logits, k, rule)
+
+
+def _sent(gate: str, logits: np.ndarray, experts: list[int], rule: Rule, token: tuple[int, int]) -> np.ndarray:
+    """Whether each of these assignments of a token (group, position) is sent at all, [K] bool."""
+    if gate == "remoe":
+        return logits > 0
+    if gate == "expert_threshold":
+        return softmax(logits) + rule.bias > 0
+    sent = np.ones(len(experts), bool)
+    if gate == "gshard" and rule.draws is not None:
+        second = float(weights(gate, logits, experts)[1])
+        sent[1] = 2 * second > rule.draws[token]
+    if gate == "st_moe" and rule.draws is not None:
+        # ST-MoE 2022, appendix D: sent with probability min(1, weight/0.2), the first always.
+        sent[1:] = [w > 0.2 * draw for w, draw in zip(weights(gate, logits, experts), rule.draws[token], strict=True)][
+            1:
+        ]
+    return sent
+
+
+def _filling_order(
+    gate: str, logits: np.ndarray, expert: np.ndarray, chosen: np.ndarray, rule: Rule, group: int
+) -> list[int]:
+    """The tokens of a group in the order in which they fill buffers."""
+    order = list(range(len(logits)))
+    if rule.policy == "probability":
+        largest = [
+            max(float(probabilities(gate, logits[s])[e]) * sent for e, sent in zip(expert[s], chosen[s], strict=True))
+            for s in order
+        ]
+        order.sort(key=lambda s: (-largest[s], s))
+    if rule.policy == "random" and rule.priorities is not None:
+        priority = rule.priorities[group]
+        order.sort(key=lambda s: (-priority[s], s))
+    return order
 
 
 def ffn(x: jax.Array, up: jax.Array, gate: jax.Array | None, down: jax.Array, activation: str) -> jax.Array:
