@@ -221,6 +221,47 @@ class Pipeline:
         return report.reshape(blocks, -1, *report.shape[4:])
 
 
+class _StoredLayers:
+    """The pipelined segment's arrays: how devices of the axis store them, and what a stage reads of them.
+
+    Methods take an array's path in the train state or in ``{segment: arrays}``.
+    """
+
+    def __init__(self, config: Config):
+        self.schedule = Schedule.of(config, axis_size("pipeline"))
+        self.segment = f"segment_{pipelined_segment(config.model)}"
+        self._dtype = jnp.dtype(config.model.dtype)
+        self._specs = {self.segment: variable_specs(config.model)[self.segment]}
+
+    def spec(self, path: tuple[Any, ...]) -> P:
+        """Partition spec of an array; P() outside the segment."""
+        names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+        return functools.reduce(operator.getitem, names, self._specs) if self.segment in names else P()
+
+    def specs(self, tree: Any) -> Any:
+        """Specs of a tree's arrays for the ``shard_map`` over the axis."""
+        axis = axis_of("pipeline")
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: P(*(axis if axes == "pipeline" else None for axes in self.spec(path))), tree
+        )
+
+    def assign(self, layers: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """This stage's layers, and those of no stage."""
+        pairs = jax.tree_util.tree_map_with_path(lambda path, x: self.schedule.assign(x, self.spec(path)), layers)
+        own, rest = (
+            jax.tree.map(operator.itemgetter(i), pairs, is_leaf=lambda node: isinstance(node, tuple)) for i in range(2)
+        )
+        return own, rest
+
+    def cast(self, path: tuple[Any, ...], x: Array, own: Array) -> Array:
+        """A stage's parameters as they are read: matrices of experts that are sent are cast first, others are kept."""
+        moves = self.schedule.rounds > 1 or "pipeline" not in self.spec(path)[:1]
+        names = {getattr(key, "key", None) for key in path}
+        if not (moves and "experts" in names and x.ndim > 3 and self._dtype.itemsize < x.dtype.itemsize):
+            return own
+        return self.schedule.assign(x.astype(self._dtype), self.spec(path))[0]
+
+
 def gradients(
     config: Config,
     graphdef: nnx.GraphDef[Any],
@@ -237,30 +278,10 @@ def gradients(
         rng: key of the step; microbatch m has ``fold_in(rng, m)``.
         count: number of targets in all microbatches.
     """
-    axis, schedule = axis_of("pipeline"), Schedule.of(config, axis_size("pipeline"))
-    stages, segment = schedule.stages, f"segment_{pipelined_segment(config.model)}"
-    specs = {segment: variable_specs(config.model)[segment]}
+    axis, stored = axis_of("pipeline"), _StoredLayers(config)
+    schedule, segment = stored.schedule, stored.segment
+    stages = schedule.stages
     state = dataclasses.replace(state, optimizer=None)
-
-    def spec(path: tuple[Any, ...]) -> P:
-        names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
-        return functools.reduce(operator.getitem, names, specs) if segment in names else P()
-
-    def assign(layers: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        pairs = jax.tree_util.tree_map_with_path(lambda path, x: schedule.assign(x, spec(path)), layers)
-        own, rest = (
-            jax.tree.map(operator.itemgetter(i), pairs, is_leaf=lambda node: isinstance(node, tuple)) for i in range(2)
-        )
-        return own, rest
-
-    def cast(path: tuple[Any, ...], x: Array, own: Array) -> Array:
-        """A stage's parameters as they are read: matrices of experts that are sent are cast first, others are kept."""
-        moves = schedule.rounds > 1 or "pipeline" not in spec(path)[:1]
-        names = {getattr(key, "key", None) for key in path}
-        dtype = jnp.dtype(config.model.dtype)
-        if not (moves and "experts" in names and x.ndim > 3 and dtype.itemsize < x.dtype.itemsize):
-            return own
-        return schedule.assign(x.astype(dtype), spec(path))[0]
 
     def embed(table: Any) -> Array:
         """Embed tokens: [K,S,b,T] → [S,b,K,T] → [S·b·K,T], where rows are split as outside pipelines, and back."""
@@ -276,9 +297,10 @@ def gradients(
         numbers = jnp.arange(len(batch["tokens"])) * stages + lax.axis_index(axis)
         rows = Rows(batch["tokens"], batch["segment_ids"], batch["positions"], prefix=batch.get("prefix"))
         outside = {name: tree for name, tree in state.parameters.items() if name != segment}
-        (own, rest), back = jax.vjp(assign, {segment: state.parameters[segment]})
-        own_biases, rest_biases = assign({name: tree for name, tree in state.biases.items() if name == segment})
-        casts = jax.tree_util.tree_map_with_path(cast, {segment: state.parameters[segment]}, own)
+        arrays = {segment: state.parameters[segment]}
+        (own, rest), back = jax.vjp(stored.assign, arrays)
+        own_biases, rest_biases = stored.assign({name: tree for name, tree in state.biases.items() if name == segment})
+        casts = jax.tree_util.tree_map_with_path(stored.cast, arrays, own)
 
         def model(parameters: Any, biases: Any) -> Transformer:
             of_stage = dataclasses.replace(state, parameters=parameters, biases=state.biases | biases)
@@ -309,24 +331,20 @@ def gradients(
         (of_layers,) = back((of_own, {segment: gradient.pop(segment)}))
         # For arrays that every device stores whole, each device has the gradient of its own layers only.
         of_layers = jax.tree_util.tree_map_with_path(
-            lambda path, x: x if "pipeline" in spec(path) else lax.psum(x, axis), of_layers
+            lambda path, x: x if "pipeline" in stored.spec(path) else lax.psum(x, axis), of_layers
         )
         shown = jax.tree.map(lambda values: jnp.sum(values, axis=0), shown)
         sums = lax.psum((share, shown, jax.tree.map(jnp.add, gradient, before)), axis)
         return *sums, of_layers, *jax.tree.map(lambda values: values[:, None], (of_x, layers))
 
-    def stored(path: tuple[Any, ...], _: Any) -> P:
-        return P(*(axis if axes == "pipeline" else None for axes in spec(path)))
-
     # [A,b,T] → [K,S,b,T]
     batch = {name: values.reshape(-1, stages, *values.shape[1:]) for name, values in batch.items()}
     batch = {name: constrain(values, partition_specs.PIPELINED) for name, values in batch.items()}
     blocks = P(None, axis)
-    layers_stored = jax.tree_util.tree_map_with_path(stored, {segment: state.parameters[segment]})
     spread = jax.shard_map(
         local,
-        in_specs=(jax.tree_util.tree_map_with_path(stored, state), blocks, blocks, P(), P()),
-        out_specs=(P(), P(), P(), layers_stored, blocks, blocks),
+        in_specs=(stored.specs(state), blocks, blocks, P(), P()),
+        out_specs=(P(), P(), P(), stored.specs({segment: state.parameters[segment]}), blocks, blocks),
         axis_names={axis},
         check_vma=False,
     )
