@@ -84,12 +84,27 @@ def check(suite: Suite) -> None:
     Raises:
         ConfigError: see :func:`load_suite`.
     """
+    _check_names_and_steps(suite)
+    for name in suite.headline:
+        _known(suite, name, "headline")
+    for name in suite.experts:
+        _known(suite, name, "experts")
+    for name in suite.variants:
+        _check_parents(suite, name)
+    if suite.sweep is not None:
+        _check_sweep(suite, suite.sweep)
+    costs = {name: suite.costs(name) for name in suite.variants}
+    for name, comparison in suite.comparisons.items():
+        _check_comparison(suite, name, comparison, costs)
+
+
+def _check_names_and_steps(suite: Suite) -> None:
     where = f"suite {suite.name!r}"
     for name in suite.variants:
         if not NAME.fullmatch(name):
             raise ConfigError(f"{where}, variant {name!r}: must be at most 60 letters, digits, '_', '-' and '.'")
     if not NAME.fullmatch(suite.name):
-        raise ConfigError(f"suite {suite.name!r}: must be at most 60 letters, digits, '_', '-' and '.'")
+        raise ConfigError(f"{where}: must be at most 60 letters, digits, '_', '-' and '.'")
     if unknown := sorted(set(suite.unseen) - {name for name, domain in DOMAINS.items() if domain.unseen}):
         raise ConfigError(f"{where}, unseen={unknown}: must be embedded domains that have only held-out text")
     domains = tuple(suite._base.data.domains)
@@ -101,25 +116,20 @@ def check(suite: Suite) -> None:
         raise ConfigError(f"{where}, seeds={suite.seeds}: must be none of the reserved {sorted(suite.reserved_seeds)}")
     if any(steps < 1 for steps in suite.steps) or len(set(suite.steps)) < len(suite.steps):
         raise ConfigError(f"{where}, horizons={suite.horizons}: must be different positive numbers of steps")
-    for name in suite.headline:
-        _known(suite, name, "headline")
-    for name in suite.experts:
-        _known(suite, name, "experts")
-    for name, variant in suite.variants.items():
-        for parent in filter(None, (variant.starts_from, variant.teacher)):
-            _known(suite, parent, f"variant {name!r}")
-            grandparent = suite.variants[parent]
-            if grandparent.starts_from or grandparent.teacher:
-                raise ConfigError(f"{where}, variant {name!r}: {parent!r} itself starts from another run")
-        if variant.rate_from:
-            _known(suite, variant.rate_from, f"variant {name!r}")
-            if suite.variants[variant.rate_from].rate_from:
-                raise ConfigError(f"{where}, variant {name!r}: {variant.rate_from!r} itself takes another arm's rate")
-    if suite.sweep is not None:
-        _check_sweep(suite, suite.sweep)
-    costs = {name: suite.costs(name) for name in suite.variants}
-    for name, comparison in suite.comparisons.items():
-        _check_comparison(suite, name, comparison, costs)
+
+
+def _check_parents(suite: Suite, name: str) -> None:
+    """Refuse an arm that depends on an arm that is unknown, or that itself depends on another."""
+    variant, where = suite.variants[name], f"variant {name!r}"
+    for parent in filter(None, (variant.starts_from, variant.teacher)):
+        _known(suite, parent, where)
+        grandparent = suite.variants[parent]
+        if grandparent.starts_from or grandparent.teacher:
+            raise ConfigError(f"suite {suite.name!r}, {where}: {parent!r} itself starts from another run")
+    if variant.rate_from:
+        _known(suite, variant.rate_from, where)
+        if suite.variants[variant.rate_from].rate_from:
+            raise ConfigError(f"suite {suite.name!r}, {where}: {variant.rate_from!r} itself takes another arm's rate")
 
 
 def _known(suite: Suite, name: str, where: str) -> None:
