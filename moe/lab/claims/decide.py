@@ -257,42 +257,62 @@ def _lacks(
     claim: Claim, table: Table, steps: int, outcomes: Sequence[Outcome], primary: Primary | None
 ) -> tuple[str, ...]:
     """Caveats on the comparison, reported beside its verdict."""
-    lacks = []
-    if steps < claim.min_steps:
-        lacks.append(f"{steps:,} steps of at least {claim.min_steps:,}")
-    # A learning rate or a capacity may favour one of several arms; one arm's models are compared with themselves.
+    lacks = [f"{steps:,} steps of at least {claim.min_steps:,}"] if steps < claim.min_steps else []
     arms = arms_of(claim)
+    # A learning rate or a capacity may favour one of several arms; one arm's models are compared with themselves.
     if len(arms) > 1 and any("loss" in outcome.part.value for outcome in outcomes):
-        untuned = [arm for arm in arms if not table.choices[arm, steps].tuned]
-        begun = [arm for arm in untuned if table.choices[arm, steps].tried]
-        if rest := [arm for arm in untuned if arm not in begun]:
-            lacks.append(f"learning rate not swept for {', '.join(rest)}")
-        if begun:
-            lacks.append(f"learning rate not swept to the end for {', '.join(begun)}")
-        if at_edge := [arm for arm in arms if table.choices[arm, steps].at_edge]:
-            lacks.append(f"best learning rate at the edge of the sweep for {', '.join(at_edge)}")
-        dropped = [table.dropped(arm, steps) for arm in arms]
-        if max(dropped) - min(dropped) > MAX_DROP_DIFFERENCE and not table.suite.dropping_differs:
-            shares = ", ".join(f"{arm} {share:.1%}" for arm, share in zip(arms, dropped, strict=True))
-            lacks.append(f"not comparable: the arms drop different shares in training ({shares})")
-    n, runs = min((outcome.effect.n for outcome in outcomes), default=0), len(table.seeds(steps, *arms))
-    if n < runs:
-        lacks.append(f"measured on {n} of {runs} seeds")
-    registered = table.suite.registered_seeds
-    there = min(n, len(set(registered) & set(table.seeds(steps, *arms))))
+        lacks += _unequal_arms(arms, table, steps)
+    lacks += _missing_seeds(claim, table.seeds(steps, *arms), table.suite.registered_seeds, outcomes)
+    for outcome in outcomes:
+        if outcome.side == UNDECIDED:
+            lacks += _lacking_power(outcome, primary)
+    return tuple(lacks)
+
+
+def _unequal_arms(arms: Sequence[str], table: Table, steps: int) -> list[str]:
+    """Learning rates that were not swept, and shares of dropped assignments that differ."""
+    lacks = []
+    choices = {arm: table.choices[arm, steps] for arm in arms}
+    untuned = [arm for arm in arms if not choices[arm].tuned]
+    begun = [arm for arm in untuned if choices[arm].tried]
+    if rest := [arm for arm in untuned if arm not in begun]:
+        lacks.append(f"learning rate not swept for {', '.join(rest)}")
+    if begun:
+        lacks.append(f"learning rate not swept to the end for {', '.join(begun)}")
+    if at_edge := [arm for arm in arms if choices[arm].at_edge]:
+        lacks.append(f"best learning rate at the edge of the sweep for {', '.join(at_edge)}")
+    dropped = {arm: table.dropped(arm, steps) for arm in arms}
+    difference = max(dropped.values()) - min(dropped.values())
+    if difference > MAX_DROP_DIFFERENCE and not table.suite.dropping_differs:
+        shares = ", ".join(f"{arm} {share:.1%}" for arm, share in dropped.items())
+        lacks.append(f"not comparable: the arms drop different shares in training ({shares})")
+    return lacks
+
+
+def _missing_seeds(
+    claim: Claim, seeds: Sequence[int], registered: Sequence[int], outcomes: Sequence[Outcome]
+) -> list[str]:
+    """Seeds that were not measured, and those without which a finding is preliminary."""
+    lacks = []
+    n = min((outcome.effect.n for outcome in outcomes), default=0)
+    if n < len(seeds):
+        lacks.append(f"measured on {n} of {len(seeds)} seeds")
+    there = min(n, len(set(registered) & set(seeds)))
     if claim.family and there < len(registered):  # a verdict after each new seed would find effects by chance
         lacks.append(f"{_INTERIM}, {there} of the {len(registered)} seeds that were registered")
     elif n < SEEDS:
         lacks.append(f"{n} of at least {SEEDS} seeds")
-    for outcome in outcomes:
-        if outcome.side != UNDECIDED:
-            continue
-        if outcome.part.rule == "within":
-            needed = inference.smallest_margin(outcome.effect.sd, outcome.effect.n)
-            if (margin := outcome.part.margin) < needed < math.inf:
-                lacks.append(f"power: would show ±{needed:.3f} of no difference; the margin is ±{margin:.3f}")
-            continue
-        smallest = primary.smallest if primary and "loss[" in outcome.part.value else 0.0
-        if 0 < smallest < outcome.detectable < math.inf:
-            lacks.append(f"power: finds {outcome.detectable:.3f}; the smallest effect of interest is {smallest:.3f}")
-    return tuple(lacks)
+    return lacks
+
+
+def _lacking_power(outcome: Outcome, primary: Primary | None) -> list[str]:
+    """What the spread of an undecided outcome would let this many seeds show, if that is too little."""
+    if outcome.part.rule == "within":
+        needed = inference.smallest_margin(outcome.effect.sd, outcome.effect.n)
+        if (margin := outcome.part.margin) < needed < math.inf:
+            return [f"power: would show ±{needed:.3f} of no difference; the margin is ±{margin:.3f}"]
+        return []
+    smallest = primary.smallest if primary and "loss[" in outcome.part.value else 0.0
+    if 0 < smallest < outcome.detectable < math.inf:
+        return [f"power: finds {outcome.detectable:.3f}; the smallest effect of interest is {smallest:.3f}"]
+    return []
