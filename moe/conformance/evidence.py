@@ -70,6 +70,41 @@ def _by_token(path: str, name: str, array: np.ndarray, tokens: tuple[int, ...]) 
 
 
 def _layer(path: str, arrays: dict[str, np.ndarray]) -> Layer:
+    _refuse_missing(path, arrays)
+    arrays = {name: np.asarray(array, np.float64) for name, array in arrays.items()}
+    for name, array in arrays.items():
+        if not np.isfinite(array).all():
+            raise ConfigError(f"{path}: {name} holds values that are not finite")
+    _check_shapes(path, arrays)
+    x = arrays["x"].reshape(-1, *arrays["x"].shape[-2:])
+    groups, tokens, d = x.shape
+    mask = _by_token(path, "mask", arrays.get("mask", np.ones((groups, tokens)))[..., None], (groups, tokens))[..., 0]
+    if not np.isin(mask, (0, 1)).all() or not mask.any():
+        raise ConfigError(f"{path}: mask must be 1 or True for real tokens, at least one, and 0 or False for others")
+
+    def optional(name: str, width: int) -> np.ndarray | None:
+        if name not in arrays:
+            return None
+        array = _by_token(path, name, arrays[name], (groups, tokens))
+        if array.shape[-1] != width:
+            raise ConfigError(f"{path}: {name} has the shape {arrays[name].shape}, not [...,{width}]")
+        return array
+
+    return Layer(
+        x=x,
+        mask=mask.astype(bool),
+        router=arrays.get("router"),
+        logits=optional("router_logits", len(arrays["up"])),
+        up=arrays["up"],
+        gate=arrays.get("gate"),
+        down=arrays["down"],
+        bias=arrays.get("bias"),
+        cotangent=optional("cotangent", d),
+    )
+
+
+def _refuse_missing(path: str, arrays: dict[str, np.ndarray]) -> None:
+    """Raise ConfigError unless the weights and inputs, and one of the router and its logits, are there."""
     for name in ("x", "up", "down"):
         if name not in arrays:
             raise ConfigError(f"{path}: the array {name!r} is missing")
@@ -77,18 +112,14 @@ def _layer(path: str, arrays: dict[str, np.ndarray]) -> Layer:
         raise ConfigError(f"{path}: the array 'router' [D,E] or 'router_logits' [G,S,E] is missing")
     if "router" in arrays and "router_logits" in arrays:
         raise ConfigError(f"{path}: has both 'router' and 'router_logits'; give only the one that the layer chose by")
-    wide = {name: np.asarray(array, np.float64) for name, array in arrays.items()}
-    for name, array in wide.items():
-        if not np.isfinite(array).all():
-            raise ConfigError(f"{path}: {name} holds values that are not finite")
-    x, up = wide["x"], wide["up"]
-    for name, axes in (("x", (2, 3)), ("up", (3,))):
-        if wide[name].ndim not in axes or not wide[name].size:
-            expected = "[G,S,D] or [S,D]" if name == "x" else "[E,D,F]"
-            raise ConfigError(f"{path}: {name} has the shape {wide[name].shape}, not {expected}")
-    x = x.reshape(-1, *x.shape[-2:])
-    groups, tokens, d = x.shape
-    num_experts, _, f = up.shape
+
+
+def _check_shapes(path: str, arrays: dict[str, np.ndarray]) -> None:
+    """Raise ConfigError unless D, E and F of the inputs and weights agree."""
+    for name, axes, expected in (("x", (2, 3), "[G,S,D] or [S,D]"), ("up", (3,), "[E,D,F]")):
+        if arrays[name].ndim not in axes or not arrays[name].size:
+            raise ConfigError(f"{path}: {name} has the shape {arrays[name].shape}, not {expected}")
+    d, (num_experts, _, f) = arrays["x"].shape[-1], arrays["up"].shape
     shapes = {
         "router": (d, num_experts),
         "up": (num_experts, d, f),
@@ -97,24 +128,10 @@ def _layer(path: str, arrays: dict[str, np.ndarray]) -> Layer:
         "bias": (num_experts,),
     }
     for name, shape in shapes.items():
-        if name in wide and wide[name].shape != shape:
+        if name in arrays and arrays[name].shape != shape:
             raise ConfigError(
-                f"{path}: {name} has the shape {wide[name].shape}, not {shape}: D {d}, E {num_experts}, F {f}"
+                f"{path}: {name} has the shape {arrays[name].shape}, not {shape}: D {d}, E {num_experts}, F {f}"
             )
-    mask = wide.pop("mask", np.ones((groups, tokens)))
-    mask = _by_token(path, "mask", mask[..., None], (groups, tokens))[..., 0]
-    if not np.isin(mask, (0, 1)).all() or not mask.any():
-        raise ConfigError(f"{path}: mask must be 1 or True for real tokens, at least one, and 0 or False for others")
-    by_token: dict[str, np.ndarray | None] = {"router_logits": None, "cotangent": None}
-    for name, width in (("router_logits", num_experts), ("cotangent", d)):
-        if name in wide:
-            by_token[name] = array = _by_token(path, name, wide[name], (groups, tokens))
-            if array.shape[-1] != width:
-                raise ConfigError(f"{path}: {name} has the shape {wide[name].shape}, not [...,{width}]")
-    of_experts = wide["up"], wide.get("gate"), wide["down"], wide.get("bias")
-    return Layer(
-        x, mask.astype(bool), wide.get("router"), by_token["router_logits"], *of_experts, by_token["cotangent"]
-    )
 
 
 def random_layer(
