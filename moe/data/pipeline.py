@@ -368,19 +368,24 @@ def _unigram_counts(prepared: Prepared, data: DataConfig, domain: str) -> np.nda
             size = prepared.reader.model.vocab_size
         counts, read = np.zeros(size, np.int64), 0
         for text in prepared.train[domain]:
-            if data.input_length:
-                found = [example["decoder"] for example in objectives.examples(text, rng, data, tokenizer)]
-            elif data.conversations:
-                answers = chat.examples(text, data.sequence_length, tokenizer, data.dataset)
-                found = [example["targets"][example["targets"] >= 0] for example in answers]
-            elif prepared.reader is not None:
-                found = [example["targets"][example["targets"] >= 0] for example in prepared.reader.examples(text)]
-            else:
-                found = [_tokenise(text, tokenizer)["row"][int(tokenizer.bos_id >= 0) :]]  # bos is no target
-            for ids in found:
+            for ids in _targets(text, prepared, data, rng):
                 counts += np.bincount(ids, minlength=len(counts))
                 read += len(ids)
             if read >= UNIGRAM_TOKENS:
                 break
         prepared._unigram_counts[domain] = counts
     return prepared._unigram_counts[domain]
+
+
+def _targets(text: str, prepared: Prepared, data: DataConfig, rng: np.random.Generator) -> list[np.ndarray]:
+    """Return the possible targets of a document, by example."""
+    tokenizer = prepared.tokenizer
+    if data.input_length:
+        return [example["decoder"] for example in objectives.examples(text, rng, data, tokenizer)]
+    if data.conversations:
+        examples = chat.examples(text, data.sequence_length, tokenizer, data.dataset)
+    elif prepared.reader is not None:
+        examples = prepared.reader.examples(text)
+    else:
+        return [_tokenise(text, tokenizer)["row"][int(tokenizer.bos_id >= 0) :]]  # bos is no target
+    return [example["targets"][example["targets"] >= 0] for example in examples]
