@@ -27,15 +27,16 @@ HELDOUT_SCAN = 50_000  # first documents from which some are held out where a da
 
 
 class TfdsDocuments(Sequence[str]):
-    """Texts of one split of a prepared TFDS dataset; with `indices`, a subset of them."""
+    """Texts of one split of a prepared TFDS dataset, or of a subset of it (:meth:`only`)."""
 
-    def __init__(self, builder: Any, split: str, indices: np.ndarray | None = None):
+    def __init__(self, builder: Any, split: str):
         """Open the split's shards.
 
         Raises:
           ConfigError: a shard is missing or damaged, now or when a document is read; the file is named.
         """
-        self._split, self._indices = builder.info.splits[split], indices
+        self._split = builder.info.splits[split]
+        self._indices: np.ndarray | None = None
         try:
             self._source = builder.as_data_source(split=split)
             # The source opens a shard at its first read, possibly hours later. On local disk an early read costs
