@@ -74,33 +74,40 @@ def main() -> None:
     before = stored.read_parameters(opened.path, model, step=step, dtype=np.float32)
     biases = stored.read_biases(opened.path, model, step=step)
     recorder, losses = Recorder(opened.program), difference.TokenLosses(opened.program)
-    if _PRUNE.value is not None:
-        rows = heldout_rows(recorder, opened.prepared, int(_CALIBRATION.value or 0))
-        changed, after, state = _pruned(opened.program, (model, before, biases), recorder, losses, rows)
-    elif _REGROUP.value is not None:
-        rows = heldout_rows(recorder, opened.prepared, int(_CALIBRATION.value or 0))
-        changed, after, state = _regrouped((model, before, biases), recorder(join(before, biases), rows))
-    elif _SPLIT.value is not None:
-        changed, after, state = surgery.split(model, before, biases, int(_SPLIT.value))
-    else:
-        changed, after, state = surgery.merge(model, before, biases, int(_MERGE.value or 1))
+    changed, after, new_biases = _edited(opened, (model, before, biases), recorder, losses)
     with jax.set_mesh(opened.program.mesh):
         program = build(dataclasses.replace(config, model=changed), opened.program.mesh)
     rows = heldout_rows(recorder, opened.prepared, int(_TOKENS.value or 0))
-    first = losses(join(before, biases), rows)
-    second = difference.TokenLosses(program)(join(after, state), rows)
-    print(_table(first, second, rows))
-    seen = recorder(join(before, biases), rows), Recorder(program)(join(after, state), rows)
-    print(f"\n{_routing(seen, (model.moe.num_experts, changed.moe.num_experts))}\n")
-    sizes = [count_parameters(each) for each in (model, changed)]
-    print(f"parameters {sizes[0][0]:,} → {sizes[1][0]:,}, active {sizes[0][1]:,} → {sizes[1][1]:,}")
+    old, new = join(before, biases), join(after, new_biases)
+    print(_table(losses(old, rows), difference.TokenLosses(program)(new, rows), rows))
+    records = recorder(old, rows), Recorder(program)(new, rows)
+    print(f"\n{_routing(records, (model.moe.num_experts, changed.moe.num_experts))}\n")
+    (total, active), (new_total, new_active) = count_parameters(model), count_parameters(changed)
+    print(f"parameters {total:,} → {new_total:,}, active {active:,} → {new_active:,}")
     written = dataclasses.replace(read_config(opened.path), model=changed, lora=LoraConfig())
-    stored.write_workdir(out, written, after, state, companions(opened.path))
+    stored.write_workdir(out, written, after, new_biases, companions(opened.path))
     print(f"Written to {out}")
     if _TOPOLOGY.value:
         header = str(_TOPOLOGY.value), "memory per chip, MiB", "train step, ms"
         named = zip(("before", "after"), (*plans, _plan(out)), strict=True)
         print(f"\n{markdown_table(header, [(name, *plan) for name, plan in named])}")
+
+
+def _edited(opened: Any, whole: Any, recorder: Any, losses: Any) -> Any:
+    """The model after the operation of the flags: config, parameters, selection biases."""
+    from moe.analysis import surgery
+    from moe.analysis.analyse import heldout_rows
+    from moe.models.state import join
+
+    model, before, biases = whole
+    if _SPLIT.value is not None:
+        return surgery.split(model, before, biases, int(_SPLIT.value))
+    if _MERGE.value is not None:
+        return surgery.merge(model, before, biases, int(_MERGE.value))
+    rows = heldout_rows(recorder, opened.prepared, int(_CALIBRATION.value or 0))
+    if _PRUNE.value is not None:
+        return _pruned(opened.program, whole, recorder, losses, rows)
+    return _regrouped(whole, recorder(join(before, biases), rows))
 
 
 def _pruned(program: Any, whole: Any, recorder: Any, losses: Any, rows: Any) -> Any:
