@@ -106,11 +106,10 @@ def set_schedule_step(optimizer: Any, step: Any) -> Any:
 
 def continue_at(state: TrainState, step: int) -> TrainState:
     """An earlier state renumbered to a later step: routing noise and learning rate follow the new step."""
-
-    def count() -> Array:  # two buffers, because the train step donates its arguments
-        return jax.device_put(np.asarray(step, np.int32), state.step.sharding)
-
-    return dataclasses.replace(state, step=count(), optimizer=set_schedule_step(state.optimizer, count()))
+    number = np.asarray(step, np.int32)
+    moved = dataclasses.replace(state, step=number, optimizer=set_schedule_step(state.optimizer, number))
+    # A buffer for each count, of which Muon has several: the train step donates its arguments.
+    return jax.tree.map(lambda leaf: jax.device_put(leaf, state.step.sharding) if leaf is number else leaf, moved)
 
 
 def state_specs(config: Config, shapes: TrainState) -> TrainState:

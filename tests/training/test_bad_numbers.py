@@ -7,14 +7,17 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from moe.checkpoints.manager import Checkpoints
-from moe.config import ConfigError, TrainConfig
+from moe.config import ConfigError, OptimizerConfig, TrainConfig
+from moe.models.state import TrainState, continue_at
 from moe.parallel.mesh import make_mesh
 from moe.training import loop as training
 from moe.training import recovery
 from moe.training.loop import train
+from moe.training.optimizer import make_optimizer
 from tests.run_helpers import ONE, SETTINGS, Interrupted, interrupted, rows, state_of, steps, tiny
 
 # Most runs of this file share one program.
@@ -128,6 +131,20 @@ def test_a_rollback_prefers_regular_checkpoints_to_those_of_interruptions():
     checkpoints = object.__new__(Checkpoints)
     checkpoints._manager = SimpleNamespace(all_steps=lambda: [2, 4, 5, 6, 7])
     assert checkpoints.before(6, 2) == [4, 2, 5]
+
+
+def test_a_state_that_was_rolled_back_can_be_donated_to_the_train_step():
+    """Every count of a schedule, of which Muon has several, is an array of its own."""
+    optimizer = make_optimizer(OptimizerConfig(name="muon"), 100)
+    parameters = {"dense": {"up": jnp.ones((2, 2))}, "norm": {"scale": jnp.ones(2)}}
+    state = TrainState(jnp.zeros((), jnp.int32), parameters, {}, optimizer.init(parameters), jnp.zeros(2, jnp.uint32))
+    moved = continue_at(state, 7)
+    nodes = jax.tree.leaves(moved.optimizer, is_leaf=lambda node: isinstance(node, optax.ScaleByScheduleState))
+    counts = [node.count for node in nodes if isinstance(node, optax.ScaleByScheduleState)]
+    assert len(counts) > 1
+    assert [int(count) for count in (moved.step, *counts)] == [7] * (1 + len(counts))
+    following = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf + 1, state), donate_argnums=0)(moved)
+    assert int(following.step) == 8
 
 
 def test_spikes_and_dead_experts_by_hand():
