@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
+import jax
 import numpy as np
 
 from moe.checkpoints.integrity import DamagedError
@@ -122,6 +123,7 @@ class Recovery:
 
         Args:
             skipped: consecutive skipped updates, up to this step.
+            state: deleted if another is restored.
 
         Raises:
             DivergedError: train.on_skipped_steps is "stop", or no good checkpoint is left.
@@ -137,6 +139,8 @@ class Recovery:
         if config.on_skipped_steps == "stop":
             raise DivergedError(f"{trouble}, and train.on_skipped_steps is 'stop': {remedy}")
         self._checkpoints.wait()
+        for leaf in jax.tree.leaves(state.stored):  # a device may lack room for two states
+            leaf.delete()
         for saved in self._checkpoints.before(self._tried or first, config.save_every):
             with contextlib.suppress(DamagedError):
                 good, _ = self._checkpoints.restore(saved, self._program.state)

@@ -147,6 +147,23 @@ def test_a_state_that_was_rolled_back_can_be_donated_to_the_train_step():
     assert int(following.step) == 8
 
 
+def test_a_rollback_frees_the_state_before_it_reads_another():
+    def make():
+        arrays = {"w": jnp.ones(2)}, {}, {"count": jnp.zeros(1)}, jnp.zeros(2)
+        return TrainState(jnp.zeros((), jnp.int32), *arrays)
+
+    def restore(step, _):
+        freed.extend(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+        return make(), {}
+
+    state, freed = make(), []
+    checkpoints = SimpleNamespace(wait=lambda: None, before=lambda *_: [4], restore=restore)
+    program = SimpleNamespace(config=SimpleNamespace(train=TrainConfig(max_skipped_steps=2)), state=None)
+    restored, _ = recovery.Recovery(program, checkpoints).after(8, 2, state)
+    assert freed == [True] * 4
+    assert int(restored.step) == 8
+
+
 def test_spikes_and_dead_experts_by_hand():
     """Losses 1, 2, 1, 2, ...: median 1.5, every deviation 0.5, sigma 0.7413; a spike is above 1.5 + 6 sigma =
     5.9478."""
@@ -187,7 +204,7 @@ def test_a_new_streak_of_skipped_updates_begins_at_its_newest_checkpoint(begun_a
     checkpoints = SimpleNamespace(wait=lambda: None, restore=lambda step, _: (step, None))
     settings = TrainConfig(max_skipped_steps=8, save_every=5)
     rolls = recovery.Recovery(SimpleNamespace(config=SimpleNamespace(train=settings), state=None), checkpoints)
-    state, rolled_back, skipped = SimpleNamespace(restored=lambda good: good), [], 0
+    state, rolled_back, skipped = SimpleNamespace(restored=lambda good: good, stored=()), [], 0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recovery, "continue_at", lambda good, _: state)
         for step in range(begun_at + 1, 211):
