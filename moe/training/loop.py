@@ -337,12 +337,16 @@ class _Loop:
         self._writer.write(step, "timing", timing, file=TIMING)
         self._progress.logged(row, timing if self._timed else None)
         self._timed = True
+        self._warn(step, warnings)  # before an error that refers to them
         self._checkpoints.check()
         state, rollbacks = self._recovery.after(step, self._health.skipped_in_a_row, state)
-        for warning in warnings + rollbacks:
+        self._warn(step, rollbacks)
+        return state
+
+    def _warn(self, step: int, warnings: list[dict[str, Any]]) -> None:
+        for warning in warnings:
             self._writer.write(step, "warning", warning)
             self._progress.write(f"warning: {warning['text']}")
-        return state
 
     def _evaluate(self, step: int, state: TrainState) -> float:
         """Write a row per domain; return the held-out loss over all domains."""

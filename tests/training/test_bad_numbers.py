@@ -117,6 +117,8 @@ def test_persistent_non_finite_losses_stop_the_run(directory, tmp_path, programs
     config = tiny(directory, **SETTINGS, **{"train.max_skipped_steps": 2}, **overrides)
     with pytest.raises(ConfigError, match=words):
         train(config, str(tmp_path), ONE, make_program=poisoned(programs, at))
+    (first,) = at  # the error refers to the warnings, also to those of the row at which the run stops
+    assert [row["at"] for row in rows(tmp_path, "warning") if row["what"] == "skipped"] == [first, first + 1]
 
 
 def test_a_continued_streak_of_skips_rolls_back_further(directory, tmp_path, programs):
