@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import nnx
@@ -169,6 +170,8 @@ def _adapted_state(program: Program, state: TrainState, base_step: int | None, s
     base, biases = stored.read_base(config, base_step, program.mesh)
     model = program.model(join(base, biases or state.biases))
     adapters = nnx.to_pure_dict(initial_adapters(nnx.state(model, nnx.Param), config.lora, jax.random.key(config.seed)))
+    # What is trained whole is still the base's array here: the train step donates both, so they need a buffer each.
+    adapters = jax.tree.map(jnp.copy, adapters)
     counts = [sum(int(np.size(leaf)) for leaf in jax.tree.leaves(tree)) for tree in (adapters, base)]
     say(
         f"start: adapters of rank {config.lora.rank}, {counts[0]:,} trained beside {counts[1]:,} fixed parameters of "

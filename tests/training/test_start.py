@@ -370,6 +370,22 @@ def test_a_base_is_read_without_its_prediction_layers(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, base, expected)
 
 
+def test_adapters_share_no_array_with_their_base(tmp_path):
+    """The train step donates its state, in which a router that is trained whole has a place beside the base's."""
+    model = tiny_model(gate="mixtral", experts_per_token=2, num_layers=1)
+    parameters = nnx.to_pure_dict(nnx.state(random_model(model), nnx.Param))
+    write_workdir(tmp_path / "base", Config(model=model), parameters, {}, {})
+    lora, start = LoraConfig(rank=2, trained=("router",)), StartConfig(str(tmp_path / "base"))
+    mesh, make = _program(Config(model=model, start=start, lora=lora))
+    with jax.set_mesh(mesh):
+        fresh = random_state(make())
+        state = warm_start.first_state(dataclasses.replace(make(), initialise=lambda _: fresh), base_step=0)
+        routers = [tree["segment_0"]["block_0"]["moe"]["router"] for tree in (state.parameters, state.base)]
+    jax.tree.map(np.testing.assert_array_equal, *routers)
+    buffers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state)]
+    assert len(set(buffers)) == len(buffers)
+
+
 def _trained(folder, optimizer, ema_decay=0.0, **changes):
     """A run of one step of the dense model, and its state, which is drawn so that no train step is compiled."""
     settings = {"name": optimizer, "ema_decay": ema_decay}
