@@ -127,9 +127,9 @@ def train(
         )
         if new:
             iterator.start_prefetch()  # reads the first batch while the rest is built
-        state = warm_start.first_state(program, say, pinned.base) if new else None
-        if config.lora.rank and not new:
-            state = warm_start.first_state(program, base_step=pinned.base)  # the base; a checkpoint holds the adapters
+        state = None
+        if new or config.lora.rank:  # a checkpoint holds the adapters without their base
+            state = warm_start.first_state(program, say, pinned.base)
         with disk_errors(directory):
             directory.mkdir(parents=True, exist_ok=True)
             if not started:

@@ -571,16 +571,18 @@ def test_a_run_always_reads_the_same_checkpoint_of_another_run(tmp_path, monkeyp
 
 
 def test_adapters_belong_to_the_base_that_was_read(tmp_path, monkeypatch, directory):
-    """The base is trained further while the run starts: the note has the step that was read, not the newest."""
+    """The base is trained further while the run starts: the note has the step that was read, not the newest. A start
+    after the first rows, before a checkpoint, reads it again and says so too."""
     config = tiny(directory, **SETTINGS)
     (tmp_path / "base" / "checkpoints" / "0").mkdir(parents=True)
     (tmp_path / "base" / "config.json").write_text(json.dumps(to_dict(config)))
     config = dataclasses.replace(config, lora=LoraConfig(rank=2), start=StartConfig(str(tmp_path / "base")))
-    read = []
+    read, said = [], []
 
-    def first_state(program, say=print, base_step=None):
+    def first_state(program, say=None, base_step=None):
         read.append(base_step)
-        (tmp_path / "base" / "checkpoints" / "9").mkdir()
+        said.append(say is not None)
+        (tmp_path / "base" / "checkpoints" / "9").mkdir(exist_ok=True)
 
     def interrupt(*_):
         raise Interrupted
@@ -593,6 +595,11 @@ def test_adapters_belong_to_the_base_that_was_read(tmp_path, monkeypatch, direct
         train(config, str(tmp_path / "run"), ONE, make_program=lambda *_: None)
     assert read == [0]
     assert json.loads((tmp_path / "run" / "base.json").read_text()) == {"step": 0}
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "kind": "train"}\n')
+    with pytest.raises(Interrupted):
+        train(config, str(tmp_path / "run"), ONE, make_program=lambda *_: None)
+    assert read == [0, 0]
+    assert said == [True, True]
 
 
 def test_a_started_run_no_longer_needs_its_start_checkpoint(tmp_path):
