@@ -1,8 +1,8 @@
 """Checkpoints of a run, through Orbax: atomic, written in the background, restored onto any mesh.
 
 A checkpoint at step n holds the :class:`moe.models.state.TrainState` after n steps, the data position, the loop's
-own JSON, and checksums of all of them. Retention: the newest ``keep``, multiples of ``keep_every`` steps, and the one
-with the lowest held-out loss. Nothing is pickled.
+own JSON, and checksums of all of them. Retention: the newest ``keep``, the newest ``keep`` at multiples of
+``save_every`` steps, multiples of ``keep_every``, and the one with the lowest held-out loss. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import grain
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 from etils import epath
@@ -32,6 +31,7 @@ from moe.checkpoints.integrity import (
     quiet_orbax,
     unreadable_as_damaged,
 )
+from moe.checkpoints.retention import LowestLoss, NewestRegular
 from moe.config import ConfigError
 from moe.data.streams import StreamsHandler, StreamsRestore, StreamsSave
 from moe.exit_codes import START_AGAIN
@@ -51,20 +51,23 @@ class RowsLostError(DamagedError):
 class Checkpoints:
     """The checkpoints under ``workdir/checkpoints``."""
 
-    def __init__(self, workdir: epath.Path, keep: int, keep_every: int = 0, *, read_only: bool = False):
+    def __init__(
+        self, workdir: epath.Path, keep: int, keep_every: int = 0, *, save_every: int = 1, read_only: bool = False
+    ):
         """
         Args:
             workdir: of the run.
-            keep: number of newest checkpoints to keep.
+            keep: number of newest checkpoints to keep, and of the newest at multiples of ``save_every``.
             keep_every: checkpoints at multiples of this many steps are kept too; 0: none.
+            save_every: steps between the run's checkpoints, beside those of interruptions.
             read_only: create and delete nothing.
         """
         refuse_unusable_path(workdir)
         if latest := complete_steps(workdir)[-1:]:
             refuse_special_files(workdir / "checkpoints" / str(latest[0]))
         self._workdir = workdir
-        self._best = _LowestLoss(workdir)
-        policies = [preservation_policy.LatestN(keep), self._best]
+        self._best = LowestLoss(workdir)
+        policies = [preservation_policy.LatestN(keep), NewestRegular(keep, save_every), self._best]
         if keep_every:
             policies.append(preservation_policy.EveryNSteps(keep_every))
         with _as_config_error(workdir, None):
@@ -309,27 +312,6 @@ def no_background_tracebacks() -> Iterator[None]:
     finally:
         absl_logging.get_absl_logger().removeFilter(keep)
         sys.unraisablehook = hook
-
-
-class _LowestLoss(preservation_policy.PreservationPolicy):
-    """Keep the checkpoint with the lowest held-out loss, as recorded in ``metrics.jsonl``.
-
-    Orbax's own BestN would store the same number a second time.
-    """
-
-    def __init__(self, workdir: epath.Path):
-        self.losses: dict[int, float | None] = {
-            row["step"]: row["loss"] for row in read_rows(workdir / METRICS) if row["kind"] == "heldout/all"
-        }
-
-    def should_preserve(
-        self, checkpoints: Sequence[preservation_policy.PolicyCheckpointInfo], *, context: Any
-    ) -> Sequence[bool]:
-        del context
-        losses = {info.step: self.losses.get(info.step) for info in checkpoints}
-        finite = {step: loss for step, loss in losses.items() if loss is not None and np.isfinite(loss)}
-        best = min(finite, key=lambda step: finite[step]) if finite else None
-        return [info.step == best for info in checkpoints]
 
 
 @contextlib.contextmanager

@@ -138,7 +138,9 @@ def train(
                 raise ConfigError(f"--workdir={workdir}: another run was started in it just now; use another one")
             pinned.note(directory)
             write_run_files(config, prepared.tokenizer.files, directory, new=new)
-            checkpoints = Checkpoints(directory, config.train.keep_checkpoints, config.train.keep_every)
+            checkpoints = Checkpoints(
+                directory, config.train.keep_checkpoints, config.train.keep_every, save_every=config.train.save_every
+            )
         say(_description(program))
         if program.about:
             say(program.about)

@@ -10,6 +10,7 @@ import subprocess
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
@@ -17,11 +18,13 @@ from etils import epath
 from moe import atomic_files, signals
 from moe.checkpoints import parameters
 from moe.checkpoints import workdir as workdirs
+from moe.checkpoints.manager import Checkpoints
 from moe.checkpoints.workdir import latest_change, read_config, record_changes, write_run_files
 from moe.config import Config, ConfigError, TrainConfig
 from moe.data import tokenizer_files
 from moe.data.tokenizer import train_tokenizer
 from moe.interop import import_checkpoint
+from moe.models.state import TrainState
 from moe.training import loop as training
 from moe.training.averaging import write_average
 from moe.training.loop import train
@@ -190,9 +193,22 @@ def test_the_newest_the_best_and_every_nth_checkpoint_are_kept(directory, progra
         patch.setattr(training, "next_batch", at_step(9, lambda: os.kill(os.getpid(), signal.SIGTERM)))
         with pytest.raises(signals.Stopped):
             train(config, str(tmp_path), ONE, make_program=programs, quiet=True)
-        assert steps(tmp_path) == [4, 6, 9]
+        assert steps(tmp_path) == [4, 6, 8, 9]  # 9, of the interruption, does not take the place of 8
         train(config, str(tmp_path), ONE, make_program=programs, quiet=True)
     assert steps(tmp_path) == [4, 6, 12]
+
+
+def test_interruptions_do_not_take_the_place_of_regular_checkpoints(tmp_path):
+    """Saved every 4 steps, two kept, stopped at 9 and 10: a rollback goes to 8, as without the stops, not to 10."""
+    checkpoints = Checkpoints(epath.Path(tmp_path), 2, save_every=4)
+    state = TrainState(jnp.zeros((), jnp.int32), {"w": jnp.ones(2)}, {}, {"count": jnp.zeros(1)}, jnp.zeros(2))
+    found = []
+    for step in (4, 8, 9, 10, 12):
+        checkpoints.save(step, state, None, {}, None)
+        checkpoints.wait()
+        found.append(steps(tmp_path))
+    checkpoints.close()
+    assert found == [[4], [4, 8], [4, 8, 9], [4, 8, 9, 10], [8, 10, 12]]
 
 
 def test_a_limit_on_file_sizes_ends_the_run_in_one_sentence(directory, programs, tmp_path):

@@ -584,7 +584,7 @@ def test_adapters_belong_to_the_base_that_was_read(tmp_path, monkeypatch, direct
         said.append(say is not None)
         (tmp_path / "base" / "checkpoints" / "9").mkdir(exist_ok=True)
 
-    def interrupt(*_):
+    def interrupt(*_, **__):
         raise Interrupted
 
     monkeypatch.setattr(training.warm_start, "tokenizer", lambda *_: None)
