@@ -79,7 +79,8 @@ def holds_run(workdir: epath.Path) -> bool:
     A workdir with only config.json has never trained a step; any config may reuse it.
 
     Raises:
-        ConfigError: there are checkpoints without a config, the config is not a run's, or a run's checkpoints are gone.
+        ConfigError: there are checkpoints without a config, the config is not a run's, a run's checkpoints are gone, or
+            the workdir holds the parameters of an import or an average, without the rest of a run.
     """
     steps = complete_steps(workdir)
     if not (workdir / CONFIG).exists():
@@ -89,6 +90,11 @@ def holds_run(workdir: epath.Path) -> bool:
                 "use another workdir"
             )
         return False
+    if steps == [0]:  # a run saves its first checkpoint after its first step
+        raise ConfigError(
+            f"--workdir={workdir}: holds only the parameters of a model, as an import or an average does; to train "
+            f"them, use another workdir and --config.start.checkpoint={workdir}"
+        )
     if steps:
         return True
     config = read_config(workdir)  # a file that is not a run's config is never replaced

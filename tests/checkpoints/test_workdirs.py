@@ -264,6 +264,14 @@ def test_rows_without_a_checkpoint_are_judged_by_the_latest_start(tmp_path):
     assert workdirs.holds_run(folder)
 
 
+def test_a_workdir_of_parameters_is_not_continued_as_a_run(tmp_path):
+    folder = epath.Path(tmp_path)
+    (folder / "checkpoints" / "0").mkdir(parents=True)
+    workdirs.write_config(Config(), folder)
+    with pytest.raises(ConfigError, match=r"holds only the parameters of a model, .* --config\.start\.checkpoint="):
+        workdirs.holds_run(folder)
+
+
 def test_a_change_is_not_appended_to_an_unterminated_line(tmp_path):
     folder, line = epath.Path(tmp_path), '{"step": 2, "changes": {"train.num_steps": [2, 4]}}'
     (folder / "changes.jsonl").write_text(line)
