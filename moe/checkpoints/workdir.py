@@ -210,9 +210,9 @@ def write_run_files(config: Config, tokenizer_files: dict[str, bytes], workdir: 
         config: of the run.
         tokenizer_files: name → content.
         workdir: existing folder.
-        new: the workdir holds no run yet, and tokenizer files of a start that failed before its first step are deleted.
-            Otherwise only missing tokenizer files are written, and the config while there is no checkpoint, so that it
-            has the train.save_every of the latest start.
+        new: the workdir holds no run yet, and tokenizer files of a start that failed before its first step are deleted,
+            as are recorded changes. Otherwise only missing tokenizer files are written, and the config while there is
+            no checkpoint, so that it has the train.save_every of the latest start.
 
     Raises:
         ConfigError: a tokenizer file differs from this run's.
@@ -223,6 +223,7 @@ def write_run_files(config: Config, tokenizer_files: dict[str, bytes], workdir: 
         for name in set(TOKENIZER_FILES) - tokenizer_files.keys():  # one of them could be read in place of this run's
             if epath.Path(config.data.tokenizer) != workdir / name:  # which the user put there
                 (workdir / name).unlink(missing_ok=True)
+        (workdir / CHANGES).unlink(missing_ok=True)  # of a run whose checkpoints and rows were deleted
     for name, content in tokenizer_files.items():
         if new or not (workdir / name).exists():
             write_atomic(workdir / name, content)

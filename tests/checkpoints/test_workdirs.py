@@ -272,6 +272,16 @@ def test_a_workdir_of_parameters_is_not_continued_as_a_run(tmp_path):
         workdirs.holds_run(folder)
 
 
+def test_a_new_run_does_not_have_the_changes_of_an_earlier_one(tmp_path):
+    """After the advice to delete metrics.jsonl and report.txt, where the checkpoints are gone."""
+    folder = epath.Path(tmp_path)
+    record_changes(Config(), {"train.num_steps": [4, 6]}, 4, folder)
+    write_run_files(Config(), {}, folder, new=False)
+    assert latest_change(folder) == 4
+    write_run_files(Config(), {}, folder, new=True)
+    assert latest_change(folder) == 0
+
+
 def test_a_change_is_not_appended_to_an_unterminated_line(tmp_path):
     folder, line = epath.Path(tmp_path), '{"step": 2, "changes": {"train.num_steps": [2, 4]}}'
     (folder / "changes.jsonl").write_text(line)
