@@ -229,9 +229,10 @@ def _apply_changes(
     if step > config.train.num_steps:
         raise ConfigError(f"train.num_steps={config.train.num_steps}: the run has done {step} steps already")
     if step == config.train.num_steps and "train.num_steps" in changes:
-        evaluated = {row["step"] for row in read_rows(directory / METRICS) if row["kind"].startswith("heldout/")}
-        if step not in evaluated:
-            raise ConfigError(f"train.num_steps={step}: this step was not evaluated; end the run at a later one")
+        kinds = {row["kind"] for row in read_rows(directory / METRICS) if row["step"] == step}
+        for kind, missing in (("heldout/all", "evaluated"), ("train", "logged")):  # the report shows both rows
+            if kind not in kinds:
+                raise ConfigError(f"train.num_steps={step}: this step was not {missing}; end the run at a later one")
     if step < (latest := latest_change(directory)):
         say(f"steps {step + 1} to {latest} are trained again, with the settings that were changed at step {latest}")
     record_changes(config, changes, step, directory)

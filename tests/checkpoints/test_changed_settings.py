@@ -11,7 +11,7 @@ import pytest
 
 from moe.checkpoints import workdir as workdirs
 from moe.checkpoints.workdir import read_config
-from moe.config import ConfigError, to_dict
+from moe.config import Config, ConfigError, OptimizerConfig, TrainConfig, to_dict
 from moe.training import loop as training
 from moe.training.loop import train
 from tests.run_helpers import ONE, SETTINGS, Interrupted, compile_once, interrupted, rows, tiny
@@ -72,6 +72,15 @@ def test_a_run_may_only_end_at_an_evaluated_step(directory, programs, tmp_path):
         )  # fmt: skip
     assert (tmp_path / "config.json").read_bytes() == before
     assert not (tmp_path / "changes.jsonl").exists()
+
+
+@pytest.mark.parametrize(("kind", "words"), [("train", "evaluated"), ("heldout/all", "logged")])
+def test_the_last_step_of_a_shortened_run_needs_both_rows_of_the_report(tmp_path, kind, words):
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 4, "kind": kind}))
+    changes = {"train.num_steps": [8, 4]}
+    config = Config(train=TrainConfig(num_steps=4), optimizer=OptimizerConfig(warmup_steps=0))
+    with pytest.raises(ConfigError, match=f"train.num_steps=4: this step was not {words}; end the run at a later one"):
+        training._apply_changes(config, changes, 4, training.epath.Path(tmp_path), print)
 
 
 @pytest.mark.slow
