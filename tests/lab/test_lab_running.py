@@ -377,6 +377,11 @@ def test_losses_of_the_last_tenth_by_batch(tmp_path):
         resumed.train_step(SimpleNamespace(step=step), SimpleNamespace(cross_entropy=step + 0.5))
     assert len(path.read_text().splitlines()) == 4
     assert last_tenth.losses(path, 20) == [18.5, 19.5]
+    path.write_text("19 1")  # the disk was full; the run continues with step 19
+    continued = last_tenth.recording(program, path)
+    for step in (18, 19):
+        continued.train_step(SimpleNamespace(step=step), SimpleNamespace(cross_entropy=step + 0.5))
+    assert last_tenth.losses(path, 20) == [18.5, 19.5]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ import itertools
 import math
 from pathlib import Path
 
-from moe.atomic_files import append
+from moe.atomic_files import append, write_atomic
 from moe.models.state import TrainState
 from moe.training.batches import Batch
 from moe.training.step import Program, TrainMetrics
@@ -27,6 +27,7 @@ def recording(program: Program, path: Path) -> Program:
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, TrainMetrics]:
         if not offset:
             offset.append(int(state.step) + 1)
+            _drop_unfinished_line(path)
         number = offset[0] + next(counter)
         state, metrics = program.train_step(state, batch)
         if number >= first:
@@ -34,6 +35,13 @@ def recording(program: Program, path: Path) -> Program:
         return state, metrics
 
     return dataclasses.replace(program, train_step=step)
+
+
+def _drop_unfinished_line(path: Path) -> None:
+    """Drop a last line that a full disk or a crash cut short, since the next one would be appended to it."""
+    text = path.read_text() if path.exists() else ""
+    if text and not text.endswith("\n"):
+        write_atomic(path, text[: text.rfind("\n") + 1])
 
 
 def _first(steps: int) -> int:
