@@ -62,7 +62,7 @@ class Record:
         claims: claim → hash of its text when the run started (:mod:`moe.lab.claims.registration`).
         data: domain → version of its text.
         hardware: devices and the CPU cores that the process was pinned to.
-        seconds: wall-clock time of the run, evaluation included.
+        seconds: wall-clock time since the run's last start, evaluation included.
         costs: quantity → value (:meth:`moe.lab.suite.Suite.costs`).
         rows: [step, quantity, domain, layer, value] of everything logged. "loss" is measured without drops,
             "own_loss" at the arm's own evaluation capacity.
