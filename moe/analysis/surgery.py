@@ -180,6 +180,9 @@ def check(model: ModelConfig) -> None:
     if gate is None or not gate.routes_by_logits or model.moe.layer_gates:
         needed = "surgery needs one gate in all layers, whose router chooses the experts"
         raise ConfigError(f"model.moe.gate={model.moe.gate_name!r}: {needed}")
+    if gate.layer is not None:
+        own = f"surgery does not know the parameters of a layer of your own, {gate.layer.__name__}"
+        raise ConfigError(f"model.moe.gate={gate.name!r}: {own}")
     if model.encoder_layers or model.prediction_layers:
         raise ConfigError("surgery takes decoder-only models without prediction layers")
 

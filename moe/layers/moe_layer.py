@@ -122,6 +122,7 @@ class MoELayer(nnx.Module):
     """
 
     has_slots: ClassVar[bool] = False  # router logits are per slot, as in Soft MoE
+    router_class: ClassVar[type[Router]] = Router
     #: Defaults of the settings of a stand-alone layer.
     defaults: ClassVar[Mapping[str, Any]] = types.MappingProxyType({"gate": "mixtral"})
 
@@ -149,7 +150,11 @@ class MoELayer(nnx.Module):
         if (self.gate.router == "slots") != self.has_slots:
             other = "moe.MoELayer" if self.has_slots else "moe.SoftMoE"
             raise ConfigError(f"gate={self.gate.name!r}: needs a {other}, not a {type(self).__name__}")
-        self.router = None if self.gate.router == "none" else Router(config, kind=self.gate.router, rngs=rngs)
+        own = self.gate.layer
+        if own is not None and not isinstance(self, own):
+            raise ConfigError(f"gate={self.gate.name!r}: needs a {own.__name__}, not a {type(self).__name__}")
+        kind = self.gate.router
+        self.router = None if kind == "none" else self.router_class(config, kind=kind, rngs=rngs)
         self.latent = Latent(config, rngs=rngs) if moe.latent_dim else None
         self.null = NullExperts(config, rngs=rngs) if moe.null_experts else None
         self.experts = Experts(config, rngs=rngs)

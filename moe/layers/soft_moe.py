@@ -10,7 +10,7 @@ from flax import nnx
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from moe.config import ModelConfig
+from moe.config import ConfigError, ModelConfig
 from moe.config.registry import find_layer
 from moe.dispatch.modes import mix
 from moe.layers.moe_layer import Keys, MoELayer
@@ -67,10 +67,17 @@ class SoftMoE(MoELayer):
 
 
 def create_layer(config: ModelConfig, *, gate: Gate | None = None, rngs: nnx.Rngs) -> MoELayer:
-    """Create the MoE layer for a model's gate, or for a layer's own gate."""
+    """Create the MoE layer for a model's gate, or for a layer's own gate.
+
+    Raises:
+        ConfigError: the gate names a layer that is not an MoELayer.
+    """
     rule = config.moe.gate if gate is None else gate
-    has_slots = rule is not None and rule.router == "slots"
-    return (SoftMoE if has_slots else MoELayer)(config, gate=gate, rngs=rngs)
+    own, has_slots = (None, False) if rule is None else (rule.layer, rule.router == "slots")
+    kind = own or (SoftMoE if has_slots else MoELayer)
+    if not (isinstance(kind, type) and issubclass(kind, MoELayer)):
+        raise ConfigError(f"gate {type(rule).__name__}: its layer={kind!r}: must be a class derived from moe.MoELayer")
+    return kind(config, gate=gate, rngs=rngs)
 
 
 def expert_logits(slot_logits: Float[Array, "G S E C"]) -> Float[Array, "G S E"]:

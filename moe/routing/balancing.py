@@ -72,7 +72,7 @@ class LayerReport:
         fraction_tokens_dropped: [] share of the chosen assignments beyond the capacity.
         router_entropy: [] mean entropy of router_probs, nats.
         active_experts: [] mean number of FFN experts that a real token chooses.
-        sparsity_penalty: [] ReMoE's, weighted by its strength; 0 under other gates.
+        sparsity_penalty: [] a weighted loss: ReMoE's, and what a layer of a user's module adds; else 0.
         sums: see :class:`BalanceSums`.
     """
 

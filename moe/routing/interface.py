@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -98,6 +98,8 @@ class Gate:
         experts_choose: each expert takes C tokens, so K is an average.
         lists_all: the output has a column for every expert, whatever K is.
         reweighs: the rule reads ``GateInputs.expert_index``.
+        layer: class of the layer that models have for the gate, derived from :class:`moe.layers.moe_layer.MoELayer`;
+            None: the package's.
     """
 
     router: ClassVar[RouterKind] = "linear"
@@ -106,6 +108,7 @@ class Gate:
     experts_choose: ClassVar[bool] = False
     lists_all: ClassVar[bool] = False
     reweighs: ClassVar[bool] = False
+    layer: ClassVar[type[Any] | None] = None
 
     #: Name in configs, messages and records: that of the layer it was taken from, or module:class.
     name: str = ""

@@ -13,14 +13,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from configs import base
+from moe.analysis import surgery
 from moe.config import Config, ConfigError, Losses, ModelConfig, MoEConfig
 from moe.config.parse import from_config_dict
 from moe.config.registry import find_layer
 from moe.fields import setting
+from moe.layers.moe_layer import MoELayer
 from moe.models import sampling
+from moe.models.factory import abstract_parameters
 from moe.parallel.mesh import make_mesh
+from moe.routing import balancing
 from moe.routing.interface import Gate, GateInputs, GateOutput, top_k
 from moe.routing.routing import probe, route
 from moe.training import evaluation, open_run
@@ -198,6 +203,82 @@ def test_the_recipe_of_the_guide_for_contributors():
     np.testing.assert_allclose(routing.combine_weights, [[[0.9, 0.1]]], rtol=1e-5)
     with pytest.raises(ConfigError, match="temperature=0: must be positive"):
         names["Nearest"](temperature=0)
+
+
+@pytest.fixture
+def guide(tmp_path, monkeypatch):
+    """The modules my_gates and my_layers of docs/own_gates.md."""
+    text = (Path(__file__).resolve().parents[2] / "docs" / "own_gates.md").read_text()
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        with (tmp_path / re.search(r"my_\w+\.py", block)[0]).open("a") as file:
+            file.write(block)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield importlib.import_module("my_gates"), importlib.import_module("my_layers")
+    for name in ("my_gates", "my_layers"):
+        sys.modules.pop(name, None)
+
+
+def test_a_state_of_the_guide_is_a_moving_average_of_the_load(guide):
+    gate = find_layer("my_gates:Damped").gate
+    probe(gate, 4)
+    logits = jnp.asarray([[[3.0, 2.0, 1.0, 0.0], [3.0, 2.0, 1.0, 0.0], [0.0, 0.0, 5.0, 5.0]]])
+    # A bias of 2 moves expert 0, at 3 - 2 = 1, behind experts 1 and 2; the third token is padding.
+    mask, state = jnp.asarray([[True, True, False]]), jnp.asarray([2.5, 0.0, 0.0, 0.0])
+    routing = route(gate, logits, GateInputs(mask, selection_bias=state))
+    np.testing.assert_array_equal(routing.expert_index[0, 0], [1, 2])
+    report = balancing.report(routing, mask, routing.chosen, k=2)
+    following = balancing.next_selection_bias("threshold", state, report.sums.bias_target, 0.1)
+    np.testing.assert_allclose(following, [2.25, 0.1, 0.1, 0.0], rtol=1e-6)  # 0.9 · state + 0.1 · (0, 1, 1, 0)
+
+
+SIZES = {"d_model": 8, "d_ff": 12, "num_experts": 4}
+
+
+def test_a_layer_of_the_guide_has_a_parameter_and_a_loss(guide):
+    gate = find_layer("my_layers:Tempered").gate
+    layer, plain = gate.layer(**SIZES, gate=gate, rngs=nnx.Rngs(0)), MoELayer(**SIZES, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(1), (1, 6, 8))
+    layer.router.log_scale[...] = jnp.log(jnp.asarray([2.0, 1.0, 1.0, 1.0]))
+    _, report, routing = jax.jit(layer.__call__)(x)
+    expected = jax.jit(plain.router.__call__)(x) * np.asarray([2.0, 1.0, 1.0, 1.0])
+    np.testing.assert_allclose(routing.router_logits, expected, rtol=1e-5)
+    # ln 2 once and 0 thrice: variance 3/16 · (ln 2)²
+    np.testing.assert_allclose(report.sparsity_penalty, 0.01 * 3 / 16 * np.log(2) ** 2, rtol=1e-5)
+
+
+def test_a_layer_of_the_guide_adds_experts_that_groups_share(guide):
+    gate = find_layer("my_layers:Grove").gate
+    layer = gate.layer(**SIZES, gate=gate, dispatch="dropless", rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(1), (1, 3, 8))
+    (y, _, routing), (plain, _, _) = jax.jit(lambda x: (layer(x), MoELayer.__call__(layer, x)))(x)
+    w, added = layer.adjugate.experts.weights, np.asarray(y - plain)
+    gate_proj, up, down, weights, experts, x = map(
+        np.asarray, (w.gate, w.up, w.down, routing.combine_weights, routing.expert_index, x)
+    )
+    for token in range(3):
+        hidden = [x[0, token] @ gate_proj[i] for i in range(2)]
+        ffn = [(h / (1 + np.exp(-h)) * (x[0, token] @ up[i])) @ down[i] for i, h in enumerate(hidden)]
+        expected = sum(weights[0, token, k] * ffn[experts[0, token, k] // 2] for k in range(2))
+        np.testing.assert_allclose(added[0, token], expected, rtol=1e-3, atol=1e-5)
+
+
+def test_models_have_the_layer_that_a_gate_names(guide):
+    layer = dataclasses.replace(find_layer("my_layers:Tempered"), num_experts=4)
+    model = ModelConfig(vocab_size=32, d_model=8, num_layers=2, moe=layer)
+    router = nnx.to_pure_dict(abstract_parameters(model))["segment_0"]["block_0"]["moe"]["router"]
+    assert router["log_scale"].shape == (2, 4)
+    with pytest.raises(ConfigError, match=r"surgery does not know the parameters of .*, TemperedMoE"):
+        surgery.check(model)
+    with pytest.raises(ConfigError, match="gate='my_layers:Tempered': needs a TemperedMoE, not a MoELayer"):
+        MoELayer(**SIZES, gate="my_layers:Tempered", rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("layer", [3, dict])
+def test_a_layer_that_is_no_moe_layer_is_refused(guide, monkeypatch, layer):
+    monkeypatch.setattr(guide[1].Grove, "layer", layer)
+    model = ModelConfig(vocab_size=32, d_model=8, num_layers=2, moe=find_layer("my_layers:Grove"))
+    with pytest.raises(ConfigError, match=r"gate Grove: its layer=.* must be a class derived from moe\.MoELayer"):
+        abstract_parameters(model)
 
 
 def test_a_layer_gate_that_looks_ahead_is_refused_as_the_models_gate_is():
