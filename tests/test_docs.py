@@ -134,6 +134,17 @@ def test_every_logged_value_is_explained():
     assert [name for name in sorted(names) if f"`{name}`" not in page] == []
 
 
+@pytest.mark.slow
+def test_the_training_loop_of_the_guide_learns():
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "own_loop.md").read_text(), re.DOTALL)
+    names = {}
+    exec(compile(block, "own_loop.md", "exec"), names)
+    assert names["layers"].expert_load.shape == (2, 8)
+    assert float(names["loss"]) < 3.9  # ln 64 = 4.16 is chance
+    up = names["parameters"]["segment_0"]["block_0"]["moe"]["experts"]["up"][...]
+    assert up.sharding.shard_shape(up.shape)[1] == 2  # 8 experts over 4 devices
+
+
 def _forms_of_steps(page: str) -> list[str]:
     """Patterns of the step lines on a page: any numbers after the names of losses and speeds, any text for "...", and
     everything else literally."""
