@@ -215,6 +215,8 @@ def validate_mesh(config: Config, sizes: Mapping[str, int]) -> None:
     for field, axis in facts_of(Config, "split").items():
         if not field.startswith(unused):
             divides((axis,), field, operator.attrgetter(field)(config))
+    if config.model.prediction_layers:  # their projection from 2 D to D is split over its outputs
+        divides(("tensor",), "model.d_model", config.model.d_model)
     if moe.gate is None:
         return
     hosts, experts = moe.exchange_hosts, sizes["expert"]

@@ -13,7 +13,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from configs import base
-from moe.config import ConfigError
+from moe.config import ConfigError, validate_mesh
 from moe.config.model_section import RopeScalingConfig
 from moe.interop import export_checkpoint, import_checkpoint
 from moe.interop.load import load_huggingface
@@ -127,6 +127,16 @@ def test_parts_and_layer_numbers_of_prediction_layers(tmp_path):
     assert biases["prediction"]["block"]["moe"]["router"]["bias"].tolist() == [[8, 9, 10, 11], [12, 13, 14, 15]]
     with pytest.raises(ConfigError, match=r"model\.prediction_layers=1: must be 0 with model\.encoder_layers"):
         tiny(tmp_path, **{"model.prediction_layers": 1, "model.encoder_layers": 1, "data.input_length": 16})
+
+
+def test_a_mesh_that_cannot_split_the_projection_is_refused(tmp_path):
+    """The projection from 2 D to D is stored in parts of its D outputs over tensor: 18 / 4 is no whole number."""
+    sizes = {"data": 2, "fsdp": 1, "expert": 1, "tensor": 4}
+    heads = {"model.num_heads": 4, "model.num_kv_heads": 4}
+    with pytest.raises(ConfigError, match=r"model\.d_model=18: must be divisible by mesh\.tensor = 4"):
+        validate_mesh(config_of(tmp_path, **heads, **{"model.d_model": 18}), sizes)
+    validate_mesh(config_of(tmp_path, **heads, **{"model.d_model": 20}), sizes)
+    validate_mesh(config_of(tmp_path, **heads, **{"model.d_model": 18, "model.prediction_layers": 0}), sizes)
 
 
 @pytest.mark.slow
