@@ -99,7 +99,13 @@ def one_group_a_row(config: ModelConfig) -> ModelConfig:
 
 def for_generation(config: Config, num_devices: int) -> Config:
     """A run's config as generation uses it, to be checked against a mesh: one row a device, no microbatches, one group
-    a row whatever the run's group size, and exchange settings that fit any row and mesh."""
+    a row whatever the run's group size, and exchange settings that fit any row and mesh.
+
+    Raises:
+        ConfigError: a gate that needs later tokens, which keeps the run's groups.
+    """
+    if why := looks_ahead(config.model):
+        raise ConfigError(why)
     train = dataclasses.replace(config.train, batch_size=num_devices, accumulation_steps=1)
     model, data = without_drops(config.model), dataclasses.replace(config.data, streams=0)
     model = dataclasses.replace(model, moe=dataclasses.replace(model.moe, exchange_chunks=1, exchange_hosts=1))

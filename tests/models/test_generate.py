@@ -12,6 +12,8 @@ import pytest
 from flax import nnx
 
 from moe.config import Config, ConfigError, DataConfig, MeshConfig, ModelConfig, MoEConfig, TrainConfig, validate_mesh
+from moe.config.moe_section import Losses
+from moe.config.registry import LAYERS
 from moe.interop import load_huggingface
 from moe.models import kv_cache, sampling
 from moe.models.decoder import Transformer
@@ -150,6 +152,14 @@ def test_a_run_with_microbatches_or_groups_of_several_rows_can_generate_on_a_mes
     validate_mesh(sampling.for_generation(chunks, 2), {"data": 1, "fsdp": 1, "expert": 2, "tensor": 1})
     with pytest.raises(ConfigError, match="num_experts"):
         validate_mesh(sampling.for_generation(config, 3), {"data": 1, "fsdp": 1, "expert": 3, "tensor": 1})
+
+
+def test_a_gate_that_looks_ahead_is_refused_for_that_whatever_its_groups():
+    """Groups of two rows would not fit the one row of a device either, which is not what the user can change."""
+    moe = MoEConfig(gate=LAYERS["expert_choice"].gate, losses=Losses(), group_size=512, accept_future_leak=True)
+    config = Config(model=ModelConfig(moe=moe))
+    with pytest.raises(ConfigError, match=r"^model\.moe\.gate='expert_choice': routes by the other tokens"):
+        sampling.for_generation(config, 1)
 
 
 @pytest.mark.slow
