@@ -147,6 +147,18 @@ def test_report_by_hand():
     assert float(out.load_balancing_loss) == pytest.approx(19 / 18, rel=1e-6)
 
 
+def test_the_entropy_has_no_gradient():
+    """Its slope is infinite at a probability of 0, which ReMoE's experts have."""
+    logits = jnp.asarray([[[2.0, 1.0, -1.0, -3.0]]])
+    routing, mask = routed("remoe", logits, k=2), jnp.ones((1, 1), bool)
+
+    def entropy(probs):
+        return balancing.report(dataclasses.replace(routing, router_probs=probs), mask, routing.chosen).router_entropy
+
+    assert routing.router_probs[0, 0, 3] == 0
+    np.testing.assert_array_equal(jax.grad(entropy)(routing.router_probs), 0.0)
+
+
 def test_entropy_of_an_undecided_router_is_ln_e():
     routing = routed("switch", np.zeros((1, 4, E)))
     assert float(report(routing, jnp.ones((1, 4), bool), routing.chosen).router_entropy) == (
