@@ -255,7 +255,7 @@ def report(
     load = count_per_expert(routing.expert_index, routing.chosen, num_experts)
     num_chosen = jnp.maximum(jnp.sum(routing.chosen), 1)
     valid = mask & ~routing.broken
-    # Its slope at a probability of 0 is infinite, and in a pipeline metrics have cotangents, of 0: their product is NaN.
+    # Its slope at a probability of 0 is infinite, and a pipeline gives metrics cotangents of 0: their product is NaN.
     entropy = jnp.sum(jax.scipy.special.entr(jax.lax.stop_gradient(routing.router_probs)), axis=-1)
     active = jnp.sum(load[: num_experts - null_experts]) / jnp.maximum(jnp.sum(valid), 1)
     taken = active if k is None else k
