@@ -79,8 +79,7 @@ def holds_run(workdir: epath.Path) -> bool:
     A workdir with only config.json has never trained a step; any config may reuse it.
 
     Raises:
-        ConfigError: there are checkpoints without a config, the config is not a run's, a run's checkpoints are gone, or
-            the workdir holds the parameters of an import or an average, without the rest of a run.
+        ConfigError: there are checkpoints without a config, the config is not a run's, or a run's checkpoints are gone.
     """
     steps = complete_steps(workdir)
     if not (workdir / CONFIG).exists():
@@ -90,11 +89,6 @@ def holds_run(workdir: epath.Path) -> bool:
                 "use another workdir"
             )
         return False
-    if steps == [0]:  # a run saves its first checkpoint after its first step
-        raise ConfigError(
-            f"--workdir={workdir}: holds only the parameters of a model, as an import or an average does; to train "
-            f"them, use another workdir and --config.start.checkpoint={workdir}"
-        )
     if steps:
         return True
     config = read_config(workdir)  # a file that is not a run's config is never replaced
@@ -145,7 +139,8 @@ def refuse_other_run(config: Config, workdir: epath.Path, *, allow_changes: bool
         field → [old, new] of the accepted changes.
 
     Raises:
-        ConfigError: another field differs; all such fields are named.
+        ConfigError: another field differs; all such fields are named. Or the workdir holds only the parameters of an
+            import or an average.
     """
     theirs_config = read_config(workdir)
     theirs, ours = (json.loads(json.dumps(to_dict(tree))) for tree in (theirs_config, config))
@@ -164,6 +159,11 @@ def refuse_other_run(config: Config, workdir: epath.Path, *, allow_changes: bool
         change = ", or add --change to go on with the new values" if changeable == differing else ""
         raise ConfigError(
             f"--workdir={workdir}: holds a run with another config; use another workdir, or set back {listed}{change}"
+        )
+    if complete_steps(workdir) == [0]:  # a run saves its first checkpoint after its first step
+        raise ConfigError(
+            f"--workdir={workdir}: holds only the parameters of a model, as an import or an average does; to train "
+            f"them, use another workdir and --config.start.checkpoint={workdir}"
         )
     return changeable
 
