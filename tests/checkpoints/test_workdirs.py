@@ -269,7 +269,7 @@ def test_a_workdir_of_parameters_is_not_continued_as_a_run(tmp_path):
     (folder / "checkpoints" / "0").mkdir(parents=True)
     workdirs.write_config(Config(), folder)
     with pytest.raises(ConfigError, match=r"holds only the parameters of a model, .* --config\.start\.checkpoint="):
-        workdirs.refuse_other_run(Config(), folder)
+        workdirs.refuse_other_run(workdirs.read_config(folder), folder)
 
 
 def test_a_new_run_does_not_have_the_changes_of_an_earlier_one(tmp_path):
