@@ -8,25 +8,19 @@ Seventy runs, 18 core-hours at 20,000 tokens/s. Claims 37 to 41 are the primary 
 import dataclasses
 
 from configs.ablations import switch_vs_mixtral
-from moe.lab.suite import Comparison, Suite
+from moe.lab.suite import Suite
 
 _ARMS = ("dense", "top1_drop", "top1_free", "top2_drop", "top2_free", "switch", "mixtral")
 
 
 def get_suite(size: str) -> Suite:
     """Dense, the 2 × 2, and Switch and Mixtral as published."""
-    first = switch_vs_mixtral.get_suite(size)
-    variants = {name: first.variants[name] for name in _ARMS}
-    variants["top1_drop"] = dataclasses.replace(variants["top1_drop"], probes=("eval_capacity",))
+    first = switch_vs_mixtral.with_arms(size, _ARMS)
+    measured = dataclasses.replace(first.variants["top1_drop"], probes=("eval_capacity",))
     return dataclasses.replace(
         first,
         name="replication",
         question="Do other seeds give the same verdicts on Switch against Mixtral?",
-        variants=variants,
+        variants={**first.variants, "top1_drop": measured},
         seeds=tuple(range(15, 25)),
-        headline=("dense", "top1_drop", "top1_free", "top2_drop", "top2_free"),
-        comparisons={
-            title: Comparison(c.baseline, tuple(a for a in c.variants if a in _ARMS), c.equal, c.tolerance)
-            for title, c in first.comparisons.items()
-        },
     )

@@ -7,6 +7,8 @@ minutes a run on one idle CPU core: 15 core-hours for ten seeds. A pilot on seed
 3.514 (dense), 3.374 (top1_drop), 3.381 (top1_free with 16 experts) and 3.321 (top2_free).
 """
 
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from configs.ablations import common
@@ -84,5 +86,18 @@ def get_suite(size: str) -> Suite:
                 tuple(name for name in sparse if name != "top1_drop"),
                 ("steps", "active_parameters", "total_parameters"),
             ),
+        },
+    )
+
+
+def with_arms(size: str, arms: Sequence[str]) -> Suite:
+    """The suite with these of its arms only, in this order."""
+    whole = get_suite(size)
+    return dataclasses.replace(
+        whole,
+        variants={name: whole.variants[name] for name in arms},
+        comparisons={
+            title: Comparison(c.baseline, tuple(a for a in c.variants if a in arms), c.equal, c.tolerance)
+            for title, c in whole.comparisons.items()
         },
     )

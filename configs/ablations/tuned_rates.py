@@ -11,23 +11,19 @@ been made.
 import dataclasses
 
 from configs.ablations import common, switch_vs_mixtral
-from moe.lab.suite import Comparison, Suite
+from moe.lab.suite import Suite
 
 _ARMS = ("dense", "switch", "mixtral", "top1_drop", "top1_free", "top2_drop", "top2_free", "deepseek_moe")
 
 
 def get_suite(size: str) -> Suite:
     """Dense, the 2 × 2, Switch and Mixtral as published, and DeepSeekMoE."""
-    first = switch_vs_mixtral.get_suite(size)
+    first = switch_vs_mixtral.with_arms(size, _ARMS)
     return dataclasses.replace(
         first,
         name="tuned_rates",
         question="Do the answers on Switch against Mixtral hold with each arm at its best learning rate?",
-        variants={name: dataclasses.replace(first.variants[name], probes=()) for name in _ARMS},
+        variants={name: dataclasses.replace(arm, probes=()) for name, arm in first.variants.items()},
         sweep=common.sweep(size),
         headline=("dense", "switch", "mixtral"),
-        comparisons={
-            title: Comparison(c.baseline, tuple(a for a in c.variants if a in _ARMS), c.equal, c.tolerance)
-            for title, c in first.comparisons.items()
-        },
     )
