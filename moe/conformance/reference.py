@@ -263,9 +263,8 @@ def _sent(gate: str, logits: np.ndarray, experts: list[int], rule: Rule, token: 
         sent[1] = 2 * second > rule.draws[token]
     if gate == "st_moe" and rule.draws is not None:
         # ST-MoE 2022, appendix D: sent with probability min(1, weight/0.2), the first always.
-        sent[1:] = [w > 0.2 * draw for w, draw in zip(weights(gate, logits, experts), rule.draws[token], strict=True)][
-            1:
-        ]
+        sent[:] = [w > 0.2 * draw for w, draw in zip(weights(gate, logits, experts), rule.draws[token], strict=True)]
+        sent[0] = True
     return sent
 
 
