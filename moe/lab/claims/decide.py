@@ -306,7 +306,7 @@ def _missing_seeds(
 
 
 def _lacking_power(outcome: Outcome, primary: Primary | None) -> list[str]:
-    """What the spread of an undecided outcome would let this many seeds show, if that is too little."""
+    """Caveat on an undecided outcome: the least that its seeds would show at their spread, if that is too much."""
     if outcome.part.rule == "within":
         needed = inference.smallest_margin(outcome.effect.sd, outcome.effect.n)
         if (margin := outcome.part.margin) < needed < math.inf:
