@@ -16,6 +16,7 @@ from typing import Any
 
 from moe.config import Config, DataConfig, MoEConfig, layer_kinds, sparse_layers
 from moe.config.registry import find_gate, find_layer
+from moe.config.user_code import user_code
 from moe.data.corpora import EmbeddedCorpus
 from moe.routing.interface import Gate
 
@@ -55,6 +56,8 @@ _NEUTRAL: Canonical = {
     "start": "", "expert_noise": 0.0, "virtual_groups": False, "expert_scale": 1.0, "drop_share": 0.0, "fresh": [],
     "optimizer_state": "reset", "teacher": "", "soft_share": 0.25, "lora": 0, "preference_beta": 0.0,
     "policy": 0,
+    # a user's gates, layers and optimizer
+    "code": "",
 }  # fmt: skip
 
 #: Fields of a config that have the same name in the canonical form.
@@ -101,6 +104,7 @@ def canonical(config: Config) -> Canonical:
     delta_net = config.model.delta_net
     form["delta_net"] = dataclasses.asdict(delta_net) if delta_net.layers else _NEUTRAL["delta_net"]
     form["optimizer"] = config.optimizer.name
+    form["code"] = user_code(config)
     form["final_rate_fraction"] = config.optimizer.final_learning_rate_fraction
     form["start"] = config.start.checkpoint
     form["optimizer_state"] = config.start.optimizer if form["start"] else "reset"

@@ -20,6 +20,7 @@ from moe.atomic_files import write_atomic
 from moe.checkout import short_commit
 from moe.config import Config, ConfigError, to_dict, validate_mesh
 from moe.config.parse import from_config_dict
+from moe.config.user_code import user_code
 from moe.foreign_files import parse
 from moe.layers.attention.attend import checked_for_target
 from moe.parallel.mesh import make_mesh
@@ -103,8 +104,8 @@ def read_or_compile(
 ) -> CompiledStep:
     """The compiled train step, kept in a folder.
 
-    A kept program is reused for the same config, topology, XLA options and versions, even if the source has changed
-    since; ``commit`` names the source that was compiled.
+    A kept program is reused for the same config, code of the user's, topology, XLA options and versions, even if this
+    package has changed since; ``commit`` names the source that was compiled.
 
     Args:
         config: of the run.
@@ -121,7 +122,7 @@ def read_or_compile(
         return make(config, topology)
     options = train_step_module.compiler_options(config, make_mesh(config.mesh, topology.devices))
     options |= dict(topology.compiler_options)
-    made_of = [to_dict(config), topology.name, topology.num_slices, options, versions()]
+    made_of = [to_dict(config), user_code(config), topology.name, topology.num_slices, options, versions()]
     name = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:32]
     path = folder / f"{name}.json.gz"
     if path.exists():

@@ -22,6 +22,7 @@ import jax
 
 from moe.atomic_files import write_atomic
 from moe.config import Config, ConfigError, to_dict
+from moe.config.user_code import user_code
 from moe.foreign_files import read_object
 from moe.planner.candidates import Candidate
 from moe.planner.guide import Guide
@@ -34,7 +35,7 @@ PlanJson = dict[str, Any]
 
 
 class Cache:
-    """Plans on disk, one file each, named by a hash of config, topology, scenario, versions and source."""
+    """Plans on disk, one file each, named by a hash of config, topology, scenario, versions and all source."""
 
     def __init__(self, folder: Path | str, topology: Topology, scenario: str = ""):
         """
@@ -50,7 +51,7 @@ class Cache:
 
     def path(self, config: Config) -> Path:
         """Path of a config's plan, existing or not."""
-        text = json.dumps([to_dict(config), *self._common], sort_keys=True)
+        text = json.dumps([to_dict(config), user_code(config), *self._common], sort_keys=True)
         return self._folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
 
     def get(self, config: Config) -> PlanJson | None:

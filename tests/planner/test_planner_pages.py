@@ -70,14 +70,16 @@ def test_a_cached_program_is_not_compiled_again(tmp_path, monkeypatch):
     for _ in range(2):
         assert compiled.read_or_compile(config, topology, tmp_path) == step
     assert asked == [(config, topology)]
-    # Other configs, slices and versions are compiled, and nothing is kept without a folder.
+    # Other configs, slices, versions and gates' code are compiled, and nothing is kept without a folder.
     compiled.read_or_compile(_step(dispatch="gather")[0], topology, tmp_path)
     compiled.read_or_compile(config, dataclasses.replace(topology, name="h100:1x2"), tmp_path)
     monkeypatch.setattr(compiled, "versions", lambda: ["jax 1"])
     compiled.read_or_compile(config, topology, tmp_path)
-    assert len(asked) == len(list(tmp_path.iterdir())) == 4
+    monkeypatch.setattr(compiled, "user_code", lambda _: "other")
+    compiled.read_or_compile(config, topology, tmp_path)
+    assert len(asked) == len(list(tmp_path.iterdir())) == 5
     compiled.read_or_compile(config, topology)
-    assert len(asked) == 5
+    assert len(asked) == 6
 
 
 def test_every_time_has_an_interval(made):

@@ -194,6 +194,10 @@ def test_search_ranks_caches_and_shares_work(tmp_path, monkeypatch):
     assert cache.get(config) is not None
     assert search.Cache(tmp_path, _slice("v5p:2x2x2", 2)).get(config) is None
     assert search.Cache(tmp_path, _slice("v5p:2x2x2"), "0.5 x the network's bandwidths").get(config) is None
+    with monkeypatch.context() as patched:
+        patched.setattr(search, "user_code", lambda _: "other")
+        assert cache.get(config) is None
+    assert cache.get(config) is not None
     monkeypatch.setattr(search, "source_hash", lambda: "other")
     other = search.Cache(tmp_path, _slice("v5p:2x2x2"))
     assert other.get(config) is None

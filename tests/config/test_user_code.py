@@ -1,0 +1,162 @@
+"""The hash of a user's code: what changes it and what does not."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+from configs import base
+from moe.config.parse import from_config_dict
+from moe.config.user_code import user_code
+from moe.lab.identity import canonical
+from tests.helpers import set_moe
+
+HELPERS = '''"""Helpers."""
+
+def sharpen(weights):
+    return weights**2
+
+def unused():
+    return 1
+'''
+GATES = '''"""Gates."""
+import dataclasses
+import helpers.powers
+import jax
+from helpers.weights import sharpen as sharper
+from moe import Gate, GateOutput
+from moe.routing.interface import top_k
+
+POWER = 2.0
+TABLE = []
+TABLE.append(1)
+
+if POWER > 1:
+    LIMIT = 3
+else:
+    LIMIT = 4
+
+class Layer:
+    pass
+
+class Ruled(Gate):
+    layer = Layer
+
+    def route(self, router_logits, inputs):
+        """The rule."""
+        weights, index = top_k(router_logits, self.k)
+        return GateOutput(index, sharper(jax.nn.softmax(weights * POWER * helpers.powers.ONE)))
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mine(Ruled):
+    k: int = LIMIT  # K
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Other(Gate):
+    k: int = 2
+
+    def route(self, router_logits, inputs):
+        return GateOutput(*top_k(router_logits, self.k)[::-1])
+
+mine = Mine(k=2)
+
+def my_optimizer(schedule, config):
+    import optax
+    return optax.sgd(schedule)
+'''
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """Function that writes the modules with texts replaced, for the next import."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "helpers").mkdir()
+
+    def forget():
+        for name in [name for name in sys.modules if name.partition(".")[0] in ("user_gates", "helpers")]:
+            del sys.modules[name]
+        importlib.invalidate_caches()
+
+    def write(old="", new="", powers="ONE = 1\n"):
+        forget()
+        assert old in GATES + HELPERS
+        (tmp_path / "user_gates.py").write_text(GATES.replace(old, new) if old else GATES)
+        (tmp_path / "helpers" / "weights.py").write_text(HELPERS.replace(old, new) if old else HELPERS)
+        (tmp_path / "helpers" / "powers.py").write_text(powers)
+        for path in tmp_path.rglob("*.pyc"):
+            path.unlink()
+
+    yield write
+    forget()
+
+
+def config_with(gate="user_gates:Mine", optimizer="adamw"):
+    tree = base.get_config()
+    set_moe(tree, gate=gate)
+    tree.update_from_flattened_dict({"optimizer.name": optimizer})
+    return from_config_dict(tree)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("POWER = 2.0", "POWER = 3.0"),  # a constant that the rule reads
+        ("TABLE.append(1)", "TABLE.append(2)"),  # may change what the rule reads
+        ("LIMIT = 3", "LIMIT = 3.0"),  # defined inside of a compound statement
+        ("softmax", "log_softmax"),  # in an inherited method
+        ("class Layer:\n    pass", "class Layer:\n    size = 2"),
+        ("weights**2", "weights**3"),  # in a module that is imported
+    ],
+)
+def test_an_edit_of_what_a_gate_reaches_changes_the_hash(write, old, new):
+    write()
+    before = user_code(config_with("user_gates:mine"))
+    assert len(before) == 16
+    write(old, new)
+    assert user_code(config_with("user_gates:mine")) not in ("", before)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("  # K", "  # the number of choices"),
+        ('"""The rule."""', '"""Mixtral\'s rule."""'),
+        ('"""Gates."""', ""),
+        ("POWER = 2.0", "POWER   = 2.0\n\n"),
+        ("[::-1]", ""),  # another gate
+        ("optax.sgd", "optax.lion"),
+        ("return 1", "return 2"),  # not imported
+    ],
+)
+def test_other_edits_do_not(write, old, new):
+    write()
+    before = user_code(config_with())
+    write(old, new)
+    assert user_code(config_with()) == before != ""
+
+
+def test_a_module_that_is_imported_by_its_own_name_counts_as_a_whole(write):
+    write()
+    before = user_code(config_with())
+    write(powers="ONE = 1\nTWO = 2\n")
+    assert user_code(config_with()) != before
+
+
+def test_the_optimizer_counts(write):
+    write()
+    before = user_code(config_with("switch", "user_gates:my_optimizer"))
+    write("optax.sgd", "optax.lion")
+    assert user_code(config_with("switch", "user_gates:my_optimizer")) not in ("", before)
+    assert user_code(config_with("switch")) == user_code(config_with("none")) == ""
+
+
+def test_a_run_is_identified_by_the_code_that_was_imported(write):
+    write()
+    form = canonical(config_with())
+    assert form["code"] == user_code(config_with())
+    assert "code" not in canonical(config_with("switch"))
+    Path(str(sys.modules["user_gates"].__file__)).write_text("")
+    assert canonical(config_with()) == form
+    write("POWER = 2.0", "POWER = 3.0")
+    assert canonical(config_with()) == {**form, "code": user_code(config_with())} != form
