@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike
@@ -17,6 +18,9 @@ from moe.models.decoder import LanguageModel, Output, join_reports, make_rows
 from moe.models.stack import Stack
 from moe.routing.balancing import LayerReport
 from moe.routing.routing import Routing
+
+#: Part of the names of the encoder's operations in a program.
+ENCODER_SCOPE = "encoder"
 
 
 class EncoderDecoder(LanguageModel):
@@ -87,7 +91,8 @@ class EncoderDecoder(LanguageModel):
     def encode(self, rows: Rows, **settings: Any) -> tuple[Float[Array, "B U D"], LayerReport | None, Routing | None]:
         """Run the encoder; see :meth:`moe.models.stack.Stack.run`."""
         embedding = self.encoder.embedding if self.config.encoder_vocab_size else self.embedding
-        return self.encoder.run(self.embed(rows.token_ids, embedding), rows, **settings)
+        with jax.named_scope(ENCODER_SCOPE):
+            return self.encoder.run(self.embed(rows.token_ids, embedding), rows, **settings)
 
 
 def encoder_rows(

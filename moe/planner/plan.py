@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from pathlib import Path
 from typing import Any
 
 from moe.config import Config, ConfigError, to_dict, validate_mesh
 from moe.dispatch.backends import row_blocks
 from moe.models import flops
+from moe.models.encoder_decoder import ENCODER_SCOPE
 from moe.parallel.mesh import make_mesh
 from moe.planner import (
     attention,
@@ -281,11 +283,14 @@ def read_step(config: Config, topology: Topology, step: CompiledStep, scenario: 
         )
     chip, devices = scenario.applied(topology.chip), list(mesh.devices.flat)
     peak = chip.peak / chip.devices
-    rows = int(_assignments(config, mesh) * scenario.skew)
+
+    def rows(operation: str) -> int:
+        return int(_assignments(config, mesh, operation) * scenario.skew)
 
     def kernel_price(matmul: GroupedMatmul) -> Price:
         # With exchanged rows a buffer is larger than a balanced load; with a capacity all of its rows are computed.
-        price = kernels.price(matmul, rows if config.model.moe.dispatch == "dropless" else matmul.sizes[0], chip)
+        dropless = config.model.moe.dispatch == "dropless"
+        price = kernels.price(matmul, rows(matmul.source) if dropless else matmul.sizes[0], chip)
         if not scenario.matmul_share:
             return price
         seconds = price.flops / (scenario.matmul_share * peak)
@@ -301,7 +306,10 @@ def read_step(config: Config, topology: Topology, step: CompiledStep, scenario: 
             attention.factor, topology.name.partition(":")[0], config.model, config.data.sequence_length
         ),
     )
-    trips = functools.partial(row_blocks.balanced_trips, rows=rows)
+
+    def trips(loop: str) -> int | None:
+        return row_blocks.balanced_trips(loop, rows(loop))
+
     text = program.read(step.text, dict(mesh.shape), chip.clock, kernel_price, rates, attention_prices, trips)
     text = dataclasses.replace(text, collectives=exchanges.balanced(text.collectives, config.model.moe, mesh.shape))
     items = text.items
@@ -361,10 +369,17 @@ def read_step(config: Config, topology: Topology, step: CompiledStep, scenario: 
     )
 
 
-def _assignments(config: Config, mesh: Any) -> int:
-    """(token, expert) choices of a device that one pass of a layer's kernels computes."""
+def _assignments(config: Config, mesh: Any, operation: str = "") -> int:
+    """(token, expert) choices of a device that one pass of a layer's kernels computes.
+
+    Args:
+        config: of the run.
+        mesh: of its devices.
+        operation: name in the program, of the encoder's layer or of the decoder's.
+    """
     rows = config.train.microbatch_rows
     devices = mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["expert"] * mesh.shape.get("context", 1)
-    moe, length = config.model.moe, config.data.sequence_length
+    encoder = re.search(rf"\b{ENCODER_SCOPE}\b", operation)
+    moe, length = config.model.moe, config.data.input_length if encoder else config.data.sequence_length
     chunks = moe.chunks(moe.group_size or length, mesh.shape["expert"])
     return int(rows * length // devices * moe.experts_per_token * moe.ffn_share) // chunks

@@ -1,6 +1,7 @@
 """Encoder-decoders: layer numbering, counts and FLOPs by hand, embeddings, refusals."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 from flax import nnx
 
 from moe.config import Config, ConfigError, DataConfig, TrainConfig, layer_kinds, validate_mesh
-from moe.models.encoder_decoder import EncoderDecoder
+from moe.models.encoder_decoder import ENCODER_SCOPE, EncoderDecoder
 from moe.models.factory import create_model
 from moe.models.flops import count_parameters, train_flops_per_token
 from moe.models.stack import restack_layers, selection_biases, unstack_layers
@@ -91,6 +92,20 @@ def test_create_model_builds_the_architecture_of_its_config():
     assert isinstance(nnx.eval_shape(lambda: create_model(tiny_encoder_decoder(), rngs=nnx.Rngs(0))), EncoderDecoder)
     with pytest.raises(ConfigError, match=r"model\.encoder_layers=0: must be at least 1"):
         EncoderDecoder(tiny_model(), rngs=nnx.Rngs(0))
+
+
+def test_a_program_names_the_encoders_operations():
+    """Plans give its grouped matmuls the rows of the input."""
+    graphdef, parameters = random_parameters(tiny_encoder_decoder(dispatch="dropless"))
+
+    def run(parameters, source):
+        return nnx.merge(graphdef, parameters)(np.full((1, 3), 7), encoder_tokens=source).logits.sum()
+
+    program = jax.jit(jax.grad(run)).lower(parameters, np.full((1, 4), 7)).as_text(debug_info=True)
+    products = [set(re.findall(r"\w+", name)) for name in re.findall(r'"(jit\(run\)/.*?dot_general)"', program)]
+    # Of a layer's matmuls with the experts, and of those of attention.
+    for part in ("moe", "attention"):
+        assert {ENCODER_SCOPE in words for words in products if part in words} == {True, False}
 
 
 def test_groups_of_both_stacks_are_spread_over_the_mesh():

@@ -10,7 +10,7 @@ import types
 import jax
 import pytest
 
-from configs import deepseek_v2, mixtral_8x7b, qwen3_next_80b_a3b
+from configs import deepseek_v2, mixtral_8x7b, qwen3_next_80b_a3b, switch_t5
 from moe.config import ConfigError, to_dict
 from moe.config.parse import from_config_dict
 from moe.dispatch.buffers import layer_capacity
@@ -170,6 +170,17 @@ def test_rows_split_over_devices_by_hand():
     assert split.fixed == whole.fixed
     rows = [plan._assignments(config, types.SimpleNamespace(shape=MESH | axis)) for axis in ({}, {"context": 4})]
     assert rows == [4096 * 2, 1024 * 2]
+
+
+def test_rows_of_an_encoder_by_hand():
+    """64 rows on 4 devices: 16 · 512 tokens of the encoder and 16 · 128 of the decoder, with one expert each."""
+    config = from_config_dict(switch_t5.get_config())
+    data = dataclasses.replace(config.data, input_length=512, sequence_length=128)
+    train = dataclasses.replace(config.train, batch_size=64)
+    config = dataclasses.replace(config, data=data, train=train)
+    mesh = types.SimpleNamespace(shape={"data": 2, "fsdp": 1, "expert": 2})
+    names = "jit(step)/transpose(jvp(encoder))/moe/dot", "jit(step)/jvp()/moe/dot"
+    assert [plan._assignments(config, mesh, name) for name in names] == [16 * 512, 16 * 128]
 
 
 # Configs, meshes (data, fsdp, expert, tensor), rows per device, policies, and GiB of the compiled programs
