@@ -10,8 +10,10 @@ import json
 import os
 
 import jax
+import numpy as np
 import pydantic
 from etils import epath
+from jax.experimental import multihost_utils
 
 from moe.atomic_files import write_atomic
 from moe.checkpoints.manager import complete_steps
@@ -78,7 +80,17 @@ def _step(field: str, source: str, note: epath.Path | None) -> int | None:
         raise ConfigError(
             f"{field}={source!r}: this run reads its checkpoint of step {noted}, which is gone; restore it"
         )
-    return steps[-1] if noted is None else noted
+    return agreed(steps[-1]) if noted is None else noted
+
+
+def agreed(newest: int) -> int:
+    """The newest step that process 0 found: the other run may save a checkpoint while the processes look.
+
+    All processes call it together.
+    """
+    if jax.process_count() == 1:
+        return newest
+    return int(multihost_utils.broadcast_one_to_all(np.int32(newest)))
 
 
 def noted_step(note: epath.Path) -> int | None:

@@ -21,6 +21,7 @@ from jax.experimental import multihost_utils
 from moe.checkpoints import parameters as stored
 from moe.checkpoints.integrity import DamagedError
 from moe.checkpoints.manager import Checkpoints
+from moe.checkpoints.pinned import agreed
 from moe.checkpoints.workdir import CONFIG, differing_settings, read_config
 from moe.config import Config, ConfigError, MeshConfig, ModelConfig, StartConfig
 from moe.config.references import refuse_modules
@@ -145,7 +146,8 @@ def first_state(
     if program.config.lora.rank:
         return _adapted_state(program, state, base_step, say)
     source = read_config(start.checkpoint)
-    step = stored.chosen_step(start.checkpoint, None)  # the same for all that is read, even if the source trains on
+    # The same for all that is read, and on all hosts, even if the source trains on.
+    step = agreed(stored.chosen_step(start.checkpoint, None))
     theirs = _host(stored.read_parameters(start.checkpoint, source.model, dtype=np.float32, step=step))
     _refuse_other_depth(program.config, source.model)
     parameters = _transplant(program, source.model, theirs, state.parameters, start)

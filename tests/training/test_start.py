@@ -20,6 +20,7 @@ import optax
 import pytest
 from etils import epath
 from flax import nnx
+from jax.experimental import multihost_utils
 
 from configs import base, upcycle
 from moe.checkpoints import integrity, manager
@@ -611,3 +612,24 @@ def test_a_started_run_no_longer_needs_its_start_checkpoint(tmp_path):
         inherit_model(tree, str(tmp_path / "new"))
     inherit_model(tree, str(tmp_path / "run"))
     assert tree.model.d_model == read_config(tmp_path / "run").model.d_model
+
+
+def test_processes_start_from_the_step_that_the_first_one_found(tmp_path, monkeypatch):
+    """The other run saves step 9 after process 0 has looked and before this process does."""
+    config = _config((HERE / "mistral", tmp_path), start={"checkpoint": str(tmp_path)})
+    mesh, make = _program(config)
+    with jax.set_mesh(mesh):
+        program = make()
+        shutil.copytree(tmp_path / "checkpoints" / "0", tmp_path / "checkpoints" / "9")
+        found, read, original = [], [], warm_start.stored.read_parameters
+        monkeypatch.setattr(
+            warm_start.stored, "read_parameters", lambda *a, **k: read.append(k["step"]) or original(*a, **k)
+        )
+        warm_start.first_state(program)
+        monkeypatch.setattr(warm_start, "agreed", lambda newest: newest - 9)
+        warm_start.first_state(program)
+    assert read == [9, 0]
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", lambda step: found.append(step) or np.int32(0))
+    assert pinned_steps(dataclasses.replace(config, lora=LoraConfig(rank=2)), None).base == 0
+    assert found == [9]
