@@ -262,7 +262,9 @@ class Suite:
         chosen, steps = self.variants[variant], steps or self.longest
         rate = self.learning_rate if learning_rate is None else learning_rate
         schedule = self._schedule(steps) | {"optimizer.learning_rate": chosen.rate_scale * rate}
-        own = {"seed": seed + chosen.seed_offset, "start.checkpoint": starts_from, "distill.teacher": teacher}
+        # Adapters need a start; without its workdir the arm's name stands for it, as no file is read here.
+        start = starts_from or (chosen.starts_from if "lora.rank" in chosen.overrides else "")
+        own = {"seed": seed + chosen.seed_offset, "start.checkpoint": start, "distill.teacher": teacher}
         if taken := sorted(chosen.overrides.keys() & (schedule.keys() | own.keys())):
             raise ConfigError(
                 f"suite {self.name!r}, variant {variant!r}: {taken[0]} is set by the suite, through horizons, "

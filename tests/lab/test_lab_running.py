@@ -9,11 +9,12 @@ import os
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
 from moe.benchmarks import train_steps
-from moe.config import ConfigError
+from moe.config import ConfigError, MeshConfig
 from moe.lab import records, results, step_seconds
 from moe.lab.loading import with_seeds
 from moe.lab.records import DIVERGED, FINISHED, PRIMARY
@@ -84,6 +85,19 @@ def test_a_suite_continues_from_its_records_only(faked, tmp_path):
     faked.clear()
     runner.Worker(suite, there, []).run()
     assert {key.seed for key in faked} == {2}
+
+
+def test_an_arm_of_adapters_starts_from_another(tmp_path):
+    """Its workdir is known only when it is trained; its programs serve all seeds."""
+    lora = Variant({"lora.rank": 2}, starts_from="parent")
+    suite = suite_of({"parent": SWITCH, "lora": lora, "rank_4": dataclasses.replace(lora, overrides={"lora.rank": 4})})
+    assert suite.config("lora").start.checkpoint == "parent"
+    programs, mesh = runner.Programs(), make_mesh(MeshConfig(), jax.devices()[:1])
+    first, second = (suite.config("lora", seed, starts_from=str(tmp_path / str(seed))) for seed in (0, 1))
+    programs(first, mesh), programs(suite.config("rank_4"), mesh)
+    assert (len(programs._programs), programs(second, mesh).config) == (2, second)
+    with pytest.raises(ConfigError, match=r"variant 'alone': lora\.rank=2: needs start\.checkpoint"):
+        suite_of({"alone": dataclasses.replace(lora, starts_from="")}).config("alone")
 
 
 def test_a_run_that_another_process_has_locked_is_left_to_it(faked, tmp_path):

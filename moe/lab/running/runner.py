@@ -57,7 +57,8 @@ class Programs:
         """See :func:`moe.training.step.build`."""
         if teacher is not None:  # the teacher's variables are part of the program
             return build(config, mesh, teacher)
-        key = dataclasses.replace(config, seed=0, start=StartConfig(), distill=DistillConfig())
+        start = StartConfig("any" if config.lora.rank else "")  # adapters need one; which is not part of the program
+        key = dataclasses.replace(config, seed=0, start=start, distill=DistillConfig())
         if key not in self._programs:
             self._programs[key] = build(config, mesh)
         return dataclasses.replace(self._programs[key], config=config)
