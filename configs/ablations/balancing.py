@@ -19,7 +19,10 @@ def get_suite(size: str) -> Suite:
     def top2(balance: float, gate: str = "mixtral", z: float = 0.0, **fields: Any) -> Variant:
         losses = {"losses.balance": balance, "losses.z": z}
         moe = common.moe(size, gate, 8, 2, wide, **losses, **common.DROPLESS, **fields)
-        return Variant(moe, rate_from="aux_0.01", note=f"{_GATES[gate]}, balance weight {balance:g}")
+        note = f"{_GATES[gate]}, balance weight {balance:g}"
+        note += f", z-loss weight {z:g}" if z else ""
+        note += ", selection biases" if fields.get("gate.bias_rate") else ""
+        return Variant(moe, rate_from="aux_0.01", note=note)
 
     variants = {
         "none": top2(0.0),

@@ -16,7 +16,10 @@ def get_suite(size: str) -> Suite:
     learnt = {name: arm for name, arm in two_by_two(size).items() if name.endswith("_free")}
     fixed = {
         gate: Variant(common.moe(size, gate, 8, 1, **common.DROPLESS), rate_from="top1_free", note=note)
-        for gate, note in (("hash", "by a hash of the token"), ("random", "drawn anew for every token and step"))
+        for gate, note in (
+            ("hash", "routing by a hash of the token"),
+            ("random", "routing drawn for each token and step"),
+        )
     }
     wide = {"dense_x8": Variant({"model.d_ff": 8 * common.hidden(size)}, note="eight times the FFN and its FLOPs")}
     return common.suite(

@@ -12,8 +12,8 @@ from moe.lab.suite import Comparison, Suite, Variant
 def get_suite(size: str) -> Suite:
     """Switch's layer with three exploration rules."""
     arms = {
-        "argmax": (common.moe(size, "switch", 8, 1, jitter=0.0), ""),
-        "jitter": (common.moe(size, "switch", 8, 1, jitter=0.01), "uniform [0.99, 1.01]"),
+        "argmax": (common.moe(size, "switch", 8, 1, jitter=0.0), "most probable expert, no noise"),
+        "jitter": (common.moe(size, "switch", 8, 1, jitter=0.01), "router input times uniform noise in [0.99, 1.01]"),
         "sampled": (common.moe(size, "switch_sampled", 8, 1), "expert drawn from the softmax"),
     }
     return common.suite(

@@ -17,22 +17,22 @@ def get_suite(size: str) -> Suite:
     layer = two_by_two(size)["top2_free"].overrides
     narrow = {**layer, "model.dtype": "bfloat16"}
     fields = {
-        "float32": ({"model.dtype": "float32"}, "all numbers in float32"),
-        "int8": ({"model.low_precision": "int8"}, "factors of the experts' products in int8"),
-        "float8": ({"model.low_precision": "float8"}, "factors of the experts' products in float8"),
+        "float32": ({"model.dtype": "float32"}, "compute in float32"),
+        "int8": ({"model.low_precision": "int8"}, "operands of the experts' matmuls in int8"),
+        "float8": ({"model.low_precision": "float8"}, "operands of the experts' matmuls in float8"),
         "float8_all": (
             {"model.low_precision": "float8", "model.low_precision_in": "all"},
-            "factors of attention's projections too",
+            "operands of attention's projections in float8 too",
         ),
-        "moments": ({"optimizer.moment_dtype": "bfloat16"}, "both moments in bfloat16"),
+        "moments": ({"optimizer.moment_dtype": "bfloat16"}, "both moments of AdamW in bfloat16"),
     }
     others = {name: Variant({**narrow, **own}, note=note, rate_from="bfloat16") for name, (own, note) in fields.items()}
     return common.suite(
         size,
         name="precision",
         question="What does arithmetic in fewer bits cost?",
-        variants={"bfloat16": Variant(narrow, note="the compute dtype of pods"), **others},
+        variants={"bfloat16": Variant(narrow, note="compute in bfloat16, as on pods"), **others},
         horizons=(2000,),
         seeds=(5, 6, 7, 8, 9),
-        comparisons={"equal but for the bits": Comparison("bfloat16", tuple(others), common.FLOPS_AND_PARAMETERS)},
+        comparisons={"equal except for precision": Comparison("bfloat16", tuple(others), common.FLOPS_AND_PARAMETERS)},
     )

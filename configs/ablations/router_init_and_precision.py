@@ -13,8 +13,8 @@ def get_suite(size: str) -> Suite:
     rounded = {**moe, "model.dtype": "bfloat16"}
     full = {**moe, "model.dtype": "float32"}
     variants = {
-        "init_1.0": Variant(full, note="float32"),
-        "init_0.1": Variant({**full, "model.init_scale": 0.1}, note="float32"),
+        "init_1.0": Variant(full, note="float32, initial scale 1.0"),
+        "init_0.1": Variant({**full, "model.init_scale": 0.1}, note="float32, initial scale 0.1"),
         "selective": Variant(rounded, note="bfloat16, the router in float32"),
         "bfloat16": Variant({**rounded, "model.moe.router_dtype": "bfloat16"}, note="bfloat16, router included"),
     }

@@ -65,7 +65,7 @@ def get_suite(size: str) -> Suite:
         "gshard": Variant(
             common.moe(size, "gshard", 16, 2),
             rate_from="top2_free",
-            note="as published: top-2 of 16, the second at random, its own capacity",
+            note="as published: top-2 of 16, second expert used with a probability set by its weight, with capacity",
         ),
     }
     sparse = (*factors, *published)

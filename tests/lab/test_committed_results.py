@@ -199,8 +199,8 @@ def test_comparisons(report):
         ):
             (header, rows), steps = tables(block)[0], int(steps.replace(",", ""))
             base, arms = rows[0][0], [row[0] for row in rows[1:]]
-            assert f"less {base} [95 %]" in header
-            whole = re.fullmatch(r"share of (\w+)'s \[95 %\]", header[-1])
+            assert f"difference from {base} [95 %]" in header
+            whole = re.fullmatch(r"share of (\w+)'s gain \[95 %\]", header[-1])
             assert bool(whole) == (base == "dense" and title in ("All", "From dense to dense × 8"))
             differences = {arm: runs.difference(arm, base, steps) for arm in arms}
             several = [arm for arm in arms if len(differences[arm]) > 1]
@@ -267,10 +267,11 @@ def test_headline(report):
     runs, sections, _, _ = report
     lines = re.findall(r"^- ([\w.]+) (is .*)", sections[""], re.MULTILINE)
     for arm, text in lines:
-        side, base, numbers = re.match(r"is (better than|worse than|not told apart from) ([\w.]+): (.*)", text).groups()
+        pattern = r"is (better than|worse than|not significantly different from) ([\w.]+): (.*)"
+        side, base, numbers = re.match(pattern, text).groups()
         differences = runs.difference(arm, base, max(runs.horizons(arm, base)))
         n, (mean, low, high, p, sd) = len(differences), again.interval(differences)
-        assert side == ("better than" if high < 0 else "worse than" if low > 0 else "not told apart from")
+        assert side == ("better than" if high < 0 else "worse than" if low > 0 else "not significantly different from")
         smallest = (again.detectable(n) * sd, ".4f")
         check(arm, numbers, (mean, "+.4f"), (low, "+.4f"), (high, "+.4f"), (n, "d"), (p, ".2g"), smallest)
 
@@ -456,7 +457,7 @@ def test_paper_tables():
             _, low, high, *_ = again.interval(found)
             if "published" in row:
                 assert comparison.endswith("contains the paper's") == (low <= row["published"] <= high), what
-            assert comparison.startswith("open") == (low <= 0 <= high), what
+            assert comparison.startswith("not significant") == (low <= 0 <= high), what
             checked += 1
     assert checked > 40
 
@@ -515,7 +516,7 @@ def test_domains_routing_and_probes(report):
     header, rows = tables(sections.get("Effects per domain", "| a |\n|---|\n"))[0]
     for arm, steps, n, *cells in rows:
         for title, cell in zip(header[3:], cells, strict=True):
-            domain, base = re.match(r"(\S+), less (\S+) \[", title).groups()
+            domain, base = re.match(r"(\S+), difference from (\S+) \[", title).groups()
             ours, theirs = (runs.last(a, int(steps.replace(",", "")), "loss", domain) for a in (arm, base))
             assert len((ours - theirs).dropna()) == int(n)
             interval_cell(f"{arm}, {domain}", cell, (ours - theirs).dropna())

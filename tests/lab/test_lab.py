@@ -113,7 +113,7 @@ def test_a_report_says_that_learning_rates_are_not_tuned(tmp_path):
     runs = [record(name, seed, loss) for name, loss in (("a", 5.0), ("b", 4.0)) for seed in suite.seeds]
     write_page(tmp_path, suite, runs)
     text = (tmp_path / "report.md").read_text()
-    assert "**Learning rates of any arm are not tuned** at 20 steps" in text.partition("\n## ")[0]
+    assert "**The learning rate is not tuned for any arm** at 20 steps" in text.partition("\n## ")[0]
     assert "**Not tuned:** the suite has no sweep. All arms use the base config's rate, 0.003." in text
     half = dataclasses.replace(SWITCH, rate_from="a")
     suite = suite_of({"a": DENSE, "b": half}, suite.comparisons, horizons=(20,), sweep=Sweep((3e-3, 6e-3), (9,)))
@@ -639,7 +639,7 @@ def test_a_probe_measured_on_some_runs_has_values_only_for_those():
     claim = Claim(1, suite.name, "text", "source", (Part("p", "above", "p[a]"),))
     (finding,) = decide.assess([claim], {suite.name: found}, None)
     assert finding.outcomes[0].effect.n == 2
-    assert finding.lacks == ("measured on 2 of 3 seeds", "2 of at least 5 seeds")
+    assert finding.lacks == ("measured on 2 of 3 seeds", "2 seeds; a finding needs at least 5")
 
 
 def test_a_report_on_fewer_seeds_keeps_the_other_runs(tmp_path):
@@ -744,7 +744,7 @@ def test_the_law_of_a_suite_of_widths_is_in_parameters():
     runs = [record(arm, seed, losses[arm] + 0.01 * seed, steps=steps) for arm in arms for seed in range(3)]
     text = sections.law_section(table(suite, runs))
     assert "a·log N + b·log E + c·log N·log E" in text
-    assert "95 % over 3 seeds" in text
+    assert "95 % intervals over 3 seeds" in text
     assert "| 4 | 1M | 3.4100 |" in text
 
 
@@ -753,4 +753,4 @@ def test_a_report_needs_only_a_run_of_the_baseline(tmp_path):
     arms = {"dense": DENSE, "switch": SWITCH}
     suite = suite_of(arms, {"all": Comparison("dense", ("switch",), ("steps",))}, seeds=(0, 1), horizons=(20,))
     write_page(tmp_path, suite, [record("dense", 0, 5.0)])
-    assert "are not tuned** at 20 steps" in (tmp_path / "report.md").read_text()
+    assert "is not tuned for any arm** at 20 steps" in (tmp_path / "report.md").read_text()

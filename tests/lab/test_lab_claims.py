@@ -49,7 +49,7 @@ def test_primary_claims_are_decided_after_holm_over_the_whole_family():
     # Two of the three registered seeds decide nothing yet.
     interim = decide.assess([first], {"test": table_of((4.9, 4.9001), claim=first)}, PRIMARY)[0]
     assert interim.verdict == decide.UNDECIDED
-    assert "interim, 2 of the 3 seeds that were registered" in interim.lacks
+    assert "interim, 2 of the 3 registered seeds" in interim.lacks
 
 
 def test_fewer_seeds_than_were_registered_decide_nothing():
@@ -68,13 +68,13 @@ def test_fewer_seeds_than_were_registered_decide_nothing():
         for asked in (few, with_seeds(few, range(5, 8))):
             found = assess(claim, table(asked, [run for run in own if run.seed in asked.seeds]), PRIMARY)
             assert found.verdict == decide.UNDECIDED
-            assert f"interim, {len(asked.seeds)} of the 10 seeds that were registered" in found.lacks
+            assert f"interim, {len(asked.seeds)} of the 10 registered seeds" in found.lacks
         assert assess(claim, table(many, runs), PRIMARY).verdict == decide.SUPPORTED
         # Five of these ten seeds were not registered and do not count.
         others = [run for run in runs if run.seed >= 10]
         found = assess(claim, table(with_seeds(suite, range(10, 20)), others), PRIMARY)
         assert (found.verdict, found.outcomes[0].effect.n) == (decide.UNDECIDED, 5)
-        assert "interim, 5 of the 10 seeds that were registered" in found.lacks
+        assert "interim, 5 of the 10 registered seeds" in found.lacks
         # Nor do they count in addition to the ten registered ones.
         more = assess(claim, table(with_seeds(suite, range(5, 20)), runs), PRIMARY)
         assert (more.verdict, more.outcomes[0].effect.n) == (decide.SUPPORTED, 10)
@@ -104,7 +104,7 @@ def test_too_few_steps_are_no_evidence():
     claim = claim_of(min_steps=100)
     finding = assess(claim, table_of((5.1, 5.11, 5.09), claim=claim))
     assert finding.verdict == decide.TOO_SHORT
-    assert "20 steps of at least 100" in finding.lacks
+    assert "20 steps; the claim needs at least 100" in finding.lacks
 
 
 def test_a_claim_edited_after_its_runs_is_post_hoc():
@@ -130,7 +130,7 @@ def test_an_open_equivalence_names_the_margin_that_its_seeds_would_show():
     part = Part("difference", "within", "loss[b] - loss[a]", 0.02)
     finding = assess(dataclasses.replace(claim_of(), parts=(part,)), table_of((4.98, 4.99, 5.0)), PRIMARY)
     assert finding.verdict == decide.OPEN
-    assert "power: would show ±0.036 of no difference; the margin is ±0.020" in finding.lacks
+    assert "low power: can show equivalence only within ±0.036; the margin is ±0.020" in finding.lacks
 
 
 def test_a_claim_without_its_runs_or_its_premise_is_not_tested():
@@ -239,19 +239,19 @@ def test_the_page_says_what_would_decide_a_claim():
     undecided = claims_page.claims_section([claim_of()], {"test": table_of((4.9, 5.05, 4.9))}, None)
     # Differences to 5.0: -0.1, 0.05, -0.1; mean -0.05, sd 0.0866. It is 0.05 from zero, 0.01 from a margin of ±0.06.
     needed = inference.seeds_needed(inference.effect([-0.1, 0.05, -0.1]).sd, -0.05)
-    assert f"{needed} seeds would decide it at the mean and spread seen" in undecided
+    assert f"{needed} seeds would decide it at the observed mean and spread" in undecided
     within = claims_page.claims_section([claim_of("within", margin=0.06)], {"test": table_of((4.9, 5.05, 4.9))}, None)
     needed = inference.seeds_needed(inference.effect([-0.1, 0.05, -0.1]).sd, 0.01)
-    assert f"{needed} seeds would decide it at the mean and spread seen" in within
+    assert f"{needed} seeds would decide it at the observed mean and spread" in within
     suite = suite_of({"a": DENSE, "b": SWITCH, "c": SWITCH})
     other = dataclasses.replace(claim_of(published=-0.05, min_steps=20), number=2, suite="other")
     pair = {"test": table_of((4.9, 5.12, 4.95)), "other": Table(suite, [])}
     longer = dataclasses.replace(other, number=3, min_steps=40)  # its spread is unknown
     text = claims_page.claims_section([claim_of(min_steps=20), other, longer], pair, None)
     tokens = 20 * suite.tokens_per_step / 1e6
-    assert f"no runs of b, a; needs 5 seeds of each arm for 20 steps ({tokens:.1f}M tokens), which find" in text
+    assert f"no runs of b, a; needs 5 seeds of each arm for 20 steps ({tokens:.1f}M tokens), which would detect" in text
     assert "for 40 steps" in text
-    assert text.count("which find") == 1
+    assert text.count("which would detect") == 1
 
 
 def test_all_claims_on_one_page(tmp_path):

@@ -36,7 +36,7 @@ def test_a_row_compares_its_interval_with_the_published_number(tmp_path, publish
 
 def test_an_interval_on_both_sides_of_zero_is_open(tmp_path):
     text = page_of(tmp_path, Row("b", "loss[b] - loss[a]", 0.01), test=table_of((4.9, 5.12, 4.95)))
-    assert "| open; contains the paper's |" in text
+    assert "| not significant; contains the paper's |" in text
 
 
 def test_missing_runs_and_quantities_are_named(tmp_path):

@@ -257,7 +257,7 @@ def _lacks(
     claim: Claim, table: Table, steps: int, outcomes: Sequence[Outcome], primary: Primary | None
 ) -> tuple[str, ...]:
     """Caveats on the comparison, reported beside its verdict."""
-    lacks = [f"{steps:,} steps of at least {claim.min_steps:,}"] if steps < claim.min_steps else []
+    lacks = [f"{steps:,} steps; the claim needs at least {claim.min_steps:,}"] if steps < claim.min_steps else []
     arms = arms_of(claim)
     # A learning rate or a capacity may favour one of several arms; one arm's models are compared with themselves.
     if len(arms) > 1 and any("loss" in outcome.part.value for outcome in outcomes):
@@ -299,9 +299,9 @@ def _missing_seeds(
         lacks.append(f"measured on {n} of {len(seeds)} seeds")
     there = min(n, len(set(registered) & set(seeds)))
     if claim.family and there < len(registered):  # a verdict after each new seed would find effects by chance
-        lacks.append(f"{_INTERIM}, {there} of the {len(registered)} seeds that were registered")
+        lacks.append(f"{_INTERIM}, {there} of the {len(registered)} registered seeds")
     elif n < SEEDS:
-        lacks.append(f"{n} of at least {SEEDS} seeds")
+        lacks.append(f"{n} seeds; a finding needs at least {SEEDS}")
     return lacks
 
 
@@ -310,9 +310,9 @@ def _lacking_power(outcome: Outcome, primary: Primary | None) -> list[str]:
     if outcome.part.rule == "within":
         needed = inference.smallest_margin(outcome.effect.sd, outcome.effect.n)
         if (margin := outcome.part.margin) < needed < math.inf:
-            return [f"power: would show ±{needed:.3f} of no difference; the margin is ±{margin:.3f}"]
+            return [f"low power: can show equivalence only within ±{needed:.3f}; the margin is ±{margin:.3f}"]
         return []
     smallest = primary.smallest if primary and "loss[" in outcome.part.value else 0.0
     if 0 < smallest < outcome.detectable < math.inf:
-        return [f"power: finds {outcome.detectable:.3f}; the smallest effect of interest is {smallest:.3f}"]
+        return [f"low power: detects {outcome.detectable:.3f}; the smallest effect of interest is {smallest:.3f}"]
     return []

@@ -28,17 +28,17 @@ NAME = "switch_or_mixtral"
 #: Suite that the page is about; the page's text on sizes and factors applies to no other.
 SUITE = "switch_vs_mixtral"
 _LIMITS = """\
-It does not say which layer is better at other sizes: two million parameters in all, half a million active, text of four
-domains. Time is that of a CPU, whose dense and expert FFNs run the same products. The two factors are the second expert
-(with half as wide experts, so that parameters and FLOPs stay) and dropping; with K = 1 the weight is the router's
-probability and with K = 2 it is renormalised over the two, as the papers have it, so that the factor K includes that.
-All arms start from matrices of scale 1.0. Switch's paper prescribes 0.1 (section 2.4), which the suite `initial_scale`
-compares. All arms train at the base config's learning rate; the suite `tuned_rates` compares each arm at the best of
-its own."""
+The results say nothing about other sizes: the models have two million parameters in all, half a million of them active,
+and learn text of four domains. Times are of a CPU, where dense and expert FFNs run the same matmuls. The two factors
+are the second expert (of half the width, so that parameters and FLOPs stay equal) and dropping. As in the papers, the
+weight of an expert is the router's probability with K = 1 and is renormalised over the two experts with K = 2, so the
+effect of K includes this difference. All arms start from matrices of scale 1.0. Switch's paper prescribes 0.1 (section
+2.4), which the suite `initial_scale` compares. All arms train at the base config's learning rate; the suite
+`tuned_rates` compares the arms, each at its own best rate."""
 
 _OVER_TRAINING = """\
-The contrasts at evaluations of the same runs, by training tokens per active parameter of the dense model. The learning
-rate has not come down at the earlier ones, so that they are not what runs of that length would give."""
+The contrasts at evaluations along the same runs, by training tokens per active parameter of the dense model. At the
+earlier evaluations the learning rate has not decayed yet, so they are not what runs of that length would reach."""
 
 
 def is_asked(registered: Registered) -> bool:
@@ -82,7 +82,7 @@ def write_page(
         *([unit.note] if unit else []),
         *_picture(_loss_by_cost(directory / f"{NAME}_cost.png", found, seconds)),
         *([_measured(seconds)] if seconds else []),
-        "## What this does not say",
+        "## Limitations",
         _LIMITS.replace("\n", " "),
         "## Rules",
         rules(primary),
@@ -117,7 +117,7 @@ def _contrasts(findings: Sequence[Finding]) -> str:
             f"{outcome.bound:.4f}" if outcome and math.isfinite(outcome.bound) else "–",
             "; ".join(remarks) or markdown_text(finding.note) or "–",
         ))  # fmt: skip
-    header = ("contrast, nats per token", "effect [95 %]", "p, Holm", "verdict", "at most", "to know")
+    header = ("contrast, nats per token", "effect [95 %]", "p, Holm", "verdict", "bound", "caveats")
     return markdown_table(header, rows)
 
 
@@ -218,9 +218,9 @@ def _arms(found: Table, seconds: StepSeconds | None, unit: _Unit | None) -> str:
             cells += [f"{1000 * seconds.arms[name][1]:.0f}" if name in seconds.arms else "–"]
         rows.append((name, markdown_text(found.suite.variants[name].note), loss_cell(found, name, steps), *cells))
     header = (
-        "arm", "", "loss, without drops", "at its own capacity", "last tenth of training",
+        "arm", "description", "loss, without drops", "loss at its own capacity", "training loss, last tenth",
         *(f"{name}, without drops" for name in found.suite.unseen), "dropped in training",
-        *([f"share of {unit.name}'s gain [95 %]"] if unit else []), *(["CPU ms a step"] if seconds else []),
+        *([f"share of {unit.name}'s gain [95 %]"] if unit else []), *(["CPU ms per step"] if seconds else []),
     )  # fmt: skip
     return markdown_table(header, rows) if rows else "No run is finished yet."
 
@@ -264,7 +264,7 @@ def _wrapped(text: str) -> str:
 def _measured(seconds: StepSeconds) -> str:
     """How the seconds were measured."""
     return (
-        f"Seconds: processor time of a train step, median of {seconds.steps}, all arms in turns, on "
+        f"CPU time: processor time of a train step, median of {seconds.steps}, all arms in turns, on "
         f"{markdown_text(seconds.hardware)}, commit `{seconds.commit}`."
     )
 

@@ -32,20 +32,20 @@ _RULES = {
     "below": "below 0",
     "above": "above 0",
     "less_variance": "variance ratio below 1",
-    "shown": "shown only",
+    "shown": "reported only",
 }
 #: Remark on a claim that was edited after its runs had started.
 POST_HOC = "**post hoc: the claim was edited after its runs started**"
 _RULES_TEXT = (
-    "Only the primary family, and one that repeats it on other seeds, have verdicts: supported or contradicted where "
-    "the p-value, adjusted by Holm's method over all contrasts of the family ({count} in the primary one), is below "
-    "5 %, and never before all registered seeds are there. Every other claim is "
-    "exploratory: its 95 % interval is on the claim's side, on the other side, or on both (open). Losses are measured "
-    "without drops. Bound: the largest size that the interval leaves to an open effect. The smallest detectable effect "
-    "is that of a paired t test with 80 % power at the spread seen; it is compared with the smallest effect of "
-    "interest, {smallest:g} nats; for a claim of no difference the margin that the interval would keep with that power "
-    "is compared with the claim's. Replication: whether our interval contains the published effect, which is that of a "
-    "model a thousand times as large."
+    "Only claims of the primary family, and of the family that repeats it on other seeds, get verdicts: supported or "
+    "contradicted where the p-value, adjusted by Holm's method over all contrasts of the family ({count} in the "
+    "primary one), is below 5 %, and never before all registered seeds have been run. Every other claim is "
+    "exploratory: its 95 % interval lies on the claim's side (for it), on the other side (against it), or on both "
+    "(open). Losses are evaluated without drops. Bound: the largest absolute effect that the interval contains. "
+    "Smallest detectable: the effect that a paired t test detects with 80 % power at the observed spread; it is "
+    "compared with the smallest effect of interest, {smallest:g} nats. For a claim of no difference, the margin within "
+    "which as many seeds can show equivalence with that power is compared with the claim's margin. Replication: "
+    "whether our interval contains the published effect, which is that of a model a thousand times as large."
 )
 
 
@@ -72,10 +72,10 @@ def claims_section(
         for f in findings
     ]
     parts = [_part(finding, outcome) for finding in findings for outcome in finding.outcomes]
-    blocks = [markdown_table(("", "claim", "verdict", "to know"), verdicts)]
+    blocks = [markdown_table(("no.", "claim", "verdict", "caveats"), verdicts)]
     if parts:
         header = (
-            "", "quantity", "rule", "ours [95 %]", "p", "p, Holm", "bound", "published", "replication",
+            "no.", "quantity", "rule", "ours [95 %]", "p", "p, Holm", "bound", "published", "replication",
             "smallest detectable", "source",
         )  # fmt: skip
         blocks.append(markdown_table(header, parts))
@@ -99,7 +99,7 @@ def write_page(directory: Path, registered: Registered, tables: Mapping[str, Tab
     counts = {verdict: sum(f.verdict == verdict for f in findings) for verdict in VERDICTS}
     text = [
         "# Claims of the papers",
-        "; ".join(f"{verdict}: {count}" for verdict, count in counts.items()) + f"; of {len(findings)}.",
+        f"{len(findings)} claims; " + "; ".join(f"{verdict}: {count}" for verdict, count in counts.items()) + ".",
         f"Primary question: {markdown_text(primary.question)}" if primary else "",
         rules(primary),
         f"Length of the runs, at the suite's longest horizon: {regimes(tables)}" if regimes(tables) else "",
@@ -116,7 +116,7 @@ def _standing(finding: Finding, found: Table | None, spreads: Mapping[int, float
     parts += finding.lacks
     seeds = [inference.seeds_needed(o.effect.sd, _distance(o)) for o in finding.outcomes if _open(o)]
     if finding.verdict in (UNDECIDED, OPEN) and seeds:
-        parts.append(f"{_count(max(seeds))} seeds would decide it at the mean and spread seen")
+        parts.append(f"{_count(max(seeds))} seeds would decide it at the observed mean and spread")
     elif finding.verdict in (NOT_TESTED, TOO_SHORT) and found is not None:
         parts.append(_to_test(finding.claim, found, spreads.get(finding.claim.min_steps, 0.0)))
     return "; ".join(parts) or "–"
@@ -148,7 +148,7 @@ def _to_test(claim: Claim, found: Table, spread: float) -> str:
     tokens = claim.min_steps * found.suite.tokens_per_step / 1e6
     text = f"needs {seeds} seeds of each arm for {claim.min_steps:,} steps ({tokens:.1f}M tokens)"
     if spread and any("loss[" in part.value for part in claim.parts):
-        text += f", which find {inference.smallest_detectable(spread, seeds):.3f} nats"
+        text += f", which would detect {inference.smallest_detectable(spread, seeds):.3f} nats"
     return text
 
 

@@ -93,7 +93,7 @@ def forest(
     axis.axvline(0, color="black", linewidth=0.8)
     axis.set_yticks(ticks, labels, fontsize=8)
     axis.set_ylim(y + 0.6, 1.0)
-    axis.set(xlabel=f"held-out loss less that of {comparison.baseline}, nats per token (left: better){note}")
+    axis.set(xlabel=f"held-out loss minus that of {comparison.baseline}, nats per token (left: better){note}")
     axis.grid(axis="x", alpha=0.3)
     return save(fig, path)
 
@@ -120,7 +120,7 @@ def losses(path: Path, table: Table, arms: Sequence[str]) -> str:
     labels = [f"{arm} (n = {len(table.seeds(steps, arm))})" for arm in arms]
     axis.set_yticks([-y for y in range(len(arms))], labels, fontsize=8)
     axis.set_ylim(0.6 - len(arms), 0.6)
-    axis.set(xlabel=f"held-out loss at {steps:,} steps, nats per token; a point a seed, | the mean")
+    axis.set(xlabel=f"held-out loss at {steps:,} steps, nats per token; one point per seed, | mean")
     axis.grid(axis="x", alpha=0.3)
     return save(fig, path)
 
@@ -151,7 +151,7 @@ def by_horizon(path: Path, table: Table, comparison: Comparison, arms: Sequence[
     axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _tokens(x)))
     axis.set(
         xlabel="training tokens, each point a run with a full schedule of its own",
-        ylabel=f"loss less that of {comparison.baseline}, nats",
+        ylabel=f"loss minus that of {comparison.baseline}, nats",
     )
     axis.grid(alpha=0.3)
     legend_beside(axis)
@@ -181,7 +181,7 @@ def curve_differences(path: Path, table: Table, comparison: Comparison, arms: Se
     axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _tokens(x)))
     axis.set(
         xlabel=f"training tokens of the runs of {steps:,} steps",
-        ylabel=f"loss less that of {comparison.baseline}, nats",
+        ylabel=f"loss minus that of {comparison.baseline}, nats",
     )
     axis.grid(alpha=0.3)
     legend_beside(axis)
@@ -291,7 +291,7 @@ def masked(path: Path, table: Table) -> str:
         )
     if not axis.has_data():
         return ""
-    axis.set(xlabel="share of the experts that is masked", ylabel="held-out loss less that without a mask, nats")
+    axis.set(xlabel="share of the experts that is masked", ylabel="held-out loss minus that without a mask, nats")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     return save(fig, path)

@@ -45,6 +45,6 @@ def share_note(base: str, whole: str, about: str = "") -> str:
     """Sentence on what :func:`share_cell` shows; ``about``: what the whole is."""
     named = f"{whole} ({about})" if about else whole
     return (
-        f"Share: of the difference between {base} and {named} that an arm makes up, on the seeds of all three, with "
-        "Fieller's interval."
+        f"Share: the part of the difference between {base} and {named} that an arm makes up, on the seeds that all "
+        "three have, with Fieller's interval."
     )

@@ -117,10 +117,10 @@ def _headline(found: Table) -> list[str]:
         lines.insert(0, f"**After {tokens / 1e6:.3g} million tokens ({reached:,} steps), exploratory:**\n")
     parts = ["\n".join(lines)]
     if not_tuned := [name for name in found.variants if not found.choices[name, reached].tuned]:
-        which = "of any arm" if len(not_tuned) == len(found.variants) else f"of {', '.join(not_tuned)}"
+        which = "any arm" if len(not_tuned) == len(found.variants) else ", ".join(not_tuned)
         parts.append(
-            f"**Learning rates {which} are not tuned** at {reached:,} steps: a difference may be one of learning rates "
-            "instead of layers."
+            f"**The learning rate is not tuned for {which}** at {reached:,} steps: a difference may come from learning "
+            "rates rather than from layers."
         )
     if reached < suite.longest:
         parts.append(
@@ -128,9 +128,9 @@ def _headline(found: Table) -> list[str]:
             "against a claim about longer training."
         )
     if len(suite.seeds) < 3:
-        parts.append("**A trial:** two seeds show the size of an effect, not whether it is there.")
+        parts.append("**A trial:** two seeds suggest the size of an effect, but cannot show that there is one.")
     if missing := _missing(found):
-        parts.append(f"**Not complete.** {missing}")
+        parts.append(f"**Incomplete.** {missing}")
     return parts
 
 
@@ -143,7 +143,7 @@ def _sentence(found: Table, arm: str, baseline: str, reached: int) -> str:
         return f"{arm}{where}: diverged in {counts[arm]} runs, {baseline} in {counts[baseline]}, of {e.n} seeds."
     if e.n < 2:
         return f"{arm}{where}: {e.mean:+.4f} nats against {baseline} on one seed, which decides nothing."
-    side = "better than" if e.high < 0 else "worse than" if e.low > 0 else "not told apart from"
+    side = "better than" if e.high < 0 else "worse than" if e.low > 0 else "not significantly different from"
     detectable = inference.smallest_detectable(e.sd, e.n)
     text = f"{arm}{where} is {side} {baseline}: {e.mean:+.4f} nats [{e.low:+.4f}, {e.high:+.4f}], "
     text += f"n = {e.n}, p = {e.p:.2g}, smallest detectable effect {detectable:.4f}."
@@ -179,7 +179,7 @@ def _missing(found: Table) -> str:
             texts.append(f"{steps:,} steps: {', '.join(lacking)}")
     if not texts:
         return ""
-    return f"Finished runs, of {len(suite.seeds)} seeds each, where seeds are missing: {'; '.join(texts)}."
+    return f"Number of finished seeds, of {len(suite.seeds)}, where some are missing: {'; '.join(texts)}."
 
 
 def _provenance(found: Table, command: str, digest: str) -> str:
@@ -190,14 +190,17 @@ def _provenance(found: Table, command: str, digest: str) -> str:
         f"Command: `{command.replace('`', '')}`",
         f"Commit: {', '.join(f'`{commit}`' for commit in commits) or 'none'}",
         f"Hardware: {'; '.join(hardware) or 'none'}",
-        f"Model: {base.model.num_layers} layers of {base.model.d_model}; {found.suite.tokens_per_step:,} tokens a step",
+        f"Model: {base.model.num_layers} layers of width {base.model.d_model}; "
+        f"{found.suite.tokens_per_step:,} tokens per step",
         regime(found),
-        f"Text: {', '.join(data) or 'none'}; primary: {', '.join(found.suite.primary_domains) or 'all domains'}; up to "
-        f"{found.suite.heldout_rows} held-out rows per domain, mixed over domains in every batch",
+        f"Versions of the text: {', '.join(data) or 'none'}; primary domains: "
+        f"{', '.join(found.suite.primary_domains) or 'all'}; up to {found.suite.heldout_rows} held-out rows per "
+        "domain, mixed over domains in every batch",
         f"Runs: {len(records)} in `{TABLE}`, of which {len(found.used)} are compared; "
-        f"{sum(record.seconds for record in records) / 3600:.1f} hours",
-        "Every number is made from these records; `results.csv` holds all but the row losses as one long table",
+        f"{sum(record.seconds for record in records) / 3600:.1f} hours in total",
+        "Every number on this page is computed from these records; `results.csv` holds them as one long table, without "
+        "the losses of single held-out rows",
     ]
     if digest:
-        lines.append(f"Claims file: SHA-256 `{digest}`; each run stores the hash of its claims at its start")
+        lines.append(f"Claims file: SHA-256 `{digest}`; each run stores the hashes of the claims when it starts")
     return "\n".join(f"- {line}." for line in lines)

@@ -90,7 +90,7 @@ def write_page(path: Path, tables: tuple[PaperTable, ...], suites: Mapping[str, 
     text = [
         "# Tables of the papers",
         "Ours: mean over seeds with its 95 % interval, each arm at the suite's longest horizon. The papers' models are "
-        "a thousand times as large, so that the direction is what compares; these tables decide nothing "
+        "a thousand times as large, so only the direction of an effect is comparable; these tables decide nothing "
         "([claims](claims.md) has what was registered).",
     ]
     used = {entry.suite: suites[entry.suite] for entry in tables if entry.suite in suites}
@@ -134,7 +134,7 @@ def _comparison(published: float | None, effect: Effect, *, signed: bool) -> str
         return "one seed"
     found = []
     if signed and effect.low <= 0 <= effect.high:
-        found.append("open")
+        found.append("not significant")
     elif signed and published is None:
         found.append("below 0" if effect.high < 0 else "above 0")
     elif signed and published is not None:

@@ -12,7 +12,7 @@ def regime(found: Table) -> str:
     """Tokens, tokens for each active parameter of the first arm, and epochs, of a suite's longest horizon."""
     base = next(iter(found.suite.variants))
     tokens, each, epochs = _numbers(found)
-    text = f"{tokens} training tokens, {each:.1f} per active parameter of {base}"
+    text = f"{tokens} training tokens, {each:.1f} per active parameter of the arm {base}"
     return f"{text}; epochs: {epochs}" if epochs else text
 
 

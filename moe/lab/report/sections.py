@@ -20,13 +20,14 @@ from moe.lab.suite import MAX_DROP_DIFFERENCE, Comparison
 from moe.lab.table import Table
 
 COMPARISON_NOTE = (
-    "Losses are nats per token on held-out text, without drops; differences are paired by seed, negative is better. "
-    "All of this is exploratory: verdicts are in the section on claims. Pooled: least squares on arm and seed with one "
-    "residual variance. Rows × seeds: bootstrap over held-out rows and, from three seeds on, over seeds, for which it "
-    "is too narrow by a factor of about √(1 − 1/n). Training: difference of the loss of the last tenth of the training "
-    "batches, under the capacities of training. Own capacity: difference with each arm evaluated at its own. Steps to "
-    "its loss: median share of the baseline's steps after which the arm has the baseline's last loss, with its exact "
-    "interval; > 1 if not reached; only along the longest runs."
+    "Losses are in nats per token on held-out text, evaluated without drops; differences are paired by seed, and "
+    "negative is better. All of this is exploratory: verdicts are in the section on claims. Pooled model: least "
+    "squares on arm and seed with one residual variance. Rows × seeds: bootstrap over held-out rows and, with at least "
+    "three seeds, over seeds; over seeds it is too narrow by a factor of about √(1 − 1/n). Training loss: difference "
+    "over the last tenth of the training batches, at the capacities of training. At own capacity: difference with each "
+    "arm evaluated at its own capacity. Steps to baseline's loss: share of the steps after which the arm reaches the "
+    "baseline's final loss: median, its exact interval and that interval's coverage; > 1: not reached; only for the "
+    "longest runs."
 )
 
 
@@ -49,13 +50,14 @@ def comparison_section(found: Table, comparison: Comparison, note: str) -> str:
             rows.append((*row, share_cell(losses[arm], losses[base], whole)) if whole else row)
         tokens = steps * found.suite.tokens_per_step / 1e6
         header = (
-            "arm", "loss", f"less {base} [95 %]", "p", "p, Holm", "pooled model [95 %]", "rows × seeds [95 %]",
-            "training [95 %]", "own capacity [95 %]", "steps to its loss",
-            *([f"share of {comparison.whole}'s [95 %]"] if whole else []),
+            "arm", "loss", f"difference from {base} [95 %]", "p", "p, Holm", "pooled model [95 %]",
+            "rows × seeds [95 %]", "training loss [95 %]", "at own capacity [95 %]", "steps to baseline's loss",
+            *([f"share of {comparison.whole}'s gain [95 %]"] if whole else []),
         )  # fmt: skip
         warning = _comparability(found, [base, *arms], steps)
         blocks.append(f"**{steps:,} steps, {tokens:.3g} million tokens**{warning}\n\n{markdown_table(header, rows)}")
-    equal = f"Held equal within {comparison.tolerance:.0%}: {', '.join(comparison.equal) or 'nothing'}."
+    held = ", ".join(comparison.equal).replace("_", " ").replace("flops", "FLOPs")
+    equal = f"Held equal within {comparison.tolerance:.0%}: {held or 'nothing'}."
     share = share_note(base, comparison.whole) if comparison.whole else ""
     about = " ".join(filter(None, (equal, note, share)))
     return "\n\n".join([about, *blocks])
@@ -97,7 +99,7 @@ def _comparability(found: Table, arms: Sequence[str], steps: int) -> str:
         listed = ", ".join(f"{arm} {share:.1%}" for arm, share in shares.items())
         why = found.suite.dropping_differs
         texts.append(
-            f"Dropped in training: {listed}. {'Compared all the same: ' + markdown_text(why) if why else _UNEQUAL}."
+            f"Dropped in training: {listed}. {'Compared nevertheless: ' + markdown_text(why) if why else _UNEQUAL}."
         )
     own = [a for a in arms if any(found.record(a, steps, s).evaluated == OWN for s in found.seeds(steps, a))]
     if own:
@@ -140,7 +142,7 @@ def law_section(found: Table) -> str:
     losses = {point: float(np.mean(values)) for point, values in of_point.items() if all(map(math.isfinite, values))}
     fitted = law.fit(losses) if losses else None
     if fitted is None or len(fitted.names) < 2:
-        return "Not fitted: two numbers of experts are needed."
+        return "Not fitted: at least two numbers of experts are needed."
     whole = [of_seed for of_seed in by_seed.values() if of_seed.keys() == losses.keys()]
     over_seeds = law.intervals(whole)
     scale, sign = ("parameters", "N") if found.suite.sizes else ("tokens", "D")
@@ -156,7 +158,7 @@ def law_section(found: Table) -> str:
     return (
         f"L = L∞ + exp({' + '.join(terms[name] for name in fitted.names)}), least squares on means over seeds: L∞ = "
         f"{fitted.floor:.4f}, {text} (standard errors at this L∞); residual standard deviation {fitted.sd:.4f}. "
-        + (f"95 % over {len(whole)} seeds, with L∞ fitted each time: {ends}.\n\n" if ends else "\n\n")
+        + (f"95 % intervals over {len(whole)} seeds, with L∞ fitted each time: {ends}.\n\n" if ends else "\n\n")
         + markdown_table(("experts E", f"{scale} {sign}", "loss", "law", "loss − law"), rows)
     )
 
@@ -173,12 +175,12 @@ def sweep_section(directory: Path, found: Table) -> str:
         cells = [f"{choice.tried[rate]:.4f}" if rate in choice.tried else "not run" for rate in sweep.learning_rates]
         rows.append((name, f"{steps:,}", f"{choice.rate:g}", _tuning(choice), *cells))
     note = (
-        f"Loss by rate on reserved seeds {', '.join(map(str, sweep.seeds))}, at each horizon by itself: the base "
-        f"config's {found.suite.learning_rate:g} first, then its neighbours, until the best has a worse one on both "
-        "sides. An arm whose sweep is not complete uses the best rate tried."
+        f"Loss at each rate on the reserved seeds {', '.join(map(str, sweep.seeds))}, swept separately at each "
+        f"horizon: the base config's {found.suite.learning_rate:g} first, then its neighbours, until the best rate has "
+        "a worse one on both sides. An arm whose sweep is incomplete uses the best rate tried."
     )
     rates = [f"{rate:g}" for rate in sweep.learning_rates]
-    text = f"{note}\n\n{markdown_table(('arm', 'steps', 'rate used', '', *rates), rows)}"
+    text = f"{note}\n\n{markdown_table(('arm', 'steps', 'rate used', 'status', *rates), rows)}"
     return f"{text}\n\n![sweep]({picture})" if picture else text
 
 
@@ -207,12 +209,12 @@ def costs_section(found: Table) -> str:
             f"{found.dropped(name, steps):.1%}",
         ))  # fmt: skip
     header = (
-        "arm", "", "parameters", "active", "steps", "model FLOPs", "executed FLOPs", "and its parents'",
-        "dropped in training",
+        "arm", "description", "parameters", "active parameters", "steps", "model FLOPs", "executed FLOPs",
+        "parents' FLOPs", "dropped in training",
     )  # fmt: skip
     return (
-        "Executed FLOPs leave out the experts' work on assignments dropped in training; both count the router. An arm "
-        "that starts from another one or is taught by it has cost that one's training too. No wall-clock time is "
+        "Executed FLOPs leave out the experts' work on assignments dropped in training; both count the router. "
+        "Parents' FLOPs: executed to train the arms that an arm starts from or is taught by. No wall-clock time is "
         f"compared: the runs were not timed in turns on an idle machine.\n\n{markdown_table(header, rows)}"
     )
 
@@ -246,7 +248,7 @@ def domain_effects_section(found: Table, comparison: Comparison) -> str:
         if steps := found.longest(arm, base):
             cells = [_interval(effect_of(found, arm, base, steps, "loss", domain)) for domain in domains]
             rows.append((arm, f"{steps:,}", str(len(found.seeds(steps, arm, base))), *cells))
-    header = ("arm", "steps", "n", *(f"{domain}, less {base} [95 %]" for domain in domains))
+    header = ("arm", "steps", "n", *(f"{domain}, difference from {base} [95 %]" for domain in domains))
     return markdown_table(header, rows) if rows else ""
 
 
@@ -270,7 +272,10 @@ def routing_section(found: Table) -> str:
         dropped = " / ".join(f"{found.dropped(name, steps, layer):.1%}" for layer in layers)
         rows.append((name, f"{steps:,}", str(len(seeds)), *cells, dropped))
     header = ("arm", "steps", "n", "MaxVio", "router entropy / ln E", "dead experts", "dropped in training")
-    note = "Per MoE layer, means over seeds; of dropped assignments over the whole training too."
+    note = (
+        "Per MoE layer, separated by slashes; means over seeds, on held-out text. MaxVio: largest load over the mean, "
+        "minus 1. Dropped assignments: mean over the whole of training."
+    )
     return f"{note}\n\n{markdown_table(header, rows)}" if rows else ""
 
 
