@@ -32,9 +32,9 @@ V5P = {128: "v5p:4x4x8", 1024: "v5p:8x8x16", 4096: "v5p:16x16x16"}
 _PAGE = """# GShard's scaling experiment, compiled
 
 Written by `python scripts/scaling.py` ({versions}).
-Memory, compile time and all-to-alls are facts; step and exchange times are estimates, steps with intervals that should
-hold 80 % (docs/estimates.md); a step without one was counted by earlier prices. Compile time is the wall clock of
-tracing, lowering and compiling, beside whatever else the machine does.
+Memory, compile time and the number and size of all-to-alls are facts; times of steps and all-to-alls are estimates,
+steps with 80 % intervals (docs/estimates.md); a step without one was estimated by an earlier cost model. Compile time
+is the wall clock of tracing, lowering and compiling, on a machine with other work.
 {missing}
 {table}
 

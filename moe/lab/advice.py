@@ -251,10 +251,11 @@ def render(
         "## Experts and K", "", _sparsities(sparsities(ling.active, middle, grain, memory), ling, grain), "",
         "## The lab's own law", "", lab_law(own, ling.tokens[1]), "",
         "## Rate and batch (Ling 2025, AdamW)", "",
-        f"Learning rate {_span(laws.ling_rate, budget, '.2g')}; tokens a step {_span(laws.ling_batch, budget, '.2g')}. "
-        "The paper gives no interval; sweep half to twice the rate at the size that you train."
+        f"Learning rate {_span(laws.ling_rate, budget, '.2g')}; "
+        f"tokens per step {_span(laws.ling_batch, budget, '.2g')}. "
+        "The paper gives no interval; sweep from half to twice the rate at the size that you train."
         + (f" Extrapolates: {ling.beyond}." if ling.beyond else ""), "",
-        f"## Does a gain of {100 * gain:g} % show?", "", _seeds(measured, gain),
+        f"## Seeds that detect a gain of {100 * gain:g} %", "", _seeds(measured, gain),
     ]  # fmt: skip
     return "\n".join(lines)
 
@@ -272,10 +273,10 @@ def _sizes(sizes: Sequence[Size], tolerance: float) -> str:
         tokens = f"{size.tokens[1]:.2g} ({size.tokens[0]:.2g} to {size.tokens[2]:.2g})"
         width = f"{middle} ({low} to {high})"
         rows.append((size.law, width, f"{size.active:.2g}", tokens, grain, size.beyond or "no"))
-    header = ("law", "d (region)", "active parameters", "tokens (region)", "granularity, 4d/F", "extrapolates")
+    header = ("law", "width d (region)", "active parameters", "tokens (region)", "granularity, 4d/F", "extrapolates")
     note = (
         f"Krajewski's region: a loss within {100 * tolerance:g} % of the best, at either end of the budget, with 64 "
-        "times the active FFN. Layers are d/64. Parameters are without embeddings."
+        "times the active FFN. The number of layers is d/64. Parameters are without embeddings."
     )
     return f"{markdown_table(header, rows)}\n\n{note}"
 
@@ -292,15 +293,15 @@ def _sparsities(rows: Sequence[Sparsity], size: Size, grain: float) -> str:
     header = (
         "E / K",
         "parameters",
-        "of the memory",
-        "worth of dense compute (Ling)",
-        "loss, E/K experts (Clark)",
+        "share of the memory",
+        "equivalent dense compute, times (Ling)",
+        "loss change by E/K experts (Clark)",
         "extrapolates",
     )
     note = (
         f"At {size.active:.2g} active parameters and experts of F = 2d/{grain:g}; the memory is of float32 parameters, "
-        "gradients and moments alone. Take the sparsest row that fits: both laws gain with E throughout their ranges. "
-        "What it runs at, and with activations, says scripts/plan_pod.py."
+        "gradients and moments alone. Take the sparsest row that fits: by both laws the loss falls with E throughout "
+        "their ranges. scripts/plan_pod.py estimates its speed, and its memory with activations."
     )
     return f"{markdown_table(header, table)}\n\n{note}"
 

@@ -123,7 +123,10 @@ def left_out(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return made
 
 
-_HEAD = ("model", "slice", "counted, s", "predicted, s", "interval", "published, s", "inside", "ratio", "GiB a chip")
+_HEAD = (
+    "model", "slice", "counted, s", "predicted, s", "80 % interval, s", "published, s", "inside",
+    "predicted / published", "GiB per chip",
+)  # fmt: skip
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
@@ -147,11 +150,12 @@ def page(rows: list[dict[str, Any]], missing: list[str], sources: list[str]) -> 
     lines = [
         "# The planner's estimates against published train steps",
         "",
-        "Written by `python scripts/calibration.py`. Nothing was run here. *Counted* is this project's program,",
-        "compiled for the slice and read ([pods.md](../pods.md)); *published* is somebody else's program for the same",
-        "model, measured on hardware, for the tokens of our batch. *Predicted* is counted, scaled as the others are",
-        "(those of the same platform), with the interval that should hold 80 %; *inside*",
-        "says whether it does. An error is the estimate's and the difference between two programs.",
+        "Written by `python scripts/calibration.py`. Nothing was run here. *Counted* is the time of a step of this",
+        "project's program, compiled for the slice and priced by the cost model ([pods.md](../pods.md)); *published*",
+        "is that of somebody else's program for the same model, measured on hardware, for as many tokens. *Predicted*",
+        "is the counted time times the mean ratio of published to counted time of the other rows of the same platform,",
+        "with its 80 % interval; *inside* says whether the published time lies in it. An error is that of the estimate",
+        "and the difference between the two programs together.",
         "",
         markdown_table(_HEAD, map(_cells, made)),
     ]
@@ -162,7 +166,8 @@ def page(rows: list[dict[str, Any]], missing: list[str], sources: list[str]) -> 
     if stale:
         lines += [
             "",
-            f"Counted by earlier prices, whose programs are not kept: {'; '.join(stale)}. Name them with --only.",
+            f"Counted by an earlier cost model, since their programs are not kept: {'; '.join(stale)}. Name them with "
+            "--only.",
         ]
     versions = sorted({", ".join(row["versions"]) for row in rows})
     lines += ["", f"Versions: {'; '.join(versions)}.", "", "Sources and differences:", "", *sources]

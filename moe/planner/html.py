@@ -109,7 +109,7 @@ def _head(plan: _Json) -> str:
     scenario = f"<p>What if: {_text(plan['scenario'])}</p>" if plan["scenario"] else ""
     return (
         f"<h1>{_text(plan['topology'])}: {_text(mesh)}, remat {_text(plan['remat'])}</h1><p class=mild>"
-        f"{plan['total_parameters']:,} parameters, {plan['active_parameters']:,} active; {plan['tokens']:,} tokens a "
+        f"{plan['total_parameters']:,} parameters, {plan['active_parameters']:,} active; {plan['tokens']:,} tokens per "
         f"step</p>{scenario}{_summary(plan)}<p>Bound by {_text(plan['bound'])}.</p>"
     )
 
@@ -137,10 +137,10 @@ def _where(plan: _Json) -> str:
 
 def _dearest(plan: _Json) -> str:
     lines = [
-        "<h2>The 30 most expensive instructions</h2><p class=mild>Equal instructions stand together; "
-        "exchanges as long as the device waits for them. The bar is the share of "
-        "the time that the work takes at its bound: a full bar leaves nothing to gain.</p><div class=scroll><table><tr>"
-        "<th>instruction<th class=n>ms<th class=n>runs<th>bound<th style='width:22%'>at the bound"
+        "<h2>The 30 most expensive instructions</h2><p class=mild>Identical instructions are summed; "
+        "exchanges count for as long as the device waits for them. The bar is the time that the work takes at its "
+        "bound, as a share of its estimated time: a full bar leaves nothing to gain.</p><div class=scroll><table><tr>"
+        "<th>instruction<th class=n>ms<th class=n>runs<th>bound<th style='width:22%'>time at the bound"
     ]
     for row in plan["items"]:
         spread = f"{_ms(row['low'])} to {_ms(row['high'])}" if row["high"] > row["low"] else ""
@@ -161,7 +161,7 @@ def _changes(plan: _Json, changes: Sequence[_Json]) -> str:
     made = [change for change in changes if "error" not in change["plan"]]
     made.sort(key=lambda change: -change["plan"]["tokens_per_second_per_chip"])
     lines = [
-        "<h2>What would help</h2><p class=mild>Each was compiled; by tokens/s.</p><div class=scroll><table>"
+        "<h2>What would help</h2><p class=mild>Each was compiled; sorted by tokens/s.</p><div class=scroll><table>"
         "<tr><th>change<th class=n>tokens/s<th class=n>gain<th class=n>GiB"
     ]
     lines += [
@@ -180,14 +180,14 @@ def _changes(plan: _Json, changes: Sequence[_Json]) -> str:
 
 def _timeline(plan: _Json) -> str:
     parts = [
-        "<h2>Timeline</h2><p class=mild>One run of the largest computations: work on the device above, exchanges below "
-        "(red: the device mostly waits for it). Gaps in the work are waits.</p>"
+        "<h2>Timeline</h2><p class=mild>One run of each of the largest computations: work on the device above, "
+        "exchanges below (red: the device waits for most of it). Gaps in the work are waits.</p>"
     ]
     for lane in plan["lanes"]:
         total = lane["seconds"] or 1.0
         width = 1400
         parts.append(
-            f"<p>{_text(lane['name'])}: {_ms(total)} ms, {lane['runs']} times a step</p><div class=scroll><svg width="
+            f"<p>{_text(lane['name'])}: {_ms(total)} ms, {lane['runs']} times per step</p><div class=scroll><svg width="
             f"{width} height=74 role=img>"
         )
         for start, seconds, kind, label in lane["work"]:
@@ -247,7 +247,7 @@ def _basis(plan: _Json) -> str:
         f"<tr><td>{_text(name)}<td class=n>{_ms(seconds)} ms" for name, seconds in plan["basis"].items() if seconds > 0
     )
     return (
-        f"<h2>What this rests on</h2><p>Intervals hold 80 %: {_text(plan['interval_basis'])}.</p><p>Left out: "
+        f"<h2>What this rests on</h2><p>80 % intervals from {_text(plan['interval_basis'])}.</p><p>Left out: "
         f"stragglers, the host's work between steps, checkpoints, restarts.</p><table>{rows}</table><p class=small>"
         f"{_text(', '.join(plan['versions']))}; counted {plan['counted_seconds']:.4g} s, scaled by "
         f"{plan['scale']:.3f}</p>"

@@ -184,21 +184,21 @@ def sentence(kept: _Row) -> str:
     step, mfu = kept["step_seconds"], 100 * kept["mfu"]
     return (
         f"step {step:.3g} s ({low:.3g} to {high:.3g}), MFU {mfu:.1f} % ({mfu * step / high:.1f} to "
-        f"{mfu * step / low:.1f}), {kept['tokens_per_second_per_chip']:,.0f} tokens/s a chip; compiled at commit "
+        f"{mfu * step / low:.1f}), {kept['tokens_per_second_per_chip']:,.0f} tokens/s per chip; compiled at commit "
         f"{kept['commit']}"
     )
 
 
 def table(rows: Sequence[_Row]) -> str:
     """All kept plans as a Markdown table."""
-    head = ("config", "devices", "settings", "memory, GiB", "step, s", "MFU", "tokens/s a chip", "commit")
+    head = ("config", "devices", "settings", "memory, GiB", "step, s", "MFU", "tokens/s per chip", "commit")
     cells = []
     for kept in rows:
         (low, high), step, mfu = kept["step_interval"], kept["step_seconds"], 100 * kept["mfu"]
         config, topology, commit = (markdown_text(kept[name]) for name in ("config", "topology", "commit"))
         flags = [f"{name}={value}".replace("`", "'") for name, value in kept["flags"].items()]
         cells.append((
-            config, topology, ", ".join(f"`{flag}`" for flag in flags) or "as it is",
+            config, topology, ", ".join(f"`{flag}`" for flag in flags) or "as in the config",
             f"{kept['memory_total'] / 2**30:.1f} of {kept['capacity'] / 2**30:.0f}",
             f"{step:.3g} ({low:.3g} to {high:.3g})", f"{mfu:.1f} % ({mfu * step / high:.1f} to {mfu * step / low:.1f})",
             f"{kept['tokens_per_second_per_chip']:,.0f}", commit,
@@ -209,5 +209,5 @@ def table(rows: Sequence[_Row]) -> str:
     if stale := [
         f"{kept['config']} on {kept['topology']}" for kept in rows if kept.get("prices") != calibration.prices()
     ]:
-        lines += ["", f"Counted by earlier prices: {'; '.join(stale)}."]
+        lines += ["", f"Estimated by an earlier cost model: {'; '.join(stale)}."]
     return "\n".join(lines)

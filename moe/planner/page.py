@@ -27,7 +27,7 @@ def _head(plan: Plan) -> list[str]:
     return [
         f"{slices}{plan.topology}: {chips}; mesh {mesh}; remat {plan.remat}; compiled in {plan.compile_seconds:.1f} s",
         f"model: {plan.total_parameters:,} parameters, {plan.active_parameters:,} active; "
-        f"{plan.tokens:,} tokens a step",
+        f"{plan.tokens:,} tokens per step",
     ]
 
 
@@ -47,7 +47,7 @@ def _memory(plan: Plan) -> list[str]:
 
 def _exchanges(plan: Plan) -> list[str]:
     lines = [
-        f"Exchanges of a step, bytes per {_device(plan)} (fact; times: network model, an estimate)",
+        f"Exchanges (collectives) of a step, bytes per {_device(plan)} (fact; times: network model, an estimate)",
         f"  {'kind':20} {'axes':16} {'purpose':24} {'count':>6} {'async':>6} {'MiB':>10} {'ms':>9} {'exposed':>9}",
     ]
     for exchange in plan.exchanges:
@@ -62,8 +62,8 @@ def _exchanges(plan: Plan) -> list[str]:
         lines.append(f"  {sum(e.count for e in small)} more, in groups of less than 1 MiB")
     if plan.token_exchanges:
         names = ", ".join(exchange.purpose for exchange in plan.token_exchanges)
-        lines.append(f"  FLAW: arrays that are no weights are gathered on every {_device(plan)}: {names}")
-        lines.append("  another mesh or model.moe.dispatch does without: --search compiles and ranks them")
+        lines.append(f"  PROBLEM: arrays other than weights are gathered on every {_device(plan)}: {names}")
+        lines.append("  another mesh or model.moe.dispatch may avoid this: --search compiles and ranks them")
     elif plan.unnamed_gathers:
         lines.append("  the program does not name its exchanges; plan one slice to see whether tokens are gathered")
     elif any(exchange.kind == "all-gather" and exchange.purpose == ROUTED for exchange in plan.exchanges):
@@ -78,7 +78,7 @@ def _flops(plan: Plan) -> list[str]:
     return [
         "FLOPs of a step, all chips (counted)",
         f"  6 x active parameters x tokens        {plan.simple_flops:.4g}",
-        f"  model, with attention (MFU's)         {plan.model_flops:.4g}",
+        f"  model, with attention (for MFU)       {plan.model_flops:.4g}",
         f"  matrix products traced                {plan.program_flops:.4g} = {ratio:.2f} x the model's: "
         "recomputation, empty expert slots, masked attention",
     ]
@@ -96,13 +96,13 @@ def _time(plan: Plan) -> list[str]:
         f"{1e3 * plan.kernel_seconds:.1f} ms ({1e3 * plan.kernel_low:.0f} to {1e3 * plan.kernel_high:.0f})",
         *(f"    {row['part']:22} {1e3 * row['seconds']:9.1f} ms  {row['kind']}" for row in plan.where[:12]),
         f"  exposed       {1e3 * plan.exposed_seconds:9.1f} ms  exchange with no work scheduled beside it",
-        f"  published     {1e3 * (plan.step_seconds - plan.counted_seconds):+9.1f} ms  "
-        f"x {plan.scale:.2f}, as {plan.steps} published steps took over their counted time",
+        f"  correction    {1e3 * (plan.step_seconds - plan.counted_seconds):+9.1f} ms  "
+        f"x {plan.scale:.2f}: published over counted time, mean of {plan.steps} published steps",
         f"  step {plan.step_seconds:.3g} s ({low:.3g} to {high:.3g}), MFU {mfu:.1f} % ({mfu * slower:.1f} to "
         f"{mfu * faster:.1f}), {rate:,.0f} tokens/s/{unit} ({rate * slower:,.0f} to {rate * faster:,.0f})",
         f"  {plan.cost()}",
         f"  bound by      {plan.bound}",
-        f"  the interval holds 80 %; it rests on {plan.interval_basis}",
+        f"  80 % interval from {plan.interval_basis}",
         "  left out: stragglers, the host's work between steps, checkpoints, restarts",
     ]
     if plan.bubble:
@@ -110,5 +110,5 @@ def _time(plan: Plan) -> list[str]:
         turns = f"of the {stages} stages has no microbatch in {idle} of its {round(idle / plan.bubble)} turns"
         lines.append(f"  bubble        {100 * plan.bubble:9.1f} %   counted above: each {turns}")
     if plan.unknown_loops:
-        lines.append(f"  {plan.unknown_loops} loops whose trip count could not be read count once: an underestimate")
+        lines.append(f"  {plan.unknown_loops} loops with an unreadable trip count are counted once: an underestimate")
     return lines

@@ -138,12 +138,12 @@ def table(rows: list[dict[str, Any]]) -> str:
         "devices": "devices",
         "experts": "experts",
         "parameters": "parameters (B)",
-        "memory_gib": "memory a device (GiB)",
+        "memory_gib": "memory per device (GiB)",
         "compile_seconds": "compile (s)",
-        "all_to_alls": "all-to-alls a step",
-        "all_to_all_mib": "all-to-all a device (MiB)",
-        "all_to_all_ms": "all-to-all (ms, model)",
-        "step_ms": "step (ms, 80 %)",
+        "all_to_alls": "all-to-alls per step",
+        "all_to_all_mib": "all-to-all per device (MiB)",
+        "all_to_all_ms": "all-to-all (ms, estimate)",
+        "step_ms": "step (ms, estimate, 80 % interval)",
     }
 
     def shown(row: dict[str, Any], name: str) -> str:

@@ -159,7 +159,7 @@ def render(results: Sequence[tuple[Candidate, PlanJson]], pruned: collections.Co
     lines = [f"{total} combinations of mesh, remat, dispatch and rows, of which these cannot run:"]
     lines += [f"  {count:6}  {reason}" for reason, count in pruned.most_common()] or ["  none"]
     lines += [
-        f"{skipped} were not compiled: a guess that each plan corrects ranks them lower (--limit sets how many are)",
+        f"{skipped} were not compiled: the estimate, corrected by every compiled plan, ranks them lower (--limit)",
         "",
     ]
     lines.append(

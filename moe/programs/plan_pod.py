@@ -30,7 +30,7 @@ _TOPOLOGY = flags.DEFINE_string(
 _SLICES = flags.DEFINE_integer(
     "num_slices", 1, "TPU slices of that shape, joined by the data-center network.", lower_bound=1
 )
-_JSON = flags.DEFINE_bool("json", False, "Print JSON instead of a page.")
+_JSON = flags.DEFINE_bool("json", False, "Print JSON instead of text.")
 _PAGE = cli.define_path("page", "HTML file to write: of the plan, or of the difference with --diff.")
 _ROOFLINE = cli.define_path("roofline", "PNG file to write: the most expensive instructions under the chip's roofline.")
 _CHANGES = flags.DEFINE_integer(
@@ -40,12 +40,12 @@ _DIFF = flags.DEFINE_list("diff", [], "Two plans printed by --json to compare; n
 _RECORD = flags.DEFINE_bool("record", False, "Keep the plan in configs/plans.json and docs/results/plans.md.")
 _REMAKE = flags.DEFINE_bool("remake", False, "Make all kept plans and their table again with the current cost model.")
 _PROGRAMS = cli.define_path("programs", "Folder in which compiled programs are kept for reuse.")
-_BANDWIDTH = flags.DEFINE_float("bandwidth", 1.0, "What if: factor of the network's bandwidths.")
+_BANDWIDTH = flags.DEFINE_float("bandwidth", 1.0, "What if: factor on the network's bandwidths.")
 _MATMUL_SHARE = flags.DEFINE_float("matmul_share", 0.0, "What if: share of the peak that all matmuls reach.")
-_SKEW = flags.DEFINE_float("skew", 1.0, "What if: rows on the busiest device's experts over the mean.")
+_SKEW = flags.DEFINE_float("skew", 1.0, "What if: rows on the experts of the busiest device, over the mean.")
 _SEARCH = flags.DEFINE_bool("search", False, "Try meshes, remat policies and dispatch modes; run again to continue.")
 _LIMIT = flags.DEFINE_integer(
-    "limit", 12, "Largest number of programs that --search compiles, each chosen with the plans so far.", lower_bound=1
+    "limit", 12, "Largest number of programs that --search compiles, each chosen by the results so far.", lower_bound=1
 )
 _FIXED_BATCH = flags.DEFINE_bool("fixed_batch", False, "--search keeps train.batch_size instead of trying other rows.")
 _CACHE = flags.DEFINE_string(
@@ -211,7 +211,7 @@ def _print_best(topology: str) -> None:
     name = _name().partition(":")[0]
     known = kept_plans.best_of_precisions(kept_plans.read(_KEPT), name, topology)
     if not known:
-        print(f"No plan of {name} is kept for {topology}: --search looks for settings, --record keeps them")
+        print(f"No plan of {name} is kept for {topology}: --search looks for settings, --record keeps the plan")
     for suffix, kept in known.items():
         print(f"Best known settings for {topology}{suffix}: {kept_plans.sentence(kept)}")
         own = f"{_TOPOLOGY.value}{suffix}"
@@ -246,7 +246,7 @@ def _search(config: Config, where) -> None:
     print(search.render(results, pruned, len(found) - len(results)))
     if results and "error" not in results[0][1]:
         own, best = _own_flags(search.SEARCHED), search.overrides(results[0][0].config)
-        print(f"\nThe first:\npython main.py {own} --workdir=DIR {best}")
+        print(f"\nCommand of the best:\npython main.py {own} --workdir=DIR {best}")
 
 
 def _own_flags(searched: tuple[str, ...]) -> str:
