@@ -263,20 +263,21 @@ def table(rows: list[Row]) -> str:
     lines = [
         "# Conformance: every row",
         "",
-        "What they mean is in the [guide](../conformance.md). Written by `python scripts/conformance.py`.",
+        "The [guide](../conformance.md) explains the sections. Written by `python scripts/conformance.py`.",
         f"{len(rows)} rows, {failed} failed. JAX {jax.__version__} on {jax.default_backend()}.",
         "A float32 error is the largest difference over the largest expected value, a bfloat16 error the norm of the",
         "difference over the norm of the exact value. The bfloat16 bound is computed for each row from bfloat16's unit",
-        "roundoff 2⁻⁸ alone: three times the root mean square of what independent roundings of that size, of every",
-        "number that the layer stores, make of the exact equations (`moe/conformance/rounding.py`). Where a row",
-        "stands for several arrays, the one nearest its bound is shown and named.",
+        "roundoff 2⁻⁸ alone: three times the root mean square error of the exact equations when every number that the",
+        "layer stores gets an independent rounding error of that size (`moe/conformance/rounding.py`). A row that",
+        "covers several arrays shows and names the one nearest its bound. Sizes: G groups of S tokens, E experts, K per",
+        "token, C slots per expert and group.",
     ]
     lines += ["", *summary(rows)]
     section = None
     for row in rows:
         if row.section != section:
             section = row.section
-            lines += ["", f"## {section}", "", "| what | expected | measured | |", "|---|---|---|---|"]
+            lines += ["", f"## {section}", "", "| case | expected | measured | result |", "|---|---|---|---|"]
         lines.append(f"| {row.what} | {row.expected} | {row.measured} | {'ok' if row.passes else '**FAILS**'} |")
     return "\n".join(lines) + "\n"
 

@@ -311,7 +311,7 @@ def against_oracle(case: Case, seed: int, d: int = 6, f: int = 5) -> Iterator[Ro
     if case.full:
         alone = np.zeros_like(mask)
         alone[np.arange(case.g), mask.argmax(1)] = True
-        masks |= {", one real token a group": alone, ", all padding": np.zeros_like(mask)}
+        masks |= {", one real token per group": alone, ", all padding": np.zeros_like(mask)}
     known: dict[bytes, dict[str, Any]] = {}  # the oracle's results, by batch and kept assignments
     for mode in CONFIG_MODES:
         # The latent dimension is read off the matrices.
@@ -393,7 +393,7 @@ def device_counts(gate: str, latent: int) -> Iterator[Row]:
                 spread = run(placed, mask, cotangent, tokens, key)
             yield close(
                 DEVICES,
-                f"{gate}{', latent_dim=4' if latent else ''}, {mode}, {count} devices",
+                f"{gate}{', latent_dim=4' if latent else ''}, {mode}, {count} device{'s' if count > 1 else ''}",
                 "without a mesh",
                 error(spread, alone),
                 FLOAT32,

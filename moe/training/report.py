@@ -150,7 +150,7 @@ def table(results: dict[str, dict[str, Any]], unigram: dict[str, float], train_r
         load = np.asarray(overall["expert_load"])
         width = 6 * min(load.shape[1], 16) + (2 if load.shape[1] > 16 else 0)
         title = f"  share of tokens per expert, %, even = {100 / load.shape[1]:.1f}"
-        lines += ["", f"{title:<{width + 15}}   dropped, %: held-out, training (first row, last row)"]
+        lines += ["", f"{title:<{width + 15}}   dropped, %: held-out, training (first and last logged row)"]
         first, last = (row["fraction_tokens_dropped"] for row in (train_rows[0], train_rows[-1]))
         for layer, (row, dropped) in enumerate(zip(load, overall["fraction_tokens_dropped"], strict=True)):
             shown = " ".join(f"{100 * share:5.1f}" for share in row[:16]) + (" …" if len(row) > 16 else "")

@@ -94,7 +94,7 @@ def test_without_a_terminal_every_logged_step_is_a_line(whole, programs, tmp_pat
     assert [(match[1], bool(match[2]), bool(match[3])) for match in matches] == [("4", False, False), ("6", True, True)]
     assert re.search(r"\] preparing the data\n.*\] compiling the train step", "\n".join(lines), re.DOTALL)
     report = (tmp_path / "run" / "report.txt").read_text()
-    assert "dropped, %: held-out, training (first row, last row)" in report
+    assert "dropped, %: held-out, training (first and last logged row)" in report
     last = 100 * train_rows(tmp_path / "run")[-1]["fraction_tokens_dropped"][0]
     assert report.split("MoE layer 0")[1].splitlines()[0].endswith(f" {last:5.2f}")
 
