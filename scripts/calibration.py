@@ -75,13 +75,13 @@ _DENSE = {"gate": "none"}
 #: Cheapest to compile first.
 PUBLISHED = {
     "Mixtral-8x7B, 64 H100": Published(
-        "mixtral_8x7b", "h100:8x8", 2, 4096, "Megatron-Core, README of its MoE: 468 TFLOP/s a GPU",
-        "fsdp 8 x expert 8, 2 rows a GPU, weights gathered every layer; theirs: parallelism and batch not stated",
+        "mixtral_8x7b", "h100:8x8", 2, 4096, "Megatron-Core, README of its MoE: 468 TFLOP/s per GPU",
+        "fsdp 8 x expert 8, 2 rows per GPU, weights gathered every layer; theirs: parallelism and batch not stated",
         {"remat": "hidden"}, {"dispatch": "dropless"}, {"fsdp": 8, "expert": 8}, tflops=468,
     ),
     "Llama 3.1 8B, v6e-8": Published(
         "base", "v6e:2x4", 3, 8192, f"{_RECIPES}/trillium/Llama3.1-8B-MaxText/v6e-8: 7138.89 tokens/s",
-        "inputs of layers, queries, keys, values and heads in the host's memory, as theirs",
+        "inputs of layers, queries, keys, values and attention outputs in the host's memory, as theirs",
         _llama(4096, 32, 32, 8, 14336, 128256) | {"remat": "offload"}, _DENSE, tokens_per_second=7138.89,
     ),
     "Mixtral-8x7B, v5p-128": Published(
@@ -91,7 +91,8 @@ PUBLISHED = {
     ),
     "Mixtral-8x7B, v6e-256": Published(
         "mixtral_8x7b", "v6e:16x16", 12, 4096, f"{_RECIPES}/trillium/Mixtral-8x7B-MaxText: 13.484 s",
-        "2 microbatches of 6 rows; queries, keys, values and inputs in the host's memory as theirs, and heads",
+        "2 microbatches of 6 rows; queries, keys, values and inputs in the host's memory as theirs; also outputs of "
+        "attention",
         {"remat": "offload"}, {"dispatch": "gather", "capacity": {"train": 1.25}}, {"fsdp": 256, "expert": 1}, 2,
         step=13.484,
     ),
@@ -111,26 +112,27 @@ PUBLISHED = {
         step=24.71,
     ),
     "gpt-oss-120b, 64 B200": Published(
-        "gpt_oss_120b", "b200:8x8", 8, 4096, f"{_BRIDGE}, performance summary of 25.11: 8213 tokens/s a GPU",
+        "gpt_oss_120b", "b200:8x8", 8, 4096, f"{_BRIDGE}, performance summary of 25.11: 8213 tokens/s per GPU",
         "2 microbatches of 4 rows, weights gathered every layer; theirs: the same microbatches, weights of attention "
         "on every GPU",
         {"remat": "hidden"}, {"dispatch": "dropless"}, {"fsdp": 8, "expert": 8}, 2, tokens_per_second=8213,
     ),
     "gpt-oss-120b, 64 GB200": Published(
-        "gpt_oss_120b", "gb200:16x4", 20, 8192, f"{_BRIDGE}, performance summary of 25.11: 15876 tokens/s a GPU",
+        "gpt_oss_120b", "gb200:16x4", 20, 8192, f"{_BRIDGE}, performance summary of 25.11: 15876 tokens/s per GPU",
         "20 microbatches of one row; theirs: the same, exchanged by HybridEP",
         {"remat": "hidden"}, {"dispatch": "dropless"}, {"fsdp": 1, "expert": 64}, 20, tokens_per_second=15876,
     ),
     "Qwen3-235B-A22B, 256 H100": Published(
         "qwen3_30b_a3b", "h100:32x8", 8, 4096,
-        "github.com/yanring/Megatron-MoE-ModelZoo, best_practice/Qwen3: 17.6 s, FSDP, 8 experts a host, DeepEP",
-        "one batch of 8 rows a GPU, full recomputation; theirs: the same tokens over 2 GPUs by tensor parallelism",
+        "github.com/yanring/Megatron-MoE-ModelZoo, best_practice/Qwen3: 17.6 s, FSDP, 8 experts per host, DeepEP",
+        "one batch of 8 rows per GPU, full recomputation; theirs: the same tokens over 2 GPUs by tensor parallelism",
         {"d_model": 4096, "num_layers": 94, "num_heads": 64, "remat": "full"},
         {"dispatch": "dropless", "d_ff": 1536}, {"fsdp": 32, "expert": 8}, step=17.6,
     ),
     "Mixtral-8x22B, v6e-256": Published(
         "mixtral_8x22b", "v6e:16x16", 8, 4096, f"{_RECIPES}/trillium/Mixtral-8x22B-MaxText: 24.706 s",
-        "4 microbatches of 2 rows, inputs, queries, keys, values and heads in the host's memory, float32 parameters",
+        "4 microbatches of 2 rows, inputs, queries, keys, values and attention outputs in the host's memory, float32 "
+        "parameters",
         {"remat": "offload"}, {"dispatch": "gather", "capacity": {"train": 1.25}}, {"fsdp": 64, "expert": 4}, 4,
         step=24.706,
     ),
@@ -145,7 +147,7 @@ PUBLISHED = {
     ),
     "DeepSeek-V3, v5p-1024": Published(
         "deepseek_v3", "v5p:8x8x8", 6, 8192, f"{_RECIPES}/v5p/DeepSeek3-671B-MaxText: 90.668 s",
-        "2 microbatches of 3 rows; inputs, queries, keys, values and heads in the host's memory",
+        "2 microbatches of 3 rows; inputs, queries, keys, values and attention outputs in the host's memory",
         {"remat": "offload"}, {"dispatch": "dropless"}, {"fsdp": 512, "expert": 1}, 2, step=90.668,
     ),
     "DeepSeek-V3, 128 tpu7x": Published(

@@ -269,8 +269,8 @@ def table(rows: list[Row]) -> str:
         "difference over the norm of the exact value. The bfloat16 bound is computed for each row from bfloat16's unit",
         "roundoff 2⁻⁸ alone: three times the root mean square error of the exact equations when every number that the",
         "layer stores gets an independent rounding error of that size (`moe/conformance/rounding.py`). A row that",
-        "covers several arrays shows and names the one nearest its bound. Sizes: G groups of S tokens, E experts, K per",
-        "token, C slots per expert and group.",
+        "covers several arrays shows and names the one nearest its bound. Sizes: G groups of S tokens, E experts, K",
+        "per token, C slots per expert and group.",
     ]
     lines += ["", *summary(rows)]
     section = None

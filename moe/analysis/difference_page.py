@@ -57,7 +57,7 @@ def markdown(found: Difference) -> str:
         "Experts are matched by the permutation under which most tokens of even rows have the same first expert; all "
         "shares are of odd rows. *Chance*: independent choices with the same loads. *Null*: whole rows of the other "
         f"run's choices exchanged, {found.shuffles} times (seed {found.seed}), with the one-sided p. *Margin*: the "
-        "router's probability of its first expert less that of its second, in quarters.",
+        "router's probability of its first expert minus that of its second, in quarters.",
         "",
         markdown_table(
             ("layer", "same first expert, %", "chance", "null", "p", "experts in common, %", "loads differ by, %",
@@ -73,7 +73,7 @@ def markdown(found: Difference) -> str:
         ]
         lines += ["", f"The first expert of {one} beside that of others, %, each matched in the same way:", ""]
         lines.append(markdown_table(("layer", other, *map(markdown_text, controls)), rows))
-    lines += ["", f"## Loss of {other} less that of {one}, nats per token", ""]
+    lines += ["", f"## Loss of {other} minus that of {one}, nats per token", ""]
     lines.append("With 95 % intervals over rows of text; negative: the second run predicts better.")
     for grouping, values in found.losses.items():
         rows = [
@@ -137,7 +137,7 @@ def figure(found: Difference) -> Figure:
     right.errorbar(means, places, xerr=ends.T, fmt="o", markersize=3, linewidth=1)
     right.axvline(0, color="0.5", linewidth=1)
     right.set_yticks(places, [name for name, _ in groups], fontsize=7)
-    right.set(xlabel="loss of the second run less the first's, nats per token")
+    right.set(xlabel="loss of the second run minus the first's, nats per token")
     return drawn
 
 
