@@ -66,6 +66,6 @@ def get_suite(size: str) -> Suite:
             f"width {unit * factor}": Comparison(f"plain_d{unit * factor}", (f"mup_d{unit * factor}",), same)
             for factor in FACTORS[1:]
         }
-        | {f"{name} at the rate of width {unit}": Comparison(name, (f"{name}_shared",), same) for name in shared}
+        | {f"{name} at the rate of {first}": Comparison(name, (f"{name}_shared",), same) for name in shared}
         | {"experts": Comparison(first, ("e1", "e64"), ("steps",))},
     )
