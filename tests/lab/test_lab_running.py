@@ -231,7 +231,7 @@ def test_stopped_jobs_are_told_apart_from_failed_ones(monkeypatch, code, error):
         jobs.start(1, [])
 
 
-def test_each_job_is_pinned_to_one_core(monkeypatch):
+def test_each_job_is_pinned_to_one_core(monkeypatch, tmp_path):
     started = []
 
     class Job:
@@ -243,6 +243,7 @@ def test_each_job_is_pinned_to_one_core(monkeypatch):
 
     before = os.sched_getaffinity(0)
     monkeypatch.setattr(jobs.subprocess, "Popen", Job)
+    monkeypatch.setattr(jobs.tempfile, "gettempdir", lambda: str(tmp_path))
     jobs.start(1, ["scripts/ablate.py", "--workdir=w"])
     ((cores, command, _),) = started
     assert cores == {min(before)}
@@ -250,6 +251,16 @@ def test_each_job_is_pinned_to_one_core(monkeypatch):
     assert os.sched_getaffinity(0) == before
     with pytest.raises(ConfigError, match=r"--jobs=4096: at most"):
         jobs.start(4096, [])
+
+
+def test_cores_of_other_commands_are_taken_last(monkeypatch, tmp_path):
+    monkeypatch.setattr(jobs.tempfile, "gettempdir", lambda: str(tmp_path))
+    with contextlib.ExitStack() as first, contextlib.ExitStack() as second, contextlib.ExitStack() as third:
+        assert jobs._free_first([0, 1, 2], 1, first) == [0]
+        assert jobs._free_first([0, 1, 2], 1, second) == [1]
+        assert jobs._free_first([0, 1, 2], 3, third) == [2, 0, 1]
+        first.close()
+        assert jobs._free_first([0, 1, 2], 2, third) == [0, 1]
 
 
 def test_probes_are_measured_once_and_only_at_the_rate_in_use(tmp_path, monkeypatch):

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
+
+import filelock
 
 from moe.config import ConfigError
 from moe.exit_codes import START_AGAIN
@@ -18,6 +23,8 @@ WORKER = "MOE_LAB_WORKER"
 def start(count: int, arguments: Sequence[str]) -> None:
     """Run Python with these arguments in ``count`` processes, and wait for them.
 
+    Cores that another command's processes are pinned to are taken last.
+
     Raises:
         ConfigError: fewer cores than processes, or a process failed.
         SystemExit: processes were stopped by SIGTERM; with their exit code.
@@ -28,19 +35,33 @@ def start(count: int, arguments: Sequence[str]) -> None:
     jobs: list[subprocess.Popen[bytes]] = []
     # Ctrl-C reaches the whole process group by itself; SIGTERM only this process.
     previous = signal.signal(signal.SIGTERM, lambda *_: [job.terminate() for job in jobs])
+    taken = contextlib.ExitStack()
     try:
-        for core in cores[:count]:
+        for core in _free_first(cores, count, taken):
             os.sched_setaffinity(0, {core})  # inherited by the process started next
             jobs.append(subprocess.Popen([sys.executable, *arguments], env=os.environ | {WORKER: "1"}))
         os.sched_setaffinity(0, cores)
         codes = {job.wait() for job in jobs} - {0}
     finally:
+        taken.close()
         os.sched_setaffinity(0, cores)
         signal.signal(signal.SIGTERM, previous)
     if codes == {START_AGAIN}:
         raise SystemExit(START_AGAIN)
     if codes:
         raise ConfigError(f"--jobs={count}: a process failed; the same command goes on with what is missing")
+
+
+def _free_first(cores: Sequence[int], count: int, taken: contextlib.ExitStack) -> list[int]:
+    """``count`` cores, those first that no command of this user's has taken; they are taken until ``taken`` closes."""
+    free: list[int] = []
+    for core in cores:
+        name = f"moe_lab_{os.getuid()}_core_{core}.lock"
+        with contextlib.suppress(filelock.Timeout):
+            if len(free) < count:
+                taken.enter_context(filelock.FileLock(Path(tempfile.gettempdir()) / name, blocking=False))
+                free.append(core)
+    return [*free, *(core for core in cores if core not in free)][:count]
 
 
 def is_worker() -> bool:
