@@ -24,6 +24,7 @@ from moe.lab.claims.registration import CLAIMS_FILE, Registered, read_claims
 from moe.lab.loading import load_suite, load_suites, with_seeds
 from moe.lab.records import read_all
 from moe.lab.report import answer, claims_page, page, paper_tables
+from moe.lab.report.missing import missing
 from moe.lab.running import jobs, runner
 from moe.lab.suite import Suite
 from moe.lab.table import Table
@@ -39,6 +40,7 @@ _HORIZONS = flags.DEFINE_list("horizons", [], "Train only runs of these numbers 
 _JOBS = flags.DEFINE_integer("jobs", 0, "Processes, each pinned to one core; 0: this one, on all cores.", lower_bound=0)
 _SWEEP = flags.DEFINE_bool("sweep", True, "Sweep learning rates first, if the suite says so.")
 _REPORT = flags.DEFINE_bool("report", False, "Train and measure nothing; only write the report.")
+_MISSING = flags.DEFINE_bool("missing", False, "Train nothing; list the runs that are missing, and their hours.")
 _TIME = flags.DEFINE_integer(
     "time",
     0,
@@ -68,6 +70,9 @@ def main() -> None:
         _time(suite, output / suite.name)
         return
     only = runner.only(suite, _ARMS.value, _HORIZONS.value)
+    if _MISSING.value:
+        print(missing(suite, read_all(workdir), only, sweep=_SWEEP.value))
+        return
     if not _REPORT.value:
         for name, (given, value) in suite.replaced().items() if not jobs.is_worker() else ():
             progress.say(f"{name}={value} as the suite sets it, instead of the base config's {given}")

@@ -22,8 +22,9 @@ from moe.lab.expressions import Term, parse
 from moe.lab.loading import check, load_suite, load_suites, with_seeds
 from moe.lab.records import DIVERGED, PRIMARY, Key
 from moe.lab.report import answer, figures, page, sections
+from moe.lab.report.missing import missing
 from moe.lab.schedule import Plan
-from moe.lab.suite import Comparison, Sweep, Variant
+from moe.lab.suite import Comparison, Suite, Sweep, Variant
 from moe.lab.table import MissingError, Table
 from moe.routing.interface import Gate
 from tests.helpers import slow_case, tiny_encoder_decoder
@@ -754,3 +755,30 @@ def test_a_report_needs_only_a_run_of_the_baseline(tmp_path):
     suite = suite_of(arms, {"all": Comparison("dense", ("switch",), ("steps",))}, seeds=(0, 1), horizons=(20,))
     write_page(tmp_path, suite, [record("dense", 0, 5.0)])
     assert "is not tuned for any arm** at 20 steps" in (tmp_path / "report.md").read_text()
+
+
+def test_missing_runs_by_hand(monkeypatch):
+    """Finished runs took 30 minutes, and each of the three missing ones of that arm needs as long; the other arm, of
+    half the FLOPs, a quarter of an hour."""
+    suite = suite_of({"a": DENSE, "b": SWITCH}, seeds=(0, 1, 2, 4, 9), horizons=(20,))
+    assert missing(suite, [], lambda key: key.variant == "a").splitlines()[2:] == [
+        "| a | 20 | 0.003 | 0 to 2, 4, 9 | – |",
+        "",
+        "test: 5 of 5 runs are missing, – hours of one process; their pace is known once a run is finished",
+    ]
+    runs = keyed(suite, [record("a", 0, 5.0), record("a", 9, 5.0)])
+    done = [dataclasses.replace(run, seconds=1800.0, costs=suite.costs("a")) for run in runs]
+    assert missing(suite, done, lambda key: key.variant == "a").splitlines()[2:] == [
+        "| a | 20 | 0.003 | 1 to 2, 4 | 1.5 |",
+        "",
+        "test: 3 of 5 runs are missing, 1.5 hours of one process",
+    ]
+    costs = {"a": suite.costs("a"), "b": {"flops": suite.costs("a")["flops"] / 2}}
+    monkeypatch.setattr(Suite, "costs", lambda self, arm, steps: costs[arm])
+    assert "| b | 20 | 0.003 | 0 to 2, 4, 9 | 1.2 |" in missing(suite, done, lambda key: True)  # 5 · 0.25
+    swept = dataclasses.replace(suite, sweep=Sweep((1e-3, 3e-3, 9e-3), (7,)))
+    lines = missing(swept, done, lambda key: key.variant == "a").splitlines()
+    # The rate 0.003 on seed 7; then two neighbours, and the arm's five seeds, two of which are finished.
+    assert lines[2:4] == ["| a | 20 | 0.003 | 7 | 0.5 |", ""]
+    assert lines[-1] == "The sweep will name about 7 more."
+    assert "0 of 2 runs are missing" in missing(with_seeds(suite, [0, 9]), done, lambda key: key.variant == "a")
