@@ -187,7 +187,7 @@ def pooled(losses: Mapping[str, Mapping[int, float]], baseline: str) -> dict[str
         half = float(scipy.stats.t.ppf(1 - ALPHA / 2, degrees)) * error
         p = 2 * float(scipy.stats.t.sf(abs(mean) / error, degrees)) if error > 0 else float(mean == 0)
         n = sum(cell[0] == arm for cell in cells)
-        found[arm] = Effect(mean, mean - half, mean + half, p, n, error * math.sqrt(n / 2))
+        found[arm] = Effect(mean, mean - half, mean + half, p, n, error * math.sqrt(n))
     return found
 
 

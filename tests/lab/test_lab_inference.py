@@ -14,6 +14,9 @@ def test_paired_interval_by_hand():
     e = inference.effect([1.0, 2.0, 3.0])
     assert (e.mean, e.n, e.sd) == (2.0, 3, 1.0)
     assert (e.low, e.high, e.p) == pytest.approx((-0.48414, 4.48414, 0.07418), abs=1e-5)
+    # Without a spread the interval is a point, and only zero is compatible with zero.
+    assert inference.effect([2.0, 2.0]) == inference.Effect(2.0, 2.0, 2.0, 0.0, 2, 0.0)
+    assert inference.effect([0.0, 0.0]).p == 1
 
 
 def test_one_seed_has_no_interval_and_a_diverged_one_no_mean():
@@ -32,24 +35,34 @@ def test_smallest_detectable_effect_matches_the_published_table():
     assert inference.seeds_needed(0.025, -found[2]) == 10
 
 
+def test_smallest_margin_by_hand():
+    # Tables of t with one degree of freedom: t(0.975) = 12.7062 and, for a power of 80 %, t(0.9) = 3.0777.
+    assert inference.smallest_margin(0.5, 2) == pytest.approx(0.5 * (12.7062 + 3.0777) / math.sqrt(2), abs=1e-4)
+    assert inference.smallest_margin(0.5, 1) == math.inf
+
+
 def test_holm_by_hand():
     # 0.01·3 = 0.03; 0.03·2 = 0.06; 0.04·1, but not less than the one before.
     assert inference.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert inference.holm([]) == []
+    assert inference.holm([0.6, 0.7]) == [1.0, 1.0]  # 0.6·2, but at most 1
 
 
 def test_pitman_morgan_by_hand():
     # Sums (1,-1,2,-2), differences (1,-1,-2,2): r = (1 + 1 - 4 - 4)/10 = -0.6, t = -0.6·√2/0.8 = -1.06066, and with
     # two degrees of freedom p = (1 - |t|/sqrt(2 + t²))/2 = (1 - 0.6)/2. Variances 2/3 and 8/3.
     assert inference.pitman_morgan([1, -1, 0, 0], [0, 0, 2, -2]) == pytest.approx((0.25, 0.2))
+    assert inference.pitman_morgan([1, 2], [1, 3]) == (0.25, 1.0)  # two pairs always correlate by ±1
 
 
 def test_pooled_model_of_two_arms_is_the_paired_test_and_uses_incomplete_seeds():
     losses = {"base": {0: 5.0, 1: 6.0, 2: 7.0}, "arm": {0: 6.0, 1: 8.0, 2: 10.0}}
     paired, found = inference.effect([1.0, 2.0, 3.0]), inference.pooled(losses, "base")["arm"]
-    assert (found.mean, found.low, found.high, found.p) == pytest.approx(
-        (paired.mean, paired.low, paired.high, paired.p)
+    assert (found.mean, found.low, found.high, found.p, found.sd) == pytest.approx(
+        (paired.mean, paired.low, paired.high, paired.p, paired.sd)
     )
+    diverged = {arm: {**of_arm, 3: loss} for (arm, of_arm), loss in zip(losses.items(), (8.0, math.inf), strict=True)}
+    assert inference.pooled(diverged, "base")["arm"].mean == pytest.approx(found.mean)
     more = inference.pooled({**losses, "third": {0: 5.0, 1: 6.5}}, "base")
     assert set(more) == {"arm", "third"}
     assert more["third"].n == 2
@@ -61,6 +74,8 @@ def test_bootstrap_weighs_domains_equally_and_resamples_seeds():
     assert inference.bootstrap([[1, 1, 1, 4]], ["a", "a", "a", "b"]) == (2.5, 2.5)
     # Seeds of -1, 0 and 1: three draws are all -1, or all 1, with probability 1/27 each, which is more than 2.5 %.
     assert inference.bootstrap([[-1.0], [0.0], [1.0]], ["a"]) == (-1.0, 1.0)
+    # Rows of 0 and 2: a quarter of the draws has only the first, a quarter only the second.
+    assert inference.bootstrap([[0.0, 2.0]], ["a", "a"]) == (0.0, 2.0)
     # Two seeds are not resampled, and one row leaves nothing to resample.
     assert inference.bootstrap([[-1.0], [2.0]], ["a"]) == (0.5, 0.5)
 
@@ -71,6 +86,10 @@ def test_censored_median_by_hand():
     assert (three.median, three.low, three.high, three.coverage, three.censored) == (0.7, 0.5, math.inf, 0.75, 1)
     six = inference.censored_median([1, 2, 3, 4, 5, 6])
     assert (six.median, six.low, six.high, six.coverage) == (3.5, 1, 6, 1 - 2 / 64)
+    # The second and the last but one of eight cover it with 1 - 2·9/256 = 0.93, of nine with 1 - 2·10/512 = 0.96.
+    eight, nine = (inference.censored_median(range(1, n + 1)) for n in (8, 9))
+    assert (eight.low, eight.high, eight.coverage) == (1, 8, 1 - 2 / 256)
+    assert (nine.low, nine.high, nine.coverage) == (2, 8, pytest.approx(1 - 20 / 512))
     assert inference.censored_median([0.5, math.inf]).median == math.inf
 
 
@@ -93,6 +112,11 @@ def test_crossing_is_interpolated_in_log_tokens():
     found = inference.crossing([100, 10_000], [effect(0.2, 0.1), effect(-0.2, 0.1)])
     # Ends: 0.1 → -0.3 crosses at a quarter, 0.3 → -0.1 at three quarters of the two decades.
     assert (found.low, found.high) == pytest.approx((100 * 10**0.5, 100 * 10**1.5))
+    # Without an interval at the first horizon, the upper end is below zero from the second one on.
+    found = inference.crossing([100, 10_000], [effect(0.1, math.inf), effect(-0.2, 0.1)])
+    assert (found.low, found.high) == (0.0, 10_000)
+    # A difference of zero is reached where it is measured.
+    assert inference.crossing([100, 10_000], [effect(0.1, 0.0), effect(0.0, 0.0)]).tokens == pytest.approx(10_000)
 
 
 def test_law_is_recovered_from_its_own_losses():
@@ -109,6 +133,14 @@ def test_law_is_recovered_from_its_own_losses():
     assert found.sd < 1e-4
     moved = law.fit({**points, (4, 10**6): points[4, 10**6] + 0.1})
     assert max(moved.residuals, key=moved.residuals.get) == (4, 10**6)
+    # Twelve points less four coefficients and the floor leave seven degrees of freedom. An error of the loss is one of
+    # its logarithm times 1/(L - L∞).
+    assert moved.sd == pytest.approx(math.sqrt(sum(residual**2 for residual in moved.residuals.values()) / 7))
+    logs = [(math.log(e), math.log(t)) for e, t in points]
+    design = np.array([[1, of_tokens, of_experts, of_tokens * of_experts] for of_experts, of_tokens in logs])
+    slopes = [1 / (value - moved.floor) for value in {**points, (4, 10**6): points[4, 10**6] + 0.1}.values()]
+    unit = np.sqrt(np.diag(np.linalg.inv(design.T @ design)))
+    assert moved.errors == pytest.approx(unit * moved.sd * math.sqrt(np.mean(np.square(slopes))))
     # One horizon leaves the slope in tokens open, one number of experts that in experts, one point both.
     assert law.fit({(e, 10**6): loss(e, 10**6) for e in (1, 4, 16, 64)}).names == ("d", "b")
     assert law.fit({(4, t): loss(4, t) for t in (10**5, 10**6, 10**7, 10**8)}).names == ("d", "a")
@@ -126,6 +158,12 @@ def test_the_interval_of_a_law_is_over_whole_seeds():
         assert low - 1e-6 <= value <= high + 1e-6
     assert law.intervals([points] * 3)["b"] == pytest.approx((exact.coefficients[2],) * 2)
     assert law.intervals(seeds[:2]) == {}
+    # One draw in 27 has only the first seed, which is more than 2.5 % and less than 5 %; so for the last.
+    d = exact.coefficients[0]
+    assert found["d"] == pytest.approx((d + math.log(0.99), d + math.log(1.01)), abs=1e-6)
+    # Of nine seeds one is lower by a tenth: with it drawn B(9, 1/9) times, 2.5 % of the draws have it three times.
+    nine = law.intervals([{point: loss * (0.9 if i == 4 else 1) for point, loss in points.items()} for i in range(9)])
+    assert nine["d"] == pytest.approx((d + math.log(1 - 0.1 * 3 / 9), d), abs=1e-6)
 
 
 def test_share_of_a_whole_by_hand():
@@ -135,6 +173,8 @@ def test_share_of_a_whole_by_hand():
     """
     found = inference.share([1.0, 3.0], [4.0, 4.0])
     assert (found.mean, found.n) == (0.5, 2)
+    assert found.p == pytest.approx(1 - 2 / math.pi * math.atan(2))  # t = 2/1 with one degree of freedom
+    assert inference.share([1.0, 3.0], [2.0, 8.0]).mean == 2 / 5  # the mean's share, not the mean share
     assert found.low == pytest.approx((2 - 12.7062) / 4, abs=1e-4)
     assert found.high == pytest.approx((2 + 12.7062) / 4, abs=1e-4)
     whole = inference.share([2.0, 3.0, 4.0], [2.0, 3.0, 4.0])
