@@ -398,6 +398,14 @@ def test_a_sweep_goes_from_the_base_rate_to_its_neighbours_at_each_horizon():
     assert (edge.rate, edge.tuned, edge.at_edge) == (1e-3, True, True)
 
 
+def test_a_rate_counts_once_every_seed_of_the_sweep_has_tried_it_and_its_neighbours_follow():
+    suite = suite_of({"a": DENSE}, horizons=(20,), sweep=Sweep((3e-4, 1e-3, 3e-3, 9e-3, 27e-3), (7, 8), (20,)))
+    runs = keyed(suite, [record("a", 7, 4.0), record("a", 8, 5.0)])
+    one, both = (Plan(suite, runs[:count]).choices["a", 20] for count in (1, 2))
+    assert (one.tried, one.to_try) == ({}, (3e-3,))
+    assert (both.tried, both.to_try) == ({3e-3: 4.5}, (1e-3, 9e-3))
+
+
 @pytest.mark.parametrize("role", ["starts_from", "teacher"])
 def test_a_sweep_trains_the_parents_that_take_the_rate_of_another_arm(role):
     """With each finished run recorded, the sweep of an arm whose parent has no sweep of its own completes."""
@@ -629,6 +637,28 @@ def test_values_of_layers_and_first_evaluations():
     assert [found.values(20, text)[0] for text in expressions] == [3.0, 1.0, 4.0, 1.0, -0.5]
     with pytest.raises(MissingError, match="no nothing of a"):
         found.values(20, "nothing[a]")
+
+
+def test_differences_of_rows_are_of_the_arm_less_the_baseline_in_the_primary_domains():
+    suite = suite_of({"a": DENSE, "b": SWITCH}, seeds=(0,), horizons=(20,), primary=("x",))
+    domains, losses = ["x", "y", "x"], {"a": [5.0, 6.0, 7.0], "b": [4.5, 9.0, 7.5]}
+    runs = [record(name, 0, 5.0, row_domains=domains, row_losses=values) for name, values in losses.items()]
+    differences, of = table(suite, runs).row_differences("b", "a", 20)
+    assert (differences.tolist(), of) == ([[-0.5, 0.5]], ["x", "x"])
+
+
+def test_horizons_and_dropped_shares_of_a_table_by_hand():
+    """Two layers at two steps: 0.1 and 0.3 of layer 2, 0.2 and 0.6 of layer 10, which comes after it."""
+    shares = {(10, "2"): 0.1, (20, "2"): 0.3, (10, "10"): 0.2, (20, "10"): 0.6}
+    rows = [(step, "train_fraction_tokens_dropped", "", layer, share) for (step, layer), share in shares.items()]
+    suite = suite_of({"a": SWITCH}, seeds=(0, 1), horizons=(10, 20, 40))
+    runs = [record("a", seed, 5.0, steps, rows=rows) for seed, steps in ((0, 10), (1, 10), (0, 20), (1, 20), (0, 40))]
+    found = table(suite, runs)
+    assert found.layers("a", "train_fraction_tokens_dropped") == ["2", "10"]
+    assert found.dropped("a", 20) == pytest.approx(0.3)
+    assert found.dropped("a", 20, "10") == pytest.approx(0.4)
+    # Two horizons have both seeds: the longer one counts, and not the longest, which has one seed.
+    assert (found.fullest("a"), found.longest("a")) == (20, 40)
 
 
 def test_a_probe_measured_on_some_runs_has_values_only_for_those():
