@@ -20,7 +20,7 @@ from tests.helpers import FOUR, routed, slow_case, tiny_model
 
 E = 8
 # Jitted as one program, like load_balancing_loss.
-report = jax.jit(balancing.report, static_argnames="counts")
+report = jax.jit(balancing.report, static_argnames=("counts", "k"))
 make_plan = jax.jit(make_plan, static_argnames="capacity")
 
 
@@ -187,6 +187,20 @@ def test_a_batch_of_padding_reports_zeros():
     assert not any(np.any(values) for values in jax.tree.leaves(out))
 
 
+def test_a_broken_token_counts_in_no_loss_and_no_mean():
+    """It reports as padding does, except for the count of broken tokens."""
+    logits = np.log([[[3.0, 1.0], [3.0, 1.0], [1.0, 3.0], [1.0, 1.0]]])
+    as_padding = routed("quantile_balancing", logits, 1, [[True, True, True, False]], train=True)
+    logits[0, 3, 0] = np.nan
+    broken = routed("quantile_balancing", logits, 1, train=True)
+    expected = report(as_padding, as_padding.chosen[..., 0], as_padding.chosen, k=1)
+    found = report(broken, _mask(logits), broken.chosen, k=1)
+    np.testing.assert_allclose(expected.sums.bias_target, [-0.25, 0.0], atol=1e-6)
+    assert (float(found.broken_tokens), float(expected.broken_tokens)) == (1, 0)
+    found = dataclasses.replace(found, broken_tokens=expected.broken_tokens)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
 def test_declined_choices_are_not_counted():
     # Both tokens want experts 0 then 1; second choices of token 0 declined by hand: assignments 0:2, 1:1.
     routing = routed("gshard", np.log([[[2.0, 1.0, 0.5], [2.0, 1.0, 0.5]]]))
@@ -217,6 +231,7 @@ def test_broken_tokens_are_counted_over_microbatches_and_steps():
 def test_the_mean_of_a_row_leaves_out_skipped_steps():
     steps = [{"skipped": skipped, "loss": loss} for skipped, loss in ((0, 1.0), (1, math.nan), (0, 3.0))]
     assert mean_row(steps) == {"skipped": 1, "loss": 2.0}
+    assert mean_row([{"skipped": 1, "loss": loss} for loss in (1.0, 2.0)]) == {"skipped": 2, "loss": 1.5}
 
 
 def test_metrics_of_several_batches_equal_those_of_one():

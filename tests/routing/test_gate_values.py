@@ -97,6 +97,14 @@ HAND_COMPUTED = [
     ),
     # Round-robin, weights the softmax over the chosen.
     ("balanced", LOGITS, {}, [[0, 1], [2, 3]], [[6 / 9, 3 / 9], [9 / 13, 4 / 13]]),
+    # Sigmoids 0.8, 0.1, 0.6, 0.5: (0, 1) has the best expert, (2, 3) the larger sum of two, 1.1 against 0.9.
+    (
+        "deepseek_v3",
+        np.log([[[0.8 / 0.2, 0.1 / 0.9, 0.6 / 0.4, 0.5 / 0.5]]]),
+        RAW | {"groups": 2, "kept_groups": 1},
+        [[2, 3]],
+        [[0.6, 0.5]],
+    ),
 ]
 
 
@@ -186,6 +194,11 @@ def test_expert_choice_by_hand():
     # With token 0 as padding, expert 0 takes the two others.
     padded = routed("expert_choice", np.log(probs), 1, [[False, True, True]], expert_capacity=2)
     np.testing.assert_array_equal(padded.chosen, [[[False, False], [True, True], [True, True]]])
+    # So they do if its logits are not finite.
+    broken = routed("expert_choice", [[[np.nan, 0.0], *np.log(probs[0, 1:])]], 1, expert_capacity=2)
+    np.testing.assert_array_equal(broken.chosen, padded.chosen)
+    # Without a given capacity it is K·S/E = 1.5, rounded up.
+    np.testing.assert_array_equal(routed("expert_choice", np.log(probs), 1).chosen, routing.chosen)
 
 
 def test_expert_choice_never_drops_and_is_balanced(rng):
@@ -299,6 +312,10 @@ def test_st_moe_sends_later_choices_by_their_weight():
         chosen = routed("st_moe", logits, rng=jax.random.key(2)).chosen
         assert bool(jnp.all(chosen[..., 0]))
         assert abs(float(jnp.mean(chosen[..., 1])) - expected) <= 5 * math.sqrt(0.25 / 4000) * (expected < 1)
+    # Six equal weights are below 0.2 too: each is sent with probability 5/6, but the first always.
+    chosen = routed("st_moe", np.zeros((1, 400, 6)), 6, rng=jax.random.key(2)).chosen
+    assert bool(jnp.all(chosen[..., 0]))
+    assert abs(float(jnp.mean(chosen[..., 1:])) - 5 / 6) <= 5 * math.sqrt(5 / 36 / 2000)
 
 
 @pytest.mark.parametrize(("gate", "expected"), [("gshard", 0.8), ("st_moe", 1.0)])

@@ -43,6 +43,9 @@ def test_quantile_by_hand(rng):
     mask = jnp.asarray([[True, True, False, True, True]])
     for share, expected in ((0.25, 2.0), (0.5, 3.0), (0.0, 1.0)):
         np.testing.assert_allclose(quantile(values, mask, share), [expected], atol=1e-6)
+    # The share is of the real tokens: a quarter of four, not of eight.
+    more = jnp.pad(values, ((0, 0), (0, 3), (0, 0)), constant_values=100.0), jnp.pad(mask, ((0, 0), (0, 3)))
+    np.testing.assert_allclose(quantile(*more, 0.25), [2.0], atol=1e-6)
     values = rng.normal(size=(3, 40, 5)).astype(np.float32)
     found = quantile(jnp.asarray(values), jnp.ones((3, 40), bool), 30 / 120)
     np.testing.assert_allclose(found, np.sort(values.reshape(120, 5), axis=0)[30], atol=1e-5)
@@ -118,6 +121,7 @@ def test_remoe_by_hand():
     # f = E/(K·T)·(1, 0, 2) = 3/2·(1, 0, 2), mean R = (1, 0, 2): the penalty is λ·(3/2·1 + 3·2) = 7.5 λ; 3 of 2 tokens.
     mask = jnp.ones((1, 2), bool)
     assert float(balancing.sparsity_penalty(routing, mask, 1, jnp.asarray(0.1))) == pytest.approx(0.75)
+    assert float(balancing.sparsity_penalty(routing, mask, 2, jnp.asarray(0.1))) == pytest.approx(0.75 / 2)
     # A third token, of padding, does not count.
     real = jnp.asarray([[True, True, False]])
     padded = routed("remoe", [[[2.0, -1.0, 1.0], [-0.5, -2.0, 3.0], [5.0, 5.0, 5.0]]], 1, real)
@@ -129,6 +133,15 @@ def test_remoe_by_hand():
         signal = balancing.bias_signal("penalty", report, k)
         strength = balancing.next_selection_bias("penalty", jnp.ones(3), signal, 0.2)
         np.testing.assert_allclose(strength, np.full(3, expected), rtol=1e-6)
+    # All layers have one λ: with 1.5, 1.5 and 5 experts a token, 2.67 on average, it grows at K = 2 in all of them.
+    layers = jax.tree.map(lambda values: jnp.stack([values] * 3), report)
+    layers = dataclasses.replace(layers, active_experts=jnp.asarray([1.5, 1.5, 5.0]))
+    np.testing.assert_array_equal(balancing.bias_signal("penalty", layers, 2), np.ones((3, 3)))
+    np.testing.assert_array_equal(balancing.bias_signal("penalty", layers, 3), -np.ones((3, 3)))
+    # A token without a positive logit goes to no expert and has no probabilities.
+    silent = routed("remoe", [[[-2.0, -1.0, 0.0]]], 1)
+    np.testing.assert_array_equal(silent.router_probs, np.zeros((1, 1, 3)))
+    assert not silent.chosen.any()
 
 
 def test_thresholds_route_single_tokens_as_training_routed_the_batch():
@@ -143,6 +156,10 @@ def test_thresholds_route_single_tokens_as_training_routed_the_batch():
     alone = [routed("expert_threshold", np.log(probs[:, i : i + 1]), 1, selection_bias=bias) for i in range(4)]
     np.testing.assert_array_equal(np.concatenate([r.chosen[0] for r in alone]), training.chosen[0])
     np.testing.assert_allclose(alone[0].combine_weights[0, 0], [0.9, 0.0], rtol=1e-6)
+    # A probability equal to the threshold does not exceed it; without thresholds a token goes everywhere.
+    equal = jnp.zeros((1, 1, 2))
+    assert not routed("expert_threshold", equal, 1, selection_bias=jnp.asarray([-0.5, -0.5])).chosen.any()
+    assert routed("expert_threshold", np.log(probs), 1, expert_capacity=1).chosen.all()
 
 
 @pytest.mark.parametrize("full", [False, slow_case(True)])
