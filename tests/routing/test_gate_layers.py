@@ -14,8 +14,10 @@ from moe.config.registry import LAYERS
 from moe.conformance.oracle import ONE_GROUP
 from moe.dispatch.modes import CONFIG_MODES
 from moe.interop.layers import single_layer
-from moe.layers.moe_layer import Router
+from moe.layers.moe_layer import Keys, MoELayer, Router
+from moe.layers.soft_moe import expert_logits, slot_weights
 from moe.parallel.mesh import make_mesh
+from moe.routing import balancing
 from tests.helpers import random_model, routed, tiny_model
 
 
@@ -50,6 +52,42 @@ def test_broken_logits_are_counted_in_a_train_step_and_harm_no_other_token(rng):
         others = np.arange(6) != 2
         np.testing.assert_allclose(y[0, others], expected[0, others], rtol=1e-5, atol=1e-6)
         np.testing.assert_array_equal(y[0, 2], np.zeros(4))
+
+
+def test_each_kind_of_noise_has_a_key_of_its_own():
+    keys = Keys.split(jax.random.key(0))
+    assert len({jax.random.key_data(key).tobytes() for key in keys}) == len(Keys._fields) == 4
+    assert Keys.split(None) == (None,) * 4
+
+
+def test_without_a_router_no_loss_is_counted_and_a_shared_expert_adds_nothing_to_padding():
+    layer = MoELayer(tiny_model(gate="hash", num_experts=2, shared_d_ff=4), rngs=nnx.Rngs(0))
+    mask = jnp.asarray([[True, True, False]])
+    x, ids = jnp.ones((1, 3, layer.d_model)), jnp.zeros((1, 3), jnp.int32)
+    y, report, _ = jax.jit(lambda x: layer(x, mask, token_ids=ids))(x)
+    np.testing.assert_array_equal((y != 0).any(-1)[0], mask[0])
+    losses = [*(getattr(report, name) for name in balancing.AUXILIARY), report.sums.counts, report.sums.probs]
+    assert not any(np.any(loss) for loss in losses)
+    assert (float(report.sums.tokens), float(report.expert_load.max())) == (2, 1)
+
+
+def test_weights_of_slots_by_hand():
+    """Two experts with two slots each, two tokens and one of padding: a softmax over tokens to fill a slot, and one
+    over all four slots to mix their outputs."""
+    logits = np.log([[[[4.0, 2.0], [1.0, 1.0]], [[1.0, 1.0], [1.0, 1.0]], [[9.0, 9.0], [9.0, 9.0]]]])
+    logits = jnp.asarray(logits, jnp.float32)
+    dispatch, combine = slot_weights(logits, jnp.asarray([[True, True, False]]))
+    first = [[4 / 5, 2 / 3], [1 / 2, 1 / 2]]
+    np.testing.assert_allclose(dispatch[0], [first, 1 - np.array(first), np.zeros((2, 2))], rtol=1e-6)
+    np.testing.assert_allclose(
+        combine[0], [[[4 / 8, 2 / 8], [1 / 8, 1 / 8]], np.full((2, 2), 1 / 4), np.zeros((2, 2))], rtol=1e-6
+    )
+    # An expert's probability is that of its slots together; one slot that is not finite breaks the token.
+    np.testing.assert_allclose(jax.nn.softmax(expert_logits(logits))[0, 0], [6 / 8, 2 / 8], rtol=1e-6)
+    logits = logits.at[0, 0, 0, 1].set(-jnp.inf)
+    np.testing.assert_array_equal(jnp.isnan(expert_logits(logits)), [[[True, False], [False] * 2, [False] * 2]])
+    nothing = slot_weights(logits, jnp.zeros((1, 3), bool))
+    assert not any(weights.any() for weights in nothing)
 
 
 def test_routing_is_recorded_and_replayed_under_another_mode_and_mesh(rng):
