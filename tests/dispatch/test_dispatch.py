@@ -10,10 +10,20 @@ from flax import nnx
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from moe.config import ModelConfig
+from moe.config import Capacity, ModelConfig
 from moe.config.registry import LAYERS
 from moe.conformance import reference
-from moe.dispatch.buffers import Plan, expert_capacity, layer_capacity, make_plan
+from moe.dispatch.buffers import (
+    Plan,
+    combine_rows,
+    expert_capacity,
+    fill_rows,
+    layer_capacity,
+    make_plan,
+    sum_rows,
+    weights_of_rows,
+    with_inverse,
+)
 from moe.dispatch.ffn import ExpertWeights
 from moe.dispatch.modes import dispatch
 from moe.layers.basic import Experts
@@ -49,8 +59,11 @@ def test_expert_capacity(factor, k, tokens, num_experts, capacity):
 def test_capacity_covers_the_share_of_experts_with_an_ffn():
     layer = LAYERS["moe_plus_plus"]  # 8 FFNs and 4 others, tau 0.75, K 2, factor 1.1
     assert layer_capacity(layer, 1000) == 165  # 1.1 * 0.75 * 2 * 1000 / (0.75 * 8 + 4)
-    whole = sampling.without_drops(ModelConfig(moe=layer)).moe
-    assert layer_capacity(whole, 64, train=False) == 64
+    fixed = dataclasses.replace(layer, capacity=Capacity(fixed=30))
+    assert [layer_capacity(fixed, tokens) for tokens in (1000, 16)] == [30, 16]
+    for moe in (layer, fixed):
+        whole = sampling.without_drops(ModelConfig(moe=moe)).moe
+        assert layer_capacity(whole, 64, train=False) == 64
 
 
 def _routing(expert_index, num_experts, chosen=None, weights=1.0) -> Routing:
@@ -111,6 +124,32 @@ def test_outputs_by_hand(mode, on_cpu, monkeypatch):
     weights = ExpertWeights(up, None, jnp.broadcast_to(jnp.eye(2), (3, 2, 2)), activation="relu")
     y = jax.jit(lambda x: dispatch(mode, x, routing, make_plan(routing, 1), weights))(x)
     np.testing.assert_array_equal(y, [[[0.5, 5.0], [4.0, 40.0], [0.0, 0.0]]])
+    # In bfloat16 the experts' outputs are rounded, and the weights are not.
+    routing = _routing([[[0], [1], [0]]], 3, weights=[[[1 / 3], [1.0], [1.0]]])
+    y = jax.jit(lambda x: dispatch(mode, x, routing, make_plan(routing, 1), weights))(x.astype(jnp.bfloat16))
+    np.testing.assert_array_equal(y[0, 0], np.float32([1, 10]) * np.float32(1 / 3))
+
+
+def test_rows_and_their_gradients_by_hand():
+    """Tokens 0 and 1 have rows 1 and 0, token 2 is dropped and row 2 is empty: it has no part in any gradient."""
+    tables = with_inverse(jnp.asarray([[1], [0], [3]]), 3)
+    rows, weights = jnp.asarray([[1.0, 2.0], [4.0, 8.0], [16.0, 32.0]]), jnp.asarray([[2.0], [3.0], [5.0]])
+    y, back = jax.vjp(lambda rows, weights: combine_rows(rows, weights, *tables), rows, weights)
+    np.testing.assert_array_equal(y, [[8, 16], [3, 6], [0, 0]])
+    d_rows, d_weights = back(jnp.asarray([[1.0, 10.0], [100.0, 1000.0], [7.0, 7.0]]))
+    np.testing.assert_array_equal(d_rows, [[300, 3000], [2, 20], [0, 0]])
+    np.testing.assert_array_equal(d_weights, [[84], [2100], [0]])
+    of_rows, back = jax.vjp(lambda weights: weights_of_rows(weights, *tables), weights)
+    np.testing.assert_array_equal(of_rows, [3, 2, 0])
+    np.testing.assert_array_equal(back(jnp.asarray([1.0, 2.0, 4.0]))[0], [[2], [1], [0]])
+    # 256 + 1 is not a number of bfloat16: the rows of a token are summed in float32, and its gradients too.
+    both = with_inverse(jnp.asarray([[0, 1]]), 2)
+    found = sum_rows(jnp.asarray([[256.0], [1.0]], jnp.bfloat16), *both)
+    assert (found.dtype, found.tolist()) == (jnp.float32, [[257.0]])
+    _, back = jax.vjp(
+        lambda x: fill_rows(x, *with_inverse(jnp.asarray([[0, 1, 2]]), 3)), jnp.ones((1, 1), jnp.bfloat16)
+    )
+    assert back(jnp.asarray([[256.0], [1.0], [1.0]], jnp.bfloat16))[0].tolist() == [[258.0]]
 
 
 _MODULES = {"router": Router, "experts": Experts}

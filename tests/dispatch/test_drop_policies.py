@@ -65,8 +65,14 @@ def test_first_choices_have_priority_over_second_ones_under_probability():
 def test_overflow_goes_to_the_next_best_expert_after_all_others():
     # C = 1: token 0 keeps expert 0. Tokens 1 and 2 overflow to expert 1, which takes token 1 with the weight
     # p_1 = 0.9·(1 − 0.9) = 0.09 and drops token 2.
+    overflow = jax.jit(lambda routing: overflow_to_next(routing, make_plan(routing, 1)))
     routing = _one_expert([0.5, 0.9, 0.6])
-    moved, plan = overflow_to_next(routing, make_plan(routing, 1))
+    moved, plan = overflow(routing)
     np.testing.assert_array_equal(moved.expert_index[0, :, 0], [0, 1, 1])
     np.testing.assert_array_equal(plan.kept[0, :, 0], [True, True, False])
     np.testing.assert_allclose(moved.combine_weights[0, :2, 0], [0.5, 0.09], rtol=1e-5)
+    # Second choices of a probability that underflows to 0 keep a weight of 0, wherever they go.
+    routing = routed("switch", [[[0.0, -200.0, -300.0, -400.0]] * 2], 2)
+    moved, plan = overflow(routing)
+    np.testing.assert_array_equal(plan.kept, [[[True, True], [True, True]]])
+    np.testing.assert_array_equal(moved.combine_weights, [[[1, 0], [0, 0]]])

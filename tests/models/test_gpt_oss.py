@@ -37,9 +37,10 @@ def _model(**changes) -> Transformer:
 
 
 def test_clamped_swiglu_by_hand():
-    """Slope 1.702, limit 7: a gate of 10 and an up of -9 become 7 and -7; -1 and 2 are unchanged."""
-    got = activate("swiglu_clamped", jnp.array([-9.0, 2.0]), jnp.array([10.0, -1.0]))
+    """Slope 1.702, limit 7: a gate of 10 and an up of -9 become 7 and -7; -1 and 2, and a gate of -9, are unchanged."""
+    got = activate("swiglu_clamped", jnp.array([-9.0, 2.0, 2.0]), jnp.array([10.0, -1.0, -9.0]))
     want = [7 / (1 + math.exp(-1.702 * 7)) * (-7 + 1), -1 / (1 + math.exp(1.702)) * (2 + 1)]
+    want.append(-9 / (1 + math.exp(1.702 * 9)) * (2 + 1))
     np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
@@ -105,6 +106,16 @@ def _every_expert(layer: MoELayer, x):
     hidden = gate * jax.nn.sigmoid(1.702 * gate) * (up + 1)
     outputs = jnp.einsum("btef,efd->bted", hidden, experts.down[...]) + experts.down_bias[...]
     return jnp.einsum("bte,bted->btd", shares, outputs)
+
+
+def test_a_dropped_assignment_adds_no_output_bias():
+    """Two equal tokens choose the same expert, which has a capacity of one."""
+    settings = {"gate": "switch", "dispatch": "einsum", "capacity": {"train": 1.0, "eval": 1.0}, "bias": "all"}
+    layer = MoELayer(**settings, d_model=4, d_ff=4, num_experts=2, activation="swiglu_clamped", rngs=nnx.Rngs(0))
+    layer.experts.down_bias[...] = jnp.ones((2, 4))
+    y = jax.jit(lambda x: layer(x)[0])(jnp.ones((1, 2, 4)))
+    np.testing.assert_array_equal((y != 0).all(-1), [[True, False]])
+    np.testing.assert_array_equal(y[0, 1], np.zeros(4))
 
 
 @pytest.mark.parametrize(
