@@ -152,6 +152,13 @@ def test_heldout_rows_are_spread_over_the_text(letters):
         data = DataConfig(sequence_length=2, heldout_rows=count)
         (batch,) = pipeline.heldout_batches(apart, data, domain="x", batch_size=count)
         assert batch["targets"][:, 0].tolist() == expected
+    # Of a longer text only a stretch is read: six tokens are three rows, unless more are kept.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "MAX_STRETCH_TOKENS", 6)
+        for count, expected in ((2, [3, 5]), (4, [3, 4, 5, 4])):
+            data = DataConfig(sequence_length=2, heldout_rows=count)
+            (batch,) = pipeline.heldout_batches(apart, data, domain="x", batch_size=count)
+            assert batch["targets"][:, 0].tolist() == expected
 
 
 # --- Training batches ------------------------------------------------------------------------------------------------
@@ -194,12 +201,39 @@ def test_every_window_has_its_own_shuffle():
     windows = [tuple(int(next(shuffled)) - 8 * i for _ in range(8)) for i in range(4)]
     assert all(sorted(window) == list(range(8)) for window in windows)
     assert len(set(windows)) == 4
+    # A position within a window continues with the rows that it has not given yet.
+    order = [8 * i + row for i, window in enumerate(windows) for row in window]
+    for taken in (0, 3, 8, 13):
+        before, after = (
+            iter(streams.WindowShuffle(grain.MapDataset.range(32).to_iter_dataset(), 8, seed=0)) for _ in range(2)
+        )
+        assert [int(next(before)) for _ in range(taken)] == order[:taken]
+        after.set_state(before.get_state())
+        assert [int(next(after)) for _ in range(32 - taken)] == order[taken:]
 
 
 def test_streams_are_shuffled_independently(two_domains, data):
     """All mix the domains in the same order; with the same shuffle a batch would have rows of one domain only."""
     iterator = pipeline.train_iterator(two_domains, dataclasses.replace(data, shuffle_window=32), batch_size=4, seed=0)
     assert any(len(set(next(iterator)["domain"].tolist())) == 2 for _ in range(8))
+
+
+def test_domains_have_orders_of_their_own_and_streams_noise(letters, data, monkeypatch):
+    """The noise of an objective would otherwise repeat in all streams, and domains of one size share their order."""
+    orders, seeds = {}, set()
+
+    def rows(documents, prepared, data, domain, seed):
+        orders[domain] = [documents[i] for i in range(20)]
+        seeds.add(seed)
+        return grain.MapDataset.range(4).repeat().to_iter_dataset()
+
+    monkeypatch.setattr(pipeline, "_rows", rows)
+    numbers = [str(i) for i in range(20)]
+    prepared = dataclasses.replace(letters, domains=("one", "two"), train={"one": numbers, "two": numbers})
+    for seed, number in ((0, 0), (0, 1), (1, 0)):
+        pipeline._stream(prepared, dataclasses.replace(data, weights=()), number, 2, seed)
+    assert orders["one"] != orders["two"]
+    assert len(seeds) == 3 * 2
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])

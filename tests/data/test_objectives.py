@@ -65,6 +65,7 @@ def spans(**changes):
 )
 def test_span_lengths_by_hand(inputs, expected):
     assert objectives.span_lengths(inputs, 0.15, 3.0) == expected
+    assert objectives.span_counts(18, 0.15, 1.75) == (3, 2)  # 2.7 and 3 / 1.75 = 1.71, both to the nearest integer
 
 
 def test_noise_mask_by_hand():
