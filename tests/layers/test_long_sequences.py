@@ -260,6 +260,16 @@ def _loss_inputs(dtype="float32"):
     return hidden, matrix, jax.random.randint(keys[2], (8, 23), -10, 50)  # about a sixth have no target
 
 
+def test_cross_entropy_by_hand():
+    """Probabilities 1/4 and 3/4, targets 0 and 1; the last position has none."""
+    logits, targets = jnp.log(jnp.asarray([[[0.25, 0.75], [0.25, 0.75], [0.5, 0.5]]])), jnp.asarray([[0, 1, -1]])
+    for axis in (None, 1):
+        nll, known = losses.cross_entropy(logits, targets, axis)
+        np.testing.assert_allclose(nll, np.full(nll.shape, -np.log(0.25) - np.log(0.75)), rtol=1e-6)
+        np.testing.assert_array_equal(known, np.full(nll.shape, 2))
+    assert losses.TEXT.count({"targets": targets}) == 2
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_chunked_loss_equals_plain(dtype, monkeypatch):
     monkeypatch.setattr(losses, "_CHUNK", 32)  # 6 chunks of 4 positions of 8 rows; the last position is padding

@@ -158,8 +158,10 @@ def test_a_dense_student_keeps_all_but_the_experts_and_learns_from_its_teacher(t
 def test_soft_targets_by_hand():
     """Teacher (1/2, 1/2), student (1/4, 3/4): -(ln 1/4 + ln 3/4)/2; a position without a target does not count."""
     logits = jnp.log(jnp.asarray([[[0.25, 0.75], [0.5, 0.5]]]))
-    loss = soft_cross_entropy(logits, jnp.zeros((1, 2, 2)), jnp.asarray([[0, -1]]))
+    teacher, targets = jnp.zeros((1, 2, 2)), jnp.asarray([[0, -1]])
+    loss, slope = jax.value_and_grad(soft_cross_entropy, argnums=1)(logits, teacher, targets)
     np.testing.assert_allclose(loss, -(np.log(0.25) + np.log(0.75)) / 2, rtol=1e-6)
+    assert not slope.any()  # the teacher is not trained
 
 
 def test_soft_targets_replace_their_share_of_the_hard_targets():

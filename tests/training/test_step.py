@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe.config import Config, DataConfig, MeshConfig, OptimizerConfig, TrainConfig
+from moe.config import Config, DataConfig, LoraConfig, MeshConfig, OptimizerConfig, StartConfig, TrainConfig
 from moe.models.state import TrainState
 from moe.parallel.mesh import make_mesh
 from moe.training import losses, step
@@ -146,6 +147,24 @@ def test_evaluation_uses_neither_training_mode_nor_noise(monkeypatch):
     with pytest.raises(Interrupted):
         step.eval_step(None, {}, {}, np.zeros(3, np.int32))
     assert not any(asked[0].values())
+
+
+def test_only_targets_count_as_text_in_evaluation(monkeypatch):
+    """Tokens 0 and 2 of 5 and 1 bytes are targets; the last position has none."""
+    monkeypatch.setattr(step.nnx, "merge", lambda *_: SimpleNamespace(output_matrix=lambda: None))
+    monkeypatch.setattr(step, "forward", lambda *_: SimpleNamespace(hidden=None, layers=None))
+    monkeypatch.setattr(step, "row_cross_entropy", lambda hidden, matrix, targets: (jnp.zeros(1), jnp.zeros(1)))
+    batch = {"targets": jnp.asarray([[0, 2, -1]])}
+    assert step.eval_step(None, {}, batch, np.asarray([5, 7, 1], np.int32)).target_bytes == 6
+
+
+def test_a_router_that_is_not_trained_keeps_its_biases():
+    gate = {"gate": "deepseek_v3", "num_experts": 8, "experts_per_token": 2}
+    frozen = Config(model=tiny_model(**gate), optimizer=OptimizerConfig(frozen=("router",)))
+    lora = LoraConfig(rank=2, trained=("embedding",))
+    adapted = Config(model=tiny_model(**gate), lora=lora, start=StartConfig(checkpoint="base"))
+    biases = {"bias": jnp.ones(8)}
+    assert all(step._next_biases(config, biases, object()) is biases for config in (frozen, adapted))
 
 
 def test_a_non_finite_gradient_skips_the_update(monkeypatch):

@@ -1,5 +1,6 @@
 """The whole loop on tiny text: files, bit-for-bit resumption, and equal curves on every mesh."""
 
+import dataclasses
 import importlib
 import math
 import re
@@ -7,14 +8,17 @@ import shutil
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from moe.config import Config, ConfigError, MeshConfig, TrainConfig
 from moe.metrics_files import read_rows
 from moe.models import flops
+from moe.parallel import target
 from moe.parallel.mesh import make_mesh
-from moe.training import evaluation, loop, profiling
+from moe.routing.balancing import BalanceSums, LayerReport
+from moe.training import evaluation, loop, metrics, profiling
 from moe.training.evaluation import Heldout, _summary, check_domains, evaluate, sum_variance
 from moe.training.loop import train
 from moe.training.metrics import Throughput
@@ -130,6 +134,24 @@ def test_the_error_over_domains_adds_their_variances(monkeypatch):
     found = evaluate(program, {}, Heldout({"a": [{}], "b": [{}]}, np.zeros(3)))
     assert found["a"]["standard_error"] == 1
     assert found["all"]["standard_error"] == pytest.approx(math.sqrt(16 + 16) / 8)
+    # Without the variance of one domain, which has a single row, there is none of the total.
+    one = EvalMetrics(np.asarray([6.0]), np.asarray([2]), np.asarray(8), None)
+    program.eval_step = lambda variables, batch, sizes: batch["rows"]
+    found = evaluate(program, {}, Heldout({"a": [{"rows": rows}], "b": [{"rows": one}]}, np.zeros(3)))
+    assert found["a"]["standard_error"] == 1
+    assert found["all"]["loss"] == 14 / 6
+    assert "standard_error" not in found["all"]
+    assert "standard_error" not in found["b"]
+
+
+def test_a_domain_of_only_padding_has_no_routing_to_report(monkeypatch):
+    monkeypatch.setattr(evaluation, "place", lambda batch, mesh: batch)
+    zeros = {field.name: jnp.zeros(1) for field in dataclasses.fields(LayerReport)}
+    layers = LayerReport(**zeros | {"sums": BalanceSums(*[jnp.zeros(1)] * len(dataclasses.fields(BalanceSums)))})
+    real, padding = (EvalMetrics(np.ones(1), np.asarray([n]), np.asarray(8), layers) for n in (2, 0))
+    program = types.SimpleNamespace(eval_step=lambda variables, batch, sizes: batch, mesh=None)
+    found = evaluate(program, {}, Heldout({"a": [real, padding], "b": [padding]}, np.zeros(3)))
+    assert ["router_entropy" in found[domain] for domain in ("all", "a", "b")] == [True, True, False]
 
 
 def test_mfu_is_relative_to_the_rate_of_all_devices(monkeypatch):
@@ -139,6 +161,26 @@ def test_mfu_is_relative_to_the_rate_of_all_devices(monkeypatch):
         row = Throughput(config).row(2.0, 0.5)
     assert row["mfu"] == pytest.approx(flops.train_flops(config) / 2.0 / 8e6)
     assert row["tokens_per_second"] == config.train.batch_size * config.data.sequence_length / 2.0
+    assert row["data_wait_share"] == 0.5 / 2.0
+    assert "mfu_datasheet" not in row  # of a CPU no peak is known
+    monkeypatch.setattr(target, "current", lambda: types.SimpleNamespace(peak_flops=5e5))
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, expert=4))):
+        row = Throughput(config).row(2.0, 0.5)
+    assert row["mfu_datasheet"] == pytest.approx(flops.train_flops(config) / 2.0 / 4e6)
+
+
+def test_seconds_of_a_step_and_of_its_wait_for_data(monkeypatch):
+    """Two steps in eight seconds, which wait from 1 to 2 and from 4 to 6; the next interval begins at 8."""
+    times = iter([0.0, 1.0, 2.0, 4.0, 6.0, 8.0, 8.0, 9.0, 11.0, 12.0, 12.0])
+    monkeypatch.setattr(metrics, "time", types.SimpleNamespace(perf_counter=lambda: next(times)))
+    clock = metrics.StepClock()
+    for _ in range(2):
+        with clock:
+            pass
+    assert clock.lap() == (8 / 2, (1 + 2) / 2)
+    with clock:
+        pass
+    assert clock.lap() == (4, 2)
 
 
 def test_a_domain_called_all_does_not_replace_the_total():
