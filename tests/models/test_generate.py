@@ -198,11 +198,28 @@ def test_choosing_by_hand():
     # 0.4 + 0.3 = 0.7 reaches 0.65 but not 0.75.
     np.testing.assert_allclose(shares(top_p=0.65), [4 / 7, 3 / 7, 0, 0], atol=0.03)
     np.testing.assert_allclose(shares(top_p=0.75), [4 / 9, 3 / 9, 2 / 9, 0], atol=0.03)
+    np.testing.assert_allclose(shares(top_k=3), [4 / 9, 3 / 9, 2 / 9, 0], atol=0.03)
+    # Of these three, 4/9 + 3/9 = 0.78 reaches 0.75.
+    np.testing.assert_allclose(shares(top_k=3, top_p=0.75), [4 / 7, 3 / 7, 0, 0], atol=0.03)
     # Squared and normalised: 16 : 9 : 4 : 1.
     np.testing.assert_allclose(shares(temperature=0.5), np.asarray([16, 9, 4, 1]) / 30, atol=0.03)
     assert shares(temperature=0)[0] == 1
     for temperature in (1e-30, 1.2e-38, 1e-38, 1e-45):
         assert shares(temperature=temperature)[0] == 1, temperature
+
+
+def test_every_row_and_position_has_a_draw_of_its_own():
+    """So hot that all tokens are equally likely: the token of row b at position p is the draw of (seed, b, p)."""
+    config, variables = _model(num_layers=1, moe={"gate": "none"})
+    found = sampling.sample(config, variables, [[1, 2, 3], [4], [1, 2, 3]], 5, Sampling(temperature=1e9, seed=3))
+
+    def draw(row, position):
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(3), row), position)
+        return int(jax.random.categorical(key, jnp.zeros(48)))
+
+    expected = [[draw(row, first + i) for i in range(5)] for row, first in enumerate((3, 1, 3))]
+    assert [row.tolist() for row in found] == expected
+    assert expected[0] != expected[2]
 
 
 def test_the_ring_holds_the_window_by_hand():

@@ -207,6 +207,7 @@ def test_speculated_text_is_the_greedy_text_in_fewer_steps(tmp_path, changes):
     found = speculation.sample(config, variables, prompts, 12)
     for ours, theirs in zip(found.texts, greedy, strict=True):
         np.testing.assert_array_equal(ours, theirs)
+    assert found.accepted < 0.5
     stop = int(greedy[2][5])
     stopping = sampling.Sampling(temperature=0, stop_tokens=(stop,))
     for ours, theirs in zip(

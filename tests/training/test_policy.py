@@ -63,6 +63,8 @@ def test_losses_and_gradients_of_tokens_by_hand():
     np.testing.assert_allclose(terms["loss"], [[-2.56, 3.0, -1.0, 1.6]], rtol=1e-5)
     np.testing.assert_allclose(terms["ratio"], [[1.5, 1.5, 0.5, 0.5]], rtol=1e-5)
     assert terms["clipped"].tolist() == [[1, 0, 0, 1]]
+    # Of π from π_old: ρ = 1/r = 2/3 or 2.
+    np.testing.assert_allclose(terms["old_kl"], [[np.log(1.5) - 1 / 3] * 2 + [1 - np.log(2)] * 2], rtol=1e-5)
     assert not terms["extreme"].any()
     assert token_terms(settings, log_probs - 0.1, old, values, None)["extreme"].tolist() == [[0, 0, 1, 1]]
     slope = jax.grad(lambda x: token_terms(settings, x, old, values, None)["loss"].sum())(log_probs)
@@ -74,6 +76,12 @@ def test_losses_and_gradients_of_tokens_by_hand():
     np.testing.assert_allclose(terms["loss"][0, 2], -1 + 0.5 * (1 - np.log(2)), rtol=1e-5)
     slope = jax.grad(lambda x: divergence(x, reference).sum())(log_probs)
     np.testing.assert_allclose(slope, [[0, 0, -1, 0]], atol=1e-5)
+    # Logarithms of ratios are bounded by 20, so that no ratio overflows.
+    far, near, down = jnp.full((1, 4), -200.0), jnp.zeros((1, 4)), jnp.full((1, 4), -1.0)
+    loss = token_terms(settings, near, far, down, None)["loss"]
+    np.testing.assert_allclose(loss, np.full((1, 4), np.exp(20)), rtol=1e-5)
+    np.testing.assert_allclose(divergence(far, near), np.full((1, 4), np.exp(20) - 21), rtol=1e-5)
+    np.testing.assert_allclose(divergence(near, far), np.full((1, 4), 19.0), rtol=1e-5)  # e^-20 + 20 - 1
 
 
 def test_means_over_tokens_completions_and_a_constant():
@@ -83,9 +91,23 @@ def test_means_over_tokens_completions_and_a_constant():
     weights = token_weights(targets >= 0, segments, per_completion=True)
     np.testing.assert_allclose(weights, [[0, 1, 0, 1 / 3, 1 / 3, 1 / 3], [0.5, 0.5, 0, 0, 0, 0]])
     np.testing.assert_array_equal(token_weights(targets >= 0, segments, per_completion=False), targets >= 0)
-    batch = {"targets": targets, "segment_ids": segments}
-    for mean, count in (("tokens", 6), ("completions", 3), ("constant", 3)):
-        assert PolicyObjective(PolicyConfig(mean=mean)).count(batch) == count
+    # At ratios of 1 the loss of a token is minus its completion's advantage: 1, 2 and 4.
+    advantages = jnp.array([[0, 1, 0, 2, 2, 2], [4, 4, 0, 0, 0, 0]], jnp.float32)
+    old = jnp.where(targets >= 0, -jnp.log(6.0), 0.0)
+    batch = {"targets": targets, "segment_ids": segments, "log_probs": old, "advantages": advantages}
+    model, output = SimpleNamespace(output_matrix=lambda: jnp.eye(6)), SimpleNamespace(hidden=jnp.zeros((2, 6, 6)))
+    config = SimpleNamespace(data=SimpleNamespace(sequence_length=8))
+    for mean, count, loss in (
+        ("tokens", 6, 1 + 3 * 2 + 2 * 4),
+        ("completions", 3, 1 + 2 + 4),
+        ("constant", 3, (1 + 3 * 2 + 2 * 4) / 8),
+    ):
+        objective = PolicyObjective(PolicyConfig(mean=mean))
+        assert objective.count(batch) == count
+        with jax.set_mesh(make_mesh(MeshConfig(), ONE)):
+            found = jax.jit(lambda batch, of=objective: vars(of.sums(config, model, output, batch, None)))(batch)
+        np.testing.assert_allclose(found["loss"], -loss, rtol=1e-5)
+        np.testing.assert_allclose(found["terms"]["policy_ratio"], count, rtol=1e-5)  # a mean of 1
 
 
 def group(rng, engine: EngineName | None = "vllm", size=3, vocab=48, layers=3):
@@ -140,6 +162,9 @@ def test_an_example_by_hand_in_every_layout(model, engine):
     assert first["log_probs"].tolist() == [0, 0, -2.5, -2.5]
     np.testing.assert_allclose(first["advantages"], [0, 0, -1, -1], rtol=1e-5)  # rewards 0, 1, 2: deviation 1
     np.testing.assert_array_equal(first["experts"], np.array(one["completions"][0]["experts"])[:, 1:])
+    # The longest completion has seven tokens with its prompt, of which six are read: it fits a row of six.
+    reader = policy.Reader(model.config, PolicyConfig(), 6)
+    assert len(reader.examples(rollouts.document(group(np.random.default_rng(0), engine)))) == 3
 
 
 def _batch(model, mesh, **settings):

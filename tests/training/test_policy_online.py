@@ -118,7 +118,7 @@ def test_a_run_on_its_own_samples_resumes_bit_for_bit(tmp_path):
 
 
 def test_each_round_draws_new_prompts_and_samples(tmp_path, monkeypatch):
-    drawn, keys = [], []
+    drawn, keys, loaded = [], [], []
 
     class Seen(Evens):
         def prompts(self, rng, count):
@@ -128,13 +128,35 @@ def test_each_round_draws_new_prompts_and_samples(tmp_path, monkeypatch):
 
     def sample(variables, prompts, key):
         keys.append(np.asarray(jax.random.key_data(key)).tobytes())
-        return [ROLLOUT] * len(prompts)
+        assert [len(prompt) for prompt in prompts] == [2] * 4 + [3] * 4  # the samples of a prompt are consecutive
+        return [ROLLOUT, dataclasses.replace(ROLLOUT, tokens=np.array([4, 2]))] * 4
+
+    def load(variables, key):
+        loaded.append(np.asarray(jax.random.key_data(key)).tobytes())
+        return variables
 
     monkeypatch.setattr(online, "_updates", lambda program, state, *_: (state, {}))
-    train_online(without_training(monkeypatch), str(tmp_path), Seen(), Engine(sample), Rounds(updates=2))
-    # Six steps, two per round.
+    program = without_training(monkeypatch)
+    rows = train_online(program, str(tmp_path / "0"), Seen(), Engine(sample, load), Rounds(updates=2, save_every=2))
+    # Six steps, two per round, saved after every second round and at the end; rewards of 1/2 and 1 alternate.
+    assert [call.args[0] for call in online.Checkpoints().save.call_args_list] == [4, 6]
+    assert [row["reward"] for row in rows] == [0.75] * 3
     assert len(set(drawn)) == len(drawn) == 3
     assert len(set(keys)) == len(keys) == 3
+    # Another seed draws others, and an engine has keys of its own to load the weights.
+    program.config = dataclasses.replace(CONFIG, seed=1)
+    train_online(program, str(tmp_path / "1"), Seen(), Engine(sample, load), Rounds(updates=2))
+    assert len(set(drawn)) == 6
+    assert len({*keys, *loaded}) == 12
+
+
+def test_groups_have_the_samples_of_their_prompt_and_no_positive_log_probabilities():
+    """A sum of rounded numbers may be slightly above 0."""
+    samples = [Rollout(np.array([2 * i, 1]), np.array([1e-7, -2.0], np.float32), None) for i in range(4)]
+    groups = make_groups([np.array([3]), np.array([4, 5])], samples, Evens(), 2)
+    assert [group.prompt_tokens for group in groups] == [[3], [4, 5]]
+    assert [[one.tokens[0] for one in group.completions] for group in groups] == [[0, 2], [4, 6]]
+    assert all(one.log_probs == [0.0, -2.0] for group in groups for one in group.completions)
 
 
 def test_every_skipped_update_of_a_round_is_counted(monkeypatch):
@@ -143,6 +165,9 @@ def test_every_skipped_update_of_a_round_is_counted(monkeypatch):
     steps = iter([{"skipped": 0.0, "loss": 1.0}, {"skipped": 1.0, "loss": np.nan}, {"skipped": 1.0, "loss": np.nan}])
     program = SimpleNamespace(train_step=lambda state, _: (state + 1, next(steps)), mesh=None)
     assert online._updates(program, 5, SimpleNamespace(length=8), [], 3) == (8, {"skipped": 2, "loss": 1.0})
+    # The row is of the first step, whose parameters sampled.
+    steps = iter([{"skipped": 0.0, "loss": 1.0}, {"skipped": 0.0, "loss": 3.0}])
+    assert online._updates(program, 5, SimpleNamespace(length=8), [], 2) == (7, {"skipped": 0, "loss": 1.0})
 
 
 class Odd(Evens):

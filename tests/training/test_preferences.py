@@ -78,6 +78,8 @@ def test_a_pair_is_two_segments_with_targets_in_the_answers():
     assert (preferences.without_rejected(row)["targets"][row["segment_ids"] % 2 == 0] == -1).all()
     assert not preferences.example(pair(rejected="ab ab"), 64, tokens, "")
     assert not preferences.example(pair(chosen="ab " * 40 + "a", rejected="ab " * 40 + "b"), 64, tokens, "")
+    (cut,) = preferences.example(pair(chosen="ab " * 40, rejected="b " * 40), 64, tokens, "")
+    np.testing.assert_array_equal(cut["rejected"], np.repeat([0, 1], 32))
     with pytest.raises(ConfigError, match="needs documents with prompt, chosen and rejected"):
         preferences.example(documents.join_texts("a", "b"), 64, tokens, "text")
 
@@ -100,6 +102,7 @@ def test_loss_and_gradient_by_hand():
     run = jax.jit(jax.value_and_grad(lambda logits: ((found := sums(logits)).loss, found.terms), has_aux=True))
     with jax.set_mesh(make_mesh(MeshConfig(), ONE)):
         (loss, terms), gradient = run(logits)
+        (equal, of_equal), _ = run(jnp.zeros((2, 6, 2)))
     assert PreferenceObjective().count(batch) == 1
     assert float(loss) == pytest.approx(np.log(1 + 3**-0.5), rel=1e-6)
     assert float(terms["preference_margin"]) == pytest.approx(log3, rel=1e-6)
@@ -108,6 +111,9 @@ def test_loss_and_gradient_by_hand():
     assert float(gradient[0, 0, 0]) == pytest.approx(-0.5 / (1 + 3**0.5) / 4, rel=1e-5)
     assert float(gradient[0, 2, 0]) == pytest.approx(0.5 / (1 + 3**0.5) * 3 / 4, rel=1e-5)
     assert not gradient[1].any()
+    # At the reference itself no pair is preferred: margin 0, loss ln 2.
+    assert float(equal) == pytest.approx(np.log(2), rel=1e-6)
+    assert (float(of_equal["preference_margin"]), float(of_equal["preference_accuracy"])) == (0, 0)
 
 
 def test_margins_of_two_pairs_in_a_row():
