@@ -238,6 +238,11 @@ def test_a_checkpoint_without_read_permission_is_not_called_damaged(whole, progr
     assert steps(whole) == [4, 6]
 
 
+def test_one_number_that_is_not_finite_is_found():
+    for number, finite in ((0.0, True), (np.nan, False), (np.inf, False), (-np.inf, False)):
+        assert integrity.is_finite({"a": np.zeros(3), "b": np.asarray([1.0, number])}) == finite
+
+
 def test_a_checksum_depends_on_every_bit_and_not_on_the_mesh():
     values = np.random.default_rng(0).normal(size=(8, 6)).astype(np.float32)
     words = values.view(np.uint32).ravel().astype(np.uint64)

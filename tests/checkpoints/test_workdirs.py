@@ -7,6 +7,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import types
 from pathlib import Path
 
 import jax
@@ -19,6 +20,7 @@ from moe import atomic_files, signals
 from moe.checkpoints import parameters
 from moe.checkpoints import workdir as workdirs
 from moe.checkpoints.manager import Checkpoints
+from moe.checkpoints.retention import LowestLoss
 from moe.checkpoints.workdir import latest_change, read_config, record_changes, write_run_files
 from moe.config import Config, ConfigError, TrainConfig
 from moe.data import tokenizer_files
@@ -198,6 +200,15 @@ def test_the_newest_the_best_and_every_nth_checkpoint_are_kept(directory, progra
     assert steps(tmp_path) == [4, 6, 12]
 
 
+def test_a_checkpoint_without_a_finite_loss_is_not_the_best(tmp_path):
+    best = LowestLoss(epath.Path(tmp_path))
+    best.losses = {2: float("nan"), 4: 3.0, 6: None, 8: 1.0}
+    infos = [types.SimpleNamespace(step=step) for step in (2, 4, 6, 8)]
+    assert best.should_preserve(infos, context=None) == [False, False, False, True]
+    assert best.should_preserve(infos[:3], context=None) == [False, True, False]
+    assert best.should_preserve(infos[:1], context=None) == [False]
+
+
 def test_interruptions_do_not_take_the_place_of_regular_checkpoints(tmp_path):
     """Saved every 4 steps, two kept, stopped at 9 and 10: a rollback goes to 8, as without the stops, not to 10."""
     checkpoints = Checkpoints(epath.Path(tmp_path), 2, save_every=4)
@@ -207,6 +218,7 @@ def test_interruptions_do_not_take_the_place_of_regular_checkpoints(tmp_path):
         checkpoints.save(step, state, None, {}, None)
         checkpoints.wait()
         found.append(steps(tmp_path))
+    assert checkpoints.before(12, 4) == [8, 10]  # older ones, first those that an uninterrupted run would have
     checkpoints.close()
     assert found == [[4], [4, 8], [4, 8, 9], [4, 8, 9, 10], [8, 10, 12]]
 
@@ -260,8 +272,22 @@ def test_rows_without_a_checkpoint_are_judged_by_the_latest_start(tmp_path):
     folder = epath.Path(tmp_path)
     write_run_files(Config(train=TrainConfig(save_every=80)), {}, folder, new=True)
     write_run_files(Config(train=TrainConfig(save_every=1000)), {}, folder, new=False)
-    (folder / "metrics.jsonl").write_text('{"step": 500, "kind": "train"}\n')
-    assert workdirs.holds_run(folder)
+    for step in (500, 2000):  # the first save, at 1,000, may not have ended before the second begins
+        (folder / "metrics.jsonl").write_text(f'{{"step": {step}, "kind": "train"}}\n')
+        assert workdirs.holds_run(folder)
+    (folder / "metrics.jsonl").write_text('{"step": 2001, "kind": "train"}\n')
+    with pytest.raises(ConfigError, match="metrics up to step 2001 but no checkpoint"):
+        workdirs.holds_run(folder)
+
+
+def test_a_run_is_finished_with_its_last_checkpoint_and_its_report(tmp_path):
+    config, found = Config(train=TrainConfig(num_steps=400)), []
+    for step in (200, 400):
+        (tmp_path / "checkpoints" / str(step)).mkdir(parents=True)
+        for words in (True, False):
+            (tmp_path / "report.txt").write_text("") if words else (tmp_path / "report.txt").unlink()
+            found.append(workdirs.is_finished(config, epath.Path(tmp_path)))
+    assert found == [False, False, True, False]
 
 
 def test_a_workdir_of_parameters_is_not_continued_as_a_run(tmp_path):
