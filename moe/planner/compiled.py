@@ -104,8 +104,8 @@ def read_or_compile(
 ) -> CompiledStep:
     """The compiled train step, kept in a folder.
 
-    A kept program is reused for the same config, code of the user's, topology, XLA options and versions, even if this
-    package has changed since; ``commit`` names the source that was compiled.
+    A kept program is reused for the same config, user's code, topology, XLA options and versions, even if this package
+    has changed since; ``commit`` names the source that was compiled.
 
     Args:
         config: of the run.
@@ -122,7 +122,8 @@ def read_or_compile(
         return make(config, topology)
     options = train_step_module.compiler_options(config, make_mesh(config.mesh, topology.devices))
     options |= dict(topology.compiler_options)
-    made_of = [to_dict(config), user_code(config), topology.name, topology.num_slices, options, versions()]
+    made_of = [to_dict(config), topology.name, topology.num_slices, options, versions()]
+    made_of += [code] if (code := user_code(config)) else []  # programs kept before this was part of the name are found
     name = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:32]
     path = folder / f"{name}.json.gz"
     if path.exists():
