@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from configs import mixtral_8x7b
+from configs import deepseek_v2_lite, mixtral_8x7b
 from moe.config import ConfigError
 from moe.config.parse import from_config_dict
 from moe.planner import attention, hlo, kernels, liveness, measured, program, timeline
@@ -131,6 +131,11 @@ def test_gpu_kernels_are_priced_as_measured():
     assert made.basis == "measured"
     prices = measured.price("h100", "pallas_mosaic_gpu_ragged_dot", "rows", 131072, 2048, 768, 128)
     assert (made.seconds, made.low, made.high) == pytest.approx(prices)
+    assert made.flops == 2 * 131072 * 2048 * 768
+    # Of 128 matrices, 4 rows read at most 4.
+    few = kernels.price(matmul, 4, GPUS["h100"])
+    prices = measured.price("h100", "pallas_mosaic_gpu_ragged_dot", "rows", 4, 2048, 768, 128)
+    assert (few.seconds, few.low, few.high) == pytest.approx(prices)
     # An H200 has the FLOP/s of an H100: a compute-bound kernel takes as long, with a wider interval.
     like = kernels.price(matmul, 131072, GPUS["h200"])
     assert (like.seconds, like.basis) == (pytest.approx(made.seconds), "by analogy")
@@ -155,6 +160,33 @@ def test_tpu_kernels_are_priced_by_the_formula_times_a_constant():
     odd = kernels.price(GroupedMatmul("rows", (327680, 2880, 2880, 128), tiles, 2, 1), 327680, CHIPS["v6e"])
     prices = measured.price("v6e", "pallas_mosaic_tpu_ragged_dot", "rows", 327680, 2880, 2880, 128)
     assert (odd.basis, odd.seconds) == ("measured", pytest.approx(prices[0]))
+    # v5p's timings are those of one of its two cores; a nonlinearity in the kernel was not measured.
+    odd = GroupedMatmul("rows", (327680, 2880, 2880, 128), tiles, 2, 1)
+    prices = np.array(measured.price("v5p", "pallas_mosaic_tpu_ragged_dot", "rows", 327680, 2880, 2880, 128))
+    made = kernels.price(odd, 327680, CHIPS["v5p"])
+    assert (made.seconds, made.low, made.high) == pytest.approx(tuple(prices / 2))
+    like = kernels.price(dataclasses.replace(odd, kind="activated"), 327680, CHIPS["v5p"])
+    wider = (made.seconds, made.low * math.exp(-0.25), made.high * math.exp(0.25))
+    assert (like.seconds, like.low, like.high) == pytest.approx(wider)
+
+
+def test_the_formula_of_tpu_kernels_by_hand():
+    """v6e: 918 TFLOP/s and 1638 GB/s; v7x: 2307 TFLOP/s and 7370 GB/s on two devices."""
+    # Four row blocks of 1024 x 2048 x 2048: bound by FLOPs, at twice the rate for factors of one byte.
+    wide = GroupedMatmul("rows", (4096, 2048, 2048, 1), (1024, 2048, 2048), 2, 1)
+    narrow = dataclasses.replace(wide, itemsize=1)
+    flops = 2 * 4096 * 2048 * 2048
+    assert kernels.formula(wide, 4096, CHIPS["v6e"]) == pytest.approx(flops / 918e12)
+    assert kernels.formula(narrow, 4096, CHIPS["v6e"]) == pytest.approx(flops / (2 * 918e12))
+    assert kernels.formula(wide, 4096, CHIPS["tpu7x"]) == pytest.approx(flops / (2307e12 / 2))
+    # Four groups of 1024 rows begin in blocks that three of them share: 8 + 3 blocks of 512 rows. Bound by bytes: those
+    # of the rows, of four matrices, and of the results, which are bfloat16 also for factors of one byte.
+    thin = GroupedMatmul("rows", (4096, 1024, 512, 4), (512, 1024, 512), 2, 1)
+    rows, matrices, results = 11 * 512 * 1024, 4 * 1024 * 512, 11 * 512 * 512
+    moved = 2 * (rows + matrices + results)
+    assert kernels.formula(thin, 4096, CHIPS["v6e"]) == pytest.approx(moved / 1638e9)
+    of_bytes = kernels.formula(dataclasses.replace(thin, itemsize=1), 4096, CHIPS["v6e"])
+    assert of_bytes == pytest.approx((rows + matrices + 2 * results) / 1638e9)
 
 
 def test_equal_instructions_share_one_row_with_their_bound():
@@ -240,6 +272,25 @@ def test_times_of_attention_by_hand():
     wider = attention.factor("v5p", windowed, 4096, "forward")
     assert wider[2] == "by analogy"
     assert wider[0] == pytest.approx(attention.factor("v5p", model, 1024, "forward")[0])
+    shortest = attention.factor("v5p", model, 1024, "forward")
+    assert wider[1] == pytest.approx(shortest[1] + 0.25)
+    # A window of 512 in half of the layers: 1024 keys of theirs for 4096 of the others.
+    some = dataclasses.replace(model, sliding_window=512, sliding_window_layers=tuple(range(0, 32, 2)))
+    mean = (1024 * shortest[0] + 4096 * v5p[0]) / 5120
+    assert attention.factor("v5p", some, 4096, "forward")[0] == pytest.approx(mean)
+    windowed = dataclasses.replace(model, sliding_window=1024)
+    twice = attention.factor("v5p", model, 2048, "forward")
+    assert attention.factor("v5p", windowed, 4096, "forward")[0] == pytest.approx(twice[0])
+    # Values of another dimension than keys: 192 + 128.
+    latent = from_config_dict(deepseek_v2_lite.get_config()).model
+    assert attention.factor("v5p", latent, 4096, "forward") == attention._factor("v5p", "forward", 4096, 192 + 128)
+    # One of a TPU v7x's two devices has half of the chip's peak: 2 matmuls x 2 FLOPs x 8 heads x 256 in all are
+    # 2.2 TFLOPs, 1.906 ms, and took 2.175 ms.
+    row = {
+        "device": "tpu7x", "kind": "forward", "batch": "1", "tokens": "16384", "heads": "8", "head_dim": "256",
+        "value_dim": "256", "milliseconds": "2.175",
+    }  # fmt: skip
+    assert attention.ratio(row) == pytest.approx(2.175 / 1.906, rel=1e-3)
 
 
 def test_arrays_at_the_peak():

@@ -97,6 +97,47 @@ def test_layers_outside_the_pipeline_stages_by_hand():
     assert made.gradients - made.parameters == 2 * 2 * 4 * (matrices / 64 + 4096 * 8 + 2 * 4096)
 
 
+def test_a_pipeline_stage_keeps_its_layers_of_all_microbatches():
+    """A row of 4096 tokens a device in each of 8 microbatches: 8 of 8 of the 32 layers, the inputs of 64 in all."""
+    config = from_config_dict(mixtral_8x7b.get_config())
+    train = dataclasses.replace(config.train, batch_size=8 * 64, accumulation_steps=8)
+    made = fit.estimate(dataclasses.replace(config, train=train), {"pipeline": 4, **MESH}, "gpu")
+    assert made.kept == 8 * 8 * 4096 * 2 * 4096
+
+
+def test_rows_that_an_exchange_receives_by_hand():
+    """Three arrays [rows,D] in bfloat16 for a row of 4096 tokens: by hosts, rows from both hosts and to both, since a
+    token has two experts; by gathers, rows of all 8 devices and their sums."""
+    config = from_config_dict(mixtral_8x7b.get_config())
+
+    def layer(**exchange):
+        moe = dataclasses.replace(config.model.moe.with_dispatch("dropless"), **exchange)
+        tried = dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe))
+        return fit.estimate(tried, MESH, "gpu").layer
+
+    row = 3 * 4096 * 2 * 4096
+    assert layer(exchange_hosts=2) - layer() == row * (2 + 2)
+    assert layer(exchange="all_gather") - layer() == row * 2 * 8
+
+
+def test_cross_attention_is_kept_beside_self_attention():
+    """16 rows of 128 and 32 tokens in two layers each, float32: inputs of 64; queries, keys, values and heads of 64,
+    twice in the decoder."""
+    config = from_config_dict(switch_t5.get_config())
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="attention"))
+    kept = fit.estimate(config, dict.fromkeys(MESH, 1), "gpu").kept
+    assert kept == 16 * 2 * 4 * (128 * (64 + 4 * 64) + 32 * (64 + 2 * 4 * 64))
+
+
+def test_what_needs_no_memory_of_a_device():
+    """An optimizer's state in the host's memory; copies of weights, where they are whole and computed as stored."""
+    config = from_config_dict(mixtral_8x7b.get_config())
+    optimizer = dataclasses.replace(config.optimizer, memory="host")
+    model = dataclasses.replace(config.model, dtype="float32")
+    made = fit.estimate(dataclasses.replace(config, optimizer=optimizer, model=model), dict.fromkeys(MESH, 1), "gpu")
+    assert (made.optimizer, made.weights) == (0, 0)
+
+
 def test_kept_projections_of_a_delta_net_by_hand():
     """36 gated DeltaNet layers with 16 heads of 128 for queries and keys, 32 for values and gates; 12 attention layers
     with 16 heads of 256 for queries and gates and 2 for keys and values; all split over two devices."""
@@ -138,6 +179,8 @@ def test_estimate_by_hand():
     twice = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=128, accumulation_steps=2))
     assert fit.estimate(twice, MESH, "gpu").gradients == 2 * found.gradients
     assert fit.estimate(twice, MESH, "gpu").activations == found.activations
+    in_pairs = dataclasses.replace(config, model=dataclasses.replace(config.model, scan_unroll=2))
+    assert fit.estimate(in_pairs, MESH, "gpu").weights == pytest.approx(found.weights + 2 * gathered, rel=0.01)
     keeps_all = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="none"))
     assert fit.estimate(keeps_all, MESH, "gpu").weights == pytest.approx(found.weights + 32 * 2 * gathered, rel=0.01)
 

@@ -238,6 +238,25 @@ def test_purposes_of_exchanges(kind, source, purpose):
     assert exchanges.purpose(Collective(kind, ("expert",), (0, 1), 8, 1, -1.0, source)) == purpose
 
 
+def test_purposes_of_sums_over_tokens_and_of_stages():
+    def purpose(kind, axes, source):
+        return exchanges.purpose(Collective(kind, axes, (0, 1), 8, 1, -1.0, source))
+
+    assert purpose("all-reduce", ("data",), "jit(train_step)/jvp(loss)/reduce_sum") == "loss"
+    source = "jit(train_step)/jvp()/while/body/ppermute"
+    assert purpose("collective-permute", ("pipeline",), source) == "microbatches to next stage"
+    assert purpose("collective-permute", ("context",), source) == "ppermute"
+
+
+def test_a_device_with_more_rows_takes_longer_for_its_exchange_by_hand():
+    """Three times the mean rows: 2 s become 6 s, all further 4 s of which are exposed."""
+    routed = exchanges.Exchange("ragged-all-to-all", ("expert",), exchanges.ROUTED, 1, 1, 8, 2.0, 0.5)
+    found = exchanges.skewed(routed, 3.0)
+    assert (found.seconds, found.exposed_seconds) == (6.0, 4.5)
+    weights = dataclasses.replace(routed, purpose=exchanges.WEIGHTS)
+    assert exchanges.skewed(weights, 3.0) == weights
+
+
 def test_rows_of_an_exchange_by_host_by_hand():
     """Four devices of the expert axis on two hosts, with a tensor axis of two: members of a group between hosts are two
     positions of the expert axis apart, those within a host one."""

@@ -23,6 +23,7 @@ from moe.planner.chips import CHIPS
 from moe.planner.exchanges import Exchange
 from moe.planner.plan import Plan
 from moe.planner.program import Collective
+from moe.planner.records import HOST
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 
@@ -81,6 +82,39 @@ def test_network_model_by_hand():
         device.slice_index = device.coords[0] // 2
     assert network.seconds(collective("all-gather", range(64)), devices, chip) == pytest.approx(8e8 / 2 / chip.dcn)
     assert network.seconds(collective("collective-permute", (0, 32)), devices, chip) == pytest.approx(8e8 / chip.dcn)
+
+
+def test_network_of_lines_strides_and_shared_chips_by_hand():
+    """800 MB; links of 50 GB/s on v5e, whose dimensions of 4 do not wrap, and of 100 GB/s on others."""
+
+    def seconds(kind, group, devices, chip, **fields):
+        collective = Collective(kind, (), tuple(group), int(8e8), 1, -1, "", **fields)
+        return network.seconds(collective, devices, CHIPS[chip])
+
+    line, cube, long = _torus(4, 4), _torus(4, 4, 4), _torus(4, 4, 8)
+    assert seconds("all-gather", range(4), line, "v5e") == pytest.approx(8e8 * 3 / 4 / 50e9)
+    # all that two of four devices send to the other two crosses one link: 2 x 2/4 of a device's bytes
+    assert seconds("all-to-all", range(4), line, "v5e") == pytest.approx(8e8 / 50e9)
+    # of a ring of 4 and one of 8, the longer decides: 8/8 of a device's bytes
+    assert seconds("all-to-all", range(32), long, "v5p") == pytest.approx(8e8 / 1e11)
+    # members two apart: two groups share each link, also those of one ring through all four members
+    assert seconds("collective-permute", (0, 2), cube, "v5p") == pytest.approx(8e8 / 5e10)
+    assert seconds("all-gather", (0, 2, 8, 10), cube, "v5p") == pytest.approx(8e8 * 3 / 4 / 1e11)
+    assert seconds("all-gather", (0, 2, 8, 10), cube, "v5p", rings=1) == pytest.approx(8e8 * 3 / 4 / 5e10)
+
+    # Two devices a chip, which share its links, its way to other slices and to the host; they meet in its memory.
+    pairs = [types.SimpleNamespace(coords=device.coords, slice_index=0) for device in cube for _ in range(2)]
+    chip = CHIPS["tpu7x"]
+    assert seconds("all-gather", (0, 1), pairs, "tpu7x") == pytest.approx(8e8 / chip.memory_bandwidth)
+    assert seconds("all-reduce", (0, 1), pairs, "tpu7x") == pytest.approx(2 * 8e8 / chip.memory_bandwidth)
+    assert seconds("all-gather", range(0, 8, 2), pairs, "tpu7x") == pytest.approx(8e8 * 3 / 4 / (2 * 50e9))
+    to_host = Collective("to", (HOST,), (), int(8e8), 1, -1, "")
+    assert network.seconds(to_host, pairs, chip) == pytest.approx(8e8 / (15e9 / 2))
+    for device in pairs:
+        device.slice_index = device.coords[0] // 2
+    assert seconds("all-reduce", range(128), pairs, "tpu7x") == pytest.approx(2 * 8e8 / 2 / (chip.dcn / 2))
+    ring, both = (Collective("all-gather", (), tuple(group), 8, 1, -1, "") for group in (range(0, 8, 2), range(128)))
+    assert [network.link(each, pairs, chip) for each in (to_host, ring, both)] == ["to", "torus", "network"]
 
 
 def test_flops_count_loops_and_kernels():
