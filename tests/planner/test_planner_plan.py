@@ -11,7 +11,11 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.experimental import pallas as pl
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from configs import gshard_translation, mixtral_8x7b, st_moe, switch_transformers, t5
 from moe.config import ConfigError
@@ -53,8 +57,7 @@ def test_an_all_gather_of_tokens_is_a_flaw(kind, purpose, mebibytes, slices, fla
 
 def _torus(*shape):
     """Devices of a torus in row-major order."""
-    coordinates = jnp.stack(jnp.unravel_index(jnp.arange(jnp.prod(jnp.array(shape))), shape), -1).tolist()
-    return [types.SimpleNamespace(coords=tuple(place), slice_index=0) for place in coordinates]
+    return [types.SimpleNamespace(coords=place, slice_index=0) for place in np.ndindex(*shape)]
 
 
 def test_network_model_by_hand():
@@ -127,6 +130,33 @@ def test_flops_count_loops_and_kernels():
     assert arithmetic.matmul_flops(jaxpr) == arithmetic.Flops(matmuls=5 * 2 * 8 * 16 * 16)
 
 
+def test_flops_of_branches_devices_grids_and_unused_products():
+    x, w = jnp.ones((8, 16)), jnp.ones((16, 16))
+    one = 2 * 8 * 16 * 16
+
+    def matmuls(function, *arguments):
+        return arithmetic.matmul_flops(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+    # The most expensive branch, and only what the result needs.
+    branches = matmuls(lambda x, w: jax.lax.cond(x[0, 0] > 0, lambda: x @ w @ w, lambda: x @ w), x, w)
+    assert branches == arithmetic.Flops(matmuls=2 * one)
+    assert matmuls(lambda x, w: [x @ w, x + 1][1], x, w) == arithmetic.Flops()
+
+    # Two of the rows on each of four devices.
+    mesh = jax.make_mesh((4,), ("data",), (AxisType.Auto,), devices=jax.devices()[:4])
+    split = jax.shard_map(lambda x, w: x @ w, mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data"))
+    assert matmuls(split, x, w) == arithmetic.Flops(matmuls=one)
+
+    # Two rows in each of four steps of a kernel's grid.
+    def kernel(x_ref, w_ref, y_ref):
+        y_ref[...] = x_ref[...] @ w_ref[...]
+
+    specs = [pl.BlockSpec((2, 16), lambda i: (i, 0)), pl.BlockSpec((16, 16), lambda i: (0, 0))]
+    result = jax.ShapeDtypeStruct((8, 16), x.dtype)
+    blocks = pl.pallas_call(kernel, result, grid=(4,), in_specs=specs, out_specs=specs[0])
+    assert matmuls(blocks, x, w) == arithmetic.Flops(kernels=one)
+
+
 def test_unknown_topology_lists_names(monkeypatch):
     monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: True)
     with pytest.raises(ConfigError, match="for example v2:16x16, v3:32x32"):
@@ -192,10 +222,46 @@ def test_scaling_lists_refused_points_and_intervals():
     assert "| a series | v5p:2x2x2 | 8 | 4 | – | refused | – |" in page
     assert "- a series on v5p:2x2x2: does not fit: by 1 GiB" in page
     (*_, line) = scaling.table([_SCALED | {"step_interval_ms": [80.4, 130.0]}]).splitlines()
-    assert line.endswith("| 2 | 3.0 | 4.0 | 100 (80 to 130) |")
+    assert line.endswith("| 8 | 4 | 1.0 | 1.0 | 1.0 | 2 | 3.0 | 4.0 | 100 (80 to 130) |")
     assert scaling.table([_SCALED]).endswith("| 100.0 |")
     kept = Path(__file__).parents[2] / "docs" / "results" / "scaling.jsonl"
     assert all(row["step_interval_ms"][0] < row["step_ms"] < row["step_interval_ms"][1] for row in scaling.read(kept))
+
+
+def test_a_row_of_scaling_by_hand(monkeypatch):
+    """Five exchanges of two kinds, 3 MiB and 6 ms; the gather is none of them."""
+    exchanges = [
+        Exchange(kind, ("expert",), "", count, 0, size, seconds, 0.0)
+        for kind, count, size, seconds in (
+            ("all-to-all", 3, 2**20, 0.002), ("ragged-all-to-all", 2, 2**21, 0.004), ("all-gather", 7, 2**30, 1.0),
+        )
+    ]  # fmt: skip
+    made = types.SimpleNamespace(
+        exchanges=exchanges, total_parameters=10**9, memory=types.SimpleNamespace(total=3 * 2**29), compile_seconds=2.5,
+        step_seconds=0.25, step_interval=(0.2, 0.3), token_exchanges=(),
+    )  # fmt: skip
+    monkeypatch.setattr(scaling.plan, "make_plan", lambda *_, **__: made)
+    monkeypatch.setattr(scaling, "get_topology", lambda name: types.SimpleNamespace(devices=range(8)))
+    config = from_config_dict({"model": {"moe": {"num_experts": 4}}})
+    (row,) = scaling.measure([scaling.Point("a series", "v5p:2x2x2", config)])
+    assert row == {
+        "series": "a series", "topology": "v5p:2x2x2", "devices": 8, "experts": 4, "parameters": 10**9,
+        "memory_gib": 1.5, "compile_seconds": 2.5, "all_to_alls": 5, "all_to_all_mib": 3.0,
+        "all_to_all_ms": pytest.approx(6.0), "step_ms": 250.0, "step_interval_ms": [200.0, 300.0],
+        "token_all_gathers": 0,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("experts", "devices", "tensor", "data", "expert"), [(2, 8, 1, 4, 2), (16, 8, 1, 1, 8), (16, 8, 2, 1, 4)]
+)
+def test_meshes_of_the_scaling_experiment(experts, devices, tensor, data, expert):
+    """At most as many devices hold experts as there are, in groups of ``tensor``; the others hold copies."""
+    config = from_config_dict(mixtral_8x7b.get_config())
+    made = scaling.at_scale(config, experts=experts, devices=devices, rows=3, dispatch="gather", tensor=tensor)
+    assert (made.mesh.data, made.mesh.fsdp, made.mesh.expert, made.mesh.tensor) == (data, 1, expert, tensor)
+    assert made.train.batch_size == 3 * devices
+    assert (made.model.moe.num_experts, made.model.moe.dispatch) == (experts, "gather")
 
 
 def test_published_sizes():
