@@ -34,13 +34,16 @@ def at_peak(module: hlo.Module) -> tuple[Array, ...]:
         best: tuple[int, tuple[Array, ...]] = 0, ()
         total = 0
         for place, instruction in enumerate(instructions):
+            # The result of a call or conditional is the array that its computation returns, which that counts.
+            inner = max((peak(each) for each in _called(instruction)), key=operator.itemgetter(0), default=(0, ()))
+            if total + inner[0] > best[0]:
+                best = total + inner[0], (*alive.values(), *inner[1])
             if buffers.get(instruction.name) == {instruction.name} and not _NOT_HBM.search(instruction.type):
                 array = Array(instruction.name, instruction.op_name, instruction.type, _size(instruction, instructions))
                 alive[array.name] = array
                 total += array.bytes
-            inner = max((peak(each) for each in _called(instruction)), key=operator.itemgetter(0), default=(0, ()))
-            if total + inner[0] > best[0]:
-                best = total + inner[0], (*alive.values(), *inner[1])
+            if total > best[0]:
+                best = total, tuple(alive.values())
             for buffer in [each for each in alive if last.get(each, first[each]) <= place]:
                 total -= alive.pop(buffer).bytes
         return best

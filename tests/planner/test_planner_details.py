@@ -302,6 +302,43 @@ def test_arrays_at_the_peak():
     ]  # fmt: skip
 
 
+NESTED = """HloModule jit_step, is_scheduled=true
+%called (q: f32[256]) -> f32[512] {
+  %q = f32[256]{0} parameter(0)
+  ROOT %inner = f32[512]{0} custom-call(%q)
+}
+%body (p: (f32[256])) -> (f32[256]) {
+  %p = (f32[256]{0}) parameter(0)
+  %x = f32[256]{0} get-tuple-element(%p), index=0
+  %made = f32[512]{0} call(%x), to_apply=%called
+  %near = f32[9999]{0:S(1)} custom-call(%x)
+  %gathering = ((f32[256]{0}), f32[1024]{0}) all-gather-start(%x)
+  %gathered = f32[1024]{0} all-gather-done(%gathering)
+  %next = f32[256]{0} custom-call(%gathered)
+  ROOT %t = (f32[256]{0}) tuple(%next)
+}
+ENTRY %main (a: f32[16]) -> f32[256] {
+  %a = f32[16]{0} parameter(0)
+  %first = f32[256]{0} custom-call(%a)
+  %carried = (f32[256]{0}) tuple(%first)
+  %loop = (f32[256]{0}) while(%carried), condition=%c, body=%body
+  ROOT %r = f32[256]{0} get-tuple-element(%loop), index=0
+}
+"""
+
+
+def test_arrays_of_loops_and_calls_at_the_peak():
+    """By hand: what a gather receives, without its operand, and what is made of it, beside what the loop carries; the
+    array in memory on the chip does not count. A call of four times the size is the peak; its result is the array that
+    its computation returns, once."""
+
+    def at_peak(text):
+        return [(array.name, array.bytes) for array in liveness.at_peak(hlo.parse(text))]
+
+    assert at_peak(NESTED) == [("gathering", 4 * 1024), ("first", 4 * 256), ("next", 4 * 256), ("a", 4 * 16)]
+    assert at_peak(NESTED.replace("512", "2048")) == [("inner", 4 * 2048), ("first", 4 * 256), ("a", 4 * 16)]
+
+
 def test_branches_that_need_the_same_memory():
     branch = "%b{0} (p{0}: s32[]) -> f32[256] {{\n  ROOT %e{0} = f32[256]{{0}} custom-call()\n}}\n\n"
     text = (
