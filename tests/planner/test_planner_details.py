@@ -200,12 +200,15 @@ def test_equal_instructions_share_one_row_with_their_bound():
         ("a", 16.0, 8, "FLOPs"), ("c", 4.0, 4, "HBM"),
     ]  # fmt: skip
     assert rows[0]["at_bound"] == 0.5  # 1 s of FLOPs in 2 s
+    assert [(row["low"], row["high"]) for row in rows] == [(16.0, 16.0), (4.0, 4.0)]
     waited = Exchange("all-gather", ("fsdp",), "weights", 7, 0, 8, 30.0, 20.0)
     (row,) = timeline.dearest([], 1.0, 1.0, [waited, dataclasses.replace(waited, exposed_seconds=0.0)])
     assert (row["seconds"], row["runs"], row["bound"]) == (20.0, 7, "network")
     assert timeline.by_part([item("a", 2.0, 10.0, 3)]) == [
         {"part": "loss and unembedding", "kind": "matmul", "seconds": 8.0}
     ]
+    update = dataclasses.replace(item("a", 2.0, 10.0, 3), where="update")
+    assert timeline.part(update) == "optimizer"
 
 
 def test_a_timeline_shows_waits(monkeypatch):
@@ -223,6 +226,24 @@ def test_a_timeline_shows_waits(monkeypatch):
     assert body["exchanges"] == [[1.0, 2.0, 2.0, "all-gather, weights"]]
     assert [entry[:3] for entry in main["work"]] == [[0.0, 12.0, "loop"], [12.0, 1.0, "matmul"]]
     assert (main["seconds"], body["seconds"]) == (13.0, 4.0)
+
+
+def test_a_timeline_joins_short_neighbours_of_one_kind():
+    """Of 1.2 s, less than a 300th, 4 ms, joins less than four times that. What takes longest in all runs is first."""
+    work = [
+        [0.0, 0.001, "matmul", "MoE"], [0.001, 0.002, "matmul", "MoE"], [0.003, 0.003, "matmul", "attention"],
+        [0.006, 0.001, "other", "MoE"], [0.007, 1.193, "other", "MoE"],
+    ]  # fmt: skip
+    assert timeline._merged(work) == [
+        [0.0, pytest.approx(0.006), "matmul", "several"], [0.006, 0.001, "other", "MoE"], [0.007, 1.193, "other", "MoE"]
+    ]  # fmt: skip
+
+    def item(computation, seconds, count):
+        return Item("a", "matmul", "forward", "", seconds, count, 0.0, 0, computation, 0.0, seconds, seconds, "")
+
+    read = program.Program((), 8.0, {}, 0, 0, 0, items=(item("once", 2.0, 1), item("often", 1.0, 6)), entry="once")
+    lanes = timeline.lanes(read, (), GPUS["h100"])
+    assert [(lane["name"], lane["runs"], lane["seconds"]) for lane in lanes] == [("often", 6, 1.0), ("once", 1, 2.0)]
 
 
 def test_flops_of_kernels_that_state_none_are_split_by_their_bytes():

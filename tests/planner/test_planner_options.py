@@ -349,3 +349,25 @@ def test_left_out_steps_are_predicted_from_the_others():
     scale, width, _ = calibration.spread_of([row["residual"] for row in rows[:3]])
     assert made[3]["predicted"] == pytest.approx(scale)
     assert made[3]["interval"][1] == pytest.approx(scale * math.exp(math.hypot(width, math.log(1.1))))
+    # The spread and the interval of the kernels are independent errors.
+    assert made[3]["interval"][0] == pytest.approx(scale * math.exp(-math.hypot(width, math.log(1 / 0.9))))
+
+
+def test_a_predicted_step_by_hand():
+    """10 s are counted, of which kernels take 4, between 2 and 7: 8 to 13 s, beside a spread of 0.3; times 1.5."""
+    step, (low, high) = calibration.predicted(10.0, (4.0, 2.0, 7.0), 1.5, 0.3)
+    assert step == 15.0
+    assert low == pytest.approx(15 * math.exp(-math.hypot(math.log(10 / 8), 0.3)))
+    assert high == pytest.approx(15 * math.exp(math.hypot(math.log(13 / 10), 0.3)))
+
+
+def test_the_page_of_published_steps_names_those_of_an_earlier_cost_model():
+    row = {
+        "platform": "tpu", "topology": "v5p:2x2x1", "counted": 2.0, "low": 1.8, "high": 2.2, "published": 2.0,
+        "residual": 0.0, "memory_gib": 50.0, "versions": ["jax 1"],
+    }  # fmt: skip
+    rows = [row | {"name": "new", "prices": calibration.prices()}, row | {"name": "old", "prices": "other"}]
+    page = calibration.page(rows, [], [])
+    assert "since their programs are not kept: old. Name them" in page
+    assert "Inside: 2 of 2." in page
+    assert "earlier cost model" not in calibration.page(rows[:1], [], [])
