@@ -40,6 +40,34 @@ def test_steps_count_their_rows_and_what_their_encoder_reads():
     assert train_flops(config, 3) == 3 * 2 * 4 * train_flops_per_token(config.model, 4, 8)
 
 
+def test_windows_tied_tables_and_values_of_their_own_dimension_count_what_they_multiply():
+    """A window of 4 in 8 tokens sees 1 + 2 + 3 + 4 keys, then 4 for each of 4 queries. A table that is tied to the
+    logits multiplies once. Keys of 6 and values of 5 dimensions have 11 in all."""
+    whole = _by_hand(16 * 4, expert_rows=2)
+    scores = 12 * 4 * 6
+    windowed = tiny_model(num_layers=1, gate="mixtral", sliding_window=4)
+    assert train_flops_per_token(windowed, 8) == whole - scores * ((8 + 1) / 2 - (10 + 16) / 8)
+    assert train_flops_per_token(tiny_model(num_layers=1, gate="mixtral", sliding_window=9), 8) == whole
+    assert train_flops_per_token(tiny_model(num_layers=1, gate="mixtral", tie_embeddings=True), 8) == whole
+    latent = tiny_model(num_layers=1, gate="mixtral", num_kv_heads=4, kv_lora_rank=3, rope_dim=2, value_dim=5)
+    more = train_flops_per_token(latent, 80) - train_flops_per_token(latent, 8)
+    assert more == pytest.approx(6 * 4 * (6 + 5) * (80 - 8) / 2)
+
+
+def test_an_encoder_decoder_by_hand():
+    """For each of 4 decoder tokens, 2 of 8 encoder tokens. An FFN has 2·16·28 = 896 parameters, an expert 2·16·20 = 640
+    and a router 64; each stack has a norm and a relative bias of 8·4."""
+    norm, ffn, sparse, of_stack = 16, 896, 64 + 640, 16 + 32
+    decoder = 2 * (ATTENTION + 2 * norm) + 2 * (2 * 384 + norm) + ffn + sparse + of_stack + TABLE  # queries and outputs
+    encoder = 3 * (ATTENTION + 2 * norm) + 2 * ffn + sparse + of_stack
+    of_source = 2 * 2 * 192  # keys and values that the decoder makes of the encoder's tokens
+    keys = 2 * (4 + 1) / 2 + 2 * 8 + 3 * 8 * 2  # causal, cross, and the encoder's
+    expected = 6 * (decoder + 2 * (encoder + of_source)) + 12 * 4 * 6 * keys
+    assert train_flops_per_token(tiny_encoder_decoder(), 4, 8) == expected
+    own_table = tiny_encoder_decoder(encoder_vocab_size=10)
+    assert train_flops_per_token(own_table, 4, 8) == expected
+
+
 def test_a_delta_net_counts_its_matrices_and_its_memory():
     """M 2, N 4 heads of H 3 and V 5: 16·(2·2·3 + 2·4·5 + 2·4) in, 4·5·16 out, 3 taps of 2·2·3 + 4·5 channels, two
     numbers per head, a norm of 5; 3 products with 4·3·5 numbers, 2 FLOPs each, three times. There are no scores at any

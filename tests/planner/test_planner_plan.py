@@ -20,7 +20,8 @@ from jax.sharding import PartitionSpec as P
 from configs import gshard_translation, mixtral_8x7b, st_moe, switch_transformers, t5
 from moe.config import ConfigError
 from moe.config.parse import from_config_dict
-from moe.dispatch.backends import gpu
+from moe.dispatch.backends import gpu, row_blocks
+from moe.dispatch.exchange import OVERFLOW_SCOPE
 from moe.models.flops import count_parameters
 from moe.planner import arithmetic, fit, network, scaling, topology
 from moe.planner.chips import CHIPS
@@ -155,6 +156,37 @@ def test_flops_of_branches_devices_grids_and_unused_products():
     result = jax.ShapeDtypeStruct((8, 16), x.dtype)
     blocks = pl.pallas_call(kernel, result, grid=(4,), in_specs=specs, out_specs=specs[0])
     assert matmuls(blocks, x, w) == arithmetic.Flops(kernels=one)
+
+
+def test_flops_of_loops_that_depend_on_the_router_by_hand():
+    """Three groups of 9 rows have two full blocks of 4 each, where the router is balanced; a loop over further rounds of
+    an exchange has no trips then, one of unknown trips counts once."""
+    x, w = jnp.ones((8, 16)), jnp.ones((16, 16))
+    one = 2 * 8 * 16 * 16
+
+    def looped(scope):
+        def run(x, w):
+            with scope:
+                return jax.lax.while_loop(lambda x: x[0, 0] < 9, lambda x: x @ w, x)
+
+        return arithmetic.matmul_flops(jax.make_jaxpr(run)(x, w).jaxpr).total
+
+    assert looped(jax.named_scope("any")) == one
+    assert looped(jax.named_scope(OVERFLOW_SCOPE)) == 0
+    assert looped(row_blocks._scope("further", 4, 3, 27)) == 3 * 2 * one
+
+    def kernel(x_ref, y_ref):
+        y_ref[...] = x_ref[...]
+
+    # A kernel whose grid depends on the rows that arrive declares the FLOPs of a full buffer.
+    def called(steps, x):
+        cost = pl.CostEstimate(flops=42, transcendentals=0, bytes_accessed=0)
+        spec = pl.BlockSpec((2, 16), lambda i: (i, 0))
+        result = jax.ShapeDtypeStruct(x.shape, x.dtype)
+        return pl.pallas_call(kernel, result, grid=(steps,), in_specs=[spec], out_specs=spec, cost_estimate=cost)(x)
+
+    jaxpr = jax.make_jaxpr(called)(jnp.int32(3), x).jaxpr
+    assert arithmetic.matmul_flops(jaxpr) == arithmetic.Flops(grouped=42.0)
 
 
 def test_unknown_topology_lists_names(monkeypatch):
