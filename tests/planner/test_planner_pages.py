@@ -209,6 +209,28 @@ def test_differences_name_settings_and_add_up(made, tmp_path):
     assert differences.read(tmp_path / "b.json") == json.loads(json.dumps(b))
 
 
+def test_a_difference_by_hand():
+    """Experts have two rows; the correction to published steps is the step less what is counted."""
+    a = {
+        "config": {"model": {"d": 1}}, "topology": "v5p:2x2x1", "scenario": "", "exposed_seconds": 0.25,
+        "where": [
+            {"part": "experts", "seconds": 1.0}, {"part": "attention", "seconds": 1.0},
+            {"part": "experts", "seconds": 0.5},
+        ],
+        "counted_seconds": 2.75, "step_seconds": 3.0,
+    }  # fmt: skip
+    where = [{"part": "experts", "seconds": 1.0}, {"part": "attention", "seconds": 1.25}]
+    b = a | {"config": {"model": {"d": 2}}, "where": where, "counted_seconds": 2.5, "step_seconds": 2.5}
+    assert [(row["part"], row["a"], row["b"], row["seconds"]) for row in differences.by_part(a, b)] == [
+        ("experts", 1.5, 1.0, -0.5), ("attention", 1.0, 1.25, 0.25),
+        ("correction to published steps", 0.25, 0.0, -0.25), ("exposed exchange", 0.25, 0.25, 0.0),
+    ]  # fmt: skip
+    changes = "-500 ms in experts, +250 ms in attention, -250 ms in correction to published steps; -500 ms per step"
+    assert differences.sentence(a, b) == f"model.d 1 → 2: {changes}"
+    other = {"d": 2, "e": 1, "f": 1, "g": 1}
+    assert differences.sentence(a, b | {"config": {"model": other}}) == f"4 settings: {changes}"
+
+
 def test_each_change_is_valid_and_changes_one_setting():
     devices = make_mesh(from_config_dict(base.get_config()).mesh, jax.devices()[:1]).devices.flat
     topology = types.SimpleNamespace(devices=tuple(devices), chip=GPUS["h100"])

@@ -159,8 +159,8 @@ def test_flops_of_branches_devices_grids_and_unused_products():
 
 
 def test_flops_of_loops_that_depend_on_the_router_by_hand():
-    """Three groups of 9 rows have two full blocks of 4 each, where the router is balanced; a loop over further rounds of
-    an exchange has no trips then, one of unknown trips counts once."""
+    """Three groups of 9 rows have two full blocks of 4 each, where the router is balanced; a loop over further rounds
+    of an exchange has no trips then, one of unknown trips counts once."""
     x, w = jnp.ones((8, 16)), jnp.ones((16, 16))
     one = 2 * 8 * 16 * 16
 
