@@ -49,6 +49,46 @@ def test_a_planted_permutation_is_found_and_the_rest_counted(rng):
     assert np.array_equal(same == 1, ~moved)
 
 
+def test_agreement_by_hand():
+    """Even rows show that the other model's expert e + 2 is the first's e; eight tokens of odd rows are measured. They
+    choose two experts each, but the first of them declines its second choice in the first model."""
+    planted = np.array([2, 3, 0, 1])
+    one = np.array([[0, 1]] * 4 + [[1, 0]] * 2 + [[2, 0], [3, 0]])
+    other = np.array([[0, 2]] * 2 + [[1, 0]] * 6)
+    margins = np.array([0.8, 0.7, 0.1, 0.2, 0.6, 0.5, 0.3, 0.4])
+    seen = np.array([[0, 1], [1, 2], [2, 3], [3, 0]] * 2)
+    row = np.repeat([0, 1, 2, 3], 4)
+    probs = np.zeros((1, 16, E), np.float32)
+    probs[0, :, 0] = 0.9
+    probs[0, :, 1] = 0.9 - np.concatenate([margins[:4] * 0 + 0.5, margins[:4], margins[4:] * 0 + 0.5, margins[4:]])
+
+    def placed(measured):
+        index = np.concatenate([seen[:4], measured[:4], seen[4:], measured[4:]])[None]
+        return {"expert_index": index, "combine_weights": np.ones(index.shape), "chosen": np.ones(index.shape, bool)}
+
+    records = _records(np.zeros(16, int), row=row, probs=probs)
+    first, second = (dataclasses.replace(records, **placed(each)) for each in (one, other))
+    second = dataclasses.replace(second, expert_index=planted[second.expert_index])
+    first.chosen[0, 4, 1] = False
+    (found,) = difference.agreements(first, second, shuffles=9, seed=0)
+    assert found.permutation == planted.tolist()
+    assert found.first == 4 / 8
+    # {0} of {0,2}, half of {0,1}, twice all of {0,1}, twice all of {1,0}, half of {2,0} and of {3,0}.
+    assert found.sets == (1 + 1 / 2 + 4 + 1 / 2 + 1 / 2) / 8
+    # Loads of 4/8, 2/8, 1/8, 1/8 and of 2/8, 6/8.
+    assert found.chance == 1 / 2 * 1 / 4 + 1 / 4 * 3 / 4
+    assert found.load_distance == (1 / 4 + 1 / 2 + 1 / 8 + 1 / 8) / 2
+    assert found.by_margin == [0, 0, 1, 1]
+
+
+def test_odd_rows_do_not_decide_which_experts_match():
+    """In two tokens of an even row the experts are the same, in six of an odd one they are exchanged."""
+    row = np.array([0, 0, 1, 1, 1, 1, 1, 1])
+    first, second = (_records(np.array(each), row=row) for each in ([0, 1] * 4, [0, 1] + [1, 0] * 3))
+    (found,) = difference.agreements(first, second, shuffles=1, seed=0)
+    assert (found.permutation[:2], found.first) == ([0, 1], 0)
+
+
 def test_independent_choices_agree_by_chance(rng):
     """Choices are constant within a row in both models; by design at most 5 % of draws have p of at most 0.05."""
     low = 0
@@ -65,13 +105,19 @@ def test_loss_differences_by_hand(rng):
     assert (found.mean, found.tokens) == (2, 4)
     assert found.high - found.mean == pytest.approx(12.7062, rel=1e-5)
     assert difference.loss_difference(np.array([1.0, np.nan]), np.array([0, 1])) is None
+    assert list(difference._quarters(np.array([8, 1, 2, 3, 4, 5, 6, 7]))) == ["1 to 2", "3 to 4", "5 to 6", "7 to 8"]
     records = _records(rng.integers(0, E, ROWS * LENGTH))
+    records = dataclasses.replace(records, tokens=3 * records.tokens)
     first = rng.random(ROWS * LENGTH)
     groups = difference.loss_differences(
         records, first, first + 0.5, np.arange(ROWS * LENGTH) % 2, lambda token: " a" if token % 2 else "1"
     )
     assert set(groups["token class"]) == {"word", "number"}
     assert set(groups["layers with the same first expert"]) == {"0 of 1", "1 of 1"}
+    # Of 1200 tokens with 7 ids, the first three ids have 172 each.
+    assert {name: value.tokens for name, value in groups["occurrences of the token"].items()} == {
+        "171 to 171": 4 * 171, "172 to 172": 3 * 172,
+    }  # fmt: skip
     for values in groups.values():
         assert sum(value.tokens for value in values.values()) == ROWS * LENGTH
         assert all(value.mean == pytest.approx(0.5) for value in values.values())

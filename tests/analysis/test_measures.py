@@ -1,13 +1,16 @@
 """Measures of routing against hand-computed values and chance."""
 
 import math
+import types
 
 import numpy as np
 import pytest
 from sklearn.metrics import mutual_info_score
 
+from moe.analysis import dependence as dependence_module
 from moe.analysis import lexical, measures
 from moe.analysis.dependence import dependence, frequent
+from moe.analysis.permutation import permutation_test
 from moe.analysis.repetition import repetition, shared_experts, token_null, uniform_repetition
 from moe.routing.balancing import max_violation
 
@@ -59,6 +62,45 @@ def test_repetition_that_repeated_tokens_explain(rng):
     found = token_null(halves, rng.integers(0, 3, 400), np.arange(399), shuffles=20, rng=rng)
     assert found.token_p_value == pytest.approx(1 / 21)
     assert found.token_mean == pytest.approx(0.5, abs=0.05)
+
+
+def test_two_exchanges_of_a_tokens_experts_by_hand():
+    """Tokens a a b with experts 0 1 0: left as they are, none repeats; exchanged, one of two does."""
+    draws = iter(([0.1, 0.2, 0.3], [0.2, 0.1, 0.3]))
+    drawn = types.SimpleNamespace(random=lambda size: np.array(next(draws)))
+    experts = np.array([[0], [1], [0]])
+    found = token_null(experts, np.array([7, 7, 9]), np.arange(2), shuffles=2, rng=drawn)
+    assert (found.token_mean, found.token_std) == (1 / 4, pytest.approx(1 / 2 / math.sqrt(2)))
+    assert found.token_p_value == 1
+
+
+def test_labels_of_rows_are_exchanged_and_rotated(rng):
+    labels, rows = np.arange(12), np.repeat(np.arange(3), 4)
+    turned = 0
+    for found in dependence_module._permuted(labels, rows, 20, rng):
+        assert sorted(found.tolist()) == list(range(12))
+        for row in found.reshape(3, 4):
+            assert np.array_equal(np.roll(row, -int(row.argmin())), row.min() + np.arange(4))
+            turned += int(row.argmin() > 0)
+    assert 0 < turned < 60
+
+
+def test_excess_of_information_is_a_share_of_the_experts_entropy(monkeypatch):
+    """Four experts and two labels share ln 2; of two permutations one shares as much, the other nothing."""
+    x, y = np.array([0, 0, 1, 1, 2, 2, 3, 3]), np.array([0, 0, 0, 0, 1, 1, 1, 1])
+    monkeypatch.setattr(dependence_module, "_permuted", lambda *_: iter([y, np.array([0, 1] * 4)]))
+    found = dependence(x, y, np.arange(8), shuffles=2, rng=np.random.default_rng(0))
+    assert (found.information, found.null_mean) == (pytest.approx(math.log(2)), pytest.approx(math.log(2) / 2))
+    assert found.null_std == pytest.approx(math.log(2) / math.sqrt(2))
+    assert found.explained == pytest.approx(math.log(2) / 2 / math.log(4))
+    assert found.p_value == pytest.approx(2 / 3)
+
+
+def test_all_permutations_of_three_values_by_hand(rng):
+    """The first of 3, 1 and 2 is 3 in two of six orders; the null is 1, 1, 2, 2, 3, 3."""
+    found = permutation_test(np.array([3.0, 1, 2]), lambda values: values[0], permutations=100, rng=rng)
+    assert (found.observed, found.mean, found.p_value) == (3, 2, pytest.approx(2 / 6))
+    assert found.std == pytest.approx(math.sqrt(4 / 5))
 
 
 def test_lexical_classes():
@@ -183,6 +225,11 @@ def test_load_coactivation_saturation_and_top_tokens_by_hand():
     # 1 of 2, 3 of 3 + 1 + 1; 1 of 1, 3 of 3 + 2 + 1; and the same.
     np.testing.assert_allclose(observed, [(1 / 3 + 1 / 2 + 1 + 1) / 4])
     np.testing.assert_allclose(by_load, [(2 / 4 + 1 / 2 * 3 / 5 + 3 / 6 + 3 / 6) / 4])
+    # Two tokens choose all three experts: 2 other choices, each of which is the partner in half of the draws.
+    _, by_load = measures.most_frequent_partner(np.array([[[2, 2, 2], [2, 2, 2], [2, 2, 2]]]))
+    np.testing.assert_allclose(by_load, [1.0])
+    _, by_load = measures.most_frequent_partner(np.array([[[2, 2, 2], [2, 9, 2], [2, 2, 2]]]))
+    np.testing.assert_allclose(by_load, [(1 + 4 / 9 * 2 / 4 + 1) / 3])  # 2 · 9 / 11 counts as 1
     alone, _ = measures.most_frequent_partner(np.diag([2, 0, 1])[None])  # K = 1, and an unused expert
     np.testing.assert_allclose(alone, [0.0])
 
@@ -191,6 +238,10 @@ def test_load_coactivation_saturation_and_top_tokens_by_hand():
     # Of {0,1} one was already chosen, of {0,2} both, of {1} all, of {0,3} none.
     np.testing.assert_allclose(measures.saturation(earlier, final), [(1 / 2 + 1 + 1 + 0) / 4])
 
+    # A token without a final assignment is left out.
+    final[0, 3] = False
+    np.testing.assert_allclose(measures.saturation(earlier, final), [(1 / 2 + 1 + 1) / 3])
+
     first, tokens = np.array([0, 0, 1, 0, 1, 1]), np.array([7, 7, 7, 8, 8, 9])
     found = measures.top_tokens(first, tokens, 3, at_least=2, number=5)
     # Expert 0 gets half of all tokens, 2/3 of token 7 and 1/2 of 8; 9 is too rare; expert 2 gets no token.
@@ -198,3 +249,5 @@ def test_load_coactivation_saturation_and_top_tokens_by_hand():
     assert [t.lift for t in found[0]] == pytest.approx([(2 / 3) / (1 / 2), 1.0])
     assert [t.token for t in found[1]] == [8, 7]
     assert found[2] == []
+    # The higher lift comes first, whatever the count; no more than are asked for.
+    assert [t.token for t in measures.top_tokens(first, tokens, 3, at_least=1, number=2)[1]] == [9, 8]
