@@ -249,5 +249,7 @@ def test_load_coactivation_saturation_and_top_tokens_by_hand():
     assert [t.lift for t in found[0]] == pytest.approx([(2 / 3) / (1 / 2), 1.0])
     assert [t.token for t in found[1]] == [8, 7]
     assert found[2] == []
-    # The higher lift comes first, whatever the count; no more than are asked for.
+    # The higher lift comes first, whatever the count: all of one token before two of three. No more than are asked for.
+    often = measures.top_tokens(np.array([0, 0, 1, 0]), np.array([7, 7, 7, 8]), 2, at_least=1, number=5)
+    assert [(t.token, t.count) for t in often[0]] == [(8, 1), (7, 2)]
     assert [t.token for t in measures.top_tokens(first, tokens, 3, at_least=1, number=2)[1]] == [9, 8]

@@ -143,6 +143,95 @@ def test_a_module_that_is_imported_by_its_own_name_counts_as_a_whole(write):
     assert user_code(config_with()) != before
 
 
+RULE = """import dataclasses
+import jax
+from moe import Gate, GateOutput
+from moe.routing.interface import top_k
+{imports}
+
+def make(power):
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Mine(Gate):
+        k: int = 2
+
+        def route(self, router_logits, inputs):
+            weights, index = top_k(router_logits, self.k)
+            return GateOutput(index, jax.nn.softmax(weights * POWER * power))
+
+    return Mine(k=2)
+
+{rest}
+"""
+
+HELD = """import dataclasses
+import jax
+from moe import Gate, GateOutput
+from moe.routing.interface import top_k
+
+class Outer:
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Mine(Gate):
+        k: int = 2
+
+        def route(self, router_logits, inputs):
+            weights, index = top_k(router_logits, self.k)
+            return GateOutput(index, jax.nn.{rule}(weights))
+
+mine = Outer.Mine(k=2)
+"""
+
+
+@pytest.fixture
+def hash_of(tmp_path, monkeypatch):
+    """Function that writes modules to a folder, imports them anew, and returns the hash of a gate in one of them."""
+    folder = tmp_path / "site-packages"
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+
+    def forget():
+        for name in [name for name in sys.modules if name.partition(".")[0] in ("own_rules", "powers_of_others")]:
+            del sys.modules[name]
+        importlib.invalidate_caches()
+
+    def hashed(gate, **texts):
+        forget()
+        for name, text in texts.items():
+            path = folder / f"{name.replace('__', '/')}.py"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        return user_code(config_with(gate))
+
+    yield hashed
+    forget()
+
+
+def test_what_a_package_imports_from_itself_counts_although_it_is_installed(hash_of):
+    rule = RULE.format(imports="from .powers import POWER", rest="mine = make(1)")
+    first, second = (
+        hash_of("own_rules.gates:mine", own_rules__gates=rule, own_rules__powers=f"POWER = {power}\n")
+        for power in (2.0, 3.0)
+    )
+    assert "" != first != second
+
+
+def test_what_an_installed_package_has_does_not_count(hash_of):
+    rule = RULE.format(imports="from powers_of_others import POWER", rest="mine = make(1)")
+    first, second = (
+        hash_of("own_rules:mine", own_rules=rule, powers_of_others=f"POWER = {power}\n") for power in (2.0, 3.0)
+    )
+    assert "" != first == second
+
+
+def test_classes_that_a_function_or_a_class_holds(hash_of):
+    """The function's arguments are somewhere in its module, which counts as a whole; so does the outer class."""
+    rules = [RULE.format(imports="POWER = 2.0", rest=f"mine = make({power})") for power in (2, 3)]
+    first, second = (hash_of("own_rules:mine", own_rules=rule) for rule in rules)
+    assert "" != first != second
+    rules = [HELD.format(rule=rule) for rule in ("softmax", "log_softmax")]
+    first, second = (hash_of("own_rules:mine", own_rules=rule) for rule in rules)
+    assert "" != first != second
+
+
 def test_the_optimizer_counts(write):
     write()
     before = user_code(config_with("switch", "user_gates:my_optimizer"))
