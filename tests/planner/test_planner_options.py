@@ -308,6 +308,27 @@ def test_latent_experts_by_hand():
     assert seconds("einsum") - seconds("gather") == pytest.approx(one_hot, rel=1e-6)
 
 
+def test_a_guess_counts_the_bubble_of_a_pipeline():
+    """Four stages of 8 microbatches in 2 rounds: 3 of 8·2 + 3 turns are idle, on four devices for one."""
+    config = from_config_dict({"model": {"num_layers": 8}, "train": {"accumulation_steps": 8}})
+    train = dataclasses.replace(config.train, pipeline_rounds=2)
+    one, four = (
+        candidates.guess_seconds(dataclasses.replace(config, mesh=mesh, train=train), CHIPS["v5p"])
+        for mesh in (ONE_DEVICE, dataclasses.replace(ONE_DEVICE, pipeline=4))
+    )
+    assert four == pytest.approx(one / 4 * 19 / 16)
+
+
+def test_a_program_is_tried_if_its_estimate_is_a_tenth_above_the_memory():
+    config = from_config_dict({"train": {"batch_size": 512}})
+    (first, *_), _ = candidates.candidates(config, 1, CHIPS["v5p"])
+    needed = first.fixed + first.activations
+    for factor, tried in ((1.1, True), (1.3, False)):
+        chip = dataclasses.replace(CHIPS["v5p"], memory=int(needed / factor))
+        found, _ = candidates.candidates(config, 1, chip)
+        assert (first.config in [each.config for each in found]) == tried
+
+
 def test_a_guess_counts_the_rows_of_slots_and_of_expert_choice_once():
     """Their capacity is what they compute: the model's FLOPs have it already, without buffers for more."""
     layers = {"expert_choice": {"capacity": {"train": 2.0}}, "soft_moe": {"dispatch": "einsum"}}
