@@ -84,18 +84,18 @@ def _parse(module: types.ModuleType) -> list[tuple[ast.stmt, set[str]]]:
 
 
 def _defines(statement: ast.stmt) -> Iterator[str]:
-    match statement:
-        case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
-            yield statement.name
-        case ast.Import() | ast.ImportFrom():
-            for alias in statement.names:
-                yield alias.asname or alias.name.partition(".")[0]
-        case _:  # an assignment, or a compound statement with definitions inside
-            for node in ast.walk(statement):
-                if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-                    yield node.id
-                elif node is not statement and isinstance(node, ast.stmt):
-                    yield from _defines(node)
+    """Names that a statement defines, also inside of an ``if`` or the like."""
+    definition = isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+    for node in [statement] if definition else ast.walk(statement):
+        match node:
+            case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
+                yield node.name
+            case ast.alias():
+                yield node.asname or node.name.partition(".")[0]
+            case ast.Name(ctx=ast.Store()):
+                yield node.id
+            case _:
+                pass
 
 
 def _uses(statement: ast.stmt, module: str) -> Iterator[_Place]:
