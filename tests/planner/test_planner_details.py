@@ -229,7 +229,7 @@ def test_a_timeline_shows_waits(monkeypatch):
 
 
 def test_a_timeline_joins_short_neighbours_of_one_kind():
-    """Of 1.2 s, less than a 300th, 4 ms, joins less than four times that. What takes longest in all runs is first."""
+    """A 300th of 1.2 s is 4 ms: shorter events join those below four times that. The longest of all runs is first."""
     work = [
         [0.0, 0.001, "matmul", "MoE"], [0.001, 0.002, "matmul", "MoE"], [0.003, 0.003, "matmul", "attention"],
         [0.006, 0.001, "other", "MoE"], [0.007, 1.193, "other", "MoE"],
