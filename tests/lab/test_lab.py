@@ -811,4 +811,5 @@ def test_missing_runs_by_hand(monkeypatch):
     # The rate 0.003 on seed 7; then two neighbours, and the arm's five seeds, two of which are finished.
     assert lines[2:4] == ["| a | 20 | 0.003 | 7 | 0.5 |", ""]
     assert lines[-1] == "The sweep will name about 7 more."
-    assert "0 of 2 runs are missing" in missing(with_seeds(suite, [0, 9]), done, lambda key: key.variant == "a")
+    finished = missing(with_seeds(suite, [0, 9]), done, lambda key: key.variant == "a")
+    assert finished == "test: 0 of 2 runs are missing"

@@ -43,11 +43,13 @@ def missing(suite: Suite, records: Sequence[Record], only: Callable[[Key], bool]
         (arm, f"{steps:,}", f"{rate:g}", _spans(found), _shown(hours(arm, steps) * len(found)))
         for (arm, steps, rate), found in seeds.items()
     ]
-    total = _shown(sum(hours(arm, steps) * len(found) for (arm, steps, _), found in seeds.items()))
-    lines = [markdown_table(("arm", "steps", "learning rate", "seeds", "hours"), rows), ""] if rows else []
-    lines.append(f"{suite.name}: {len(lacking)} of {len(planned)} runs are missing, {total} hours of one process")
-    if not pace:
-        lines[-1] += "; their pace is known once a run is finished"
+    count = f"{suite.name}: {len(lacking)} of {len(planned)} runs are missing"
+    lines = [count]
+    if rows:
+        total = _shown(sum(hours(arm, steps) * len(found) for (arm, steps, _), found in seeds.items()))
+        unknown = "" if pace else "; their pace is known once a run is finished"
+        table = markdown_table(("arm", "steps", "learning rate", "seeds", "hours"), rows)
+        lines = [table, "", f"{count}, {total} hours of one process{unknown}"]
     if unnamed := len(list(filter(only, plan.unnamed() if sweep else ()))):
         lines.append(f"The sweep will name about {unnamed} more.")
     return "\n".join(lines)
