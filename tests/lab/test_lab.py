@@ -767,7 +767,8 @@ def test_effects_of_the_report_follow_from_results_csv(tmp_path):
 
 
 def test_the_law_of_a_suite_of_widths_is_in_parameters():
-    arms = {"a": DENSE, "b": SWITCH, "c": DENSE, "d": SWITCH}
+    wide = {"model.d_ff": 2048}  # two arms of one config would share their runs
+    arms = {"a": DENSE, "b": SWITCH, "c": Variant(DENSE.overrides | wide), "d": Variant(SWITCH.overrides | wide)}
     experts, sizes = {"a": 1, "b": 4, "c": 1, "d": 4}, {"a": 10**5, "b": 10**5, "c": 10**6, "d": 10**6}
     suite = suite_of(arms, seeds=(0, 1, 2), experts=experts, sizes=sizes)
     losses = {"a": 4.0, "b": 3.8, "c": 3.5, "d": 3.4}

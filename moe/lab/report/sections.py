@@ -74,7 +74,7 @@ def _comparison_row(
         arm,
         loss_cell(found, arm, steps),
         f"{e}, smallest detectable {inference.smallest_detectable(e.sd, e.n):.4f}" if e.n > 1 and not diverged else
-        f"{diverged} diverged runs" if diverged else str(e),
+        f"diverged runs: {diverged}" if diverged else str(e),
         f"{e.p:.2g}" if e.n > 1 else "–",
         f"{adjusted:.2g}" if adjusted is not None else "–",
         f"{pooled.mean:+.4f} [{pooled.low:+.4f}, {pooled.high:+.4f}]" if pooled else "–",
