@@ -12,6 +12,7 @@ from moe.config import ConfigError, load_python_file
 from moe.data.corpora import DOMAINS
 from moe.fields import exits_as_errors
 from moe.foreign_files import first_sentence
+from moe.lab.schedule import Plan
 from moe.lab.suite import NAME, QUANTITIES, SIZES, Comparison, Suite, Sweep
 
 
@@ -96,6 +97,7 @@ def check(suite: Suite) -> None:
     costs = {name: suite.costs(name) for name in suite.variants}
     for name, comparison in suite.comparisons.items():
         _check_comparison(suite, name, comparison, costs)
+    _check_different(suite)
 
 
 def _check_names_and_steps(suite: Suite) -> None:
@@ -174,3 +176,17 @@ def _check_comparison(suite: Suite, name: str, comparison: Comparison, costs: di
                     f"suite {suite.name!r}, {where}: {arm!r} has {ratio:.3f} times the {quantity} of "
                     f"{comparison.baseline!r}, which is not equal within {comparison.tolerance:.0%}"
                 )
+
+
+def _check_different(suite: Suite) -> None:
+    """Refuse two arms that would be one run, whose difference would be reported as 0."""
+    plan, arms = Plan(suite, []), {}
+    for name, variant in suite.variants.items():
+        # Arms of equal settings still differ where their learning rates come from different sweeps.
+        sources = (name, variant.rate_from or name) if suite.sweep else (name,)
+        runs = tuple(plan.run(plan.key(arm, suite.longest, suite.seeds[0])) for arm in sources)
+        if (other := arms.setdefault(runs, name)) != name:
+            raise ConfigError(
+                f"suite {suite.name!r}, variants {other!r} and {name!r}: differ in nothing that changes a result by "
+                "more than rounding, so they would be one run"
+            )

@@ -149,6 +149,13 @@ TWO = {"a": DENSE, "b": DENSE}
         (suite_of({"a": DENSE}, {"c": Comparison("a", (), ("steps",))}), r"variants=\(\): must be at least one"),
         (suite_of({"a": DENSE}, {"c": Comparison("a", ("a",), ("steps",))}), "not the baseline 'a'"),
         (suite_of(TWO, {"c": Comparison("a", ("b", "b"), ("steps",))}), "all different"),
+        (suite_of(TWO), "variants 'a' and 'b': differ in nothing"),
+        (suite_of({"a": DENSE, "b": Variant({**DENSE.overrides, "model.remat": "full"})}), "more than rounding"),
+        (suite_of({"a": DENSE, "b": dataclasses.replace(DENSE, rate_from="a")}), "would be one run"),
+        (
+            suite_of({"p": DENSE, **dict.fromkeys("ab", dataclasses.replace(DENSE, starts_from="p"))}),
+            "'a' and 'b'",
+        ),
         *(
             (suite_of({"a": Variant({name: 1})}), f"variant 'a': {name} is set by the suite")
             for name in ("seed", "train.num_steps", "optimizer.learning_rate", "start.checkpoint")
@@ -169,6 +176,13 @@ TWO = {"a": DENSE, "b": DENSE}
 def test_a_suite_that_cannot_be_compared_is_refused(suite, message):
     with pytest.raises(ConfigError, match=message):
         check(suite)
+
+
+def test_arms_of_equal_settings_may_take_their_rates_from_different_sweeps():
+    arms = {"a": DENSE, "b": SWITCH, "b_shared": dataclasses.replace(SWITCH, rate_from="a")}
+    check(suite_of(arms, sweep=Sweep((3e-3, 6e-3), (9,))))
+    with pytest.raises(ConfigError, match="variants 'b' and 'b_shared'"):
+        check(suite_of(arms))  # without a sweep, all have the base config's rate
 
 
 SUITE_FILE = """
