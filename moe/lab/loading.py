@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +15,13 @@ from moe.fields import exits_as_errors
 from moe.foreign_files import first_sentence
 from moe.lab.schedule import Plan
 from moe.lab.suite import NAME, QUANTITIES, SIZES, Comparison, Suite, Sweep
+
+#: Settings that decide the tokens of a step and the held-out rows, on which differences between arms are paired.
+_SAME_TEXT = (
+    "train.batch_size", "model.vocab_size", "data.tokenizer", "data.dataset", "data.domains", "data.text_suffixes",
+    "data.chat_template", "data.objective", "data.sequence_length", "data.input_length", "data.pack",
+    "data.corruption_rate", "data.mean_span",
+)  # fmt: skip
 
 
 def load_suites(folder: Path, names: Sequence[str], size: str, given: Suite | None = None) -> dict[str, Suite]:
@@ -165,6 +173,7 @@ def _check_comparison(suite: Suite, name: str, comparison: Comparison, costs: di
         )
     if comparison.whole and comparison.whole not in comparison.variants:
         raise ConfigError(f"suite {suite.name!r}, {where}, whole={comparison.whole!r}: must be one of its variants")
+    _check_text(suite, where, arms)
     for quantity in comparison.equal:
         if quantity not in QUANTITIES:
             raise ConfigError(f"suite {suite.name!r}, {where}: {quantity!r} is not one of {QUANTITIES}")
@@ -175,6 +184,19 @@ def _check_comparison(suite: Suite, name: str, comparison: Comparison, costs: di
                 raise ConfigError(
                     f"suite {suite.name!r}, {where}: {arm!r} has {ratio:.3f} times the {quantity} of "
                     f"{comparison.baseline!r}, which is not equal within {comparison.tolerance:.0%}"
+                )
+
+
+def _check_text(suite: Suite, where: str, arms: Sequence[str]) -> None:
+    """Refuse to compare arms that read other tokens per step, or are evaluated on other rows."""
+    configs = {arm: suite.config(arm) for arm in arms}
+    for path in _SAME_TEXT:
+        (base, expected), *others = ((arm, operator.attrgetter(path)(config)) for arm, config in configs.items())
+        for arm, value in others:
+            if value != expected:
+                raise ConfigError(
+                    f"suite {suite.name!r}, {where}: {arm!r} has {path}={value!r} and {base!r} {expected!r}; compared "
+                    "arms must read, and be evaluated on, the same text"
                 )
 
 

@@ -171,6 +171,13 @@ TWO = {"a": DENSE, "b": DENSE}
             suite_of({"a": DENSE, "b": SWITCH}, {"c": Comparison("a", ("b",), ("total_parameters",))}),
             r"'b' has 3\.\d+ times the total_parameters of 'a'",
         ),
+        *(
+            (
+                suite_of({"a": DENSE, "b": Variant({name: value})}, {"c": Comparison("a", ("b",), ("steps",))}),
+                f"'b' has {name}={value} and 'a' .*; compared arms must read",
+            )
+            for name, value in (("train.batch_size", 16), ("data.sequence_length", 64), ("model.vocab_size", 5000))
+        ),
     ],
 )
 def test_a_suite_that_cannot_be_compared_is_refused(suite, message):
