@@ -1,16 +1,24 @@
-"""Stop signals of a run."""
+"""Stop signals of a run, and the common end of its processes."""
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import os
 import signal
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any, NoReturn
 
 import jax
+from jax._src import distributed
 from jax.experimental import multihost_utils
 
+from moe.config import ConfigError
+from moe.escaping import terminal
 from moe.exit_codes import START_AGAIN, after_signal
 
 
@@ -23,6 +31,13 @@ class Stopped(SystemExit):
 
     def __str__(self) -> str:
         return self.reason
+
+
+class StartAgain(Stopped):
+    """A reason to start a run again with the same command, which perhaps only this process sees."""
+
+    def __init__(self, reason: str):
+        super().__init__(START_AGAIN, reason)
 
 
 class StopSignals:
@@ -70,3 +85,67 @@ class StopSignals:
         elif self._received is not None:
             return Stopped(after_signal(self._received), f"stopped by {signal.Signals(self._received).name}")
         return None
+
+
+#: Key, in the store that the processes of a run share, of the exit code and the reason of the first that ended early.
+_ENDING = "moe/ending"
+
+
+@contextlib.contextmanager
+def ended_together() -> Iterator[None]:
+    """End all processes of a run, with the same exit code, when an error ends one of them.
+
+    Otherwise the others would wait for it in a collective until JAX aborts all of them, after five minutes and with
+    another exit code. Stopped is left alone: after a preemption notice all processes raise it at the same step.
+
+    Raises:
+        ConfigError: this is one of several processes that have not joined (:func:`moe.parallel.mesh.join_processes`).
+    """
+    if jax.process_count() == 1:
+        yield
+        return
+    client = distributed.global_state.client
+    if client is None:
+        raise ConfigError(f"--distributed: must be given, since this is one of {jax.process_count()} processes")
+    threading.Thread(target=_watch, args=(client,), daemon=True).start()
+    try:
+        yield
+    except BaseException as error:
+        if type(error) is not Stopped:
+            _announce(client, error)
+        raise
+
+
+def _announce(client: Any, error: BaseException) -> None:
+    """Tell the other processes why this one ends, and skip JAX's shutdown, which would wait for them."""
+    code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
+    reason = f"process {jax.process_index()}: {type(error).__name__}: {str(error)[:2000]}"
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # another process was first
+        client.key_value_set(_ENDING, f"{code} {reason}")
+    atexit.register(_leave, code)  # runs before JAX's own function, which was registered earlier
+
+
+def _watch(client: Any) -> None:
+    """End this process once another one has announced its end."""
+    while True:
+        time.sleep(0.5)
+        try:
+            code, _, reason = client.key_value_try_get(_ENDING).partition(" ")
+        except jax.errors.JaxRuntimeError:  # none has
+            continue
+        if not reason.startswith(f"process {jax.process_index()}:"):
+            print(f"ended with {terminal(reason)}", file=sys.stderr, flush=True)
+            _leave(int(code))
+        return
+
+
+def _leave(code: int) -> NoReturn:
+    """Exit, process 0 last: it has the store, without which JAX aborts the others.
+
+    Its start again takes longer than the others wait for it: they would join the processes that are ending.
+    """
+    time.sleep(2 if jax.process_index() else 3.5)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)

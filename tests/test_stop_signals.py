@@ -7,11 +7,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
+import jax
 import pytest
 
 from moe import exit_codes, signals
-from moe.config import to_dict
+from moe.config import ConfigError, to_dict
 from moe.training import loop as training
 from moe.training.loop import train
 from tests.run_helpers import ONE, SETTINGS, at_step, rows, steps, tiny
@@ -40,6 +42,73 @@ def test_a_signal_before_the_first_step_ends_the_run_at_once(directory, programs
     with pytest.raises(signals.Stopped):
         train(tiny(directory, **SETTINGS), str(tmp_path / "run"), ONE, make_program=programs)
     assert not (tmp_path / "run").exists()
+
+
+class Store(dict):
+    """JAX's store of a run."""
+
+    def key_value_set(self, key, value):
+        if key in self:
+            raise jax.errors.JaxRuntimeError("ALREADY_EXISTS")
+        self[key] = value
+
+    def key_value_try_get(self, key):
+        if key not in self:
+            raise jax.errors.JaxRuntimeError("NOT_FOUND")
+        return self[key]
+
+
+@pytest.fixture
+def pair(monkeypatch):
+    """This process as one of two: (their store, number of this process, exit codes of processes that left)."""
+    store, number, left = Store(), [1], []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: number[0])
+    monkeypatch.setattr(signals.distributed.global_state, "client", store)
+    monkeypatch.setattr(signals.threading, "Thread", mock.Mock())
+    monkeypatch.setattr(signals.time, "sleep", lambda _: None)
+    monkeypatch.setattr(signals.atexit, "register", lambda leave, code: left.append((number[0], code)))
+    monkeypatch.setattr(signals.os, "_exit", lambda code: left.append((number[0], code)))
+    return store, number, left
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (ConfigError("x: is wrong"), 1, "process 1: ConfigError: x: is wrong"),
+        (signals.StartAgain("damaged"), 75, "process 1: StartAgain: damaged"),
+        (SystemExit(130), 130, "process 1: SystemExit: 130"),
+    ],
+)
+def test_an_error_of_one_process_ends_the_others_with_its_exit_code(pair, capsys, error, code, text):
+    store, number, left = pair
+    with pytest.raises(type(error)), signals.ended_together():
+        raise error
+    number[0] = 0
+    signals._watch(store)
+    assert left == [(1, code), (0, code)]
+    assert capsys.readouterr().err == f"ended with {text}\n"
+    with pytest.raises(ValueError, match="later"), signals.ended_together():  # the first one's reason stays
+        raise ValueError("later")
+    assert list(store.values()) == [f"{code} {text}"]
+
+
+def test_one_of_several_processes_that_have_not_joined_is_refused(pair, monkeypatch):
+    monkeypatch.setattr(signals.distributed.global_state, "client", None)
+    with (
+        pytest.raises(ConfigError, match="--distributed: must be given, since this is one of 2"),
+        signals.ended_together(),
+    ):
+        pass
+
+
+def test_processes_that_stop_at_the_same_step_or_finish_do_not_end_each_other(pair):
+    store, _, left = pair
+    with signals.ended_together():
+        pass
+    with pytest.raises(signals.Stopped), signals.ended_together():
+        raise signals.Stopped(75, "stopped by a preemption notice")
+    assert (store, left) == ({}, [])
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ own JSON, and checksums of all of them. Retention: the newest ``keep``, the newe
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import re
@@ -34,10 +35,9 @@ from moe.checkpoints.integrity import (
 from moe.checkpoints.retention import LowestLoss, NewestRegular
 from moe.config import ConfigError
 from moe.data.streams import StreamsHandler, StreamsRestore, StreamsSave
-from moe.exit_codes import START_AGAIN
 from moe.metrics_files import METRICS, read_rows
 from moe.models.state import TrainState
-from moe.signals import Stopped
+from moe.signals import StartAgain
 from moe.waiting import said_aloud
 
 #: Object that Orbax writes last into a checkpoint in a bucket.
@@ -163,8 +163,7 @@ class Checkpoints:
         Newer damaged ones are moved to ``workdir/damaged`` and reported through ``say``. A checkpoint whose earlier
         rows of metrics are missing is moved too if an older checkpoint has its rows: the run then rewrites them.
 
-        In a multi-process run damage may be visible to only one process, which moves the checkpoint and asks for a
-        restart.
+        In a multi-process run see :meth:`start_again`.
 
         Args:
             state: ShapeDtypeStructs with the target shardings (``Program.state``).
@@ -182,9 +181,7 @@ class Checkpoints:
                 self._compare_rows(step, restored[1].get("rows"))
             except DamagedError as error:
                 damaged[step] = error
-                if jax.process_count() > 1 and step != steps[-1]:
-                    self._set_aside(step, say, str(error))
-                    raise Stopped(START_AGAIN, f"the checkpoint of step {step} is damaged") from error
+                self.start_again(step, error)
                 continue
             return self._without(damaged, step, say, restored)
         if lost := [step for step, error in damaged.items() if isinstance(error, RowsLostError)]:
@@ -199,6 +196,15 @@ class Checkpoints:
                 "restore one from a backup, or use another --workdir"
             )
         return None
+
+    def start_again(self, step: int, error: DamagedError) -> None:
+        """In a multi-process run, move a damaged checkpoint away, unless it is the oldest, and raise StartAgain.
+
+        Perhaps only this process sees the damage, and the others wait for it.
+        """
+        if jax.process_count() > 1 and step != min(self._manager.all_steps()):
+            self._set_aside(step, functools.partial(print, file=sys.stderr), str(error))
+            raise StartAgain(f"the checkpoint of step {step} is damaged: {error}") from error
 
     def _without(
         self,
@@ -218,8 +224,10 @@ class Checkpoints:
 
         Skipped with several processes: one may see an older version of the file than the process that writes it.
         """
+        if saved is None or jax.process_count() > 1:
+            return
         there = sum(row["step"] <= step for row in read_rows(self._workdir / METRICS))
-        if saved not in (None, there) and jax.process_count() == 1:
+        if saved != there:
             raise RowsLostError(f"{METRICS} has {there} rows up to step {step}, and had {saved} when that was saved")
 
     def _set_aside(self, step: int, say: Callable[[str], Any], reason: str) -> None:

@@ -2,7 +2,7 @@
 
 from absl import flags
 
-from moe import cli, compilation_cache, posttraining
+from moe import cli, compilation_cache, posttraining, signals
 from moe.parallel.mesh import join_processes
 from moe.training import profiling
 from moe.training.loop import train
@@ -21,10 +21,11 @@ def main() -> None:
     config = cli.load_config(_CONFIG)
     if _DISTRIBUTED.value:
         join_processes()
-    compilation_cache.use(config.train.compilation_cache, str(_WORKDIR.value))
-    steps = profiling.parse(_PROFILE.value, config.train.num_steps) if _PROFILE.value is not None else None
-    with profiling.profiled(steps, str(_WORKDIR.value), posttraining.make_program) as make_program:
-        train(config, str(_WORKDIR.value), make_program=make_program, allow_changes=_CHANGE.value)
+    with signals.ended_together():
+        compilation_cache.use(config.train.compilation_cache, str(_WORKDIR.value))
+        steps = profiling.parse(_PROFILE.value, config.train.num_steps) if _PROFILE.value is not None else None
+        with profiling.profiled(steps, str(_WORKDIR.value), posttraining.make_program) as make_program:
+            train(config, str(_WORKDIR.value), make_program=make_program, allow_changes=_CHANGE.value)
 
 
 def run() -> None:

@@ -5,7 +5,6 @@ Warnings depend only on the logged metrics, so that a resumed run gives the same
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import jax
@@ -142,11 +141,14 @@ class Recovery:
         for leaf in jax.tree.leaves(state.stored):  # a device may lack room for two states
             leaf.delete()
         for saved in self._checkpoints.before(self._tried or first, config.save_every):
-            with contextlib.suppress(DamagedError):
+            try:
                 good, _ = self._checkpoints.restore(saved, self._program.state)
-                self._tried, self._handled, self._at = saved, skipped, step
-                text = f"{trouble}: parameters and optimizer are those of step {saved} again"
-                return continue_at(state.restored(good), step), [{"what": "rollback", "to": saved, "text": text}]
+            except DamagedError as error:
+                self._checkpoints.start_again(saved, error)
+                continue
+            self._tried, self._handled, self._at = saved, skipped, step
+            text = f"{trouble}: parameters and optimizer are those of step {saved} again"
+            return continue_at(state.restored(good), step), [{"what": "rollback", "to": saved, "text": text}]
         raise DivergedError(f"{trouble}, and no checkpoint is left to roll back to: {remedy}")
 
 

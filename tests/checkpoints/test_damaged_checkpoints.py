@@ -6,11 +6,13 @@ import json
 import os
 import shutil
 import types
+from unittest import mock
 
 import jax
 import numpy as np
 import pytest
 
+from moe import signals
 from moe.atomic_files import from_checked_json, to_checked_json
 from moe.checkpoints import integrity, manager, parameters
 from moe.checkpoints.workdir import read_config
@@ -236,6 +238,23 @@ def test_a_checkpoint_without_read_permission_is_not_called_damaged(whole, progr
     with pytest.raises(PermissionError):
         checkpoints.resume(types.SimpleNamespace(stored=None), None, print)  # pyright: ignore[reportArgumentType]
     assert steps(whole) == [4, 6]
+
+
+def test_damage_that_one_of_several_processes_sees_is_set_aside_but_for_the_oldest(tmp_path, monkeypatch, capsys):
+    for step in ("2", "4"):
+        (tmp_path / "checkpoints" / step).mkdir(parents=True)
+    checkpoints = manager.Checkpoints(training.epath.Path(tmp_path), 2)
+    monkeypatch.setattr(checkpoints, "restore", mock.Mock(side_effect=integrity.DamagedError("cut")))
+    checkpoints.start_again(4, integrity.DamagedError("cut"))  # nothing in a run of one process
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(signals.StartAgain, match="the checkpoint of step 4 is damaged: cut") as caught:
+        checkpoints.resume(mock.Mock(), None, print)
+    assert caught.value.code == 75
+    assert f"was moved to {tmp_path}/damaged/4: cut" in capsys.readouterr().err
+    checkpoints._manager.reload()
+    with pytest.raises(ConfigError, match=r"no checkpoint is good \(step 2: cut\); nothing was changed"):
+        checkpoints.resume(mock.Mock(), None, print)
+    assert steps(tmp_path) == [2]
 
 
 def test_one_number_that_is_not_finite_is_found():

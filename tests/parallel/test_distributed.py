@@ -177,3 +177,18 @@ def test_processes_that_share_rows_save_checkpoints(settings, tmp_path):
     _launch(settings | FEW | {"mesh.expert": 1, "mesh.tensor": 2, "train.save_every": 1}, tmp_path / "run", 1)
     assert np.isfinite(_losses(tmp_path / "run", 2)).all()
     assert (tmp_path / "run" / "checkpoints" / "2" / "data" / "stream_0.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_all_processes_start_again_if_one_finds_a_damaged_checkpoint(settings, tmp_path):
+    """Only process 1 reads the position of stream 7; the launchers start both again, which go on from step 1."""
+    settings, run = settings | FEW | {"mesh.expert": 2, "train.save_every": 1}, tmp_path / "run"
+    _launch(settings, run, 1)
+    losses = _losses(run, 2)
+    (run / "checkpoints" / "2" / "data" / "stream_7.json").write_text("{")
+    (run / "report.txt").unlink()
+    _launch(settings, run, 1)
+    assert (run / "damaged" / "2").exists()
+    assert (run / "report.txt").exists()
+    np.testing.assert_allclose(_losses(run, 2), losses, rtol=1e-5)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from types import SimpleNamespace
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,12 @@ import numpy as np
 import optax
 import pytest
 
+from moe.checkpoints.integrity import DamagedError
 from moe.checkpoints.manager import Checkpoints
 from moe.config import ConfigError, OptimizerConfig, TrainConfig
 from moe.models.state import TrainState, continue_at
 from moe.parallel.mesh import make_mesh
+from moe.signals import StartAgain
 from moe.training import loop as training
 from moe.training import recovery
 from moe.training.loop import train
@@ -217,3 +220,15 @@ def test_a_new_streak_of_skipped_updates_begins_at_its_newest_checkpoint(begun_a
                 _, warnings = rolls.after(step, skipped, state)
                 rolled_back += [warning["to"] for warning in warnings]
     assert rolled_back == expected
+
+
+def test_a_rollback_to_a_checkpoint_that_one_process_finds_damaged_starts_the_run_again():
+    """The other processes may have read it, and would go on from another step."""
+    checkpoints = mock.Mock(before=lambda *_: [4, 2])
+    checkpoints.restore.side_effect = DamagedError("cut")
+    checkpoints.start_again.side_effect = StartAgain("the checkpoint of step 4 is damaged")
+    settings = TrainConfig(max_skipped_steps=8)
+    rolls = recovery.Recovery(SimpleNamespace(config=SimpleNamespace(train=settings), state=None), checkpoints)
+    with pytest.raises(StartAgain):
+        rolls.after(20, 8, SimpleNamespace(stored=()))
+    assert [call.args[0] for call in checkpoints.restore.call_args_list] == [4]
