@@ -136,8 +136,10 @@ def train_online(program: Program, workdir: str, task: Task, engine: Engine, rou
 
     Raises:
         ConfigError: sizes that do not divide, a workdir of another config or other sizes, or invalid output of the
-            task or the engine.
+            task or the engine; or this is one of several processes, since samples and rewards are whole in each.
     """
+    if jax.process_count() > 1:
+        raise ConfigError(f"train_online: must run in one process, not in {jax.process_count()}")
     config, directory = program.config, epath.Path(workdir)
     count, batch_size = rounds.group_size, config.train.batch_size
     if batch_size % count or config.train.num_steps % rounds.updates:

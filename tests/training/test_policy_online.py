@@ -117,6 +117,15 @@ def test_a_run_on_its_own_samples_resumes_bit_for_bit(tmp_path):
     assert len({row["reward"] for row in whole}) > 1
 
 
+def test_several_processes_are_refused(tmp_path, monkeypatch):
+    """Each would place the whole batch as its share of the rows."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    program = without_training(monkeypatch)
+    with pytest.raises(ConfigError, match="must run in one process, not in 2"):
+        train_online(program, str(tmp_path / "run"), Evens(), Engine(None), Rounds())
+    assert not (tmp_path / "run").exists()
+
+
 def test_each_round_draws_new_prompts_and_samples(tmp_path, monkeypatch):
     drawn, keys, loaded = [], [], []
 
