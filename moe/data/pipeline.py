@@ -237,7 +237,7 @@ def train_iterator(
             f"streams and needs a number of processes that divides {count}"
         )
     parts = {int(i): _stream(prepared, data, int(i), count, seed).batch(per_stream) for i in numbers}
-    return iter(streams.run(parts, _digest(prepared)))
+    return iter(streams.run(parts, digest(prepared)))
 
 
 def _stream(prepared: Prepared, data: DataConfig, number: int, count: int, seed: int) -> grain.IterDataset:
@@ -263,7 +263,7 @@ def _seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1)[0]) >> 1
 
 
-def _digest(prepared: Prepared) -> str:
+def digest(prepared: Prepared) -> str:
     """Hash what a stream position refers to: the tokenizer, and number and version of the documents."""
     parts = [f"{domain} {prepared.versions.get(domain)} {len(prepared.train[domain])}" for domain in prepared.domains]
     tokenizer = b"".join(content for _, content in sorted(prepared.tokenizer.files.items()))

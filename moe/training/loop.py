@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from moe import process
@@ -49,6 +50,7 @@ from moe.models.state import TrainState
 from moe.parallel.mesh import local_rows, make_mesh, rows_by_process
 from moe.signals import StopSignals
 from moe.training import profiling, progress, warm_start
+from moe.training.agreement import refuse_other_inputs, refuse_other_workdir
 from moe.training.batches import place
 from moe.training.evaluation import Heldout, check_domains, evaluate, load_heldout
 from moe.training.metrics import StepClock, Throughput, mean_row, step_metrics
@@ -95,6 +97,7 @@ def train(
     find_writers(config.train.writers)
     with contextlib.ExitStack() as stack:
         signals = stack.enter_context(StopSignals())
+        refuse_other_workdir(directory)
         started = (directory / CONFIG).exists()
         # Before the lock, so that nothing is written into a folder that is refused.
         new = not holds_run(directory)
@@ -111,6 +114,7 @@ def train(
         stage("preparing the data")
         prepared = pipeline.prepare_run(config, tokenizer=warm_start.tokenizer(config, directory), progress=say)
         check_domains(prepared)
+        refuse_other_inputs(config, prepared)
         if config.train.sample_tokens:
             prompts(config, prepared)
         stack.enter_context(jax.set_mesh(mesh))
@@ -141,6 +145,7 @@ def train(
             checkpoints = Checkpoints(
                 directory, config.train.keep_checkpoints, config.train.keep_every, save_every=config.train.save_every
             )
+            refuse_other_workdir(directory)  # again, since process 0 has now written the config of a new run
         say(_description(program))
         if program.about:
             say(program.about)
@@ -172,6 +177,8 @@ def train(
         if jax.process_index() == 0:
             with disk_errors(directory):
                 finish(program, state, prepared, directory, say)
+        # JAX aborts all processes if one leaves five minutes before another.
+        multihost_utils.sync_global_devices("report written")
 
 
 def _with_streams(config: Config, mesh: Mesh, begun: Config | None, say: Callable[[str], Any]) -> Config:

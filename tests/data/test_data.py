@@ -369,7 +369,7 @@ def test_a_position_belongs_to_its_documents_and_tokenizer(letters):
         dataclasses.replace(one, versions={"x": "2"}),
         dataclasses.replace(one, tokenizer=tokenizer),
     ]
-    assert len({pipeline._digest(each) for each in (one, *others)}) == 4
+    assert len({pipeline.digest(each) for each in (one, *others)}) == 4
 
 
 def _documents(row, tokenizer):

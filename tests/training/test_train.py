@@ -1,5 +1,6 @@
 """The whole loop on tiny text: files, bit-for-bit resumption, and equal curves on every mesh."""
 
+import contextlib
 import dataclasses
 import importlib
 import math
@@ -11,14 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
 from moe.config import Config, ConfigError, MeshConfig, TrainConfig
+from moe.data.preparation import Prepared
 from moe.metrics_files import read_rows
 from moe.models import flops
 from moe.parallel import target
 from moe.parallel.mesh import make_mesh
 from moe.routing.balancing import BalanceSums, LayerReport
-from moe.training import evaluation, loop, metrics, profiling
+from moe.training import agreement, evaluation, loop, metrics, profiling
 from moe.training.evaluation import Heldout, _summary, check_domains, evaluate, sum_variance
 from moe.training.loop import train
 from moe.training.metrics import Throughput
@@ -296,6 +299,77 @@ def test_a_pipeline_without_microbatches_is_refused_on_several_hosts(directory, 
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(ConfigError, match=r"train\.accumulation_steps=1: must be a multiple of mesh\.pipeline=2"):
         train(config, str(tmp_path / "run"), jax.devices()[:4], quiet=True)
+
+
+@pytest.fixture
+def gathered(monkeypatch):
+    """This process as one of two: (digests of process 0, whether this is process 1, which gathers both)."""
+    digests, is_second = [], [False]
+
+    def gather(digest):
+        if is_second[0]:
+            return np.stack([digests.pop(0), digest])
+        digests.append(digest)
+        return np.stack([digest, digest])
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(agreement.multihost_utils, "process_allgather", gather)
+    return digests, is_second
+
+
+def test_processes_with_another_config_or_other_documents_are_refused(gathered):
+    digests, is_second = gathered
+    config = Config()
+    prepared = Prepared(types.SimpleNamespace(files={"tokenizer.model": b"t"}), ("a",), {"a": ["x"]}, {}, {"a": "1"})
+    agreement.refuse_other_inputs(config, prepared)
+    kept, is_second[0] = list(digests), True
+    local = dataclasses.replace(config, data=dataclasses.replace(config.data, directory="/local"))
+    agreement.refuse_other_inputs(local, prepared)
+    for own, documents, words in (
+        (dataclasses.replace(config, seed=1), prepared, "--config: process 1 has another config than process 0"),
+        (config, dataclasses.replace(prepared, versions={"a": "2"}), "data.dataset='embedded': process 1 has other"),
+        (config, dataclasses.replace(prepared, train={"a": ["x", "y"]}), "process 1 has other documents"),
+    ):
+        digests[:] = kept
+        with pytest.raises(ConfigError, match=words):
+            agreement.refuse_other_inputs(own, documents)
+
+
+@pytest.mark.parametrize("name", ["config.json", "report.txt"])
+@pytest.mark.parametrize(("appears_after", "pauses"), [(3, [1, 2]), (1000, [1, 2, 4, 8, 16, 32, 64, 0])])
+def test_a_workdir_that_another_process_does_not_see_is_refused_after_a_while(
+    gathered, tmp_path, monkeypatch, appears_after, pauses, name
+):
+    """A network file system may show the files of process 0 late; on a local disk they never appear."""
+    digests, is_second = gathered
+    here, there, slept = epath.Path(tmp_path / "0"), epath.Path(tmp_path / "1"), []
+    for workdir in (here, there):
+        workdir.mkdir()
+    (here / name).write_text("{}")
+    agreement.refuse_other_workdir(here)
+    digests *= 10
+    is_second[0] = True
+
+    def pause(seconds):
+        slept.append(seconds)
+        if sum(slept) >= appears_after:
+            (there / name).write_text("{}")
+
+    monkeypatch.setattr(agreement.time, "sleep", pause)
+    with contextlib.nullcontext() if appears_after == 3 else pytest.raises(ConfigError, match="process 1 finds other"):
+        agreement.refuse_other_workdir(there)
+    assert slept == pauses
+
+
+def test_processes_wait_for_the_report(directory, whole, tmp_path, monkeypatch):
+    """JAX aborts all of them five minutes after the first has left."""
+    shutil.copytree(whole[1], tmp_path / "run")
+    (tmp_path / "run" / "report.txt").unlink()
+    order = []
+    monkeypatch.setattr(loop, "finish", lambda *_: order.append("report"))
+    monkeypatch.setattr(loop.multihost_utils, "sync_global_devices", order.append)
+    train(tiny(directory, **WHOLE), str(tmp_path / "run"), ONE, quiet=True)
+    assert order == ["report", "report written"]
 
 
 def test_a_workdir_belongs_to_one_config(directory, whole, tmp_path):
