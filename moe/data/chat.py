@@ -33,6 +33,9 @@ from moe.data.tokenizer import Tokenizer
 
 #: Messages as dicts with "role", "content" and whatever else a template reads.
 Messages = Sequence[dict[str, Any]]
+#: What templates that ask for the date get in training and evaluation, so that rows do not depend on the day or the
+#: host; the default of Llama 3's template.
+DATE = "2024-07-26"
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one field; templates read the first
 
 
@@ -58,8 +61,15 @@ class ChatTemplate:
         with self._lock:
             self._start()
 
-    def render(self, messages: Messages, *, add_generation_prompt: bool = False) -> tuple[str, list[Span]]:
+    def render(
+        self, messages: Messages, *, add_generation_prompt: bool = False, date: str = DATE
+    ) -> tuple[str, list[Span]]:
         """The text of a conversation, and the spans that the template marks as written by the model.
+
+        Args:
+            messages: of the conversation.
+            add_generation_prompt: end with the beginning of an answer.
+            date: YYYY-MM-DD, or "" for today's.
 
         Raises:
             ConfigError: the template refuses the messages, does what the sandbox forbids, or takes too much time or
@@ -74,7 +84,7 @@ class ChatTemplate:
         with self._lock:
             if self._process is None:
                 self._start()
-            reply = self._ask(values | self._special_tokens)
+            reply = self._ask({"date": date, "values": values | self._special_tokens})
         if "error" in reply:
             raise ConfigError(f"{self._name}: the chat template refuses a conversation ({reply['error']})")
         return reply["text"], [(start, end) for start, end in reply["spans"]]
@@ -250,11 +260,12 @@ def encoded_answers(messages: Messages, tokenizer: Tokenizer) -> list[dict[str, 
     return found
 
 
-def prompt_ids(tokenizer: Tokenizer, messages: Messages) -> np.ndarray:
-    """Ids [n] int32 of a conversation and the generation prompt of the next answer."""
+def prompt_ids(tokenizer: Tokenizer, messages: Messages, date: str = DATE) -> np.ndarray:
+    """Ids [n] int32 of a conversation and the generation prompt of the next answer; date as in
+    :meth:`ChatTemplate.render`."""
     template = chat_template(tokenizer)
     assert isinstance(tokenizer, JsonTokenizer)
-    return tokenizer.encode_rendered(template.render(messages, add_generation_prompt=True)[0])[0]
+    return tokenizer.encode_rendered(template.render(messages, add_generation_prompt=True, date=date)[0])[0]
 
 
 def first_prompt(tokenizer: Tokenizer, text: str, dataset: str) -> np.ndarray:

@@ -2,8 +2,8 @@
 
 It is a process of its own because code that the sandbox allows may still run for ever or fill the memory, such as
 nested loops or ``"x" * 10 ** 10``. Its arguments are the limits. It reads lines of JSON: {"source"}, and then requests
-{"messages", "add_generation_prompt", ...}; it writes a line for each: {"text", "spans"} or {"error"}. It imports
-nothing of this package.
+{"date", "values": {"messages", "add_generation_prompt", ...}}; it writes a line for each: {"text", "spans"} or
+{"error"}. It imports nothing of this package.
 """
 
 from __future__ import annotations
@@ -107,10 +107,6 @@ def _to_json(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-def _strftime_now(pattern: str) -> str:
-    return datetime.datetime.now().strftime(pattern)
-
-
 def make_environment() -> jinja2.sandbox.SandboxedEnvironment:
     """Sandbox with the filters and globals that a template can use."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
@@ -119,7 +115,6 @@ def make_environment() -> jinja2.sandbox.SandboxedEnvironment:
     environment.filters["tojson"] = _to_json
     environment.globals |= {
         "raise_exception": _raise_exception,
-        "strftime_now": _strftime_now,
         "dict": _Dict(),
         "namespace": _Namespace,
     }
@@ -146,7 +141,8 @@ def answer(line: str, template: jinja2.Template | None) -> tuple[dict[str, Any],
     try:
         if template is None:
             return {}, make_environment().from_string(request["source"])
-        text, spans = render(template, request)
+        date = datetime.datetime.fromisoformat(request["date"]) if request["date"] else datetime.datetime.now()
+        text, spans = render(template, request["values"] | {"strftime_now": lambda pattern: date.strftime(pattern)})
     except Exception as error:  # a template is a program and may raise anything
         kind = "" if template is None else f"{type(error).__name__}: "
         return {"error": " ".join(f"{kind}{error}".split())[:300]}, template

@@ -84,7 +84,7 @@ def _talk(turns: Iterable[str], tokenizer: Any, answer: Callable[[list[int]], It
         messages.append({"role": "user", "content": turn})
         ids: list[int] = []
         screen = _Screen()
-        for (token,) in answer(chat.prompt_ids(tokenizer, messages).tolist()):
+        for (token,) in answer(chat.prompt_ids(tokenizer, messages, date="").tolist()):
             ids += [int(token)] if token >= 0 else []
             screen.show(tokenizer.decode(ids))
         print(flush=True)

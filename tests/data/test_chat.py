@@ -1,6 +1,7 @@
 """Conversations: ids and masks of the transformers library, rows, refusals, and what a template may not do."""
 
 import dataclasses
+import datetime
 import hashlib
 import json
 import subprocess
@@ -137,6 +138,12 @@ def test_templates_have_the_helpers_of_transformers():
     )
     text, _ = chat.ChatTemplate(template, {}, "t").render(conversation("x"))
     assert text == '4{"b": "<é>", "a": 1}'
+
+
+def test_rows_do_not_depend_on_the_day():
+    template = chat.ChatTemplate("{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% endif %}", {}, "t")
+    assert template.render(conversation("x"))[0] == "26 Jul 2024"
+    assert datetime.datetime.strptime(template.render(conversation("x"), date="")[0], "%d %b %Y").year > 2024
 
 
 @pytest.mark.parametrize(
