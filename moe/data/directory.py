@@ -15,6 +15,9 @@ from etils import epath
 from moe.atomic_files import NO_LOCKS
 from moe.config import ConfigError
 
+#: Name of the lock.
+LOCK = ".lock"
+
 
 @contextlib.contextmanager
 def disk_errors(directory: epath.Path, raised: type[Exception] = OSError) -> Iterator[None]:
@@ -33,8 +36,10 @@ def disk_errors(directory: epath.Path, raised: type[Exception] = OSError) -> Ite
 
 
 @contextlib.contextmanager
-def locked_directory(directory: Path) -> Iterator[None]:
+def locked_directory(directory: Path, *, shared: bool = False) -> Iterator[None]:
     """Hold the directory's lock, so that one of several processes prepares the data and the others reuse it.
+
+    A shared lock keeps out only the process that prepares.
 
     Creates the directory if it is missing, and removes it again if an error leaves it empty. A read-only directory is
     not locked, because nothing can be prepared there; nor is one on a file system without locks, where one process has
@@ -47,7 +52,7 @@ def locked_directory(directory: Path) -> Iterator[None]:
     try:
         made = [path for path in (directory, *directory.parents) if not path.exists()]
         directory.mkdir(parents=True, exist_ok=True)
-        descriptor = _open_lock(directory / ".lock")
+        descriptor = _open_lock(directory / LOCK)
     except (OSError, ValueError) as error:  # ValueError: a zero byte or half a character in the path
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"data.directory={os.fspath(directory)!r}: cannot be written ({reason})") from error
@@ -55,11 +60,11 @@ def locked_directory(directory: Path) -> Iterator[None]:
         yield
         return
     try:
-        _lock(descriptor, directory)
+        _lock(descriptor, directory, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
         yield
     except ConfigError:
-        if made and os.listdir(directory) == [".lock"]:
-            (directory / ".lock").unlink()
+        if made and os.listdir(directory) == [LOCK]:
+            (directory / LOCK).unlink()
             for path in made:
                 path.rmdir()
         raise
@@ -67,10 +72,10 @@ def locked_directory(directory: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _lock(descriptor: int, directory: Path) -> None:
+def _lock(descriptor: int, directory: Path, operation: int) -> None:
     """Wait for the lock of an open file, if its file system has locks."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)  # the kernel releases it also when the process is killed
+        fcntl.flock(descriptor, operation)  # the kernel releases it also when the process is killed
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise ConfigError(

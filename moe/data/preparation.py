@@ -16,7 +16,7 @@ from etils import epath
 from moe.atomic_files import in_bucket, write_atomic
 from moe.config import EMBEDDED_DOMAINS, ConfigError, DataConfig, read_small_file
 from moe.data import chat, corpora, folders, policy, tfds_datasets
-from moe.data.directory import disk_errors, locked_directory
+from moe.data.directory import LOCK, disk_errors, locked_directory
 from moe.data.documents import PAIR
 from moe.data.json_tokenizer import JsonTokenizer
 from moe.data.sentinels import SENTINELS, check_sentinels
@@ -79,26 +79,54 @@ def open_data(
     directory = _reach(data.directory)
     # In a bucket nothing is built or trained, so no lock is needed.
     local = not in_bucket(directory)
+    if local and (directory / LOCK).exists():
+        # Perhaps nothing is missing: then any number of processes opens the data at the same time.
+        with (
+            contextlib.suppress(_NotPreparedError),
+            locked_directory(Path(directory), shared=True),
+            disk_errors(directory),
+        ):
+            return _open_all(data, vocab_size, tokenizer, directory, _refuse_to_prepare)
     lock = locked_directory(Path(directory)) if local else contextlib.nullcontext()
     with lock, disk_errors(directory):
-        found = _open(data, directory, progress)
-        domains = tuple(data.domains) or tuple(found)
-        train, heldout = ({domain: found[domain][part] for domain in domains} for part in (0, 1))
-        versions = {domain: found[domain][2] for domain in domains}
-        domain_weights(data, domains)
-        if tokenizer is None and data.tokenizer:
-            tokenizer = named_tokenizer(data.tokenizer, directory, progress)
-        if data.conversations:
-            tokenizer = _chat_tokenizer(tokenizer, data.chat_template)
-        if tokenizer is None and data.objective == "policy":
-            raise ConfigError("data.tokenizer='': must name that of the rollouts, or start from a checkpoint with it")
-        if tokenizer is None:
-            refuse_unseen(train)
-            text = hashlib.sha256(json.dumps([data.dataset, versions]).encode()).hexdigest()[:12]
-            readable = re.sub(r"[^a-zA-Z0-9_.-]", "_", "-".join([data.dataset, *domains]))[:80]
-            size = vocab_size - SENTINELS if data.objective == "span_corruption" else vocab_size
-            path = directory / "tokenizers" / f"{readable}-{text}-v{size}-{TRAINER_VERSION}.model"
-            tokenizer = _cached_tokenizer(path, train, size, progress)
+        return _open_all(data, vocab_size, tokenizer, directory, progress)
+
+
+class _NotPreparedError(Exception):
+    """Something is missing in data.directory."""
+
+
+def _refuse_to_prepare(step: str) -> None:
+    """Stand in for ``progress``, which is called before each step that writes."""
+    raise _NotPreparedError(step)
+
+
+def _open_all(
+    data: DataConfig,
+    vocab_size: int,
+    tokenizer: Tokenizer | None,
+    directory: epath.Path,
+    progress: Callable[[str], None],
+) -> Prepared:
+    """See :func:`open_data`."""
+    found = _open(data, directory, progress)
+    domains = tuple(data.domains) or tuple(found)
+    train, heldout = ({domain: found[domain][part] for domain in domains} for part in (0, 1))
+    versions = {domain: found[domain][2] for domain in domains}
+    domain_weights(data, domains)
+    if tokenizer is None and data.tokenizer:
+        tokenizer = named_tokenizer(data.tokenizer, directory, progress)
+    if data.conversations:
+        tokenizer = _chat_tokenizer(tokenizer, data.chat_template)
+    if tokenizer is None and data.objective == "policy":
+        raise ConfigError("data.tokenizer='': must name that of the rollouts, or start from a checkpoint with it")
+    if tokenizer is None:
+        refuse_unseen(train)
+        text = hashlib.sha256(json.dumps([data.dataset, versions]).encode()).hexdigest()[:12]
+        readable = re.sub(r"[^a-zA-Z0-9_.-]", "_", "-".join([data.dataset, *domains]))[:80]
+        size = vocab_size - SENTINELS if data.objective == "span_corruption" else vocab_size
+        path = directory / "tokenizers" / f"{readable}-{text}-v{size}-{TRAINER_VERSION}.model"
+        tokenizer = _cached_tokenizer(path, train, size, progress)
     if tokenizer.vocab_size > vocab_size:
         raise ConfigError(
             f"model.vocab_size={vocab_size}: the tokenizer has {tokenizer.vocab_size} tokens; use at least that"

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import subprocess
+from pathlib import Path
 
 import fsspec
 import pytest
@@ -49,6 +50,24 @@ def test_a_file_system_without_locks_is_usable(folder, tmp_path, monkeypatch):
     assert not (tmp_path / "cache").exists()
     errors = [errno.ENOLCK]
     pipeline.prepare(config, VOCAB, progress=lambda _: None)
+
+
+def test_only_a_process_that_prepares_keeps_the_others_out(folder, monkeypatch):
+    """All hosts of a pod open prepared data at the same time."""
+    config, _, _ = folder
+    operations, flock = [], fcntl.flock
+    monkeypatch.setattr(fcntl, "flock", lambda file, operation: operations.append(operation) or flock(file, operation))
+    first = pipeline.prepare(config, VOCAB, progress=lambda _: None)
+    assert operations == [fcntl.LOCK_EX]
+    second = pipeline.prepare(config, VOCAB, progress=lambda _: None)
+    assert operations[1:] == [fcntl.LOCK_SH]
+    assert second.versions == first.versions
+    assert second.tokenizer.model_bytes == first.tokenizer.model_bytes
+    Path(config.dataset, "books", "0.txt").write_text("another text\n" * 9)
+    said = []
+    pipeline.prepare(config, VOCAB, progress=said.append)
+    assert operations[2:] == [fcntl.LOCK_SH, fcntl.LOCK_EX]
+    assert "indexing" in said[0]
 
 
 def test_a_prepared_read_only_directory_is_usable(folder, tmp_path):
