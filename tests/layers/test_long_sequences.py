@@ -142,6 +142,36 @@ def test_blocks_of_scores_cost_least():
     assert not tpu.block_sizes(4096, 128).use_fused_bwd_kernel
 
 
+def _gradients_of_splash():
+    """Function from queries, keys and values of 384 tokens, in 3 blocks of 128, to their gradients."""
+
+    def loss(query, key, value):
+        segment_ids = jnp.ones((1, 384), jnp.int32)
+        return jnp.sum(jnp.sin(tpu.splash_attention(query, key, value, segment_ids, Scoring(), interpret=True)))
+
+    return jax.grad(loss, (0, 1, 2))
+
+
+def test_long_rows_have_no_partial_gradients_of_queries(monkeypatch):
+    """A partial gradient for each block of 1024 keys: 16 in rows of 16,384 tokens. Longer rows would need T²/1024
+    numbers for each dimension of a head, so their queries get a kernel of their own."""
+    assert tpu.block_sizes(2**14, 0).use_fused_bwd_kernel
+    assert not tpu.block_sizes(2**15, 0).use_fused_bwd_kernel
+    heads = jnp.ones((1, 384, 1, 64))
+    assert "f32[3,1,384,64]" in str(jax.make_jaxpr(_gradients_of_splash())(heads, heads, heads))
+    monkeypatch.setattr(tpu, "_MOST_PARTIALS", 2)
+    assert "f32[3,1,384,64]" not in str(jax.make_jaxpr(_gradients_of_splash())(heads, heads, heads))
+
+
+@pytest.mark.slow
+def test_both_kernels_of_gradients_agree(monkeypatch):
+    query, key, value = (jax.random.normal(jax.random.key(i), (1, 384, 1, 64)) for i in range(3))
+    together = jax.jit(_gradients_of_splash())(query, key, value)
+    monkeypatch.setattr(tpu, "_MOST_PARTIALS", 2)
+    separate = jax.jit(_gradients_of_splash())(query, key, value)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-4), separate, together)
+
+
 @pytest.mark.parametrize(
     ("kind", "shape", "value_dim", "runs"),
     [

@@ -28,6 +28,9 @@ _HEAD_STEP, _LARGEST_HEAD = 16, 256
 #: Side of a block of scores whose computation takes about as long as starting it.
 _OVERHEAD_SIDE = 256
 
+#: Maximum number of partial gradients of the queries, one for each block of keys, that are in memory at once.
+_MOST_PARTIALS = 16
+
 
 def runs_splash(query: Float[Array, "B T N H"], value: Float[Array, "B U M V"]) -> bool:
     """Whether this program is for a TPU that has the kernel, and the kernel takes these shapes; v2 and v3 lack its
@@ -186,8 +189,8 @@ def block_sizes(length: int, window: int) -> kernels.BlockSizes:
     """Square blocks of scores with the least cost per query; without a window (0), half of all are computed.
 
     One kernel for all gradients writes a partial gradient of the queries for each block of keys, zeros where the two
-    share no block, and adds them. Under a window nearly all would be zeros, so the queries get a separate kernel, which
-    visits, like the others, only the blocks that the window touches.
+    share no block, and adds them. Under a window nearly all would be zeros, and in long rows their memory grows with
+    T², so there the queries get a separate kernel, which visits, like the others, only the blocks that are seen.
     """
 
     def cost(side: int) -> float:
@@ -195,7 +198,8 @@ def block_sizes(length: int, window: int) -> kernels.BlockSizes:
         return blocks * (side**2 + _OVERHEAD_SIDE**2) / side
 
     side = min((side for side in (1024, 512, 256, 128) if length % side == 0), key=cost)
-    of_queries = side if window else None
+    fused = not window and length // side <= _MOST_PARTIALS
+    of_queries = None if fused else side
     return kernels.BlockSizes(
         block_q=side,
         block_kv=side,
@@ -205,5 +209,5 @@ def block_sizes(length: int, window: int) -> kernels.BlockSizes:
         block_kv_dkv_compute=min(side, 512),
         block_q_dq=of_queries,
         block_kv_dq=of_queries,
-        use_fused_bwd_kernel=not window,
+        use_fused_bwd_kernel=fused,
     )
