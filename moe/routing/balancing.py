@@ -297,12 +297,12 @@ def next_selection_bias(
     sign: b_e + u·sign(mean load − load_e) (loss-free balancing 2024, algorithm 1). quantile: a
     step of u towards the bias that would have balanced the step, then mean-centred (Kimi K3 2026, section 2.3.3).
     threshold: the same without centring. penalty: λ·(1 + u)^sign(mean number of active experts − K) (ReMoE 2024,
-    equation 8).
+    equation 8), at least float32's smallest normal number, since 0 would never grow again.
     """
     if update == "sign":
         return bias + rate * signal
     if update == "penalty":
-        return bias * (1 + rate) ** signal
+        return jnp.maximum(bias * (1 + rate) ** signal, jnp.finfo(jnp.float32).tiny)
     bias = bias + rate * (signal - bias)
     return bias - jnp.mean(bias, axis=-1, keepdims=True) if update == "quantile" else bias
 

@@ -133,6 +133,11 @@ def test_remoe_by_hand():
         signal = balancing.bias_signal("penalty", report, k)
         strength = balancing.next_selection_bias("penalty", jnp.ones(3), signal, 0.2)
         np.testing.assert_allclose(strength, np.full(3, expected), rtol=1e-6)
+    # 1e-8 falls by 1.2 to float32's smallest normal number, 1.2e-38, in 378 steps; it stops there, and can grow again.
+    least = jnp.full(3, np.finfo(np.float32).tiny)
+    falling = balancing.next_selection_bias("penalty", least, -jnp.ones(3), 0.2)
+    grown = balancing.next_selection_bias("penalty", falling, jnp.ones(3), 0.2)
+    np.testing.assert_allclose(grown, 1.2 * least, rtol=1e-6)
     # All layers have one λ: with 1.5, 1.5 and 5 experts a token, 2.67 on average, it grows at K = 2 in all of them.
     layers = jax.tree.map(lambda values: jnp.stack([values] * 3), report)
     layers = dataclasses.replace(layers, active_experts=jnp.asarray([1.5, 1.5, 5.0]))
