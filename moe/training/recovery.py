@@ -93,7 +93,8 @@ class Health:
             return []
         load = np.asarray(expert_load)
         dead = np.argwhere(load == 0).tolist()
-        new = [pair for pair in dead if pair not in self._dead]
+        known = set(map(tuple, self._dead))  # of thousands in a large model
+        new = [pair for pair in dead if tuple(pair) not in known]
         self._dead = dead
         if not new:
             return []

@@ -189,6 +189,27 @@ def test_spikes_and_dead_experts_by_hand():
     assert recovery.Health(0.0, 8, watch.memory()).look(20, [{"skipped": 0.0, "cross_entropy": 99.0}], {}) == []
 
 
+def test_dead_experts_of_a_large_model_cost_no_time():
+    """Half of 61 x 256 experts are dead twice: a pair is looked up among 7,808, not compared with each."""
+
+    class Pair(list):
+        compared = 0
+
+        def __eq__(self, other):
+            Pair.compared += 1
+            return list.__eq__(self, other)
+
+        __hash__ = None
+
+    load = np.zeros((61, 256))
+    load[:, ::2] = 1 / 128
+    watch = recovery.Health(6.0, 8)
+    assert len(watch.look(1, [], {"expert_load": load})[0]["experts"]) == 61 * 128
+    watch._dead = [Pair(pair) for pair in watch._dead]
+    assert watch.look(2, [], {"expert_load": load}) == []
+    assert Pair.compared < 61 * 256
+
+
 def test_parameters_that_are_not_finite_are_never_saved(directory, programs, tmp_path):
     """An update that leaves infinite parameters while its own loss and gradients were finite."""
 
