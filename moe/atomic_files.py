@@ -10,7 +10,7 @@ import os
 import re
 import stat
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ def is_bucket_error(error: BaseException) -> bool:
     return type(error).__module__.partition(".")[0] in ("gcsfs", "fsspec", "google", "requests", "aiohttp")
 
 
-def write_atomic(path: epath.Path | Path, content: bytes | str) -> None:
+def write_atomic(path: epath.Path | Path, content: bytes | str | Iterable[bytes]) -> None:
     """Create or replace a file in one step: a reader, or a crash, sees the old content or the new, never a part.
 
     The content goes to ``PATH.tmp`` first, which is then renamed; only one process may write a path at a time. In a
@@ -41,7 +41,7 @@ def write_atomic(path: epath.Path | Path, content: bytes | str) -> None:
 
     Args:
         path: of the file.
-        content: bytes, or text, which is encoded as UTF-8 with lone surrogates escaped.
+        content: bytes, their parts, or text, which is encoded as UTF-8 with lone surrogates escaped.
 
     Raises:
         ConfigError: the path is a device, such as /dev/null, which the file would replace.
@@ -49,7 +49,7 @@ def write_atomic(path: epath.Path | Path, content: bytes | str) -> None:
     if isinstance(content, str):
         content = content.encode("utf-8", "backslashreplace")
     if in_bucket(path):
-        path.write_bytes(content)
+        path.write_bytes(content if isinstance(content, bytes) else b"".join(content))
         return
     mode = os.stat(path).st_mode if os.path.exists(path) else 0
     if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
@@ -58,7 +58,7 @@ def write_atomic(path: epath.Path | Path, content: bytes | str) -> None:
     temporary.unlink(missing_ok=True)  # left by a kill, or a planted link
     try:
         with open(temporary, "xb", opener=_new) as file:
-            file.write(content)
+            file.writelines([content] if isinstance(content, bytes) else content)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)

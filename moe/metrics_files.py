@@ -6,9 +6,11 @@ Rows are dicts of scalars and short lists. Only process 0 writes.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +20,12 @@ import pydantic
 from etils import epath
 
 from moe.atomic_files import in_bucket, write_atomic
-from moe.config import Config, ConfigError, read_small_file, to_dict
+from moe.config import Config, ConfigError, open_regular, to_dict
 from moe.fields import whole_number
-from moe.foreign_files import Fields, Step, kept_whole, parse
+from moe.foreign_files import Fields, Json, Step, kept_whole, parse
 from moe.metric_writers import Factory
 
 METRICS, TIMING = "metrics.jsonl", "timing.jsonl"
-
-
-_LARGEST = 1 << 34  # bytes
 
 
 class _Row(Fields):
@@ -61,32 +60,53 @@ class _Row(Fields):
 _ROW = kept_whole(_Row)
 
 
-def read_rows(path: epath.Path | Path) -> list[dict[str, Any]]:
-    """Read a JSON-lines file; a last line cut short by a crash is dropped, and a missing file has no rows.
+def read_rows(path: epath.Path | Path) -> list[Json]:
+    """All rows of :func:`iterate_rows`."""
+    return list(iterate_rows(path))
 
-    In a bucket, objects of further rows beside it are read too (:class:`_Segments`).
+
+def iterate_rows(path: epath.Path | Path, kind: str = "") -> Iterator[Json]:
+    """Rows of a JSON-lines file, one at a time: those of a long run of a large model fill gigabytes.
+
+    A last line cut short by a crash is dropped, and a missing file has no rows. In a bucket, objects of further rows
+    beside it are read too (:class:`_Segments`).
+
+    Args:
+        path: of the file.
+        kind: of the rows; other lines are not parsed. Empty: all rows.
 
     Raises:
         ConfigError: any other line is not a row of metrics, or the path is no regular file.
     """
-    rows = _read_lines(path) if path.exists() else []
-    for segment in _segments(path):
-        first = int(segment.name)
-        if first <= len(rows):
-            rows[first:] = _read_lines(segment)
-    return rows
+    for _, row in _entries(path, kind.encode()):
+        if kind in ("", row["kind"]):
+            yield row
 
 
-def _read_lines(path: epath.Path | Path) -> list[dict[str, Any]]:
-    rows = []
-    lines = read_small_file(path, largest=_LARGEST).split(b"\n")
-    for number, line in enumerate(lines, 1):
+def _entries(path: epath.Path | Path, part: bytes = b"") -> Iterator[tuple[bytes, Json]]:
+    """Lines and their rows, of the lines that contain these bytes."""
+    for line, where in _lines(path):
+        if part not in line:
+            continue
         try:
-            rows.append(parse(line, _ROW, f"{path}, line {number}: not a row of metrics; restore or delete it"))
+            yield line, parse(line, _ROW, f"{where}: not a row of metrics; restore or delete it")
         except ConfigError:
-            if number < len(lines):  # the last entry is empty or an unfinished line
+            if line.endswith(b"\n"):  # else it is unfinished
                 raise
-    return rows
+
+
+def _lines(path: epath.Path | Path) -> Iterator[tuple[bytes, str]]:
+    """Lines of a file and of the objects beside it, and where each is. An object N replaces the rows from N on."""
+    files = [(0, path)] if path.exists() else []
+    files += [(int(segment.name), segment) for segment in _segments(path)]
+    ends, count = [*(first for first, _ in files[1:]), sys.maxsize], 0
+    for (first, file), end in zip(files, ends, strict=False):  # without files there is an end too many
+        if first > count:
+            continue
+        with open_regular(file) as lines:
+            for number, line in enumerate(itertools.islice(lines, end - first), 1):
+                yield line, f"{file}, line {number}"
+                count = first + number
 
 
 def _segments(path: epath.Path | Path) -> list[epath.Path | Path]:
@@ -106,9 +126,9 @@ class _Segments:
     an object whose rows FILE has too changes nothing. Objects are merged into FILE when it is closed or opened again.
     """
 
-    def __init__(self, path: epath.Path, kept: list[str]):
-        self._path, self._kept, self._new = path, kept, []
-        self._join()
+    def __init__(self, path: epath.Path, kept: Iterable[bytes]):
+        self._path, self._new = path, []
+        self._count = self._join(kept)
 
     def write(self, line: str) -> None:
         self._new.append(line)
@@ -119,24 +139,27 @@ class _Segments:
     def sync(self) -> None:
         if self._new:
             folder = self._path.with_name(f"{self._path.name}.rows")
-            write_atomic(folder / f"{len(self._kept):09d}", "".join(self._new))
-            self._kept, self._new = self._kept + self._new, []
+            write_atomic(folder / f"{self._count:09d}", "".join(self._new))
+            self._count, self._new = self._count + len(self._new), []
 
-    def _join(self) -> None:
-        write_atomic(self._path, "".join(self._kept).encode())
+    def _join(self, kept: Iterable[bytes]) -> int:
+        """Write these lines to FILE alone, and return their number."""
+        lines = list(kept)
+        write_atomic(self._path, lines)
         for segment in _segments(self._path):
             segment.unlink()
+        return len(lines)
 
     def close(self) -> None:
         self.sync()
-        self._join()
+        self._join(line for line, _ in _lines(self._path))
 
 
 class _Appended:
     """Rows appended to a metrics file of a file system."""
 
-    def __init__(self, path: epath.Path, kept: list[str]):
-        write_atomic(path, "".join(kept).encode())
+    def __init__(self, path: epath.Path, kept: Iterable[bytes]):
+        write_atomic(path, kept)
         self._file = path.open("a")
         self.write, self.flush, self.close = self._file.write, self._file.flush, self._file.close
 
@@ -156,9 +179,15 @@ class MetricsWriter:
         self._writers = [make(workdir, to_dict(config), step) for make in writers]
         self._files = {}
         for name in (METRICS, TIMING):
-            kept = [json.dumps(row) + "\n" for row in read_rows(workdir / name) if row["step"] <= step]
-            self.rows[name] = len(kept)
+            kept = self._up_to(step, workdir / name)
             self._files[name] = (_Segments if in_bucket(workdir) else _Appended)(workdir / name, kept)
+
+    def _up_to(self, step: int, path: epath.Path) -> Iterator[bytes]:
+        """Lines of the rows up to a step, which are counted."""
+        for line, row in _entries(path):
+            if row["step"] <= step:
+                self.rows[path.name] += 1
+                yield line if line.endswith(b"\n") else line + b"\n"
 
     def write(self, step: int, kind: str, values: dict[str, Any], *, file: str = METRICS) -> None:
         """Write a row of the step, the kind and these values."""

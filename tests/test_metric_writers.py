@@ -4,16 +4,21 @@ import contextlib
 import json
 import struct
 import sys
+import tracemalloc
 import types
+from unittest import mock
 
 import numpy as np
 import pytest
 from etils import epath
 from tensorboardX.proto import event_pb2
 
+from moe import metrics_files
+from moe.checkpoints import retention
 from moe.config import Config, ConfigError
 from moe.metric_writers import TensorBoard, WeightsAndBiases, find_writers
-from moe.metrics_files import MetricsWriter
+from moe.metrics_files import METRICS, MetricsWriter
+from moe.training import report
 from moe.training.loop import train
 from tests.run_helpers import ONE, SETTINGS, tiny
 
@@ -118,6 +123,41 @@ def test_a_writer_that_fails_is_named(monkeypatch, tmp_path, body, message):
         writer = MetricsWriter(epath.Path(tmp_path), 0, Config(), find_writers(("failing_writers:make",)))
         with contextlib.closing(writer):
             writer.write(1, "train", {"loss": 1.0})
+
+
+def test_rows_of_a_long_run_are_never_in_memory_together(monkeypatch, tmp_path):
+    """60 rows of 8 x 256 loads are 2.4 MB of text; opening the file again, and what it is read for, hold a few rows."""
+    path, load = epath.Path(tmp_path) / METRICS, np.random.default_rng(0).random((8, 256)).tolist()
+    kinds = ["heldout/all" if step % 20 == 0 else "train" for step in range(1, 61)]
+    rows = [{"step": step, "kind": kind, "loss": 1 / step, "expert_load": load} for step, kind in enumerate(kinds, 1)]
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    assert path.stat().length > 2.4e6
+    tracemalloc.start()
+    with contextlib.closing(MetricsWriter(path.parent, 40, Config())) as writer:
+        assert writer.rows[METRICS] == 40
+    shown = [report._shown(row, 40) for row in metrics_files.iterate_rows(path)]
+    parsed = mock.Mock(wraps=metrics_files.parse)
+    monkeypatch.setattr(metrics_files, "parse", parsed)
+    assert retention.LowestLoss(path.parent).losses == {20: 1 / 20, 40: 1 / 40}
+    assert parsed.call_count == 2  # of 40
+    assert tracemalloc.get_traced_memory()[1] < 6e5
+    tracemalloc.stop()
+    assert path.read_text() == "".join(f"{json.dumps(row)}\n" for row in rows[:40])
+    assert [row["step"] for row in shown if "expert_load" in row] == [40]
+
+
+def test_rows_of_a_long_run_in_a_bucket_are_not_kept(monkeypatch, tmp_path):
+    monkeypatch.setattr(metrics_files, "in_bucket", lambda _: True)
+    path = epath.Path(tmp_path) / METRICS
+    (tmp_path / f"{METRICS}.rows").mkdir()
+    with contextlib.closing(metrics_files._Segments(path, [b"{}\n"])) as segments:
+        for number in (1, 3):
+            segments.write(f'{{"step": {number}, "kind": "train"}}\n')
+            segments.write(f'{{"step": {number + 1}, "kind": "train"}}\n')
+            segments.sync()
+            assert not [value for value in vars(segments).values() if value and isinstance(value, list)]
+        assert [path.name for path in sorted((tmp_path / f"{METRICS}.rows").iterdir())] == ["000000001", "000000003"]
+    assert path.read_text().count("\n") == 5
 
 
 def test_tensorboard_has_scalars_histograms_over_experts_and_the_config(tmp_path):

@@ -35,7 +35,7 @@ from moe.checkpoints.integrity import (
 from moe.checkpoints.retention import LowestLoss, NewestRegular
 from moe.config import ConfigError
 from moe.data.streams import StreamsHandler, StreamsRestore, StreamsSave
-from moe.metrics_files import METRICS, read_rows
+from moe.metrics_files import METRICS, iterate_rows
 from moe.models.state import TrainState
 from moe.signals import StartAgain
 from moe.waiting import said_aloud
@@ -226,8 +226,8 @@ class Checkpoints:
         """
         if saved is None or jax.process_count() > 1:
             return
-        there = sum(row["step"] <= step for row in read_rows(self._workdir / METRICS))
-        if saved != there:
+        there = sum(row["step"] <= step for row in iterate_rows(self._workdir / METRICS))
+        if there != saved:
             raise RowsLostError(f"{METRICS} has {there} rows up to step {step}, and had {saved} when that was saved")
 
     def _set_aside(self, step: int, say: Callable[[str], Any], reason: str) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from moe.metrics_files import METRICS, read_rows
+from moe.metrics_files import METRICS, iterate_rows
 
 
 class LowestLoss(preservation_policy.PreservationPolicy):
@@ -19,9 +19,8 @@ class LowestLoss(preservation_policy.PreservationPolicy):
     """
 
     def __init__(self, workdir: epath.Path):
-        self.losses: dict[int, float | None] = {
-            row["step"]: row["loss"] for row in read_rows(workdir / METRICS) if row["kind"] == "heldout/all"
-        }
+        rows = iterate_rows(workdir / METRICS, "heldout/all")
+        self.losses: dict[int, float | None] = {row["step"]: row["loss"] for row in rows}
 
     def should_preserve(
         self, checkpoints: Sequence[preservation_policy.PolicyCheckpointInfo], *, context: Any

@@ -21,7 +21,7 @@ from moe.data.tokenizer_files import TOKENIZER_FILES
 from moe.dispatch.buffers import layer_capacity
 from moe.fields import facts_of
 from moe.foreign_files import Fields, Step, loads, parse
-from moe.metrics_files import METRICS, read_rows
+from moe.metrics_files import METRICS, iterate_rows
 
 LOCK = ".lock"
 CONFIG = "config.json"
@@ -92,15 +92,16 @@ def holds_run(workdir: epath.Path) -> bool:
     if steps:
         return True
     config = read_config(workdir)  # a file that is not a run's config is never replaced
-    rows = read_rows(workdir / METRICS)
-    last = max((row["step"] for row in rows), default=0)
+    last = max((row["step"] for row in iterate_rows(workdir / METRICS)), default=None)
+    if last is None:
+        return False
     # The second save waits for the first: rows beyond it prove that there was a checkpoint.
-    if rows and ((workdir / REPORT).exists() or last > 2 * config.train.save_every):
+    if (workdir / REPORT).exists() or last > 2 * config.train.save_every:
         raise ConfigError(
             f"--workdir={workdir}: has metrics up to step {last} but no checkpoint; put checkpoints/ back, or delete "
             f"{METRICS} and {REPORT} to train again from step 0"
         )
-    return bool(rows)
+    return True
 
 
 def is_finished(config: Config, workdir: epath.Path) -> bool:

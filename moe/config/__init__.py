@@ -18,6 +18,7 @@ from moe.config.references import (
     check_path,
     extend_import_path,
     load_python_file,
+    open_regular,
     read_small_file,
 )
 from moe.config.run_sections import (
@@ -65,6 +66,7 @@ __all__ = [
     "inherit_model",
     "layer_kinds",
     "load_python_file",
+    "open_regular",
     "read_small_file",
     "run_config",
     "sparse_layers",

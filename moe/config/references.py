@@ -6,6 +6,7 @@ may name only modules that the user also named, in a config of this process or o
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import importlib.util
@@ -14,8 +15,9 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import IO
 
 import ml_collections
 from etils import epath
@@ -139,26 +141,32 @@ def read_small_file(path: str | os.PathLike[str], name: str = "", largest: int =
         ConfigError: there is no such file, it is a folder, FIFO or device, it exceeds the limit, or its
             bucket cannot be reached.
     """
-    name = name or os.fspath(path)
-    if not in_bucket(path):
-        return _read(epath.Path(path), name, largest)
+    with open_regular(path, name) as file:
+        content = file.read(largest + 1)
+    if len(content) > largest:
+        raise ConfigError(f"{name or os.fspath(path)}: must be at most {largest} bytes")
+    return content
+
+
+@contextlib.contextmanager
+def open_regular(path: str | os.PathLike[str], name: str = "") -> Iterator[IO[bytes]]:
+    """Open a file of any size to read its bytes; arguments and errors are those of :func:`read_small_file`."""
+    name, file = name or os.fspath(path), epath.Path(path)
     try:
-        return _read(epath.Path(path), name, largest)
+        if not (first_answer(name, file.exists) if in_bucket(path) else file.exists()):
+            raise ConfigError(f"{name}: no such file")
+        # epath treats everything but folders as files; reading a FIFO waits for ever, and /dev/zero fills the memory.
+        if not (file.is_file() if in_bucket(path) else os.path.isfile(file)):
+            raise ConfigError(f"{name}: is not a regular file")
+        with file.open("rb") as stream:
+            yield stream
     except ConfigError:
         raise
-    except Exception as error:  # clients of buckets pass on errors of several libraries
+    except Exception as error:
+        if not in_bucket(path):
+            raise
+        # Clients of buckets pass on errors of several libraries.
         raise ConfigError(f"{name}: cannot be reached ({type(error).__name__}: {error})") from error
-
-
-def _read(file: epath.Path, name: str, largest: int) -> bytes:
-    if not (first_answer(name, file.exists) if in_bucket(file) else file.exists()):
-        raise ConfigError(f"{name}: no such file")
-    # epath treats everything but folders as files; reading a FIFO waits for ever, and /dev/zero fills the memory.
-    if not (file.is_file() if in_bucket(file) else os.path.isfile(file)):
-        raise ConfigError(f"{name}: is not a regular file")
-    if file.stat().length > largest:
-        raise ConfigError(f"{name}: must be at most {largest} bytes")
-    return file.read_bytes()
 
 
 def load_python_file(path: str | os.PathLike[str]) -> types.ModuleType:

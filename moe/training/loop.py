@@ -43,7 +43,7 @@ from moe.data import folders, pipeline, streams
 from moe.data.preparation import describe_shares
 from moe.dispatch import modes
 from moe.metric_writers import find_writers
-from moe.metrics_files import METRICS, TIMING, MetricsWriter, read_rows
+from moe.metrics_files import METRICS, TIMING, MetricsWriter, iterate_rows
 from moe.models import flops
 from moe.models.pipeline import check as pipeline_check
 from moe.models.state import TrainState
@@ -236,7 +236,7 @@ def _apply_changes(
     if step > config.train.num_steps:
         raise ConfigError(f"train.num_steps={config.train.num_steps}: the run has done {step} steps already")
     if step == config.train.num_steps and "train.num_steps" in changes:
-        kinds = {row["kind"] for row in read_rows(directory / METRICS) if row["step"] == step}
+        kinds = {row["kind"] for row in iterate_rows(directory / METRICS) if row["step"] == step}
         for kind, missing in (("heldout/all", "evaluated"), ("train", "logged")):  # the report shows both rows
             if kind not in kinds:
                 raise ConfigError(f"train.num_steps={step}: this step was not {missing}; end the run at a later one")

@@ -19,12 +19,13 @@ from moe.config import Config, ConfigError
 from moe.data import chat, objectives, pipeline, rollouts
 from moe.data.tokenizer import Tokenizer
 from moe.escaping import FIGURE_TEXT, terminal
-from moe.metrics_files import METRICS, read_rows
+from moe.metrics_files import METRICS, iterate_rows
 from moe.models import sampling
 from moe.models.state import TrainState
 from moe.training.step import Program
 
 _FIRST_DOCUMENTS = 1_000  # documents of a domain that are searched for a prompt
+_LISTS = ("fraction_tokens_dropped",)  # that are read of rows before the last step
 
 
 def finish(
@@ -40,7 +41,7 @@ def finish(
         ConfigError: the rows of the last evaluation are missing from the metrics file.
     """
     config = program.config
-    rows = read_rows(directory / METRICS)
+    rows = [_shown(row, config.train.num_steps) for row in iterate_rows(directory / METRICS)]
     final = [row for row in rows if row["step"] == config.train.num_steps and row["kind"].startswith("heldout/")]
     if not final:
         raise ConfigError(f"{directory / METRICS}: the last evaluation, which the report shows, is missing; restore it")
@@ -59,6 +60,13 @@ def finish(
     text = terminal(text)  # it quotes documents, and a model that learnt them
     write_atomic(directory / "report.txt", text + "\n")
     say("\n" + text + f"\n\nIn {directory}: report.txt, training.png, {METRICS}, tensorboard/, checkpoints/")
+
+
+def _shown(row: dict[str, Any], last: int) -> dict[str, Any]:
+    """A row without the lists that the report does not read: loads of experts, say, before the last step."""
+    if row["step"] == last:
+        return row
+    return {name: value for name, value in row.items() if name in _LISTS or not isinstance(value, list)}
 
 
 def prompts(config: Config, prepared: pipeline.Prepared) -> dict[str, Any]:

@@ -97,7 +97,7 @@ def test_rows_survive_a_kill_between_joining_and_deleting(store, monkeypatch, ke
     _write(workdir, 0, range(1, 5), end=False)  # objects of rows 1-2 and 3-4
     with monkeypatch.context() as patch:
         patch.setattr(metrics_files, "_segments", lambda path: [])  # killed before it deletes
-        lines = [json.dumps(_row(step)) + "\n" for step in range(1, kept + 1)]
+        lines = [f"{json.dumps(_row(step))}\n".encode() for step in range(1, kept + 1)]
         metrics_files._Segments(workdir / METRICS, lines)
     assert read_rows(workdir / METRICS) == [_row(step) for step in range(1, 5)]
 
