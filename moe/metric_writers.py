@@ -70,10 +70,15 @@ def _flat(kind: str) -> str:
     return kind.replace("/", "_")
 
 
+#: Bytes from which a bucket gets another event file, since every copy is of the whole file.
+_LARGEST_EVENTS = 1 << 24
+
+
 class TensorBoard:
     """Writer of event files to ``tensorboard/``: scalars, loads of the experts as histograms, the config as text.
 
-    TensorBoard's files are appended to, which a bucket cannot do: there they are copied, once a minute and at the end.
+    TensorBoard's files are appended to, which a bucket cannot do: there the newest is copied, once a minute and at the
+    end.
     """
 
     def __init__(self, workdir: epath.Path, config: dict[str, Any], step: int):
@@ -126,7 +131,13 @@ class TensorBoard:
 
     def _copy(self, local: str) -> None:
         for path in Path(local).iterdir():
+            large = path.stat().st_size > _LARGEST_EVENTS
+            if large:
+                self._board.close()  # the next event opens another file
+                self._board.purge_step = None  # which would hide the earlier ones
             write_atomic(self._folder / path.name, path.read_bytes())
+            if large:
+                path.unlink()
         self._copied = time.monotonic()
 
     def _add_bars(self, tag: str, heights: np.ndarray, step: int) -> None:

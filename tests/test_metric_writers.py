@@ -1,6 +1,7 @@
 """Metric writers: a user's own, TensorBoard's events, and calls to Weights & Biases."""
 
 import contextlib
+import itertools
 import json
 import struct
 import sys
@@ -11,9 +12,10 @@ from unittest import mock
 import numpy as np
 import pytest
 from etils import epath
+from tensorboardX import event_file_writer
 from tensorboardX.proto import event_pb2
 
-from moe import metrics_files
+from moe import metric_writers, metrics_files
 from moe.checkpoints import retention
 from moe.config import Config, ConfigError
 from moe.metric_writers import TensorBoard, WeightsAndBiases, find_writers
@@ -55,16 +57,20 @@ def module(tmp_path, monkeypatch):
     sys.modules.pop("my_writers", None)
 
 
+def records(path):
+    """Events of a file; a record is length, checksum, bytes, checksum."""
+    content, at = path.read_bytes(), 0
+    while at < len(content):
+        (length,) = struct.unpack_from("<Q", content, at)
+        yield event_pb2.Event.FromString(content[at + 12 : at + 12 + length])
+        at += 16 + length
+
+
 def events(folder):
-    """(step, tag, value) from the event files of a folder; a record is length, checksum, bytes, checksum."""
+    """(step, tag, value) from the event files of a folder."""
     found = []
     for path in sorted(folder.iterdir()):
-        content, at = path.read_bytes(), 0
-        while at < len(content):
-            (length,) = struct.unpack_from("<Q", content, at)
-            event = event_pb2.Event.FromString(content[at + 12 : at + 12 + length])
-            found += [(event.step, value.tag, value) for value in event.summary.value]
-            at += 16 + length
+        found += [(event.step, value.tag, value) for event in records(path) for value in event.summary.value]
     return found
 
 
@@ -204,6 +210,28 @@ def test_tensorboard_has_scalars_histograms_over_experts_and_the_config(tmp_path
     np.testing.assert_allclose(histogram.sum / histogram.num, 2.0)
     assert b'"seed": 7' in found[0, "config/text_summary"].tensor.string_val[0]
     assert (5, "warning/text/text_summary") in found
+
+
+def test_a_bucket_gets_another_event_file_once_one_is_large(monkeypatch, tmp_path):
+    """Each copy is of a whole file: without a limit, a minute of a long run would upload all its events again."""
+    clock, copied = itertools.count(1_000_000_000), []
+    monkeypatch.setattr(metric_writers, "in_bucket", lambda _: True)
+    monkeypatch.setattr(metric_writers, "_LARGEST_EVENTS", 1000)
+    monkeypatch.setattr(metric_writers, "write_atomic", lambda path, content: copied.append((path.name, content)))
+    monkeypatch.setattr(event_file_writer, "time", types.SimpleNamespace(time=lambda: next(clock)))
+    monkeypatch.setattr(metric_writers, "time", types.SimpleNamespace(monotonic=lambda: next(clock) * 100))
+    writer = TensorBoard(epath.Path(tmp_path), {}, 0)
+    for step in range(1, 31):
+        writer.write(step, "train", {"loss": float(step), "text": "x" * 100})
+    writer.close()
+    names = [name for name, _ in copied]
+    assert names == sorted(names)  # an earlier file is not copied again
+    assert len(set(names)) > 2
+    for name, content in copied:
+        (tmp_path / name).write_bytes(content)
+    assert [value.simple_value for _, tag, value in events(tmp_path) if tag == "loss/loss"] == list(range(1, 31))
+    starts = [path.name for path in tmp_path.iterdir() if any(event.session_log.status for event in records(path))]
+    assert starts == names[:1]  # a start hides the events of earlier files
 
 
 def test_weights_and_biases_continues_a_run_and_takes_histograms(monkeypatch, tmp_path):
