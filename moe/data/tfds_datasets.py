@@ -27,7 +27,7 @@ HELDOUT_SCAN = 50_000  # first documents from which some are held out where a da
 
 
 class TfdsDocuments(Sequence[str]):
-    """Texts of one split of a prepared TFDS dataset, or of a subset of it (:meth:`only`)."""
+    """Texts of one split of a prepared TFDS dataset, or of a part of it (:meth:`only`)."""
 
     def __init__(self, builder: Any, split: str):
         """Open the split's shards.
@@ -36,7 +36,7 @@ class TfdsDocuments(Sequence[str]):
           ConfigError: a shard is missing or damaged, now or when a document is read; the file is named.
         """
         self._split = builder.info.splits[split]
-        self._indices: np.ndarray | None = None
+        self._numbers, self._rest = np.zeros(0, np.int64), 0
         try:
             self._source = builder.as_data_source(split=split)
             # The source opens a shard at its first read, possibly hours later. On local disk an early read costs
@@ -50,12 +50,13 @@ class TfdsDocuments(Sequence[str]):
             raise ConfigError(self._broken(error, None)) from error
 
     def __len__(self) -> int:
-        return len(self._source) if self._indices is None else len(self._indices)
+        return len(self._numbers) + len(self._source) - self._rest
 
     def __getitem__(self, index: int) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
         if not 0 <= index < len(self):  # ends iteration over a Sequence
             raise IndexError(index)
-        number = index if self._indices is None else int(self._indices[index])
+        beyond = index - len(self._numbers)
+        number = int(self._numbers[index]) if beyond < 0 else self._rest + beyond
         try:
             text = self._source[number]["text"]
             return text.decode("utf-8") if isinstance(text, bytes) else str(text)
@@ -73,10 +74,10 @@ class TfdsDocuments(Sequence[str]):
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         return f"{where}: missing, or changed since it was prepared ({reason}); prepare the dataset again"
 
-    def only(self, indices: np.ndarray) -> TfdsDocuments:
-        """Subset of the split's documents."""
+    def only(self, numbers: np.ndarray, rest: int) -> TfdsDocuments:
+        """The split's documents with these numbers, then all from ``rest`` on, of which there may be billions."""
         chosen = copy.copy(self)
-        chosen._indices = indices
+        chosen._numbers, chosen._rest = numbers, rest
         return chosen
 
 
@@ -144,13 +145,13 @@ def open_tfds(name: str, directory: epath.Path) -> tuple[Sequence[str], Sequence
     # The smallest hash is always held out, so that a dataset of few documents has a held-out one.
     limit = max(min(hashes, default=0), int(HELDOUT_FRACTION * 2**32))
     chosen = np.asarray(hashes) <= limit
-    kept = np.concatenate([np.flatnonzero(~chosen), np.arange(len(hashes), len(documents))])
-    if not len(kept):
+    kept, held = np.flatnonzero(~chosen), np.flatnonzero(chosen)
+    if not len(kept) and len(documents) == len(hashes):
         raise ConfigError(f"{prefix}its {len(documents)} document(s) cannot be divided into train and held-out")
-    held = np.flatnonzero(chosen)
     if isinstance(documents, TfdsDocuments):
-        return documents.only(kept), documents.only(held), version
-    return [documents[int(i)] for i in kept], [documents[int(i)] for i in held], version
+        return documents.only(kept, len(hashes)), documents.only(held, len(documents)), version
+    train = [*(documents[int(i)] for i in kept), *documents[len(hashes) :]]
+    return train, [documents[int(i)] for i in held], version
 
 
 def _cut(documents: TfdsDocuments) -> Sequence[str]:

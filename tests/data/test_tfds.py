@@ -6,9 +6,10 @@ import json
 import shutil
 
 import pytest
+from etils import epath
 
 from moe.config import ConfigError
-from moe.data import pipeline
+from moe.data import pipeline, tfds_datasets
 from tests.text_fixtures import VOCAB, data, prepared  # noqa: F401
 from tests.tiny_text import published, random_text
 
@@ -36,6 +37,23 @@ def test_published_datasets_by_name(tmp_path, data, prepared, name, version, tex
     else:
         assert sorted(prepared.train[name]) == sorted(random_text(i) for i in range(30))
         assert len(prepared.heldout[name]) == 5
+
+
+def test_only_scanned_documents_are_listed(tmp_path, data, prepared, monkeypatch):
+    """Of 30 documents 10 are scanned: those and the others are the train split, less the held-out ones of the 10."""
+    monkeypatch.setattr(tfds_datasets, "HELDOUT_SCAN", 10)
+    monkeypatch.setattr(tfds_datasets, "CUT_BELOW", 1)
+    published("c4/en", "3.1.0", {"train": 30}, 60, tmp_path)
+    train, heldout, _ = tfds_datasets.open_tfds("c4/en", epath.Path(tmp_path))
+    everything = list(tfds_datasets.TfdsDocuments(tfds_datasets._find_builder("c4/en", epath.Path(tmp_path)), "train"))
+    held = set(heldout)
+    assert len(everything) == 30
+    assert 0 < len(heldout) < 10
+    assert held < set(everything[:10])
+    assert list(train) == [text for text in everything if text not in held]
+    with pytest.raises(IndexError):
+        train[30 - len(heldout)]
+    assert len(train._numbers) + len(heldout) == 10  # 8 bytes for each of billions of documents would fill the memory
 
 
 def _shard(directory):
