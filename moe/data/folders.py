@@ -125,9 +125,10 @@ def open_folder(
     index, about, places = _find_index(root, directory, suffixes, progress)
     files = [_reader(root, index, entry) for entry in about.files]
     found = {}
-    for number, domain in enumerate(about.domains):
-        here = np.flatnonzero(places["domain"] == number)
-        held = _is_heldout(places[here])
+    by_domain = np.argsort(places["domain"], kind="stable")
+    ends = np.cumsum(np.bincount(places["domain"], minlength=len(about.domains)))
+    for domain, here in zip(about.domains, np.split(by_domain, ends[:-1]), strict=False):
+        held = _is_heldout(places["split"][here], places["hash"][here])
         if held.all() or not held.any():
             if wanted and domain not in wanted:
                 continue
@@ -173,12 +174,11 @@ def _find_root(name: str) -> epath.Path:
     return root
 
 
-def _is_heldout(places: np.ndarray) -> np.ndarray:
-    """Mask of the held-out documents of a domain, [n] bool."""
-    unsplit = places["split"] == UNSPLIT
-    held = places["split"] == HELDOUT
+def _is_heldout(split: np.ndarray, hashes: np.ndarray) -> np.ndarray:
+    """Mask of the held-out documents of a domain, [n] bool, from their fields of :data:`PLACE`."""
+    unsplit = split == UNSPLIT
+    held = split == HELDOUT
     if unsplit.any():
-        hashes = places["hash"]
         limit = max(int(HELDOUT_FRACTION * 2**32), int(hashes[unsplit].min()))  # at least one document
         held |= unsplit & (hashes <= limit)
     return held
@@ -220,14 +220,15 @@ _ABOUT = pydantic.TypeAdapter(_About)
 
 
 def _read_index(root: epath.Path, index: epath.Path) -> tuple[_About, np.ndarray]:
-    """Return the content of index.json and the places, both checked by their checksums."""
+    """Return the content of index.json and the places, memory-mapped, both checked by their checksums."""
+    path = index / "places.npy"
     try:
         about = _ABOUT.validate_python(from_checked_json(read_small_file(index / "index.json").decode()))
-        refuse_special(index / "places.npy")
-        content = (index / "places.npy").read_bytes()
-        if hashlib.sha256(content).hexdigest() != about.places_sha256:
+        refuse_special(path)
+        if _sha256(path) != about.places_sha256:
             raise ValueError("the checksum of places.npy does not match")
-        places = np.load(io.BytesIO(content), allow_pickle=False)
+        remote = io.BytesIO(path.read_bytes()) if in_bucket(path) else None
+        places = np.load(remote or path, mmap_mode=None if remote else "r", allow_pickle=False)
         if places.dtype != PLACE or places.ndim != 1:
             raise ValueError("places.npy holds something else")
         if not (places["domain"] < len(about.domains)).all() or not (places["file"] < len(about.files)).all():
@@ -273,15 +274,16 @@ class _IndexBuilder:
             if path.suffix in columns.SUFFIXES:
                 table, digest = self._table_name(path), _sha256(path)
                 rows = self._table(path, table).rows(os.fspath(path))
-                places = [self._place(row, 0, text, domain, source) for row, text, domain in rows]
+                places = np.fromiter((self._place(row, 0, text, domain, source) for row, text, domain in rows), PLACE)
             else:
                 running = hashlib.sha256()
                 parts = file_documents(path, running)
-                places = [self._place(start, len(blob), text, domain, source) for start, blob, text, domain in parts]
+                found = (self._place(start, len(blob), text, domain, source) for start, blob, text, domain in parts)
+                places = np.fromiter(found, PLACE)
                 digest = running.hexdigest()
         except OSError as error:
             raise ConfigError(f"{path}: cannot be read ({error.strerror or error})") from error
-        self.places.append(np.array(places, PLACE))
+        self.places.append(places)
         entry = {"name": source.name, "size": about.length, "time": _time(path), "sha256": digest, "table": table}
         if table:
             copy = epath.Path(self.folder / table)
@@ -319,7 +321,7 @@ class _IndexBuilder:
             "root": os.fspath(self.root),
             "domains": list(self.domains),
             "files": self.files,
-            "places_sha256": hashlib.sha256((self.folder / "places.npy").read_bytes()).hexdigest(),
+            "places_sha256": _sha256(epath.Path(self.folder / "places.npy")),
         }
         write_atomic(self.folder / "index.json", to_checked_json(about))
 

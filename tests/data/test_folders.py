@@ -142,6 +142,18 @@ def test_a_fifo_or_device_in_a_folder_is_refused(folder, tmp_path, make):
             pipeline.prepare(config, VOCAB, progress=lambda _: None)
 
 
+def test_an_index_is_mapped(folder):
+    """Of billions of documents it has 23 bytes each; a split keeps their numbers, in the order of the index."""
+    config, _, _ = folder
+    found, _ = folders.open_folder(config.dataset, epath.Path(config.directory), lambda _: None)
+    places = found["books"][0]._places
+    assert isinstance(places, np.memmap)
+    for number, splits in enumerate(found.values()):
+        chosen = np.sort(np.concatenate([split._chosen for split in splits]))
+        np.testing.assert_array_equal(chosen, np.flatnonzero(places["domain"] == number))
+        assert all(split._places is places and (np.diff(split._chosen) > 0).all() for split in splits)
+
+
 def test_a_damaged_index_is_refused(folder, tmp_path):
     config, _, _ = folder
     pipeline.prepare(config, VOCAB, progress=lambda _: None)
