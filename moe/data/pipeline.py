@@ -207,9 +207,9 @@ def train_iterator(
     restored at any batch.
 
     A batch consists of n = data.streams equal parts, one per stream. Each domain's documents are reshuffled every epoch
-    and distributed round-robin over the streams. A stream packs its documents, mixes the domains with exactly the
-    shares data.weights, and shuffles over data.shuffle_window / n rows. The batches depend only on the arguments, not
-    on the number of processes.
+    and distributed round-robin over the streams. A stream packs its documents, mixes the domains with the shares of
+    :func:`moe.data.preparation.row_shares`, and shuffles over data.shuffle_window / n rows. The batches depend only on
+    the arguments, not on the number of processes.
 
     Args:
       prepared: tokenizer and documents.

@@ -51,9 +51,10 @@ def domain_weights(data: DataConfig, domains: tuple[str, ...]) -> tuple[float, .
 
 
 def row_shares(data: DataConfig, domains: tuple[str, ...]) -> dict[str, float]:
-    """Return domain → share of the rows of a batch."""
+    """Return domain → share of the rows of all batches: Grain mixes by whole numbers, the smallest of which is 100."""
     weights = domain_weights(data, domains)
-    return {domain: weight / sum(weights) for domain, weight in zip(domains, weights, strict=True)}
+    parts = [int(weight * (100 / min(weights))) for weight in weights]
+    return {domain: part / sum(parts) for domain, part in zip(domains, parts, strict=True)}
 
 
 def describe_shares(data: DataConfig, domains: tuple[str, ...]) -> str:

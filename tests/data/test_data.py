@@ -1,6 +1,7 @@
 """Tokenizer and packed rows, on synthetic text."""
 
 # ruff: noqa: F811
+import collections
 import dataclasses
 import json
 import math
@@ -383,6 +384,19 @@ def test_mixture_shares_are_exact(two_domains, data):
     iterator = pipeline.train_iterator(two_domains, data, batch_size=4, seed=0)
     domains = np.concatenate([next(iterator)["domain"] for _ in range(52)])
     assert (domains == 0).mean() == 0.75  # of each of the 4 streams: 39 of 52
+
+
+@pytest.mark.parametrize(("weights", "parts"), [((7.0, 3.0), (233, 100)), ((1.0, 1.009), (100, 100)), ((), (100, 100))])
+def test_printed_shares_are_those_of_the_rows(data, weights, parts):
+    """Grain rounds 7 / 3 of 100 down to 233, and 100.9 to 100."""
+    data, domains = dataclasses.replace(data, weights=weights), ("a", "b")
+    rows = {domain: grain.MapDataset.source([domain]).repeat().to_iter_dataset() for domain in domains}
+    mixed = iter(
+        grain.IterDataset.mix(rows, dict(zip(domains, preparation.domain_weights(data, domains), strict=True)))
+    )
+    count = collections.Counter(next(mixed) for _ in range(sum(parts)))
+    assert tuple(count[domain] for domain in domains) == parts
+    assert tuple(preparation.row_shares(data, domains).values()) == tuple(part / sum(parts) for part in parts)
 
 
 # --- Preparation -----------------------------------------------------------------------------------------------------
