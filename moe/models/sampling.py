@@ -259,7 +259,8 @@ Sampler = Callable[[dict[str, Any], Sequence[np.ndarray], Key[Array, ""]], list[
 
 
 def make_sampler(config: ModelConfig, num_tokens: int, stop_tokens: Sequence[int] = ()) -> Sampler:
-    """A sampler at temperature 1; it compiles once for each number of prompts and length of the longest.
+    """A sampler at temperature 1; it compiles once for each number of prompts and, up to 512 tokens, for each power of
+    two that the longest fills, beyond for each multiple of 128.
 
     Args:
         config: of a decoder-only model.
@@ -300,6 +301,9 @@ def make_sampler(config: ModelConfig, num_tokens: int, stop_tokens: Sequence[int
     def sample(variables: dict[str, Any], prompts: Sequence[np.ndarray], key: Key[Array, ""]) -> list[Rollout]:
         check_prompts(config, prompts)
         token_ids, lengths = pad_prompts(prompts)
+        width = token_ids.shape[1]
+        if width < 512:  # else many a round would have a longest prompt, and a program, of its own
+            token_ids = np.pad(token_ids, ((0, 0), (0, (1 << (width - 1).bit_length()) - width)))
         tokens, log_probs, experts = jax.tree.map(np.asarray, run(variables, token_ids, lengths, key))
         found = []
         for row in range(len(prompts)):

@@ -86,6 +86,22 @@ def test_sampled_log_probabilities_and_experts_are_those_of_a_full_forward_pass(
     assert group.completions[1].reward == np.mean(found[0].tokens % 2 == 0)
 
 
+def test_rounds_of_other_prompts_share_a_program(monkeypatch):
+    """Longest prompts of 5 to 8 tokens are padded to 8, of 257 to 512 tokens to 512, and of 513 to 640 to 640."""
+    shapes = []
+
+    def run(variables, token_ids, lengths, key):
+        shapes.append((token_ids.shape, lengths.tolist()))
+        return np.ones((1, 2), np.int32), np.zeros((1, 2)), None
+
+    monkeypatch.setattr(jax, "jit", lambda _: run)
+    sample = make_sampler(CONFIG.model, 2)
+    lengths = (1, 5, 8, 257, 512, 513, 640)
+    for length in lengths:
+        sample({}, [np.ones(length, np.int32)], jax.random.key(1))
+    assert shapes == [((1, size), [n]) for size, n in zip((1, 8, 8, 512, 512, 640, 640), lengths, strict=True)]
+
+
 @pytest.mark.slow
 def test_a_run_on_its_own_samples_resumes_bit_for_bit(tmp_path):
     mesh = make_mesh(MeshConfig(), ONE)
