@@ -248,6 +248,22 @@ def test_embedding_looks_up_its_table(rng):
     assert embedding(jnp.asarray(tokens), jnp.dtype("bfloat16")).dtype == jnp.bfloat16
 
 
+def test_embedding_gradients_of_frequent_tokens_are_sums_in_float32():
+    """Token 3 occurs 4096 times with a gradient of 1; in bfloat16, 256 + 1 is 256."""
+    graphdef, parameters = nnx.split(Embedding(tiny_model(), rngs=nnx.Rngs(0)))
+    tokens = jnp.full((8, 512), 3).at[0, 0].set(1)
+
+    @jax.jit
+    @jax.grad
+    def gradient(parameters):
+        return jnp.sum(nnx.merge(graphdef, parameters)(tokens, jnp.dtype("bfloat16")).astype(jnp.float32))
+
+    (table,) = jax.tree.leaves(gradient(parameters))
+    counts = np.zeros(len(table))
+    counts[[1, 3]] = 1, 4096  # 4095, rounded to bfloat16 once
+    np.testing.assert_array_equal(table, np.broadcast_to(counts[:, None], table.shape))
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_logits_use_the_embedding_if_tied_and_a_separate_matrix_otherwise(tied):
     config = tiny_model(tie_embeddings=tied)
