@@ -15,6 +15,7 @@ from moe.config import Config, ConfigError, MoEConfig
 from moe.models.decoder import Output
 from moe.models.factory import Model
 from moe.models.prediction import further_targets
+from moe.models.stages import read_as
 from moe.parallel import partition_specs, target
 from moe.parallel.mesh import TOKEN_AXES, axis_size, constrain
 from moe.routing.balancing import AUXILIARY, PER_ASSIGNMENT, LayerReport
@@ -153,11 +154,13 @@ linear_cross_entropy.defvjp(_with_gradient, _scaled)
 def token_cross_entropy(
     hidden: Float[Array, "B T D"], matrix: Float[Array, "D V"], targets: Int[Array, "B T"]
 ) -> Float[Array, "B T"]:
-    """−log p(target) of ``hidden @ matrix``, 0 without a target; logits are computed again for the gradient."""
+    """−log p(target) of ``hidden @ matrix``, 0 without a target; logits are computed again for the gradient, and the
+    matrix's gradients of the chunks are added in float32."""
+    exact = matrix.astype(jnp.float32)
 
     @jax.checkpoint
     def chunk(inputs: tuple[Array, Array]) -> Array:
-        return _token_losses(_logits(inputs[0], matrix), inputs[1])
+        return _token_losses(_logits(inputs[0], read_as(exact, matrix)), inputs[1])
 
     with jax.named_scope(LOSS_SCOPE):
         nll = jax.lax.map(chunk, _chunks(hidden, targets))
