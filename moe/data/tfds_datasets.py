@@ -9,6 +9,7 @@ import importlib
 import json
 import os
 import re
+import resource
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -37,6 +38,7 @@ class TfdsDocuments(Sequence[str]):
         """
         self._split = builder.info.splits[split]
         self._numbers, self._rest = np.zeros(0, np.int64), 0
+        _allow_files(len(self._split.filepaths))
         try:
             self._source = builder.as_data_source(split=split)
             # The source opens a shard at its first read, possibly hours later. On local disk an early read costs
@@ -65,6 +67,9 @@ class TfdsDocuments(Sequence[str]):
 
     def _broken(self, error: Exception, number: int | None) -> str:
         paths = [os.fspath(path) for path in self._split.filepaths]
+        if "Too many open files" in str(error):
+            what = f"one of {len(paths)} shards, of which each stays open"
+            return f"{paths[0]}: {what}; allow more open files (ulimit -n)"
         if number is None:
             missing = [path for path in paths if not epath.Path(path).exists()]
             where = missing[0] if missing else f"a shard of {', '.join(paths[:3])}"
@@ -79,6 +84,16 @@ class TfdsDocuments(Sequence[str]):
         chosen = copy.copy(self)
         chosen._numbers, chosen._rest = numbers, rest
         return chosen
+
+
+def _allow_files(more: int) -> None:
+    """Let this process open more files, as far as it may: the reader of a shard keeps its file open, and processes can
+    often open 1024, the number of C4's shards."""
+    allowed, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = allowed + more if most == resource.RLIM_INFINITY else min(allowed + more, most)
+    if allowed != resource.RLIM_INFINITY:
+        with contextlib.suppress(OSError, ValueError):  # macOS has a further limit
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
 
 @contextlib.contextmanager

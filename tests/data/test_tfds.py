@@ -3,7 +3,10 @@
 # ruff: noqa: F811
 import dataclasses
 import json
+import os
+import resource
 import shutil
+import types
 
 import pytest
 from etils import epath
@@ -54,6 +57,40 @@ def test_only_scanned_documents_are_listed(tmp_path, data, prepared, monkeypatch
     with pytest.raises(IndexError):
         train[30 - len(heldout)]
     assert len(train._numbers) + len(heldout) == 10  # 8 bytes for each of billions of documents would fill the memory
+
+
+def test_a_split_of_many_shards_opens_more_files_than_a_process_may_at_first(tmp_path):
+    paths = [tmp_path / f"a-{i:05d}-of-00040.array_record" for i in range(40)]
+    for path in paths:
+        path.touch()
+
+    class Source:
+        """Keeps a file open for each shard that was read, as array_record's does."""
+
+        def __init__(self):
+            self.files = {}
+
+        def __len__(self):
+            return len(paths)
+
+        def __getitem__(self, i):
+            self.files[i] = paths[i].open()
+            return {"text": "x"}
+
+    source, split = Source(), types.SimpleNamespace(filepaths=paths, shard_lengths=[1] * 40)
+    info = types.SimpleNamespace(splits={"train": split})
+    builder = types.SimpleNamespace(info=info, data_dir=tmp_path, as_data_source=lambda split: source)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, limits[1]))
+    try:
+        documents = tfds_datasets.TfdsDocuments(builder, "train")
+        assert len(source.files) == 40
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        for file in source.files.values():
+            file.close()
+    refused = documents._broken(OSError(24, "Too many open files"), 7)
+    assert "a-00000-of-00040.array_record: one of 40 shards, of which each stays open; allow more open files" in refused
 
 
 def _shard(directory):
