@@ -11,6 +11,7 @@ the target shifted right. An example longer than a row is cut to the row's lengt
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -31,6 +32,7 @@ def span_counts(length: int, rate: float, mean_span: float) -> tuple[int, int]:
     return removed, round(removed / mean_span)
 
 
+@functools.lru_cache  # called for each document
 def span_lengths(input_length: int, rate: float, mean_span: float) -> tuple[int, int]:
     """Return (tokens of text, tokens of the target) whose inputs fill `input_length`: (568, 114) for T5's 512.
 

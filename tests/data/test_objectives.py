@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 from typing import ClassVar
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -51,6 +52,17 @@ def letters(*texts):
 def spans(**changes):
     """3 of 10 tokens removed in 2 spans."""
     return DataConfig(objective="span_corruption", corruption_rate=0.3, mean_span=1.5, **changes)
+
+
+def test_span_lengths_are_found_once(monkeypatch):
+    """They take a step for each removed token, and every document asks for them."""
+    counted = mock.Mock(wraps=objectives.span_counts)
+    monkeypatch.setattr(objectives, "span_counts", counted)
+    assert objectives.span_lengths(4321, 0.15, 3.0) == objectives.span_lengths(4321, 0.15, 3.0)
+    steps = counted.call_count
+    assert steps > 100
+    objectives.span_lengths(4321, 0.15, 3.0)
+    assert counted.call_count == steps
 
 
 # --- Noise masks, by hand --------------------------------------------------------------------------------------------
