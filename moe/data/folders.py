@@ -71,8 +71,11 @@ class FolderDocuments(Sequence[str]):
         source, start = self._files[place["file"]], int(place["start"])
         if isinstance(source, columns.TextTable):
             return f"{source}, row {start}"
+        line = 1
         with source.open("rb") as file:
-            return f"{source}, line {file.read(start).count(10) + 1}"
+            while start and (chunk := file.read(min(start, 1 << 20))):
+                line, start = line + chunk.count(b"\n"), start - len(chunk)
+        return f"{source}, line {line}"
 
 
 def is_folder(name: str) -> bool:

@@ -142,6 +142,16 @@ def test_a_fifo_or_device_in_a_folder_is_refused(folder, tmp_path, make):
             pipeline.prepare(config, VOCAB, progress=lambda _: None)
 
 
+def test_the_line_of_a_document_is_counted_in_parts(tmp_path, data):
+    lines = [json.dumps({"text": letter * 700_000}) for letter in "abcdef"]  # 4.2 MB, counted a megabyte at a time
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "long.jsonl").write_text("\n\n".join(lines))
+    found, _ = folders.open_folder(str(tmp_path / "text"), epath.Path(data.directory), lambda _: None)
+    documents = [(split, i) for split in found["text"] for i in range(len(split))]
+    numbers = sorted(int(split.where(i).rpartition(" ")[2]) for split, i in documents)
+    assert numbers == [1, 3, 5, 7, 9, 11]
+
+
 def test_an_index_is_mapped(folder):
     """Of billions of documents it has 23 bytes each; a split keeps their numbers, in the order of the index."""
     config, _, _ = folder
