@@ -74,15 +74,17 @@ def _numbers(splits: set[str | None]) -> dict[str | None, int]:
 
 def _refuse_missing_shards(root: epath.Path, names: Sequence[str]) -> None:
     """Refuse a dataset with missing shards, judged by their names or its state.json. Raises ConfigError."""
-    there = set(names)
+    there, seen = set(names), set()
     for name in names:
         path = PurePosixPath(name)
         if shard := _SHARD.fullmatch(path.name):
             stem, _, total, suffix = shard.groups()
-            for number in range(int(total)):
+            dataset = path.parent, stem, total, suffix
+            for number in range(0 if dataset in seen else int(total)):  # once for all of its shards
                 expected = path.with_name(f"{stem}-{number:05d}-of-{total}.{suffix}")
                 if os.fspath(expected) not in there:
                     raise ConfigError(f"{root / os.fspath(expected)}: is missing, one of the {int(total)} shards")
+            seen.add(dataset)
             if int(shard[2]) >= int(total):
                 raise ConfigError(f"{root / name}: is shard {int(shard[2])} of {int(total)}; remove it")
     for folder in {PurePosixPath(name).parent for name in names if name.endswith(".arrow")}:

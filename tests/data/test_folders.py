@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import sys
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import ClassVar
 
 import numpy as np
@@ -429,6 +429,23 @@ def test_incomplete_text_is_refused(tmp_path, data):
     copy.write_bytes(copy.read_bytes().replace(b"document", b"DOCUMENT"))
     with pytest.raises(ConfigError, match=r"table-00001\.arrow: was changed; delete"):
         pipeline.prepare(config, VOCAB, progress=lambda _: None)
+
+
+def test_shards_are_looked_up_once(monkeypatch):
+    """100 + 100 look-ups, not 100 for each of 200 shards; each folder has its own shards."""
+    made = []
+
+    class CountedPath(PurePosixPath):
+        def with_name(self, name):
+            made.append(name)
+            return super().with_name(name)
+
+    monkeypatch.setattr(folder_files, "PurePosixPath", CountedPath)
+    names = [f"{folder}/train-{i:05d}-of-00100.parquet" for folder in "ab" for i in range(100)]
+    folder_files._refuse_missing_shards(epath.Path("text"), names)
+    assert len(made) == 200
+    with pytest.raises(ConfigError, match=r"b/train-00099-of-00100\.parquet: is missing"):
+        folder_files._refuse_missing_shards(epath.Path("text"), names[:-1])
 
 
 def test_a_saved_dataset_that_differs_from_its_state_is_refused(tmp_path):
