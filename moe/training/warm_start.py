@@ -148,9 +148,8 @@ def first_state(
     source = read_config(start.checkpoint)
     # The same for all that is read, and on all hosts, even if the source trains on.
     step = agreed(stored.chosen_step(start.checkpoint, None))
-    theirs = _host(stored.read_parameters(start.checkpoint, source.model, dtype=np.float32, step=step))
     _refuse_other_depth(program.config, source.model)
-    parameters = _transplant(program, source.model, theirs, state.parameters, start)
+    parameters = _first_parameters(program, source.model, state.parameters, step)
     biases = state.biases
     rules = {gate and gate.state.update for gate in (source.model.moe.gate, program.config.model.moe.gate)}
     if biases and len(rules) == 1:  # the state of another rule means something else
@@ -160,9 +159,30 @@ def first_state(
     if start.optimizer == "carry":
         optimizer = _carry(program, source, optimizer, step)
         optimizer = set_schedule_step(optimizer, np.zeros((), np.int32))  # the schedule is this run's, from step 0
-    say(_summary(program.config, source, theirs))
+    say(_summary(program.config, source))
     state = _placed(program, dataclasses.replace(state, parameters=parameters, biases=biases, optimizer=optimizer))
     return state if start.optimizer == "carry" else _with_own_optimizer(program, state)
+
+
+def _first_parameters(program: Program, model: ModelConfig, fresh: dict[str, Any], step: int) -> dict[str, Any]:
+    """The parameters of a checkpoint, or what the new run makes of them; those of ``start.fresh`` are the fresh ones.
+
+    Args:
+        model: config of the checkpoint's model.
+        step: of the checkpoint.
+    """
+    start = program.config.start
+    ours, theirs = (jax.tree.map(np.shape, _shapes(config)) for config in (program.config.model, model))
+    # On the mesh each process reads its shards: a host may lack the memory for the whole model.
+    mesh = program.mesh if ours == theirs else None
+    found = stored.read_parameters(start.checkpoint, model, dtype=np.float32, step=step, mesh=mesh)
+    if mesh is None:
+        return _transplant(program, model, _host(found), fresh, start)
+
+    def choose(path: tuple[Any, ...], own: Any, old: Any) -> Any:
+        return own if part_of([key.key for key in path]) in start.fresh else old
+
+    return jax.tree_util.tree_map_with_path(choose, fresh, found)
 
 
 def _adapted_state(program: Program, state: TrainState, base_step: int | None, say: Callable[[str], Any]) -> TrainState:
@@ -200,12 +220,15 @@ def _placed(program: Program, state: TrainState) -> TrainState:
     return jax.tree.map(place, state, program.state)
 
 
-def _summary(config: Config, source: Config, theirs: Any) -> str:
+def _shapes(model: ModelConfig) -> dict[str, Any]:
+    """The parameters of a model as arrays of their shapes that take no memory."""
+    return jax.tree.map(lambda leaf: np.broadcast_to(0, leaf.shape), nnx.to_pure_dict(abstract_parameters(model)))
+
+
+def _summary(config: Config, source: Config) -> str:
     """One line: what a run takes from its checkpoint."""
-    parameters = nnx.to_pure_dict(abstract_parameters(config.model))
-    shapes = jax.tree.map(lambda leaf: np.broadcast_to(0, leaf.shape), parameters)
-    ours = unstack_layers(config.model, shapes)
-    available = unstack_layers(source.model, theirs).keys()
+    ours = unstack_layers(config.model, _shapes(config.model))
+    available = unstack_layers(source.model, _shapes(source.model)).keys()
     loaded = {key for key in ours if _source(key, available, config) is not None}
     fresh = sorted({".".join(names) for layer, names in ours.keys() - loaded})
     models = ({"model": dataclasses.asdict(tree.model)} for tree in (source, config))

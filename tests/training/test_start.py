@@ -44,7 +44,6 @@ from moe.config.parse import from_config_dict
 from moe.config.registry import find_layer
 from moe.data.tokenizer import train_tokenizer
 from moe.interop import import_checkpoint, load_huggingface
-from moe.models.factory import abstract_parameters
 from moe.models.state import set_schedule_step
 from moe.parallel.mesh import make_mesh
 from moe.training import loop as training
@@ -223,8 +222,7 @@ def test_one_line_says_what_is_loaded_fresh_and_inherited(tmp_path):
 def test_a_changed_gate_is_reported_by_name(names):
     """Without the fields of either gate, which are constants of its paper."""
     theirs, ours = (Config(model=ModelConfig(moe=find_layer(name))) for name in names)
-    parameters = nnx.to_pure_dict(abstract_parameters(theirs.model))
-    said = warm_start._summary(ours, theirs, jax.tree.map(lambda leaf: np.broadcast_to(0, leaf.shape), parameters))
+    said = warm_start._summary(ours, theirs)
     changes = said.partition("model: inherited but for ")[2].split(", ")
     assert f"moe.gate {names[0]} -> {names[1]}" in changes
     assert not any(change.startswith("moe.gate.") for change in changes)
@@ -422,6 +420,24 @@ def test_a_run_on_several_devices_starts_from_a_checkpoint(tmp_path, optimizer):
     expected = expected if optimizer == "carry" else jax.tree.map(np.zeros_like, expected)
     jax.tree.map(np.testing.assert_array_equal, (state.parameters, state.optimizer), (trained.parameters, expected))
     assert jax.tree.leaves(state.parameters)[0].sharding.device_set == set(jax.devices())
+
+
+def test_the_same_model_is_read_in_shards(tmp_path, monkeypatch):
+    """No process holds whole arrays of a checkpoint whose model is the run's, even where a part of it is fresh."""
+    trained, config = _trained(tmp_path, "adamw")
+    monkeypatch.setattr(warm_start, "_host", lambda tree: pytest.fail("reads whole arrays"))
+    start = StartConfig(str(tmp_path / "run"), fresh=("router",))
+    mesh = make_mesh(MeshConfig(data=1, fsdp=8))
+    with jax.set_mesh(mesh):
+        train = dataclasses.replace(config.train, batch_size=8)
+        program = build(dataclasses.replace(config, start=start, train=train), mesh)
+        state, random = warm_start.first_state(program), program.init()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state.parameters):
+        is_fresh = any(key.key == "router" for key in path)
+        expected = random.parameters if is_fresh else trained.parameters
+        np.testing.assert_array_equal(leaf, functools.reduce(lambda tree, key: tree[key.key], path, expected))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state.parameters)
+    assert shardings == jax.tree.map(lambda leaf: leaf.sharding, program.state.parameters)
 
 
 def test_an_optimizers_copy_of_the_weights_begins_with_those_of_the_checkpoint(tmp_path, monkeypatch):
