@@ -45,7 +45,7 @@ class DataConfig(Section, path="data."):
     sequence_length: int = setting(256, least=2, most=2**24, unit="tokens")  # T
     #: U, of an encoder's row; 0: sequence_length where there is an encoder
     input_length: int = setting(0, least=0, most=2**24, follows="data.sequence_length", unit="tokens")
-    pack: bool = True  # rows of an encoder-decoder hold several examples; False: one, and padding
+    pack: bool = True  # rows of whole examples (all but causal and prefix_lm decoders) hold several; False: one each
     corruption_rate: float = setting(0.15, above=0, below=1)  # span_corruption: share of the tokens that is removed
     mean_span: float = setting(3.0, least=1, unit="tokens")  # span_corruption: mean length of a removed span
     #: independent document streams per batch, whole ones for each process; 0: gcd(8, batch_size), or as many as needed
@@ -281,3 +281,4 @@ class LoraConfig(Section, path="lora."):
         adapted = ("attention", "dense", "experts", "shared", "latent")
         allowed = f"must be among {', '.join(adapted)}; lora.trained takes the others"
         self._require("parts", set(self.parts) <= set(adapted), allowed)
+        self._require("common_a", "experts" in self.parts or not self.common_a, "needs experts among lora.parts")

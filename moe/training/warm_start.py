@@ -23,10 +23,11 @@ from moe.checkpoints.integrity import DamagedError
 from moe.checkpoints.manager import Checkpoints
 from moe.checkpoints.pinned import agreed
 from moe.checkpoints.workdir import CONFIG, differing_settings, read_config
-from moe.config import Config, ConfigError, MeshConfig, ModelConfig, StartConfig
+from moe.config import Config, ConfigError, DistillConfig, MeshConfig, ModelConfig, StartConfig
 from moe.config.references import refuse_modules
 from moe.data.tokenizer import Tokenizer
 from moe.data.tokenizer_files import find_tokenizer
+from moe.fields import require
 from moe.models.adapters import initial_adapters
 from moe.models.factory import abstract_parameters
 from moe.models.stack import part_of, restack_layers, unstack_layers
@@ -85,6 +86,9 @@ def group_columns(router: np.ndarray, shards: int) -> np.ndarray:
     return np.repeat(router[:, ::shards], shards, axis=1)
 
 
+#: Settings of :class:`StartConfig` that only experts copied from a dense FFN read.
+_UPCYCLING = "expert_noise", "virtual_groups", "expert_scale", "drop_share"
+
 #: (layer, key path within its block); layer -1: outside the blocks.
 LayerKey = tuple[int, tuple[str, ...]]
 
@@ -93,12 +97,9 @@ def check(config: Config) -> None:
     """Check that start.checkpoint and distill.teacher exist, before anything is written.
 
     Raises:
-        ConfigError: a config or checkpoints are missing, or start.* is set without start.checkpoint.
+        ConfigError: a config or checkpoints are missing, or a setting is set without the one that makes it read.
     """
-    if not config.start.checkpoint and config.start != StartConfig():
-        sections = ({"start": dataclasses.asdict(section)} for section in (StartConfig(), config.start))
-        changed = ", ".join(differing_settings(*sections))
-        raise ConfigError(f"start.checkpoint='': must name a workdir to use {changed}; set it, or unset that")
+    _refuse_unread(config)
     for field, workdir in (("start.checkpoint", config.start.checkpoint), ("distill.teacher", config.distill.teacher)):
         if workdir:
             try:
@@ -107,6 +108,26 @@ def check(config: Config) -> None:
                 raise ConfigError(f"{field}={workdir!r}: must be the workdir of a run or an import: {error}") from error
             if not (epath.Path(workdir) / "checkpoints").exists():
                 raise ConfigError(f"{field}={workdir!r}: holds no checkpoints")
+
+
+def _refuse_unread(config: Config) -> None:
+    """Refuse settings that this run would not read, because of another one. Raises ConfigError."""
+    for name, section, key, allowed in (
+        ("start", config.start, "checkpoint", "must name a workdir"),
+        ("distill", config.distill, "teacher", "must name a workdir"),
+        ("lora", config.lora, "rank", "must be above 0"),
+    ):
+        value, default = getattr(section, key), type(section)()
+        if not value and section != default:
+            sections = ({name: dataclasses.asdict(each)} for each in (default, section))
+            changed = ", ".join(differing_settings(*sections))
+            raise ConfigError(f"{name}.{key}={value!r}: {allowed} to use {changed}; set it, or unset that")
+    data, share = config.data, config.distill.soft_share
+    objective = f"data.objective={data.objective!r}"
+    allowed = f"is not read with {objective}, whose teacher is the reference model; unset it"
+    require(not data.is_posttraining or share == DistillConfig().soft_share, "distill.soft_share", share, allowed)
+    allowed = f"must be True with {objective}, whose rows are cut from documents one after the other"
+    require(data.pack or data.whole_examples, "data.pack", data.pack, allowed)
 
 
 def tokenizer(config: Config, directory: epath.Path) -> Tokenizer | None:
@@ -344,7 +365,7 @@ def _transplant(
     moe, seed = program.config.model.moe, program.config.seed
     wanted, available = unstack_layers(program.config.model, _host(fresh)), unstack_layers(model, source)
     where = f"start.checkpoint={program.config.start.checkpoint!r}"
-    chosen = {}
+    chosen, copied = {}, False
     for (layer, names), fresh_value in wanted.items():
         key = _source((layer, names), available.keys(), program.config)
         if key is None:
@@ -362,13 +383,17 @@ def _transplant(
             continue
         value = available[key]
         if key[1] != names:  # [..] → [E,..]
-            shards = granularity(model.d_ff, moe.num_experts, moe.d_ff)
+            shards, copied = granularity(model.d_ff, moe.num_experts, moe.d_ff), True
             value = copy_shards(names[-1], value, moe.num_experts, shards)
             if start is not None:
                 value = diversify(names[-1], value, start, seed, layer)
         if value.shape != fresh_value.shape:
             raise ConfigError(f"{where}: {'.'.join(names)} is {value.shape} there, {fresh_value.shape} here")
         chosen[layer, names] = value
+    for name in _UPCYCLING if start is not None and not copied else ():
+        unset = getattr(start, name) == getattr(StartConfig, name)
+        allowed = f"is read only where experts become copies of a dense FFN, and none does from {where}; unset it"
+        require(unset, f"start.{name}", getattr(start, name), allowed)
     return restack_layers(program.config.model, fresh, chosen)
 
 

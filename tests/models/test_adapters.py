@@ -220,6 +220,7 @@ def test_a_run_saves_only_adapters_resumes_bit_for_bit_and_is_read_merged(direct
         ({"lora.rank": 2, "start.checkpoint": "x", "start.fresh": ("router",)}, r"unset start\.fresh"),
         ({"lora.rank": 2, "start.checkpoint": "x", "lora.parts": ()}, "at least one part"),
         ({"lora.alpha": 0.0}, "must be positive"),
+        ({"lora.common_a": True, "lora.parts": ("attention",)}, "common_a=True: needs experts among lora.parts"),
         ({"lora.parts": ("attention", "router")}, "must be among attention, dense, .*; lora.trained takes the others"),
         ({"lora.rank": 2, "start.checkpoint": "x", "optimizer.name": "muon"}, "muon does not train adapters"),
         (

@@ -495,6 +495,35 @@ def test_settings_of_a_start_need_a_checkpoint():
         warm_start.check(config)
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"lora": {"alpha": 32.0}}, r"lora.rank=0: must be above 0 to use lora.alpha"),
+        ({"distill": {"soft_share": 0.5}}, r"distill.teacher='': must name a workdir to use distill.soft_share"),
+        (
+            {"distill": {"teacher": "reference", "soft_share": 0.5}, "data": {"objective": "preferences"}},
+            r"distill.soft_share=0.5: is not read with data.objective='preferences'",
+        ),
+        ({"data": {"pack": False}}, r"data.pack=False: must be True with data.objective='causal'"),
+    ],
+)
+def test_settings_that_a_run_would_not_read_are_refused(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        warm_start.check(from_config_dict(fields))
+
+
+@pytest.mark.parametrize("setting", ["expert_noise", "expert_scale", "drop_share", "virtual_groups"])
+def test_settings_of_upcycling_need_a_dense_ffn_that_becomes_experts(setting, tmp_path):
+    """A dense FFN stays one here, and experts that are drawn anew are no copies of it."""
+    import_checkpoint(HERE / "mistral", tmp_path)
+    start = {"checkpoint": str(tmp_path), setting: True if setting == "virtual_groups" else 0.5}
+    fresh = {"gate": "mixtral", "num_experts": 4, "d_ff": 28}, start | {"fresh": ("experts",)}
+    for moe, changes in (({"gate": "none"}, start), fresh):
+        mesh, make = _program(_config((None, tmp_path), moe=moe, start=changes))
+        with jax.set_mesh(mesh), pytest.raises(ConfigError, match=rf"start.{setting}=.*: is read only where experts"):
+            warm_start.first_state(make())
+
+
 def test_moments_are_carried_in_the_type_of_this_run(tmp_path):
     """Saved in the source's type, they would be cast when the run resumes, and the checkpoint refused as damaged."""
     trained, config = _trained(tmp_path, "adamw")
