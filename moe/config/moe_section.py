@@ -177,6 +177,8 @@ class MoEConfig(Section, path=_MOE):
         assert self.gate is not None
         with _named_in_errors(gate):
             self.with_gate(gate)
+            if gate.router != "none":  # else the layer's losses are 0
+                self._check_load(gate)
         field, k = f"{_MOE}layer_gates", self.experts_per_token
         found = not gate.lists_all and gate.experts_per_token(self.num_experts) == k
         require(found, field, gate.name, f"must choose {k} experts")
@@ -215,14 +217,18 @@ class MoEConfig(Section, path=_MOE):
         require(ranked, f"{where}counts", losses.counts, no_ranks)
         grouped = getattr(gate, "groups", 1) > 1
         require(grouped or losses.device == 0, f"{where}device", losses.device, "needs a gate with groups above 1")
-        noisy = losses.load == 0 or gate.router == "noisy"
-        no_noise = "needs the gate noisy_topk: the load has no gradient without its noise"
-        require(noisy, f"{where}load", losses.load, no_noise)
-        only_noise = losses.load == 0 or (_keeps_all_groups(gate) and gate.state.update == "none")
-        allowed = "needs a gate without bias and kept_groups equal to groups: only the noise may decide who is chosen"
-        require(only_noise, f"{where}load", losses.load, allowed)
+        self._check_load(gate)
         read = self.null_experts > 0 or losses.null == 1
         require(read, f"{where}null", losses.null, "needs zero, copy, constant or novice experts")
+
+    def _check_load(self, gate: Gate) -> None:
+        if self.losses.load == 0:
+            return
+        field, load = f"{_MOE}losses.load", self.losses.load
+        no_noise = "needs the gate noisy_topk: the load has no gradient without its noise"
+        require(gate.router == "noisy", field, load, no_noise)
+        allowed = "needs a gate without bias and kept_groups equal to groups: only the noise may decide who is chosen"
+        require(_keeps_all_groups(gate) and gate.state.update == "none", field, load, allowed)
 
     def _check_drops(self, gate: Gate) -> None:
         dropless, by_position = self.dispatch == "dropless", self.drop_policy == "position"

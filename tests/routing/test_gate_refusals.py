@@ -73,6 +73,10 @@ REFUSED = [
     ),
     ({"gate": {"name": "deepseek_v4_hash", "k": 1}}, "gate.k=1, renormalise=True: the only weight"),
     ({"gate": "mixtral", "losses": {"load": 0.1}}, "needs the gate noisy_topk"),
+    (
+        {"gate": {"name": "noisy_topk", "k": 2}, "layer_gates": ["mixtral"]},
+        "layer_gates='mixtral': model.moe.losses.load=0.1: needs the gate noisy_topk",
+    ),
     ({"gate": {"name": "mixtral", "bias_rate": 0.1}}, "needs a bias of sign or quantile"),
     ({"gate": "switch", "capacity": {"train": 0.0}}, "must be positive"),
     ({"gate": "switch", "losses": {"scope": "world"}}, "must be one of batch, group, sequence, step"),
