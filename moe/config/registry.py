@@ -55,7 +55,7 @@ def find_gate(name: str) -> Gate:
 
 def is_balanced(gate: Gate) -> bool:
     """Return True if a balance loss can move what the gate chooses."""
-    return hasattr(gate, "k") and gate.router != "none"
+    return hasattr(gate, "k") and gate.chooses and gate.router != "none"
 
 
 def _import_layer(name: str) -> MoEConfig:

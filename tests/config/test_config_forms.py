@@ -27,7 +27,7 @@ from moe.config.parse import build, from_config_dict, from_workdir_dict
 from moe.config.registry import CONSTANTS, LAYERS, find_gate
 from moe.lab import identity
 from moe.models.decoder import Transformer
-from moe.routing.gates import SoftMoE, TopK
+from moe.routing.gates import Balanced, ScoredHash, SoftMoE, TopK
 from scripts import settings_pages
 
 DATA = Path(__file__).parents[1] / "data"
@@ -168,6 +168,11 @@ def test_gates_of_layers_are_parsed_from_names_or_sections(parse, monkeypatch):
     assert key(dataclasses.replace(moe.gate, scale=2.0))[0]["scale"] == 2.0
     with pytest.raises(ConfigError, match=r"layer_gates\.slots: no such field"):
         build(MoEConfig, {"layer_gates": [{"name": "hash", "slots": 2}]}, "model.moe.")
+
+
+@pytest.mark.parametrize("gate", [Balanced(k=2), ScoredHash(k=2), TopK(k=2)])
+def test_a_gate_as_a_value_has_a_balance_loss_if_it_chooses_by_its_logits(gate):
+    assert (build(MoEConfig, {"gate": gate}, "model.moe.").losses.balance > 0) is gate.chooses
 
 
 @pytest.mark.parametrize(
