@@ -33,10 +33,12 @@ def make(opened: Workdir, step: int, *, title: str, tokens: int) -> Packed:
         tokens: held-out tokens per domain.
 
     Raises:
-        ConfigError: the page does not support the model or its tokenizer.
+        ConfigError: the page does not support the model, its objective or its tokenizer.
     """
     config = opened.program.config
     supported.check(config.model)
+    if config.data.objective != "causal":  # which the page's text, attention and examples are
+        raise ConfigError(f"data.objective={config.data.objective!r}: the page supports only 'causal'")
     words = supported.vocabulary(opened.prepared.tokenizer)
     if len(words["pieces"]) > config.model.vocab_size:
         raise ConfigError(f"tokenizer.model: has more than model.vocab_size={config.model.vocab_size} pieces")

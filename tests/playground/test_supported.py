@@ -1,11 +1,14 @@
 """Models that the page cannot compute are refused, and every setting of a model is considered."""
 
 import dataclasses
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from moe.config import Capacity, ConfigError, ModelConfig, MoEConfig
+from moe.config import Capacity, Config, ConfigError, DataConfig, ModelConfig, MoEConfig
 from moe.playground import page, supported
+from moe.playground.making import make
 from moe.routing.gates import TopK
 from tests.helpers import tiny_model
 
@@ -29,6 +32,14 @@ def test_models_that_the_page_cannot_compute_are_refused(overrides, message):
     overrides = {"accept_future_leak": True} | overrides if overrides.get("gate") == "expert_choice" else overrides
     with pytest.raises(ConfigError, match=message):
         supported.check(tiny_model(**overrides))
+
+
+def test_other_objectives_are_refused():
+    """The page attends to a prompt causally, and renders no conversation."""
+    config = Config(model=tiny_model(dispatch="dropless"), data=DataConfig(objective="prefix_lm"))
+    opened: Any = SimpleNamespace(program=SimpleNamespace(config=config))
+    with pytest.raises(ConfigError, match=r"data.objective='prefix_lm': the page supports only 'causal'"):
+        make(opened, 1, title="", tokens=1)
 
 
 def test_a_rule_that_the_page_does_not_know_is_refused():
