@@ -23,6 +23,9 @@ from moe.fields import LARGEST, Section, facts_of, require, setting
 
 _MOE, _DELTA = "model.moe.", "model.delta_net."
 
+#: Largest number of experts that batches of rollouts, in int16, can name.
+MOST_RECORDED = 2**15
+
 
 @dataclasses.dataclass(frozen=True)
 class Config(Section):
@@ -128,6 +131,9 @@ def _check_policy(config: Config) -> None:
         return
     allowed = "must be 'dropless' with data.objective='policy': rollouts drop no tokens"
     require(moe.dispatch == "dropless", f"{_MOE}dispatch", moe.dispatch, allowed)
+    numbered = not config.policy.replay or moe.num_experts + moe.null_experts <= MOST_RECORDED
+    allowed = f"must be at most {MOST_RECORDED} with the experts without an FFN, or set policy.replay=False"
+    require(numbered, f"{_MOE}num_experts", moe.num_experts, allowed)
     for gate in {kind.gate for kind in layer_kinds(config.model)} - {None} if config.policy.replay else ():
         assert gate is not None
         without = f"must be False with {moe.field_of(gate)}={gate.name!r}"

@@ -40,11 +40,11 @@ def make_program(config: Config, mesh: Mesh, teacher: Teacher | None = None) -> 
 
 def _about_policy(config: Config) -> str:
     policy, over = config.policy, "tokens" if config.policy.mean == "tokens" else "completions"
-    replayed = any(sparse_layers(config.model)) and policy.replay
+    experts = f", experts of {'the rollouts' if policy.replay else 'its own router'}"
     reference = f", KL {policy.kl:g} against {config.distill.teacher}" if policy.kl else ""
     return (
         f"policy (GRPO), mean over {over}, ratios clipped to [{1 - policy.clip_low:g}, {1 + policy.clip_high:g}]"
-        f"{reference}, experts {'of the rollouts' if replayed else 'of the own router'}"
+        f"{reference}{experts if any(sparse_layers(config.model)) else ''}"
     )
 
 

@@ -432,6 +432,7 @@ def test_impossible_settings_of_a_policy_run_are_refused(start, place_of_run):
         ({"policy.kl": 0.0}, r"distill\.teacher='.*': must name the reference model with policy\.kl above 0"),
         ({"model.moe.dispatch": "einsum"}, r"model\.moe\.dispatch='einsum': must be 'dropless' with data\.objective"),
         ({"model.moe.gate": "soft_moe", "model.moe.accept_future_leak": True}, r"policy\.replay=True|dispatch"),
+        ({"model.moe.num_experts": 2**15 + 1}, r"num_experts=32769: must be at most 32768 .* policy\.replay=False"),
         *(
             ({"model.moe.gate": gate, "model.moe.accept_future_leak": True}, f"'{gate}', whose tokens have any number")
             for gate in ("remoe", "expert_choice", "expert_threshold")
@@ -439,6 +440,8 @@ def test_impossible_settings_of_a_policy_run_are_refused(start, place_of_run):
     ):
         with pytest.raises(ConfigError, match=message):
             tiny(place_of_run / "cache", **start | changes)
+    dense = tiny(place_of_run / "cache", **start | {"model.moe.gate": "none"})
+    assert "experts" not in make_program(dense, make_mesh(dense.mesh, ONE)).about
     texts = tiny(place_of_run / "cache", **start | {"data.objective": "causal"})
     with pytest.raises(ConfigError, match=r"kl=0.1.*: is read only with data.objective='policy'"):
         make_program(texts, make_mesh(texts.mesh, ONE))
