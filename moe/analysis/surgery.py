@@ -16,6 +16,7 @@ from moe.config import ConfigError, ModelConfig
 from moe.config.model_section import layer_kinds
 from moe.models.factory import abstract_parameters
 from moe.models.stack import restack_layers, unstack_layers
+from moe.routing.gates import SampledTopK
 
 #: Arrays whose last axis is the hidden units; in ``down`` it is the one before the last.
 _INTO = ("up", "gate", "up_bias", "gate_bias")
@@ -83,19 +84,21 @@ def split(model: ModelConfig, parameters: dict[str, Any], biases: dict[str, Any]
     """The same function with ``parts`` times as many experts and experts per token, each with 1/parts the hidden units.
 
     The parts of an expert copy its router column, and so are chosen together. A softmax, or renormalisation, gives each
-    1/parts of the weight; their down matrices are scaled to make up for it.
+    1/parts of the weight; their down matrices are scaled to make up for it. So are selection biases that are added to a
+    softmax.
 
     Raises:
         ConfigError: parts that do not divide the hidden units, or a model that cannot be split.
     """
     check(model)
     _check_parts(model, parts, "model.moe.d_ff", model.moe.d_ff)
-    factor = float(parts) if _shared_weight(model) else 1.0
+    factor, of_bias = _factors(model, parts)
 
     def cut(layer: int, path: tuple[str, ...], array: np.ndarray) -> np.ndarray:
         del layer
         if path[:2] == ("moe", "router"):
-            return np.repeat(array, parts, axis=-1)
+            repeated = np.repeat(array, parts, axis=-1)
+            return repeated / np.float32(of_bias) if path[-1] == "bias" else repeated
         if path[-1] == "down_bias":
             return np.repeat(array * np.float32(factor / parts), parts, axis=0)
         axis = -1 if path[-1] in _INTO else 1
@@ -117,12 +120,13 @@ def merge(model: ModelConfig, parameters: dict[str, Any], biases: dict[str, Any]
     check(model)
     _check_parts(model, parts, "model.moe.num_experts", model.moe.num_experts)
     _check_parts(model, parts, "model.moe.gate.k", model.moe.experts_per_token)
-    factor = float(parts) if _shared_weight(model) else 1.0
+    factor, of_bias = _factors(model, parts)
 
     def join(layer: int, path: tuple[str, ...], array: np.ndarray) -> np.ndarray:
         del layer
         if path[:2] == ("moe", "router"):
-            return array.reshape(*array.shape[:-1], -1, parts).mean(-1, dtype=np.float64).astype(array.dtype)
+            mean = array.reshape(*array.shape[:-1], -1, parts).mean(-1, dtype=np.float64)
+            return (mean * (of_bias if path[-1] == "bias" else 1)).astype(array.dtype)
         groups = array.reshape(-1, parts, *array.shape[1:])
         if path[-1] == "down_bias":
             return groups.sum(1) / np.float32(factor)
@@ -197,10 +201,13 @@ def _check_parts(model: ModelConfig, parts: int, name: str, value: int) -> None:
         raise ConfigError(f"model.moe.gate={gate.name!r}: needs tokens that choose K of all experts, each with an FFN")
 
 
-def _shared_weight(model: ModelConfig) -> bool:
-    """Whether experts with equal router columns share the weight that one alone would have."""
+def _factors(model: ModelConfig, parts: int) -> tuple[float, float]:
+    """Factors by which the weight, and the score that selection biases are added to, of an expert alone exceed those of
+    each of its parts, which have equal router columns."""
     gate: Any = model.moe.gate
-    return gate.score == "softmax" or gate.renormalise
+    softmax = gate.score == "softmax"
+    selected_by_score = softmax and not isinstance(gate, SampledTopK)  # which adds the bias to logits
+    return (parts if softmax or gate.renormalise else 1.0), (parts if selected_by_score else 1.0)
 
 
 def _resized(model: ModelConfig, times: int, parts: int) -> ModelConfig:
