@@ -35,56 +35,7 @@ from moe.models.state import AdaptedState, TrainState, join, set_schedule_step
 from moe.parallel.mesh import make_mesh
 from moe.training.optimizer import WeightAverage
 from moe.training.step import Program, build
-
-
-def granularity(dense_d_ff: int, num_experts: int, d_ff: int) -> int:
-    """Number of shards of a dense FFN, each expert being a copy of one: its hidden dim over the experts'.
-
-    Raises:
-        ConfigError: it is not a whole number, or does not divide the number of experts.
-    """
-    shards = dense_d_ff // d_ff
-    if shards * d_ff != dense_d_ff or shards == 0 or num_experts % shards:
-        raise ConfigError(
-            f"model.moe.d_ff={d_ff}: must be the dense {dense_d_ff} or that over a divisor of num_experts={num_experts}"
-        )
-    return shards
-
-
-def copy_shards(name: str, dense: np.ndarray, num_experts: int, shards: int) -> np.ndarray:
-    """Experts [E,...] of a dense matrix, expert i with shard i mod g of the hidden dim: up and gate [D,F], down [F,D].
-
-    With g = 1 every expert is a copy of the FFN; with more, granular upcycling (He et al. 2024).
-    """
-    parts = np.split(dense, shards, axis=0 if name == "down" else 1)
-    return np.stack([parts[expert % shards] for expert in range(num_experts)])
-
-
-def diversify(name: str, experts: np.ndarray, start: StartConfig, seed: int, layer: int) -> np.ndarray:
-    """Change copies of a matrix [E,...] as ``start`` says: redraw some hidden units, add noise, scale the down matrix.
-
-    Drop-upcycling (Nakamura et al. 2025, section 3.2): for each expert the same units of all its matrices are drawn
-    from a normal distribution with the mean and deviation of the values that they replace.
-    """
-    rng = np.random.default_rng((seed, layer, *name.encode()))
-    units_rng, hidden = np.random.default_rng((seed, layer)), 1 if name == "down" else 2
-    count, size = round(start.drop_share * experts.shape[hidden]), experts.shape[hidden]
-    deviation = experts.std()
-    experts = np.array(experts)
-    for expert in experts if count else ():
-        units = units_rng.choice(size, count, replace=False)
-        index = (units,) if name == "down" else (slice(None), units)
-        expert[index] = rng.normal(expert[index].mean(), expert[index].std(), expert[index].shape)
-    if start.expert_noise:
-        experts += start.expert_noise * deviation * rng.standard_normal(experts.shape, np.float32)
-    return experts * np.float32(start.expert_scale) if name == "down" else experts
-
-
-def group_columns(router: np.ndarray, shards: int) -> np.ndarray:
-    """A router [D,E] with equal columns for the g experts of a virtual group, which together hold the whole FFN, so
-    that a token's K experts are K/g whole groups ("virtual group initialization", He et al. 2024)."""
-    return np.repeat(router[:, ::shards], shards, axis=1)
-
+from moe.training.upcycling import copy_shards, diversify, granularity, group_columns
 
 #: Settings of :class:`StartConfig` that only experts copied from a dense FFN read.
 _UPCYCLING = "expert_noise", "virtual_groups", "expert_scale", "drop_share"
@@ -164,9 +115,10 @@ def first_state(
     state, start = program.init(), program.config.start
     if not start.checkpoint:
         return state
+    source = read_config(start.checkpoint)
+    _refuse_unread_upcycling(program.config, source.model)
     if program.config.lora.rank:
         return _adapted_state(program, state, base_step, say)
-    source = read_config(start.checkpoint)
     # The same for all that is read, and on all hosts, even if the source trains on.
     step = agreed(stored.chosen_step(start.checkpoint, None))
     _refuse_other_depth(program.config, source.model)
@@ -344,6 +296,18 @@ def optimizer_state(source: Config, workdir: str, field: str, step: int) -> Any:
         raise ConfigError(f"{field}: the checkpoint of step {step} in {workdir}: {error}") from error
 
 
+def _refuse_unread_upcycling(config: Config, source: ModelConfig) -> None:
+    """Refuse settings of experts that are copies of a dense FFN where there are none. Raises ConfigError."""
+    available = unstack_layers(source, _shapes(source)).keys()
+    sources = {key: _source(key, available, config) for key in unstack_layers(config.model, _shapes(config.model))}
+    if all(source in (None, key) for key, source in sources.items()):
+        where = f"start.checkpoint={config.start.checkpoint!r}"
+        allowed = f"is read only where experts become copies of a dense FFN, and none does from {where}; unset it"
+        for name in _UPCYCLING:
+            value = getattr(config.start, name)
+            require(value == getattr(StartConfig, name), f"start.{name}", value, allowed)
+
+
 def _refuse_other_depth(config: Config, source: ModelConfig) -> None:
     for name in ("num_layers", "encoder_layers"):
         ours, theirs = getattr(config.model, name), getattr(source, name)
@@ -365,7 +329,7 @@ def _transplant(
     moe, seed = program.config.model.moe, program.config.seed
     wanted, available = unstack_layers(program.config.model, _host(fresh)), unstack_layers(model, source)
     where = f"start.checkpoint={program.config.start.checkpoint!r}"
-    chosen, copied = {}, False
+    chosen = {}
     for (layer, names), fresh_value in wanted.items():
         key = _source((layer, names), available.keys(), program.config)
         if key is None:
@@ -383,17 +347,13 @@ def _transplant(
             continue
         value = available[key]
         if key[1] != names:  # [..] → [E,..]
-            shards, copied = granularity(model.d_ff, moe.num_experts, moe.d_ff), True
+            shards = granularity(model.d_ff, moe.num_experts, moe.d_ff)
             value = copy_shards(names[-1], value, moe.num_experts, shards)
             if start is not None:
                 value = diversify(names[-1], value, start, seed, layer)
         if value.shape != fresh_value.shape:
             raise ConfigError(f"{where}: {'.'.join(names)} is {value.shape} there, {fresh_value.shape} here")
         chosen[layer, names] = value
-    for name in _UPCYCLING if start is not None and not copied else ():
-        unset = getattr(start, name) == getattr(StartConfig, name)
-        allowed = f"is read only where experts become copies of a dense FFN, and none does from {where}; unset it"
-        require(unset, f"start.{name}", getattr(start, name), allowed)
     return restack_layers(program.config.model, fresh, chosen)
 
 

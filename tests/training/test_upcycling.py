@@ -12,7 +12,7 @@ from moe.config import ConfigError, MeshConfig, StartConfig, inherit_model, to_d
 from moe.config.parse import from_config_dict
 from moe.interop import import_checkpoint, load_huggingface
 from moe.parallel.mesh import make_mesh
-from moe.training import warm_start
+from moe.training import upcycling, warm_start
 from moe.training.step import build
 from tests.helpers import slow_case
 
@@ -22,17 +22,17 @@ DENSE = Path(__file__).parents[1] / "data" / "checkpoints" / "mistral"
 def test_shards_by_hand():
     # F = 4 in two shards: experts 0 and 2 hold units 0 and 1, experts 1 and 3 units 2 and 3.
     up, down = np.arange(8.0).reshape(2, 4), np.arange(8.0).reshape(4, 2)
-    experts = warm_start.copy_shards("up", up, 4, 2)
+    experts = upcycling.copy_shards("up", up, 4, 2)
     np.testing.assert_array_equal(experts[0], [[0, 1], [4, 5]])
     np.testing.assert_array_equal(experts[1], [[2, 3], [6, 7]])
     np.testing.assert_array_equal(experts[2:], experts[:2])
-    np.testing.assert_array_equal(warm_start.copy_shards("down", down, 4, 2)[1], [[4, 5], [6, 7]])
+    np.testing.assert_array_equal(upcycling.copy_shards("down", down, 4, 2)[1], [[4, 5], [6, 7]])
     # Columns of the router: experts 0 and 1 are one group, experts 2 and 3 the other.
-    np.testing.assert_array_equal(warm_start.group_columns(np.array([[1.0, 2, 3, 4]]), 2), [[1, 1, 3, 3]])
-    assert warm_start.granularity(28, 8, 7) == 4
+    np.testing.assert_array_equal(upcycling.group_columns(np.array([[1.0, 2, 3, 4]]), 2), [[1, 1, 3, 3]])
+    assert upcycling.granularity(28, 8, 7) == 4
     for d_ff, experts in ((8, 8), (7, 6), (56, 8)):
         with pytest.raises(ConfigError, match=f"model.moe.d_ff={d_ff}: must be the dense 28 or that over a divisor"):
-            warm_start.granularity(28, experts, d_ff)
+            upcycling.granularity(28, experts, d_ff)
 
 
 def test_drop_upcycling_reinitialises_the_same_units_of_every_matrix():
@@ -44,8 +44,8 @@ def test_drop_upcycling_reinitialises_the_same_units_of_every_matrix():
     dense["down"] = rng.normal(-1.0, 0.25, (8, 400)).astype(np.float32)
     dropped = {}
     for name, matrix in dense.items():
-        copies = warm_start.copy_shards(name, matrix, 3, 1)
-        experts = warm_start.diversify(name, copies, start, 0, 5)
+        copies = upcycling.copy_shards(name, matrix, 3, 1)
+        experts = upcycling.diversify(name, copies, start, 0, 5)
         changed = experts != copies * (3.0 if name == "down" else 1.0)
         units = changed.all(axis=2) if name == "down" else changed.all(axis=1)  # [E,F]
         np.testing.assert_array_equal(changed.any(axis=2 if name == "down" else 1), units)
@@ -59,7 +59,7 @@ def test_drop_upcycling_reinitialises_the_same_units_of_every_matrix():
     np.testing.assert_array_equal(dropped["up"], dropped["down"])
     np.testing.assert_array_equal(dropped["up"], dropped["gate"])
     assert (dropped["up"][0] != dropped["up"][1]).any()
-    again = warm_start.diversify("up", warm_start.copy_shards("up", dense["up"], 3, 1), start, 0, 6)
+    again = upcycling.diversify("up", upcycling.copy_shards("up", dense["up"], 3, 1), start, 0, 6)
     assert ((again != dense["up"]).all(axis=1) != dropped["up"]).any(), "another layer, other units"
 
 
@@ -125,4 +125,4 @@ def test_upcycling_configs_start_from_a_dense_checkpoint(module, shards, tmp_pat
     assert moe.num_experts % shards == moe.experts_per_token % shards == 0
     if shards > 1:  # written for the 512 units of configs/dense.py
         moe = dataclasses.replace(moe, d_ff=dense.model.d_ff // shards)
-    assert warm_start.granularity(dense.model.d_ff, moe.num_experts, moe.d_ff) == shards
+    assert upcycling.granularity(dense.model.d_ff, moe.num_experts, moe.d_ff) == shards
