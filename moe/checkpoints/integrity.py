@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 from jax import Array
 
@@ -21,6 +22,10 @@ from moe.config import ConfigError
 #: Empty mesh for programs over arrays of a checkpoint, which run on the devices that hold the arrays, often one of this
 #: process. With the mesh of a run in context, JAX would require the devices of that mesh.
 NO_MESH = jax.sharding.Mesh(np.empty((), object), ())
+
+
+#: Stands for an array of a checkpoint that is not read.
+UNREAD = ocp.PLACEHOLDER
 
 
 class DamagedError(Exception):
@@ -46,7 +51,7 @@ def _checksum(array: Array) -> Array:
 
 def checksums(tree: Any) -> dict[str, int]:
     """Key path → checksum of every array of a tree, with elements of 8 to 32 bits; the same on every mesh."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    leaves = [(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree) if leaf is not UNREAD]
     with jax.set_mesh(NO_MESH):
         sums = [_checksum(leaf) for _, leaf in leaves]  # all are dispatched before one is waited for
     return {jax.tree_util.keystr(path): int(value) for (path, _), value in zip(leaves, sums, strict=True)}

@@ -252,7 +252,8 @@ class Checkpoints:
 
         Args:
             step: of a complete checkpoint.
-            state: ShapeDtypeStructs with the target shardings (``Program.state``).
+            state: ShapeDtypeStructs with the target shardings (``Program.state``); arrays for which it has
+                :data:`moe.checkpoints.integrity.UNREAD` are not read.
             iterator: fresh iterator over the same data, moved to the saved position; None: the position is not read.
 
         Raises:

@@ -29,6 +29,7 @@ from moe.models.factory import abstract_parameters, abstract_selection_biases, a
 from moe.models.stack import PREDICTION
 from moe.models.state import join
 from moe.parallel.parameters import parameter_shardings
+from moe.parallel.target import host_device
 from moe.waiting import said_aloud
 
 
@@ -103,12 +104,12 @@ def write_parameters(workdir: epath.Path, parameters: dict[str, Any], biases: di
 def write_workdir(
     out: str, config: Config, parameters: dict[str, Any], biases: dict[str, Any], companions: dict[str, bytes]
 ) -> None:
-    """Create a workdir of parameters in memory, with a config and a tokenizer: a model to evaluate or to start from.
+    """Create a workdir of parameters, with a config and a tokenizer: a model to evaluate or to start from.
 
     Args:
         out: new or empty folder.
         config: of a run of the model.
-        parameters: nested dict of arrays.
+        parameters: nested dict of arrays or of :class:`Streamed`.
         biases: the same, of the routers' selection biases.
         companions: name → content of further files, see :func:`moe.data.tokenizer_files.companions`.
 
@@ -124,12 +125,14 @@ def write_workdir(
 
 
 def streamed(tree: Any) -> Any:
-    """A tree of arrays as :func:`write_parameters` takes it, each in one part."""
+    """A tree of arrays as :func:`write_parameters` takes it, each in one part; a :class:`Streamed` stays as it is."""
 
-    def parts(leaf: np.ndarray) -> Callable[[], Iterator[tuple[tuple[int, ...], np.ndarray]]]:
-        return lambda: iter([((), leaf)])
+    def one(leaf: Any) -> Streamed:
+        if isinstance(leaf, Streamed):
+            return leaf
+        return Streamed(leaf.shape, leaf.dtype, 0, lambda: iter([((), np.asarray(leaf))]))
 
-    return jax.tree.map(lambda leaf: Streamed(leaf.shape, leaf.dtype, 0, parts(leaf)), jax.tree.map(np.asarray, tree))
+    return jax.tree.map(one, tree)
 
 
 def _write_parameters(workdir: epath.Path, state: dict[str, Any]) -> None:
@@ -149,7 +152,8 @@ class ReadOptions(TypedDict, total=False):
     """Choice of a checkpoint of a workdir, and how it is read.
 
     Attributes:
-        mesh: devices to place the arrays on, each reading its shard; default: none, the arrays are NumPy's.
+        mesh: devices to place the arrays on, each reading its shard; default: none, the arrays are NumPy's, and no
+            accelerator's memory is used.
         dtype: to cast to; default: as stored.
         step: of the checkpoint; default: the newest.
         only: key path of the parameter or subtree to read; default: all.
@@ -182,9 +186,12 @@ def read_parameters(
     adapters = read_adapters(workdir, dataclasses.replace(config, model=model), **{**exact, "only": ()})
     parameters = read_parameters(config.start.checkpoint, model, **base)
     mesh, dtype = options.get("mesh"), options.get("dtype")
-    with jax.set_mesh(NO_MESH) if mesh is None else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        if mesh is None:
+            stack.enter_context(jax.set_mesh(NO_MESH))
+            stack.enter_context(jax.default_device(host_device()))
         merged = merge(parameters, adapters, config.lora.alpha / config.lora.rank)
-    merged = merged if dtype is None else jax.tree.map(lambda leaf: leaf.astype(dtype), merged)
+        merged = merged if dtype is None else jax.tree.map(lambda leaf: leaf.astype(dtype), merged)
     return merged if mesh is not None else jax.tree.map(np.asarray, merged)
 
 
@@ -293,7 +300,7 @@ def _read_checked(
     if PREDICTION not in wanted:  # a model may be read without the layers that predict further tokens
         stored = {name: tree for name, tree in stored.items() if name != PREDICTION}
     _refuse_other_model(stored, wanted, f"{workdir} at step {step}")
-    where = parameter_shardings(mesh, variables)
+    where = parameter_shardings(mesh, variables, host_device())
     stored, wanted, where = (_branch(tree, only) for tree in (stored, wanted, where))
 
     def restore_args(leaf: Any, placed: Any) -> ocp.ArrayRestoreArgs:

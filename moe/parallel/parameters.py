@@ -146,11 +146,12 @@ def optimizer_specs(parameters: Any, specs: Any, optimizer: Any) -> Any:
     return jax.tree_util.tree_map_with_path(spec, optimizer)
 
 
-def parameter_shardings(mesh: Mesh | None, variables: nnx.State) -> dict[str, Any]:
-    """Where each variable of a model is stored: split over the mesh, or whole on this process's first device."""
+def parameter_shardings(mesh: Mesh | None, variables: nnx.State, device: Any = None) -> dict[str, Any]:
+    """Where each variable of a model is stored: split over the mesh; without one whole on a device, by default this
+    process's first."""
     if mesh is None:
-        device = SingleDeviceSharding(jax.local_devices()[0])
-        return jax.tree.map(lambda _: device, nnx.to_pure_dict(variables))
+        whole = SingleDeviceSharding(device or jax.local_devices()[0])
+        return jax.tree.map(lambda _: whole, nnx.to_pure_dict(variables))
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         return shardings(mesh, parameter_specs(variables))
 

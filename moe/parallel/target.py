@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import types
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 
@@ -112,6 +113,14 @@ def current() -> Target:
         return Target(device.platform, device.device_kind, device.num_cores or 0)
     device = jax.devices()[0]
     return Target(device.platform, device.device_kind, getattr(device, "core_count", 0))
+
+
+def host_device() -> Any:
+    """The device whose memory is the host's; this process's first one where JAX_PLATFORMS leaves out the CPU."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return jax.local_devices()[0]
 
 
 def is_cpu() -> bool:

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 
 from moe.atomic_files import refuse_files
 from moe.checkpoints import parameters as stored
 from moe.checkpoints.pinned import base_step
 from moe.checkpoints.workdir import read_config
-from moe.config import Config, ConfigError, LoraConfig, MeshConfig
+from moe.config import Config, ConfigError, LoraConfig
 from moe.data.tokenizer_files import companions, find_tokenizer
 from moe.models.adapters import merge
-from moe.parallel.mesh import make_mesh
-from moe.training.optimizer import averaged_weights
-from moe.training.warm_start import optimizer_state
+from moe.models.factory import abstract_parameters
+from moe.parallel.target import host_device
+from moe.training.optimizer import WeightAverage, averaged_weights
+from moe.training.optimizer_files import read_optimizer
 
 
 def write_average(workdir: str, out: str, steps: Sequence[int], *, ema: bool) -> str:
@@ -48,19 +52,50 @@ def write_average(workdir: str, out: str, steps: Sequence[int], *, ema: bool) ->
 
 
 def _mean(workdir: str, config: Config, steps: Sequence[int]) -> Any:
-    """Mean over checkpoints, of which only one at a time is in memory, besides the sum."""
-    total = None
+    """Mean over checkpoints."""
     for step in steps:
-        tree = stored.read_parameters(workdir, config.model, step=step, dtype=np.float32)
-        share = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64) / len(steps), tree)
-        total = share if total is None else jax.tree.map(np.add, total, share)
-    return jax.tree.map(lambda leaf: leaf.astype(np.float32), total)
+        stored.chosen_step(workdir, step)
+
+    def mean(path: tuple[str, ...]) -> np.ndarray:
+        total = None
+        for step in steps:
+            tree = stored.read_parameters(workdir, config.model, step=step, dtype=np.float32, only=path)
+            (array,) = jax.tree.leaves(tree)
+            total = array.astype(np.float64) if total is None else np.add(total, array, out=total)
+        assert total is not None
+        total /= len(steps)
+        return total.astype(np.float32)
+
+    return _one_by_one(config, mean)
 
 
 def _moving_average(workdir: str, config: Config, step: int) -> Any:
-    weights = averaged_weights(config.optimizer, optimizer_state(config, workdir, "--ema", step))
-    if config.lora.rank:
-        mesh = make_mesh(MeshConfig(data=1), jax.local_devices()[:1])
-        base, _ = stored.read_base(config, base_step(config, workdir), mesh)
-        weights = merge(base, weights, config.lora.alpha / config.lora.rank)
-    return jax.tree.map(np.asarray, weights)
+    """The moving average, merged with the base of a run that trains adapters."""
+    optimizer = read_optimizer(config, workdir, "--ema", step, average_only=True)
+    nodes = jax.tree.leaves(optimizer, is_leaf=lambda node: isinstance(node, WeightAverage))
+    (average,) = (node for node in nodes if isinstance(node, WeightAverage))
+    base = {"step": base_step(config, workdir), "dtype": np.float32}
+
+    def of_run(path: tuple[str, ...]) -> np.ndarray:
+        total = functools.reduce(operator.getitem, path, average.total)
+        with jax.default_device(host_device()):
+            return np.asarray(averaged_weights(config.optimizer, average._replace(total=total)))
+
+    def merged(path: tuple[str, ...]) -> np.ndarray:
+        tree = stored.read_parameters(config.start.checkpoint, config.model, only=path, **base)
+        with jax.default_device(host_device()):
+            adapters = averaged_weights(config.optimizer, average)
+            (array,) = jax.tree.leaves(merge(tree, adapters, config.lora.alpha / config.lora.rank))
+        return np.asarray(array)
+
+    return _one_by_one(config, merged if config.lora.rank else of_run)
+
+
+def _one_by_one(config: Config, compute: Callable[[tuple[str, ...]], np.ndarray]) -> Any:
+    """A model's parameters, each computed from its key path when it is written, so that only one is in memory."""
+
+    def written(path: Any, parameter: jax.ShapeDtypeStruct) -> stored.Streamed:
+        names = tuple(key.key for key in path)
+        return stored.Streamed(parameter.shape, np.dtype(np.float32), 0, lambda: iter([((), compute(names))]))
+
+    return jax.tree_util.tree_map_with_path(written, nnx.to_pure_dict(abstract_parameters(config.model)))

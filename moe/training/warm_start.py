@@ -19,12 +19,9 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 from moe.checkpoints import parameters as stored
-from moe.checkpoints.integrity import DamagedError
-from moe.checkpoints.manager import Checkpoints
 from moe.checkpoints.pinned import agreed
 from moe.checkpoints.workdir import CONFIG, differing_settings, read_config
-from moe.config import Config, ConfigError, DistillConfig, MeshConfig, ModelConfig, StartConfig
-from moe.config.references import refuse_modules
+from moe.config import Config, ConfigError, DistillConfig, ModelConfig, StartConfig
 from moe.data.tokenizer import Tokenizer
 from moe.data.tokenizer_files import find_tokenizer
 from moe.fields import require
@@ -32,9 +29,9 @@ from moe.models.adapters import initial_adapters
 from moe.models.factory import abstract_parameters
 from moe.models.stack import part_of, restack_layers, unstack_layers
 from moe.models.state import AdaptedState, TrainState, join, set_schedule_step
-from moe.parallel.mesh import make_mesh
 from moe.training.optimizer import WeightAverage
-from moe.training.step import Program, build
+from moe.training.optimizer_files import read_optimizer
+from moe.training.step import Program
 from moe.training.upcycling import copy_shards, diversify, granularity, group_columns
 
 #: Settings of :class:`StartConfig` that only experts copied from a dense FFN read.
@@ -145,9 +142,8 @@ def _first_parameters(program: Program, model: ModelConfig, fresh: dict[str, Any
         step: of the checkpoint.
     """
     start = program.config.start
-    ours, theirs = (jax.tree.map(np.shape, _shapes(config)) for config in (program.config.model, model))
     # On the mesh each process reads its shards: a host may lack the memory for the whole model.
-    mesh = program.mesh if ours == theirs else None
+    mesh = program.mesh if _same_shapes(program.config.model, model) else None
     found = stored.read_parameters(start.checkpoint, model, dtype=np.float32, step=step, mesh=mesh)
     if mesh is None:
         return _transplant(program, model, _host(found), fresh, start)
@@ -198,6 +194,10 @@ def _shapes(model: ModelConfig) -> dict[str, Any]:
     return jax.tree.map(lambda leaf: np.broadcast_to(0, leaf.shape), nnx.to_pure_dict(abstract_parameters(model)))
 
 
+def _same_shapes(one: ModelConfig, other: ModelConfig) -> bool:
+    return jax.tree.map(np.shape, _shapes(one)) == jax.tree.map(np.shape, _shapes(other))
+
+
 def _summary(config: Config, source: Config) -> str:
     """One line: what a run takes from its checkpoint."""
     ours = unstack_layers(config.model, _shapes(config.model))
@@ -225,7 +225,11 @@ def _carry(program: Program, source: Config, fresh: Any, step: int) -> Any:
         raise ConfigError(
             f"start.optimizer='carry': {start.checkpoint} trained adapters, whose moments fit no parameter; use 'reset'"
         )
-    carried = _host(optimizer_state(source, start.checkpoint, "start.optimizer='carry'", step))
+    # In shards, as the parameters; the checks of a pipeline's stages are of the source's own batch.
+    sharded = _same_shapes(program.config.model, source.model) and program.mesh.shape.get("pipeline", 1) == 1
+    mesh = program.mesh if sharded else None
+    field = "start.optimizer='carry'"
+    carried = read_optimizer(source, start.checkpoint, field, step, mesh)
     names = {config.optimizer.name for config in (source, program.config)}
     same = jax.tree.structure(carried) == jax.tree.structure(fresh) and not start.fresh
     shapes = (jax.tree.map(np.shape, tree) for tree in (carried, fresh))
@@ -246,7 +250,7 @@ def _carry(program: Program, source: Config, fresh: Any, step: int) -> Any:
 
     def move(own: Any, old: Any) -> Any:
         # An average begins anew: the source has no weights of the fresh parameters.
-        return _transplant(program, source.model, old, own) if _is_tree(own) else _keep_average(own, old)
+        return _transplant(program, source.model, _host(old), own) if _is_tree(own) else _keep_average(own, old)
 
     return jax.tree.map(move, fresh, carried, is_leaf=lambda node: _is_tree(node) or _is_average(node))
 
@@ -271,29 +275,6 @@ def _host(tree: Any) -> Any:
         return np.asarray(multihost_utils.process_allgather(leaf, tiled=True) if split else leaf)
 
     return jax.tree.map(whole, tree)
-
-
-def optimizer_state(source: Config, workdir: str, field: str, step: int) -> Any:
-    """Optimizer state of a run's checkpoint, on one device, checked by its checksums.
-
-    Args:
-        field: field or flag that needs it, for messages.
-        step: of the checkpoint.
-
-    Raises:
-        ConfigError: an import, which has none, a damaged checkpoint, or an optimizer of a module that was not allowed.
-    """
-    refuse_modules({"optimizer.name": source.optimizer.name}, f"{workdir}: ")
-    mesh = make_mesh(MeshConfig(data=1), jax.local_devices()[:1])
-    with jax.set_mesh(mesh):
-        program = build(dataclasses.replace(source, mesh=MeshConfig(data=1)), mesh)
-    checkpoints = Checkpoints(epath.Path(workdir), 1, read_only=True)
-    if not (epath.Path(workdir) / "checkpoints" / str(step) / "memory").exists():  # an import
-        raise ConfigError(f"{field}: {workdir} holds no optimizer state, as an import does not")
-    try:
-        return checkpoints.restore(step, program.state)[0].optimizer
-    except DamagedError as error:
-        raise ConfigError(f"{field}: the checkpoint of step {step} in {workdir}: {error}") from error
 
 
 def _refuse_unread_upcycling(config: Config, source: ModelConfig) -> None:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
+from flax import nnx
 
 from moe import atomic_files, signals
 from moe.checkpoints import parameters
@@ -30,7 +31,7 @@ from moe.models.state import TrainState
 from moe.training import loop as training
 from moe.training.averaging import write_average
 from moe.training.loop import train
-from tests.helpers import mounted
+from tests.helpers import mounted, random_model, tiny_model
 from tests.run_helpers import ONE, SETTINGS, at_step, steps, tiny
 
 # Most runs of a file are the same program.
@@ -247,6 +248,23 @@ def test_a_workdir_of_parameters_is_written_completely_or_not_at_all(tmp_path, m
     with pytest.raises(ConfigError, match=r"out: cannot be written, and nothing was left: .*No space left"):
         parameters.write_workdir(str(out), Config(), {"table": np.ones(3, np.float32)}, {}, files)
     assert not (tmp_path / "new").exists()
+
+
+def test_arrays_that_go_to_no_mesh_are_read_into_the_memory_of_the_host(tmp_path, monkeypatch):
+    """A device lacks room for the experts of all layers: 60 GB in Mixtral 8x7B."""
+    model = tiny_model(num_layers=1)
+    expected = nnx.to_pure_dict(nnx.state(random_model(model), nnx.Param))
+    parameters.write_workdir(str(tmp_path / "run"), Config(model=model), expected, {}, {})
+    host, used = jax.devices()[5], set()
+    monkeypatch.setattr(parameters, "host_device", lambda: host)
+    monkeypatch.setattr(parameters, "_saved_checksums", lambda *_: {"none": 0})
+    monkeypatch.setattr(
+        parameters, "compare", lambda _, tree: [used.update(leaf.devices()) for leaf in jax.tree.leaves(tree)]
+    )
+    found = parameters.read_parameters(tmp_path / "run", model)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(found))
+    assert used == {host}
 
 
 def test_an_average_has_every_file_of_the_tokenizer(tmp_path):

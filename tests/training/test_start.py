@@ -46,8 +46,8 @@ from moe.data.tokenizer import train_tokenizer
 from moe.interop import import_checkpoint, load_huggingface
 from moe.models.state import set_schedule_step
 from moe.parallel.mesh import make_mesh
+from moe.training import averaging, warm_start
 from moe.training import loop as training
-from moe.training import warm_start
 from moe.training.batches import place
 from moe.training.loop import train
 from moe.training.losses import TEXT, soft_cross_entropy
@@ -438,6 +438,57 @@ def test_the_same_model_is_read_in_shards(tmp_path, monkeypatch):
         np.testing.assert_array_equal(leaf, functools.reduce(lambda tree, key: tree[key.key], path, expected))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state.parameters)
     assert shardings == jax.tree.map(lambda leaf: leaf.sharding, program.state.parameters)
+
+
+def test_moments_of_the_same_model_are_read_in_shards_and_alone(tmp_path, monkeypatch):
+    """One device would need 12 bytes for each of the source's parameters: 560 GB for Mixtral 8x7B."""
+    trained, config = _trained(tmp_path, "adamw")
+    read = []
+    monkeypatch.setattr(manager, "compare", lambda _, tree: read.append(tree))
+    monkeypatch.setattr(warm_start, "_host", lambda tree: pytest.fail("reads whole arrays"))
+    start = StartConfig(str(tmp_path / "run"), optimizer="carry")
+    mesh = make_mesh(MeshConfig(data=1, fsdp=8))
+    with jax.set_mesh(mesh):
+        train = dataclasses.replace(config.train, batch_size=8)
+        program = build(dataclasses.replace(config, start=start, train=train), mesh)
+        state = warm_start.first_state(program)
+    expected = set_schedule_step(trained.optimizer, np.zeros((), np.int32))
+    jax.tree.map(np.testing.assert_array_equal, state.optimizer, expected)
+    (source,) = read
+    assert all(leaf is integrity.UNREAD for leaf in jax.tree.leaves(source.parameters))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, source.optimizer)
+    assert shardings == jax.tree.map(lambda leaf: leaf.sharding, program.state.optimizer)
+
+
+def test_averages_have_one_array_in_memory_and_read_no_moments(tmp_path, monkeypatch):
+    """The mean of two checkpoints, and the moving average of the newest, by NumPy."""
+    trained, config = _trained(tmp_path, "adamw", ema_decay=0.9)
+    run, read, original = tmp_path / "run", [], averaging.stored.read_parameters
+    other = jax.tree.map(lambda leaf: leaf + 1 / 3, trained.parameters)
+    checkpoints = manager.Checkpoints(epath.Path(run), 2)
+    checkpoints.save(2, dataclasses.replace(trained, step=trained.step + 1, parameters=other), None, {}, None)
+    checkpoints.close()
+    first, second = manager.complete_steps(epath.Path(run))
+
+    def read_parameters(*given, **options):
+        read.append(original(*given, **options))
+        return read[-1]
+
+    monkeypatch.setattr(averaging.stored, "read_parameters", read_parameters)
+    monkeypatch.setattr(averaging, "find_tokenizer", lambda _: None)
+    monkeypatch.setattr(averaging, "companions", lambda _: {})
+    averaging.write_average(str(run), str(tmp_path / "mean"), [first, second], ema=False)
+    assert {len(jax.tree.leaves(tree)) for tree in read} == {1}
+    mean = original(tmp_path / "mean", config.model)
+    jax.tree.map(lambda a, b, c: np.testing.assert_allclose(c, (a + b) / 2, rtol=1e-6), trained.parameters, other, mean)
+    compared = []
+    monkeypatch.setattr(manager, "compare", lambda _, tree: compared.append(tree))
+    averaging.write_average(str(run), str(tmp_path / "ema"), [], ema=True)
+    moving = original(tmp_path / "ema", config.model)
+    expected = averaged_weights(config.optimizer, trained.optimizer)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), moving, expected)
+    found = [leaf for leaf in jax.tree.leaves(compared) if leaf is not integrity.UNREAD]
+    assert len(found) == len(jax.tree.leaves(trained.parameters)) + 3  # step, key of the noise, number of averages
 
 
 def test_an_optimizers_copy_of_the_weights_begins_with_those_of_the_checkpoint(tmp_path, monkeypatch):
