@@ -24,7 +24,7 @@ from etils import epath
 from ml_collections import config_flags
 
 from moe import process
-from moe.atomic_files import is_bucket_error
+from moe.atomic_files import first_line, is_bucket_error
 from moe.config import (
     Config,
     ConfigError,
@@ -262,9 +262,11 @@ def _extend_import_path(argv: list[str]) -> None:
 
 
 def _refusal(error: Exception) -> str:
-    """Sentence for an error of a setting, a disk, a bucket or missing devices; "" for other errors."""
+    """Sentence for an error of a setting, a disk, a bucket, memory or missing devices; "" for other errors."""
     if isinstance(error, (ConfigError, OSError)) or is_bucket_error(error):
         return str(ConfigError(str(error) or type(error).__name__))
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error)):
+        return f"out of memory; more devices, smaller batches or shorter rows need less ({first_line(error)})"
     if isinstance(error, (RuntimeError, AssertionError)) and _from_jax_backends(error):
         reason = str(error).partition(" (you may")[0] or "no such device on this machine"
         return f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')!r}: {' '.join(reason.split())}"

@@ -3,11 +3,13 @@
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
+import jax
 import pytest
 
 from configs import mixtral, switch
@@ -89,6 +91,18 @@ def test_help_shows_required_flags_then_options_examples_and_exit_codes():
 def test_flags_are_removed_with_their_values():
     argv = ["python", "a.py", "--jobs", "2", "--seeds=1", "-jobs=2", "--jobs=2", "--jobs_of=3"]
     assert cli.without_flags(argv, "jobs") == ["python", "a.py", "--seeds=1", "--jobs_of=3"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 60 bytes.\nmore"),
+        MemoryError("60 bytes"),
+    ],
+)
+def test_too_little_memory_is_said_in_one_sentence(error):
+    sentence = cli._refusal(error)
+    assert re.fullmatch(r"out of memory; more devices, .* need less \(\w+Error: .*60 bytes.*\)", sentence)
 
 
 def test_a_closed_output_ends_a_program_without_an_error_message():

@@ -17,9 +17,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from moe.config import Config, ConfigError, ModelConfig
+from moe.config import Config, ConfigError, MeshConfig, ModelConfig
 from moe.models import kv_cache
 from moe.models.factory import abstract_model
+from moe.models.flops import count_parameters
 from moe.parallel.mesh import ROW_AXES, axis_size
 
 
@@ -110,6 +111,16 @@ def for_generation(config: Config, num_devices: int) -> Config:
     model, data = without_drops(config.model), dataclasses.replace(config.data, streams=0)
     model = dataclasses.replace(model, moe=dataclasses.replace(model.moe, exchange_chunks=1, exchange_hosts=1))
     return dataclasses.replace(config, model=model, data=data, train=train)
+
+
+def default_mesh(model: ModelConfig, devices: Sequence[Any]) -> MeshConfig:
+    """A mesh to generate on: every device has all parameters, unless they would fill more than half of its memory in
+    float32; then the devices split them, experts first, which then are not gathered for every token."""
+    size = (devices[0].memory_stats() or {}).get("bytes_limit", math.inf)
+    if 4 * count_parameters(model)[0] <= size / 2:
+        return MeshConfig()
+    experts = 1 if model.moe.gate is None else math.gcd(model.moe.num_experts, len(devices))
+    return MeshConfig(data=1, expert=experts, fsdp=-1)
 
 
 def stream(

@@ -5,7 +5,8 @@ One that was trained by span corruption fills in blanks: --prompt="Once <extra_i
 Several --prompt run as one batch and are printed one after the other; with one, tokens are printed as they are chosen.
 --chat answers in the tokenizer's chat template: each --prompt is a turn of one conversation; without any, the turns are
 lines of standard input.
---mesh splits the work, as in --mesh=data=1,expert=4,tensor=2; by default all devices hold rows.
+--mesh splits the work, as in --mesh=data=1,expert=4,tensor=2; by default all devices hold rows, and split the model
+only if it would fill more than half of the memory of one.
 """
 
 import functools
@@ -93,11 +94,14 @@ def _talk(turns: Iterable[str], tokenizer: Any, answer: Callable[[list[int]], It
 
 def _mesh(config: Any) -> Any:
     """The mesh of --mesh, checked for the model of this config."""
+    import jax
+
     from moe.config import ConfigError, MeshConfig, validate_mesh
     from moe.models import sampling
     from moe.parallel.mesh import make_mesh, parse_sizes
 
-    mesh = make_mesh(MeshConfig(**parse_sizes(_MESH.value, remaining=True)))
+    sizes = parse_sizes(_MESH.value, remaining=True)
+    mesh = make_mesh(MeshConfig(**sizes) if sizes else sampling.default_mesh(config.model, jax.devices()))
     if (context := mesh.shape.get("context", 1)) > 1:
         raise ConfigError(f"--mesh=context={context}: must be 1 to generate")
     validate_mesh(sampling.for_generation(config, mesh.size), mesh.shape)

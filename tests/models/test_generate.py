@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from moe.models.factory import abstract_model
 from moe.models.sampling import Sampling
 from moe.parallel import partition_specs
 from moe.parallel.mesh import make_mesh
-from moe.parallel.parameters import parameter_specs
+from moe.parallel.parameters import parameter_shardings, parameter_specs
 from tests.helpers import moe_config, random_parameters, slow_case
 from tests.interop.test_interop import CASES, _expected
 
@@ -138,6 +139,29 @@ def test_a_mesh_generates_the_same_text(mesh):
         placed = jax.device_put(variables, partition_specs.shardings(devices, specs))
         text = sampling.sample(config, placed, PROMPTS, 6, GREEDY)
     np.testing.assert_array_equal(text, want)
+
+
+def test_a_model_too_large_for_each_device_is_split_over_all():
+    """Half of a device holds all parameters or all but one; split, a device has an eighth of all but norms, routers and
+    what 8 does not divide."""
+    config = ModelConfig(moe=MoEConfig(num_experts=4, gate=LAYERS["mixtral"].gate), d_model=64, num_layers=2)
+    abstract = abstract_model(config)
+    sizes = [leaf.size for leaf in jax.tree.leaves(nnx.to_pure_dict(nnx.state(abstract)))]
+
+    def mesh(limit):
+        devices = [types.SimpleNamespace(memory_stats=lambda: limit and {"bytes_limit": limit})] * 8
+        return sampling.default_mesh(config, devices)
+
+    assert mesh(8 * sum(sizes)) == mesh(None) == MeshConfig()
+    split = mesh(8 * sum(sizes) - 1)
+    assert split == MeshConfig(data=1, fsdp=-1, expert=4)
+    dense = dataclasses.replace(config, moe=MoEConfig(gate=None))
+    assert sampling.default_mesh(dense, [types.SimpleNamespace(memory_stats=lambda: {"bytes_limit": 1})]).expert == 1
+    where = parameter_shardings(make_mesh(split), nnx.state(abstract))
+    held = jax.tree.map(
+        lambda leaf, there: math.prod(there.shard_shape(leaf.shape)), nnx.to_pure_dict(nnx.state(abstract)), where
+    )
+    assert sum(jax.tree.leaves(held)) < 0.13 * sum(sizes)
 
 
 def test_a_run_with_microbatches_or_groups_of_several_rows_can_generate_on_a_mesh():
