@@ -25,50 +25,62 @@ _SEED = flags.DEFINE_integer("seed", 0, "Seed of the permutations and of untrain
 
 @dataclasses.dataclass(frozen=True)
 class _Reading:
-    """A model and its records of held-out text.
+    """What a model makes of held-out text; its variables are not kept, since devices may lack room for two models.
 
     Attributes:
         workdir: the opened workdir.
         step: of the checkpoint.
-        variables: of the checkpoint.
         rows: domain → batches.
         recorder: compiled function that records the routing of tokens.
         records: what it recorded for the rows.
+        losses: loss of every token; None if not asked for.
+        untrained: what it recorded with random routers; None if not asked for, or for a model without a router.
     """
 
     workdir: Any
     step: int
-    variables: dict[str, Any]
     rows: Any
     recorder: Any
     records: Any
+    losses: Any
+    untrained: Any
 
     @property
     def name(self) -> str:
         """Name of the run, with the step."""
         return f"{Path(self.workdir.path).name} at {self.step}"
 
-    def losses(self) -> Any:
-        """Loss of every token."""
-        from moe.analysis.difference import TokenLosses
 
-        return TokenLosses(self.workdir.program)(self.variables, self.rows)
-
-
-def _read(path: str, step: int | None, instead: dict[tuple[str, str], Any]) -> _Reading:
+def _read(
+    path: str,
+    step: int | None,
+    instead: dict[tuple[str, str], Any],
+    *,
+    losses: bool = False,
+    seed: int | None = None,
+) -> _Reading:
+    """Read a model's records; with a seed, also those with routers drawn from it."""
     from moe.analysis.analyse import heldout_rows
+    from moe.analysis.controls import has_router, untrain_routers
+    from moe.analysis.difference import TokenLosses
     from moe.analysis.record import Recorder
     from moe.config import ConfigError
     from moe.training.open_run import open_workdir
 
     opened = open_workdir(path, instead)
-    if opened.program.config.model.encoder_layers:
+    model = opened.program.config.model
+    if model.encoder_layers:
         raise ConfigError(f"{path}: holds an encoder-decoder; only decoder-only models are compared")
     recorder = Recorder(opened.program)
     rows = heldout_rows(recorder, opened.prepared, int(_TOKENS.value or 0))
     step = opened.step_or_newest(step)
     variables = opened.variables(step)
-    return _Reading(opened, step, variables, rows, recorder, recorder(variables, rows))
+    records = recorder(variables, rows)
+    of_tokens = TokenLosses(opened.program)(variables, rows) if losses else None
+    untrained = None
+    if seed is not None and has_router(model):
+        untrained = recorder(untrain_routers(variables, model, seed), rows)
+    return _Reading(opened, step, rows, recorder, records, of_tokens, untrained)
 
 
 def main() -> None:
@@ -76,25 +88,23 @@ def main() -> None:
     from etils import epath
 
     from moe.analysis import difference, difference_page
-    from moe.analysis.controls import has_router, hash_routing, untrain_routers
+    from moe.analysis.controls import hash_routing
     from moe.analysis.summary import piece_of
     from moe.training.open_run import same_text
 
     unread = _OTHER_STEP, _BESIDE, _SHUFFLES, _SEED
     cli.only_with(_OTHER.value is not None, "is read only with --other", *unread)
-    one = _read(_WORKDIR.path, _WORKDIR.step, _WORKDIR.instead)
+    one = _read(_WORKDIR.path, _WORKDIR.step, _WORKDIR.instead, losses=_OTHER.value is not None)
     if not _OTHER.value:
         print(_settling(one))
         return
     config = one.workdir.program.config
     text = same_text(config, one.workdir.prepared.domains)
-    other = _read(str(_OTHER.value), _OTHER_STEP.value, text)
+    seed = int(_SEED.value or 0)
+    other = _read(str(_OTHER.value), _OTHER_STEP.value, text, losses=True, seed=seed)
     compared = {"": other.records, "hash of the token": hash_routing(one.records)}
-    model, seed = other.workdir.program.config.model, int(_SEED.value or 0)
-    if has_router(model):
-        untrained = untrain_routers(other.variables, model, seed)
-        name = f"{Path(str(_OTHER.value)).name}, untrained routers"
-        compared[name] = other.recorder(untrained, other.rows)
+    if other.untrained is not None:
+        compared[f"{Path(str(_OTHER.value)).name}, untrained routers"] = other.untrained
     compared |= {path: _read(path, None, text).records for path in _BESIDE.value}
     shuffles = int(_SHUFFLES.value or 0)
     found = {
@@ -103,7 +113,7 @@ def main() -> None:
     }
     same = difference.same_layers(one.records, other.records, found[""])
     piece = piece_of(one.workdir.prepared.tokenizer)
-    losses = difference.loss_differences(one.records, one.losses(), other.losses(), same, piece)
+    losses = difference.loss_differences(one.records, one.losses, other.losses, same, piece)
     page = difference_page.Difference((one.name, other.name), one.records.layers, found, losses, shuffles, seed)
     folder = epath.Path(_OUTPUT.value or epath.Path(_WORKDIR.path) / "diff")
     written = difference_page.write(page, folder)

@@ -54,7 +54,7 @@ def main() -> None:
     from moe.escaping import markdown_table
     from moe.models.flops import count_parameters
     from moe.models.state import join
-    from moe.training.open_run import open_workdir
+    from moe.training.open_run import on_mesh, open_workdir
     from moe.training.step import build
 
     if sum(flag.value is not None for flag in (_PRUNE, _SPLIT, _MERGE, _REGROUP)) != 1:
@@ -78,10 +78,17 @@ def main() -> None:
     with jax.set_mesh(opened.program.mesh):
         program = build(dataclasses.replace(config, model=changed), opened.program.mesh)
     rows = heldout_rows(recorder, opened.prepared, int(_TOKENS.value or 0))
-    old, new = join(before, biases), join(after, new_biases)
-    print(_table(losses(old, rows), difference.TokenLosses(program)(new, rows), rows))
-    records = recorder(old, rows), Recorder(program)(new, rows)
-    print(f"\n{_routing(records, (model.moe.num_experts, changed.moe.num_experts))}\n")
+    programs = (opened.program, recorder, losses), (program, Recorder(program), difference.TokenLosses(program))
+    measured = []
+    for (edited, record, measure), variables in zip(
+        programs, (join(before, biases), join(after, new_biases)), strict=True
+    ):
+        placed = on_mesh(edited, variables)
+        measured.append((measure(placed, rows), record(placed, rows)))
+        del placed  # a device may lack room for both models
+    (old_losses, old_records), (new_losses, new_records) = measured
+    print(_table(old_losses, new_losses, rows))
+    print(f"\n{_routing((old_records, new_records), (model.moe.num_experts, changed.moe.num_experts))}\n")
     (total, active), (new_total, new_active) = count_parameters(model), count_parameters(changed)
     print(f"parameters {total:,} → {new_total:,}, active {active:,} → {new_active:,}")
     written = dataclasses.replace(read_config(opened.path), model=changed, lora=LoraConfig())
@@ -98,6 +105,7 @@ def _edited(opened: Any, whole: Any, recorder: Any, losses: Any) -> Any:
     from moe.analysis import surgery
     from moe.analysis.analyse import heldout_rows
     from moe.models.state import join
+    from moe.training.open_run import on_mesh
 
     model, before, biases = whole
     if _SPLIT.value is not None:
@@ -107,7 +115,7 @@ def _edited(opened: Any, whole: Any, recorder: Any, losses: Any) -> Any:
     rows = heldout_rows(recorder, opened.prepared, int(_CALIBRATION.value or 0))
     if _PRUNE.value is not None:
         return _pruned(opened.program, whole, recorder, losses, rows)
-    return _regrouped(whole, recorder(join(before, biases), rows))
+    return _regrouped(whole, recorder(on_mesh(opened.program, join(before, biases)), rows))
 
 
 def _pruned(program: Any, whole: Any, recorder: Any, losses: Any, rows: Any) -> Any:
@@ -117,9 +125,10 @@ def _pruned(program: Any, whole: Any, recorder: Any, losses: Any, rows: Any) -> 
     from moe.analysis import merging, saliency, surgery
     from moe.config import ConfigError
     from moe.models.state import join
+    from moe.training.open_run import on_mesh
 
     model, before, biases = whole
-    size, variables = model.moe.num_experts, join(before, biases)
+    size = model.moe.num_experts
     count, groups = round(float(_PRUNE.value or 0) * size), getattr(model.moe.gate, "groups", 1)
     if not 0 < count < size:
         allowed = f"must leave out 1 to {size - 1} of {size} experts, not {count}"
@@ -128,11 +137,15 @@ def _pruned(program: Any, whole: Any, recorder: Any, losses: Any, rows: Any) -> 
         allowed = f"must leave out equally many experts of each of the gate's {groups} groups, not {count} in all"
         raise ConfigError(f"--prune={_PRUNE.value}: {allowed}")
     merges, by = _OTHERS.value == "merge", str(_BY.value)
+    variables = on_mesh(program, join(before, biases))
     records: Any = recorder(variables, rows) if merges or by in ("frequency", "weight", "variance") else None
     needed = by == "variance" or _OTHERS.value == "novice"
     moments: Any = saliency.OutputMoments(program)(variables, rows) if needed else None
     if by == "ablation":
-        found = saliency.ablation(model, before, lambda tree: float(np.nanmean(losses(join(tree, biases), rows))))
+        del variables  # a device may lack room for two models
+        found = saliency.ablation(
+            model, before, lambda tree: float(np.nanmean(losses(on_mesh(program, join(tree, biases)), rows)))
+        )
     elif by == "reap":
         found = saliency.Reap(program)(variables, rows)
     else:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from flax import nnx
 
 from moe.checkpoints import parameters
 from moe.checkpoints.workdir import read_config
@@ -14,7 +15,9 @@ from moe.config import Config, MeshConfig, OptimizerConfig, to_dict, validate_me
 from moe.config.parse import from_config_dict
 from moe.data import pipeline
 from moe.data.tokenizer_files import find_tokenizer
+from moe.models.factory import abstract_model
 from moe.parallel.mesh import make_mesh
+from moe.parallel.parameters import parameter_shardings
 from moe.training.step import Program, build
 
 
@@ -43,6 +46,15 @@ class Workdir:
     def step_or_newest(self, step: int | None) -> int:
         """See :func:`moe.checkpoints.parameters.chosen_step`."""
         return parameters.chosen_step(self.path, step)
+
+
+def on_mesh(program: Program, variables: dict[str, Any]) -> dict[str, Any]:
+    """A model's variables as arrays on the program's mesh, each device with its shard.
+
+    Programs would put a NumPy array whole on every device where nothing in them says how it is split, such as experts,
+    and again for every batch.
+    """
+    return jax.device_put(variables, parameter_shardings(program.mesh, nnx.state(abstract_model(program.config.model))))
 
 
 def same_text(config: Config, domains: Sequence[str]) -> dict[tuple[str, str], Any]:

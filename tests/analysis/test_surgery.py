@@ -8,15 +8,17 @@ import numpy as np
 import pytest
 
 from moe.analysis import measures, merging, saliency, surgery
-from moe.config import ConfigError, Losses, ModelConfig, MoEConfig
+from moe.config import Config, ConfigError, Losses, MeshConfig, ModelConfig, MoEConfig
 from moe.interop import export_checkpoint
 from moe.models.state import join
+from moe.parallel.mesh import make_mesh
 from moe.routing.interface import Gate
 from moe.training.batches import forward
+from moe.training.open_run import on_mesh
 from moe.training.step import build
 from tests.analysis.test_difference import _records
 from tests.analysis_helpers import random_batch, tiny_program
-from tests.helpers import slow_case
+from tests.helpers import random_parameters, slow_case, tiny_model
 from tests.run_helpers import write_run
 
 #: Capacity for every token with the dispatch that compiles fastest.
@@ -68,6 +70,19 @@ def test_split_and_merged_again_no_logit_changes(rng, overrides):
     assert again == config.model
     same = _logits(config, mesh, batch, merged, merged_biases)
     np.testing.assert_allclose(same, before, rtol=1e-6, atol=1e-6)
+
+
+def test_an_edited_model_is_measured_in_shards():
+    """A program puts experts that are NumPy's whole on every device."""
+    model = tiny_model(gate="mixtral", num_experts=4, num_layers=1)
+    mesh = make_mesh(MeshConfig(data=1, fsdp=8))
+    with jax.set_mesh(mesh):
+        program = build(Config(model=model), mesh)
+    variables = jax.tree.map(np.asarray, random_parameters(model)[1])
+    placed = on_mesh(program, variables)
+    jax.tree.map(np.testing.assert_array_equal, placed, variables)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, placed)
+    assert shardings == jax.tree.map(lambda leaf: leaf.sharding, program.state.variables)
 
 
 def test_experts_chosen_together_stand_together_and_no_logit_changes(rng):
