@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypedDict, Unpack
@@ -31,6 +32,9 @@ from moe.models.state import join
 from moe.parallel.parameters import parameter_shardings
 from moe.parallel.target import host_device
 from moe.waiting import said_aloud
+
+#: Elements of an array that are in memory, or in a file's chunk, at once, where it is written in parts.
+PART_ELEMENTS = 1 << 26
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,14 +129,37 @@ def write_workdir(
 
 
 def streamed(tree: Any) -> Any:
-    """A tree of arrays as :func:`write_parameters` takes it, each in one part; a :class:`Streamed` stays as it is."""
+    """A tree of arrays as :func:`write_parameters` takes it; a :class:`Streamed` stays as it is."""
 
     def one(leaf: Any) -> Streamed:
         if isinstance(leaf, Streamed):
             return leaf
-        return Streamed(leaf.shape, leaf.dtype, 0, lambda: iter([((), np.asarray(leaf))]))
+        return in_parts(leaf.shape, leaf.dtype, lambda: np.asarray(leaf))
 
     return jax.tree.map(one, tree)
+
+
+def in_parts(shape: tuple[int, ...], dtype: np.dtype[Any], compute: Callable[[], np.ndarray]) -> Streamed:
+    """An array that is computed when it is written, in the largest parts, along its leading axes, of at most
+    :data:`PART_ELEMENTS` or of a matrix: a device that reads its shard reads whole parts."""
+    axes = max(len(shape) - 2, 0)
+    axes = next((number for number in range(axes) if math.prod(shape[number:]) <= PART_ELEMENTS), axes)
+    rows = rows_of_a_part(shape) if shape and not axes else 0
+
+    def parts() -> Iterator[tuple[tuple[int | slice, ...], np.ndarray]]:
+        array = compute()
+        for start in range(0, shape[0], rows) if rows else ():
+            yield (slice(start, start + rows),), array[start : start + rows]
+        for index in () if rows else np.ndindex(shape[:axes]):
+            yield index, np.asarray(array[index])
+
+    return Streamed(shape, dtype, axes, parts, rows)
+
+
+def rows_of_a_part(shape: tuple[int, ...]) -> int:
+    """Rows of a table that are read and written at once: the largest divisor that keeps a part small."""
+    least = max(-(-math.prod(shape) // PART_ELEMENTS), 1)
+    return next((shape[0] // count for count in range(least, shape[0] + 1) if shape[0] % count == 0), 0)
 
 
 def _write_parameters(workdir: epath.Path, state: dict[str, Any]) -> None:

@@ -29,8 +29,6 @@ from moe.interop.save import Encoders, write_folder
 from moe.interop.schema import Json
 from moe.interop.tensor_files import CONFIG_FILE, TensorFolder
 
-#: Elements of an embedding table that are in memory at once.
-PART_ELEMENTS = 1 << 26
 #: Copy in a workdir of the ``config.json`` that was imported; an export keeps its fields that did not change.
 SOURCE_FILE = "huggingface_config.json"
 #: Scales of the FP8 tensors of the import, with which an export can write the same codes again.
@@ -91,7 +89,7 @@ def _companions(source: Path) -> dict[str, bytes]:
 def _streamed(folder: TensorFolder, parameter: Parameter) -> stored.Streamed:
     dtype, everything = parameter_dtype(folder, parameter), (slice(None),) * len(parameter.slot_shape)
     leading = len(parameter.pieces[0].slot)
-    rows = 0 if leading else _rows_of_a_part(parameter.shape)
+    rows = 0 if leading else stored.rows_of_a_part(parameter.shape)
 
     def read(piece: Piece, index: tuple[slice, ...]) -> np.ndarray:
         values = parameter.read(folder, piece, index).astype(dtype, copy=False)
@@ -108,12 +106,6 @@ def _streamed(folder: TensorFolder, parameter: Parameter) -> stored.Streamed:
                 yield (block,), read(piece, (block, *everything[1:]))
 
     return stored.Streamed(parameter.shape, dtype, leading, parts, rows)
-
-
-def _rows_of_a_part(shape: tuple[int, ...]) -> int:
-    """Rows of a table that are read and written at once: the largest divisor that keeps a part small."""
-    least = -(-int(np.prod(shape)) // PART_ELEMENTS)
-    return next(shape[0] // count for count in range(least, shape[0] + 1) if shape[0] % count == 0)
 
 
 def export_checkpoint(

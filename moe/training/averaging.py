@@ -96,6 +96,6 @@ def _one_by_one(config: Config, compute: Callable[[tuple[str, ...]], np.ndarray]
 
     def written(path: Any, parameter: jax.ShapeDtypeStruct) -> stored.Streamed:
         names = tuple(key.key for key in path)
-        return stored.Streamed(parameter.shape, np.dtype(np.float32), 0, lambda: iter([((), compute(names))]))
+        return stored.in_parts(parameter.shape, np.dtype(np.float32), lambda: compute(names))
 
     return jax.tree_util.tree_map_with_path(written, nnx.to_pure_dict(abstract_parameters(config.model)))

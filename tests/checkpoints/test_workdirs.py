@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import resource
 import shutil
@@ -265,6 +266,25 @@ def test_arrays_that_go_to_no_mesh_are_read_into_the_memory_of_the_host(tmp_path
     jax.tree.map(np.testing.assert_array_equal, found, expected)
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(found))
     assert used == {host}
+
+
+def test_a_large_array_is_written_in_parts(tmp_path, monkeypatch):
+    """A device that reads its shard of an array reads every part that it touches: one of the experts of all layers
+    would have 60 GB in Mixtral 8x7B. With at most 50 elements, [2,3,4,5] is written as matrices [4,5], [2,4,5] whole,
+    the table [10,6] (60 elements) as five rows each."""
+    monkeypatch.setattr(parameters, "PART_ELEMENTS", 50)
+    shapes = {"experts": (2, 3, 4, 5), "attention": (2, 4, 5), "table": (10, 6), "scale": (6,), "number": ()}
+    tree = {name: np.arange(math.prod(shape), dtype=np.float32).reshape(shape) for name, shape in shapes.items()}
+    written = parameters.streamed(tree)
+    found = {name: each.part_shape for name, each in written.items()}
+    assert found == shapes | {"experts": (1, 1, 4, 5), "table": (5, 6)}
+    assert {name: len(list(each.parts())) for name, each in written.items()} == {
+        "experts": 6, "attention": 1, "table": 2, "scale": 1, "number": 1
+    }  # fmt: skip
+    model = tiny_model(num_layers=2)
+    expected = nnx.to_pure_dict(nnx.state(random_model(model), nnx.Param))
+    parameters.write_workdir(str(tmp_path / "run"), Config(model=model), expected, {}, {})
+    jax.tree.map(np.testing.assert_array_equal, parameters.read_parameters(tmp_path / "run", model), expected)
 
 
 def test_an_average_has_every_file_of_the_tokenizer(tmp_path):
