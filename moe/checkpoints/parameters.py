@@ -217,9 +217,20 @@ def read_parameters(
         if mesh is None:
             stack.enter_context(jax.set_mesh(NO_MESH))
             stack.enter_context(jax.default_device(host_device()))
-        merged = merge(parameters, adapters, config.lora.alpha / config.lora.rank)
-        merged = merged if dtype is None else jax.tree.map(lambda leaf: leaf.astype(dtype), merged)
+        merged = _merged(parameters, adapters, config.lora.alpha / config.lora.rank, dtype)
     return merged if mesh is not None else jax.tree.map(np.asarray, merged)
+
+
+def _merged(base: dict[str, Any], adapters: dict[str, Any], scale: float, dtype: Any) -> dict[str, Any]:
+    """The sum, cast; an array of the base is freed as soon as it is merged, since a device may lack room for both."""
+
+    def one(path: tuple[Any, ...], array: Any) -> Any:
+        (new,) = jax.tree.leaves(merge(_branch(base, tuple(key.key for key in path)), adapters, scale))
+        if new is not array and isinstance(array, jax.Array):
+            array.delete()
+        return new if dtype is None else new.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(one, base)
 
 
 def read_adapters(workdir: str | os.PathLike[str], config: Config, **options: Unpack[ReadOptions]) -> dict[str, Any]:

@@ -8,18 +8,20 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from moe.checkpoints import parameters
 from moe.checkpoints.parameters import read_parameters, read_variables
 from moe.config import ConfigError, LoraConfig, MeshConfig, StartConfig, validate_mesh
 from moe.layers.basic import parameter
 from moe.metrics_files import read_rows
 from moe.models.adapters import initial_adapters, merge
 from moe.parallel.mesh import make_mesh
+from moe.parallel.parameters import parameter_shardings
 from moe.training import loop as training
 from moe.training.averaging import write_average
 from moe.training.batches import place
 from moe.training.loop import train
 from moe.training.step import build
-from tests.helpers import random_state, slow_case, step_gradients
+from tests.helpers import random_model, random_state, slow_case, step_gradients, tiny_model
 from tests.run_helpers import ONE, SETTINGS, Interrupted, at_step, raise_interrupted, tiny
 
 EVERYTHING = ("attention", "experts")
@@ -73,6 +75,27 @@ def test_fresh_adapters_change_nothing_and_have_the_shapes_of_their_matrices():
     assert down["lora_common_a"].shape == (3, 6, 2)
     assert down["lora_common_a"].get_metadata("spec") == ("layers", "tensor", None)
     assert down["lora_b"].get_metadata("spec") == ("layers", "expert", None, "fsdp")
+
+
+def test_a_base_is_freed_array_by_array_where_it_is_merged():
+    """A model that just fits the devices does not fit them twice; sums stay where the base's shards were."""
+    model, lora = tiny_model(num_layers=1), LoraConfig(rank=2, parts=("experts",), trained=("router",))
+    whole = nnx.state(random_model(model), nnx.Param)
+    mesh = make_mesh(MeshConfig(data=1, fsdp=8))
+    with jax.set_mesh(mesh):
+        base = jax.device_put(nnx.to_pure_dict(whole), parameter_shardings(mesh, whole))
+    adapters = nnx.to_pure_dict(initial_adapters(whole, lora, jax.random.key(0)))
+    adapters = jax.tree.map(lambda leaf: np.asarray(leaf) + 1, adapters)
+    expected = jax.tree.map(np.asarray, merge(nnx.to_pure_dict(whole), adapters, 0.5))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, base)
+    found = parameters._merged(base, adapters, 0.5, None)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, expected)
+    block = base["segment_0"]["block_0"]
+    merged = [name for name, leaf in block["moe"]["experts"].items() if leaf.is_deleted()]
+    assert sorted(merged) == ["down", "gate", "up"]
+    assert not block["attention"]["query"].is_deleted()
+    where, sums = (tree["segment_0"]["block_0"]["moe"]["experts"] for tree in (shardings, found))
+    assert all(sums[name].sharding.is_equivalent_to(where[name], sums[name].ndim) for name in merged)
 
 
 def test_parts_that_the_model_lacks_are_refused():
