@@ -6,6 +6,7 @@ Perplexity is per token of the model's own tokenizer; bits per byte compare mode
 """
 
 import json
+from typing import Any
 
 from absl import flags
 
@@ -13,6 +14,9 @@ from moe import cli
 
 _WORKDIR = cli.WorkdirFlags()
 _ROWS = flags.DEFINE_integer("rows", None, "Rows per domain instead of the workdir's data.heldout_rows.")
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "Join the other processes, for a model that one host cannot hold."
+)
 _JSON = flags.DEFINE_bool("json", False, "Print JSON, which includes statistics of the routers.")
 
 
@@ -20,14 +24,36 @@ def main() -> None:
     """Parse flags, evaluate and print."""
     import jax
 
+    from moe import signals
+    from moe.parallel.mesh import join_processes
+
+    if _DISTRIBUTED.value:
+        join_processes()
+    with signals.ended_together():
+        results = _evaluate()
+    if jax.process_index() == 0:
+        _show(results)
+
+
+def _evaluate() -> dict[str, Any]:
+    """Metrics of each domain."""
+    import jax
+
+    from moe.checkpoints.pinned import agreed
     from moe.training import evaluation
+    from moe.training.agreement import refuse_other_inputs
     from moe.training.open_run import open_workdir
 
     opened = open_workdir(_WORKDIR.path, _WORKDIR.instead | {("data", "heldout_rows"): _ROWS.value})
     program = opened.program
+    refuse_other_inputs(program.config, opened.prepared)
     with jax.set_mesh(program.mesh):
         heldout = evaluation.load_heldout(program, opened.prepared)
-        results = evaluation.evaluate(program, opened.variables(_WORKDIR.step), heldout)
+        variables = opened.variables(agreed(opened.step_or_newest(_WORKDIR.step)))
+        return evaluation.evaluate(program, variables, heldout)
+
+
+def _show(results: dict[str, Any]) -> None:
     if _JSON.value:
         print(json.dumps(results, indent=2))
         return

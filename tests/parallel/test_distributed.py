@@ -155,6 +155,25 @@ def test_launched_processes_have_the_losses_of_one_process(settings, alone, tmp_
     np.testing.assert_allclose(_losses(tmp_path / "run"), alone, rtol=1e-5)
 
 
+@pytest.mark.slow
+def test_processes_evaluate_a_model_together(source):
+    """The first one prints; the last evaluation of the run was of the same rows, in one process."""
+    environment = _environment(JAX_NUM_PROCESSES="2")
+    command = [sys.executable, "scripts/evaluate.py", "--distributed", "--json", f"--workdir={source}"]
+    pair = [
+        subprocess.Popen(command, cwd=ROOT, env=environment | {"JAX_PROCESS_ID": str(index)}, stdout=subprocess.PIPE)
+        for index in (0, 1)
+    ]
+    printed = [process.communicate(timeout=250)[0].decode() for process in pair]
+    assert [process.returncode for process in pair] == [0, 0]
+    assert "{" not in printed[1]
+    found = json.loads(printed[0][printed[0].index("{") :])["all"]
+    rows = map(json.loads, (source / "metrics.jsonl").read_text().splitlines())
+    (expected,) = (row for row in rows if row["kind"] == "heldout/all")
+    assert found["targets"] == expected["targets"]
+    np.testing.assert_allclose(found["loss"], expected["loss"], rtol=1e-5)
+
+
 FEW = {"mesh.data": 1, "train.num_steps": 2, "train.eval_every": 2}
 
 
