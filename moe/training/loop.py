@@ -122,8 +122,9 @@ def train(
         stack.enter_context(profiling.out_of_memory_as_config_error())
         stage("making the model")
         pinned = pinned_steps(config, None if new else directory)
-        program = make_program(config, mesh, read_teacher(config, mesh, prepared.tokenizer, pinned.teacher))
-        profiling.refuse_too_large(program)
+        teacher = read_teacher(config, mesh, prepared.tokenizer, pinned.teacher)
+        program = make_program(config, mesh, teacher)
+        profiling.refuse_too_large(program, teacher and teacher[1])
         heldout = functools.cache(lambda: load_heldout(program, prepared))  # at the first evaluation
         rows = local_rows(mesh, config.train.batch_size)
         iterator = pipeline.train_iterator(

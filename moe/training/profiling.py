@@ -62,26 +62,37 @@ def _multiply(matrix: jax.Array, factor: jax.Array, chain: int) -> jax.Array:
 _SMALLER = "a smaller model or train.batch_size, more devices"
 
 
-def refuse_too_large(program: Program) -> None:
-    """Raise ConfigError if the training state and one layer's activations exceed its devices' memory; allocate nothing.
+def refuse_too_large(program: Program, teacher: Any = None) -> None:
+    """Raise ConfigError if the training state, a teacher and one layer's activations exceed its devices' memory, or
+    what is kept in the host's memory exceeds that; allocate nothing.
 
     The devices of a CPU share the machine's memory.
+
+    Args:
+        teacher: variables of the second model, if there is one.
     """
     devices, config = program.mesh.local_devices, program.config
 
     # Activations [B,T,D] of a microbatch and their gradient.
     activations = 2 * shard_bytes(program.batch["tokens"]) * config.model.d_model // config.train.accumulation_steps
     on_cpu = devices[0].platform == "cpu"  # which is its own host
-    needed = shard_bytes(program.state, host=on_cpu) + activations
+    needed = shard_bytes((program.state, teacher), host=on_cpu) + activations
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if on_cpu:
         needed *= len(devices)
-        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        available = host
     else:
         available = (devices[0].memory_stats() or {}).get("bytes_limit", needed)
     if needed > available:
         raise ConfigError(
             f"model: training state and activations need {needed / 2**30:,.1f} GiB where there are "
             f"{available / 2**30:,.1f} GiB; {_SMALLER}, or a larger train.accumulation_steps need less"
+        )
+    kept = (shard_bytes(program.state, host=True) - shard_bytes(program.state)) * len(devices)
+    if kept > host:
+        raise ConfigError(
+            f"optimizer.memory=host: needs {kept / 2**30:,.1f} GiB of the host's {host / 2**30:,.1f} GiB; "
+            "optimizer.memory=device, or more hosts, need less"
         )
 
 

@@ -119,7 +119,8 @@ def first_state(
     # The same for all that is read, and on all hosts, even if the source trains on.
     step = agreed(stored.chosen_step(start.checkpoint, None))
     _refuse_other_depth(program.config, source.model)
-    parameters = _first_parameters(program, source.model, state.parameters, step)
+    # Bound at once, so that the random ones are freed before moments are read.
+    state = dataclasses.replace(state, parameters=_first_parameters(program, source.model, state.parameters, step))
     biases = state.biases
     rules = {gate and gate.state.update for gate in (source.model.moe.gate, program.config.model.moe.gate)}
     if biases and len(rules) == 1:  # the state of another rule means something else
@@ -130,7 +131,7 @@ def first_state(
         optimizer = _carry(program, source, optimizer, step)
         optimizer = set_schedule_step(optimizer, np.zeros((), np.int32))  # the schedule is this run's, from step 0
     say(_summary(program.config, source))
-    state = _placed(program, dataclasses.replace(state, parameters=parameters, biases=biases, optimizer=optimizer))
+    state = _placed(program, dataclasses.replace(state, biases=biases, optimizer=optimizer))
     return state if start.optimizer == "carry" else _with_own_optimizer(program, state)
 
 

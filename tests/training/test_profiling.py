@@ -47,6 +47,30 @@ def test_moments_in_host_memory_need_no_device_memory(kind):
         profiling.refuse_too_large(program)
 
 
+def test_a_teacher_and_the_hosts_part_of_the_state_count(monkeypatch):
+    """Two devices of 2 GiB on a host of 3: parameters and a teacher of 1 GiB a device leave no room for activations,
+    and moments of 2 GiB a device exceed the host."""
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    stored = one.with_memory_kind("pinned_host")
+    gibibyte, moments = (
+        jax.ShapeDtypeStruct((size,), jnp.float32, sharding=place) for size, place in ((2**28, one), (2**29, stored))
+    )
+    device = types.SimpleNamespace(platform="tpu", memory_stats=lambda: {"bytes_limit": 2 * 2**30})
+    program = types.SimpleNamespace(
+        mesh=types.SimpleNamespace(local_devices=[device] * 2),
+        config=Config(),
+        batch={"tokens": jax.ShapeDtypeStruct((8, 256), jnp.int32, sharding=one)},
+        state=[gibibyte],
+    )
+    monkeypatch.setattr(profiling.os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 3 * 2**18}.__getitem__)
+    profiling.refuse_too_large(program)
+    with pytest.raises(ConfigError, match=r"need 2\.0 GiB where there are 2\.0"):
+        profiling.refuse_too_large(program, {"table": gibibyte})
+    program.state = [gibibyte, moments]
+    with pytest.raises(ConfigError, match=r"optimizer\.memory=host: needs 4\.0 GiB of the host's 3\.0 GiB"):
+        profiling.refuse_too_large(program)
+
+
 @pytest.mark.parametrize(
     ("resumed_at", "run_to", "traced"),
     [(0, 9, [3, 4]), (3, 9, [4]), (4, 9, []), (0, 2, []), (0, 3, [3])],

@@ -688,7 +688,7 @@ def test_adapters_belong_to_the_base_that_was_read(tmp_path, monkeypatch, direct
 
     monkeypatch.setattr(training.warm_start, "tokenizer", lambda *_: None)
     monkeypatch.setattr(training.warm_start, "first_state", first_state)
-    monkeypatch.setattr(training.profiling, "refuse_too_large", lambda _: None)
+    monkeypatch.setattr(training.profiling, "refuse_too_large", lambda *_: None)
     monkeypatch.setattr(training, "Checkpoints", interrupt)
     with pytest.raises(Interrupted):
         train(config, str(tmp_path / "run"), ONE, make_program=lambda *_: None)
