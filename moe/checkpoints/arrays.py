@@ -41,10 +41,22 @@ def _bounded(infos: Sequence[Any]) -> Sequence[Any]:
     return infos
 
 
-def array_handler() -> ocp.PyTreeCheckpointHandler:
-    """The handler of a tree of arrays, such as a TrainState."""
+#: GB of a read that Orbax may have in the host's memory at once, where arrays stay there. Its default, 96, is for those
+#: that go on to devices, and refuses a larger array: the experts of Mixtral 8x22B have 180 GB in float32.
+_TO_HOST_GB = 10**6
+
+
+def array_handler(*, to_host: bool = False) -> ocp.PyTreeCheckpointHandler:
+    """The handler of a tree of arrays, such as a TrainState.
+
+    Args:
+        to_host: arrays are read whole into the host's memory.
+    """
     for name, value in _CURL.items():
         os.environ.setdefault(f"TENSORSTORE_CURL_{name}", value)
     registry = ocp.type_handlers.create_type_handler_registry((jax.Array, _BoundedArrays()))
+    limit = _TO_HOST_GB if to_host else None
     # zstd saves a tenth of the size for four times the CPU time.
-    return ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry)
+    return ocp.PyTreeCheckpointHandler(
+        use_compression=False, type_handler_registry=registry, restore_concurrent_gb=limit
+    )

@@ -52,7 +52,14 @@ class Checkpoints:
     """The checkpoints under ``workdir/checkpoints``."""
 
     def __init__(
-        self, workdir: epath.Path, keep: int, keep_every: int = 0, *, save_every: int = 1, read_only: bool = False
+        self,
+        workdir: epath.Path,
+        keep: int,
+        keep_every: int = 0,
+        *,
+        save_every: int = 1,
+        read_only: bool = False,
+        to_host: bool = False,
     ):
         """
         Args:
@@ -61,6 +68,7 @@ class Checkpoints:
             keep_every: checkpoints at multiples of this many steps are kept too; 0: none.
             save_every: steps between the run's checkpoints, beside those of interruptions.
             read_only: create and delete nothing.
+            to_host: arrays are read whole into the host's memory.
         """
         refuse_unusable_path(workdir)
         if latest := complete_steps(workdir)[-1:]:
@@ -80,7 +88,7 @@ class Checkpoints:
                     cleanup_tmp_directories=not read_only,  # left by a killed run
                 ),
                 item_handlers={  # pyright: ignore[reportArgumentType]
-                    "state": array_handler(),
+                    "state": array_handler(to_host=to_host),
                     "data": StreamsHandler(),
                     "memory": ocp.JsonCheckpointHandler(),
                 },

@@ -315,7 +315,7 @@ def _read(workdir: epath.Path, branch: str, variables: nnx.State, **options: Unp
         manager = ocp.CheckpointManager(
             orbax_folder(workdir),
             options=ocp.CheckpointManagerOptions(read_only=True),
-            item_handlers={"state": array_handler()},
+            item_handlers={"state": array_handler(to_host=options.get("mesh") is None)},
         )
         try:
             with said_aloud(where), unreadable_as_damaged():

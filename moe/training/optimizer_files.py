@@ -42,7 +42,7 @@ def read_optimizer(
     on_devices = dataclasses.replace(source.optimizer, memory="device")
     with jax.set_mesh(placed_on):
         state = build(dataclasses.replace(source, mesh=MeshConfig(data=1), optimizer=on_devices), placed_on).state
-    checkpoints = Checkpoints(epath.Path(workdir), 1, read_only=True)
+    checkpoints = Checkpoints(epath.Path(workdir), 1, read_only=True, to_host=mesh is None)
     if not (epath.Path(workdir) / "checkpoints" / str(step) / "memory").exists():  # an import
         raise ConfigError(f"{field}: {workdir} holds no optimizer state, as an import does not")
     parts: dict[str, Any] = {name: jax.tree.map(_unread, getattr(state, name)) for name in ("parameters", "biases")}

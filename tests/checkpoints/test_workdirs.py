@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from etils import epath
 from flax import nnx
+from orbax.checkpoint._src.handlers import pytree_checkpoint_handler
 
 from moe import atomic_files, signals
 from moe.checkpoints import parameters
@@ -266,6 +267,20 @@ def test_arrays_that_go_to_no_mesh_are_read_into_the_memory_of_the_host(tmp_path
     jax.tree.map(np.testing.assert_array_equal, found, expected)
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(found))
     assert used == {host}
+
+
+def test_an_array_for_the_host_may_exceed_what_orbax_reads_at_once(tmp_path, monkeypatch):
+    """Orbax refuses an array above 96 GB, here above 100 bytes, which was reported as damage."""
+    model = tiny_model(num_layers=1)
+    expected = nnx.to_pure_dict(nnx.state(random_model(model), nnx.Param))
+    parameters.write_workdir(str(tmp_path / "run"), Config(model=model), expected, {}, {})
+
+    def limit(size, *, use_default_if_none=True):
+        return size * 10**9 if size else 100 if use_default_if_none else None
+
+    monkeypatch.setattr(pytree_checkpoint_handler, "_concurrent_bytes", limit)
+    found = parameters.read_parameters(tmp_path / "run", model)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 def test_a_large_array_is_written_in_parts(tmp_path, monkeypatch):
