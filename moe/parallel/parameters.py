@@ -1,4 +1,4 @@
-"""Parameters: where they are stored, gathering them for a matmul or a look-up, and these.
+"""Parameters: where they are stored, how they are gathered, and the matmuls and look-ups that read them.
 
 A parameter carries its PartitionSpec from where it is made, as metadata: ``spec``, in roles (Flax's ``out_sharding`` is
 in axes of the mesh); a stack of layers adds the leading axis :data:`LAYERS`. A matrix also carries the number of axes
