@@ -20,7 +20,7 @@ from moe.dispatch import quantized
 from moe.dispatch.ffn import GATED_ACTIVATIONS, ExpertWeights, activate
 from moe.parallel import partition_specs
 from moe.parallel.mesh import constrain
-from moe.parallel.parameters import gather_for_matmul, look_up, matmul
+from moe.parallel.parameters import gather_for_matmul, matmul, read_as
 from moe.parallel.partition_specs import (
     EXPERT_BIASES,
     EXPERTS_IN,
@@ -372,7 +372,9 @@ class Embedding(nnx.Module):
         # With this constraint the table's gradient is scatter-added where the tokens are and then split over D. Given
         # only the final sharding, XLA would send every token's gradient to every device.
         table = constrain(self.matrix(dtype), partition_specs.TABLE)
-        return constrain(look_up(table, token_ids, table.shape[0]), partition_specs.BATCH)
+        # In bfloat16 a sum of equal gradients stops at 256 of them, and frequent tokens occur thousands of times.
+        found = read_as(table.astype(jnp.float32)[token_ids], table[token_ids])
+        return constrain(found, partition_specs.BATCH)
 
     def matrix(self, dtype: jnp.dtype) -> Float[Array, "V D"]:
         """The table in this dtype, for tied logits."""

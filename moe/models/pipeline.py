@@ -32,10 +32,11 @@ from moe.layers.basic import Rows, StackSite
 from moe.models.decoder import Output, Transformer
 from moe.models.factory import variable_specs
 from moe.models.stack import LayerStates, Segment, join_moe_layers, scan_segment, segments
-from moe.models.stages import TAKEN_SCOPE, Schedule, pipelined_segment, read_as
+from moe.models.stages import TAKEN_SCOPE, Schedule, pipelined_segment
 from moe.models.state import TrainState
 from moe.parallel import partition_specs
 from moe.parallel.mesh import axis_of, axis_size, constrain
+from moe.parallel.parameters import read_as
 from moe.routing.balancing import LayerReport
 
 #: (model, output, microbatch, number of targets) → (share of the loss, (numbers to sum, layer reports))

@@ -109,16 +109,3 @@ class Schedule:
         groups = x.reshape(self.rounds, self.repeats, *x.shape[1:])[jnp.asarray(sent)[place]]
         groups = lax.all_to_all(groups, axis_of("pipeline"), 0, 0)  # [S,most,n,...], of each device
         return groups.reshape(-1, *groups.shape[2:])[jnp.asarray(received)[place]].reshape(x.shape)
-
-
-@jax.custom_vjp
-def read_as(x: Array, cast: Array) -> Array:
-    """Return ``cast``, which is x in another dtype; its gradient goes to x."""
-    del x
-    return cast
-
-
-read_as.defvjp(
-    lambda x, cast: (cast, jnp.zeros((), x.dtype)),
-    lambda like, gradient: (gradient.astype(like.dtype), jnp.zeros_like(gradient)),
-)

@@ -1,4 +1,4 @@
-"""Parameters: where they are stored, how they are gathered, and the matmuls and look-ups that read them.
+"""Parameters: where they are stored, gathering them for a matmul, and that matmul.
 
 A parameter carries its PartitionSpec from where it is made, as metadata: ``spec``, in roles (Flax's ``out_sharding`` is
 in axes of the mesh); a stack of layers adds the leading axis :data:`LAYERS`. A matrix also carries the number of axes
@@ -21,7 +21,7 @@ from jax import Array, lax
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from moe.parallel import target
 from moe.parallel.mesh import AXES, axis_of, axis_size, constrain
@@ -300,21 +300,17 @@ def _hops(size: int, rows: int = 16, tile_rows: int = 16) -> list[list[list[int]
     return [places.tolist(), places.T.tolist()]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def look_up(table: Float[Array, "V D"], token_ids: Int[Array, "B T"], num_rows: int) -> Float[Array, "B T D"]:
-    """Rows of a gathered table of ``num_rows``. The gradient is summed in float32: in bfloat16 a sum of equal numbers
-    stops at 256 of them, and frequent tokens occur thousands of times."""
-    del num_rows
-    return table[token_ids]
+@jax.custom_vjp
+def read_as(x: Array, cast: Array) -> Array:
+    """Return ``cast``, which is x in another dtype; its gradient goes to x."""
+    del x
+    return cast
 
 
-def _look_up_bwd(num_rows, residuals, gradient):
-    no_row, token_ids = residuals
-    zeros = jnp.zeros((num_rows, gradient.shape[-1]), jnp.float32)
-    return zeros.at[token_ids].add(gradient.astype(jnp.float32)).astype(no_row.dtype), None
-
-
-look_up.defvjp(lambda table, token_ids, size: (look_up(table, token_ids, size), (table[:0], token_ids)), _look_up_bwd)
+read_as.defvjp(
+    lambda x, cast: (cast, jnp.zeros((), x.dtype)),
+    lambda like, gradient: (gradient.astype(like.dtype), None),  # None: no work is done on zeros
+)
 
 
 def matmul(x: Float[Array, "*batch D"], matrix: Float[Array, "D F"]) -> Float[Array, "*batch F"]:

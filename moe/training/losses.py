@@ -15,9 +15,9 @@ from moe.config import Config, ConfigError, MoEConfig
 from moe.models.decoder import Output
 from moe.models.factory import Model
 from moe.models.prediction import further_targets
-from moe.models.stages import read_as
 from moe.parallel import partition_specs, target
 from moe.parallel.mesh import TOKEN_AXES, axis_size, constrain
+from moe.parallel.parameters import read_as
 from moe.routing.balancing import AUXILIARY, PER_ASSIGNMENT, LayerReport
 
 #: Named scope of the chunked loss, by which the planner finds it in a compiled program.
