@@ -21,7 +21,7 @@ from moe.data.tokenizer_files import companions, find_tokenizer
 from moe.models.adapters import merge
 from moe.models.factory import abstract_parameters
 from moe.parallel.target import host_device
-from moe.training.optimizer import WeightAverage, averaged_weights
+from moe.training.optimizer import averaged_weights, find_average
 from moe.training.optimizer_files import read_optimizer
 
 
@@ -71,24 +71,26 @@ def _mean(workdir: str, config: Config, steps: Sequence[int]) -> Any:
 
 def _moving_average(workdir: str, config: Config, step: int) -> Any:
     """The moving average, merged with the base of a run that trains adapters."""
-    optimizer = read_optimizer(config, workdir, "--ema", step, average_only=True)
-    nodes = jax.tree.leaves(optimizer, is_leaf=lambda node: isinstance(node, WeightAverage))
-    (average,) = (node for node in nodes if isinstance(node, WeightAverage))
-    base = {"step": base_step(config, workdir), "dtype": np.float32}
+    average = find_average(read_optimizer(config, workdir, "--ema", step, average_only=True))
 
     def of_run(path: tuple[str, ...]) -> np.ndarray:
         total = functools.reduce(operator.getitem, path, average.total)
         with jax.default_device(host_device()):
             return np.asarray(averaged_weights(config.optimizer, average._replace(total=total)))
 
+    if not config.lora.rank:
+        return _one_by_one(config, of_run)
+    base = {"step": base_step(config, workdir), "dtype": np.float32}
+    with jax.default_device(host_device()):
+        adapters = averaged_weights(config.optimizer, average)
+
     def merged(path: tuple[str, ...]) -> np.ndarray:
         tree = stored.read_parameters(config.start.checkpoint, config.model, only=path, **base)
         with jax.default_device(host_device()):
-            adapters = averaged_weights(config.optimizer, average)
             (array,) = jax.tree.leaves(merge(tree, adapters, config.lora.alpha / config.lora.rank))
         return np.asarray(array)
 
-    return _one_by_one(config, merged if config.lora.rank else of_run)
+    return _one_by_one(config, merged)
 
 
 def _one_by_one(config: Config, compute: Callable[[tuple[str, ...]], np.ndarray]) -> Any:

@@ -161,6 +161,17 @@ class WeightAverage(NamedTuple):
     total: Any
 
 
+def is_average(node: Any) -> bool:
+    """Whether a node of an optimizer's state is the moving average of the weights."""
+    return isinstance(node, WeightAverage)
+
+
+def find_average(state: Any) -> WeightAverage:
+    """The moving average of the weights in a state of :func:`make_optimizer` with ``ema_decay``."""
+    (average,) = filter(is_average, jax.tree.leaves(state, is_leaf=is_average))
+    return average
+
+
 def averaged_weights(config: OptimizerConfig, state: Any) -> Any:
     """The average of the weights after each update so far, with factors that decay with age and sum to 1.
 
@@ -168,8 +179,7 @@ def averaged_weights(config: OptimizerConfig, state: Any) -> Any:
         config: with ``ema_decay``.
         state: of :func:`make_optimizer`, after at least one update.
     """
-    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, WeightAverage))
-    (average,) = (node for node in nodes if isinstance(node, WeightAverage))
+    average = find_average(state)
     weight = -jnp.expm1(average.steps * math.log(np.float32(config.ema_decay)))
     weight = jnp.maximum(weight, jnp.finfo(jnp.float32).tiny)  # 0 without an update
     return jax.tree.map(lambda total: total / weight, average.total)

@@ -16,7 +16,7 @@ from moe.config import Config, ConfigError, MeshConfig
 from moe.config.references import refuse_modules
 from moe.parallel.mesh import make_mesh
 from moe.parallel.target import host_device
-from moe.training.optimizer import WeightAverage
+from moe.training.optimizer import is_average
 from moe.training.step import build
 
 
@@ -47,7 +47,7 @@ def read_optimizer(
         raise ConfigError(f"{field}: {workdir} holds no optimizer state, as an import does not")
     parts: dict[str, Any] = {name: jax.tree.map(_unread, getattr(state, name)) for name in ("parameters", "biases")}
     if average_only:
-        parts["optimizer"] = jax.tree.map(_unless_average, state.optimizer, is_leaf=_is_average)
+        parts["optimizer"] = jax.tree.map(_unless_average, state.optimizer, is_leaf=is_average)
     try:
         optimizer = checkpoints.restore(step, dataclasses.replace(state, **parts))[0].optimizer
     except DamagedError as error:
@@ -61,11 +61,7 @@ def _unread(leaf: Any) -> Any:
 
 
 def _unless_average(node: Any) -> Any:
-    return node if _is_average(node) else UNREAD
-
-
-def _is_average(node: Any) -> bool:
-    return isinstance(node, WeightAverage)
+    return node if is_average(node) else UNREAD
 
 
 def _as_numpy(leaf: Any) -> Any:

@@ -29,7 +29,7 @@ from moe.models.adapters import initial_adapters
 from moe.models.factory import abstract_parameters
 from moe.models.stack import part_of, restack_layers, unstack_layers
 from moe.models.state import AdaptedState, TrainState, join, set_schedule_step
-from moe.training.optimizer import WeightAverage
+from moe.training.optimizer import is_average
 from moe.training.optimizer_files import read_optimizer
 from moe.training.step import Program
 from moe.training.upcycling import copy_shards, diversify, granularity, group_columns
@@ -237,7 +237,7 @@ def _carry(program: Program, source: Config, fresh: Any, step: int) -> Any:
     if len(names) == 1 and same and next(shapes) == next(shapes):
         decays = {config.optimizer.ema_decay for config in (source, program.config)}
         # The factors of an average sum to 1 only with its own decay: with another it begins anew.
-        return carried if len(decays) == 1 else jax.tree.map(_keep_average, fresh, carried, is_leaf=_is_average)
+        return carried if len(decays) == 1 else jax.tree.map(_keep_average, fresh, carried, is_leaf=is_average)
     if jax.tree.structure(carried, is_leaf=_is_tree) != jax.tree.structure(fresh, is_leaf=_is_tree) or len(names) > 1:
         raise ConfigError(
             f"start.optimizer='carry': the optimizer of {start.checkpoint} has another kind of state; set "
@@ -253,15 +253,11 @@ def _carry(program: Program, source: Config, fresh: Any, step: int) -> Any:
         # An average begins anew: the source has no weights of the fresh parameters.
         return _transplant(program, source.model, _host(old), own) if _is_tree(own) else _keep_average(own, old)
 
-    return jax.tree.map(move, fresh, carried, is_leaf=lambda node: _is_tree(node) or _is_average(node))
+    return jax.tree.map(move, fresh, carried, is_leaf=lambda node: _is_tree(node) or is_average(node))
 
 
 def _keep_average(own: Any, old: Any) -> Any:
-    return own if _is_average(own) else old
-
-
-def _is_average(node: Any) -> bool:
-    return isinstance(node, WeightAverage)
+    return own if is_average(own) else old
 
 
 def _is_tree(node: Any) -> bool:
