@@ -40,6 +40,7 @@ from moe.config import (
 from moe.config.parse import from_config_dict
 from moe.escaping import terminal
 from moe.fields import exits_as_errors
+from moe.parallel import target
 
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show the traceback of an error.")
 # Read by _parse from the command line, since a run's config.json is checked while the other flags are parsed.
@@ -265,7 +266,7 @@ def _refusal(error: Exception) -> str:
     """Sentence for an error of a setting, a disk, a bucket, memory or missing devices; "" for other errors."""
     if isinstance(error, (ConfigError, OSError)) or is_bucket_error(error):
         return str(ConfigError(str(error) or type(error).__name__))
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error)):
+    if target.is_out_of_memory(error):
         return f"out of memory; more devices, smaller batches or shorter rows need less ({first_line(error)})"
     if isinstance(error, (RuntimeError, AssertionError)) and _from_jax_backends(error):
         reason = str(error).partition(" (you may")[0] or "no such device on this machine"

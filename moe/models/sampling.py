@@ -21,6 +21,7 @@ from moe.config import Config, ConfigError, MeshConfig, ModelConfig
 from moe.models import kv_cache
 from moe.models.factory import abstract_model
 from moe.models.flops import count_parameters
+from moe.parallel import target
 from moe.parallel.mesh import ROW_AXES, axis_size
 
 
@@ -116,8 +117,7 @@ def for_generation(config: Config, num_devices: int) -> Config:
 def default_mesh(model: ModelConfig, devices: Sequence[Any]) -> MeshConfig:
     """A mesh to generate on: every device has all parameters, unless they would fill more than half of its memory in
     float32; then the devices split them, experts first, which then are not gathered for every token."""
-    size = (devices[0].memory_stats() or {}).get("bytes_limit", math.inf)
-    if 4 * count_parameters(model)[0] <= size / 2:
+    if 4 * count_parameters(model)[0] <= target.device_memory(devices[0]) / 2:
         return MeshConfig()
     experts = 1 if model.moe.gate is None else math.gcd(model.moe.num_experts, len(devices))
     return MeshConfig(data=1, expert=experts, fsdp=-1)

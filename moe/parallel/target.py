@@ -7,6 +7,7 @@ that of the default device. No other module asks for the hardware.
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 from collections.abc import Mapping
 from typing import Any
@@ -121,6 +122,16 @@ def host_device() -> Any:
         return jax.local_devices(backend="cpu")[0]
     except RuntimeError:
         return jax.local_devices()[0]
+
+
+def device_memory(device: Any) -> float:
+    """Bytes of its memory that a device gives to this process; infinite where it does not say."""
+    return (device.memory_stats() or {}).get("bytes_limit", math.inf)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the memory of the host or of a device is used up."""
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error))
 
 
 def is_cpu() -> bool:

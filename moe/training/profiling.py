@@ -82,7 +82,7 @@ def refuse_too_large(program: Program, teacher: Any = None) -> None:
         needed *= len(devices)
         available = host
     else:
-        available = (devices[0].memory_stats() or {}).get("bytes_limit", needed)
+        available = target.device_memory(devices[0])
     if needed > available:
         raise ConfigError(
             f"model: training state and activations need {needed / 2**30:,.1f} GiB where there are "
@@ -102,7 +102,7 @@ def out_of_memory_as_config_error() -> Iterator[None]:
     try:
         yield
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+        if not target.is_out_of_memory(error):
             raise
         raise ConfigError(f"model: does not fit in memory; {_SMALLER}, or model.remat=full need less") from error
 
