@@ -16,7 +16,6 @@ from moe.config import ConfigError, ModelConfig
 from moe.config.model_section import layer_kinds
 from moe.models.factory import abstract_parameters
 from moe.models.stack import restack_layers, unstack_layers
-from moe.routing.gates import SampledTopK
 
 #: Arrays whose last axis is the hidden units; in ``down`` it is the one before the last.
 _INTO = ("up", "gate", "up_bias", "gate_bias")
@@ -202,12 +201,12 @@ def _check_parts(model: ModelConfig, parts: int, name: str, value: int) -> None:
 
 
 def _factors(model: ModelConfig, parts: int) -> tuple[float, float]:
-    """Factors by which the weight, and the score that selection biases are added to, of an expert alone exceed those of
-    each of its parts, which have equal router columns."""
+    """Ratios of an expert to each of its parts, which have equal router columns: of the weight, and of what the
+    selection bias is added to."""
     gate: Any = model.moe.gate
     softmax = gate.score == "softmax"
-    selected_by_score = softmax and not isinstance(gate, SampledTopK)  # which adds the bias to logits
-    return (parts if softmax or gate.renormalise else 1.0), (parts if selected_by_score else 1.0)
+    of_weight = parts if softmax or gate.renormalise else 1.0
+    return of_weight, parts if softmax and not gate.biases_logits else 1.0
 
 
 def _resized(model: ModelConfig, times: int, parts: int) -> ModelConfig:

@@ -52,7 +52,7 @@ def check(model: ModelConfig) -> Selecting:
         or type(gate) not in _GATES
         or gate.kept_groups != gate.groups
         or gate.router != "linear"
-        or (type(gate) is SampledTopK and gate.bias != "none")  # added to logits, not to scores
+        or (gate.biases_logits and gate.bias != "none")
     ):
         raise ConfigError(
             f"model.moe.gate={model.moe.gate_name!r}: the page needs a gate that chooses the top k of all experts' "

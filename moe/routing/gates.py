@@ -87,6 +87,8 @@ class SampledTopK(TopK):
     """K experts sampled from the softmax without replacement and weighted by it (Switch 2021, appendix C, "sample
     softmax")."""
 
+    biases_logits: ClassVar[bool] = True
+
     k: int = setting(1, least=1)
 
     def route(self, router_logits: Float[Array, "G S E"], inputs: GateInputs) -> GateOutput:

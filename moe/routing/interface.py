@@ -268,7 +268,13 @@ class Scored(Gate):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Selecting(Scored):
-    """Base of gates that choose K experts by score + selection bias, within the best groups of experts."""
+    """Base of gates that choose K experts by score + selection bias, within the best groups of experts.
+
+    Attributes:
+        biases_logits: whether the selection bias is added to logits instead of scores.
+    """
+
+    biases_logits: ClassVar[bool] = False
 
     bias: Literal["none", "sign", "quantile"] = "none"  # added to the scores for selection only, and how it moves
     bias_rate: float = setting(0.0, least=0, most=1e6)  # step of that bias, per optimizer step
