@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import operator
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pydantic
 
-from moe.config import ConfigError, load_python_file
+from moe.config import Config, ConfigError, load_python_file
 from moe.data.corpora import DOMAINS
 from moe.fields import exits_as_errors
 from moe.foreign_files import first_sentence
 from moe.lab.schedule import Plan
 from moe.lab.suite import NAME, QUANTITIES, SIZES, Comparison, Suite, Sweep
 
-#: Settings that decide the tokens of a step and the held-out rows, on which differences between arms are paired.
-_SAME_TEXT = (
-    "train.batch_size", "model.vocab_size", "data.tokenizer", "data.dataset", "data.domains", "data.text_suffixes",
-    "data.chat_template", "data.objective", "data.sequence_length", "data.input_length", "data.pack",
-    "data.corruption_rate", "data.mean_span",
-)  # fmt: skip
+#: Settings of the data that change neither the tokens of a step nor the held-out rows, on which differences between
+#: arms are paired.
+_NOT_TEXT = {"directory", "weights", "streams", "shuffle_window", "heldout_rows"}
 
 
 def load_suites(folder: Path, names: Sequence[str], size: str, given: Suite | None = None) -> dict[str, Suite]:
@@ -189,15 +186,20 @@ def _check_comparison(suite: Suite, name: str, comparison: Comparison, costs: di
 
 def _check_text(suite: Suite, where: str, arms: Sequence[str]) -> None:
     """Refuse to compare arms that read other tokens per step, or are evaluated on other rows."""
-    configs = {arm: suite.config(arm) for arm in arms}
-    for path in _SAME_TEXT:
-        (base, expected), *others = ((arm, operator.attrgetter(path)(config)) for arm, config in configs.items())
-        for arm, value in others:
-            if value != expected:
+    base, *others = arms
+    expected = _text_settings(suite.config(base))
+    for arm in others:
+        for name, value in _text_settings(suite.config(arm)).items():
+            if value != expected[name]:
                 raise ConfigError(
-                    f"suite {suite.name!r}, {where}: {arm!r} has {path}={value!r} and {base!r} {expected!r}; compared "
-                    "arms must read, and be evaluated on, the same text"
+                    f"suite {suite.name!r}, {where}: {arm!r} has {name}={value!r} and {base!r} {expected[name]!r}; "
+                    "compared arms must read, and be evaluated on, the same text"
                 )
+
+
+def _text_settings(config: Config) -> dict[str, Any]:
+    data = {f"data.{name}": value for name, value in vars(config.data).items() if name not in _NOT_TEXT}
+    return data | {"train.batch_size": config.train.batch_size, "model.vocab_size": config.model.vocab_size}
 
 
 def _check_different(suite: Suite) -> None:
