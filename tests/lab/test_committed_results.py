@@ -23,7 +23,7 @@ from moe.lab.report import answer, claims_page, page
 from moe.lab.step_seconds import StepSeconds
 from moe.lab.suite import Comparison, Sweep, Variant
 from tests import recomputation as again
-from tests.lab_helpers import CLAIMS, record, suite_of, table
+from tests.lab_helpers import CLAIMS, record, suite_of, table, tables
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs/results"
@@ -135,16 +135,6 @@ def read(folder, suite):
 def sections_of(path):
     title, *sections = re.split(r"\n## ", path.read_text())
     return {"": title} | dict(section.split("\n", 1) for section in sections)
-
-
-def tables(text):
-    """Header and rows of each Markdown table, as lists of cells."""
-    found = []
-    for block in re.findall(r"(?:^\|.*\n?)+", text, re.MULTILINE):
-        lines = [re.split(r"(?<!\\)\|", line.strip())[1:-1] for line in block.strip().splitlines()]
-        rows = [[cell.strip() for cell in line] for line in lines]
-        found.append((rows[0], rows[2:]))
-    return found
 
 
 def check(where, cell, *values):

@@ -7,7 +7,7 @@ import pytest
 from moe.lab.records import DIVERGED, PRIMARY
 from moe.lab.report import sections
 from moe.lab.suite import Comparison, Variant
-from tests.lab_helpers import DENSE, SWITCH, record, suite_of, table
+from tests.lab_helpers import DENSE, SWITCH, record, suite_of, table, tables
 
 NULL = Variant(
     {
@@ -20,11 +20,9 @@ NULL = Variant(
 )
 
 
-def rows_of(text, number=0):
-    """Cells of a Markdown table's rows, by the first cell."""
-    table_text = [block for block in text.split("\n\n") if block.startswith("| ")][number]
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table_text.splitlines()[2:]]
-    return {row[0]: row[1:] for row in cells}
+def rows_of(text):
+    """Cells of the rows of the first table, by the first cell."""
+    return {first: cells for first, *cells in tables(text)[0][1]}
 
 
 @pytest.mark.parametrize(("shares", "compared"), [((0.30, 0.31), True), ((0.30, 0.33), False), ((0.33, 0.30), False)])
@@ -78,8 +76,7 @@ def test_residuals_of_the_law_are_the_losses_less_the_law():
     arms = {name: Variant({"model.moe.gate": "none", "model.d_ff": 8 * (1 + i)}) for i, name in enumerate(experts)}
     suite = suite_of(arms, seeds=(0,), experts=experts, sizes=sizes)
     runs = [record(name, 0, loss, steps=suite.longest) for name, loss in losses.items()]
-    lines = [line for line in sections.law_section(table(suite, runs)).splitlines() if line.startswith("| ")][1:]
-    cells = [[float(cell) for cell in line.replace("M", "").split("|")[3:-1]] for line in lines]
+    cells = [[float(cell) for cell in row[2:]] for row in tables(sections.law_section(table(suite, runs)))[0][1]]
     assert sorted(loss for loss, _, _ in cells) == sorted(losses.values())
     for loss, law, residual in cells:
         assert residual == pytest.approx(loss - law, abs=1.1e-4)
