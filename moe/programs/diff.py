@@ -25,7 +25,7 @@ _SEED = flags.DEFINE_integer("seed", 0, "Seed of the permutations and of untrain
 
 @dataclasses.dataclass(frozen=True)
 class _Reading:
-    """What a model makes of held-out text; its variables are not kept, since devices may lack room for two models.
+    """A model's records of held-out text, without its variables: devices may lack room for two models.
 
     Attributes:
         workdir: the opened workdir.

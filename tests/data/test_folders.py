@@ -153,7 +153,7 @@ def test_the_line_of_a_document_is_counted_in_parts(tmp_path, data):
 
 
 def test_an_index_is_mapped(folder):
-    """Of billions of documents it has 23 bytes each; a split keeps their numbers, in the order of the index."""
+    """The index of billions of documents, 23 bytes each, stays on disk; a split keeps their numbers, in its order."""
     config, _, _ = folder
     found, _ = folders.open_folder(config.dataset, epath.Path(config.directory), lambda _: None)
     places = found["books"][0]._places

@@ -43,7 +43,7 @@ def test_published_datasets_by_name(tmp_path, data, prepared, name, version, tex
 
 
 def test_only_scanned_documents_are_listed(tmp_path, data, prepared, monkeypatch):
-    """Of 30 documents 10 are scanned: those and the others are the train split, less the held-out ones of the 10."""
+    """A split of 30 documents, of which 10 are scanned: all but the held-out ones of these 10 are for training."""
     monkeypatch.setattr(tfds_datasets, "HELDOUT_SCAN", 10)
     monkeypatch.setattr(tfds_datasets, "CUT_BELOW", 1)
     published("c4/en", "3.1.0", {"train": 30}, 60, tmp_path)
