@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from pathlib import Path
 
 from configs import base as defaults
@@ -96,3 +97,13 @@ def write_page(directory, suite, runs, claims=()):
     """Write the report of records that still lack their hashes directly into a folder."""
     registered = registration.Registered(tuple(claims))
     page.write(directory, {suite.name: table(suite, runs)}, suite, registered, "COMMAND")
+
+
+def tables(text):
+    """Header and rows of each Markdown table, as lists of cells."""
+    found = []
+    for block in re.findall(r"(?:^\|.*\n?)+", text, re.MULTILINE):
+        lines = [re.split(r"(?<!\\)\|", line.strip())[1:-1] for line in block.strip().splitlines()]
+        rows = [[cell.strip() for cell in line] for line in lines]
+        found.append((rows[0], rows[2:]))
+    return found

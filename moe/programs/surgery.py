@@ -54,7 +54,7 @@ def main() -> None:
     from moe.escaping import markdown_table
     from moe.models.flops import count_parameters
     from moe.models.state import join
-    from moe.training.open_run import on_mesh, open_workdir
+    from moe.training.open_run import on_devices, open_workdir
     from moe.training.step import build
 
     if sum(flag.value is not None for flag in (_PRUNE, _SPLIT, _MERGE, _REGROUP)) != 1:
@@ -83,7 +83,7 @@ def main() -> None:
     for (edited, record, measure), variables in zip(
         programs, (join(before, biases), join(after, new_biases)), strict=True
     ):
-        placed = on_mesh(edited, variables)
+        placed = on_devices(edited, variables)
         measured.append((measure(placed, rows), record(placed, rows)))
         del placed  # a device may lack room for both models
     (old_losses, old_records), (new_losses, new_records) = measured
@@ -105,7 +105,7 @@ def _edited(opened: Any, whole: Any, recorder: Any, losses: Any) -> Any:
     from moe.analysis import surgery
     from moe.analysis.analyse import heldout_rows
     from moe.models.state import join
-    from moe.training.open_run import on_mesh
+    from moe.training.open_run import on_devices
 
     model, before, biases = whole
     if _SPLIT.value is not None:
@@ -115,7 +115,7 @@ def _edited(opened: Any, whole: Any, recorder: Any, losses: Any) -> Any:
     rows = heldout_rows(recorder, opened.prepared, int(_CALIBRATION.value or 0))
     if _PRUNE.value is not None:
         return _pruned(opened.program, whole, recorder, losses, rows)
-    return _regrouped(whole, recorder(on_mesh(opened.program, join(before, biases)), rows))
+    return _regrouped(whole, recorder(on_devices(opened.program, join(before, biases)), rows))
 
 
 def _pruned(program: Any, whole: Any, recorder: Any, losses: Any, rows: Any) -> Any:
@@ -125,7 +125,7 @@ def _pruned(program: Any, whole: Any, recorder: Any, losses: Any, rows: Any) -> 
     from moe.analysis import merging, saliency, surgery
     from moe.config import ConfigError
     from moe.models.state import join
-    from moe.training.open_run import on_mesh
+    from moe.training.open_run import on_devices
 
     model, before, biases = whole
     size = model.moe.num_experts
@@ -137,14 +137,14 @@ def _pruned(program: Any, whole: Any, recorder: Any, losses: Any, rows: Any) -> 
         allowed = f"must leave out equally many experts of each of the gate's {groups} groups, not {count} in all"
         raise ConfigError(f"--prune={_PRUNE.value}: {allowed}")
     merges, by = _OTHERS.value == "merge", str(_BY.value)
-    variables = on_mesh(program, join(before, biases))
+    variables = on_devices(program, join(before, biases))
     records: Any = recorder(variables, rows) if merges or by in ("frequency", "weight", "variance") else None
     needed = by == "variance" or _OTHERS.value == "novice"
     moments: Any = saliency.OutputMoments(program)(variables, rows) if needed else None
     if by == "ablation":
         del variables  # a device may lack room for two models
         found = saliency.ablation(
-            model, before, lambda tree: float(np.nanmean(losses(on_mesh(program, join(tree, biases)), rows)))
+            model, before, lambda tree: float(np.nanmean(losses(on_devices(program, join(tree, biases)), rows)))
         )
     elif by == "reap":
         found = saliency.Reap(program)(variables, rows)

@@ -48,7 +48,7 @@ class Workdir:
         return parameters.chosen_step(self.path, step)
 
 
-def on_mesh(program: Program, variables: dict[str, Any]) -> dict[str, Any]:
+def on_devices(program: Program, variables: dict[str, Any]) -> dict[str, Any]:
     """A model's variables as arrays on the program's mesh, each device with its shard.
 
     Programs would put a NumPy array whole on every device where nothing in them says how it is split, such as experts,

@@ -14,7 +14,7 @@ from moe.models.state import join
 from moe.parallel.mesh import make_mesh
 from moe.routing.interface import Gate
 from moe.training.batches import forward
-from moe.training.open_run import on_mesh
+from moe.training.open_run import on_devices
 from moe.training.step import build
 from tests.analysis.test_difference import _records
 from tests.analysis_helpers import random_batch, tiny_program
@@ -79,7 +79,7 @@ def test_an_edited_model_is_measured_in_shards():
     with jax.set_mesh(mesh):
         program = build(Config(model=model), mesh)
     variables = jax.tree.map(np.asarray, random_parameters(model)[1])
-    placed = on_mesh(program, variables)
+    placed = on_devices(program, variables)
     jax.tree.map(np.testing.assert_array_equal, placed, variables)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, placed)
     assert shardings == jax.tree.map(lambda leaf: leaf.sharding, program.state.variables)
