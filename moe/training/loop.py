@@ -130,6 +130,7 @@ def train(
         iterator = pipeline.train_iterator(
             prepared, config.data, batch_size=config.train.batch_size, seed=config.seed, rows=rows
         )
+        stack.callback(iterator.close)  # its thread would abort the process if it were still at work at the exit
         if new:
             iterator.start_prefetch()  # reads the first batch while the rest is built
         state = None

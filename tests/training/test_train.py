@@ -6,6 +6,7 @@ import importlib
 import math
 import re
 import shutil
+import threading
 import types
 
 import jax
@@ -379,6 +380,16 @@ def test_a_workdir_belongs_to_one_config(directory, whole, tmp_path):
     with pytest.raises(ConfigError, match=r"set back .*model\.moe\.gate \(there 'mixtral', here 'switch'\)"):
         train(tiny(directory, **WHOLE | {"model.moe.gate": "switch"}), str(workdir), ONE)
     assert {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()} == before
+
+
+def test_a_refused_run_ends_its_reader(directory, whole, programs, tmp_path):
+    """A thread that is still making a batch when Python ends would abort the process, whatever its exit code."""
+    before = set(threading.enumerate())
+    config = tiny(directory, **SETTINGS, **{"start.checkpoint": str(whole[1]), "start.expert_noise": 0.1})
+    with pytest.raises(ConfigError, match=r"start.expert_noise=0.1: is read only where experts") as refused:
+        train(config, str(tmp_path / "run"), ONE, make_program=programs)
+    assert refused.tb  # as at the end of a program, the error holds what the run has opened
+    assert not [thread.name for thread in set(threading.enumerate()) - before if "prefetch" in thread.name]
 
 
 @pytest.mark.parametrize(
