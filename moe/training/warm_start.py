@@ -109,16 +109,17 @@ def first_state(
     Raises:
         ConfigError: no checkpoint, parameters of another shape, or no optimizer state in it.
     """
-    state, start = program.init(), program.config.start
+    start = program.config.start
     if not start.checkpoint:
-        return state
+        return program.init()
     source = read_config(start.checkpoint)
     _refuse_unread_upcycling(program.config, source.model)
+    _refuse_other_depth(program.config, source.model)
+    state = program.init()
     if program.config.lora.rank:
         return _adapted_state(program, state, base_step, say)
     # The same for all that is read, and on all hosts, even if the source trains on.
     step = agreed(stored.chosen_step(start.checkpoint, None))
-    _refuse_other_depth(program.config, source.model)
     # Bound at once, so that the random ones are freed before moments are read.
     state = dataclasses.replace(state, parameters=_first_parameters(program, source.model, state.parameters, step))
     biases = state.biases
