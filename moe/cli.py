@@ -219,7 +219,7 @@ def help_text(module: str, required: Sequence[str], examples: Sequence[str]) -> 
     name = sys.argv[0] if module == "__main__" else module
     defined = sorted(flags.FLAGS.get_key_flags_for_module(name), key=lambda flag: flag.name)
     listed = {flag.name: flag for flag in defined}
-    width = min(shutil.get_terminal_size().columns, 110)
+    width = min(max(shutil.get_terminal_size().columns, 60), 110)
 
     def describe(flag: flags.Flag) -> str:
         kind = "" if flag.boolean else "=FILE" if flag.name == "config" else "=..."

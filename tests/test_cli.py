@@ -81,7 +81,9 @@ def test_a_workdir_without_a_config_flag_continues_with_its_own_config(tmp_path,
 
 
 def test_help_shows_required_flags_then_options_examples_and_exit_codes():
-    shown = subprocess.run([sys.executable, "main.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    words = [sys.executable, "main.py", "--help"]
+    narrow = os.environ | {"COLUMNS": "20"}  # less than the margin of the explanations
+    shown = subprocess.run(words, cwd=ROOT, env=narrow, capture_output=True, text=True, check=True)
     parts = ["\nneeded", "  --config=FILE", "  --workdir", "\noptions", "  --change", "\nexamples", "\nexit codes"]
     places = [shown.stdout.index(part) for part in parts]
     assert places == sorted(places)
