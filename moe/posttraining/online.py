@@ -26,6 +26,7 @@ from moe.config import ConfigError, ModelConfig, from_config_dict, to_dict
 from moe.data import policy, rollouts
 from moe.fields import check_fields, raised_as_errors, require, setting
 from moe.foreign_files import read_object, refuse
+from moe.metric_writers import find_writers
 from moe.metrics_files import METRICS, MetricsWriter
 from moe.models.sampling import Rollout, Sampler, make_sampler
 from moe.models.state import TrainState
@@ -126,7 +127,8 @@ def train_online(program: Program, workdir: str, task: Task, engine: Engine, rou
         program: from :func:`moe.posttraining.make_program` with data.objective "policy". Its reference model must be
             read at the step that the run has pinned: ``read_teacher(config, mesh, step=pinned_steps(config,
             directory).teacher)``, with directory None for a new run.
-        workdir: receives config.json, rounds.json, ``metrics.jsonl`` with a row a round, and checkpoints.
+        workdir: receives config.json, rounds.json, ``metrics.jsonl`` with a row a round, what ``train.writers`` make
+            of it, and checkpoints. Other settings of what is logged, evaluated and saved when are not read.
         task: prompts and rewards.
         engine: samples the rollouts.
         rounds: sizes.
@@ -147,6 +149,7 @@ def train_online(program: Program, workdir: str, task: Task, engine: Engine, rou
             f"train.batch_size={batch_size} and train.num_steps={config.train.num_steps}: must be divisible by "
             f"group_size={count} and updates={rounds.updates}"
         )
+    writers = find_writers(config.train.writers)
     new = not (directory / CONFIG).exists()
     if new:
         warm_start.check(config)
@@ -165,7 +168,7 @@ def train_online(program: Program, workdir: str, task: Task, engine: Engine, rou
         stack.callback(checkpoints.close)
         step, state = _begin(program, checkpoints, pinned.base)
         write_run_files(config, {}, directory, new=new)
-        writer = stack.enter_context(contextlib.closing(MetricsWriter(directory, step, config)))
+        writer = stack.enter_context(contextlib.closing(MetricsWriter(directory, step, config, writers)))
         for number in range(step // rounds.updates, config.train.num_steps // rounds.updates):
             rng = np.random.default_rng((config.seed, number))
             key = jax.random.fold_in(jax.random.key(config.seed), number)

@@ -126,6 +126,7 @@ def test_a_run_on_its_own_samples_resumes_bit_for_bit(tmp_path):
     assert len(whole) == 3
     assert rest == whole[1:]
     assert (tmp_path / "whole" / "metrics.jsonl").read_bytes() == (tmp_path / "parts" / "metrics.jsonl").read_bytes()
+    assert len(list((tmp_path / "whole" / "tensorboard").iterdir())) == 1
     jax.tree.map(np.testing.assert_array_equal, *states)
     # The first step of a round uses the parameters and experts that sampled: only the order of sums differs.
     assert all(row["policy_ratio"] == pytest.approx(1, abs=1e-5) for row in whole)
