@@ -62,6 +62,7 @@ def test_repetition_that_repeated_tokens_explain(rng):
     found = token_null(halves, rng.integers(0, 3, 400), np.arange(399), shuffles=20, rng=rng)
     assert found.token_p_value == pytest.approx(1 / 21)
     assert found.token_mean == pytest.approx(0.5, abs=0.05)
+    assert token_null(halves, halves[:, 0], np.arange(399), shuffles=1, rng=rng).token_std == 0  # of a single one
 
 
 def test_two_exchanges_of_a_tokens_experts_by_hand():
@@ -139,6 +140,10 @@ def test_mutual_information_by_hand(rng):
     same = dependence(np.repeat([5, 9], 50), np.repeat([2, 0], 50), np.arange(100), shuffles=20, rng=rng)
     assert (same.nmi, same.information, same.values) == (pytest.approx(1), pytest.approx(math.log(2)), 2)
     assert same.p_value == pytest.approx(1 / 21)
+    # Both entropies are ln 2.
+    assert same.null_std > 0
+    shares = (same.nmi_null, same.nmi_null_std, same.nmi_debiased)
+    assert shares == pytest.approx((same.null_mean / math.log(2), same.null_std / math.log(2), 1 - same.nmi_null))
     assert dependence(np.zeros(4, int), y, np.arange(4), shuffles=2, rng=rng).nmi == 0
 
 
@@ -172,6 +177,8 @@ def test_tokens_without_a_label_do_not_count(rng):
     found = dependence(x, y, rows, shuffles=5, rng=rng)
     assert (found.samples, found.values) == (200, 3)
     assert found.information == pytest.approx(mutual_info_score(x[:200], y[:200]))
+    # A single label has no information, in the observed order or another.
+    assert dependence(x, np.minimum(y, 0), rows, shuffles=5, rng=rng).null_mean == 0
     with pytest.raises(ValueError, match="a token with a label"):
         dependence(x, np.full(300, -1), rows, shuffles=1, rng=rng)
 
