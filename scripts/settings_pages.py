@@ -26,6 +26,11 @@ may be continued with another value: `free`, as it does not change what is learn
 checkpoint on with `--change`; else it may not.
 """
 
+_GATES = """## Gates
+
+Fields of `model.moe.gate` by its name ([gates](gates.md)). Losses that are not listed have weight 0.
+"""
+
 #: Page of the sections whose path starts with a prefix, and its title; the last prefix that fits counts.
 _PAGES = {
     "": ("settings.md", "a run"),
@@ -40,30 +45,31 @@ def pages() -> dict[str, str]:
     for name, title in _PAGES.values():
         others = [f"[{other}]({file})" for file, other in _PAGES.values() if file != name]
         parts[name] = [_HEAD.format(title=title, others=" and ".join(others))]
-    for section, cls in _sections(Config, ""):
+    for section, values in _sections(Config(), ""):
         title = f"`{section}`" if section else "The run"
-        summary = f"{inspect.getdoc(cls)}\n".split("\n\n")[0].replace("\n", " ").strip()
+        summary = f"{inspect.getdoc(type(values))}\n".split("\n\n")[0].replace("\n", " ").strip()
         page = [name for prefix, (name, _) in _PAGES.items() if section.startswith(prefix)][-1]
-        parts[page] += [f"## {title}\n", f"{summary}\n", _table(cls)]
-    parts["moe_settings.md"] += ["## Gates\n\nFields of `model.moe.gate` by its name ([gates](gates.md)).\n", _gates()]
+        parts[page] += [f"## {title}\n", f"{summary}\n", _table(values)]
+    parts["moe_settings.md"] += [_GATES, _gates()]
     return {name: "\n".join(page) for name, page in parts.items()}
 
 
-def _sections(cls: type, path: str) -> Iterator[tuple[str, type]]:
-    yield path, cls
-    for field in dataclasses.fields(cls):
-        hint = type_hints(cls)[field.name]
-        if dataclasses.is_dataclass(hint):
-            yield from _sections(typing.cast(type, hint), f"{path}.{field.name}".lstrip("."))
+def _sections(values: typing.Any, path: str) -> Iterator[tuple[str, typing.Any]]:
+    """Path and default of a section and of those in it; settings that follow others have their own default."""
+    yield path, values
+    for field in dataclasses.fields(values):
+        if dataclasses.is_dataclass(type_hints(type(values))[field.name]):
+            yield from _sections(field.default, f"{path}.{field.name}".lstrip("."))
 
 
-def _table(cls: type) -> str:
+def _table(values: typing.Any) -> str:
     rows = []
+    cls = type(values)
     meanings, hints = _comments(cls), type_hints(cls)
     for field in dataclasses.fields(cls):
         if dataclasses.is_dataclass(hints[field.name]):
             continue
-        default = field.default
+        default = getattr(values, field.name)
         if cls is MoEConfig and field.name == "gate":
             default, hint = typing.cast(Gate, default).name, "a name, or a section"
         else:
