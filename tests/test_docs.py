@@ -122,6 +122,16 @@ def test_the_code_of_the_api_page_runs(tmp_path):
     assert (tmp_path / "loss.txt").read_text() == "1 2.0\n"
 
 
+def test_guides_give_the_memory_of_mixtral_8x7b():
+    """46,702,792,704 parameters and 7,241,732,096 of Mistral 7B: a state of 12 bytes each, two models in float32,
+    a state beside a checkpoint in float32."""
+    parameters, dense = 46_702_792_704, 7_241_732_096
+    sizes = {"restarts": 12 * parameters, "surgery": 2 * 4 * parameters, "finetuning": 12 * parameters + 4 * dense}
+    for page, size in sizes.items():
+        text = " ".join((ROOT / "docs" / f"{page}.md").read_text().split())
+        assert re.findall(r"(\d+) GB for Mixtral 8x7B", text) == [f"{size / 1e9:.0f}"], page
+
+
 def test_every_logged_value_is_explained():
     names = {field.name for part in (TrainMetrics, LayerReport) for field in dataclasses.fields(part)}
     names -= {"layers", "terms", "sums"}

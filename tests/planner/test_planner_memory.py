@@ -6,6 +6,7 @@ import math
 import pickle
 import re
 import types
+from pathlib import Path
 
 import jax
 import pytest
@@ -127,6 +128,28 @@ def test_cross_attention_is_kept_beside_self_attention():
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="attention"))
     kept = fit.estimate(config, dict.fromkeys(MESH, 1), "gpu").kept
     assert kept == 16 * 2 * 4 * (128 * (64 + 4 * 64) + 32 * (64 + 2 * 4 * 64))
+
+
+def test_the_guide_has_what_policies_keep_of_a_row():
+    """4096 tokens in 32 layers of bfloat16, 2^-30 of D numbers a token is a GiB: the input; queries, heads and half of
+    that for keys and values; outputs of 2 experts; up and gate of 3.5 D each of 2 experts, or of 5/4 as many rows."""
+    guide = " ".join((Path(__file__).parents[2] / "docs" / "fitting.md").read_text().split())
+    config = from_config_dict(mixtral_8x7b.get_config())
+
+    def kept(remat, expert):
+        moe = config.model.moe.with_dispatch("dropless")
+        model = dataclasses.replace(config.model, remat=remat, moe=moe)
+        train = dataclasses.replace(config.train, batch_size=8)
+        sizes = dict.fromkeys(MESH, 1) | {"fsdp": 8 // expert, "expert": expert}
+        made = fit.estimate(dataclasses.replace(config, model=model, train=train), sizes, "gpu")
+        return made.kept / 2**30
+
+    split = [kept(remat, 8) for remat in ("full", "attention", "outputs", "hidden")]
+    assert split == [1, 1 + 2.5, 3.5 + 2, 5.5 + 2 * 2 * 3.5 * 5 / 4]
+    full, attention, outputs, hidden = (f"{number:g}" for number in split)
+    assert f"{full} GiB with `full`, {attention} with `attention`, {outputs} with `outputs`, {hidden} with" in guide
+    assert (kept("outputs", 1), kept("hidden", 1)) == (3.5, 3.5 + 2 * 2 * 3.5)
+    assert f"`hidden` keeps {kept('hidden', 1):g} GiB" in guide
 
 
 def test_what_needs_no_memory_of_a_device():
