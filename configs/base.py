@@ -2,7 +2,7 @@
 
 Fine-tuning of a run or an import, with its model shape and tokenizer:
 
-    python main.py --config=configs/base.py --workdir=/tmp/tuned --config.start.checkpoint=/tmp/imported \\
+    python main.py --config=configs/base.py --workdir=/tmp/tuned --config.start.checkpoint=/tmp/imported \
         --config.data.dataset=/path/to/text
 """
 

@@ -1,7 +1,7 @@
 """Distillation into a dense model (Switch 2021, section 4.2): a quarter of the loss is on the teacher's probabilities.
 
     python main.py --config=configs/quickstart.py --workdir=/tmp/teacher
-    python main.py --config=configs/distill.py --config.start.checkpoint=/tmp/teacher \\
+    python main.py --config=configs/distill.py --config.start.checkpoint=/tmp/teacher \
         --config.distill.teacher=/tmp/teacher --workdir=/tmp/student
 
 The student starts with the teacher's weights except for the experts, and uses its tokenizer and model shape.

@@ -55,6 +55,12 @@ def test_a_default_config_imports_its_neighbours_from_any_folder(tmp_path):
     assert (result.stdout.split(), result.returncode) == (["5", "70"], 0), result.stderr
 
 
+def test_commands_of_configs_can_be_copied_from_the_file():
+    """A shell goes on with the next line after one backslash; two, as some strings need, are an argument."""
+    for path in (ROOT / "configs").rglob("*.py"):
+        assert "\\\\\n" not in path.read_text(), path
+
+
 def test_guides_are_short():
     for page in (ROOT / "docs").glob("*.md"):
         assert len(page.read_text().splitlines()) <= 160, page.name
