@@ -139,7 +139,7 @@ class ModelConfig(Section, path=_MODEL):
     #: extra layers after the last, each predicting one token further (DeepSeek-V3: 1)
     prediction_layers: int = setting(0, least=0, most=64)
     prediction_weight: float = setting(0.3, least=0)  # of the mean of their losses (DeepSeek-V3: 0.3, later 0.1)
-    #: of embeddings, attention weights, hidden activations of dense layers' FFNs and the output of each half of a block
+    #: of embeddings, attention weights, hidden activations of dense FFNs, outputs of a block's halves and of a stack
     dropout: float = setting(0.0, share=True)
     #: s; matrices are truncated normal, sigma = sqrt(s / fan_in) (Switch, section 2.4: 0.1)
     init_scale: float = setting(1.0, above=0, most=1e4)
