@@ -2,8 +2,8 @@
 
     python main.py --config=configs/gshard.py --workdir=/tmp/gshard
 
-Total and active parameters equal those of configs/mixtral.py and configs/switch.py; active ones those of
-configs/dense.py.
+Total and active parameters equal those of configs/mixtral.py; but for the router's (0.1 %) they are those of
+configs/switch.py, and the active ones those of configs/dense.py.
 """
 
 import ml_collections

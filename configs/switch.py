@@ -2,7 +2,8 @@
 
     python main.py --config=configs/switch.py --workdir=/tmp/switch
 
-Half as many experts of twice the width: total and active parameters equal those of configs/mixtral.py.
+Half as many experts of twice the width: total and active parameters equal those of configs/mixtral.py, but for
+the router's (0.1 %).
 """
 
 import ml_collections

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import json
 import os
 import re
 import subprocess
@@ -59,6 +60,11 @@ def test_commands_of_configs_can_be_copied_from_the_file():
     """A shell goes on with the next line after one backslash; two, as some strings need, are an argument."""
     for path in (ROOT / "configs").rglob("*.py"):
         assert "\\\\\n" not in path.read_text(), path
+
+
+def test_configs_with_kept_plans_do_not_say_that_they_were_never_compiled():
+    kept = {plan["config"] for plan in json.loads((ROOT / "configs" / "plans.json").read_text())}
+    assert [name for name in kept if "neither compiled" in (ROOT / "configs" / f"{name}.py").read_text()] == []
 
 
 def test_guides_are_short():
