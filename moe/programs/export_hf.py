@@ -13,7 +13,9 @@ from moe import cli
 
 _WORKDIR = cli.define_path("workdir", "Folder of a run or an import.")
 _OUT = cli.define_path("out", "Folder to write.")
-_TYPE = flags.DEFINE_string("model_type", "", "Family to write; empty: the first that can express the model.")
+_TYPE = flags.DEFINE_string(
+    "model_type", "", "Family to write; empty: the import's, or the first that can express the model."
+)
 _DTYPE = flags.DEFINE_enum(
     "dtype", "", ["", "float32", "bfloat16", "float16"], "Type to cast to; empty: keep the stored one."
 )
