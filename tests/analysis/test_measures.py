@@ -222,6 +222,7 @@ def test_load_coactivation_saturation_and_top_tokens_by_hand():
     probs = np.array([[[0.25] * 4, [1.0, 0, 0, 0]]])
     np.testing.assert_allclose(measures.mean_entropy(probs), [0.5])  # (ln 4 + 0) / 2 over ln 4
     np.testing.assert_array_equal(measures.mean_entropy(np.ones((1, 3, 1))), [0])
+    np.testing.assert_allclose(measures.mean_entropy(np.full((1, 3, 2), 0.5)), [1])
 
     pairs = measures.coactivation(INDEX, CHOSEN, 4)
     # Tokens: {0,1}, {0,2}, {1}, {0,3}; the third token's second choice was declined.
@@ -237,6 +238,8 @@ def test_load_coactivation_saturation_and_top_tokens_by_hand():
     np.testing.assert_allclose(by_load, [1.0])
     _, by_load = measures.most_frequent_partner(np.array([[[2, 2, 2], [2, 9, 2], [2, 2, 2]]]))
     np.testing.assert_allclose(by_load, [(1 + 4 / 9 * 2 / 4 + 1) / 3])  # 2 · 9 / 11 counts as 1
+    _, by_load = measures.most_frequent_partner(np.ones((1, 2, 2)))  # one token chooses both experts
+    np.testing.assert_allclose(by_load, [1.0])
     alone, _ = measures.most_frequent_partner(np.diag([2, 0, 1])[None])  # K = 1, and an unused expert
     np.testing.assert_allclose(alone, [0.0])
 
