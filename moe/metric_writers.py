@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import inspect
 import json
 import os
+import socket
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +17,9 @@ from typing import Any, Protocol
 
 import numpy as np
 from etils import epath
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+from tensorboardX.record_writer import RecordWriter
 
 from moe.atomic_files import in_bucket, write_atomic
 from moe.config import ConfigError
@@ -78,7 +82,8 @@ class TensorBoard:
     """Writer of event files to ``tensorboard/``: scalars, loads of the experts as histograms, the config as text.
 
     TensorBoard's files are appended to, which a bucket cannot do: there the newest is copied, once a minute and at the
-    end.
+    end. Events are written by the thread of the caller, which gets the error of a full disk:
+    SummaryWriter of tensorboardX would wait for ever for its thread, which such an error ends.
     """
 
     def __init__(self, workdir: epath.Path, config: dict[str, Any], step: int):
@@ -88,9 +93,26 @@ class TensorBoard:
         self._shown: set[str] = set()
         self._first: dict[tuple[str, str], list[float]] = {}
         self._ignored = _without_weight(config)
-        self._board = SummaryWriter(self._local.name if self._local else os.fspath(self._folder), purge_step=step + 1)
+        if not self._local:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        self._events = self._new_file()
+        start = SessionLog(status=SessionLog.START)
+        self._add(step + 1, session_log=start)  # hides rows that will be written again
         text = json.dumps(config, indent=2).replace("\n", "\n    ")
-        self._board.add_text("config", f"    {text}", step)  # indented: a block of code in Markdown
+        self._add(step, summary=summary.text("config", f"    {text}"))  # indented: a block of code in Markdown
+
+    def _new_file(self) -> RecordWriter:
+        """Another event file, with the version of its format."""
+        folder = self._local.name if self._local else os.fspath(self._folder)
+        name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}"
+        file = RecordWriter(os.path.join(folder, name))
+        version = Event(wall_time=time.time(), file_version="brain.Event:2")
+        file.write(version.SerializeToString())
+        return file
+
+    def _add(self, step: int, **content: Any) -> None:
+        """Write an event."""
+        self._events.write(Event(wall_time=time.time(), step=step, **content).SerializeToString())
 
     def write(self, step: int, kind: str, values: dict[str, Any]) -> None:
         """Write a row in groups that TensorBoard shows in alphabetical order: loss, optimizer, routing, speed.
@@ -100,7 +122,7 @@ class TensorBoard:
         """
         for name, value in values.items():
             if isinstance(value, str):
-                self._board.add_text(f"{kind}/{name}", value, step)
+                self._add(step, summary=summary.text(f"{kind}/{name}", value))
             elif kind == "warning" or name in self._ignored:
                 continue
             elif np.ndim(value) == 0:
@@ -112,7 +134,7 @@ class TensorBoard:
                     self._add_bars(
                         f"routing_layers_{name}/{_LAYER_KINDS[kind]}layer_{layer}", np.asarray(numbers), step
                     )
-        self._board.flush()
+        self._events.flush()
         if self._local and time.monotonic() > self._copied + 60:
             self._copy(self._local.name)
 
@@ -127,24 +149,24 @@ class TensorBoard:
     def _add_scalar(self, tag: str, value: float, step: int) -> None:
         if value or tag in self._shown:
             self._shown.add(tag)
-            self._board.add_scalar(tag, value, step)
+            self._add(step, summary=summary.scalar(tag, value))
 
     def _copy(self, local: str) -> None:
         for path in Path(local).iterdir():
             large = path.stat().st_size > _LARGEST_EVENTS
             if large:
-                self._board.close()  # the next event opens another file
-                self._board.purge_step = None  # which would hide the earlier ones
+                self._events.close()
             write_atomic(self._folder / path.name, path.read_bytes())
             if large:
                 path.unlink()
+                self._events = self._new_file()
         self._copied = time.monotonic()
 
     def _add_bars(self, tag: str, heights: np.ndarray, step: int) -> None:
         """Histogram whose i-th bin is expert i."""
         edges = np.arange(len(heights) + 1, dtype=float)
         total, centers = float(heights.sum()), edges[:-1] + 0.5
-        self._board.add_histogram_raw(
+        bars = summary.histogram_raw(
             tag,
             min=0.0,
             max=float(len(heights)),
@@ -153,15 +175,15 @@ class TensorBoard:
             sum_squares=float((heights * centers**2).sum()),
             bucket_limits=edges[1:].tolist(),
             bucket_counts=heights.tolist(),
-            global_step=step,
         )
+        self._add(step, summary=bars)
 
     def close(self) -> None:
         """Close the event file."""
-        self._board.close()
-        if self._local:
-            with self._local as local:
-                self._copy(local)
+        with self._local or contextlib.nullcontext():
+            self._events.close()
+            if self._local:
+                self._copy(self._local.name)
 
 
 class WeightsAndBiases:

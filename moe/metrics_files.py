@@ -174,13 +174,16 @@ class MetricsWriter:
         """Open the files and drop rows after ``step``, from which the run continues: they will be written again."""
         self.rows = {METRICS: 0, TIMING: 0}  # number of rows in each file, in the process that writes
         self._active = jax.process_index() == 0
-        if not self._active:
-            return
-        self._writers = [make(workdir, to_dict(config), step) for make in writers]
-        self._files = {}
-        for name in (METRICS, TIMING):
-            kept = self._up_to(step, workdir / name)
-            self._files[name] = (_Segments if in_bucket(workdir) else _Appended)(workdir / name, kept)
+        self._writers, self._files = [], {}
+        with contextlib.ExitStack() as opened:  # closed here if a later one cannot be opened
+            for make in writers if self._active else ():
+                self._writers.append(make(workdir, to_dict(config), step))
+                opened.callback(self._writers[-1].close)
+            for name in (METRICS, TIMING) if self._active else ():
+                kept = self._up_to(step, workdir / name)
+                self._files[name] = (_Segments if in_bucket(workdir) else _Appended)(workdir / name, kept)
+                opened.callback(self._files[name].close)
+            self._opened = opened.pop_all()
 
     def _up_to(self, step: int, path: epath.Path) -> Iterator[bytes]:
         """Lines of the rows up to a step, which are counted."""
@@ -207,10 +210,7 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Close all files, even if closing one of them fails."""
-        if self._active:
-            with contextlib.ExitStack() as stack:
-                for closing in (*self._writers, *self._files.values()):
-                    stack.callback(closing.close)
+        self._opened.close()
 
 
 def to_python(tree: Any) -> Any:

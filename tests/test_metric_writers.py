@@ -3,8 +3,10 @@
 import contextlib
 import itertools
 import json
+import resource
 import struct
 import sys
+import threading
 import tracemalloc
 import types
 from unittest import mock
@@ -12,7 +14,6 @@ from unittest import mock
 import numpy as np
 import pytest
 from etils import epath
-from tensorboardX import event_file_writer
 from tensorboardX.proto import event_pb2
 
 from moe import metric_writers, metrics_files
@@ -218,8 +219,8 @@ def test_a_bucket_gets_another_event_file_once_one_is_large(monkeypatch, tmp_pat
     monkeypatch.setattr(metric_writers, "in_bucket", lambda _: True)
     monkeypatch.setattr(metric_writers, "_LARGEST_EVENTS", 1000)
     monkeypatch.setattr(metric_writers, "write_atomic", lambda path, content: copied.append((path.name, content)))
-    monkeypatch.setattr(event_file_writer, "time", types.SimpleNamespace(time=lambda: next(clock)))
-    monkeypatch.setattr(metric_writers, "time", types.SimpleNamespace(monotonic=lambda: next(clock) * 100))
+    clocks = {"time": lambda: next(clock), "monotonic": lambda: next(clock) * 100}
+    monkeypatch.setattr(metric_writers, "time", types.SimpleNamespace(**clocks))
     writer = TensorBoard(epath.Path(tmp_path), {}, 0)
     for step in range(1, 31):
         writer.write(step, "train", {"loss": float(step), "text": "x" * 100})
@@ -232,6 +233,42 @@ def test_a_bucket_gets_another_event_file_once_one_is_large(monkeypatch, tmp_pat
     assert [value.simple_value for _, tag, value in events(tmp_path) if tag == "loss/loss"] == list(range(1, 31))
     starts = [path.name for path in tmp_path.iterdir() if any(event.session_log.status for event in records(path))]
     assert starts == names[:1]  # a start hides the events of earlier files
+
+
+@contextlib.contextmanager
+def files_of_at_most(size):
+    """Within this context the kernel refuses to write beyond that many bytes of a file, as a full disk does."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.timeout(60)
+def test_tensorboard_on_a_full_disk_raises_and_leaves_nothing_running(tmp_path, capfd):
+    """Its events are written by the caller: a thread that the error ended would be waited for without end."""
+    threads = threading.enumerate()
+    writer = TensorBoard(epath.Path(tmp_path), {}, 0)
+    row = {f"value_{number}": 1.0 + number for number in range(300)}
+    with files_of_at_most(2000), pytest.raises(OSError, match="File too large"), contextlib.closing(writer):
+        writer.write(1, "train", row)
+    del writer
+    assert threading.enumerate() == threads
+    assert capfd.readouterr().err == ""
+
+
+def test_writers_are_closed_if_a_later_one_cannot_be_opened(monkeypatch, tmp_path):
+    closed = []
+    module = types.ModuleType("two_writers")
+    module.first = lambda *_: types.SimpleNamespace(write=print, close=lambda: closed.append("first"))
+    module.second = lambda *_: {}["missing"]
+    monkeypatch.setitem(sys.modules, "two_writers", module)
+    writers = find_writers(("two_writers:first", "two_writers:second"))
+    with pytest.raises(ConfigError, match=r"^train\.writers='two_writers:second': it raises KeyError"):
+        MetricsWriter(epath.Path(tmp_path), 0, Config(), writers)
+    assert closed == ["first"]
 
 
 def test_weights_and_biases_continues_a_run_and_takes_histograms(monkeypatch, tmp_path):

@@ -67,6 +67,8 @@ def _write(workdir, start, steps, *, end):
             writer.sync()
     if end:
         writer.close()
+    else:
+        writer._writers[0]._events.close()  # which the end of a process does too
 
 
 def test_rows_in_a_bucket_equal_those_of_appends_to_a_file(store):
