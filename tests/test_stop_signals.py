@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from unittest import mock
@@ -42,6 +43,31 @@ def test_a_signal_before_the_first_step_ends_the_run_at_once(directory, programs
     with pytest.raises(signals.Stopped):
         train(tiny(directory, **SETTINGS), str(tmp_path / "run"), ONE, make_program=programs)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_second_signal_waits_for_the_checkpoint_that_is_being_written(directory, programs, tmp_path, monkeypatch):
+    """Its thread would go on writing in a workdir whose lock is free, and beside a second call."""
+    rename, begun, ended = os.rename, threading.Event(), []
+
+    def slowly(source, target):
+        if str(target).endswith("checkpoints/2"):
+            begun.set()
+            time.sleep(0.5)
+            ended.append(target)
+        rename(source, target)
+
+    def twice():
+        assert begun.wait(60)
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(os, "rename", slowly)
+    monkeypatch.setattr(training, "next_batch", at_step(3, twice))
+    with pytest.raises(signals.Stopped) as caught:
+        train(tiny(directory, **SETTINGS), str(tmp_path), ONE, make_program=programs, quiet=True)
+    assert caught.value.code == 130
+    assert len(ended) == 1
+    assert steps(tmp_path) == [2]
 
 
 class Store(dict):

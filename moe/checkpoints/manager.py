@@ -155,10 +155,11 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def finish_on_error(self) -> Iterator[None]:
-        """Finish started writes before an error leaves the block, so that its message names the newest checkpoint."""
+        """Finish started writes before an error or a second signal leaves the block: its message names the newest
+        checkpoint, and nothing is written once the workdir's lock is released."""
         try:
             yield
-        except Exception:
+        except BaseException:
             with contextlib.suppress(ConfigError):
                 self.wait()
             raise

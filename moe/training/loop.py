@@ -164,18 +164,18 @@ def train(
             say(f"resuming {workdir} at step {step} of {config.train.num_steps}")
         with disk_errors(directory):
             _apply_changes(config, changes, step, directory, say)
-        if step < config.train.num_steps:
-            with disk_errors(directory), checkpoints.finish_on_error(), signals.at_steps():
+        with disk_errors(directory), checkpoints.finish_on_error():
+            if step < config.train.num_steps:
                 shown = progress.Progress(
                     step, config.train.num_steps, quiet, pipeline.epochs_per_step(prepared, config)
                 )
                 loop = _Loop(program, iterator, heldout, checkpoints, directory, signals, step, saved, shown)
                 stage("compiling the train step (later starts find it in train.compilation_cache)")
-                state = loop.run(state)
-        else:
-            with disk_errors(directory):  # a run that was shortened to its newest checkpoint has rows of later steps
+                with signals.at_steps():
+                    state = loop.run(state)
+            else:  # a run that was shortened to its newest checkpoint has rows of later steps
                 MetricsWriter(directory, step, config).close()
-        checkpoints.close()
+            checkpoints.close()
         if jax.process_index() == 0:
             with disk_errors(directory):
                 finish(program, state, prepared, directory, say)
