@@ -104,7 +104,8 @@ def refuse_files(folder: str | os.PathLike[str]) -> None:
 
 @contextlib.contextmanager
 def new_folder(folder: epath.Path) -> Iterator[None]:
-    """Create a folder that is new or empty; if the block fails, remove it with its content and the parents it needed.
+    """Create a folder that is new or empty; if the block fails, remove it with its content, and the parents it needed
+    unless another program has put something there.
 
     Raises:
         ConfigError: it holds files.
@@ -116,9 +117,12 @@ def new_folder(folder: epath.Path) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        (missing[-1] if missing else folder).rmtree()
+        folder.rmtree()
         if not missing:
             folder.mkdir()
+        for parent in missing[1:]:
+            with contextlib.suppress(OSError):  # not empty
+                os.rmdir(parent)
         # safetensors and TensorStore have other types for errors of the disk.
         if isinstance(error, OSError) or re.search("(?i)os.error", str(error)):
             raise ConfigError(f"{folder}: cannot be written, and nothing was left: {first_line(error)}") from error

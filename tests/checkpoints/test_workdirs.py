@@ -252,6 +252,18 @@ def test_a_workdir_of_parameters_is_written_completely_or_not_at_all(tmp_path, m
     assert not (tmp_path / "new").exists()
 
 
+def test_a_folder_that_fails_leaves_what_others_put_beside_it(tmp_path):
+    """Two exports at once need the same new parent; the one that fails removes only its own folder."""
+    exports = epath.Path(tmp_path) / "made" / "exports"
+    with pytest.raises(KeyError), atomic_files.new_folder(exports / "failed"):  # noqa: PT012
+        (exports / "failed" / "part").write_text("x")
+        (exports / "other").mkdir()
+        (exports / "other" / "model.safetensors").write_text("x")
+        raise KeyError
+    left = sorted(path.relative_to(exports) for path in Path(exports).rglob("*"))
+    assert left == [Path("other"), Path("other/model.safetensors")]
+
+
 def test_arrays_that_go_to_no_mesh_are_read_into_the_memory_of_the_host(tmp_path, monkeypatch):
     """A device lacks room for the experts of all layers: 60 GB in Mixtral 8x7B."""
     model = tiny_model(num_layers=1)
