@@ -6,6 +6,8 @@ import itertools
 import json
 import math
 import os
+import signal
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -229,6 +231,45 @@ def test_stopped_jobs_are_told_apart_from_failed_ones(monkeypatch, code, error):
     monkeypatch.setattr(jobs.subprocess, "Popen", lambda *_, **__: SimpleNamespace(wait=lambda: code))
     with pytest.raises(error, match=r"75|a process failed"):
         jobs.start(1, [])
+
+
+def test_ctrl_c_waits_for_the_jobs_to_save(tmp_path):
+    """It reaches them too: they save, and hold the locks of their runs until then."""
+    saved = tmp_path / "saved"
+    pause, mark = "time.sleep(0.3)", f"pathlib.Path({str(saved)!r}).touch()"
+    job = f"import os, pathlib, time; {pause}; os.kill({os.getpid()}, 2); {pause}; {mark}"
+    handler = signal.signal(signal.SIGINT, lambda *_: sys.exit("left before its jobs"))
+    try:
+        with pytest.raises(SystemExit, match=r"^130$"):
+            jobs.start(1, ["-ISc", job])
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert saved.exists()
+
+
+@pytest.mark.parametrize(
+    ("event", "error"),
+    [(lambda: os.kill(os.getpid(), signal.SIGTERM), SystemExit), (lambda: os.stat("/nowhere"), FileNotFoundError)],
+)
+def test_jobs_are_ended_if_a_further_one_is_not_started(monkeypatch, tmp_path, event, error):
+    """One that goes on would train for days."""
+    ended = []
+
+    def popen(*_, **__):
+        number = next(count)
+        if number == 1:
+            event()
+        asked = []
+        return SimpleNamespace(terminate=lambda: asked.append(1), wait=lambda: (asked and ended.append(number)) or 75)
+
+    count = itertools.count()
+    monkeypatch.setattr(jobs.subprocess, "Popen", popen)
+    monkeypatch.setattr(jobs.os, "sched_getaffinity", lambda _: {0, 1, 2})
+    monkeypatch.setattr(jobs.os, "sched_setaffinity", lambda *_: None)
+    monkeypatch.setattr(jobs.tempfile, "gettempdir", lambda: str(tmp_path))
+    with pytest.raises(error):
+        jobs.start(3, [])
+    assert ended == ([0, 1] if error is SystemExit else [0])
 
 
 def test_each_job_is_pinned_to_one_core(monkeypatch, tmp_path):
