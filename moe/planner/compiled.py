@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import time
 import zlib
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +155,13 @@ def compile_step(config: Config, topology: Topology) -> CompiledStep:
 def _compile_apart(config: Config, topology: Topology) -> CompiledStep:
     """:func:`compile_step` in a process of its own."""
     with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_compile_named, to_dict(config), topology.name, topology.num_slices).result()
+        try:
+            return pool.submit(_compile_named, to_dict(config), topology.name, topology.num_slices).result()
+        except BrokenProcessPool as error:
+            raise ConfigError(
+                f"{topology.name}: the process that compiled for it was killed; the compiler may need more memory than "
+                "this machine has"
+            ) from error
 
 
 def _compile_named(fields: dict[str, Any], name: str, num_slices: int) -> CompiledStep:

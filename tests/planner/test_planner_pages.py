@@ -5,6 +5,7 @@ import functools
 import html.parser
 import json
 import math
+import os
 import re
 import types
 from pathlib import Path
@@ -80,6 +81,20 @@ def test_a_cached_program_is_not_compiled_again(tmp_path, monkeypatch):
     assert len(asked) == len(list(tmp_path.iterdir())) == 5
     compiled.read_or_compile(config, topology)
     assert len(asked) == 6
+
+
+class _Killed:
+    """Object that ends the process which unpickles it."""
+
+    def __reduce__(self):
+        return os._exit, (9,)
+
+
+def test_a_killed_compilation_is_explained(monkeypatch):
+    config, topology, _ = _step()
+    monkeypatch.setattr(compiled, "_compile_named", _Killed())
+    with pytest.raises(ConfigError, match="h100:1x1: the process that compiled for it was killed"):
+        compiled.read_or_compile(config, topology, apart=True)
 
 
 def test_every_time_has_an_interval(made):
