@@ -142,7 +142,7 @@ def _plain_message(message: dict[str, Any]) -> dict[str, Any]:
     return message
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4)  # each is a process, which ends when nothing refers to it any more
 def _compiled(source: str, special_tokens: tuple[tuple[str, str], ...], name: str) -> ChatTemplate:
     return ChatTemplate(source, dict(special_tokens), name)
 

@@ -140,6 +140,16 @@ def test_templates_have_the_helpers_of_transformers():
     assert text == '4{"b": "<é>", "a": 1}'
 
 
+def test_few_templates_have_a_process_at_a_time():
+    """A notebook that reads many chat models would keep one of each."""
+    processes = [
+        chat.chat_template(tokenizer(chat_template=f"{number}{{{{ messages[0].content }}}}"))._process
+        for number in range(6)
+    ]
+    assert [process.returncode for process in processes[:2]] == [0, 0]  # ended, and waited for
+    assert processes[-1].poll() is None
+
+
 def test_rows_do_not_depend_on_the_day():
     template = chat.ChatTemplate("{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% endif %}", {}, "t")
     assert template.render(conversation("x"))[0] == "26 Jul 2024"
