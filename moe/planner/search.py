@@ -20,7 +20,7 @@ from typing import Any
 
 import jax
 
-from moe.atomic_files import write_atomic
+from moe.atomic_files import NO_LOCKS, write_atomic
 from moe.config import Config, ConfigError, to_dict
 from moe.config.user_code import user_code
 from moe.foreign_files import read_object
@@ -66,14 +66,20 @@ class Cache:
 
     @contextlib.contextmanager
     def mine(self, config: Config) -> Iterator[bool]:
-        """Lock a config's plan; yields False if another process holds the lock (released when it ends)."""
+        """Lock a config's plan; yields False if another process holds the lock (released when it ends).
+
+        On a file system without locks several processes may make the same plan.
+        """
         with self.path(config).with_suffix(".lock").open("a") as file:
+            mine = True
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                yield False
-            else:
-                yield True
+                mine = False
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+            yield mine
 
 
 def run(

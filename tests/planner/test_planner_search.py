@@ -2,9 +2,11 @@
 
 import collections
 import dataclasses
+import errno
 import itertools
 import math
 from pathlib import Path
+from unittest import mock
 
 import jax
 import numpy as np
@@ -210,6 +212,17 @@ def test_search_ranks_caches_and_shares_work(tmp_path, monkeypatch):
         assert search.run(chosen[:1], other, counting, 1)[0][1] == {"step_seconds": 5.0}
         assert len(naps) == 1
     assert len(compiled) == 20
+
+
+def test_a_folder_without_locks_holds_plans_too(tmp_path, monkeypatch):
+    cache, config = search.Cache(tmp_path, _slice("v5p:2x2x2")), load_python_file(mixtral_8x7b.__file__).get_config()
+    for code, holds in ((errno.ENOSYS, True), (errno.EAGAIN, False)):
+        monkeypatch.setattr(search.fcntl, "flock", mock.Mock(side_effect=OSError(code, "refused")))
+        with cache.mine(from_config_dict(config)) as mine:
+            assert mine == holds
+    monkeypatch.setattr(search.fcntl, "flock", mock.Mock(side_effect=OSError(errno.EIO, "refused")))
+    with pytest.raises(OSError, match="refused"), cache.mine(from_config_dict(config)):
+        pass
 
 
 def _truth(found, seed):
