@@ -8,6 +8,7 @@ import math
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -489,6 +490,23 @@ def test_the_pace_counts_only_the_steps_of_this_process(tmp_path, monkeypatch):
     assert lines[-2].endswith("step 6 of 8, loss 2.000; time left not known yet")
     assert lines[-1].endswith("step 7 of 8, loss 2.000; 0 h 2 min left at the pace of this process")
     assert shown._trained == pytest.approx(suite.costs("a", 8)["flops"] / 4)
+
+
+def test_a_disk_that_is_full_for_a_moment_does_not_end_the_lines_of_a_run(tmp_path, monkeypatch):
+    said, third = [], threading.Event()
+
+    def full(path, text):
+        said.append(text)
+        if len(said) < 3:
+            raise OSError(28, "No space left on device")
+        third.set()
+
+    monkeypatch.setattr(progress, "append", full)
+    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", 0.01)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 6, "kind": "train", "cross_entropy": 2.0}\n')
+    shown = progress.Progress(suite_of({"a": SWITCH}), tmp_path)
+    with shown.following(records.Key("a", 8, 1e-3, 0), tmp_path):
+        assert third.wait(10)
 
 
 def test_arms_may_read_texts_whose_domains_have_the_same_names(tmp_path, monkeypatch):

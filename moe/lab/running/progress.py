@@ -57,8 +57,9 @@ class Progress:
             return [row for row in read_rows(epath.Path(directory) / METRICS) if row["kind"] == "train"]
 
         def follow() -> None:
-            if rows := trained():
-                self._follow(key, rows[-1]["step"], rows[-1]["cross_entropy"])
+            with contextlib.suppress(OSError):  # of a full disk, which would end this thread; perhaps not the run
+                if rows := trained():
+                    self._follow(key, rows[-1]["step"], rows[-1]["cross_entropy"])
 
         begun = rows[-1]["step"] if (rows := trained()) else 0
         self._before = self._flops(key) * begun / key.steps
