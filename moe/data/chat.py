@@ -121,6 +121,8 @@ class ChatTemplate:
         self._stop()
         if process.returncode == -signal.SIGPROF:
             return {"error": f"it takes more than {chat_rendering.SECONDS:g} s of processor time"}
+        if process.returncode == -signal.SIGKILL:
+            return {"error": "its process was killed"}
         return {"error": f"it needs more than {chat_rendering.MEMORY >> 20} MiB"}
 
     def _stop(self) -> None:

@@ -140,6 +140,14 @@ def test_templates_have_the_helpers_of_transformers():
     assert text == '4{"b": "<é>", "a": 1}'
 
 
+def test_a_template_whose_process_was_killed_says_so_and_works_again():
+    template = chat.ChatTemplate("{{ messages[0].content }}", {}, "t")
+    template._process.kill()
+    with pytest.raises(ConfigError, match=r"^t: the chat template refuses a conversation \(its process was killed\)$"):
+        template.render(conversation("x"))
+    assert template.render(conversation("x"))[0] == "x"
+
+
 def test_few_templates_have_a_process_at_a_time():
     """A notebook that reads many chat models would keep one of each."""
     processes = [
