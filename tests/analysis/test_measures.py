@@ -102,6 +102,7 @@ def test_all_permutations_of_three_values_by_hand(rng):
     found = permutation_test(np.array([3.0, 1, 2]), lambda values: values[0], permutations=100, rng=rng)
     assert (found.observed, found.mean, found.p_value) == (3, 2, pytest.approx(2 / 6))
     assert found.std == pytest.approx(math.sqrt(4 / 5))
+    assert permutation_test(np.arange(9.0), lambda values: values[0], permutations=1, rng=rng).std == 0
 
 
 def test_lexical_classes():
@@ -262,4 +263,7 @@ def test_load_coactivation_saturation_and_top_tokens_by_hand():
     # The higher lift comes first, whatever the count: all of one token before two of three. No more than are asked for.
     often = measures.top_tokens(np.array([0, 0, 1, 0]), np.array([7, 7, 7, 8]), 2, at_least=1, number=5)
     assert [(t.token, t.count) for t in often[0]] == [(8, 1), (7, 2)]
+    # At equal lifts the higher count comes first.
+    equal = measures.top_tokens(np.array([0, 0, 0]), np.array([8, 8, 7]), 1, at_least=1, number=5)
+    assert [(t.token, t.count) for t in equal[0]] == [(8, 2), (7, 1)]
     assert [t.token for t in measures.top_tokens(first, tokens, 3, at_least=1, number=2)[1]] == [9, 8]
