@@ -51,7 +51,7 @@ const RULES = {
     return logits.map(of => {
       const scores = SCORES[rule.score](of);
       const chosen = ranked(scores.map((score, i) => score + bias[i])).slice(0, k);
-      const sum = rule.renormalise ? chosen.reduce((total, expert) => total + scores[expert], 1e-20) : 1;
+      const sum = rule.renormalise ? chosen.reduce((total, expert) => total + scores[expert], 1e-18) : 1;
       return chosen.map(expert => ({ expert, weight: scores[expert] / sum * rule.scale }));
     });
   },

@@ -18,6 +18,7 @@ from moe.routing.interface import (
     RouterState,
     Scored,
     Selecting,
+    normalised,
     pick,
     rank,
     top_k,
@@ -70,8 +71,7 @@ class NoisyTopK(TopK):
         deviation = jnp.maximum(jax.nn.softplus(inputs.noise_logits), 1e-9)
         noisy = router_logits + jax.random.normal(inputs.rng, router_logits.shape) * deviation
         output = self.select(noisy, inputs)
-        probs = self.scores(noisy)
-        output = output._replace(probs=probs / (jnp.sum(probs, axis=-1, keepdims=True) + 1e-20))
+        output = output._replace(probs=normalised(self.scores(noisy)))
         if k == num_experts:
             return output
         # The threshold of a chosen expert is the (K+1)-th value, of any other the K-th; with K = E there is none.
@@ -214,8 +214,8 @@ class ReLU(Gate):
     def route(self, router_logits: Float[Array, "G S E"], inputs: GateInputs) -> GateOutput:
         """Weigh by the logits above 0."""
         positive, index = jax.nn.relu(router_logits), _every_expert(router_logits, inputs)
-        probs, weights = positive / (jnp.sum(positive, axis=-1, keepdims=True) + 1e-20), pick(positive, index)
-        return GateOutput(index, weights, weights > 0, probs)
+        weights = pick(positive, index)
+        return GateOutput(index, weights, weights > 0, normalised(positive))
 
     @property
     def state(self) -> RouterState:

@@ -238,6 +238,13 @@ SCORES = {
 }
 
 
+def normalised(scores: Float[Array, "*batch N"]) -> Float[Array, "*batch N"]:
+    """Scores divided by their sum, 0 if all are 0."""
+    # The epsilon guards against sigmoids that underflow. Its square, by which the gradient is divided, must not: with
+    # the 1e-20 of DeepSeek's code the gradient would be 0 x infinity in float32.
+    return scores / (jnp.sum(scores, axis=-1, keepdims=True) + 1e-18)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scored(Gate):
     """Base of gates that weigh experts by a score of their logits."""
@@ -258,11 +265,10 @@ class Scored(Gate):
         """Weigh these experts (or the recorded ones) by their scores; ``probs`` are the scores divided by their sum."""
         expert_index = expert_index if inputs.expert_index is None else inputs.expert_index
         scores = self.scores(router_logits)
-        probs = None if self.score == "softmax" else scores / (jnp.sum(scores, axis=-1, keepdims=True) + 1e-20)
+        probs = None if self.score == "softmax" else normalised(scores)
         weights = pick(scores, expert_index)
         if self.renormalise:
-            # The epsilon, as in DeepSeek's code, guards against a sum of sigmoids that underflows.
-            weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
+            weights = normalised(weights)
         return GateOutput(expert_index, weights * self.scale, probs=probs)
 
 

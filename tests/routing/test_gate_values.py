@@ -324,3 +324,18 @@ def test_later_choices_are_sent_by_their_share_whatever_the_weights(gate, expect
     logits = np.broadcast_to(np.log([0.09, 0.06] + [0.85 / 17] * 17), (1, 200, 19))
     chosen = routed(gate, logits, 2, renormalise=False, rng=jax.random.key(0)).chosen
     assert abs(float(chosen[..., 1].mean()) - expected) <= 5 * math.sqrt(0.16 / 200) * (expected < 1)
+
+
+@pytest.mark.parametrize("gate", ["deepseek_v3", "remoe"])
+def test_scores_that_underflow_have_a_gradient(gate):
+    """Sums of scores whose square is 0 in float32: sigmoids of -46 are 1e-20, those of -200 are 0."""
+
+    def sums(logits):
+        routing = routed(gate, logits, 2)
+        weights, columns = routing.combine_weights, jnp.arange(4.0)
+        return jnp.sum(weights * columns[: weights.shape[-1]]) + jnp.sum(routing.router_probs * columns)
+
+    low = [[-46.0] * 4, [-200.0] * 4] if gate == "deepseek_v3" else [[1e-20] * 4, [0.0] * 4]
+    gradient = jax.grad(sums)(jnp.asarray([low]))
+    assert np.isfinite(gradient).all()
+    np.testing.assert_array_equal(gradient[0, 1], np.zeros(4))
