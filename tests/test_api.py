@@ -155,6 +155,22 @@ def test_contents_of_padding_reach_no_token(dispatch):
     np.testing.assert_allclose(y[:, :4], layer(jnp.where(mask[..., None], x, 0), mask)[0][:, :4], atol=1e-6)
 
 
+@pytest.mark.parametrize("dispatch", ["dropless", "slots"])
+def test_contents_of_padding_reach_no_gradient(dispatch):
+    """Not even a NaN, which stays one when it is multiplied by a gradient of 0."""
+    kind, settings = (SoftMoE, {}) if dispatch == "slots" else (MoELayer, {"dispatch": dispatch})
+    layer = kind(d_model=8, d_ff=12, num_experts=4, shared_d_ff=4, **settings, rngs=nnx.Rngs(0))
+    x, mask = _x(2, 6), jnp.broadcast_to(jnp.arange(6) < 4, (2, 6))
+
+    @nnx.jit
+    def gradients(layer, x):
+        return nnx.grad(lambda layer, x: jnp.sum(layer(x, mask)[0] ** 2), argnums=(0, 1))(layer, x)
+
+    clean, garbage = (gradients(layer, jnp.where(mask[..., None], x, fill)) for fill in (0, jnp.nan))
+    jax.tree.map(np.testing.assert_array_equal, garbage, clean)
+    assert jnp.any(clean[0]["router"]["kernel"][...])
+
+
 def test_a_mesh_with_explicit_axes_is_refused():
     mesh = jax.make_mesh((8,), ("ep",), axis_types=(AxisType.Explicit,))
     with jax.set_mesh(mesh), pytest.raises(ConfigError, match="Explicit axes"):

@@ -210,9 +210,12 @@ class MoELayer(nnx.Module):
         if x.shape[0] * x.shape[1] % size:
             raise ValueError(f"group_size={size}: must divide the {x.shape[0]} x {x.shape[1]} tokens of x")
         mask = jnp.ones(x.shape[:2], bool) if mask is None else mask
+        mask = jnp.asarray(mask).reshape(-1, size)
         grouped = constrain(x.reshape(-1, size, x.shape[-1]), partition_specs.GROUPS)
+        # Zeroed, since a NaN in padding would reach others even through a weight or a gradient of 0.
+        grouped = jnp.where(mask[..., None], grouped, 0)
         columns = (None if array is None else jnp.asarray(array).reshape(-1, size) for array in (token_ids, positions))
-        return Tokens(grouped, jnp.asarray(mask).reshape(-1, size), *columns)
+        return Tokens(grouped, mask, *columns)
 
     def _logits(self, tokens: Tokens, keys: Keys) -> Float[Array, "G S *columns"]:
         """Router logits, per slot for a gate with slots; zeros without a router."""
@@ -248,12 +251,10 @@ class MoELayer(nnx.Module):
         """Wrap the FFN experts and run them, add the shared expert, report."""
         for wrapper in (self.latent, self.null):
             experts = experts if wrapper is None else wrapper.around(experts)
-        # Zeroed, since a NaN in padding or a broken token would reach others even through a weight of 0.
-        valid = tokens.mask & ~routing.broken
-        y, kept = experts(jnp.where(valid[..., None], tokens.x, 0), routing)
+        y, kept = experts(jnp.where(routing.broken[..., None], 0, tokens.x), routing)  # zeroed as padding is
         y = constrain(y.astype(x.dtype).reshape(x.shape), partition_specs.BATCH)
         if self.shared is not None:
-            y = y + jnp.where(tokens.mask.reshape(*x.shape[:2], 1), self.shared(x), 0)
+            y = y + self.shared(jnp.where(tokens.mask.reshape(*x.shape[:2], 1), x, 0))
         report = self._report(routing, tokens.mask, kept, rows=x.shape[0])
         return y, report, dataclasses.replace(routing, smooth_load=None, needed_bias=None)
 
