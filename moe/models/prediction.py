@@ -59,7 +59,7 @@ class PredictionLayer(nnx.Module):
 
 def shift(values: Array, by: int, fill: int) -> Array:
     """``values[:, i + by]`` at i; [B,T]."""
-    return jnp.pad(values[:, by:], ((0, 0), (0, by)), constant_values=fill)
+    return jnp.pad(values, ((0, 0), (0, by)), constant_values=fill)[:, by:]
 
 
 def further_targets(targets: Array, segment_ids: Array, depth: int) -> Array:

@@ -59,6 +59,8 @@ def test_targets_of_a_depth_stay_in_their_document():
     targets, segments = jnp.array([[11, 12, -1, 21, 22, 23, -1, -1]]), jnp.array([[1, 1, 1, 2, 2, 2, 2, 0]])
     assert further_targets(targets, segments, 1)[0].tolist() == [12, -1, -1, 22, 23, -1, -1, -1]
     assert further_targets(targets, segments, 2)[0].tolist() == [-1, -1, -1, 23, -1, -1, -1, -1]
+    # No row has the tokens that a depth beyond its length needs.
+    assert further_targets(targets, segments, 9)[0].tolist() == [-1] * 8
 
 
 def loop(model, config, batch):
