@@ -181,7 +181,8 @@ def overflow_to_next(routing: Routing, plan: Plan) -> tuple[Routing, Plan]:
     taken = jnp.minimum(demand, plan.capacity)  # [G,E]
     position = position + jnp.take_along_axis(taken[:, None], next_index, axis=-1)
     old, new = (pick(routing.router_probs, index) for index in (routing.expert_index, next_index))
-    factor = jnp.where(overflows, new / jnp.where(overflows & (old > 0), old, 1.0), 1.0)
+    # The gradient of the quotient is divided by the square of p(old), which must not underflow.
+    factor = jnp.where(overflows, new / jnp.where(overflows & (old > 1e-18), old, 1.0), 1.0)
     routing = dataclasses.replace(
         routing,
         expert_index=jnp.where(overflows, next_index, routing.expert_index).astype(jnp.int32),

@@ -76,3 +76,17 @@ def test_overflow_goes_to_the_next_best_expert_after_all_others():
     moved, plan = overflow(routing)
     np.testing.assert_array_equal(plan.kept, [[[True, True], [True, True]]])
     np.testing.assert_array_equal(moved.combine_weights, [[[1, 0], [0, 0]]])
+
+
+def test_overflow_of_improbable_choices_has_a_gradient():
+    """The second choice's probability, e^-60, has a square that underflows to 0."""
+
+    def weight(logits):
+        routing = routed("switch", logits, 2)
+        moved, plan = overflow_to_next(routing, make_plan(routing, 1))
+        return jnp.sum(moved.combine_weights * jnp.asarray([1.0, 2.0])), plan.kept
+
+    logits = jnp.asarray([[[0.0, -60.0, -61.0, -62.0]] * 2])
+    gradient, kept = jax.jit(jax.grad(weight, has_aux=True))(logits)
+    assert kept.all()  # the second token's choices overflow to experts 2 and 3
+    np.testing.assert_allclose(gradient, np.zeros((1, 2, 4)), atol=1e-20)
