@@ -272,6 +272,8 @@ class ModelConfig(Section, path=_MODEL):
         self._require("rope_dim", 0 <= self.rope_dim <= self.head_dim and self.rope_dim % 2 == 0, allowed)
         scaling = self.rope_scaling
         require(scaling.kind != "dynamic" or size > 2, f"{_ROPE}kind", scaling.kind, "needs over 2 rotated dimensions")
+        falls = scaling.kind != "yarn" or self.rope_theta > 1
+        require(falls, f"{_ROPE}kind", scaling.kind, "needs model.rope_theta above 1, so that frequencies fall")
         allowed = f"must be positive, and one for each of the {size // 2} rotated pairs for longrope"
         for name in ("short_factors", "long_factors"):
             value = getattr(scaling, name)

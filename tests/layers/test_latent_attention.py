@@ -243,3 +243,9 @@ def test_a_document_has_its_own_length(scaling, rng):
 def test_impossible_scaling(changes, message):
     with pytest.raises(ConfigError, match=message):
         Config(model=dataclasses.replace(CONFIG, rope_scaling=RopeScalingConfig(**changes)))
+
+
+def test_yarn_needs_frequencies_that_fall():
+    scaling = RopeScalingConfig(kind="yarn", factor=2.0, original_length=8)
+    with pytest.raises(ConfigError, match=r"'yarn': needs model\.rope_theta above 1"):
+        dataclasses.replace(CONFIG, rope_theta=1.0, rope_scaling=scaling)
