@@ -324,6 +324,17 @@ def test_layers_of_qwen():
     assert [kind.window for kind in kinds] == [6, 0, 6, 0, 0, 0]
 
 
+def test_a_mistral_with_listed_layers_has_windows_in_those():
+    """transformers 4.57 and 5.24 read it as Ministral; without a list, or with null, all layers have the window."""
+    source = json.loads((HERE / "mistral" / "config.json").read_text())
+    listed = source | {"layer_types": ["full_attention", "sliding_attention"]}
+    for fields, windows in ((source, [5, 5]), (source | {"layer_types": None}, [5, 5]), (listed, [0, 5])):
+        config = read_open_config(fields)
+        assert [kind.window for kind in layer_kinds(config.model)] == windows
+        assert keep_fields(fields, config) == fields
+        assert read_open_config(write_config(config, "mistral")).model == config.model
+
+
 def test_the_older_field_of_scaling_replaces_the_newer_one():
     """Its base is the rope_theta beside it or the default, as in transformers; an empty field counts as absent."""
     source = json.loads((HERE / "llama" / "config.json").read_text())
