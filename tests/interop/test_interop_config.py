@@ -335,6 +335,20 @@ def test_a_mistral_with_listed_layers_has_windows_in_those():
         assert read_open_config(write_config(config, "mistral")).model == config.model
 
 
+def test_a_rotary_dim_is_read_where_no_factor_is_stated():
+    """The factor of MiniMax-M2 wins over rotary_dim, as in transformers: 1 means all 8 dimensions of a head."""
+    source = json.loads((HERE / "minimax_m2" / "config.json").read_text()) | {"rotary_dim": 6}
+    plain = {"rope_type": "default", "rope_theta": 5e6}
+    for beside, rotated in (
+        ({"rope_parameters": plain}, 6),
+        ({"rope_parameters": plain, "partial_rotary_factor": 1.0}, 8),
+        ({"rope_parameters": plain | {"partial_rotary_factor": 1.0}}, 8),
+        ({}, 4),
+    ):
+        model = read_open_config(source | beside).model
+        assert (model.rope_dim or model.head_dim) == rotated
+
+
 def test_the_older_field_of_scaling_replaces_the_newer_one():
     """Its base is the rope_theta beside it or the default, as in transformers; an empty field counts as absent."""
     source = json.loads((HERE / "llama" / "config.json").read_text())

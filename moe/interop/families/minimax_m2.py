@@ -5,7 +5,7 @@ from typing import Literal
 from moe.config import ModelConfig
 from moe.interop.families.family import ATTENTION, ONE_GROUP, Family, Tensor
 from moe.interop.families.mixtral import ALIASES, EXPERTS
-from moe.interop.schema import Context, Count, Fraction, Json, NumLocalExperts, OpenConfig, Positive
+from moe.interop.schema import Context, Count, Fraction, Json, NumLocalExperts, OpenConfig, Positive, RopeParameters
 
 
 class MiniMaxM2Config(OpenConfig):
@@ -22,15 +22,19 @@ class MiniMaxM2Config(OpenConfig):
     scoring_func: Literal["sigmoid"] = "sigmoid"
     qk_norm_type: Literal["per_layer"] = "per_layer"
 
+    @property
+    def rope(self) -> RopeParameters:
+        """Rotary positions; ``rotary_dim`` is read where no ``partial_rotary_factor`` is stated."""
+        if self.rotary_dim is None or "partial_rotary_factor" in self.model_fields_set:
+            return super().rope
+        head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        return self.model_copy(update={"partial_rotary_factor": self.rotary_dim / head_dim}).rope
+
 
 def read(source: MiniMaxM2Config) -> tuple[Json, Json]:
     """See :class:`Family`."""
     head_dim = source.head_dim or source.hidden_size // source.num_attention_heads
-    plain = source.rope.partial_rotary_factor == 1 and source.rotary_dim is not None
-    model = {
-        "rope_dim": source.rotary_dim if plain else int(head_dim * source.rope.partial_rotary_factor),
-        "qk_norm": "full",
-    }
+    model = {"rope_dim": int(head_dim * source.rope.partial_rotary_factor), "qk_norm": "full"}
     moe = {
         "gate": {"name": "deepseek_v3", **ONE_GROUP, "scale": 1.0},
         "num_experts": source.num_local_experts,
