@@ -100,7 +100,7 @@ class RopeParameters(Fields):
     original_max_position_embeddings: Context | None = None
     beta_fast: Positive = 32.0
     beta_slow: Positive = 1.0
-    truncate: bool = True
+    truncate: Annotated[bool | None, pydantic.AfterValidator(bool)] = True  # null is false, as in the library
     attention_factor: Positive | None = None
     mscale: Coefficient | None = None
     mscale_all_dim: Coefficient | None = None

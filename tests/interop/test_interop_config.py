@@ -349,6 +349,19 @@ def test_a_rotary_dim_is_read_where_no_factor_is_stated():
         assert (model.rope_dim or model.head_dim) == rotated
 
 
+def test_null_is_false_in_yarn_and_t5():
+    """In the library an absent truncate means true, and absent scale_decoder_outputs what tie_word_embeddings says."""
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    source = json.loads((HERE / "llama" / "config.json").read_text())
+    for stated, expected in (({}, True), ({"truncate": None}, False), ({"truncate": False}, False)):
+        scaling = read_open_config(source | {"rope_scaling": yarn | stated}).model.rope_scaling
+        assert scaling.truncate is expected
+    source = json.loads((HERE / "t5" / "config.json").read_text())
+    del source["scale_decoder_outputs"]
+    for stated, expected in (({}, True), ({"scale_decoder_outputs": None}, False)):
+        assert read_open_config(source | stated).model.scale_logits is expected
+
+
 def test_the_older_field_of_scaling_replaces_the_newer_one():
     """Its base is the rope_theta beside it or the default, as in transformers; an empty field counts as absent."""
     source = json.loads((HERE / "llama" / "config.json").read_text())

@@ -124,9 +124,9 @@ def write_shared(model: ModelConfig) -> Json:
 
 def read(source: T5Config) -> tuple[Json, Json]:
     """See :class:`Family`."""
-    scaled = source.scale_decoder_outputs
-    scaled = source.tie_word_embeddings if scaled is None else scaled
-    changes = {"activation": _FFNS[source.feed_forward_proj], "scale_logits": scaled}
+    stated = "scale_decoder_outputs" in source.model_fields_set  # a null is false there
+    scaled = source.scale_decoder_outputs if stated else source.tie_word_embeddings
+    changes = {"activation": _FFNS[source.feed_forward_proj], "scale_logits": bool(scaled)}
     return read_shared(source) | changes, {"gate": "none"}
 
 
