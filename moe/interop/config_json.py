@@ -83,8 +83,10 @@ def _with_k(family: Family, gate: str | Json, k: int) -> Json:
     layer = find_layer(section["name"])
     if layer.gate is None:
         return section
+    name = family.field_names.get(_EXPERTS_PER_TOKEN, _EXPERTS_PER_TOKEN)
+    if not k:
+        raise ConfigError(f"config.json: {name}: must be there, and above 0, in a {family.model_type} with experts")
     if k == 1 and section.get("renormalise", gate_field(layer, "renormalise")):
-        name = family.field_names.get(_EXPERTS_PER_TOKEN, _EXPERTS_PER_TOKEN)
         raise ConfigError(
             f"config.json: {name}=1: must be above 1 in a {family.model_type} whose weights are divided by their sum: "
             "the only weight would always be 1, and no gate here computes that"

@@ -7,6 +7,8 @@ from moe.interop.schema import Json, OpenConfig, RopeParameters
 
 #: Constants of YaRN, which have the same names in both configs.
 _YARN = ("beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim")
+#: Constants of Llama 3's scaling, for which the library has no defaults.
+_LLAMA3 = {"low_freq_factor", "high_freq_factor"}
 
 
 def read_scaling(fields: OpenConfig) -> RopeScalingConfig:
@@ -31,6 +33,8 @@ def read_scaling(fields: OpenConfig) -> RopeScalingConfig:
     factor = rope.factor or ratio
     if factor is None:
         raise ConfigError(f"config.json: rope_type={rope.rope_type!r}: needs factor")
+    if rope.rope_type == "llama3" and not rope.model_fields_set >= _LLAMA3:
+        raise ConfigError(f"config.json: rope_type='llama3': needs {' and '.join(sorted(_LLAMA3))}")
     length = {"linear": 0, "dynamic": longest}.get(rope.rope_type, original)
     return RopeScalingConfig(kind=rope.rope_type, factor=factor, original_length=length, **_constants(rope))
 

@@ -349,6 +349,25 @@ def test_a_rotary_dim_is_read_where_no_factor_is_stated():
         assert (model.rope_dim or model.head_dim) == rotated
 
 
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("deepseek_v2", {"num_experts_per_tok": None}, "num_experts_per_tok: must be there"),
+        ("dots1", {"num_experts_per_tok": None}, "num_experts_per_tok: must be there"),
+        (
+            "llama",
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+            "needs high_freq_factor and low_freq_factor",
+        ),
+        ("olmoe", {"clip_qkv": 0.0}, "clip_qkv=0.0: must be greater than 0"),
+    ],
+)
+def test_what_the_library_has_no_default_for_is_not_guessed(name, fields, message):
+    source = json.loads((HERE / name / "config.json").read_text()) | fields
+    with pytest.raises(ConfigError, match=message):
+        read_open_config(source)
+
+
 def test_null_is_false_in_yarn_and_t5():
     """In the library an absent truncate means true, and absent scale_decoder_outputs what tie_word_embeddings says."""
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}

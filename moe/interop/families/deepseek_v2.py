@@ -19,6 +19,7 @@ class DeepseekV2Config(LatentConfig):
     n_routed_experts: Annotated[Count, named("n_routed_experts", "num_experts")] = 64
     q_lora_rank: OptionalCount | None = 1536
     n_shared_experts: OptionalCount = 2
+    num_experts_per_tok: OptionalCount = 0  # the library has no default
     topk_method: Literal["greedy", "group_limited_greedy"] = "greedy"
     scoring_func: Literal["softmax"] = "softmax"
     norm_topk_prob: Off = False

@@ -25,6 +25,7 @@ class Dots1Config(OpenConfig):
     num_key_value_heads: Count | None = 32
     n_group: Count = 1
     topk_group: Count = 1
+    num_experts_per_tok: OptionalCount = 0  # the library has no default
     routed_scaling_factor: Positive = 1.0
     n_routed_experts: RoutedExperts
     n_shared_experts: OptionalCount = 0

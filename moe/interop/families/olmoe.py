@@ -10,7 +10,7 @@ class OlmoeConfig(OpenConfig):
 
     max_position_embeddings: Context = 4096
     rms_norm_eps: Positive = 1e-5
-    clip_qkv: Coefficient | None = None
+    clip_qkv: Positive | None = None  # 0 would make all queries, keys and values zero
     num_experts: NumExperts = 64
     num_experts_per_tok: Count = 8
     router_aux_loss_coef: Coefficient = 0.01
