@@ -335,6 +335,14 @@ def test_a_mistral_with_listed_layers_has_windows_in_those():
         assert read_open_config(write_config(config, "mistral")).model == config.model
 
 
+def test_jitter_of_phimoe_is_kept_both_ways():
+    """Of the router's input in training: input_jitter_noise; router_jitter_noise is the tolerance of its selection."""
+    source = json.loads((HERE / "phimoe" / "config.json").read_text()) | {"input_jitter_noise": 0.03}
+    config = read_open_config(source)
+    assert (config.model.moe.jitter, config.model.moe.gate.tolerance) == (0.03, 0.2)
+    assert write_config(config, "phimoe")["input_jitter_noise"] == 0.03
+
+
 def test_a_rotary_dim_is_read_where_no_factor_is_stated():
     """The factor of MiniMax-M2 wins over rotary_dim, as in transformers: 1 means all 8 dimensions of a head."""
     source = json.loads((HERE / "minimax_m2" / "config.json").read_text()) | {"rotary_dim": 6}

@@ -23,6 +23,7 @@ class PhimoeConfig(OpenConfig):
     num_local_experts: Experts = 16
     num_experts_per_tok: Annotated[int, pydantic.Field(ge=2, le=2)] = 2
     router_jitter_noise: Fraction = 0.01
+    input_jitter_noise: Fraction = 0.0
     lm_head_bias: bool = False
 
     @property
@@ -44,7 +45,7 @@ def read(source: PhimoeConfig) -> tuple[Json, Json]:
     """See :class:`Family`."""
     model = {"layer_norm": True, "logit_bias": source.lm_head_bias, "attention_bias": read_bias(source)}
     gate = {"name": "sparse_mixer", "tolerance": source.router_jitter_noise}
-    moe = {"gate": gate, "num_experts": source.num_local_experts}
+    moe = {"gate": gate, "num_experts": source.num_local_experts, "jitter": source.input_jitter_noise}
     return model | {"sliding_window": source.sliding_window or 0}, moe
 
 
@@ -58,6 +59,7 @@ def write(model: ModelConfig) -> Json:
         "sliding_window": window_of(model) or None,
         "num_local_experts": model.moe.num_experts,
         "router_jitter_noise": gate.tolerance if isinstance(gate, SparseMixer) else SparseMixer.tolerance,
+        "input_jitter_noise": model.moe.jitter,
         "attention_bias": model.attention_bias == "all",
         "lm_head_bias": model.logit_bias,
     }
