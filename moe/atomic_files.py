@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import io
 import json
 import os
@@ -84,6 +85,15 @@ def append(path: Path, text: str) -> None:
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
     with open(os.open(path, flags, 0o666), "a", encoding="utf-8") as file:
         file.write(text)
+
+
+def lock(file: int, operation: int) -> None:
+    """Lock an open file by flock, if its file system has locks. Raises OSError."""
+    try:
+        fcntl.flock(file, operation)  # the kernel releases it also when the process is killed
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
 
 
 def refuse_files(folder: str | os.PathLike[str]) -> None:

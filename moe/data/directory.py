@@ -13,7 +13,7 @@ from pathlib import Path
 
 from etils import epath
 
-from moe.atomic_files import NO_LOCKS
+from moe.atomic_files import lock
 from moe.config import ConfigError
 
 #: Name of the lock.
@@ -82,13 +82,12 @@ def locked_directory(directory: Path, *, shared: bool = False) -> Iterator[None]
 def _lock(descriptor: int, directory: Path, operation: int) -> None:
     """Wait for the lock of an open file, if its file system has locks."""
     try:
-        fcntl.flock(descriptor, operation)  # the kernel releases it also when the process is killed
+        lock(descriptor, operation)
     except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise ConfigError(
-                f"data.directory={os.fspath(directory)!r}: cannot be locked ({error.strerror}); repair the disk, or "
-                "use another directory"
-            ) from error
+        raise ConfigError(
+            f"data.directory={os.fspath(directory)!r}: cannot be locked ({error.strerror}); repair the disk, or use "
+            "another directory"
+        ) from error
 
 
 def _open_lock(path: Path) -> int | None:

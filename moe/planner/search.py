@@ -20,7 +20,7 @@ from typing import Any
 
 import jax
 
-from moe.atomic_files import NO_LOCKS, write_atomic
+from moe.atomic_files import lock, write_atomic
 from moe.config import Config, ConfigError, to_dict
 from moe.config.user_code import user_code
 from moe.foreign_files import read_object
@@ -71,15 +71,12 @@ class Cache:
         On a file system without locks several processes may make the same plan.
         """
         with self.path(config).with_suffix(".lock").open("a") as file:
-            mine = True
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                mine = False
-            except OSError as error:
-                if error.errno not in NO_LOCKS:
-                    raise
-            yield mine
+                yield False
+            else:
+                yield True
 
 
 def run(
