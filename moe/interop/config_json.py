@@ -102,7 +102,7 @@ def _model(fields: OpenConfig) -> Json:
         "num_layers": fields.num_hidden_layers,
         "num_heads": fields.num_attention_heads,
         "num_kv_heads": fields.num_key_value_heads or fields.num_attention_heads,
-        "head_dim": fields.head_dim or fields.hidden_size // fields.num_attention_heads,
+        "head_dim": fields.dim_of_head,
         "d_ff": fields.intermediate_size,
         "activation": ACTIVATIONS[fields.hidden_act],
         "norm_eps": fields.rms_norm_eps,

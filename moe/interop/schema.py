@@ -175,6 +175,11 @@ class OpenConfig(Fields):
         return self
 
     @property
+    def dim_of_head(self) -> int:
+        """H; without ``head_dim`` D over the number of heads."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
     def rope(self) -> RopeParameters:
         """Rotary positions, from the older field or the newer one, in the library's order; ``rope_theta`` is set."""
         given = self.rope_scaling if "rope_scaling" in self.model_fields_set else None

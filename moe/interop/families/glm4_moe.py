@@ -38,9 +38,8 @@ class Glm4MoeConfig(OpenConfig):
 
 def read(source: Glm4MoeConfig) -> tuple[Json, Json]:
     """See :class:`Family`."""
-    head_dim = source.head_dim or source.hidden_size // source.num_attention_heads
     model = {
-        "rope_dim": int(head_dim * source.rope.partial_rotary_factor),
+        "rope_dim": int(source.dim_of_head * source.rope.partial_rotary_factor),
         "attention_bias": "qkv" if source.attention_bias else "none",
         "qk_norm": "head" if source.use_qk_norm else "none",
     }

@@ -17,7 +17,7 @@ class GraniteConfig(OpenConfig):
 
 def read(source: GraniteConfig) -> tuple[Json, Json]:
     """See :class:`Family`."""
-    usual = (source.head_dim or source.hidden_size // source.num_attention_heads) ** -0.5
+    usual = source.dim_of_head**-0.5
     model = {
         "embedding_scale": source.embedding_multiplier,
         "residual_scale": source.residual_multiplier,

@@ -29,7 +29,7 @@ class HunyuanConfig(OpenConfig):
 def read(source: HunyuanConfig) -> tuple[Json, Json]:
     """See :class:`Family`."""
     model: Json = {"qk_norm": "rotated", "attention_bias": read_bias(source)}
-    rope, dim = source.rope, source.head_dim or source.hidden_size // source.num_attention_heads
+    rope, dim = source.rope, source.dim_of_head
     if rope.alpha and rope.rope_type == "dynamic":  # the base is stretched once, whatever the length of the row
         theta = rope.rope_theta or source.rope_theta
         model |= {"rope_theta": theta * rope.alpha ** (dim / (dim - 2)), "rope_scaling": RopeScalingConfig()}

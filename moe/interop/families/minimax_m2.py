@@ -27,14 +27,12 @@ class MiniMaxM2Config(OpenConfig):
         """Rotary positions; ``rotary_dim`` is read where no ``partial_rotary_factor`` is stated."""
         if self.rotary_dim is None or "partial_rotary_factor" in self.model_fields_set:
             return super().rope
-        head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
-        return self.model_copy(update={"partial_rotary_factor": self.rotary_dim / head_dim}).rope
+        return self.model_copy(update={"partial_rotary_factor": self.rotary_dim / self.dim_of_head}).rope
 
 
 def read(source: MiniMaxM2Config) -> tuple[Json, Json]:
     """See :class:`Family`."""
-    head_dim = source.head_dim or source.hidden_size // source.num_attention_heads
-    model = {"rope_dim": int(head_dim * source.rope.partial_rotary_factor), "qk_norm": "full"}
+    model = {"rope_dim": int(source.dim_of_head * source.rope.partial_rotary_factor), "qk_norm": "full"}
     moe = {
         "gate": {"name": "deepseek_v3", **ONE_GROUP, "scale": 1.0},
         "num_experts": source.num_local_experts,

@@ -10,7 +10,6 @@ from moe.interop.schema import Json
 
 def read(source: parts.Qwen3NextConfig) -> tuple[Json, Json]:
     """See :class:`Family`."""
-    head_dim = source.head_dim or source.hidden_size // source.num_attention_heads
     numbers, interval = range(source.num_hidden_layers), source.full_attention_interval
     kinds = source.layer_types or ["linear_attention" if (n + 1) % interval else "full_attention" for n in numbers]
     delta_net = DeltaNetConfig(
@@ -26,7 +25,7 @@ def read(source: parts.Qwen3NextConfig) -> tuple[Json, Json]:
         "attention_bias": read_bias(source),
         "gated_attention": True,
         "zero_centred_norms": True,
-        "rope_dim": int(head_dim * source.rope.partial_rotary_factor),
+        "rope_dim": int(source.dim_of_head * source.rope.partial_rotary_factor),
         "delta_net": delta_net,
     }
     return model, read_experts(source) | {"shared_d_ff": source.shared_expert_intermediate_size, "shared_gate": True}
