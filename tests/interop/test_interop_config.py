@@ -336,7 +336,7 @@ def test_a_mistral_with_listed_layers_has_windows_in_those():
 
 
 def test_jitter_of_phimoe_is_kept_both_ways():
-    """Of the router's input in training: input_jitter_noise; router_jitter_noise is the tolerance of its selection."""
+    """``input_jitter_noise`` is that of the router's input, ``router_jitter_noise`` the tolerance of its selection."""
     source = json.loads((HERE / "phimoe" / "config.json").read_text()) | {"input_jitter_noise": 0.03}
     config = read_open_config(source)
     assert (config.model.moe.jitter, config.model.moe.gate.tolerance) == (0.03, 0.2)
