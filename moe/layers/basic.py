@@ -363,8 +363,7 @@ class Embedding(nnx.Module):
     """Table of token vectors; where embeddings are tied, also the output matrix."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        fan_in = 1 if config.scale_logits else config.d_model
-        shape = config.vocab_size, config.d_model
+        shape, fan_in = (config.vocab_size, config.d_model), 1 if config.scale_logits else config.d_model
         self.table = matrix(rngs, shape, partition_specs.OUT, fan_in=fan_in, scale=config.init_scale, inputs=0)
 
     def __call__(self, token_ids: Int[Array, "B T"], dtype: jnp.dtype) -> Float[Array, "B T D"]:
@@ -373,8 +372,7 @@ class Embedding(nnx.Module):
         # only the final sharding, XLA would send every token's gradient to every device.
         table = constrain(self.matrix(dtype), partition_specs.TABLE)
         # In bfloat16 a sum of equal gradients stops at 256 of them, and frequent tokens occur thousands of times.
-        found = read_as(table.astype(jnp.float32)[token_ids], table[token_ids])
-        return constrain(found, partition_specs.BATCH)
+        return constrain(read_as(table.astype(jnp.float32)[token_ids], table[token_ids]), partition_specs.BATCH)
 
     def matrix(self, dtype: jnp.dtype) -> Float[Array, "V D"]:
         """The table in this dtype, for tied logits."""
