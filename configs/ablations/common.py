@@ -23,6 +23,8 @@ FLOPS_AND_PARAMETERS = ("steps", "flops", "active_parameters", "total_parameters
 TRAINING_TOKENS = {"literature": 4_152_602, "definitions": 4_489_272, "python": 10_544_259, "technical": 10_744_716}
 #: Seeds on which learning rates are chosen.
 SWEPT_SEEDS = (100, 101)
+#: Seeds of `replication`, which no other suite counts: its runs would not replicate results that they are part of.
+REPLICATION_SEEDS = tuple(range(15, 25))
 #: Fields of model.moe of arms that drop, and of those that do not.
 DROPPING: dict[str, Any] = {"capacity.train": 1.25, "capacity.eval": 2.0}
 DROPLESS: dict[str, Any] = {"dispatch": "dropless"}
@@ -57,7 +59,7 @@ def suite(size: str, **fields: Any) -> Suite:
     shared: dict[str, Any] = {
         "base": base(size),
         "seeds": (0, 1, 2, 3, 4),
-        "reserved": SWEPT_SEEDS,
+        "reserved": (*SWEPT_SEEDS, *REPLICATION_SEEDS),
         "warmup_share": 0.025,
         "unseen": ("unseen_book", "unseen_package") if laptop else (),
         "domain_tokens": TRAINING_TOKENS if laptop else {},

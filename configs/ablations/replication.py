@@ -7,7 +7,7 @@ Seventy runs, 18 core-hours at 20,000 tokens/s. Claims 37 to 41 are the primary 
 
 import dataclasses
 
-from configs.ablations import switch_vs_mixtral
+from configs.ablations import common, switch_vs_mixtral
 from moe.lab.suite import Suite
 
 _ARMS = ("dense", "top1_drop", "top1_free", "top2_drop", "top2_free", "switch", "mixtral")
@@ -22,5 +22,6 @@ def get_suite(size: str) -> Suite:
         name="replication",
         question="Do other seeds give the same verdicts on Switch against Mixtral?",
         variants={**first.variants, "top1_drop": measured},
-        seeds=tuple(range(15, 25)),
+        seeds=common.REPLICATION_SEEDS,
+        reserved=common.SWEPT_SEEDS,
     )

@@ -136,7 +136,8 @@ class Suite:
         dropping_differs: why arms that drop different shares of their assignments in training are compared; empty: the
             shares within a comparison may differ by at most :data:`MAX_DROP_DIFFERENCE`.
         domain_tokens: domain → tokens of its training text, for the number of epochs in the report.
-        reserved: seeds on which other suites chose something, such as a learning rate; no comparison uses them.
+        reserved: seeds on which other suites chose something, such as a learning rate, or that a replication keeps for
+            itself; no comparison uses them.
         unseen: embedded domains that no run is trained on, evaluated beside the others; never part of the primary loss.
         fixed_seeds: leave out other seeds, for which other suites may have run the same arms: adding seeds to the
             registered ones would be a choice made after seeing their results.

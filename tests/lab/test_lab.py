@@ -41,6 +41,10 @@ def test_arms_of_every_suite_are_equal_in_what_it_declares(path, size):
     suite = load_suite(str(path), size)
     assert suite.name == path.stem
     assert set(suite.primary_domains) <= set(suite.base.data.domains) | {suite.base.data.dataset}
+    # The runs of the replication are part of no other suite's results.
+    counted = {*suite.seeds, *common.REPLICATION_SEEDS} - suite.reserved_seeds
+    assert counted == set(suite.seeds)
+    assert suite.name == "replication" or not counted & set(common.REPLICATION_SEEDS)
 
 
 def test_a_suite_on_own_text_takes_the_folder_and_names_the_settings_it_replaces():
