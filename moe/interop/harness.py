@@ -135,11 +135,12 @@ class WorkdirLM(TemplateLM):
         return sums.tolist()
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Continuations up to a stop string, an end of text or ``max_gen_toks``; greedy unless ``do_sample``."""
+        """Continuations up to a stop string, an end of text or ``max_gen_toks``; greedy unless ``do_sample``, each
+        request with draws of its own, since a task may repeat it."""
         del disable_tqdm
-        return [self._generate(*request.args) for request in requests]
+        return [self._generate(*request.args, seed=seed) for seed, request in enumerate(requests)]
 
-    def _generate(self, context: str, options: dict[str, Any]) -> str:
+    def _generate(self, context: str, options: dict[str, Any], seed: int) -> str:
         until = options.get("until") or []
         until = [until] if isinstance(until, str) else until
         most = min(int(options.get("max_gen_toks", 256)), self._length - 1)
@@ -150,6 +151,7 @@ class WorkdirLM(TemplateLM):
             top_p=float(options.get("top_p", 1.0)),
             stop_tokens=(self.eot_token_id,),
             prefix=self._prefix,
+            seed=seed,
         )
         added: list[int] = []
         text, before = "", self._tokenizer.decode(prompt)

@@ -147,12 +147,14 @@ def stream(
     token_ids, lengths = pad_prompts(prompts)
     active = np.arange(len(lengths)) < len(prompts)
     prompt_length = 1 if config.encoder_layers else token_ids.shape[1]
-    begin, step = _programs(config, len(lengths), prompt_length + num_tokens, sampling)
-    next_ids, positions, caches, encoded = begin(variables, token_ids, lengths)
+    unseeded = dataclasses.replace(sampling, seed=0)  # so that texts of other seeds share the programs
+    begin, step = _programs(config, len(lengths), prompt_length + num_tokens, unseeded)
+    seed = np.int32(sampling.seed)
+    next_ids, positions, caches, encoded = begin(variables, seed, token_ids, lengths)
     for i in range(num_tokens):
         shown, shown_active = next_ids, active
         if i + 1 < num_tokens:  # started before the last token is read: the device never waits for the host
-            next_ids, positions, active, caches = step(variables, next_ids, positions, active, caches, encoded)
+            next_ids, positions, active, caches = step(variables, seed, next_ids, positions, active, caches, encoded)
         column = np.where(np.asarray(shown_active), np.asarray(shown), -1)[: len(prompts)]
         if (column == -1).all():
             return
@@ -211,27 +213,29 @@ def _programs(
     encoder = nnx.graphdef(abstract_model(one_group_a_row(config))) if config.encoder_layers else None
     stops = np.asarray(sampling.stop_tokens, np.int32)
 
-    def pick(logits: Array, positions: Array) -> Array:
+    def pick(logits: Array, seed: Array, positions: Array) -> Array:
         """Choose the token at each row's position."""
-        keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(sampling.seed), row))(jnp.arange(rows))
+        keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(jnp.arange(rows))
         return choose(logits, jax.vmap(jax.random.fold_in)(keys, positions), sampling)
 
     @jax.jit
-    def begin(variables: Any, token_ids: Array, lengths: Array) -> Any:
+    def begin(variables: Any, seed: Array, token_ids: Array, lengths: Array) -> Any:
         encoded, caches = None, kv_cache.empty(config, rows, length)
         if encoder is not None:
             encoded = kv_cache.encode(nnx.merge(encoder, variables), token_ids, lengths)
             token_ids, lengths = jnp.full((rows, 1), sampling.start_token, jnp.int32), jnp.ones(rows, jnp.int32)
         model = nnx.merge(graphdef, variables)
         x, caches, _ = kv_cache.run_prompt(model, token_ids, lengths, caches, encoded, prefix=sampling.prefix)
-        return pick(kv_cache.prompt_logits(model, x, lengths), lengths), lengths, caches, encoded
+        return pick(kv_cache.prompt_logits(model, x, lengths), seed, lengths), lengths, caches, encoded
 
     @functools.partial(jax.jit, donate_argnames="caches")
-    def step(variables: Any, token_ids: Array, positions: Array, active: Array, caches: Any, encoded: Any) -> Any:
+    def step(
+        variables: Any, seed: Array, token_ids: Array, positions: Array, active: Array, caches: Any, encoded: Any
+    ) -> Any:
         active &= ~jnp.isin(token_ids, stops)
         model = nnx.merge(graphdef, variables)
         x, caches, _ = kv_cache.extend(model, token_ids[:, None], positions[:, None], active, caches, encoded)
-        return pick(kv_cache.next_logits(model, x), positions + 1), positions + 1, active, caches
+        return pick(kv_cache.next_logits(model, x), seed, positions + 1), positions + 1, active, caches
 
     return begin, step
 

@@ -1,5 +1,6 @@
 """The adapter to lm-evaluation-harness against the model's own log-probabilities, and a task from local files."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -104,6 +105,28 @@ def test_generation_ends_at_a_stop_string(model):
     stop = free[2:4]
     (short,) = model.generate_until(_requests(("one two", options | {"until": [stop]})))
     assert short == free[: free.index(stop)]
+
+
+@pytest.fixture
+def sampled(monkeypatch):
+    """(prompt, maximum of tokens, options) of each text that the adapter asks for; none is written."""
+    calls = []
+
+    def stream(config, variables, prompts, most, options):
+        calls.append((prompts[0], most, options))
+        return iter(())
+
+    monkeypatch.setattr(sampling, "stream", stream)
+    return calls
+
+
+def test_repeated_requests_have_draws_of_their_own(model, sampled):
+    """Tasks such as self-consistency repeat a request and compare its answers."""
+    model.generate_until(_requests(*[("one two", {"max_gen_toks": 9, "do_sample": True})] * 3))
+    assert len({options for _, _, options in sampled}) == 3
+    assert {dataclasses.replace(options, seed=0) for _, _, options in sampled} == {
+        sampling.Sampling(temperature=1, stop_tokens=(model.eot_token_id,))
+    }
 
 
 def test_a_task_from_local_files(model, tmp_path, monkeypatch):

@@ -235,15 +235,21 @@ def test_choosing_by_hand():
 def test_every_row_and_position_has_a_draw_of_its_own():
     """So hot that all tokens are equally likely: the token of row b at position p is the draw of (seed, b, p)."""
     config, variables = _model(num_layers=1, moe={"gate": "none"})
-    found = sampling.sample(config, variables, [[1, 2, 3], [4], [1, 2, 3]], 5, Sampling(temperature=1e9, seed=3))
+    prompts = [[1, 2, 3], [4], [1, 2, 3]]
+    found = sampling.sample(config, variables, prompts, 5, Sampling(temperature=1e9, seed=3))
 
-    def draw(row, position):
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(3), row), position)
+    def draw(row, position, seed=3):
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), row), position)
         return int(jax.random.categorical(key, jnp.zeros(48)))
 
     expected = [[draw(row, first + i) for i in range(5)] for row, first in enumerate((3, 1, 3))]
     assert [row.tolist() for row in found] == expected
     assert expected[0] != expected[2]
+    # Another seed draws other tokens by the same programs.
+    compiled = sampling._programs.cache_info().misses
+    other = sampling.sample(config, variables, prompts, 5, Sampling(temperature=1e9, seed=2**31 - 1))
+    assert other[1].tolist() == [draw(1, 1 + i, seed=2**31 - 1) for i in range(5)]
+    assert sampling._programs.cache_info().misses == compiled
 
 
 def test_the_ring_holds_the_window_by_hand():
