@@ -29,6 +29,8 @@ from moe.parallel.mesh import make_mesh
 
 _SHORTEST = 16  # rows are padded to powers of two from here on, so that few programs are compiled
 
+#: Names of the largest number of tokens to add; tasks use all of them, and the first one that is given counts.
+_MOST = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 #: A request of the harness as tokens: its texts, the context, the continuation.
 _Request = tuple[Any, list[int], list[int]]
 
@@ -136,14 +138,23 @@ class WorkdirLM(TemplateLM):
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Continuations up to a stop string, an end of text or ``max_gen_toks``; greedy unless ``do_sample``, each
-        request with draws of its own, since a task may repeat it."""
+        request with draws of its own, since a task may repeat it.
+
+        Raises:
+            ConfigError: a row has no room for a context before that many tokens.
+        """
         del disable_tqdm
         return [self._generate(*request.args, seed=seed) for seed, request in enumerate(requests)]
 
     def _generate(self, context: str, options: dict[str, Any], seed: int) -> str:
         until = options.get("until") or []
         until = [until] if isinstance(until, str) else until
-        most = min(int(options.get("max_gen_toks", 256)), self._length - 1)
+        most = int(next((options[name] for name in _MOST if name in options), 256))
+        if most >= self._length:
+            raise ConfigError(
+                f"{_MOST[0]}={most}: must be below the {self._length} tokens of a row, which also holds the context; "
+                "set --max_length"
+            )
         prompt = self.tok_encode(context)[-(self._length - most) :]
         chosen = sampling.Sampling(
             temperature=float(options.get("temperature", 1.0)) if options.get("do_sample") else 0.0,

@@ -129,6 +129,15 @@ def test_repeated_requests_have_draws_of_their_own(model, sampled):
     }
 
 
+def test_the_number_of_tokens_may_have_the_names_of_other_libraries(model, sampled):
+    names = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+    requests = [{name: 2} for name in names] + [{names[1]: 9, names[0]: 3}]
+    model.generate_until(_requests(*[("one two", options) for options in requests]))
+    assert [most for _, most, _ in sampled] == [2, 2, 2, 2, 3]
+    with pytest.raises(ConfigError, match="max_gen_toks=256: must be below the 24 tokens of a row"):
+        model.generate_until(_requests(("one two", {})))
+
+
 def test_a_task_from_local_files(model, tmp_path, monkeypatch):
     from lm_eval import evaluator, tasks
 
