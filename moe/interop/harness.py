@@ -93,20 +93,21 @@ class WorkdirLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """Id that begins every text: bos, or eos where the tokenizer has none."""
+        """Id before the first token of a text without context: bos, or eos where the tokenizer has none."""
         return self._tokenizer.bos_id if self._tokenizer.bos_id >= 0 else self._tokenizer.eos_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Ids of a text, after the prefix as in training unless ``add_special_tokens`` is False."""
-        prefix = [] if add_special_tokens is False else [self.prefix_token_id]
-        return prefix + self._tokenizer.encode(string).tolist()
+        """Ids of a text, as in training after bos where the tokenizer has one, unless ``add_special_tokens`` is
+        False."""
+        begins = add_special_tokens is not False and self._tokenizer.bos_id >= 0
+        return [self._tokenizer.bos_id] * begins + self._tokenizer.encode(string).tolist()
 
     def _loglikelihood_tokens(self, requests: list[_Request], **_: Any) -> list[tuple[float, bool]]:
         """(log-likelihood, greedy) of each continuation; a context too long for a row loses its beginning."""
         results: dict[int, tuple[float, bool]] = {}
         order = sorted(range(len(requests)), key=lambda i: len(requests[i][1]) + len(requests[i][2]))
         for batch in itertools.batched(order, self._rows):
-            ids = [(requests[i][1] + requests[i][2])[-self._length - 1 :] for i in batch]
+            ids = [((requests[i][1] or [self.prefix_token_id]) + requests[i][2])[-self._length - 1 :] for i in batch]
             length = _SHORTEST
             while length < max(map(len, ids)) - 1:
                 length *= 2
@@ -155,7 +156,7 @@ class WorkdirLM(TemplateLM):
                 f"{_MOST[0]}={most}: must be below the {self._length} tokens of a row, which also holds the context; "
                 "set --max_length"
             )
-        prompt = self.tok_encode(context)[-(self._length - most) :]
+        prompt = (self.tok_encode(context) or [self.prefix_token_id])[-(self._length - most) :]
         chosen = sampling.Sampling(
             temperature=float(options.get("temperature", 1.0)) if options.get("do_sample") else 0.0,
             top_k=int(options.get("top_k", 0)),

@@ -138,6 +138,30 @@ def test_the_number_of_tokens_may_have_the_names_of_other_libraries(model, sampl
         model.generate_until(_requests(("one two", {})))
 
 
+def test_texts_begin_without_bos_where_the_tokenizer_has_none(model, sampled, monkeypatch):
+    """As in training: eos stands only before a text without context, so that its first token has a probability."""
+    tokenizer = model._tokenizer
+    begin, three = (tokenizer.encode(text).tolist() for text in ("one two", " three"))
+    assert model.tok_encode("one two") == [tokenizer.bos_id, *begin]
+    monkeypatch.setattr(type(tokenizer), "bos_id", property(lambda _: -1))
+    assert model.tok_encode("one two") == begin
+    scored = []
+
+    def score(variables, tokens, targets):
+        scored.extend(zip(tokens.tolist(), targets.tolist(), strict=True))
+        return np.zeros(8), np.zeros(8, bool)
+
+    monkeypatch.setattr(model, "_score", score)
+    eos = tokenizer.eos_id
+    model.loglikelihood(_requests(("one two", " three"), ("", " three"), (" ", "three")), disable_tqdm=True)
+    without = ([eos, *three][:-1], three)
+    wanted = [without, without, ([*begin, *three][:-1], [-1] * (len(begin) - 1) + three)]  # ordered by length
+    for (tokens, targets), (inputs, outputs) in zip(scored, wanted, strict=False):
+        assert [tokens, targets] == [row + [-1] * (16 - len(row)) for row in (inputs, outputs)]
+    model.generate_until(_requests(("", {"max_gen_toks": 9}), ("one two", {"max_gen_toks": 9})))
+    assert [prompt for prompt, _, _ in sampled] == [[eos], begin]
+
+
 def test_a_task_from_local_files(model, tmp_path, monkeypatch):
     from lm_eval import evaluator, tasks
 
