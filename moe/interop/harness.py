@@ -24,6 +24,7 @@ from moe.checkpoints.workdir import read_config
 from moe.config import ConfigError, MeshConfig
 from moe.data.tokenizer_files import find_tokenizer
 from moe.models import sampling
+from moe.models.decoder import make_rows
 from moe.models.factory import abstract_model
 from moe.parallel.mesh import make_mesh
 
@@ -69,15 +70,18 @@ class WorkdirLM(TemplateLM):
         def score(variables: Any, tokens: Array, targets: Array) -> tuple[Array, Array]:
             """Log-likelihood of each row's targets, [B], and whether all are the likeliest tokens, [B].
 
-            A row's positions, on which dynamic and LongRoPE scaling depend, are those of its own tokens.
+            A row's positions, on which dynamic and LongRoPE scaling depend, are those of its own tokens. Gates that
+            draw or count tokens do so by position, as when text is generated.
             """
             segments = (tokens >= 0).astype(jnp.int32)
             positions = jnp.where(tokens >= 0, jnp.arange(tokens.shape[1]), 0)
             # A prefix LM sees the context, up to the token that predicts the first target, in both directions.
             context = (jnp.cumsum(targets >= 0, axis=1) == 0) | (jnp.cumsum(targets >= 0, axis=1) * (targets >= 0) == 1)
             prefix = (context & (tokens >= 0)).astype(jnp.int32) if self._prefix else None
-            model = nnx.merge(graphdef, variables)
-            logits = model(jnp.maximum(tokens, 0), segments, positions, prefix=prefix).logits
+            model: Any = nnx.merge(graphdef, variables)
+            rows = make_rows(jnp.maximum(tokens, 0), segments, positions, prefix=prefix)
+            x, _, _ = model.run(model.embed(rows.token_ids), rows, generating=True)
+            logits = model.output(x, None, rows).logits
             log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
             chosen = jnp.take_along_axis(log_probs, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
             real = targets >= 0

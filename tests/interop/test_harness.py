@@ -13,6 +13,8 @@ from moe.config import ConfigError
 from moe.data.tokenizer import train_tokenizer
 from moe.interop import import_checkpoint, load_huggingface
 from moe.models import sampling
+from tests.helpers import random_parameters
+from tests.run_helpers import tiny, write_run
 
 pytest.importorskip("lm_eval", reason="pip install lm_eval")
 OPEN = Path(__file__).parents[1] / "data" / "checkpoints" / "mixtral"
@@ -209,6 +211,21 @@ def test_a_score_does_not_depend_on_other_rows_of_the_batch(tmp_path):
     alone = model._loglikelihood_tokens([request])[0][0]
     beside = model._loglikelihood_tokens([request, ("", long[:6], long[6:])])[0][0]
     np.testing.assert_allclose(beside, alone, rtol=1e-5)
+
+
+def test_a_score_of_a_gate_that_draws_does_not_depend_on_other_rows(tmp_path):
+    """Experts drawn by position, as when text is generated, not by the row's place in the batch."""
+    from moe.interop.harness import WorkdirLM
+
+    config = tiny(tmp_path, **{"model.moe.gate": "random", "data.dataset": "embedded", "model.num_layers": 1})
+    write_run(tmp_path / "run", config, random_parameters(config.model)[1])
+    (tmp_path / "run" / "tokenizer.model").write_bytes(train_tokenizer(iter(TEXT), 280).model_bytes)
+    model = WorkdirLM(str(tmp_path / "run"), batch_size=8)
+    ids = np.random.default_rng(0).integers(3, 280, (2, 12)).tolist()
+    first, second = (("", row[:6], row[6:]) for row in ids)
+    (alone,) = model._loglikelihood_tokens([second])
+    beside = model._loglikelihood_tokens([first, second])[1]
+    np.testing.assert_allclose(beside[0], alone[0], rtol=1e-5)
 
 
 def test_a_prefix_lm_sees_the_context_in_both_directions(workdir, tmp_path):
