@@ -1,7 +1,7 @@
 """python scripts/generate.py --workdir=WORKDIR --prompt="Once upon": text from its newest checkpoint.
 
 A decoder-only model continues the prompt; an encoder-decoder reads it and writes a target; only the target is printed.
-One that was trained by span corruption fills in blanks: --prompt="Once <extra_id_0> a <extra_id_1>."
+One that was trained by span corruption fills in blanks: --prompt="Once<extra_id_0> a<extra_id_1>."
 Several --prompt run as one batch and are printed one after the other; with one, tokens are printed as they are chosen.
 --chat answers in the tokenizer's chat template: each --prompt is a turn of one conversation; without any, the turns are
 lines of standard input.
