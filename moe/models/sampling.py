@@ -145,6 +145,7 @@ def stream(
     """
     check_prompts(config, prompts)
     token_ids, lengths = pad_prompts(prompts)
+    token_ids = _of_few_widths(token_ids)
     active = np.arange(len(lengths)) < len(prompts)
     prompt_length = 1 if config.encoder_layers else token_ids.shape[1]
     unseeded = dataclasses.replace(sampling, seed=0)  # so that texts of other seeds share the programs
@@ -202,6 +203,12 @@ def pad_prompts(prompts: Sequence[Sequence[int] | np.ndarray]) -> tuple[np.ndarr
     for row, prompt in zip(token_ids, prompts, strict=False):
         row[: len(prompt)] = prompt
     return token_ids, lengths
+
+
+def _of_few_widths(token_ids: np.ndarray) -> np.ndarray:
+    """Pad prompts to a power of two up to 512, else each length of the longest would have a program of its own."""
+    width = token_ids.shape[1]
+    return np.pad(token_ids, ((0, 0), (0, (1 << (width - 1).bit_length()) - width))) if width < 512 else token_ids
 
 
 @functools.lru_cache(maxsize=8)
@@ -316,9 +323,7 @@ def make_sampler(config: ModelConfig, num_tokens: int, stop_tokens: Sequence[int
     def sample(variables: dict[str, Any], prompts: Sequence[np.ndarray], key: Key[Array, ""]) -> list[Rollout]:
         check_prompts(config, prompts)
         token_ids, lengths = pad_prompts(prompts)
-        width = token_ids.shape[1]
-        if width < 512:  # else many a round would have a longest prompt, and a program, of its own
-            token_ids = np.pad(token_ids, ((0, 0), (0, (1 << (width - 1).bit_length()) - width)))
+        token_ids = _of_few_widths(token_ids)
         tokens, log_probs, experts = jax.tree.map(np.asarray, run(variables, token_ids, lengths, key))
         found = []
         for row in range(len(prompts)):

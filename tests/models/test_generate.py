@@ -209,6 +209,24 @@ def test_long_prompts_are_padded_to_whole_blocks():
     assert [sampling.pad_prompts([[1] * length])[0].shape[1] for length in (511, 512, 1021)] == [511, 512, 1024]
 
 
+def test_prompts_of_few_widths_share_a_program(monkeypatch):
+    """Up to 512 tokens a prompt is padded to a power of two, beyond to a multiple of 128."""
+    sizes = []
+
+    def programs(config, rows, length, options):
+        def begin(variables, seed, token_ids, lengths):
+            sizes.append((token_ids.shape, lengths.tolist(), length))
+            return None, None, None, None
+
+        return begin, None
+
+    monkeypatch.setattr(sampling, "_programs", programs)
+    for width in (1, 5, 8, 300, 513):
+        sampling.sample(ModelConfig(vocab_size=48), {}, [[1] * width], 0)
+    padded = {1: 1, 5: 8, 8: 8, 300: 512, 513: 640}
+    assert sizes == [((1, size), [width], size) for width, size in padded.items()]
+
+
 def test_choosing_by_hand():
     logits = jnp.log(jnp.asarray([[0.4, 0.3, 0.2, 0.1]]).repeat(4000, 0))
     keys = jax.random.split(jax.random.key(0), 4000)
