@@ -1,7 +1,8 @@
 """Rows of preferences: pairs of conversations, the first of which was preferred to the second.
 
 A row holds whole pairs and padding. Pair p = 1, 2, ... has segments 2p − 1 (chosen) and 2p (rejected), each with
-positions from 0, so that neither attends to the other; only answers have targets, as with conversations.
+positions from 0, so that neither attends to the other. As with conversations only answers have targets, from the first
+one on in which the two differ.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from moe.config import ConfigError
 from moe.data import chat
 from moe.data.documents import CONVERSATION, PREFERENCE
 from moe.data.tokenizer import Tokenizer
+
+_KEYS = ("tokens", "targets")
 
 
 def example(text: str, length: int, tokenizer: Tokenizer, dataset: str) -> list[dict[str, np.ndarray]]:
@@ -36,13 +39,24 @@ def example(text: str, length: int, tokenizer: Tokenizer, dataset: str) -> list[
         # Earlier answers that a template renders in separate texts belong to the prompt, which both conversations have.
         encoded = chat.encoded_answers(found[name], tokenizer)[-1:]
         parts += [{key: values[: length // 2] for key, values in one.items()} for one in encoded]
-    if len(parts) < len(PREFERENCE) or not all((part["targets"] >= 0).any() for part in parts):
+    if len(parts) < len(PREFERENCE) or all(np.array_equal(*(part[key] for part in parts)) for key in _KEYS):
         return []
-    if all(np.array_equal(*(part[key] for part in parts)) for key in ("tokens", "targets")):
+    begin = _first_own_answer(*parts)
+    for part in parts:
+        part["targets"] = np.where(np.arange(len(part["targets"])) < begin, -1, part["targets"])
+    if not all((part["targets"] >= 0).any() for part in parts):
         return []
     rejected = [np.full(len(part["tokens"]), number, np.int32) for number, part in enumerate(parts)]
-    joined = {key: np.concatenate([part[key] for part in parts]) for key in ("tokens", "targets")}
+    joined = {key: np.concatenate([part[key] for part in parts]) for key in _KEYS}
     return [joined | {"rejected": np.concatenate(rejected)}]
+
+
+def _first_own_answer(chosen: dict[str, np.ndarray], rejected: dict[str, np.ndarray]) -> int:
+    """Where the first answer begins that the two conversations do not share: earlier ones are part of the prompt."""
+    size = min(len(part["tokens"]) for part in (chosen, rejected))
+    differs = np.any([chosen[key][:size] != rejected[key][:size] for key in _KEYS], axis=0)
+    first = int(differs.argmax()) if differs.any() else size
+    return int(max(np.flatnonzero(chosen["targets"][:first] < 0), default=-1)) + 1
 
 
 def row(packed: dict[str, np.ndarray], domain: int, pad_id: int) -> dict[str, np.ndarray]:

@@ -84,6 +84,22 @@ def test_a_pair_is_two_segments_with_targets_in_the_answers():
         preferences.example(documents.join_texts("a", "b"), 64, tokens, "text")
 
 
+@pytest.mark.parametrize("name", ["chatml", "mistral", "marked"])
+def test_earlier_answers_of_a_pair_belong_to_the_prompt(name):
+    """Whatever the template: both conversations have them. Their last answers share the first word."""
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}[{{ m.content }}]{% else %}"
+        "{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}{% endif %}{% endfor %}"
+    )
+    tokens = tokenizer("mistral", chat_template=template) if name == "marked" else tokenizer(name)
+    prompt = [*PROMPT, {"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]
+    sides = [[*prompt, {"role": "assistant", "content": text}] for text in ("ab ab", "ab b")]
+    document = documents.make_document(("chosen", "rejected"), sides)
+    (example,) = preferences.example(document, 200, tokens, "")
+    targets = [example["targets"][example["rejected"] == number] for number in (0, 1)]
+    assert [tokens.decode(ids[ids >= 0]).strip() for ids in targets] == ["ab ab", "ab b"]
+
+
 def test_loss_and_gradient_by_hand():
     """p(chosen) = 3/4 and p(rejected) = 1/4 against 1/2 for each: margin ln 3/2 − ln 1/2 = ln 3; beta 1/2."""
     log3 = float(np.log(3))
