@@ -56,7 +56,8 @@ class PolicyObjective:
         """Losses of tokens, weighted as ``mean`` says, and under ``policy_``:
 
         ``ratio``: r. ``clipped``: tokens whose loss is clipped. ``extreme``: tokens with r above 2 or below 1/2.
-        ``old_kl``, ``kl``: estimated divergence of π from π_old and from the reference model, nats.
+        ``old_kl``, ``kl``: estimated KL(π_old ‖ π), without bias since π_old sampled the tokens, and KL(π ‖ reference),
+        nats.
         """
         targets = batch["targets"]
         log_probs = -token_cross_entropy(output.hidden, model.output_matrix(), targets)
@@ -99,7 +100,7 @@ def token_terms(
         "ratio": ratio,
         "clipped": clipped * advantages < ratio * advantages,
         "extreme": (ratio > EXTREME) | (ratio < 1 / EXTREME),
-        "old_kl": divergence(log_probs, old),
+        "old_kl": divergence(old, log_probs),
     }
     if reference is not None:
         terms["kl"] = divergence(log_probs, reference)
@@ -108,7 +109,8 @@ def token_terms(
 
 
 def divergence(log_probs: Float[Array, "B T"], other: Float[Array, "B T"]) -> Float[Array, "B T"]:
-    """ρ − ln ρ − 1 with ρ = other/π: an estimate of KL(π ‖ other) by one sample, never negative (Schulman's k3)."""
+    """ρ − ln ρ − 1 with ρ = other/π: an estimate of KL(π ‖ other) by one sample of π, never negative (Schulman's
+    k3)."""
     log_ratio = jnp.clip(other - log_probs, -_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO)
     return jnp.exp(log_ratio) - log_ratio - 1
 

@@ -63,8 +63,8 @@ def test_losses_and_gradients_of_tokens_by_hand():
     np.testing.assert_allclose(terms["loss"], [[-2.56, 3.0, -1.0, 1.6]], rtol=1e-5)
     np.testing.assert_allclose(terms["ratio"], [[1.5, 1.5, 0.5, 0.5]], rtol=1e-5)
     assert terms["clipped"].tolist() == [[1, 0, 0, 1]]
-    # Of π from π_old: ρ = 1/r = 2/3 or 2.
-    np.testing.assert_allclose(terms["old_kl"], [[np.log(1.5) - 1 / 3] * 2 + [1 - np.log(2)] * 2], rtol=1e-5)
+    # KL(π_old ‖ π) by samples of π_old: r − ln r − 1 with r = 3/2 or 1/2.
+    np.testing.assert_allclose(terms["old_kl"], [[0.5 - np.log(1.5)] * 2 + [np.log(2) - 0.5] * 2], rtol=1e-5)
     assert not terms["extreme"].any()
     assert token_terms(settings, log_probs - 0.1, old, values, None)["extreme"].tolist() == [[0, 0, 1, 1]]
     slope = jax.grad(lambda x: token_terms(settings, x, old, values, None)["loss"].sum())(log_probs)
