@@ -16,7 +16,7 @@ from jaxtyping import Float, Int, PRNGKeyArray
 from moe.dispatch import quantized
 from moe.parallel import target
 from moe.parallel.mesh import axis_of, axis_size
-from moe.parallel.parameters import gather_array, gather_shard
+from moe.parallel.parameters import gather_array, gather_shard, times
 from moe.parallel.partition_specs import EXPERT_BIASES, EXPERTS_IN, EXPERTS_OUT, GROUPS, HIDDEN, REPLICATED
 
 #: Slope of the sigmoid, and bound of both inputs, in gpt-oss.
@@ -25,7 +25,7 @@ SWIGLU_SLOPE, SWIGLU_LIMIT = 1.702, 7.0
 
 def _clamped_swiglu(gate: Array, up: Array) -> Array:
     gate, up = jnp.minimum(gate, SWIGLU_LIMIT), jnp.clip(up, -SWIGLU_LIMIT, SWIGLU_LIMIT)
-    return gate * jax.nn.sigmoid(SWIGLU_SLOPE * gate) * (up + 1)
+    return gate * jax.nn.sigmoid(times(gate, SWIGLU_SLOPE)) * (up + 1)
 
 
 #: (gate, up) → hidden activation. geglu uses the tanh approximation, as T5 does; geglu_exact the error function.
@@ -90,7 +90,7 @@ class ExpertDropout:
             return jax.lax.dynamic_slice_in_dim(kept, first * width, width) if is_split else kept
 
         kept = jax.vmap(draw)(self.assignments.reshape(-1)).reshape(hidden.shape)
-        return jnp.where(kept, hidden / (1.0 - self.rate), 0).astype(hidden.dtype)
+        return jnp.where(kept, hidden.astype(jnp.float32) / (1.0 - self.rate), 0).astype(hidden.dtype)
 
 
 @jax.tree_util.register_dataclass

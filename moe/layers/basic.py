@@ -184,7 +184,7 @@ class Dropout:
             return x
         assert self.site is not None
         kept = jax.random.bernoulli(jax.random.fold_in(self.rng, self.site.value), 1.0 - self.rate, x.shape)
-        return jnp.where(kept, x / (1.0 - self.rate), 0).astype(x.dtype)
+        return jnp.where(kept, x.astype(jnp.float32) / (1.0 - self.rate), 0).astype(x.dtype)
 
 
 #: No dropout.

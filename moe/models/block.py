@@ -15,6 +15,7 @@ from moe.layers.gated_delta_net import GatedDeltaNet
 from moe.layers.soft_moe import create_layer
 from moe.parallel import partition_specs
 from moe.parallel.mesh import constrain
+from moe.parallel.parameters import times
 from moe.routing.balancing import LayerReport
 from moe.routing.routing import Choices, Routing
 
@@ -119,7 +120,7 @@ class Block(nnx.Module):
         self, norm: RMSNorm, x: Float[Array, "B T D"], y: Float[Array, "B T D"], drop: Dropout
     ) -> Float[Array, "B T D"]:
         """Add the output of attention or the FFN to x, normalised if norms come after."""
-        return x + drop(norm(y) if self.norms_after else y) * self.residual_scale
+        return x + times(drop(norm(y) if self.norms_after else y), self.residual_scale)
 
     def feed_forward(
         self,

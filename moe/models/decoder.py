@@ -18,7 +18,7 @@ from moe.models.prediction import PredictionLayer, predict
 from moe.models.stack import Stack
 from moe.parallel import partition_specs
 from moe.parallel.mesh import constrain
-from moe.parallel.parameters import stacked
+from moe.parallel.parameters import stacked, times
 from moe.routing.balancing import LayerReport
 from moe.routing.routing import Choices, Routing
 
@@ -58,7 +58,7 @@ class LanguageModel(nnx.Module):
     def embed(self, token_ids: Int[Array, "B T"], embedding: Embedding | None = None) -> Float[Array, "B T D"]:
         """Token vectors in the compute dtype, from this embedding; None: the model's."""
         vectors = (embedding or self.embedding)(token_ids, jnp.dtype(self.config.dtype))
-        return vectors * self.config.embedding_scale
+        return times(vectors, self.config.embedding_scale)
 
     def output_matrix(self) -> Float[Array, "inputs V"]:
         """The matrix from hidden states to logits, in the compute dtype."""
@@ -68,7 +68,7 @@ class LanguageModel(nnx.Module):
     def scaled(self, x: Float[Array, "B T D"]) -> Float[Array, "B T inputs"]:
         """Final hidden states: a stack's output times the factor of the logits, such as T5's 1/sqrt(D), with a 1
         appended for the bias of the logits where there is one."""
-        x = x * (self.config.logit_scale * (self.config.d_model**-0.5 if self.config.scale_logits else 1.0))
+        x = times(x, self.config.logit_scale * (self.config.d_model**-0.5 if self.config.scale_logits else 1.0))
         return with_one(x) if self.config.logit_bias else x
 
     def logits(self, hidden: Float[Array, "B T inputs"]) -> Float[Array, "B T V"]:

@@ -313,6 +313,12 @@ read_as.defvjp(
 )
 
 
+def times(x: Float[Array, "*batch"], factor: float) -> Float[Array, "*batch"]:
+    """Multiply by a number in float32, rounding once. JAX would round the number to x's dtype first, in bfloat16 by up
+    to 2⁻⁸ of it, and so scale all of x by another number."""
+    return x if factor == 1 else (x.astype(jnp.float32) * factor).astype(x.dtype)
+
+
 def matmul(x: Float[Array, "*batch D"], matrix: Float[Array, "D F"]) -> Float[Array, "*batch F"]:
     """``x @ matrix``; both have one dtype."""
     return _cpu_matmul(x, matrix) if target.is_cpu() else x @ matrix

@@ -94,6 +94,19 @@ def test_absorbed_projections_compute_the_same(module, rng):
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
+def test_the_scale_of_cached_scores_is_not_rounded_to_bfloat16(monkeypatch):
+    """1/sqrt(12) as a bfloat16 is 0.13 % larger, by which a weight of about exp(-28 / sqrt(12)) is 1 % smaller."""
+    module = LatentAttention(dataclasses.replace(CONFIG, head_dim=12), window=0, rngs=nnx.Rngs(0))
+    rotated = jnp.zeros((1, 1, 2, 12), jnp.bfloat16).at[..., -2].set(4)
+    monkeypatch.setattr(LatentAttention, "_query", lambda *_: rotated)
+    query, _, _ = module.project_cached(jnp.ones((1, 1, 8), jnp.bfloat16), jnp.zeros((1, 1), jnp.int32))
+    key = jnp.zeros((1, 2, 1, 7), jnp.bfloat16).at[0, 0, 0, 5].set(7).at[0, 1, 0, 0].set(1)  # query·key: 28 and 0
+    heads = module.attend_cached(query, key, None, jnp.ones((1, 1, 1, 2), bool))
+    of_second = 1 / (1 + math.exp(28 / math.sqrt(12)))
+    want = of_second * np.asarray(module.kv_up[...][0, :, module.unrotated_dim :].astype(jnp.bfloat16), np.float64)
+    assert np.abs(np.asarray(heads, np.float64)).sum() == pytest.approx(np.abs(want).sum(), rel=5e-3)
+
+
 @pytest.mark.slow
 def test_over_a_mesh(tmp_path):
     """Heads over tensor: logits, gradients and the shards that each device reads."""

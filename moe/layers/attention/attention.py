@@ -36,7 +36,7 @@ class Attention(nnx.Module):
         self.config = config
         self.window = window
         self.causal = causal
-        self.scale = 1.0 if c.relative_buckets else None
+        self.scale = c.attention_scale or (1.0 if c.relative_buckets else None)
         query_fan_in = c.d_model * (c.head_dim if c.relative_buckets else 1)
         heads, kv_heads = (c.num_heads, c.head_dim), (c.num_kv_heads, c.head_dim)
         self.query = matrix(rngs, (c.d_model, *heads), HEADS_IN, fan_in=query_fan_in, scale=c.init_scale)
@@ -120,12 +120,7 @@ class Attention(nnx.Module):
 
     def project_query(self, x: Float[Array, "B T D"], positions: Int[Array, "B T"] | None) -> Float[Array, "B T N H"]:
         """Queries, rotated where they have positions."""
-        query = self._rotated("query", x, positions)
-        c = self.config
-        if not c.attention_scale:
-            return query
-        # Undoes the factor that attention itself applies: 1/sqrt(H), or 1 with relative positions.
-        return query * (c.attention_scale * (1.0 if c.relative_buckets else c.head_dim**0.5))
+        return self._rotated("query", x, positions)
 
     def project_keys(
         self, x: Float[Array, "B U D"], positions: Int[Array, "B U"] | None
@@ -248,14 +243,14 @@ class LatentAttention(nnx.Module):
         query, rotated = jnp.split(self._query(x, positions), [self.unrotated_dim], axis=-1)
         key_up = gather_for_matmul(self.kv_up, x.dtype)[..., : self.unrotated_dim]
         query = jnp.concatenate([jnp.einsum("btnh,rnh->btnr", query, key_up), rotated], axis=-1)
-        return query * self._score_scale(), self._latent(x, positions), None
+        return query, self._latent(x, positions), None
 
     def attend_cached(
         self, query: Float[Array, "B T N R"], key: Float[Array, "B W 1 R"], value: None, mask: Bool[Array, "B 1 T W"]
     ) -> Float[Array, "B T N V"]:
         """Attend to cached latents; the up-projection of the values comes last."""
         del value
-        heads = jax.nn.dot_product_attention(query, key, key, mask=mask, scale=1.0)
+        heads = jax.nn.dot_product_attention(query, key, key, mask=mask, scale=self._score_scale())
         value_up = gather_for_matmul(self.kv_up, query.dtype)[..., self.unrotated_dim :]
         return jnp.einsum("btnr,rnh->btnh", heads[..., : self.config.kv_lora_rank], value_up)
 

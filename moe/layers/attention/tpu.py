@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 from moe.layers.attention.scoring import Scoring
 from moe.parallel import partition_specs, target
 from moe.parallel.mesh import on_mesh
+from moe.parallel.parameters import times
 from moe.parallel.partition_specs import ATTENTION
 
 #: Head dimensions of queries and of values that compile for every generation: each a multiple of 16 up to 256.
@@ -75,7 +76,7 @@ def splash_attention(
             save_residuals=True,
             interpret=interpret,
         )
-        query = query * scoring.factor(query.shape[-1])
+        query = times(query, scoring.factor(query.shape[-1]))
         # [B,T,N,H] → [B,N,T,H]
         by_head = (checkpoint_name(x.swapaxes(1, 2), ATTENTION) for x in (query, key, value))
         result = _attend(kernel, *by_head, kernels.SegmentIds(segment_ids, segment_ids), sinks)
