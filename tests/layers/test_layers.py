@@ -240,6 +240,25 @@ def test_sites_of_a_layer_draw_independent_dropout_masks():
     assert all((a != b).any() for a, b in itertools.combinations(kept, 2))
 
 
+def test_gradients_of_attention_biases_are_sums_in_float32():
+    """4095 gradients of 1, whose sum in bfloat16 is 4096."""
+    module = _attention(tiny_model(attention_bias="all"))
+    graphdef, parameters = nnx.split(module)
+    x = jnp.ones((1, 4095, 16), jnp.bfloat16)
+
+    @jax.jit
+    @jax.grad
+    def gradients(parameters):
+        module = nnx.merge(graphdef, parameters)
+        heads = module.project_query(x, None), *module.project_keys(x, None)
+        joined = module.join(jnp.ones((1, 4095, 4, 6), jnp.bfloat16), x)
+        return sum(jnp.sum(part.astype(jnp.float32)) for part in (*heads, joined))
+
+    found = nnx.to_pure_dict(gradients(parameters))
+    for name in ("query_bias", "key_bias", "value_bias", "out_bias"):
+        np.testing.assert_array_equal(found[name], 4095.0)
+
+
 def test_factors_are_not_rounded_to_bfloat16():
     """0.22 as a bfloat16 is 0.12 % smaller, 1.702 is 0.07 % larger, and 1 - 0.1 is 0.18 % smaller. The mean over
     numbers that are each rounded once shows a factor to 0.01 %."""

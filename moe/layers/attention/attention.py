@@ -143,7 +143,7 @@ class Attention(nnx.Module):
         heads = _project(x, getattr(self, name), self.config)
         if self.config.attention_bias == "none":
             return heads
-        return heads + getattr(self, f"{name}_bias")[...].astype(x.dtype)
+        return _add_bias(heads, getattr(self, f"{name}_bias"))
 
     def _finish(self, heads: Array, positions: Array | None) -> Array:
         """Clip and rotate."""
@@ -159,7 +159,7 @@ class Attention(nnx.Module):
         if self.config.gated_attention:
             heads *= jax.nn.sigmoid(self._project("gate", x))
         y = _project(heads, self.out, self.config)
-        return y + self.out_bias[...].astype(y.dtype) if self.config.attention_bias == "all" else y
+        return _add_bias(y, self.out_bias) if self.config.attention_bias == "all" else y
 
     def _normalise(self, norm: RMSNorm, heads: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
         """QK-norm: per head, or over all heads at once."""
@@ -175,6 +175,11 @@ def _project(x: Array, weights: nnx.Param[Array], config: ModelConfig) -> Array:
     if precision == "none":
         return project(x, weights)
     return project_joined(x, weights, functools.partial(quantized.matmul, precision=precision))
+
+
+def _add_bias(x: Float[Array, "*batch"], bias: nnx.Param[Array]) -> Float[Array, "*batch"]:
+    """Add a bias in float32. In bfloat16 its gradient, a sum over all tokens, would be rounded at every addition."""
+    return (x.astype(jnp.float32) + bias[...].astype(jnp.float32)).astype(x.dtype)
 
 
 #: Epsilon of the norms of the compressed vectors, in the published code independent of ``model.norm_eps``.
