@@ -66,15 +66,20 @@ def choose(logits: Float[Array, "B V"], keys: Key[Array, " B"], sampling: Sampli
     # Relative to the largest, so that none overflows; a temperature below the smallest normal number would be 0.
     temperature = max(sampling.temperature, float(np.finfo(np.float32).tiny))
     logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature
+    # By rank, the lower id first among equals: in bfloat16 many of the likeliest tokens have equal logits.
     if 0 < sampling.top_k < logits.shape[-1]:
-        kth = jax.lax.top_k(logits, sampling.top_k)[0][:, -1:]
-        logits = jnp.where(logits < kth, -jnp.inf, logits)
+        logits = _only(logits, jax.lax.top_k(logits, sampling.top_k)[1])
     if sampling.top_p < 1:
-        ordered = jnp.sort(logits, axis=-1, descending=True)
-        before = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1) - jax.nn.softmax(ordered, axis=-1)
-        least = jnp.min(jnp.where(before < sampling.top_p, ordered, jnp.inf), axis=-1, keepdims=True)
-        logits = jnp.where(logits < least, -jnp.inf, logits)
+        order = jnp.argsort(logits, axis=-1, descending=True)
+        probs = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1)
+        logits = _only(logits, order, jnp.cumsum(probs, axis=-1) - probs < sampling.top_p)
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+
+
+def _only(logits: Float[Array, "B V"], ids: Int[Array, "B n"], kept: Bool[Array, "B n"] | bool = True) -> Array:
+    """Logits with −∞ except for these ids, or for those of them that are kept."""
+    mask = jnp.put_along_axis(jnp.zeros(logits.shape, bool), ids, kept, axis=-1, inplace=False)
+    return jnp.where(mask, logits, -jnp.inf)
 
 
 def without_drops(config: ModelConfig) -> ModelConfig:

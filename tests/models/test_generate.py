@@ -250,6 +250,18 @@ def test_choosing_by_hand():
         assert shares(temperature=temperature)[0] == 1, temperature
 
 
+def test_of_equal_logits_the_lower_ids_are_chosen():
+    """By likelihood, then by id: 1, 3, 0, 2, which together have 0.3, 0.6, 0.8 and 1."""
+    logits, keys = jnp.log(jnp.asarray([[0.2, 0.3, 0.2, 0.3]] * 100)), jax.random.split(jax.random.key(0), 100)
+
+    def chosen(**options):
+        return set(np.asarray(sampling.choose(logits, keys, Sampling(temperature=1.0, **options))).tolist())
+
+    assert chosen(top_k=1) == chosen(top_p=0.2) == {1}
+    assert chosen(top_k=2) == chosen(top_p=0.5) == {1, 3}
+    assert chosen(top_k=3) == chosen(top_p=0.7) == {0, 1, 3}
+
+
 def test_every_row_and_position_has_a_draw_of_its_own():
     """So hot that all tokens are equally likely: the token of row b at position p is the draw of (seed, b, p)."""
     config, variables = _model(num_layers=1, moe={"gate": "none"})
