@@ -80,7 +80,8 @@ def write_folder(
         encoders: of tensors that are quantised; each must be among those written.
 
     Raises:
-        ConfigError: the folder holds files, or a tensor with an encoder is not written.
+        ConfigError: the folder holds files, a tensor with an encoder is not written, or one has numbers that are not
+            finite in its dtype float16.
     """
     refuse_files(directory)
     encoders = encoders or {}
@@ -125,6 +126,8 @@ def _write_group(
         tensor = np.empty(group[0].file_shape, dtype)
         for i, piece in parts:
             group[i].write(tensor, piece, np.asarray(arrays[i][piece.slot]))
+        if dtype == np.float16 and not np.isfinite(tensor).all():
+            raise ConfigError(f"{as_name or name}: holds numbers that float16 does not; use bfloat16 or float32")
         encode = (encoders or {}).get(name)
         for part, array in ({as_name or name: tensor} if encode is None else encode(tensor)).items():
             writer.add(part, array)

@@ -131,6 +131,20 @@ def test_selection_biases_do_not_set_the_dtype_of_an_export(tmp_path):
         assert json.loads((tmp_path / name / "config.json").read_text())["dtype"] == "bfloat16"
 
 
+def test_an_export_in_float16_of_a_larger_number_is_refused(tmp_path):
+    """The largest float16 is 65,504; the number would be exported as infinity."""
+    source = tmp_path / "source"
+    shutil.copytree(HERE / "llama", source)
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.norm.weight"][3] = 70_000
+    save_file(tensors, source / "model.safetensors")
+    import_checkpoint(source, tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"model\.norm\.weight: holds numbers that float16 does not; use bfloat16"):
+        export_checkpoint(tmp_path / "run", tmp_path / "out", dtype="float16")
+    assert not (tmp_path / "out").exists()
+    export_checkpoint(tmp_path / "run", tmp_path / "wider", dtype="bfloat16")
+
+
 @pytest.mark.parametrize("path", CASES)
 def test_parity(path):
     check_parity(path)
