@@ -14,7 +14,7 @@ from flax import nnx
 from moe.config import Config, ConfigError, MeshConfig, ModelConfig, MoEConfig
 from moe.dispatch.ffn import activate
 from moe.layers.attention import attend, cpu
-from moe.layers.attention.scoring import Scoring
+from moe.layers.attention.scoring import Scoring, append_sink
 from moe.layers.moe_layer import MoELayer
 from moe.models import kv_cache
 from moe.models.decoder import Transformer
@@ -51,6 +51,17 @@ def test_a_sink_by_hand(kind):
     segments, sinks = jnp.ones((1, 3), jnp.int32), jnp.log(jnp.array([2.0]))
     got = attend.attend(zeros, zeros, value, segments, kind=kind, scoring=Scoring(sinks=sinks))
     np.testing.assert_allclose(got[0, :, 0, 0], [1 / 3, 3 / 4, 6 / 5], rtol=1e-6)
+
+
+def test_the_gradient_of_a_sink_is_a_sum_in_float32():
+    """4095 queries with a gradient of 1, whose sum in bfloat16 is 4096."""
+    query, key = jnp.ones((1, 4095, 2, 4), jnp.bfloat16), jnp.ones((1, 1, 1, 4), jnp.bfloat16)
+
+    def logits(sinks):
+        queries = append_sink(sinks, query, key, key, jnp.ones((1, 4095, 1), bool), None, 0.5)[0]
+        return jnp.sum(queries[..., 4].astype(jnp.float32))
+
+    np.testing.assert_array_equal(jax.jit(jax.grad(logits))(jnp.zeros(2)), 4095 / 0.5)
 
 
 @pytest.mark.parametrize("window", [slow_case(0), 7])

@@ -79,7 +79,8 @@ def append_sink(
     holds its logit, and only that key has 1 there.
     """
     head_dim = query.shape[-1]
-    logit = jnp.broadcast_to((sinks / scale).astype(query.dtype)[:, None], (*query.shape[:3], 1))
+    # Cast last, so that the gradient, a sum over all queries, is one in float32.
+    logit = jnp.broadcast_to((sinks / scale)[:, None], (*query.shape[:3], 1)).astype(query.dtype)
     query = jnp.pad(jnp.concatenate([query, logit], axis=-1), [(0, 0)] * 3 + [(0, ADDED - 1)])
     further = [(0, 0), (0, ADDED), (0, 0), (0, ADDED)]
     key = jnp.pad(key, further).at[:, -ADDED, :, head_dim].set(1)
