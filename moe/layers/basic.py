@@ -250,7 +250,7 @@ class Experts(nnx.Module):
 
 class SharedExpert(nnx.Module):
     """FFN applied to every token beside its K experts (DeepSeekMoE 2024, equation 9), optionally weighted by
-    sigmoid(x·w) (Qwen2-MoE)."""
+    sigmoid(x·w) (Qwen2-MoE), which is float32 as the weights of the others."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.dense = DenseFFN(config, config.moe.shared_d_ff, rngs=rngs)
@@ -260,7 +260,7 @@ class SharedExpert(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Apply the FFN and its weight."""
         y = self.dense(x)
-        return y if self.gate is None else y * jax.nn.sigmoid(x @ self.gate[...].astype(x.dtype))
+        return y if self.gate is None else (y * jax.nn.sigmoid(x @ self.gate[...])).astype(x.dtype)
 
 
 #: (rows [G,S,D], routing) → (weighted sum of the experts' outputs, assignments [G,S,K] that were not dropped).

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import math
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from moe.conformance import reference
 from moe.dispatch.ffn import ExpertDropout, activate
 from moe.layers.attention.attention import Attention
 from moe.layers.attention.scoring import rotate
-from moe.layers.basic import DenseFFN, Dropout, Embedding, LayerNorm, RMSNorm, Rows, Site, matrix
+from moe.layers.basic import DenseFFN, Dropout, Embedding, LayerNorm, RMSNorm, Rows, SharedExpert, Site, matrix
 from moe.models.decoder import Transformer
 from moe.parallel.parameters import matmul, times
 from tests import reference_attention
@@ -286,6 +287,20 @@ def test_factors_are_not_rounded_to_bfloat16():
     gate = jnp.full(8, -3, jnp.bfloat16)
     found = activate("swiglu_clamped", jnp.zeros_like(gate), gate)[0]
     assert float(found) == pytest.approx(-3 / (1 + math.exp(5.09375)), rel=0.005)
+
+
+def test_the_weight_of_a_shared_expert_has_a_gradient_in_float32(rng):
+    """Its gradient is a sum over D of y·dy; in bfloat16 every addition would be rounded, to within about 1 %."""
+    x, y, dy = (jnp.asarray(rng.normal(size=(1, 64, 512)), jnp.bfloat16) for _ in range(3))
+
+    def weighted(gate):
+        shared = types.SimpleNamespace(dense=lambda _: y, gate=gate)
+        return jnp.sum(dy.astype(jnp.float32) * SharedExpert.__call__(shared, x).astype(jnp.float32))
+
+    x64, products = np.asarray(x[0], np.float64), (np.asarray(y, np.float64) * np.asarray(dy, np.float64))[0]
+    want = x64.T @ products.sum(-1, keepdims=True) / 4  # the slope of the sigmoid at 0
+    found = jax.grad(weighted)(jnp.zeros((512, 1)))
+    assert np.linalg.norm(found - want) < 3e-3 * np.linalg.norm(want)
 
 
 def test_embedding_looks_up_its_table(rng):
