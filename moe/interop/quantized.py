@@ -109,8 +109,9 @@ class FP8Blocks:
 
         Args:
             tensor: [..., rows, columns].
-            scales: of the blocks, kept where they reproduce a block exactly; any other block gets its largest absolute
-                value over 448 (1 if it is all zeros), rounded up to a power of two if scales are exponents.
+            scales: of the blocks, kept where they reproduce a block exactly, or rounded to bfloat16; any other block
+                gets its largest absolute value over 448 (1 if it is all zeros), rounded up to a power of two if scales
+                are exponents.
         """
         kept, lead = scales.reshape(self.scale_shape), (slice(None),) * (len(self.shape) - 2)
         codes, grid = np.empty(self.shape, _FP8), np.empty(self.scale_shape, kept.dtype)
@@ -125,7 +126,9 @@ class FP8Blocks:
         codes = encode_fp8(tensor, _as_scales(kept, self.scales), self.block[1])
         again = decode_fp8(codes, _as_scales(kept, self.scales)[..., None, :], self.block, (0, 0), tensor.dtype)
         starts = range(0, tensor.shape[-1], self.block[1])
-        differ = np.logical_or.reduceat(np.any(again != tensor, axis=-2), starts, axis=-1)
+        # Float32 parameters of a run that began with an import in bfloat16 are rounded to that.
+        missed = (again != tensor) & (again.astype(ml_dtypes.bfloat16).astype(tensor.dtype) != tensor)
+        differ = np.logical_or.reduceat(np.any(missed, axis=-2), starts, axis=-1)
         if not differ.any():
             return codes, kept
         largest = np.maximum.reduceat(np.abs(tensor.astype(np.float32)).max(axis=-2), starts, axis=-1)

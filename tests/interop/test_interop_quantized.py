@@ -214,6 +214,19 @@ def test_a_block_that_changed_gets_a_scale_of_its_own(kind, rng):
     assert float(form.read(Arrays(changed), (), FLOAT32)[2, 0]) == pytest.approx(1000, rel=2**-4)
 
 
+def test_weights_that_were_read_in_bfloat16_keep_codes_and_scales_in_float32(rng):
+    """A run trains float32 parameters, of which those of frozen experts are still the import's."""
+    form = FP8Blocks("w", "s", (4, 6), (2, 2))
+    codes, scales = rng.integers(1, 126, (4, 6), np.uint8).view(FP8), rng.uniform(0.1, 2, (2, 3)).astype(np.float32)
+    stored = {"w": codes, "s": scales}
+    weights = form.read(Arrays(stored), (), np.dtype(BF16)).astype(np.float32)
+    assert (weights != form.read(Arrays(stored), (), FLOAT32)).any()
+    assert _bytes(form.write(weights, scales)) == _bytes(stored)
+    weights[0, 0] += 2.0**-12 * weights[0, 0]
+    difference = form.write(weights, scales)["s"] != scales
+    assert difference.tolist() == [[True, False, False], [False] * 3]
+
+
 def test_scales_survive_packing():
     scales = {"a": np.ones((2, 1), np.float32), "b": np.arange(3, dtype=np.uint8).view(E8M0), "c": np.ones(1, BF16)}
     assert _bytes(unpack_scales(pack_scales(scales))) == _bytes(scales)
