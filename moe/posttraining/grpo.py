@@ -112,7 +112,8 @@ def divergence(log_probs: Float[Array, "B T"], other: Float[Array, "B T"]) -> Fl
     """ρ − ln ρ − 1 with ρ = other/π: an estimate of KL(π ‖ other) by one sample of π, never negative (Schulman's
     k3)."""
     log_ratio = jnp.clip(other - log_probs, -_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO)
-    return jnp.exp(log_ratio) - log_ratio - 1
+    # In float32, exp(x) - x - 1 is only rounding where x, in a policy near the other, is below 0.001.
+    return jnp.expm1(log_ratio) - log_ratio
 
 
 def token_weights(

@@ -84,6 +84,15 @@ def test_losses_and_gradients_of_tokens_by_hand():
     np.testing.assert_allclose(divergence(near, far), np.full((1, 4), 19.0), rtol=1e-5)  # e^-20 + 20 - 1
 
 
+def test_the_divergence_of_close_policies_is_not_rounding():
+    """e^x - x - 1 = x²/2 + x³/6 + …, of logarithms of ratios of 0.001 and 0.0001, and never negative."""
+    x = jnp.array([[1e-3, -1e-3, 1e-4, -1e-4]])
+    want = [[5.0016671e-7, 4.9983338e-7, 5.000167e-9, 4.999833e-9]]
+    np.testing.assert_allclose(divergence(jnp.zeros((1, 4)), x), want, rtol=1e-3)
+    many = jnp.linspace(-1e-3, 1e-3, 1001)[None]
+    assert (divergence(jnp.zeros_like(many), many) >= 0).all()
+
+
 def test_means_over_tokens_completions_and_a_constant():
     """Completions of 1 and of 3 tokens in one row, and one of 2 in another."""
     targets = jnp.array([[-1, 5, -1, 5, 5, 5], [5, 5, -1, -1, -1, -1]])
