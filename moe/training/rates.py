@@ -7,10 +7,14 @@ depth, and σ = 1/sqrt(fan-in) as everywhere:
 parameter                               rate, Adam             gradient           rate, Muon
 ======================================  =====================  =================  ==============================
 matrices of attention, FFN, experts     1/m                    M L                f/f₀, f² = out/(in·max(in, out))
-router                                  1/m                    L                  Adam's
+router and its like                     1/m                    L                  Adam's
 embedding, unembedding                  1/sqrt(M)              sqrt(M)            Adam's
 norm scales, biases                     1                      M L                Adam's
 ======================================  =====================  =================  ==============================
+
+Like the router are the gate of a shared expert and the mix of constant experts, whose columns do not grow with D, so
+that their gradients do not shrink. L is of residual branches: the final norm has none, nor have the projection and the
+norms of prediction layers outside their block.
 
 Sources: muP (Yang et al. 2022, arXiv 2203.03466, table 8) and CompleteP (Dey et al. 2025, arXiv 2505.01618, table 1,
 α = 1). A gradient times c has the effect of ε divided by c. Weight decay is muP's λ·m times the rate η/m, so it has
@@ -68,11 +72,10 @@ def gains(model: ModelConfig, parameters: Any) -> Any:
 
     def gain(path: Any, _: Any) -> float:
         names = [key.key for key in path]
-        part = part_of(names)
-        if part in ("embedding", "unembedding"):
+        if part_of(names) in ("embedding", "unembedding"):
             return width**0.5
-        in_layers = names[0].startswith("segment_") or names[0] == PREDICTION
-        return (1.0 if part == "router" else width) * (depth if in_layers else 1.0)
+        in_branch = names[0].startswith("segment_") or names[:2] == [PREDICTION, "block"]
+        return (1.0 if _has_few_columns(names) else width) * (depth if in_branch else 1.0)
 
     return jax.tree_util.tree_map_with_path(gain, parameters)
 
@@ -84,8 +87,12 @@ def _growth(model: ModelConfig, names: list[str]) -> tuple[float, float]:
     if part == "experts":
         grown = model.expert_growth
         return (grown, width) if names[-1] == "down" else (width, grown)
-    few = part in ("router", "null") or names[-2:] == ["shared", "gate"]  # columns that do not grow
-    return width, 1.0 if few else width
+    return width, 1.0 if _has_few_columns(names) else width
+
+
+def _has_few_columns(names: list[str]) -> bool:
+    """Whether a parameter's number of columns does not grow with D."""
+    return part_of(names) == "router" or names[-2:] in (["shared", "gate"], ["null", "mix"])
 
 
 def _size(leaf: Any, axes: Any) -> float:

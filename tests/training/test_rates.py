@@ -59,6 +59,20 @@ def test_factors_of_every_parameter_by_hand():
     for name, gain in (
         ("embedding/table", 2), ("final_norm/scale", 4), (f"{layer}moe/router/kernel", 3),
         (f"{layer}moe/experts/up", 12), (f"{layer}attention_norm/scale", 12),
+        (f"{layer}moe/shared/gate", 3), (f"{layer}moe/shared/dense/down", 12),
+    ):  # fmt: skip
+        assert found[name] == pytest.approx(gain), name
+
+
+def test_gradients_outside_residual_branches_and_of_few_columns_have_their_own_gain():
+    """A prediction layer's projection is added to nothing, so 1/L does not shrink its gradient; the mix of constant
+    experts has 2 columns at any D, as a router has E."""
+    sparse = MOE | {"gate": "moe_plus_plus", "prediction_layers": 1}
+    found = factors(gains, model=tiny_model(**GROWN, **BASE, **sparse))
+    for name, gain in (
+        ("prediction/project", 4), ("prediction/hidden_norm/scale", 4), ("prediction/output_norm/scale", 4),
+        ("prediction/block/ffn_norm/scale", 12), ("prediction/block/moe/experts/up", 12),
+        ("segment_0/block_0/moe/null/mix", 3), ("segment_0/block_0/moe/null/vectors", 12),
     ):  # fmt: skip
         assert found[name] == pytest.approx(gain), name
 
