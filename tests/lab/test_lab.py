@@ -26,8 +26,9 @@ from moe.lab.report.missing import missing
 from moe.lab.schedule import Plan
 from moe.lab.suite import Comparison, Suite, Sweep, Variant
 from moe.lab.table import MissingError, Table
+from moe.models import flops
 from moe.routing.interface import Gate
-from tests.helpers import slow_case, tiny_encoder_decoder
+from tests.helpers import slow_case, tiny_encoder_decoder, tiny_model
 from tests.lab_helpers import CLAIMS, DENSE, SWITCH, keyed, record, suite_of, table, tiny_base, tiny_suite, write_page
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -625,6 +626,17 @@ def test_executed_flops_of_an_encoder_follow_its_own_length():
     einsum = dataclasses.replace(config, model=dataclasses.replace(model, moe=moe))
     one_hot = costs.executed_flops(einsum, 0.0) - costs.executed_flops(config, 0.0)
     assert one_hot == pytest.approx(12 * model.d_model * (24 * 3 + 2 * 8) * tokens)
+
+
+def test_executed_flops_have_one_hot_matmuls_where_assignments_are_dispatched():
+    """Soft MoE mixes tokens into its slots instead, which model FLOPs count; a prediction layer has two, C is 4."""
+    data = DataConfig(sequence_length=8)
+    soft = Config(model=tiny_model(gate="soft_moe", dispatch="einsum", accept_future_leak=True), data=data)
+    assert costs.executed_flops(soft, 0.0) == flops.train_flops(soft, soft.train.num_steps)
+    settings = {"gate": "mixtral", "dispatch": "einsum", "capacity_factor": 1.0, "prediction_layers": 1}
+    config = Config(model=tiny_model(**settings), data=data)
+    one_hot = costs.executed_flops(config, 0.0) - flops.train_flops(config, config.train.num_steps)
+    assert one_hot == pytest.approx(12 * 3 * (4 * 4) * 16 * config.train.num_steps * config.tokens_per_step)
 
 
 def test_the_flops_of_parents_are_counted():
