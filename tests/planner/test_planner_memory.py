@@ -54,6 +54,14 @@ def test_memory_errors_name_the_excess_and_the_settings_that_help(message, words
     assert told.least == pytest.approx(float(needed[1]) * GiB if needed else 0)
 
 
+def test_memory_errors_do_not_advise_another_dispatch_to_soft_moe():
+    moe = {"gate": "soft_moe", "dispatch": "einsum", "accept_future_leak": True}
+    config = from_config_dict({"model": {"moe": moe}})
+    told = memory_errors.explained(config, jax.errors.JaxRuntimeError(OUT_OF_MEMORY[-1][0]))
+    assert "model.remat=full" in str(told)
+    assert "dispatch" not in str(told)
+
+
 def test_slices_without_a_ragged_all_to_all_are_refused_in_a_sentence():
     """The message for 16 x 16 v5e chips, whose ICI routing reaches only neighbours."""
     config = from_config_dict({"mesh": {"expert": 8}})
