@@ -130,6 +130,15 @@ def loads(content: bytes | str) -> Any:
     return json.loads(content, object_pairs_hook=once)
 
 
+def dumps(value: Any, **options: Any) -> str:
+    """JSON of a value, of a table for example. Raises ValueError for types that JSON lacks, such as times and bytes."""
+
+    def refuse(part: Any) -> NoReturn:
+        raise ValueError(f"holds a value of type {type(part).__name__}, which JSON lacks; make it a string")
+
+    return json.dumps(value, ensure_ascii=False, default=refuse, **options)
+
+
 def parse[T](content: bytes | str, schema: pydantic.TypeAdapter[T], where: str) -> T:
     """Parse JSON and check it against a schema.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from etils import epath
 from moe.config import ConfigError
 from moe.data import rollouts
 from moe.data.documents import EXPECTED_FIELDS, check_domain, make_document, text_fields
+from moe.foreign_files import dumps
 
 SUFFIXES = (".parquet", ".arrow")
 _BATCH = 1_000  # rows
@@ -136,7 +136,7 @@ def _check_columns(pa: Any, schema: Any, name: str) -> list[str]:
 def _as_strings(pa: Any, column: Any) -> Any:
     """A column as strings; lists become JSON."""
     if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
-        values = [None if value is None else json.dumps(value, ensure_ascii=False) for value in column.to_pylist()]
+        values = [None if value is None else dumps(value) for value in column.to_pylist()]
         return pa.array(values, pa.large_string())
     return column.cast(pa.large_string())
 

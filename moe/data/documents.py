@@ -10,7 +10,7 @@ from etils import epath
 
 from moe.config import ConfigError
 from moe.data import rollouts
-from moe.foreign_files import first_sentence, loads
+from moe.foreign_files import dumps, first_sentence, loads
 
 JSON_LINES = ".jsonl"
 CONVERSATION = "\x1d"  # begins a document that is a list of messages, or a chosen and a rejected one, as JSON
@@ -60,8 +60,17 @@ def text_fields(names: Iterable[str]) -> tuple[str, ...]:
 
 def make_document(fields: tuple[str, ...], values: Sequence[Any]) -> str:
     """Make one document from the values of text_fields. Raises ValueError for values of another type or form."""
+    text = _document(fields, values)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("has half a character (a lone surrogate) in its text") from error
+    return text
+
+
+def _document(fields: tuple[str, ...], values: Sequence[Any]) -> str:
     if fields == ("messages",):
-        return CONVERSATION + json.dumps(_messages(values[0]), ensure_ascii=False)
+        return CONVERSATION + dumps(_messages(values[0]))
     if fields[:2] == rollouts.FIELDS:
         try:
             return rollouts.document(dict(zip(fields, values, strict=True)))
@@ -77,7 +86,7 @@ def make_document(fields: tuple[str, ...], values: Sequence[Any]) -> str:
                 raise ValueError("needs 'chosen' and 'rejected' that are both answers, or both whole conversations")
             if have_prompt == {False}:
                 sides = {name: _turns(values[0], "user") + side for name, side in sides.items()}
-        return CONVERSATION + json.dumps(sides, ensure_ascii=False)
+        return CONVERSATION + dumps(sides)
     if not all(isinstance(value, str) for value in values):
         raise ValueError(f"needs an object with {EXPECTED_FIELDS}")
     return join_texts(*values)
@@ -205,9 +214,4 @@ def parse_document(blob: bytes, path: epath.Path) -> tuple[str, str | None]:
             raise ValueError(f"domain={domain!r}: must be a non-empty string")
         _check_domain(domain)
     names = text_fields(record)
-    text = make_document(names, [record.get(name) for name in names])
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError("has half a character (a lone surrogate) in its text") from error
-    return text, domain
+    return make_document(names, [record.get(name) for name in names]), domain

@@ -10,14 +10,13 @@ all tokens of prompt and completion except the last one.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Annotated, Any
 
 import pydantic
 
 from moe.data.engines import EngineName
-from moe.foreign_files import Fields, first_sentence, loads
+from moe.foreign_files import Fields, dumps, first_sentence, loads
 
 #: Begins a document that is rollouts, as JSON.
 ROLLOUTS = "\x1c"
@@ -92,7 +91,7 @@ def document(fields: Mapping[str, Any]) -> str:
     """Make a document from a line or row; values may be JSON text. Raises ValueError for another form."""
     tree = {name: _parsed(name, value) if name in FIELDS else value for name, value in fields.items()}
     Group.model_validate(tree)
-    return ROLLOUTS + json.dumps(tree, ensure_ascii=False, separators=(",", ":"))
+    return ROLLOUTS + dumps(tree, separators=(",", ":"))
 
 
 def _parsed(name: str, value: Any) -> Any:

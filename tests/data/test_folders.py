@@ -2,6 +2,7 @@
 
 # ruff: noqa: F811
 import dataclasses
+import datetime
 import json
 import os
 import shutil
@@ -312,6 +313,11 @@ def test_a_domain_of_one_document_is_refused_unless_left_out(tmp_path, data):
         ({"text": ["x"], "domain": [3]}, r"a\.parquet: column 'domain' must be of strings, not int64"),
         ({"text": ["x", None]}, r"a\.parquet, row 1: text is null"),
         ({"text": ["x"], "domain": [""]}, r"a\.parquet, row 0: domain='': must be a non-empty string"),
+        ({"messages": ['[{"role": "user", "content": "\\ud800"}]']}, r"a\.parquet, row 0: has half a character"),
+        (
+            {"messages": [[{"role": "user", "content": "x", "time": datetime.datetime(2024, 7, 26)}]]},
+            r"a\.parquet: cannot be read as a table \(holds a value of type datetime, which JSON lacks",
+        ),
     ],
 )
 def test_malformed_tables_are_named(tmp_path, data, columns, message):
