@@ -242,15 +242,20 @@ class JsonTokenizer(Tokenizer):
 
     @functools.cached_property
     def token_bytes(self) -> np.ndarray:
-        """UTF-8 bytes of each id's text, [V] int32; 0 for special tokens."""
+        """UTF-8 bytes of each id's text, [V] int32; 0 for special tokens. The mark of a word's end counts as the blank
+        that it stands for, that of its continuation (WordPiece's ``##``) as nothing."""
         source = json.loads(self.model_bytes)
         added = {token["id"] for token in source.get("added_tokens", [])}
         # Byte-level tokens have one character per byte; others are text with "▁" for spaces.
         byte_level = "ByteLevel" in json.dumps(source.get("decoder"))
+        continuation, end = (source["model"].get(f) or "" for f in ("continuing_subword_prefix", "end_of_word_suffix"))
         sizes = np.zeros(self.vocab_size, np.int32)
         for token, i in self._tokenizer.get_vocab(with_added_tokens=True).items():
             if i in self.special_ids:
                 continue
+            if i not in added:
+                token = token.removeprefix(continuation)
+                token = f"{token.removesuffix(end)} " if end and token.endswith(end) else token
             if byte_level and i not in added:
                 sizes[i] = len(token)
             elif len(token) == 6 and token.startswith("<0x"):

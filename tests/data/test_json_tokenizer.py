@@ -10,6 +10,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from moe.analysis.summary import piece_of
 from moe.config import ConfigError
 from moe.data.json_tokenizer import JsonTokenizer
 from moe.data.tokenizer import train_tokenizer
@@ -50,6 +51,26 @@ def test_text_survives_the_round_trip_and_bytes_are_counted(make):
         assert tokenizer.token_bytes[ids].sum() == len(text.encode())
     assert tokenizer.token_bytes[tokenizer.eos_id] == 0
     assert tokenizer.token_bytes.shape == (tokenizer.vocab_size,)
+
+
+def test_marks_of_words_are_no_text():
+    """WordPiece marks what continues a word, older BPE models its end: ``##ing`` is 3 bytes, ``b</w>`` is b and a
+    blank."""
+    pieces = tokenizers.Tokenizer(models.WordPiece({"[UNK]": 0, "[SEP]": 1, "play": 2, "##ing": 3}, unk_token="[UNK]"))
+    pieces.pre_tokenizer, pieces.decoder = pre_tokenizers.Whitespace(), decoders.WordPiece()
+    pieces.add_special_tokens(["[SEP]"])
+    tokenizer = JsonTokenizer(pieces.to_str().encode(), b'{"eos_token": "[SEP]"}')
+    ids = tokenizer.encode("playing")
+    assert tokenizer.token_bytes[ids].tolist() == [4, 3]
+    assert [piece_of(tokenizer)(int(i)) for i in ids] == ["play", "ing"]
+    ends = {"a": 0, "b": 1, "a</w>": 2, "b</w>": 3, "ab</w>": 4, "</s>": 5}
+    pairs = tokenizers.Tokenizer(models.BPE(ends, [("a", "b</w>")], end_of_word_suffix="</w>"))
+    pairs.pre_tokenizer, pairs.decoder = pre_tokenizers.Whitespace(), decoders.BPEDecoder()
+    pairs.add_special_tokens(["</s>"])
+    tokenizer = JsonTokenizer(pairs.to_str().encode())
+    ids = tokenizer.encode("ab aab")
+    assert tokenizer.token_bytes[ids].tolist() == [3, 1, 3]
+    assert [piece_of(tokenizer)(int(i)) for i in ids] == [" ab", "a", " ab"]
 
 
 def test_special_tokens():
