@@ -70,7 +70,8 @@ class Agreement:
 
     Attributes:
         first: share of tokens with the same first expert.
-        sets: share of a token's experts in the first model that the other chose too, mean over tokens.
+        sets: share of a token's experts in the first model that the other chose too, mean over tokens that it sends
+            to an expert.
         chance: ``first`` for independent choices with these loads.
         null: mean of ``first`` where whole rows of the other model's choices are exchanged.
         null_std: its standard deviation.
@@ -140,13 +141,14 @@ def _agreement(one: Records, other: Records, layer: int, shuffles: int, seed: in
     null = np.array([np.mean(renamed == seen[_exchanged(row, rng)]) for _ in range(shuffles)])
     mine = measures.membership(permutation[one.expert_index[layer]][~even], one.chosen[layer][~even], size)
     theirs = measures.membership(other.expert_index[layer][~even], other.chosen[layer][~even], size)
-    shared = (mine & theirs).sum(-1) / np.maximum(mine.sum(-1), 1)
+    sent = mine.any(-1)
+    shared = (mine & theirs)[sent].sum(-1) / mine[sent].sum(-1)
     ordered = np.sort(one.router_probs[layer][~even], axis=-1)
     margin = ordered[:, -1] - (ordered[:, -2] if size > 1 else 0)
     by_margin = np.array_split(same[np.argsort(margin, kind="stable")], QUARTERS)
     return Agreement(
         first=float(same.mean()),
-        sets=float(shared.mean()),
+        sets=float(shared.mean()) if sent.any() else 0.0,
         chance=float(loads[0] @ loads[1]),
         null=float(null.mean()),
         null_std=float(null.std(ddof=1)) if shuffles > 1 else 0.0,

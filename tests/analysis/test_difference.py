@@ -81,6 +81,16 @@ def test_agreement_by_hand():
     assert found.by_margin == [0, 0, 1, 1]
 
 
+def test_tokens_without_an_expert_have_none_in_common(rng):
+    """Under expert choice no expert may take a token: a model has all experts in common with itself."""
+    records = _records(rng.integers(0, E, ROWS * LENGTH))
+    records = dataclasses.replace(records, chosen=records.chosen & (np.arange(ROWS * LENGTH) % 3 > 0)[:, None])
+    (found,) = difference.agreements(records, records, shuffles=2, seed=0)
+    assert found.sets == 1
+    none = dataclasses.replace(records, chosen=np.zeros_like(records.chosen))
+    assert difference.agreements(none, records, shuffles=2, seed=0)[0].sets == 0
+
+
 def test_odd_rows_do_not_decide_which_experts_match():
     """In two tokens of an even row the experts are the same, in six of an odd one they are exchanged."""
     row = np.array([0, 0, 1, 1, 1, 1, 1, 1])
