@@ -20,6 +20,7 @@ TEXT_SUFFIXES = (".txt", ".md", ".rst", ".html", ".py")
 SUFFIXES = (*TEXT_SUFFIXES, ".jsonl", ".parquet", ".arrow")
 #: Split of a file: none (its documents are divided by a hash), or that of a Hugging Face dataset.
 UNSPLIT, TRAIN, HELDOUT = 0, 1, 2
+SPLITS_FILE = "dataset_dict.json"  # its presence makes folders splits
 _CARD = "README.md"  # the description of a dataset of the hub
 _HELDOUT_NAMES = ("heldout", "validation", "valid", "dev", "test")  # the first that exists is used
 _SHARD = re.compile(r"([\w.]+)-(\d{5})-of-(\d{5})\.(parquet|arrow)")
@@ -44,7 +45,7 @@ def find_sources(root: epath.Path, suffixes: Sequence[str] = ()) -> list[Source]
     Raises:
       ConfigError: a folder's name cannot be a domain, or a part of the text is missing or cannot be read.
     """
-    saved = (root / "dataset_dict.json").exists()
+    saved = (root / SPLITS_FILE).exists()
     names = _list_files(root, suffixes)
     _refuse_missing_shards(root, names)
     found = [(name, *_domain_and_split(PurePosixPath(name), root.name, saved)) for name in names]

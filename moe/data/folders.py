@@ -28,7 +28,7 @@ from moe.config import ConfigError, read_small_file
 from moe.data import columns
 from moe.data.directory import remove_unfinished
 from moe.data.documents import HELDOUT_FRACTION, file_documents, parse_document
-from moe.data.folder_files import HELDOUT, SUFFIXES, UNSPLIT, Source, find_sources
+from moe.data.folder_files import HELDOUT, SPLITS_FILE, SUFFIXES, UNSPLIT, Source, find_sources
 from moe.foreign_files import Fields, first_sentence
 from moe.waiting import first_answer
 
@@ -149,7 +149,7 @@ def _find_index(
     root: epath.Path, directory: epath.Path, suffixes: Sequence[str], progress: Callable[[str], None]
 ) -> tuple[epath.Path, _About, np.ndarray]:
     """Return the folder, the content and the places of the index that matches the files; write it if none does."""
-    kind = [os.fspath(root), *sorted(suffixes)] if suffixes else [os.fspath(root)]
+    kind = [os.fspath(root), *sorted(suffixes), *([SPLITS_FILE] if (root / SPLITS_FILE).exists() else [])]
     key = hashlib.sha256(os.fsencode("\0".join(kind))).hexdigest()[:16]
     folder, change, newest = directory / "folders", "", -1
     sources = find_sources(root, suffixes)

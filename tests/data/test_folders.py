@@ -274,6 +274,22 @@ def test_hugging_face_datasets_with_splits(tmp_path, data, monkeypatch):
         pipeline.prepare(dataclasses.replace(config, directory=str(tmp_path / "other")), VOCAB)
 
 
+def test_folders_become_splits_with_dataset_dict_json(tmp_path):
+    """The index of a copy to which that file was added last is not that of its folders as domains."""
+    folder_ = tmp_path / "saved"
+    for split, numbers in (("train", range(30)), ("test", range(30, 40))):
+        texts = [random_text(i) for i in numbers]
+        _write_table(folder_ / split / "data-00000-of-00001.arrow", texts, stream=True)
+
+    def sizes():
+        found, _ = folders.open_folder(str(folder_), epath.Path(tmp_path / "cache"), lambda _: None)
+        return {domain: (len(train), len(heldout)) for domain, (train, heldout) in found.items()}
+
+    assert sizes().keys() == {"train", "test"}
+    (folder_ / "dataset_dict.json").write_text("{}")
+    assert sizes() == {"saved": (30, 10)}
+
+
 def test_a_split_of_unknown_name_is_not_trained_on(tmp_path):
     for split in ("train", "validation_matched", "test_matched"):
         _write_table(tmp_path / f"{split}-00000-of-00001.parquet", [split])
