@@ -23,7 +23,8 @@ UNSPLIT, TRAIN, HELDOUT = 0, 1, 2
 SPLITS_FILE = "dataset_dict.json"  # its presence makes folders splits
 _CARD = "README.md"  # the description of a dataset of the hub
 _HELDOUT_NAMES = ("heldout", "validation", "valid", "dev", "test")  # the first that exists is used
-_SHARD = re.compile(r"([\w.]+)-(\d{5})-of-(\d{5})\.(parquet|arrow)")
+_FINGERPRINT = re.compile(r"(?<=-of-\d{5})-[0-9a-f]{16}(?=\.)")  # ends the names that the hub gave shards until 2023
+_SHARD = re.compile(rf"([\w.]+)-(\d{{5}})-of-(\d{{5}})(?:{_FINGERPRINT.pattern})?\.(parquet|arrow)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +76,7 @@ def _numbers(splits: set[str | None]) -> dict[str | None, int]:
 
 def _refuse_missing_shards(root: epath.Path, names: Sequence[str]) -> None:
     """Refuse a dataset with missing shards, judged by their names or its state.json. Raises ConfigError."""
-    there, seen = set(names), set()
+    there, seen = {_FINGERPRINT.sub("", name) for name in names}, set()
     for name in names:
         path = PurePosixPath(name)
         if shard := _SHARD.fullmatch(path.name):

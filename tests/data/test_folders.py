@@ -455,6 +455,16 @@ def test_incomplete_text_is_refused(tmp_path, data):
         pipeline.prepare(config, VOCAB, progress=lambda _: None)
 
 
+def test_shards_named_with_a_fingerprint_have_splits():
+    """The hub's older names, as of tatsu-lab/alpaca: data/train-00000-of-00001-a09b74b3ef9c3b56.parquet."""
+    names = [f"data/train-{i:05d}-of-00002-a09b74b3ef9c3b5{i}.parquet" for i in range(2)]
+    folder_files._refuse_missing_shards(epath.Path("hub"), names)
+    with pytest.raises(ConfigError, match=r"train-00000-of-00002\.parquet: is missing, one of the 2 shards"):
+        folder_files._refuse_missing_shards(epath.Path("hub"), names[1:])
+    found = folder_files._domain_and_split(PurePosixPath(names[0]), "hub", False)
+    assert found == ("hub", "train")
+
+
 def test_shards_are_looked_up_once(monkeypatch):
     """100 + 100 look-ups, not 100 for each of 200 shards; each folder has its own shards."""
     made = []
