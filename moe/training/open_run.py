@@ -62,9 +62,11 @@ def same_text(config: Config, domains: Sequence[str]) -> dict[tuple[str, str], A
     return {
         ("data", "dataset"): config.data.dataset,
         ("data", "domains"): tuple(domains),
+        ("data", "text_suffixes"): config.data.text_suffixes,
         ("data", "directory"): config.data.directory,
         ("data", "objective"): config.data.objective,
         ("data", "sequence_length"): config.data.sequence_length,
+        ("data", "pack"): config.data.pack,
         ("train", "batch_size"): config.train.batch_size,
         # Required by the checks of the objective; not used here.
         ("distill", "teacher"): config.distill.teacher,

@@ -228,6 +228,15 @@ def test_a_run_on_pairs_is_compared_with_its_start(start, tmp_path):
     assert from_config_dict(tree).data.objective == "preferences"
 
 
+def test_a_compared_run_reads_the_same_files_and_rows(start, tmp_path):
+    own = start[1] | {"data.text_suffixes": (".tex",), "data.pack": False}
+    tree = to_dict(tiny(tmp_path / "cache"))
+    for (section, name), value in open_run.same_text(tiny(tmp_path / "cache", **own), ("pairs",)).items():
+        tree[section][name] = value
+    data = from_config_dict(tree).data
+    assert (data.text_suffixes, data.pack) == ((".tex",), False)
+
+
 def test_rows_are_resumed_exactly_and_need_a_reference(start, tmp_path):
     folder, settings = start
     data = DataConfig(
