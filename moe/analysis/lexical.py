@@ -60,15 +60,25 @@ def merge_labels(labels: np.ndarray, experts: np.ndarray, *, num_labels: int, va
     counts = np.zeros((num_labels, int(experts.max()) + 1))
     np.add.at(counts, (labels, experts), 1)
     groups = [[label] for label in range(len(counts))]
-    tables = list(counts)
+    tables, own = list(counts), [_uncertainty(table) for table in counts]
+    loss = np.full((len(groups), len(groups)), np.inf)  # above the diagonal: of merging two groups
+
+    def measure(a: int, b: int) -> None:
+        loss[a, b] = _uncertainty(tables[a] + tables[b]) - own[a] - own[b]
+
+    if len(groups) > values:
+        for a, b in itertools.combinations(range(len(groups)), 2):
+            measure(a, b)
     while len(groups) > values:
-        loss = {
-            (a, b): _uncertainty(tables[a] + tables[b]) - _uncertainty(tables[a]) - _uncertainty(tables[b])
-            for a, b in itertools.combinations(range(len(groups)), 2)
-        }
-        a, b = min(loss, key=lambda pair: loss[pair])
+        a, b = divmod(int(loss.argmin()), len(groups))
         groups[a] += groups.pop(b)
         tables[a] = tables[a] + tables.pop(b)
+        own.pop(b)
+        own[a] = _uncertainty(tables[a])
+        loss = np.delete(np.delete(loss, b, axis=0), b, axis=1)
+        for other in range(len(groups)):
+            if other != a:
+                measure(min(a, other), max(a, other))
     result = np.zeros(len(counts), np.int64)
     for number, group in enumerate(groups):
         result[group] = number

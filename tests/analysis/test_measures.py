@@ -126,6 +126,26 @@ def test_labels_are_merged_where_the_least_information_is_lost():
     assert lexical.merge_labels(labels, experts, num_labels=5, values=9).tolist() == [0, 1, 2, 3, 4]
 
 
+def test_only_pairs_with_the_new_group_are_measured_after_a_merge(monkeypatch):
+    """20 labels: 20 alone and 190 pairs, then for each of 18 merges the new group, and with the n that are left."""
+    rng = np.random.default_rng(0)
+    labels = np.concatenate([np.arange(20), rng.integers(0, 20, 1_000)])
+    experts = (7 * labels + rng.integers(0, 3, len(labels))) % 8
+    measured, uncertainty = [], lexical._uncertainty
+    monkeypatch.setattr(lexical, "_uncertainty", lambda counts: measured.append(1) or uncertainty(counts))
+    found = lexical.merge_labels(labels, experts, num_labels=20, values=2)
+    assert len(measured) == 20 + 190 + sum(1 + left - 1 for left in range(2, 20))
+    tables = [np.bincount(experts[labels == label], minlength=8).astype(float) for label in range(20)]
+    groups = [{label} for label in range(20)]
+    while len(groups) > 2:  # every pair measured anew
+        pairs = [(a, b) for a in range(len(groups)) for b in range(a + 1, len(groups))]
+        costs = [uncertainty(tables[a] + tables[b]) - uncertainty(tables[a]) - uncertainty(tables[b]) for a, b in pairs]
+        a, b = pairs[int(np.argmin(costs))]
+        groups[a] |= groups.pop(b)
+        tables[a] = tables[a] + tables.pop(b)
+    assert [set(np.flatnonzero(found == number)) for number in range(2)] == groups
+
+
 def test_mutual_information_by_hand(rng):
     x, y = np.array([0, 0, 0, 1]), np.array([0, 0, 1, 1])
     # H(x) = ¾ ln 4/3 + ¼ ln 4, H(y) = ln 2, joint (2, 1, 1)/4: H = ½ ln 2 + ½ ln 4
