@@ -155,7 +155,7 @@ def file_documents(path: epath.Path, digest: Any) -> Iterator[tuple[int, bytes, 
                 try:
                     text, domain = parse_document(blob, path)
                 except UnicodeDecodeError as error:
-                    at = line + blob[: error.start].count(b"\n")
+                    at = line + error.object[: error.start].count(b"\n")  # without the mark
                     raise ConfigError(f"{path}, line {at}: is not UTF-8 text ({error.reason})") from error
                 except ValueError as error:
                     raise ConfigError(f"{path}, line {line}: {error}") from error
@@ -196,13 +196,15 @@ def _line(file: Any) -> bytes:
 def parse_document(blob: bytes, path: epath.Path) -> tuple[str, str | None]:
     """Return (text, domain or None) of a document's bytes; the suffix of `path` gives the format.
 
+    A byte order mark (U+FEFF) at the beginning, as Windows writes it, is no part of the text.
+
     Raises:
       ValueError: the bytes are not UTF-8, or not a JSON object with one of TEXT_FIELDS.
     """
     if path.suffix != JSON_LINES:
-        return join_texts(blob.decode("utf-8")), None
+        return join_texts(blob.decode("utf-8-sig")), None
     try:
-        record = loads(blob.decode("utf-8"))
+        record = loads(blob.decode("utf-8-sig"))
     except json.JSONDecodeError as error:
         raise ValueError(f"is not JSON ({error.msg} in column {error.colno})") from error
     except RecursionError as error:

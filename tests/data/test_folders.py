@@ -125,6 +125,19 @@ def test_a_broken_record_is_named(tmp_path, data, name, content, message):
         pipeline.prepare(config, VOCAB, progress=lambda _: None)
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "text").mkdir()
+    texts = [random_text(i) for i in range(40)]
+    for i, text in enumerate(texts):
+        (tmp_path / "text" / f"{i}.txt").write_text(text, encoding="utf-8-sig")
+    (tmp_path / "text" / "a.jsonl").write_text('{"text": "line"}\n{"text": "more"}\n', encoding="utf-8-sig")
+    found, _ = folders.open_folder(str(tmp_path / "text"), epath.Path(tmp_path / "cache"), lambda _: None)
+    assert sorted([*found["text"][0], *found["text"][1]]) == sorted([*texts, "line", "more"])
+    (tmp_path / "text" / "b.txt").write_bytes(b"\xef\xbb\xbf\n\xff")
+    with pytest.raises(ConfigError, match=r"b\.txt, line 2: is not UTF-8 text"):
+        folders.open_folder(str(tmp_path / "text"), epath.Path(tmp_path / "cache"), lambda _: None)
+
+
 @pytest.mark.parametrize(
     "make", [os.mkfifo, lambda path: os.symlink("/dev/zero", path), lambda path: os.symlink("absent", path)]
 )
