@@ -107,6 +107,9 @@ class Tokenizer:
 
     @functools.cached_property
     def _byte_ids(self) -> dict[int, int]:
+        """Id of each byte; empty for a model without them, or one that would put a space before each part of a text."""
+        if self._processor.encode("a", out_type=str)[0].startswith(_SPACE):
+            return {}
         pieces = (f"<0x{byte:02X}>" for byte in range(256))
         ids = {byte: self._processor.piece_to_id(piece) for byte, piece in enumerate(pieces)}
         return ids if all(self._processor.is_byte(i) for i in ids.values()) else {}

@@ -3,6 +3,7 @@
 # ruff: noqa: F811
 import collections
 import dataclasses
+import io
 import json
 import math
 import types
@@ -14,6 +15,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import sentencepiece
 
 from moe.config import Config, ConfigError, DataConfig, TrainConfig
 from moe.data import pipeline, preparation, streams
@@ -47,6 +49,19 @@ def letters():
 
 
 # --- Tokenizer -------------------------------------------------------------------------------------------------------
+def test_models_that_begin_with_a_space_read_their_symbol_for_it_as_sentencepiece_does():
+    """As Mixtral's: the two parts of a▁b, encoded apart, would become "a▁ b"."""
+    model, lines = io.BytesIO(), ["a b ab ba"] * 20
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=266, byte_fallback=True,
+        normalization_rule_name="identity", hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    tokenizer = Tokenizer(model.getvalue())
+    text = "a\u2581b"
+    assert tokenizer.encode(text).tolist() == tokenizer.encode("a b").tolist()
+    assert tokenizer.encode(text).tolist() == tokenizer._processor.encode(text)
+
+
 def test_tokenizer_round_trip_is_exact(prepared):
     tokenizer = prepared.tokenizer
     assert (tokenizer.vocab_size, tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id) == (VOCAB, 0, 1, 2)
