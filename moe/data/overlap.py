@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from moe.data.documents import CONVERSATION
 
 #: Shorter lines, such as `return result`, are shared by chance.
 MIN_LINE = 40  # characters, without surrounding blanks
 
 
 def long_lines(text: str) -> list[str]:
-    """Lines of at least MIN_LINE characters, stripped."""
+    """Lines of at least MIN_LINE characters, stripped; of a conversation, those of its messages."""
+    if text.startswith(CONVERSATION):
+        text = "\n".join(_strings(json.loads(text.removeprefix(CONVERSATION))))
     return [line for line in map(str.strip, text.splitlines()) if len(line) >= MIN_LINE]
+
+
+def _strings(tree: Any) -> Iterator[str]:
+    """Strings in JSON, without the names of fields."""
+    if isinstance(tree, str):
+        yield tree
+    elif isinstance(tree, dict | list):
+        for part in tree.values() if isinstance(tree, dict) else tree:
+            yield from _strings(part)
 
 
 def line_overlap(heldout: Sequence[str], train: Iterable[str]) -> list[tuple[int, int]]:

