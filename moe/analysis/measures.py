@@ -56,8 +56,9 @@ def coactivation(expert_index: np.ndarray, chosen: np.ndarray, num_experts: int)
 def most_frequent_partner(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Share of an expert's tokens that also chose its most frequent partner, mean over used experts, [L]; and by load.
 
-    The second array is the share expected from the loads alone: the other choices of an expert's tokens are drawn from
-    the other experts in proportion to load; one that is drawn twice for a token, which is rare, counts twice.
+    Both are 0 in a layer that no token uses. The second array is the share expected from the loads alone: the other
+    choices of an expert's tokens are drawn from the other experts in proportion to load; one that is drawn twice for a
+    token, which is rare, counts twice.
 
     Args:
         counts: [L,E,E] from :func:`coactivation`.
@@ -68,19 +69,21 @@ def most_frequent_partner(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         used = tokens > 0
         more = others.sum(1)[used] / tokens[used]  # other choices of a token of each expert
         load = np.where(np.eye(len(tokens), dtype=bool), 0.0, tokens)[used]
-        observed.append((others.max(1)[used] / tokens[used]).mean())
-        by_load.append(np.minimum(more * load.max(1) / np.maximum(load.sum(1), 1), 1).mean())
+        number = max(used.sum(), 1)
+        observed.append((others.max(1)[used] / tokens[used]).sum() / number)
+        by_load.append(np.minimum(more * load.max(1) / np.maximum(load.sum(1), 1), 1).sum() / number)
     return np.array(observed), np.array(by_load)
 
 
 def saturation(earlier: np.ndarray, final: np.ndarray) -> np.ndarray:
     """Mean over tokens of |earlier ∩ final| / |final|, [L], from memberships [L,n,E] (OLMoE 2024, section 5.1).
 
-    Chance is K/E. For k = 1 give the membership of first choices. Tokens without a final assignment are left out.
+    Chance is K/E. For k = 1 give the membership of first choices. Tokens without a final assignment are left out; 0 if
+    there are no others.
     """
     size = final.sum(-1)
     shares = (earlier & final).sum(-1) / np.maximum(size, 1)
-    return np.array([layer[sent].mean() for layer, sent in zip(shares, size > 0, strict=True)])
+    return np.array([layer[sent].sum() / max(sent.sum(), 1) for layer, sent in zip(shares, size > 0, strict=True)])
 
 
 @dataclasses.dataclass(frozen=True)

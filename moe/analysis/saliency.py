@@ -37,7 +37,8 @@ def _shares(records: Records, amounts: np.ndarray) -> np.ndarray:
     sums = np.zeros((layers, size))
     for layer in range(layers):
         np.add.at(sums[layer], records.expert_index[layer], amounts[layer])
-    return sums / sums.sum(1, keepdims=True)
+    totals = sums.sum(1, keepdims=True)
+    return sums / np.where(totals > 0, totals, 1)  # 0 in a layer that no token uses
 
 
 #: (layer, its input [n,D], combine weights [n,E] and choices [n,E] of the tokens) → sum over tokens for each expert.

@@ -273,6 +273,10 @@ def test_load_coactivation_saturation_and_top_tokens_by_hand():
     final[0, 3] = False
     np.testing.assert_allclose(measures.saturation(earlier, final), [(1 / 2 + 1 + 1) / 3])
 
+    # ReMoE may use no expert of a layer.
+    assert measures.saturation(earlier, np.zeros_like(final)).tolist() == [0]
+    assert [part.tolist() for part in measures.most_frequent_partner(np.zeros((1, 4, 4)))] == [[0], [0]]
+
     first, tokens = np.array([0, 0, 1, 0, 1, 1]), np.array([7, 7, 7, 8, 8, 9])
     found = measures.top_tokens(first, tokens, 3, at_least=2, number=5)
     # Expert 0 gets half of all tokens, 2/3 of token 7 and 1/2 of 8; 9 is too rare; expert 2 gets no token.

@@ -278,6 +278,8 @@ def test_saliencies_by_hand(rng):
     declined = dataclasses.replace(records, chosen=np.array([True, True, False, True]).reshape(1, 4, 1))
     np.testing.assert_allclose(saliency.frequency(declined), [[2 / 3, 0, 1 / 3, 0]])
     assert saliency.weight(declined).tolist() == [[0.5, 0, 0.5, 0]]
+    unused = dataclasses.replace(records, chosen=np.zeros((1, 4, 1), bool))
+    assert saliency.frequency(unused).tolist() == [[0, 0, 0, 0]]
     in_groups = saliency.most_salient(np.array([[0, 0.1, 0.5, 0.6, 0.7, 0.8, 0.9, 1]]), 6, groups=2)
     assert in_groups.tolist() == [[1, 2, 3, 5, 6, 7]]  # without 0 of the first four and 4 of the others
     program, variables = tiny_program(gate="switch", num_experts=4)
