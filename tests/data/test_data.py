@@ -50,7 +50,7 @@ def letters():
 
 # --- Tokenizer -------------------------------------------------------------------------------------------------------
 def test_models_that_begin_with_a_space_read_their_symbol_for_it_as_sentencepiece_does():
-    """As Mixtral's: the two parts of a▁b, encoded apart, would become "a▁ b"."""
+    """Mixtral is one: the two parts of a▁b, encoded apart, would become "a▁ b"."""
     model, lines = io.BytesIO(), ["a b ab ba"] * 20
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=266, byte_fallback=True,

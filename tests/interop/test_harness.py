@@ -141,7 +141,7 @@ def test_the_number_of_tokens_may_have_the_names_of_other_libraries(model, sampl
 
 
 def test_texts_begin_without_bos_where_the_tokenizer_has_none(model, sampled, monkeypatch):
-    """As in training: eos stands only before a text without context, so that its first token has a probability."""
+    """Prefix of eos, as in training, only before a text without context, so that its first token has a probability."""
     tokenizer = model._tokenizer
     begin, three = (tokenizer.encode(text).tolist() for text in ("one two", " three"))
     assert model.tok_encode("one two") == [tokenizer.bos_id, *begin]

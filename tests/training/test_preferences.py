@@ -86,7 +86,7 @@ def test_a_pair_is_two_segments_with_targets_in_the_answers():
 
 @pytest.mark.parametrize("name", ["chatml", "mistral", "marked"])
 def test_earlier_answers_of_a_pair_belong_to_the_prompt(name):
-    """Whatever the template: both conversations have them. Their last answers share the first word."""
+    """Earlier answers, in any template, since both conversations have them. The last ones share the first word."""
     template = (
         "{% for m in messages %}{% if m.role == 'user' %}[{{ m.content }}]{% else %}"
         "{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}{% endif %}{% endfor %}"
