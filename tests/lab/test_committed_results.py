@@ -64,6 +64,8 @@ def drawn(tmp_path_factory):
                 ("not_above", "own_loss[drop] - loss[drop]", 0.05, 0.2, ""),
                 ("shown", "load[drop, layer=1] - last_tenth_loss[free]", 0.0, None, ""),
                 ("less_variance", "loss[free] - loss[dense]", 0.0, None, ""),
+                ("below", "loss[free] - loss[dense]", 0.0, None, "replication"),
+                ("above", "0.5 loss[drop] - 0.5 loss[free]", 0.0, None, "replication"),
             ), start=1)
         ),
         Primary("which?", (1, 2, 3), 0.02, 0.05, "none"),
@@ -350,8 +352,16 @@ def test_verdicts(folder, drawn):
     counts = dict(re.findall(r"([a-z][a-z :]+): (\d+)", text.split("\n\n")[1]))
     for verdict, count in counts.items():
         assert list(verdicts.values()).count(verdict) == int(count)
-    shown = tables((folder / "switch_or_mixtral.md").read_text())[0][1]
+    answer_text = (folder / "switch_or_mixtral.md").read_text()
+    shown = tables(answer_text)[0][1]
     assert [row[3].strip("*") for row in shown] == [verdicts[number] for number in primary]
+    again_shown = tables(answer_text.partition("## Other seeds")[2])[0][1]
+    members = [number for number, family in families.items() if family == "replication"]
+    assert [row[3].strip("*") for row in again_shown] == [verdicts[number] for number in members]
+    if not any("interim" in row[6] for row in again_shown):
+        value = {number: claims[number]["part"][0]["value"] for number in families}
+        agree = sum(verdicts[n] == verdicts[m] for n in members for m in primary if value[n] == value[m])
+        assert f": {agree} of {len(members)} have the verdict of the first seeds" in answer_text
 
 
 @pytest.mark.parametrize("which", ["drawn", "committed"])
@@ -416,15 +426,24 @@ def test_the_page_of_claims_has_the_rows_of_every_report(folder):
 
 
 def test_effects_of_the_committed_answer():
-    suite = load_suite(str(ROOT / "configs/ablations/switch_vs_mixtral.py"), "laptop")
-    runs, claims = read(RESULTS / suite.name, suite), claims_of(ROOT / "configs/ablations/claims.toml")
-    parts = [claim["part"][0] for claim in claims.values() if claim.get("family") == "primary"]
-    for part, row in zip(parts, tables((RESULTS / "switch_or_mixtral.md").read_text())[0][1], strict=True):
-        assert row[0] == part["what"]
-        values = runs.expression(part["value"], 8000)
-        effect(part["what"], row[1], values)
-        _, low, high, *_ = again.interval(values)
-        check(part["what"], row[4], (max(abs(low), abs(high)), ".4f"))
+    text, claims = (RESULTS / "switch_or_mixtral.md").read_text(), claims_of(ROOT / "configs/ablations/claims.toml")
+    before = {}
+    for family, name, shown in (
+        ("primary", "switch_vs_mixtral", text),
+        ("replication", "replication", text.partition("## Other seeds")[2]),
+    ):
+        suite = load_suite(str(ROOT / f"configs/ablations/{name}.py"), "laptop")
+        runs = read(RESULTS / suite.name, suite)
+        parts = [claim["part"][0] for claim in claims.values() if claim.get("family") == family]
+        for part, row in zip(parts, tables(shown)[0][1], strict=True):
+            assert row[0] == part["what"]
+            values = runs.expression(part["value"], 8000)
+            effect(part["what"], row[1], values)
+            _, low, high, *_ = again.interval(values)
+            check(part["what"], row[4], (max(abs(low), abs(high)), ".4f"))
+            if family == "replication":
+                effect(part["what"], row[5], pd.concat([before[part["value"]], values]))
+            before[part["value"]] = values
 
 
 def test_paper_tables():

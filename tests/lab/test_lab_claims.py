@@ -89,9 +89,18 @@ def test_replications_are_a_separate_family():
     """p = 0.0033 in each, adjusted over the one claim of the first family and over the two of the second."""
     first = claim_of(family="primary")
     again = [dataclasses.replace(claim_of(family="replication"), number=n) for n in (2, 3)]
-    findings = decide.assess([first, *again], {"test": table_of((4.9, 4.89, 4.91), claim=first)}, PRIMARY)
+    found = {"test": table_of((4.9, 4.89, 4.91), claim=first)}
+    findings = decide.assess([first, *again], found, PRIMARY)
     assert [f.adjusted / f.outcomes[0].p for f in findings] == pytest.approx([1, 2, 2])
     assert {f.verdict for f in findings} == {decide.SUPPORTED}
+    _, text, shown = answer._on_other_seeds(findings[:1], findings[1:], found)
+    assert "2 of 2 have the verdict of the first seeds." in text
+    # The same three differences twice: -0.1 ± t(0.975, 5)·0.0089443/√6 = 2.5706·0.0036515.
+    assert shown.count("| -0.1000 [-0.1094, -0.0906], n = 6 |") == 2
+    assert answer._on_other_seeds(findings[:1], decide.assess(again, {}, PRIMARY), {}) == []
+    found = {"test": table_of((4.9, 4.89), claim=first)}
+    few = decide.assess([first, *again], found, PRIMARY)
+    assert "alone: some runs are still to be made." in answer._on_other_seeds(few[:1], few[1:], found)[1]
 
 
 def test_a_claim_on_arms_with_the_same_runs_stays_open():

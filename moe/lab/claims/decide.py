@@ -91,6 +91,11 @@ class Finding:
     lacks: tuple[str, ...] = ()
     note: str = ""
 
+    @property
+    def interim(self) -> bool:
+        """True if a claim of a family lacks registered seeds, without which it has no verdict."""
+        return any(text.startswith(_INTERIM) for text in self.lacks)
+
 
 def assess(claims: Sequence[Claim], tables: Mapping[str, Table], primary: Primary | None) -> list[Finding]:
     """Test claims, each at the longest horizon for which its arms have runs.
@@ -113,8 +118,7 @@ def _after_holm(finding: Finding, adjusted: float | None) -> Finding:
     """Set the verdict of a finding by the p-value adjusted over its family; None: it is exploratory."""
     if adjusted is None:
         return dataclasses.replace(finding, verdict=_EXPLORATORY.get(finding.verdict, finding.verdict))
-    interim = any(text.startswith(_INTERIM) for text in finding.lacks)
-    decided = finding.verdict in (SUPPORTED, CONTRADICTED) and adjusted < ALPHA and not interim
+    decided = finding.verdict in (SUPPORTED, CONTRADICTED) and adjusted < ALPHA and not finding.interim
     verdict = finding.verdict if decided or finding.verdict in (TOO_SHORT, NOT_TESTED) else UNDECIDED
     return dataclasses.replace(finding, verdict=verdict, adjusted=adjusted)
 

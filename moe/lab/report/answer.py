@@ -7,6 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from moe.atomic_files import write_atomic
@@ -40,6 +42,10 @@ _OVER_TRAINING = """\
 The contrasts at evaluations along the same runs, by training tokens per active parameter of the dense model. At the
 earlier evaluations the learning rate has not decayed yet, so they are not what runs of that length would reach."""
 
+_OTHER_SEEDS = """\
+The same contrasts on seeds that no other suite counts (suite {suites}), adjusted by Holm's method over these alone:
+{state}. All seeds: over those of both suites, exploratory."""
+
 
 def is_asked(registered: Registered) -> bool:
     """Whether the primary family is about :data:`SUITE` only."""
@@ -61,20 +67,25 @@ def write_page(
         found: records of the suite of the primary family.
         registered: claims and rules.
         seconds: measured steps of the suite's arms.
-        others: records of other suites; their first comparison with a ``whole`` gives the unit of every arm's gain.
+        others: records of other suites; their first comparison with a ``whole`` gives the unit of every arm's gain,
+            and claims of the family "replication" are decided on them.
 
     Raises:
         ConfigError: see :func:`moe.lab.claims.registration.read_claims`.
     """
     primary = registered.primary
     assert primary is not None, "the suite's claims have a primary family"
-    findings = [f for f in assess(registered.claims, {found.suite.name: found}, primary) if f.claim.family == "primary"]
+    tables = {table.suite.name: table for table in (*others, found)}
+    assessed = assess(registered.claims, tables, primary)
+    findings = [finding for finding in assessed if finding.claim.family == "primary"]
+    repeated = [finding for finding in assessed if finding.claim.family == "replication"]
     unit = _unit(others, found.suite.longest)
     parts = [
         "# Switch or Mixtral?",
         f"{markdown_text(primary.question)} {_answer(findings)}",
-        *_picture(_effects(directory / f"{NAME}.png", findings, primary)),
+        *_picture(_effects(directory / f"{NAME}.png", findings, repeated, primary)),
         _contrasts(findings),
+        *_on_other_seeds(findings, repeated, tables),
         *_over_training(directory, found, findings),
         "## Arms",
         f"{regime(found)}." if found.horizons else "",
@@ -104,7 +115,8 @@ def _answer(findings: Sequence[Finding]) -> str:
     return " ".join([text, *(f"{markdown_text(f.claim.text).rstrip('.')}: {f.verdict}." for f in decided)])
 
 
-def _contrasts(findings: Sequence[Finding]) -> str:
+def _contrasts(findings: Sequence[Finding], together: Mapping[str, Effect] | None = None) -> str:
+    """Table of the findings; ``together``: value of a contrast → its effect over all seeds, for another column."""
     rows = []
     for finding in findings:
         outcome = finding.outcomes[0] if finding.outcomes else None
@@ -115,10 +127,38 @@ def _contrasts(findings: Sequence[Finding]) -> str:
             f"{finding.adjusted:.2g}" if outcome else "–",
             f"**{finding.verdict}**",
             f"{outcome.bound:.4f}" if outcome and math.isfinite(outcome.bound) else "–",
+            *([] if together is None else [str(together.get(finding.claim.parts[0].value, "–"))]),
             "; ".join(remarks) or markdown_text(finding.note) or "–",
         ))  # fmt: skip
-    header = ("contrast, nats per token", "effect [95 %]", "p, Holm", "verdict", "bound", "caveats")
+    columns = [] if together is None else ["all seeds [95 %]"]
+    header = ("contrast, nats per token", "effect [95 %]", "p, Holm", "verdict", "bound", *columns, "caveats")
     return markdown_table(header, rows)
+
+
+def _on_other_seeds(findings: Sequence[Finding], repeated: Sequence[Finding], tables: Mapping[str, Table]) -> list[str]:
+    """The section on the replication's contrasts; empty without runs of one."""
+    if not any(finding.outcomes for finding in repeated):
+        return []
+    pairs = [(first, f) for f in repeated for first in findings if first.claim.parts[0].value == f.claim.parts[0].value]
+    agree = sum(first.verdict == finding.verdict for first, finding in pairs)
+    together = {}
+    for first, finding in pairs:
+        if first.outcomes and finding.outcomes and first.steps == finding.steps:
+            values = [*_values(first, tables), *_values(finding, tables)]
+            if np.isfinite(values).all():
+                together[finding.claim.parts[0].value] = inference.effect(values)
+    interim = any(finding.interim or not finding.outcomes for finding in repeated)
+    state = f"{agree} of {len(repeated)} have the verdict of the first seeds"
+    state = "some runs are still to be made" if interim else state
+    suites = ", ".join(f"`{name}`" for name in sorted({finding.claim.suite for finding in repeated}))
+    text = _OTHER_SEEDS.replace("\n", " ").format(suites=suites, state=state)
+    return ["## Other seeds", text, _contrasts(repeated, together)]
+
+
+def _values(finding: Finding, tables: Mapping[str, Table]) -> list[float]:
+    """The contrast of a finding by registered seed."""
+    table = tables[finding.claim.suite]
+    return [*table.only(table.suite.registered_seeds).values(finding.steps, finding.claim.parts[0].value).values()]
 
 
 def _over_evaluations(found: Table, finding: Finding) -> dict[float, Effect]:
@@ -229,27 +269,45 @@ def _picture(name: str) -> list[str]:
     return [f"![{Path(name).stem}]({name})"] if name else []
 
 
-def _effects(path: Path, findings: Sequence[Finding], primary: Primary) -> str:
-    """The contrasts with their intervals over the range that counts as no effect; empty without one."""
-    tested = [(f, f.outcomes[0].effect) for f in findings if f.outcomes and math.isfinite(f.outcomes[0].effect.mean)]
+def _tested(findings: Sequence[Finding]) -> list[tuple[Finding, Effect]]:
+    """Findings on a contrast whose effect is finite, with it."""
+    return [(f, f.outcomes[0].effect) for f in findings if f.outcomes and math.isfinite(f.outcomes[0].effect.mean)]
+
+
+def _effects(path: Path, findings: Sequence[Finding], repeated: Sequence[Finding], primary: Primary) -> str:
+    """The contrasts with their intervals over the range that counts as no effect, those on other seeds below the first;
+    empty without one."""
+    tested = _tested(findings)
     if not tested:
         return ""
+    again = {finding.claim.parts[0].value: (finding, e) for finding, e in _tested(repeated)}
+    labels = []
     fig = Figure(figsize=(7.2, 1.3 + 0.55 * len(tested)))
     axis = fig.subplots()
     bound = primary.equivalence
     axis.axvspan(-bound, bound, color="0.9", label=f"within ±{bound:g}: counts as no effect")
     for y, (finding, e) in enumerate(tested):
-        error = [[e.mean - e.low], [e.high - e.mean]] if e.n > 2 else None
-        face = "C0" if finding.verdict in (SUPPORTED, CONTRADICTED) else "white"
-        axis.errorbar(e.mean, -y, xerr=error, fmt="o", color="C0", capsize=3, markerfacecolor=face)
+        _point(axis, -y, finding, e, "oC0", "")
+        count = f"n = {e.n}"
+        if other := again.get(finding.claim.parts[0].value):
+            _point(axis, -y - 0.25, *other, "sC1", "" if y else "on other seeds")
+            count += f"; other seeds: {other[1].n}"
+        labels.append(f"{_wrapped(finding.claim.parts[0].what)}\n({count})")
     axis.axvline(0, color="black", linewidth=0.8)
-    labels = [f"{_wrapped(f.claim.parts[0].what)}\n(n = {e.n})" for f, e in tested]
     axis.set_yticks([-y for y in range(len(tested))], labels, fontsize=8)
     axis.set(xlabel="nats per token; filled: decided", ylim=(0.6 - len(tested), 0.6))
     axis.locator_params(axis="x", nbins=6)  # the labels of the contrasts leave little room
     axis.grid(axis="x", alpha=0.3)
     axis.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
     return save(fig, path)
+
+
+def _point(axis: Axes, y: float, finding: Finding, e: Effect, style: str, label: str) -> None:
+    """An effect with its interval; ``style``: marker and color."""
+    error = [[e.mean - e.low], [e.high - e.mean]] if e.n > 2 else None
+    marker, color = style[0], style[1:]
+    face = color if finding.verdict in (SUPPORTED, CONTRADICTED) else "white"
+    axis.errorbar(e.mean, y, xerr=error, fmt=marker, color=color, capsize=3, markerfacecolor=face, label=label or None)
 
 
 def _wrapped(text: str) -> str:
