@@ -66,7 +66,7 @@ def effect(values: ArrayLike) -> Effect:
     if n == 1:
         return Effect(float(values[0]), -math.inf, math.inf, 1.0, 1)
     mean, sd = float(values.mean()), float(values.std(ddof=1))
-    if sd == 0.0:
+    if np.ptp(values) <= 1e-14 * abs(mean):  # equal up to rounding, of which SciPy warns
         return Effect(mean, mean, mean, 1.0 if mean == 0 else 0.0, n, 0.0)
     test: Any = scipy.stats.ttest_1samp(values, 0.0)
     interval = test.confidence_interval(CONFIDENCE)

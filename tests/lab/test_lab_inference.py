@@ -1,6 +1,7 @@
 """Statistics of the lab, by hand."""
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -17,6 +18,8 @@ def test_paired_interval_by_hand():
     # Without a spread the interval is a point, and only zero is compatible with zero.
     assert inference.effect([2.0, 2.0]) == inference.Effect(2.0, 2.0, 2.0, 0.0, 2, 0.0)
     assert inference.effect([0.0, 0.0]).p == 1
+    with warnings.catch_warnings(action="error"):  # 0.1 + 0.2 differs from 0.3 by one rounding
+        assert inference.effect([0.3, 0.1 + 0.2, 0.3]).sd == 0
 
 
 def test_one_seed_has_no_interval_and_a_diverged_one_no_mean():
