@@ -76,7 +76,7 @@ def write_page(
     primary = registered.primary
     assert primary is not None, "the suite's claims have a primary family"
     tables = {table.suite.name: table for table in (*others, found)}
-    assessed = assess(registered.claims, tables, primary)
+    assessed = assess([claim for claim in registered.claims if claim.family], tables, primary)
     findings = [finding for finding in assessed if finding.claim.family == "primary"]
     repeated = [finding for finding in assessed if finding.claim.family == "replication"]
     unit = _unit(others, found.suite.longest)
@@ -115,8 +115,13 @@ def _answer(findings: Sequence[Finding]) -> str:
     return " ".join([text, *(f"{markdown_text(f.claim.text).rstrip('.')}: {f.verdict}." for f in decided)])
 
 
+def _contrast(finding: Finding) -> str:
+    """The expression that a finding is about, by which the primary family's and the replication's are matched."""
+    return finding.claim.parts[0].value
+
+
 def _contrasts(findings: Sequence[Finding], together: Mapping[str, Effect] | None = None) -> str:
-    """Table of the findings; ``together``: value of a contrast → its effect over all seeds, for another column."""
+    """Table of the findings; ``together``: contrast → its effect over all seeds, for another column."""
     rows = []
     for finding in findings:
         outcome = finding.outcomes[0] if finding.outcomes else None
@@ -127,7 +132,7 @@ def _contrasts(findings: Sequence[Finding], together: Mapping[str, Effect] | Non
             f"{finding.adjusted:.2g}" if outcome else "–",
             f"**{finding.verdict}**",
             f"{outcome.bound:.4f}" if outcome and math.isfinite(outcome.bound) else "–",
-            *([] if together is None else [str(together.get(finding.claim.parts[0].value, "–"))]),
+            *([] if together is None else [str(together.get(_contrast(finding), "–"))]),
             "; ".join(remarks) or markdown_text(finding.note) or "–",
         ))  # fmt: skip
     columns = [] if together is None else ["all seeds [95 %]"]
@@ -139,17 +144,18 @@ def _on_other_seeds(findings: Sequence[Finding], repeated: Sequence[Finding], ta
     """The section on the replication's contrasts; empty without runs of one."""
     if not any(finding.outcomes for finding in repeated):
         return []
-    pairs = [(first, f) for f in repeated for first in findings if first.claim.parts[0].value == f.claim.parts[0].value]
-    agree = sum(first.verdict == finding.verdict for first, finding in pairs)
+    pairs = [(first, again) for again in repeated for first in findings if _contrast(first) == _contrast(again)]
     together = {}
-    for first, finding in pairs:
-        if first.outcomes and finding.outcomes and first.steps == finding.steps:
-            values = [*_values(first, tables), *_values(finding, tables)]
+    for first, again in pairs:
+        if first.outcomes and again.outcomes and first.steps == again.steps:
+            values = [*_values(first, tables), *_values(again, tables)]
             if np.isfinite(values).all():
-                together[finding.claim.parts[0].value] = inference.effect(values)
-    interim = any(finding.interim or not finding.outcomes for finding in repeated)
-    state = f"{agree} of {len(repeated)} have the verdict of the first seeds"
-    state = "some runs are still to be made" if interim else state
+                together[_contrast(again)] = inference.effect(values)
+    if any(finding.interim or not finding.outcomes for finding in repeated):
+        state = "some runs are still to be made"
+    else:
+        agree = sum(first.verdict == again.verdict for first, again in pairs)
+        state = f"{agree} of {len(repeated)} have the verdict of the first seeds"
     suites = ", ".join(f"`{name}`" for name in sorted({finding.claim.suite for finding in repeated}))
     text = _OTHER_SEEDS.replace("\n", " ").format(suites=suites, state=state)
     return ["## Other seeds", text, _contrasts(repeated, together)]
@@ -158,12 +164,12 @@ def _on_other_seeds(findings: Sequence[Finding], repeated: Sequence[Finding], ta
 def _values(finding: Finding, tables: Mapping[str, Table]) -> list[float]:
     """The contrast of a finding by registered seed."""
     table = tables[finding.claim.suite]
-    return [*table.only(table.suite.registered_seeds).values(finding.steps, finding.claim.parts[0].value).values()]
+    return [*table.only(table.suite.registered_seeds).values(finding.steps, _contrast(finding)).values()]
 
 
 def _over_evaluations(found: Table, finding: Finding) -> dict[float, Effect]:
     """Tokens per active parameter → effect of a contrast, at the evaluations of its runs."""
-    terms = parse(finding.claim.parts[0].value)
+    terms = parse(_contrast(finding))
     if not finding.steps or any(term.quantity not in ("", "loss") for term in terms):
         return {}
     base = next(iter(found.suite.variants))
@@ -280,17 +286,17 @@ def _effects(path: Path, findings: Sequence[Finding], repeated: Sequence[Finding
     tested = _tested(findings)
     if not tested:
         return ""
-    again = {finding.claim.parts[0].value: (finding, e) for finding, e in _tested(repeated)}
+    again = {_contrast(finding): (finding, e) for finding, e in _tested(repeated)}
     labels = []
     fig = Figure(figsize=(7.2, 1.3 + 0.55 * len(tested)))
     axis = fig.subplots()
     bound = primary.equivalence
     axis.axvspan(-bound, bound, color="0.9", label=f"within ±{bound:g}: counts as no effect")
     for y, (finding, e) in enumerate(tested):
-        _point(axis, -y, finding, e, "oC0", "")
+        _point(axis, -y, finding, e, "o", "C0")
         count = f"n = {e.n}"
-        if other := again.get(finding.claim.parts[0].value):
-            _point(axis, -y - 0.25, *other, "sC1", "" if y else "on other seeds")
+        if other := again.get(_contrast(finding)):
+            _point(axis, -y - 0.25, *other, "s", "C1", None if y else "on other seeds")
             count += f"; other seeds: {other[1].n}"
         labels.append(f"{_wrapped(finding.claim.parts[0].what)}\n({count})")
     axis.axvline(0, color="black", linewidth=0.8)
@@ -302,12 +308,13 @@ def _effects(path: Path, findings: Sequence[Finding], repeated: Sequence[Finding
     return save(fig, path)
 
 
-def _point(axis: Axes, y: float, finding: Finding, e: Effect, style: str, label: str) -> None:
-    """An effect with its interval; ``style``: marker and color."""
+def _point(
+    axis: Axes, y: float, finding: Finding, e: Effect, marker: str, color: str, label: str | None = None
+) -> None:
+    """An effect with its interval, filled where it is decided."""
     error = [[e.mean - e.low], [e.high - e.mean]] if e.n > 2 else None
-    marker, color = style[0], style[1:]
     face = color if finding.verdict in (SUPPORTED, CONTRADICTED) else "white"
-    axis.errorbar(e.mean, y, xerr=error, fmt=marker, color=color, capsize=3, markerfacecolor=face, label=label or None)
+    axis.errorbar(e.mean, y, xerr=error, fmt=marker, color=color, capsize=3, markerfacecolor=face, label=label)
 
 
 def _wrapped(text: str) -> str:
