@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import re
 import signal
 import subprocess
 import sys
@@ -57,7 +56,7 @@ class ChatTemplate:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
         #: Whether the template itself marks what the model writes.
-        self.marks_answers = re.search(r"\{%-?\s*generation\s*-?%\}", source) is not None
+        self.marks_answers = False
         with self._lock:
             self._start()
 
@@ -99,6 +98,7 @@ class ChatTemplate:
         if "error" in reply:
             self._stop()
             raise ConfigError(f"{self._name}: the chat template cannot be compiled ({reply['error']})")
+        self.marks_answers = reply["marks_answers"]
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         """Send a request to the process, as one line, and return its answer, the next line that it writes."""

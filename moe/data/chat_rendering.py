@@ -2,8 +2,8 @@
 
 It is a process of its own because code that the sandbox allows may still run for ever or fill the memory, such as
 nested loops or ``"x" * 10 ** 10``. Its arguments are the limits. It reads lines of JSON: {"source"}, and then requests
-{"date", "values": {"messages", "add_generation_prompt", ...}}; it writes a line for each: {"text", "spans"} or
-{"error"}. It imports nothing of this package.
+{"date", "values": {"messages", "add_generation_prompt", ...}}; it writes a line for each: {"marks_answers"} for the
+source, {"text", "spans"} for a request, or {"error"}. It imports nothing of this package.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import contextlib
 import contextvars
 import datetime
 import json
+import re
 import resource
 import signal
 import sys
@@ -31,6 +32,8 @@ Span = tuple[int, int]
 
 #: Limits: processor time of one rendering, bytes of the process, and characters of one rendering.
 SECONDS, MEMORY, CHARACTERS = 10.0, 1 << 30, 1 << 26
+#: Characters to mark the ends of an answer with: Unicode's noncharacters, which texts should not have.
+_MARKS = tuple(map(chr, range(0xFDD0, 0xFDF0)))
 
 
 class _Generation(jinja2.ext.Extension):
@@ -40,30 +43,27 @@ class _Generation(jinja2.ext.Extension):
 
     def __init__(self, environment: jinja2.Environment):
         super().__init__(environment)
-        environment.extend(record_spans=self.record)
-        self._recorded = contextvars.ContextVar[tuple[list[str], list[Span]] | None]("recorded", default=None)
+        environment.extend(marks=self.marks, marks_answers=False)
+        self._marks = contextvars.ContextVar[tuple[str, str]]("marks", default=("", ""))
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        self.environment.marks_answers = True  # pyright: ignore[reportAttributeAccessIssue]
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return jinja2.nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
 
     def _mark(self, caller: jinja2.runtime.Macro) -> str:
-        text = caller()
-        if (recorded := self._recorded.get()) is not None:
-            blocks, spans = recorded
-            start = sum(map(len, blocks))
-            spans.append((start, start + len(text)))
-        return text
+        begin, end = self._marks.get()
+        return f"{begin}{caller()}{end}"
 
     @contextlib.contextmanager
-    def record(self, blocks: list[str], spans: list[Span]) -> Iterator[None]:
-        """Record the spans of a rendering whose blocks so far are in ``blocks``."""
-        token = self._recorded.set((blocks, spans))
+    def marks(self, begin: str, end: str) -> Iterator[None]:
+        """Put these characters around the text of every block."""
+        token = self._marks.set((begin, end))
         try:
             yield
         finally:
-            self._recorded.reset(token)
+            self._marks.reset(token)
 
 
 class _Namespace(jinja2.utils.Namespace):
@@ -122,17 +122,60 @@ def make_environment() -> jinja2.sandbox.SandboxedEnvironment:
 
 
 def render(template: jinja2.Template, values: dict[str, Any]) -> tuple[str, list[Span]]:
-    """The text of a conversation, and the spans that the template marks as written by the model."""
+    """The text of a conversation, and the spans that the template marks as written by the model.
+
+    A second rendering has a character at the beginning and end of every marked block. The spans are therefore right
+    wherever the blocks stand: macros, ``set``, ``filter`` and ``call`` put text into the output later than they run.
+
+    Args:
+        template: of :func:`make_environment`.
+        values: what the template reads.
+
+    Raises:
+        ValueError: the text is too long, or the characters change what the template writes.
+    """
+    environment: Any = template.environment
+    text = _generate(template, values)
+    if not environment.marks_answers:
+        return text, []
+    unused = [mark for mark in _MARKS if mark not in text]
+    if len(unused) < 2:
+        raise ValueError("its text has nearly all of the characters U+FDD0 to U+FDEF, with which answers are marked")
+    begin, end = unused[:2]
+    with environment.marks(begin, end):
+        with_marks = _generate(template, values)
+    spans = _spans(with_marks, begin, end)
+    if spans is None or with_marks.replace(begin, "").replace(end, "") != text:
+        raise ValueError(
+            "it changes the text of a {% generation %} block, such as by a filter, so that its answers cannot be found"
+        )
+    return text, spans
+
+
+def _generate(template: jinja2.Template, values: dict[str, Any]) -> str:
     blocks: list[str] = []
-    spans: list[Span] = []
     size = 0
-    with template.environment.record_spans(blocks, spans):  # pyright: ignore[reportAttributeAccessIssue]
-        for block in template.generate(**values):
-            blocks.append(block)  # spans count from the end of the blocks so far
-            size += len(block)
-            if size > CHARACTERS:
-                raise ValueError(f"its text has more than {CHARACTERS:,} characters")
-    return "".join(blocks), spans
+    for block in template.generate(**values):
+        blocks.append(block)
+        size += len(block)
+        if size > CHARACTERS:
+            raise ValueError(f"its text has more than {CHARACTERS:,} characters")
+    return "".join(blocks)
+
+
+def _spans(text: str, begin: str, end: str) -> list[Span] | None:
+    """Spans between the marks of a text, counted without the marks; None for a mark without its counterpart."""
+    spans: list[Span] = []
+    starts: list[int] = []
+    for number, mark in enumerate(re.finditer(f"[{begin}{end}]", text)):
+        place = mark.start() - number
+        if mark[0] == begin:
+            starts.append(place)
+        elif not starts:
+            return None
+        else:
+            spans.append((starts.pop(), place))
+    return None if starts else spans
 
 
 def answer(line: str, template: jinja2.Template | None) -> tuple[dict[str, Any], jinja2.Template | None]:
@@ -140,9 +183,12 @@ def answer(line: str, template: jinja2.Template | None) -> tuple[dict[str, Any],
     request = json.loads(line)
     try:
         if template is None:
-            return {}, make_environment().from_string(request["source"])
+            environment: Any = make_environment()
+            template = environment.from_string(request["source"])
+            return {"marks_answers": environment.marks_answers}, template
         date = datetime.datetime.fromisoformat(request["date"]) if request["date"] else datetime.datetime.now()
-        text, spans = render(template, request["values"] | {"strftime_now": lambda pattern: date.strftime(pattern)})
+        values = request["values"] | {"strftime_now": lambda pattern: date.strftime(pattern)}
+        text, spans = render(template, values)
     except Exception as error:  # a template is a program and may raise anything
         kind = "" if template is None else f"{type(error).__name__}: "
         return {"error": " ".join(f"{kind}{error}".split())[:300]}, template

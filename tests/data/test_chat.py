@@ -98,6 +98,53 @@ def test_an_answer_that_later_turns_render_differently_is_learnt_from_a_separate
     assert [text[start:end] for text, spans in greeting for start, end in spans] == ["</think>\na<|im_end|>\n"]
 
 
+_MARKED = "{% generation %}{{ m.content }}E{% endgeneration %}"
+_TURNS = (
+    "{%% for m in messages %%}<{{ m.role }}>{%% if m.role == 'assistant' %%}%s"
+    "{%% else %%}{{ m.content }}{%% endif %%}{%% endfor %%}"
+)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        _MARKED,
+        "{% macro one(m) %}turn:" + _MARKED + "{% endmacro %}{{ one(m) }}",
+        "{% set text %}turn:" + _MARKED + "{% endset %}later {{ text }}",
+        "{% filter upper %}turn:" + _MARKED + "{% endfilter %}",
+        "{% macro wrap() %}turn:{{ caller() }}{% endmacro %}{% call wrap() %}x" + _MARKED + "{% endcall %}",
+        "{% for x in [m, {}] recursive %}{% if x %}a{{ loop([{}]) }}" + _MARKED + "{% endif %}{% endfor %}",
+    ],
+    ids=["plain", "macro", "set", "filter", "call", "loop"],
+)
+def test_marked_answers_are_found_wherever_the_block_stands(answer):
+    """Each answer and its end, and nothing else, also where text reaches the output after the block has run."""
+    text, spans = chat.ChatTemplate(_TURNS % answer, {}, "t").render(conversation("Q", "B", "R", "D"))
+    assert [text[start:end] for start, end in spans] == ["BE", "DE"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "learnt"),
+    [
+        ("{% set text %}" + _MARKED + "{% endset %}", []),  # never written
+        ("{% set text %}" + _MARKED + "{% endset %}{{ text }}{{ text }}", ["BE", "BE"]),  # written twice
+        ("{# " + _MARKED + " #}{{ m.content }}", None),  # a comment: the template marks nothing
+    ],
+)
+def test_marked_answers_are_those_that_are_written(answer, learnt):
+    template = chat.ChatTemplate(_TURNS % answer, {}, "t")
+    text, spans = template.render(conversation("Q", "B"))
+    assert template.marks_answers == (learnt is not None)
+    assert [text[start:end] for start, end in spans] == (learnt or [])
+
+
+@pytest.mark.parametrize("filtered", ["text | trim", "text | reverse", "text | length", "text | truncate(5, true)"])
+def test_a_template_that_changes_a_marked_answer_is_refused(filtered):
+    answer = "{% set text %}{% generation %} {{ m.content }} {% endgeneration %}{% endset %}{{ " + filtered + " }}"
+    with pytest.raises(ConfigError, match=r"it changes the text of a \{% generation %\} block"):
+        chat.ChatTemplate(_TURNS % answer, {}, "t").render(conversation("Q", "B" * 9))
+
+
 @pytest.mark.parametrize(
     ("template", "message"),
     [
