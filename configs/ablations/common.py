@@ -25,6 +25,11 @@ TRAINING_TOKENS = {"literature": 4_152_602, "definitions": 4_489_272, "python": 
 SWEPT_SEEDS = (100, 101)
 #: Seeds of `replication`, which no other suite counts: its runs would not replicate results that they are part of.
 REPLICATION_SEEDS = tuple(range(15, 25))
+#: Seeds of `paper_scale`, and of `paper_scale_interaction`, which begins with them; no other suite counts either.
+PAPER_SCALE_SEEDS = tuple(range(25, 35))
+INTERACTION_SEEDS = tuple(range(25, 45))
+#: Scale of the initial matrices that Switch's paper prescribes (section 2.4). The earlier suites train at 1.0.
+PAPERS_INIT_SCALE = 0.1
 #: Fields of model.moe of arms that drop, and of those that do not.
 DROPPING: dict[str, Any] = {"capacity.train": 1.25, "capacity.eval": 2.0}
 DROPLESS: dict[str, Any] = {"dispatch": "dropless"}
@@ -53,13 +58,18 @@ def base(size: str) -> ml_collections.ConfigDict:
     return config
 
 
+def reserved(*own: int) -> tuple[int, ...]:
+    """Seeds that a suite may not count: those of sweeps, and those kept for other suites than the one with ``own``."""
+    return tuple(seed for seed in (*SWEPT_SEEDS, *REPLICATION_SEEDS, *INTERACTION_SEEDS) if seed not in own)
+
+
 def suite(size: str, **fields: Any) -> Suite:
     """A suite of the base model at one horizon and learning rate, with the unseen text that all share."""
     laptop = size == "laptop"
     shared: dict[str, Any] = {
         "base": base(size),
         "seeds": (0, 1, 2, 3, 4),
-        "reserved": (*SWEPT_SEEDS, *REPLICATION_SEEDS),
+        "reserved": reserved(),
         "warmup_share": 0.025,
         "unseen": ("unseen_book", "unseen_package") if laptop else (),
         "domain_tokens": TRAINING_TOKENS if laptop else {},

@@ -23,5 +23,5 @@ def get_suite(size: str) -> Suite:
         question="Do other seeds give the same verdicts on Switch against Mixtral?",
         variants={**first.variants, "top1_drop": measured},
         seeds=common.REPLICATION_SEEDS,
-        reserved=common.SWEPT_SEEDS,
+        reserved=common.reserved(*common.REPLICATION_SEEDS),
     )

@@ -42,10 +42,41 @@ def test_arms_of_every_suite_are_equal_in_what_it_declares(path, size):
     suite = load_suite(str(path), size)
     assert suite.name == path.stem
     assert set(suite.primary_domains) <= set(suite.base.data.domains) | {suite.base.data.dataset}
-    # The runs of the replication are part of no other suite's results.
-    counted = {*suite.seeds, *common.REPLICATION_SEEDS} - suite.reserved_seeds
+    # The runs of the replication, and those at the papers' scale, are part of no other suite's results.
+    kept = {
+        "replication": common.REPLICATION_SEEDS,
+        "paper_scale": common.PAPER_SCALE_SEEDS,
+        "paper_scale_interaction": common.INTERACTION_SEEDS,
+    }
+    counted = {*suite.seeds, *itertools.chain(*kept.values())} - suite.reserved_seeds
     assert counted == set(suite.seeds)
-    assert suite.name == "replication" or not counted & set(common.REPLICATION_SEEDS)
+    assert counted & set(itertools.chain(*kept.values())) == set(kept.get(suite.name, ()))
+
+
+def test_arms_at_the_papers_scale_are_those_of_the_replication_at_another_scale():
+    """No field but the initial scale differs, and the notes say what the arms are."""
+    first, at_scale, fewer = (
+        load_suite(str(ROOT / f"configs/ablations/{name}.py"), "laptop")
+        for name in ("replication", "paper_scale", "paper_scale_interaction")
+    )
+    assert [*at_scale.variants] == ["dense", "switch", "mixtral", "top1_drop", "top1_free", "top2_drop", "top2_free"]
+    for name, arm in at_scale.variants.items():
+        config, before = at_scale.config(name), first.config(name)
+        assert (before.model.init_scale, config.model.init_scale) == (1.0, 0.1)
+        again = dataclasses.replace(config.model, init_scale=1.0)
+        assert dataclasses.replace(config, model=again) == before
+        assert arm.note.endswith("initial scale 0.1")
+        moe = config.model.moe
+        if name != "dense":
+            assert f"top-{moe.experts_per_token} of {moe.num_experts}" in arm.note
+            assert ("dropless" in arm.note) == (moe.dispatch == "dropless")
+            assert (f"capacity factor {moe.capacity.train:g}" in arm.note) == (moe.dispatch != "dropless")
+    switch, mixtral = (at_scale.config(name).model.moe for name in ("switch", "mixtral"))
+    assert (switch.jitter, switch.losses.balance) == (0.01, 0.01)
+    assert (mixtral.d_ff, mixtral.losses.balance, mixtral.gate.renormalise) == (switch.d_ff // 2, 0.02, True)
+    shared = {name: at_scale.variants[name] for name in fewer.variants}
+    assert dict(fewer.variants) == shared
+    assert set(at_scale.seeds) < set(fewer.seeds)
 
 
 def test_a_suite_on_own_text_takes_the_folder_and_names_the_settings_it_replaces():
@@ -129,7 +160,7 @@ def test_a_report_says_that_learning_rates_are_not_tuned(tmp_path):
 
 
 def test_every_claim_names_arms_of_its_suite():
-    assert [claim.number for claim in CLAIMS] == [*range(1, 21), *range(23, 49)]
+    assert [claim.number for claim in CLAIMS] == [*range(1, 21), *range(23, 56)]
     suites = {path.stem: load_suite(str(path), "laptop") for path in SUITES}
     for claim in CLAIMS:
         assert set(decide.arms_of(claim)) <= set(suites[claim.suite].variants), claim.number

@@ -127,6 +127,15 @@ def test_a_claim_edited_after_its_runs_is_post_hoc():
     assert "**post hoc: the claim was edited after its runs started**" in answer._contrasts([finding])
 
 
+def test_the_spread_expected_at_registration_is_not_part_of_what_is_tested():
+    claim = claim_of("within", margin=0.1)
+    planned, other = (
+        dataclasses.replace(claim, parts=(dataclasses.replace(claim.parts[0], **change),))
+        for change in ({"spread": 0.02}, {"margin": 0.2})
+    )
+    assert planned.hash == claim.hash != other.hash
+
+
 def test_a_run_keeps_the_claims_of_its_first_start(tmp_path):
     claim = claim_of()
     first = hashes_at_start(tmp_path / "run.claims.json", [claim])

@@ -26,6 +26,9 @@ from moe.lab.expressions import parse
 #: first term varies less over seeds than the second (Pitman-Morgan). shown: reported, decides nothing.
 Rule = Literal["below", "above", "not_above", "within", "less_variance", "shown"]
 CLAIMS_FILE = "claims.toml"
+#: Sets of claims whose p-values are adjusted together: the primary one; the same contrasts on other seeds; those at the
+#: initial scale of Switch's paper.
+FAMILIES = ("primary", "replication", "paper_scale")
 #: Largest number of claims in a family.
 MOST_OF_FAMILY = 5
 
@@ -43,6 +46,8 @@ class Part:
         value: linear combination of results, as in "loss[switch] - loss[dense]" (:mod:`moe.lab.expressions`).
         margin: equivalence margin in the unit of ``value``, for the rules not_above and within.
         published: the paper's effect in the same unit and sign; None if it has no comparable one.
+        spread: standard deviation of ``value`` over seeds that was expected at registration, by which the number of
+            seeds and the margin were chosen; None: none was stated. Not part of the claim's hash.
     """
 
     what: str
@@ -50,6 +55,7 @@ class Part:
     value: str
     margin: Amount = 0.0
     published: float | None = None
+    spread: Amount | None = None
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=_STRICT)
@@ -63,7 +69,7 @@ class Claim:
         source: paper, and the published figures as printed there.
         min_steps: horizon from which the claim applies; shorter results are below the crossing.
         requires: value that must be below zero, interval included, for the claim to apply at all; empty: none.
-        family: "primary"; "replication", of the same contrasts on other seeds; or empty for an exploratory claim.
+        family: one of :data:`FAMILIES`, or empty for an exploratory claim.
     """
 
     number: Step
@@ -73,12 +79,15 @@ class Claim:
     parts: tuple[Part, ...]
     min_steps: Step = 0
     requires: str = ""
-    family: Literal["", "primary", "replication"] = ""
+    family: Literal["", "primary", "replication", "paper_scale"] = ""
 
     @property
     def hash(self) -> str:
-        """Hash of all fields."""
-        text = json.dumps(dataclasses.asdict(self), sort_keys=True, ensure_ascii=True)
+        """Hash of all fields that say what is tested."""
+        fields = dataclasses.asdict(self)
+        for part in fields["parts"]:
+            del part["spread"]
+        text = json.dumps(fields, sort_keys=True, ensure_ascii=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -166,9 +175,7 @@ def _check(found: _File) -> None:
             raise ValueError(f"claim {claim.number}: all its parts are 'shown', which decide nothing")
         if claim.family and len(claim.parts) > 1:
             raise ValueError(f"claim {claim.number}: a claim of a family must have exactly one part")
-    families = {
-        name: [claim.number for claim in found.claim if claim.family == name] for name in ("primary", "replication")
-    }
+    families = {name: [claim.number for claim in found.claim if claim.family == name] for name in FAMILIES}
     for name, members in families.items():
         if len(members) > MOST_OF_FAMILY:
             raise ValueError(f"claims {members} are of the family {name!r}: at most {MOST_OF_FAMILY}")
