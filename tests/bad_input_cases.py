@@ -352,6 +352,7 @@ CASES = [
     script("diff", "--workdir={run}", "--other_step=3", says="--other_step: is read only with --other"),
     script("playground", "--output={new}/x", "--packed=x", "--title=x", says="--title: is not read with --packed"),
     script("playground", "--output={new}/x", "--packed=x", "--weights={new}/x", says="another file than --output"),
+    script("playground", "--output={new}/x", "--packed={new}/./x", says="must be another file than --packed"),
     script("playground", "--output={new}/x", "--packed={new}/y", says="y: no such file"),
     script("conform", "--npz=x.npz", "--num_experts=4", says="--num_experts: is read only with --layer"),
     script("conform", "--npz={new}/x.npz", says="x.npz: is not a regular file", break_it=fifo("x.npz")),

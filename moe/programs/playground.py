@@ -5,6 +5,7 @@ it is made of, about a third smaller; --packed makes the page from such a file i
 JavaScript does not support are refused. docs/playground.md shows the page.
 """
 
+import os
 from pathlib import Path
 
 from absl import flags
@@ -32,8 +33,7 @@ def main() -> None:
         raise ConfigError("give one of --workdir and --packed")
     unread = _TITLE, _TOKENS, *_WORKDIR.others
     cli.only_with(_PACKED.value is None, "is not read with --packed, which has its own", *unread)
-    if _WEIGHTS.value == _OUTPUT.value:
-        raise ConfigError(f"--weights={_WEIGHTS.value}: must be another file than --output")
+    _refuse_one_file_twice()
     if _PACKED.value:
         packed = weights.read(Path(_PACKED.value))
     else:
@@ -46,6 +46,20 @@ def main() -> None:
     write_atomic(Path(str(_OUTPUT.value)), page)
     print(packed.header["about"])
     print(f"{_OUTPUT.value}: {len(page.encode()) / 1e6:.1f} MB")
+
+
+def _refuse_one_file_twice() -> None:
+    """Raise ConfigError where the page would replace its own weights, whatever the path's spelling."""
+    from moe.config import ConfigError
+
+    given: dict[str, str] = {}
+    for name, flag in (("packed", _PACKED), ("weights", _WEIGHTS), ("output", _OUTPUT)):
+        if flag.value is None:
+            continue
+        place = os.path.realpath(flag.value)
+        if place in given:
+            raise ConfigError(f"--{name}={flag.value}: must be another file than --{given[place]}")
+        given[place] = name
 
 
 def run() -> None:
