@@ -14,7 +14,8 @@ engine                one sequence                                              
 ====================  ==========================================================================  ==================
 
 A record has all layers of the model or only its MoE layers; their number shows which. Base64 has no shape and always
-has all layers.
+has all layers. Nor does a record say at which position it begins: at 0, unless the request had vLLM's
+``routed_experts_prompt_start`` or SGLang's ``routed_experts_start_len``.
 """
 
 from __future__ import annotations
@@ -33,7 +34,15 @@ EngineName = Literal["vllm", "sglang", "tensorrt_llm", "tunix"]
 ABSENT = -1
 
 
-def read_experts(engine: str, records: Any, model: ModelConfig, length: int) -> np.ndarray:
+def read_experts(
+    engine: str,
+    records: Any,
+    model: ModelConfig,
+    length: int,
+    *,
+    starts: int | Sequence[int] = 0,
+    tokens: Sequence[int] | None = None,
+) -> np.ndarray:
     """Recorded experts of some sequences, [B,T,L,K] int32 over the MoE layers, :data:`ABSENT` where there are none.
 
     Args:
@@ -41,9 +50,13 @@ def read_experts(engine: str, records: Any, model: ModelConfig, length: int) -> 
         records: one for each sequence, in order, as the engine gives it; for ``tunix`` the array of all.
         model: its layers, experts and K must be those of the model that was served.
         length: T; sequences start at position 0.
+        starts: position of the first token of all records, or of each.
+        tokens: number of tokens of each sequence, without the last one sampled; None: records may end before their
+            sequences. Not read for ``tunix``, whose padding says where a sequence ends.
 
     Raises:
-        ConfigError: an unknown engine, a record of another shape, or an expert that the model does not have.
+        ConfigError: an unknown engine, a record of another shape or of other tokens, or an expert that the model does
+            not have.
     """
     if engine not in get_args(EngineName):
         raise ConfigError(f"engine={engine!r}: must be one of {', '.join(get_args(EngineName))}")
@@ -59,10 +72,20 @@ def read_experts(engine: str, records: Any, model: ModelConfig, length: int) -> 
         sequences = [_decoded(record, i, len(sparse), k) for i, record in enumerate(records)]
     else:
         sequences = [_as_integers(record, f"record {i}") for i, record in enumerate(records)]
+    first = _one_each("starts", [starts] * len(sequences) if isinstance(starts, int) else starts, len(sequences))
+    ends = None if tokens is None or engine == "tunix" else _one_each("tokens", tokens, len(sequences))
     index = np.full((len(sequences), length, sum(sparse), k), ABSENT, np.int32)
-    for i, sequence in enumerate(sequences):
+    for i, (sequence, start) in enumerate(zip(sequences, first, strict=True)):
         experts = _moe_layers(sequence, i, sparse, k)
-        index[i, : len(experts)] = _within(experts, i, length)
+        end = length if ends is None else ends[i]
+        inside = _within(experts, i, start, end, length)
+        if ends is not None and start + len(experts) < end:
+            raise ConfigError(
+                f"record {i} has {len(experts)} tokens from position {start} on, and its sequence has {end}: pass "
+                "tokens=, the number of tokens of each sequence, and starts=, where records begin (vLLM's "
+                "routed_experts_prompt_start, SGLang's routed_experts_start_len)"
+            )
+        index[i, start : start + len(inside)] = inside
     _check_ids(index, model.moe.num_experts + model.moe.null_experts)
     return index
 
@@ -102,11 +125,24 @@ def _moe_layers(sequence: np.ndarray, number: int, sparse: Sequence[bool], k: in
     return sequence[:, np.asarray(sparse)] if sequence.shape[1] == len(sparse) else sequence
 
 
-def _within(experts: np.ndarray, number: int, length: int) -> np.ndarray:
-    beyond = experts[length:]
-    if (beyond != ABSENT).any():
-        raise ConfigError(f"record {number} has {len(experts)} tokens, but rows have {length}")
-    return experts[:length]
+def _one_each(name: str, values: Sequence[int], count: int) -> list[int]:
+    """Numbers from 0 on, one for each record."""
+    numbers = [int(value) for value in values]
+    if len(numbers) != count or min(numbers, default=0) < 0:
+        raise ConfigError(f"{name}={numbers}: must be numbers from 0 on, one for each of the {count} records")
+    return numbers
+
+
+def _within(experts: np.ndarray, number: int, start: int, end: int, length: int) -> np.ndarray:
+    """The part of a record that begins at ``start`` before ``end``, after which nothing may be recorded."""
+    size = max(end - start, 0)
+    if end > length:
+        raise ConfigError(f"record {number} is of {end} tokens, but rows have {length}")
+    if (experts[size:] != ABSENT).any():
+        where = f" from position {start} on" if start else ""
+        what = f"its sequence has {end}" if end < length else f"rows have {length}"
+        raise ConfigError(f"record {number} has {len(experts)} tokens{where}, but {what}")
+    return experts[:size]
 
 
 def _check_ids(index: np.ndarray, num_experts: int) -> None:

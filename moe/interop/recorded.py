@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -22,15 +23,37 @@ from moe.training.losses import cross_entropy
 __all__ = ["EngineName", "Mismatch", "ReplayEffect", "mismatch", "read_choices", "replay_effect"]
 
 
-def read_choices(engine: str, records: Any, model: ModelConfig, length: int) -> Choices:
+def read_choices(
+    engine: str,
+    records: Any,
+    model: ModelConfig,
+    length: int,
+    *,
+    tokens: Sequence[int] | None = None,
+    starts: int | Sequence[int] = 0,
+) -> Choices:
     """Recorded experts of some sequences as choices for ``model(tokens, routing=choices)``, the tokens [B,T].
 
     Positions without a record have no experts; a token's group is its row. See :func:`moe.data.engines.read_experts`.
 
+    Args:
+        engine: see there, as ``records`` and ``model``.
+        length: T.
+        tokens: number of tokens of each row that are not padding; None: T in all rows.
+        starts: position of the first token of all records, or of each.
+
     Returns:
         Arrays [L,B,T,K] over the MoE layers.
+
+    Raises:
+        ConfigError: see there; a record that does not reach its row's last token is refused, since it may be of later
+            tokens than it seems.
     """
-    index = np.moveaxis(read_experts(engine, records, model, length), 2, 0)  # [B,T,L,K] → [L,B,T,K]
+    records = list(records) if isinstance(records, Iterable) and engine != "tunix" else records
+    if tokens is None and isinstance(records, list):
+        tokens = [length] * len(records)
+    experts = read_experts(engine, records, model, length, starts=starts, tokens=tokens)
+    index = np.moveaxis(experts, 2, 0)  # [B,T,L,K] → [L,B,T,K]
     return Choices(jnp.asarray(np.maximum(index, 0)), jnp.asarray(index != ABSENT))
 
 

@@ -48,7 +48,7 @@ def _records(engine: str, index: np.ndarray) -> object:
 def test_every_layout_replays_exactly(engine, recorded):
     model, tokens, output, run = recorded
     index = np.asarray(output.routing.expert_index)
-    choices = read_choices(engine, _records(engine, index), model.config, 8)
+    choices = read_choices(engine, _records(engine, index), model.config, 8, tokens=LENGTHS)
     present = np.arange(8) < np.array(LENGTHS)[:, None]
     np.testing.assert_array_equal(choices.chosen, np.broadcast_to(present[None, :, :, None], index.shape))
     np.testing.assert_array_equal(np.where(choices.chosen, choices.expert_index, index), index)
@@ -57,6 +57,28 @@ def test_every_layout_replays_exactly(engine, recorded):
         np.where(present[..., None], logits, 0), np.where(present[..., None], output.logits, 0)
     )
     assert not mismatch(choices, output.routing).tokens.any()
+
+
+def test_records_that_begin_at_the_completion_are_read_where_they_begin(recorded):
+    """Prompts of 3 and 2 tokens, whose experts were not returned: record 0 is of positions 3 to 7, record 1 of 2 to 4.
+
+    Without their beginnings they are refused: they would be read as the experts of positions 0 to 4 and 0 to 2.
+    """
+    model, _, output, _ = recorded
+    index, starts = np.asarray(output.routing.expert_index), (3, 2)
+    records = [record[start:] for record, start in zip(_records("vllm", index), starts, strict=True)]
+    choices = read_choices("vllm", records, model.config, 8, tokens=LENGTHS, starts=starts)
+    positions = np.arange(8)
+    present = np.array([(positions >= 3), (positions >= 2) & (positions < 5)])
+    np.testing.assert_array_equal(choices.chosen, np.broadcast_to(present[None, :, :, None], index.shape))
+    np.testing.assert_array_equal(np.where(choices.chosen, choices.expert_index, index), index)
+    for arguments in ({}, {"tokens": LENGTHS}, {"tokens": (8, 8), "starts": starts}):
+        with pytest.raises(
+            ConfigError, match=r"record [01] has \d tokens from position \d on.*routed_experts_prompt_start"
+        ):
+            read_choices("vllm", records, model.config, 8, **arguments)
+    with pytest.raises(ConfigError, match=r"record 1 has 3 tokens from position 3 on, but its sequence has 5"):
+        read_choices("vllm", records, model.config, 8, tokens=LENGTHS, starts=3)
 
 
 def test_replay_of_other_experts(recorded):
@@ -129,4 +151,11 @@ def test_refusals(recorded):
         refused(f"record 0 has the expert {wrapped.min()}, beyond 32 bits", [wrapped])
     refused("length=0: must be positive, and records one for each sequence", [good], length=0)
     refused("length=4: must be positive, and records one for each sequence", None)
+    for wrong in ({"tokens": [4]}, {"tokens": [4, -1]}, {"starts": [0]}, {"starts": -1}):
+        with pytest.raises(
+            ConfigError, match=f"{next(iter(wrong))}=.*: must be numbers from 0 on, one for each of the 2"
+        ):
+            read_choices("vllm", [good, good], model, 4, **wrong)
+    with pytest.raises(ConfigError, match="record 0 is of 5 tokens, but rows have 4"):
+        read_choices("vllm", [good], model, 4, tokens=[5])
     refused(r"the record has shape \[4, 3, 2\], must be \[batch, layers, length, 2\]", good, "tunix")
