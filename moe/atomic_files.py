@@ -11,11 +11,10 @@ import os
 import re
 import stat
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from etils import epath
 
 from moe.fields import ConfigError
@@ -70,13 +69,6 @@ def write_figure(path: epath.Path | Path, figure: Any, dpi: int, **options: Any)
     """Write a figure of matplotlib as PNG, as :func:`write_atomic` does."""
     content = io.BytesIO()
     figure.savefig(content, dpi=dpi, format="png", **options)
-    write_atomic(path, content.getvalue())
-
-
-def write_arrays(path: epath.Path | Path, arrays: Mapping[str, Any]) -> None:
-    """Write arrays as a compressed npz file, as :func:`write_atomic` does."""
-    content = io.BytesIO()
-    np.savez_compressed(content, **arrays)
     write_atomic(path, content.getvalue())
 
 

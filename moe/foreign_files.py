@@ -1,14 +1,11 @@
-"""Readers of JSON and npz files that a crash, an edit or another program may have changed; an error is one sentence."""
+"""Readers of JSON files that a crash, an edit or another program may have changed; an error is one sentence."""
 
 from __future__ import annotations
 
 import json
 import os
-import zipfile
-import zlib
 from typing import Annotated, Any, NoReturn
 
-import numpy as np
 import pydantic
 
 from moe.config import ConfigError, read_small_file
@@ -68,53 +65,6 @@ def read_rows(path: str | os.PathLike[str], schema: pydantic.TypeAdapter[Json]) 
 def read_object(path: str | os.PathLike[str]) -> Json:
     """Read a JSON object with any fields. Raises ConfigError; see :func:`read_json`."""
     return read_json(path, _OBJECT)
-
-
-#: Limit of the unpacked size: this many bytes, or this multiple of the file's size if that is more.
-_UNPACKED, _RATIO = 1 << 28, 100
-
-
-def read_arrays(path: str | os.PathLike[str], name: str = "") -> dict[str, np.ndarray]:
-    """The arrays of an npz file, which are numbers or booleans.
-
-    Args:
-        path: local.
-        name: of the file in messages; empty: its path.
-
-    Raises:
-        ConfigError: no such file, not an npz file, arrays of another type, or arrays that would fill the memory.
-    """
-    name = name or os.fspath(path)
-    if not os.path.isfile(path):  # reading a FIFO waits for ever
-        raise ConfigError(f"{name}: {'is not a regular file' if os.path.lexists(path) else 'no such file'}")
-    try:
-        with zipfile.ZipFile(path) as packed:
-            members = [member.filename for member in packed.infolist()]
-            size = sum(member.file_size for member in packed.infolist())
-        if size > max(_UNPACKED, _RATIO * os.path.getsize(path)):
-            raise ValueError(f"it would unpack to {size:,} bytes")
-        if len(set(members)) < len(members):
-            raise ValueError("two arrays have one name")
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
-            arrays = {key: archive[key] for key in archive.files}
-    except (
-        OSError,
-        ValueError,
-        LookupError,
-        TypeError,
-        EOFError,
-        RuntimeError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
-        raise ConfigError(f"{name}: not a readable npz file of arrays ({first_sentence(error)})") from error
-    except MemoryError as error:
-        raise ConfigError(f"{name}: has an array that does not fit into memory") from error
-    for key, array in arrays.items():
-        if not isinstance(array, np.ndarray) or array.dtype.kind not in "biuf":
-            kind = getattr(array, "dtype", type(array).__name__)
-            raise ConfigError(f"{name}: {key} is of type {kind}, must be real numbers or booleans")
-    return arrays
 
 
 def loads(content: bytes | str) -> Any:

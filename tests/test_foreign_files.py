@@ -14,9 +14,9 @@ from moe.checkpoints import pinned, workdir
 from moe.config import Config, ConfigError, inherit_model, to_dict
 from moe.config.parse import to_config_dict
 from moe.fields import whole_number
-from moe.foreign_files import read_arrays
 from moe.lab.loading import load_suite
 from moe.metrics_files import read_rows
+from moe.npz_files import read_arrays
 from moe.planner import calibration, differences, kept_plans, scaling
 from moe.planner.arithmetic import Flops
 from moe.planner.compiled import CompiledStep, Memory

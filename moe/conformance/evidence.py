@@ -15,11 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from moe.atomic_files import write_arrays
 from moe.config import ConfigError, MeshConfig
 from moe.conformance.diagnosis import QUANTITIES
 from moe.conformance.equations import Layer, Rule
-from moe.foreign_files import read_arrays
+from moe.npz_files import read_arrays, write_arrays
 from moe.parallel.mesh import make_mesh, parse_sizes
 
 INPUTS = ("x", "mask", "router", "router_logits", "up", "gate", "gate_up", "down", "bias", "cotangent")

@@ -12,12 +12,12 @@ import numpy as np
 import pydantic
 from flax import nnx
 
-from moe.atomic_files import write_arrays
 from moe.config import Config, ConfigError, ModelConfig, to_dict
 from moe.config.parse import from_workdir_dict
-from moe.foreign_files import Amount, Fields, kept_whole, parse, read_arrays
+from moe.foreign_files import Amount, Fields, kept_whole, parse
 from moe.models.factory import abstract_parameters, abstract_selection_biases
 from moe.models.stack import restack_layers, unstack_layers
+from moe.npz_files import read_arrays, write_arrays
 from moe.playground import supported
 
 #: Path of a parameter in its block, or outside the blocks → its name in the page, and the axes of a row's values.

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +13,8 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float
 
-from moe.atomic_files import write_arrays
-from moe.fields import ConfigError, raised_as_errors
+from moe.fields import LARGEST, ConfigError, raised_as_errors
+from moe.npz_files import read_arrays, write_arrays
 from moe.routing.interface import ROUTES, Gate, GateInputs, GateOutput
 
 
@@ -78,20 +76,23 @@ def load_routing(path: str) -> Routing | Choices:
     """Read a file of :func:`save_routing`, or of another program with the arrays of :class:`Choices`.
 
     Raises:
-        ConfigError: it holds something else.
+        ConfigError: it holds something else; see also :func:`moe.npz_files.read_arrays`.
     """
-    try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-        experts, chosen = arrays["expert_index"], arrays["chosen"]
-        if experts.dtype.kind not in "iu" or chosen.dtype.kind != "b" or experts.ndim < 3 or (experts < 0).any():
-            raise ValueError("expert_index must be integers from 0 on, [G,S,K] or [L,G,S,K]; chosen must be booleans")
-        if chosen.shape != experts.shape:
-            raise ValueError(f"chosen must be of expert_index's shape {experts.shape}, not {chosen.shape}")
-        kind = Choices if arrays.keys() == {"expert_index", "chosen"} else Routing
-        return kind(**{name: jnp.asarray(array) for name, array in arrays.items()})
-    except (ValueError, TypeError, LookupError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ConfigError(f"{path}: not the arrays of a routing, or of choices ({error})") from error
+    arrays = read_arrays(path)
+    where = f"{path}: not the arrays of a routing, or of choices"
+    kind = Choices if arrays.keys() == {"expert_index", "chosen"} else Routing
+    fields = dataclasses.fields(kind)
+    needed = {field.name for field in fields if field.default is dataclasses.MISSING}
+    if wrong := sorted((needed - arrays.keys()) | (arrays.keys() - {field.name for field in fields})):
+        raise ConfigError(f"{where}: {wrong[0]} is {'not one of them' if wrong[0] in arrays else 'missing'}")
+    experts, chosen = arrays["expert_index"], arrays["chosen"]
+    if experts.dtype.kind not in "iu" or chosen.dtype.kind != "b" or experts.ndim not in (3, 4):
+        raise ConfigError(f"{where}: expert_index must be integers [G,S,K] or [L,G,S,K], and chosen booleans")
+    if experts.size and not (int(experts.min()) >= 0 and int(experts.max()) <= LARGEST):
+        raise ConfigError(f"{where}: expert_index must be from 0 to {LARGEST}")
+    if chosen.shape != experts.shape:
+        raise ConfigError(f"{where}: chosen must be of expert_index's shape {experts.shape}, not {chosen.shape}")
+    return kind(**{name: jnp.asarray(array) for name, array in arrays.items()})
 
 
 def route(

@@ -1,6 +1,7 @@
 """Recorded experts with weights recomputed by the router: values, gradients, files, refusals."""
 
 import dataclasses
+import os
 
 import jax
 import jax.numpy as jnp
@@ -71,8 +72,26 @@ def test_the_router_keeps_its_gradient_and_files_hold_everything(rng, tmp_path):
     np.savez(tmp_path / "negative.npz", expert_index=index - 8, chosen=chosen)
     np.savez(tmp_path / "numbers.npz", expert_index=index, chosen=chosen.astype(int))
     np.savez(tmp_path / "other_shape.npz", expert_index=index, chosen=chosen[..., :1])
-    for name in ("damaged", "no_routing", "fractions", "negative", "numbers", "other_shape"):
-        with pytest.raises(ConfigError, match=rf"{name}\.npz: not the arrays of a routing, or of choices"):
+    np.savez(tmp_path / "wrapping.npz", expert_index=np.full(index.shape, 1 << 40, np.uint64), chosen=chosen)
+    np.savez(tmp_path / "flat.npz", expert_index=index[0, 0], chosen=chosen[0, 0])
+    np.savez(
+        tmp_path / "unknown.npz",
+        **{**dataclasses.asdict(recorded), "smooth_load": index / 2, "needed_bias": index / 2, "more": index},
+    )
+    os.mkfifo(tmp_path / "pipe.npz")  # reading it would wait for ever
+    for name, says in (
+        ("damaged", "not a readable npz file"),
+        ("pipe", "is not a regular file"),
+        ("no_routing", "broken is missing"),
+        ("unknown", "more is not one of them"),
+        ("fractions", "expert_index must be integers"),
+        ("flat", "expert_index must be integers"),
+        ("negative", "expert_index must be from 0 to"),
+        ("wrapping", "expert_index must be from 0 to 2147483647"),
+        ("numbers", "and chosen booleans"),
+        ("other_shape", "must be of expert_index's shape"),
+    ):
+        with pytest.raises(ConfigError, match=rf"{name}\.npz: .*{says}"):
             load_routing(str(tmp_path / f"{name}.npz"))
     np.savez(tmp_path / "other.npz", expert_index=recorded.expert_index, chosen=recorded.chosen)
     jax.tree.map(np.testing.assert_array_equal, load_routing(str(tmp_path / "other.npz")), choices)
