@@ -8,7 +8,7 @@ Model and tokenizer are the checkpoint's. The balance losses keep the weights of
 
 import ml_collections
 
-from configs import base
+from moe.configs import base
 
 
 def get_config() -> ml_collections.ConfigDict:

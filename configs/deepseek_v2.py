@@ -3,6 +3,6 @@
 It was neither compiled for a pod nor trained here.
 """
 
-from configs import published
+from moe.configs import published
 
 get_config = published.config_of("deepseek_v2")

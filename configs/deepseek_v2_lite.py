@@ -8,6 +8,6 @@ Plan it without a TPU, then run the same line on one:
 It was never trained here.
 """
 
-from configs import published
+from moe.configs import published
 
 get_config = published.config_of("deepseek_v2_lite")

@@ -5,7 +5,7 @@ python main.py --config=configs/dense.py --workdir=/tmp/dense
 
 import ml_collections
 
-from configs import base
+from moe.configs import base
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -9,7 +9,7 @@ The student starts with the teacher's weights except for the experts, and uses i
 
 import ml_collections
 
-from configs import base
+from moe.configs import base
 
 
 def get_config() -> ml_collections.ConfigDict:

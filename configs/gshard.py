@@ -8,7 +8,7 @@ configs/switch.py, and the active ones those of configs/dense.py.
 
 import ml_collections
 
-from configs import base
+from moe.configs import base
 
 
 def get_config() -> ml_collections.ConfigDict:

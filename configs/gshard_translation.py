@@ -11,8 +11,8 @@ import re
 
 import ml_collections
 
-from configs import t5
 from moe.config import ConfigError
+from moe.configs import t5
 
 SIZES = tuple(f"{experts}e{layers}l" for layers in (12, 36) for experts in (128, 512, 2048))
 

@@ -8,6 +8,6 @@ Plan it without accelerators, then run the same line on them:
 It was never trained here.
 """
 
-from configs import published
+from moe.configs import published
 
 get_config = published.config_of("kimi_k2")

@@ -8,6 +8,6 @@ Plan it without a TPU, then run the same line on one:
 docs/pods.md has what the compiler says about it (time, memory, exchanges); it was never trained here.
 """
 
-from configs import published
+from moe.configs import published
 
 get_config = published.config_of("mixtral_8x7b")

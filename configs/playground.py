@@ -9,7 +9,7 @@ tokens, 4.1M in all: about nine minutes on one idle CPU core.
 
 import ml_collections
 
-from configs import mixtral
+from moe.configs import mixtral
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -8,7 +8,7 @@ Model and tokenizer are the checkpoint's. With policy.kl above 0, distill.teache
 
 import ml_collections
 
-from configs import base
+from moe.configs import base
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -8,7 +8,7 @@ Model and tokenizer are the checkpoint's, which is the reference too.
 
 import ml_collections
 
-from configs import chat
+from moe.configs import chat
 
 
 def get_config() -> ml_collections.ConfigDict:

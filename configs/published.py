@@ -9,7 +9,7 @@ from typing import Any
 
 import ml_collections
 
-from configs import base
+from moe.configs import base
 
 #: (vocabulary, D, layers, heads, key/value heads, head dim, F of a dense FFN)
 SIZES: dict[str, tuple[int, ...]] = {

@@ -9,7 +9,7 @@ drops none, for about a fifth more CPU time per step.
 
 import ml_collections
 
-from configs import mixtral
+from moe.configs import mixtral
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -8,6 +8,6 @@ Plan it without a TPU, then run the same line on one:
 docs/hybrid.md says what its program for 64 H100s needs; it was not trained here.
 """
 
-from configs import published
+from moe.configs import published
 
 get_config = published.config_of("qwen3_next_80b_a3b")

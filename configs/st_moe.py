@@ -5,8 +5,8 @@ python scripts/plan_pod.py --config=configs/st_moe.py:32b --topology=v4:8x8x16
 
 import ml_collections
 
-from configs import t5
 from moe.config import ConfigError
+from moe.configs import t5
 
 #: name: (layers of each stack, D, F, heads, head dim), experts
 SIZES = {"l": ((27, 1024, 2816, 16, 64), 32), "32b": ((27, 5120, 20480, 64, 128), 64)}

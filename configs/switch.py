@@ -8,7 +8,7 @@ the router's (0.1 %).
 
 import ml_collections
 
-from configs import base
+from moe.configs import base
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -8,7 +8,7 @@ The report ends with blanks that the model filled. For a dense T5 of equal FLOPs
 
 import ml_collections
 
-from configs import base
+from moe.configs import base
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -9,8 +9,8 @@ table says 64, but only 128 give its 395B. A group is a row; the paper's groups 
 
 import ml_collections
 
-from configs import t5
 from moe.config import ConfigError
+from moe.configs import t5
 
 BASE = (12, 768, 3072, 12, 64)
 #: name: (layers of each stack, D, F, heads, head dim), activation, experts, MoE every, separate output matrix

@@ -8,8 +8,8 @@ paper's: span corruption of 512 tokens, Adafactor, 0.01 for 10,000 steps, then r
 
 import ml_collections
 
-from configs import base
 from moe.config import ConfigError
+from moe.configs import base
 
 #: name: (layers of each stack, D, F, heads, head dim)
 SIZES = {

@@ -7,7 +7,7 @@
 
 import ml_collections
 
-from configs import mixtral
+from moe.configs import mixtral
 
 
 def get_config() -> ml_collections.ConfigDict:

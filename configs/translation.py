@@ -8,7 +8,7 @@
 
 import ml_collections
 
-from configs import switch_t5
+from moe.configs import switch_t5
 
 
 def get_config() -> ml_collections.ConfigDict:

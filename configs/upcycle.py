@@ -10,7 +10,7 @@ of the experts; --config.start.optimizer=carry takes over Adam's moments.
 
 import ml_collections
 
-from configs import base
+from moe.configs import base
 
 
 def get_config() -> ml_collections.ConfigDict:

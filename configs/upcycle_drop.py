@@ -9,7 +9,7 @@ share (the paper's best is 0.5); 0 is configs/upcycle.py.
 
 import ml_collections
 
-from configs import upcycle
+from moe.configs import upcycle
 
 
 def get_config() -> ml_collections.ConfigDict:

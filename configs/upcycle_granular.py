@@ -10,7 +10,7 @@ sum to 1, the down matrices are multiplied by 4. For another dense FFN set --con
 
 import ml_collections
 
-from configs import upcycle
+from moe.configs import upcycle
 
 
 def get_config() -> ml_collections.ConfigDict:

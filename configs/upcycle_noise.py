@@ -9,7 +9,7 @@ The noise breaks the symmetry of the experts, which the router alone would have 
 
 import ml_collections
 
-from configs import upcycle
+from moe.configs import upcycle
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -10,7 +10,7 @@ the symmetry of the groups.
 
 import ml_collections
 
-from configs import upcycle_granular
+from moe.configs import upcycle_granular
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -7,6 +7,7 @@ import pathlib
 
 from sphinx.application import Sphinx
 
+from moe import shipped
 from moe.analysis import explorer
 from moe.playground.packed import read
 from moe.playground.page import render
@@ -68,9 +69,9 @@ def escape_bars(app: object, what: str, name: str, item: object, options: object
 
 
 def write_pages(app: Sphinx, error: Exception | None) -> None:
-    """Make the pages of docs/playground.npz and docs/routing_explorer.json beside the site's own."""
+    """Make the pages of the shipped model to play with and of docs/routing_explorer.json beside the site's own."""
     if error is None and app.builder.format == "html":
-        pathlib.Path(app.outdir, "play.html").write_text(render(read(DOCS / "playground.npz")))
+        pathlib.Path(app.outdir, "play.html").write_text(render(read(shipped.PLAYGROUND)))
         explored = (DOCS / "routing_explorer.json").read_text()
         pathlib.Path(app.outdir, "routing_explorer.html").write_text(explorer.render(explored))
 

@@ -6,6 +6,7 @@ docs/api.md describes the public names. They are imported when first used: ``imp
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -67,10 +68,12 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return importlib.metadata.version("moe-jax")
     if name not in _MODULES:
         raise AttributeError(f"module 'moe' has no attribute {name!r}; its public names are {', '.join(__all__)}")
     return getattr(importlib.import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, "__version__"})

@@ -23,7 +23,8 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from moe import process
+import moe
+from moe import process, shipped
 from moe.atomic_files import first_line, is_bucket_error
 from moe.config import (
     Config,
@@ -67,8 +68,8 @@ _command_line: list[str] = []
 def define_config(default: os.PathLike[str] | None = None) -> flags.FlagHolder:
     """Define the flag --config=FILE, whose fields --config.x.y=value overrides."""
     explanation = (
-        "A file of configs/, or a run's config.json. --config.SECTION.FIELD=VALUE overrides any setting of "
-        "docs/settings.md, as --config.model.moe.num_experts=16 does."
+        "Name of a config (`moe configs` lists them), a file with get_config(), or a run's config.json. "
+        "--config.SECTION.FIELD=VALUE overrides any setting, as --config.model.moe.num_experts=16 does."
     )
     if default is not None:
         _default_config[:] = [os.fspath(default)]
@@ -176,6 +177,9 @@ def run(main: Callable[[], None], required: tuple[str, ...] = (), examples: tupl
     if any(argument.lstrip("-").partition("=")[0] in _HELP for argument in sys.argv[1:] if argument.startswith("-")):
         with process.closed_output_exits():
             print(help_text(main.__module__, required, examples), flush=True)
+        sys.exit(0)
+    if "--version" in sys.argv[1:]:
+        print(f"moe-jax {moe.__version__}")
         sys.exit(0)
     process.raise_on_stop_signals()
     process.harden_streams()
@@ -340,18 +344,23 @@ def _with_config_file(argv: list[str], required: Sequence[str]) -> list[str]:
         path = os.fspath(epath.Path(os.path.expanduser(workdir)) / "config.json")
         if not epath.Path(path).exists():
             raise ConfigError(
-                f"--config is needed: --workdir={workdir} holds no run to continue (no config.json). Give a file of "
-                "configs/, as --config=configs/quickstart.py; --help shows examples"
+                f"--config is needed: --workdir={workdir} holds no run to continue (no config.json). Give a name of "
+                "`moe configs`, as --config=quickstart, or a file; --help shows examples"
             )
         return [*argv, f"--config={run_config.__file__}:{path}"]
     if path.endswith(".json") and epath.Path(path).exists():
         given = f"--config={run_config.__file__}:{path}"
         program, *rest = without_flags(argv, "config")
         return [program, given, *rest]
-    file = path.partition(":")[0]
+    found = shipped.find(path)
+    file = found.partition(":")[0]
     if file and not os.path.isfile(file):
         near = _nearest_file(file)
-        raise ConfigError(f"--config={path}: no such file{f'; did you mean {near}?' if near else ''}")
+        hint = f"did you mean {near}?" if near else "`moe configs` lists the names of those that are installed"
+        raise ConfigError(f"--config={path}: no such file; {hint}")
+    if found != path:
+        program, *rest = without_flags(argv, "config")
+        return [program, f"--config={found}", *rest]
     return argv
 
 
@@ -381,11 +390,11 @@ def without_flags(argv: list[str], *names: str) -> list[str]:
 
 
 def _nearest_file(path: str) -> str | None:
-    """The config file with the most similar name, of the same folder or of configs/; None: none is similar."""
+    """The config with the most similar name, of the same folder or installed; None: none is similar."""
     if os.path.isdir(path):
         inside = os.path.join(path, "config.json")
         return inside if os.path.isfile(inside) else None
-    folders = (Path(path).parent, Path("configs"), Path("configs/ablations"))
-    stems = {file.stem: str(file) for folder in reversed(folders) for file in sorted(folder.glob("*.py"))}
-    near = difflib.get_close_matches(Path(path).stem, [name for name in stems if name != "__init__"], n=1)
+    stems = {file.stem: str(file) for file in sorted(Path(path).parent.glob("*.py")) if file.stem != "__init__"}
+    stems |= {name: name for name in shipped.describe()}
+    near = difflib.get_close_matches(Path(path).stem, list(stems), n=1)
     return stems[near[0]] if near else None

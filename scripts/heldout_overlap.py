@@ -1,43 +1,9 @@
-"""python scripts/heldout_overlap.py --config=configs/quickstart.py: overlap of held-out text with training text.
+"""Measure the overlap of held-out text with training text: python scripts/heldout_overlap.py.
 
-Prints for each domain the share of held-out characters in lines (of at least 40 characters) that training text has too,
-and the share in the document with the largest overlap. Reads every training document once.
+The program is moe/programs/heldout_overlap.py, also the command moe overlap.
 """
 
-from pathlib import Path
-
-from moe import process
+from moe.commands import start
 
 if __name__ == "__main__":
-    process.prepare()  # before JAX is imported; may restart this program
-
-from moe import cli
-
-_CONFIG = cli.define_config(Path(__file__).parents[1] / "configs" / "quickstart.py")
-
-
-def main() -> None:
-    """Print a line per domain."""
-    from moe.data import pipeline
-    from moe.data.overlap import line_overlap
-
-    config = cli.load_config(_CONFIG)
-    prepared = pipeline.prepare_run(config)
-    for domain in prepared.domains:
-        counts = line_overlap(list(prepared.heldout[domain]), prepared.train[domain])
-        shared, total = (sum(column) for column in zip(*counts, strict=True))
-        largest = max(part / max(whole, 1) for part, whole in counts)
-        print(
-            f"{domain}: {len(counts)} held-out documents, {shared / max(total, 1):.1%} of their text in lines that "
-            f"training text has too; at most {largest:.1%} of one document"
-        )
-
-
-if __name__ == "__main__":
-    cli.run(
-        main,
-        examples=(
-            "python scripts/heldout_overlap.py --config=configs/quickstart.py",
-            "python scripts/heldout_overlap.py --config=/tmp/quickstart/config.json",
-        ),
-    )
+    start("heldout_overlap")

@@ -31,4 +31,11 @@ fi
 extras=
 [ "${1:-}" = dev ] && extras="[dev]"
 echo "install: $("$python" --version), this package$extras into .venv" >&2
-.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".$extras"
+.venv/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e ".$extras" |
+    awk '/^(Collecting|Downloading|Installing|Building)/ { print "install: " substr($0, 1, 72); fflush() }' >&2
+version=$(cd / && "$OLDPWD/.venv/bin/moe" --version) || {
+    echo "install: .venv/bin/moe does not start; another package named moe may be in .venv. Remove .venv and try again" >&2
+    exit 1
+}
+echo "install: $version is ready. Next, for a first model in a few minutes:" >&2
+echo "  .venv/bin/moe train --config=quickstart --workdir=/tmp/quickstart" >&2

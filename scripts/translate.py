@@ -1,67 +1,9 @@
-"""python scripts/translate.py --workdir=WORKDIR: BLEU of the likeliest translations of held-out pairs.
+"""Score translations of a run on pairs: python scripts/translate.py.
 
-WORKDIR belongs to a run with data.objective=pairs. Needs sacrebleu (pip install "moe-jax[translation]"). The signature
-printed with a score says how it was computed.
+The program is moe/programs/translate.py, also the command moe translate.
 """
 
-from moe import process
+from moe.commands import start
 
 if __name__ == "__main__":
-    process.prepare()  # before JAX is imported; may restart this program
-
-from absl import flags
-
-from moe import cli
-
-_WORKDIR = cli.WorkdirFlags()
-_ROWS = flags.DEFINE_integer("rows", 500, "Pairs per domain, the first of the held-out ones.", lower_bound=1)
-_SHOW = flags.DEFINE_integer("show", 5, "Pairs to print per domain.", lower_bound=0)
-
-
-def main() -> None:
-    """Translate, score and print."""
-    import jax
-    import numpy as np
-
-    from moe.config import ConfigError
-    from moe.data import objectives
-    from moe.data.documents import PAIR
-    from moe.models import sampling
-    from moe.training.open_run import open_workdir
-
-    try:
-        from sacrebleu.metrics.bleu import BLEU
-    except ImportError as error:
-        raise ConfigError("scripts/translate.py needs sacrebleu; install it with pip install sacrebleu") from error
-    opened = open_workdir(_WORKDIR.path, _WORKDIR.instead)
-    config, tokenizer = opened.program.config, opened.prepared.tokenizer
-    if config.data.objective != "pairs":
-        raise ConfigError(f"data.objective={config.data.objective!r}: must be pairs")
-    options = sampling.Sampling(temperature=0, stop_tokens=(tokenizer.eos_id,), start_token=tokenizer.pad_id)
-    with jax.set_mesh(opened.program.mesh):
-        variables = opened.variables(_WORKDIR.step)
-        for domain in opened.prepared.domains:
-            documents = opened.prepared.heldout[domain]
-            texts = [documents[i] for i in range(min(int(_ROWS.value or 0), len(documents)))]
-            rng = np.random.default_rng(0)  # pairs need none
-            prompts = [objectives.examples(text, rng, config.data, tokenizer)[0]["encoder"] for text in texts]
-            length = config.data.sequence_length
-            written = sampling.sample(config.model, variables, prompts, length, options)
-            sources, references = zip(*(text.split(PAIR) for text in texts), strict=True)
-            translations = [tokenizer.decode(ids) for ids in written]
-            metric = BLEU()
-            score = metric.corpus_score(translations, [references])
-            print(f"{domain}: {score} on {len(texts)} pairs; {metric.get_signature()}")
-            for shown in list(zip(sources, translations, references, strict=True))[: _SHOW.value]:
-                print("  " + " | ".join(shown))
-
-
-if __name__ == "__main__":
-    cli.run(
-        main,
-        required=("workdir",),
-        examples=(
-            "python scripts/translate.py --workdir=/tmp/translation",
-            "python scripts/translate.py --workdir=/tmp/translation --rows=100 --show=0",
-        ),
-    )
+    start("translate")

@@ -5,7 +5,7 @@ import math
 import re
 from pathlib import Path
 
-from configs import base as defaults
+from moe.configs import base as defaults
 from moe.lab import identity
 from moe.lab.claims import registration
 from moe.lab.claims.registration import Claim, Part

@@ -1,6 +1,7 @@
 """Command lines: which config file is loaded, what --help shows, and messages about what is missing."""
 
 import ast
+import importlib.metadata
 import json
 import os
 import re
@@ -12,10 +13,11 @@ from pathlib import Path
 import jax
 import pytest
 
-from configs import mixtral, switch
-from moe import cli, commands
+import moe
+from moe import cli, commands, shipped
 from moe.config import ConfigError, inherit_model, run_config, to_dict
 from moe.config.parse import assigned_fields, from_config_dict
+from moe.configs import mixtral, switch
 from moe.interop.hub_cache import find_source
 
 ROOT = Path(__file__).parents[1]
@@ -25,9 +27,9 @@ NEEDED = ("config", "workdir")
 @pytest.mark.parametrize(
     ("name", "nearest"),
     [
-        ("configs/mixtrl.py", "configs/mixtral.py"),
-        ("mixtral", "configs/mixtral.py"),
-        ("configs/capacity_facto.py", "configs/ablations/capacity_factor.py"),
+        ("configs/mixtrl.py", "mixtral"),
+        ("mixtrl", "mixtral"),
+        ("configs/ablations/widht.py", "configs/ablations/width.py"),
     ],
 )
 def test_a_missing_config_file_is_refused_with_the_nearest_name(name, nearest, monkeypatch):
@@ -38,7 +40,7 @@ def test_a_missing_config_file_is_refused_with_the_nearest_name(name, nearest, m
 
 def test_a_name_unlike_any_config_gets_no_suggestion(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match=r"--config=zzz\.py: no such file$"):
+    with pytest.raises(ConfigError, match=r"--config=zzz\.py: no such file; `moe configs` lists the names"):
         cli._with_config_file(["main.py", "--config", "zzz.py"], NEEDED)
 
 
@@ -87,7 +89,7 @@ def test_help_shows_required_flags_then_options_examples_and_exit_codes():
     parts = ["\nneeded", "  --config=FILE", "  --workdir", "\noptions", "  --change", "\nexamples", "\nexit codes"]
     places = [shown.stdout.index(part) for part in parts]
     assert places == sorted(places)
-    assert shown.stdout.count("python main.py --") >= 3
+    assert shown.stdout.count("moe train --") >= 3
 
 
 def test_flags_are_removed_with_their_values():
@@ -144,15 +146,70 @@ def test_a_model_name_is_resolved_in_the_hub_cache(tmp_path, monkeypatch):
         find_source("org/other")
 
 
+def test_a_name_stands_for_an_installed_config_in_any_folder(tmp_path, monkeypatch):
+    """A file of the same name in the folder has priority."""
+    monkeypatch.chdir(tmp_path)
+    path = str(shipped.CONFIGS / "mixtral_8x7b.py")
+    for words in (["--config=mixtral_8x7b:v5p-128"], ["--config", "mixtral_8x7b:v5p-128"]):
+        given = cli._with_config_file(["main.py", *words, "--workdir=x"], NEEDED)
+        assert given == ["main.py", f"--config={path}:v5p-128", "--workdir=x"]
+    assert shipped.find("mixtral_8x7b") == path
+    assert shipped.short(f"{path}:v5p-128") == "mixtral_8x7b:v5p-128"
+    for other in ("nowhere", "configs/mixtral.py", "mine.py:8", "capacity_factor"):
+        assert shipped.find(other) == shipped.short(other) == other
+    assert shipped.find("capacity_factor:8", shipped.SUITES) == f"{shipped.SUITES / 'capacity_factor.py'}:8"
+    (tmp_path / "mixtral").mkdir()
+    assert shipped.find("mixtral") == "mixtral"
+
+
+def test_every_installed_config_and_suite_is_listed_with_a_sentence():
+    for folder, module in ((shipped.CONFIGS, "get_config"), (shipped.SUITES, "get_suite")):
+        listed = shipped.describe(folder)
+        files = {path.stem: path.read_text() for path in folder.glob("*.py")}
+        assert {name for name, text in files.items() if f"\n{module} =" in text or f"def {module}(" in text} == {
+            *listed
+        }
+        assert all(sentence.endswith((".", ")")) for sentence in listed.values())
+    shown = subprocess.run(
+        [sys.executable, "-m", "moe", "configs"], capture_output=True, text=True, check=True, cwd="/"
+    )
+    assert "\n  mixtral_8x7b " in shown.stdout
+    assert "\n  capacity_factor " in shown.stdout
+
+
 def test_every_command_is_a_program_and_an_entry_point():
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
-    assert {name.removeprefix("moe-") for name in scripts} == set(commands.COMMANDS)
+    assert scripts.pop("moe") == "moe.commands:main"
     for name, target in scripts.items():
-        started = getattr(commands, target.partition(":")[2])
-        assert started.args == (commands.COMMANDS[name.removeprefix("moe-")],)
+        program, _ = commands.COMMANDS[name.removeprefix("moe-")]
+        assert getattr(commands, target.partition(":")[2]).args == (program,)
+    programs = {path.stem for path in (ROOT / "moe" / "programs").glob("*.py")} - {"__init__"}
+    assert {program for program, _ in commands.COMMANDS.values()} == programs
     shown = subprocess.run([sys.executable, "-m", "moe", "trian"], cwd=ROOT, capture_output=True, text=True)
-    assert (shown.returncode, shown.stderr.split(": ")[0]) == (1, "usage")
-    assert all(name in shown.stderr for name in commands.COMMANDS)
+    assert (shown.returncode, shown.stderr) == (1, "error: moe trian: no such command; did you mean train?\n")
+
+
+def test_the_version_is_that_of_the_installed_distribution():
+    assert moe.__version__ == importlib.metadata.version("moe-jax")
+    for words in (["-m", "moe"], ["main.py"]):
+        shown = subprocess.run([sys.executable, *words, "--version"], cwd=ROOT, capture_output=True, text=True)
+        assert (shown.returncode, shown.stdout) == (0, f"moe-jax {moe.__version__}\n")
+
+
+def test_another_distribution_with_a_package_of_the_same_name_is_named(tmp_path, monkeypatch):
+    """Two distributions that write into one folder overwrite each other's files."""
+    for name, file in (("Other-MoE", "moe/__init__.py"), ("moe-jax", "moe/__init__.py"), ("fine", "moest/__init__.py")):
+        folder = tmp_path / f"{name}-1.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n")
+        (folder / "RECORD").write_text(f"{file},,\n")
+    installed = [*importlib.metadata.distributions(path=[str(tmp_path)])]
+    assert len(installed) == 3
+    assert commands.other_owners(installed) == ["Other-MoE"]
+    monkeypatch.setattr(importlib.metadata, "distributions", lambda: installed)
+    monkeypatch.setattr(moe, "__all__", ["theirs"])
+    with pytest.raises(SystemExit, match=r"Other-MoE also installs a top-level package moe, in .*; keep it in another"):
+        commands.start("train")
 
 
 def test_programs_with_required_flags_have_two_examples():

@@ -27,7 +27,8 @@ API, WALK = ROOT / "docs" / "api.md", ROOT / "docs" / "walk.md"
 
 def test_programs_import_only_what_is_installed():
     """An installation provides only `moe`; beside main.py, and under pytest, the other folders can be imported too."""
-    for path in (ROOT / "main.py", *(ROOT / "scripts").glob("*.py"), *(ROOT / "moe").rglob("*.py")):
+    folders = ("scripts", "moe", "configs")
+    for path in (ROOT / "main.py", *(path for folder in folders for path in (ROOT / folder).rglob("*.py"))):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []

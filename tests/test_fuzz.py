@@ -14,9 +14,9 @@ from typing import Any
 import jax
 import pytest
 
-from configs import base
 from moe.config import to_dict
 from moe.config.registry import LAYERS
+from moe.configs import base
 from tests import fuzz_values
 from tests.fuzz_helpers import set_field, steps_or_sentence, trains_or_refuses
 from tests.run_helpers import ONE, tiny

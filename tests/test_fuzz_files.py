@@ -17,8 +17,8 @@ from etils import epath
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from configs import base
 from moe.config import Config, ConfigError, DataConfig, OptimizerConfig, TrainConfig, to_dict
+from moe.configs import base
 from moe.data import folders
 from moe.interop import export_checkpoint, import_checkpoint
 from moe.parallel.mesh import make_mesh

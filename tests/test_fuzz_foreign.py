@@ -161,7 +161,7 @@ def test_claims(field, value, content):
 
 
 SUITE_FILE = """
-from configs import base
+from moe.configs import base
 from moe.lab.suite import Comparison, Suite, Sweep, Variant
 
 def get_suite(size):

@@ -22,10 +22,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from configs import base
 from moe.checkpoints.integrity import checksums
 from moe.config import Config, ConfigError, OptimizerConfig
 from moe.config.parse import from_config_dict
+from moe.configs import base
 from moe.metric_writers import find_writers
 from moe.routing.interface import Gate, GateInputs, GateOutput, RouterState, top_k
 from moe.routing.routing import probe, route

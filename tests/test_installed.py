@@ -244,7 +244,7 @@ SHORT_RUNS = {
     "scripts/mfu.py": (f"{TINY} --steps=3", "MFU"),
     "scripts/conform.py": ("--layer=nowhere:layer", "no module 'nowhere'"),
     "scripts/surgery.py": ("--workdir=nowhere --out=new --split=2", "nowhere/config.json"),
-    "scripts/playground.py": ("--output=page.html", "give one of --workdir and --packed"),
+    "scripts/playground.py": ("--output=page.html", "8 experts"),
     "scripts/diff.py": ("--workdir=nowhere", "nowhere/config.json"),
     "scripts/conformance.py": ("--help", "--layers"),
     "scripts/count_params.py": ("", "mixtral_8x7b"),

@@ -6,7 +6,7 @@ python scripts/ablate.py --suite=configs/ablations/balancing.py --workdir=/tmp/l
 import dataclasses
 from typing import Any
 
-from configs.ablations import common
+from moe.configs.ablations import common
 from moe.lab.suite import Comparison, Suite, Variant
 
 _GATES = {"mixtral": "Mixtral's softmax gate", "deepseek_v3": "DeepSeek-V3's sigmoid gate without groups"}

@@ -5,8 +5,8 @@ python scripts/ablate.py --suite=configs/ablations/capacity_factor.py --workdir=
 Shares the runs at factor 1.25 with switch_vs_mixtral.py in the same workdir.
 """
 
-from configs.ablations import common
-from configs.ablations.switch_vs_mixtral import SAME
+from moe.configs.ablations import common
+from moe.configs.ablations.switch_vs_mixtral import SAME
 from moe.lab.suite import Comparison, Suite, Variant
 
 FACTORS = (0.75, 1.0, 1.25, 2.0)

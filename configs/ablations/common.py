@@ -12,8 +12,8 @@ from typing import Any
 
 import ml_collections
 
-from configs import base as defaults
 from moe.config.registry import find_gate
+from moe.configs import base as defaults
 from moe.lab.suite import Suite, Sweep
 
 #: What a comparison holds equal if its arms differ in the routing rule alone.

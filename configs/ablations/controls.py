@@ -6,8 +6,8 @@ Shares the runs of dense, top1_free and top2_free with switch_vs_mixtral.py in t
 on one idle CPU core, dense_x8 about 30.
 """
 
-from configs.ablations import common
-from configs.ablations.switch_vs_mixtral import two_by_two
+from moe.configs.ablations import common
+from moe.configs.ablations.switch_vs_mixtral import two_by_two
 from moe.lab.suite import Comparison, Suite, Variant
 
 

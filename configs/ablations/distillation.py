@@ -3,7 +3,7 @@
 python scripts/ablate.py --suite=configs/ablations/distillation.py --workdir=/tmp/lab --jobs=2
 """
 
-from configs.ablations import common
+from moe.configs.ablations import common
 from moe.lab.suite import Comparison, Suite, Variant
 
 

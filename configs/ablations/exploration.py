@@ -5,7 +5,7 @@ python scripts/ablate.py --suite=configs/ablations/exploration.py --workdir=/tmp
 Shares argmax and jitter with switch_vs_mixtral.py in the same workdir.
 """
 
-from configs.ablations import common
+from moe.configs.ablations import common
 from moe.lab.suite import Comparison, Suite, Variant
 
 

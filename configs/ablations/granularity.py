@@ -3,7 +3,7 @@
 python scripts/ablate.py --suite=configs/ablations/granularity.py --workdir=/tmp/lab --jobs=2
 """
 
-from configs.ablations import common
+from moe.configs.ablations import common
 from moe.lab.suite import Comparison, Suite, Variant
 
 #: Arms of DeepSeekMoE's figure 4 and OLMoE's sections 5.1 and 5.2.

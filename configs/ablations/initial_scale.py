@@ -8,7 +8,7 @@ had been seen when claims 42 and 43 were registered; of dense and Mixtral at 0.1
 
 import dataclasses
 
-from configs.ablations import common, switch_vs_mixtral
+from moe.configs.ablations import common, switch_vs_mixtral
 from moe.lab.suite import Comparison, Suite
 
 _ARMS = ("dense", "switch", "mixtral")

@@ -5,8 +5,8 @@ python scripts/ablate.py --suite=configs/ablations/num_experts.py --workdir=/tmp
 Shares the runs of 1 and 8 experts with switch_vs_mixtral.py in the same workdir.
 """
 
-from configs.ablations import common
-from configs.ablations.switch_vs_mixtral import SAME
+from moe.configs.ablations import common
+from moe.configs.ablations.switch_vs_mixtral import SAME
 from moe.lab.suite import Comparison, Suite, Variant
 
 

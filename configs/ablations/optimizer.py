@@ -6,7 +6,7 @@ Never run so far: 24 runs and the sweep of each arm, about eight core-hours. Muo
 and experts; routers stay with AdamW (moe/training/optimizer.py).
 """
 
-from configs.ablations import common
+from moe.configs.ablations import common
 from moe.lab.suite import Comparison, Suite, Variant
 
 #: gate → K of 8 experts and further fields; all have the same active parameters.

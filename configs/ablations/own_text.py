@@ -9,8 +9,8 @@ a run on one idle CPU core, about 20 runs with the sweep of learning rates.
 
 import ml_collections
 
-from configs.ablations import common
 from moe.config import ConfigError
+from moe.configs.ablations import common
 from moe.lab.suite import Comparison, Suite, Sweep, Variant
 
 

@@ -6,8 +6,8 @@ Runs of one seed start from the same parameters and see the same batches, so tha
 alone, and 2,000 steps show it.
 """
 
-from configs.ablations import common
-from configs.ablations.switch_vs_mixtral import two_by_two
+from moe.configs.ablations import common
+from moe.configs.ablations.switch_vs_mixtral import two_by_two
 from moe.lab.suite import Comparison, Suite, Variant
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import ml_collections
 
-from configs.ablations import common
+from moe.configs.ablations import common
 from moe.lab.suite import Comparison, Suite, Sweep, Variant
 
 #: Widths over the base config's.

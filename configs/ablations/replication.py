@@ -7,7 +7,7 @@ Seventy runs, 18 core-hours at 20,000 tokens/s. Claims 37 to 41 are the primary 
 
 import dataclasses
 
-from configs.ablations import common, switch_vs_mixtral
+from moe.configs.ablations import common, switch_vs_mixtral
 from moe.lab.suite import Suite
 
 _ARMS = ("dense", "top1_drop", "top1_free", "top2_drop", "top2_free", "switch", "mixtral")

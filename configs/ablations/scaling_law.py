@@ -9,8 +9,8 @@ seeds on idle CPU cores, of which width 256 takes ten.
 import dataclasses
 from typing import Any
 
-from configs.ablations import common
-from configs.ablations.switch_vs_mixtral import SAME
+from moe.configs.ablations import common
+from moe.configs.ablations.switch_vs_mixtral import SAME
 from moe.lab.suite import Comparison, Suite, Variant
 from moe.models.flops import count_parameters
 

@@ -7,8 +7,8 @@ The loss is in nats per target, sentinels included; its exponential is the perpl
 
 from typing import Any
 
-from configs import switch_t5
-from configs.ablations import common
+from moe.configs import switch_t5
+from moe.configs.ablations import common
 from moe.lab.suite import Comparison, Suite, Variant
 
 

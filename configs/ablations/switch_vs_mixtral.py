@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from configs.ablations import common
+from moe.configs.ablations import common
 from moe.lab.suite import Comparison, Suite, Variant
 
 #: Of the four arms that differ in two things alone: one balance weight, no jitter, no noise.

@@ -10,7 +10,7 @@ been made.
 
 import dataclasses
 
-from configs.ablations import common, switch_vs_mixtral
+from moe.configs.ablations import common, switch_vs_mixtral
 from moe.lab.suite import Suite
 
 _ARMS = ("dense", "switch", "mixtral", "top1_drop", "top1_free", "top2_drop", "top2_free", "deepseek_moe")

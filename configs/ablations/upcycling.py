@@ -8,7 +8,7 @@ FLOPs, and is the next horizon's run where the horizons double.
 
 from typing import Any
 
-from configs.ablations import common
+from moe.configs.ablations import common
 from moe.lab.suite import Comparison, Suite, Variant
 
 

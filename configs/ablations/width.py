@@ -8,7 +8,7 @@ Never run so far: about 45 minutes a run on one idle CPU core, 19 core-hours for
 import dataclasses
 from typing import Any
 
-from configs.ablations import common, switch_vs_mixtral
+from moe.configs.ablations import common, switch_vs_mixtral
 from moe.lab.suite import Comparison, Suite, Variant
 
 #: Hidden sizes of experts.

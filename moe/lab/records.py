@@ -192,7 +192,7 @@ def write_table(path: Path, records: Iterable[Record]) -> None:
         entries.append(entry | {name: json.dumps(entry[name], sort_keys=True) for name in _JSON})
     content = io.BytesIO()
     with _parquet(path):
-        pd.DataFrame(entries).to_parquet(content, index=False, compression="zstd")
+        pd.DataFrame(entries).to_parquet(content, index=False, compression="zstd", compression_level=19)
     write_atomic(path, content.getvalue())
 
 

@@ -1,8 +1,9 @@
-"""python scripts/ablate.py --suite=configs/ablations/NAME.py --workdir=DIR: train what a suite is missing, then report.
+"""Train what a suite is missing, then report: moe ablate --suite=NAME --workdir=DIR.
 
 One record per finished run is written to DIR/records/, the report (report.md, records.parquet, results.csv, PNGs) to
 DIR/NAME/. Suites that share DIR share equal runs. --jobs=2 starts two processes, each pinned to a core; more machines
-that share DIR may run the same command at the same time. --report trains nothing and writes the report again. --time=20
+that share DIR may run the same command at the same time. --report trains nothing and writes the report again; without
+--workdir, from the records that are installed with the package, into this folder. `moe configs` lists suites. --time=20
 times steps of every arm into DIR/NAME/step_seconds.json. --claims --workdir=DIR writes the pages over all suites:
 claims.md, paper_tables.md and switch_or_mixtral.md. --output=DIR2 writes reports and pages there. Progress is in
 DIR/progress.log; TensorBoard on DIR/runs compares them.
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from absl import flags
 
-from moe import cli
+from moe import cli, shipped
 from moe.benchmarks import train_steps
 from moe.checkout import commit
 from moe.config import ConfigError
@@ -30,8 +31,10 @@ from moe.lab.suite import Suite
 from moe.lab.table import Table
 from moe.training import progress
 
-_SUITE = flags.DEFINE_string("suite", "", "File with get_suite(size), in configs/ablations/; or FILE.py:ARGUMENT.")
-_WORKDIR = cli.define_path("workdir", "Folder of the suite's runs, records and report.")
+_SUITE = flags.DEFINE_string("suite", "", "Name of a suite, or file with get_suite(size); or FILE.py:ARGUMENT.")
+_WORKDIR = cli.define_path(
+    "workdir", "Folder of the suite's runs, records and report. Needed but for --report, --missing and --claims."
+)
 _OUTPUT = flags.DEFINE_string("output", "", "Folder for the report and the pages; default: the workdir.")
 _SIZE = flags.DEFINE_string("size", "laptop", "laptop (two CPU cores) or pod.")
 _SEEDS = flags.DEFINE_list("seeds", [], "Seeds to train instead of the suite's.")
@@ -52,14 +55,16 @@ _CLAIMS = flags.DEFINE_bool("claims", False, "Only write the pages over all suit
 
 def main() -> None:
     """Train, measure and report as the flags say."""
-    workdir = Path(str(_WORKDIR.value))
-    output = Path(_OUTPUT.value) if _OUTPUT.value else workdir
+    workdir = Path(_WORKDIR.value) if _WORKDIR.value else shipped.RESULTS
+    output = Path(_OUTPUT.value or _WORKDIR.value or ".")
     if _CLAIMS.value:
         _write_pages(workdir, output)
         return
-    if not _SUITE.value:
-        raise ConfigError("--suite: must be given; suites are in configs/ablations/")
-    suite = load_suite(_SUITE.value, _SIZE.value)
+    if not (_WORKDIR.value or _REPORT.value or _MISSING.value):
+        raise ConfigError(
+            "--workdir is needed, the folder of the runs; only --report, --missing and --claims go without"
+        )
+    suite = load_suite(_suite_file(), _SIZE.value)
     if _SEEDS.value:
         suite = with_seeds(suite, [_seed(seed) for seed in _SEEDS.value])
     suites = _suites()
@@ -106,9 +111,14 @@ def _time(suite: Suite, folder: Path) -> None:
     print(f"{folder / step_seconds.FILE}")
 
 
+def _suite_file() -> str:
+    """Path of the suite that --suite names, with its argument."""
+    return shipped.find(_SUITE.value, shipped.SUITES)
+
+
 def _suites() -> Path:
     """The folder of suites and claims: that of --suite, which may be the folder itself."""
-    given = Path(_SUITE.value.partition(".py:")[0] or "configs/ablations")
+    given = Path(_suite_file().partition(".py:")[0] or shipped.SUITES)
     return given if given.is_dir() else given.parent
 
 
@@ -138,7 +148,7 @@ def _write_pages(workdir: Path, output: Path) -> None:
     """Write the pages over all suites."""
     suites = _suites()
     registered = read_claims(suites / CLAIMS_FILE)
-    given = load_suite(_SUITE.value, _SIZE.value) if ".py" in _SUITE.value else None
+    given = load_suite(_suite_file(), _SIZE.value) if ".py" in _suite_file() else None
     tables = _tables(load_suites(suites, _names(registered), _SIZE.value, given), workdir)
     found = [name for name, table in tables.items() if table.records]
     if not found:
@@ -165,9 +175,9 @@ def run() -> None:
     """The program."""
     cli.run(
         main,
-        required=("workdir",),
+        required=() if "--claims" in sys.argv else ("suite",),
         examples=(
-            "python scripts/ablate.py --suite=configs/ablations/capacity_factor.py --workdir=/tmp/capacity",
-            "python scripts/ablate.py --suite=configs/ablations/capacity_factor.py --workdir=/tmp/capacity --report",
+            "moe ablate --suite=switch_vs_mixtral --report",
+            "moe ablate --suite=capacity_factor --workdir=/tmp/capacity --jobs=2",
         ),
     )

@@ -1,4 +1,4 @@
-"""python scripts/advise.py --chip_hours=10000 --topology=v5p-128: what to train for a budget, with a region.
+"""moe advise --chip_hours=10000 --topology=v5p-128: what to train for a budget, with a region.
 
 Published scaling laws turn the budget into width, tokens, experts, K, granularity, rate and batch, and say where they
 extrapolate; the kept plans (configs/plans.json) turn chip-hours into FLOPs; the lab's runs say how many seeds show a
@@ -6,12 +6,11 @@ gain. --tokens or --flops are budgets too. docs/advice.md shows a page and what 
 """
 
 import math
-from pathlib import Path
 from typing import Any
 
 from absl import flags
 
-from moe import cli
+from moe import cli, shipped
 
 _HOURS = flags.DEFINE_float("chip_hours", None, "Budget in hours of one chip; needs --topology.", 1e-3, 1e12)
 _TOKENS = flags.DEFINE_float("tokens", None, "Budget in training tokens, taken as compute-optimal.", 1e6, 1e18)
@@ -21,11 +20,9 @@ _MFU = flags.DEFINE_float("mfu", None, "MFU to assume; default: that of the kept
 _TOLERANCE = flags.DEFINE_float("tolerance", 0.01, "Relative rise of the loss that bounds a region.", 0.0, 1.0)
 _GAIN = flags.DEFINE_float("gain", 0.01, "Gain that the seeds should show, as a share of the loss.", 1e-5, 1.0)
 
-_ROOT = Path(__file__).parents[2]
-_PLANS = _ROOT / "configs" / "plans.json"
 #: Runs from which spreads are taken, besides the early ones.
-_NOW = _ROOT / "docs" / "results" / "switch_vs_mixtral"
-_EARLY = _ROOT / "docs" / "results" / "early"
+_NOW = shipped.RESULTS / "switch_vs_mixtral"
+_EARLY = shipped.RESULTS / "early"
 #: Width of the early runs.
 _EARLY_WIDTH = 128
 #: Tokens per step of the early runs.
@@ -84,7 +81,7 @@ def _of_hours(hours: float, kind: str, chip: Any) -> Any:
     seconds = 3600 * hours * chip.peak
     if _MFU.value:
         return advice.Budget(*(seconds * _MFU.value,) * 3, why=f"{hours:,.0f} chip-hours at an MFU of {_MFU.value:g}")
-    names, (low, middle, high) = kept_plans.mfu_of_chip(kept_plans.read(_PLANS), kind)
+    names, (low, middle, high) = kept_plans.mfu_of_chip(kept_plans.read(shipped.PLANS), kind)
     of = ", ".join(names)
     why = f"{hours:,.0f} chip-hours of {kind} at the MFU of the plans of {of}, {middle:.2f} ({low:.2f} to {high:.2f})"
     return advice.Budget(seconds * low, seconds * middle, seconds * high, why)
@@ -134,7 +131,7 @@ def run() -> None:
     cli.run(
         main,
         examples=(
-            "python scripts/advise.py --chip_hours=10000 --topology=v5p-128",
-            "python scripts/advise.py --tokens=1e11",
+            "moe advise --chip_hours=10000 --topology=v5p-128",
+            "moe advise --tokens=1e11",
         ),
     )

@@ -1,8 +1,9 @@
-"""Which token, weight, drop, loss or gradient of an MoE layer is off, and by what: python scripts/conform.py --npz=FILE
+"""Which token, weight, drop, loss or gradient of an MoE layer is off, and by what: moe conform --npz=FILE
 
 --layer=package.module:function runs a JAX layer on random weights and inputs, alone and on meshes; --npz reads what any
-library recorded. The oracle computes the rule that the flags state, in float64; where results differ, it searches known
-deviations and factors for the one that gives the same numbers.
+library recorded. Without both, the example of moe/conformance/example.py, a layer to replace by yours, is checked. The
+oracle computes the rule that the flags state, in float64; where results differ, it searches known deviations and
+factors for the one that gives the same numbers.
 """
 
 import sys
@@ -35,6 +36,8 @@ _DEVICES = flags.DEFINE_list("devices", ["2", "4", "8"], "Numbers of devices to 
 _MESH = flags.DEFINE_multi_string("mesh", [], "Mesh to also run --layer on, such as data=2,expert=4; may be repeated.")
 _TOLERANCE = flags.DEFINE_float("tolerance", 1e-4, "Relative error within which values are equal.", lower_bound=0.0)
 
+_EXAMPLE = "moe.conformance.example:layer"
+
 
 def main() -> None:
     """Parse flags, compare and print; exit with 1 where the layer does not conform."""
@@ -58,15 +61,17 @@ def main() -> None:
     if not all(map(whole_number, _DEVICES.value)):
         raise ConfigError(f"--devices={','.join(_DEVICES.value)}: positive whole numbers, such as 2,4,8")
     devices = tuple(int(count) for count in _DEVICES.value)
-    if (_NPZ.value is None) == (_LAYER.value is None):
+    if _NPZ.value is not None and _LAYER.value is not None:
         raise ConfigError("give one of --npz=FILE and --layer=package.module:function")
-    cli.only_with(_LAYER.value is not None, "is read only with --layer", _EXPERTS, _MESH)
+    cli.only_with(_NPZ.value is None, "is not read with --npz", _EXPERTS, _MESH)
     cli.only_with(_GROUPS.value > 1, "is read only with --groups above 1", _KEPT, _SCORES)
     conforms = True
     if _NPZ.value is not None:
         runs = [("", *evidence.read(str(_NPZ.value)))]
     else:
-        function = import_object("layer", str(_LAYER.value))
+        if _LAYER.value is None:
+            print(f"--layer={_EXAMPLE}, a layer to replace by yours\n")
+        function = import_object("layer", str(_LAYER.value or _EXAMPLE))
         layer = evidence.random_layer(rule, num_experts=_EXPERTS.value)
         runs = [("", layer, evidence.run(function, rule, layer))]
         for sizes in _MESH.value:
@@ -87,7 +92,7 @@ def run() -> None:
         main,
         required=(),
         examples=(
-            "python scripts/conform.py --npz=layer.npz --k=2 --renormalise",
-            "python scripts/conform.py --layer=my_layers:moe --k=1 --capacity_factor=1.25 --balance_weight=10",
+            "moe conform --npz=layer.npz --k=2 --renormalise",
+            "moe conform --layer=my_layers:moe --k=1 --capacity_factor=1.25 --balance_weight=10",
         ),
     )

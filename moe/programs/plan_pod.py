@@ -1,4 +1,4 @@
-"""python scripts/plan_pod.py --config=configs/mixtral_8x7b.py --topology=v5p-128 [--config.x.y=value ...]
+"""moe plan --config=mixtral_8x7b --topology=v5p-128 [--config.x.y=value ...]
 
 Compiles the train step of main.py for absent TPUs or GPUs and prints its memory, exchanges and predicted time, and the
 best known settings for that slice. --config.model.remat=fit chooses the remat policy that recomputes least among those
@@ -17,7 +17,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from moe import cli
+from moe import cli, shipped
 from moe.atomic_files import write_atomic
 from moe.config import Config, ConfigError
 
@@ -52,8 +52,7 @@ _CACHE = flags.DEFINE_string(
     "cache", "~/.cache/moe-plans", "Folder of plans that --search and --changes compiled; processes may share it."
 )
 
-_ROOT = Path(__file__).parents[2]
-_KEPT = _ROOT / "configs" / "plans.json"
+_TABLE = shipped.RESULTS / "plans.md"
 
 
 def main() -> None:
@@ -75,6 +74,8 @@ def main() -> None:
 
     scenario = Scenario(_BANDWIDTH.value, _MATMUL_SHARE.value, _SKEW.value)
     where = topology.get_topology(str(_TOPOLOGY.value), _SLICES.value)
+    if _RECORD.value and not _TABLE.exists():
+        raise ConfigError("--record: keeps plans in a checkout of the repository, not in an installed package")
     if _RECORD.value and where.has_own_network:
         raise ConfigError(f"--record: keeps plans of {where.name}, whose network differs; give --topology={where.name}")
     if _SEARCH.value:
@@ -184,9 +185,9 @@ def _remake() -> None:
     from moe.config.parse import from_config_dict
     from moe.planner import compiled, kept_plans, plan, topology
 
-    for kept in kept_plans.read(_KEPT):
+    for kept in kept_plans.read(shipped.PLANS):
         name, _, argument = kept["config"].partition(":")
-        fields = load_python_file(_ROOT / "configs" / f"{name}.py").get_config(*[argument] if argument else [])
+        fields = load_python_file(shipped.CONFIGS / f"{name}.py").get_config(*[argument] if argument else [])
         fields.update_from_flattened_dict(kept["flags"])
         slices, _, shape = kept["topology"].rpartition(" x ")
         where = topology.get_topology(shape, int(slices or 1))
@@ -200,8 +201,8 @@ def _remake() -> None:
 def _record(made, config: str, overrides: dict, hardware: str) -> None:
     from moe.planner import kept_plans
 
-    kept_plans.keep(_KEPT, kept_plans.row(made, config, overrides, hardware))
-    kept_plans.write_table(_KEPT, _ROOT / "docs" / "results" / "plans.md")
+    kept_plans.keep(shipped.PLANS, kept_plans.row(made, config, overrides, hardware))
+    kept_plans.write_table(shipped.PLANS, _TABLE)
 
 
 def _print_best(topology: str) -> None:
@@ -209,14 +210,14 @@ def _print_best(topology: str) -> None:
     from moe.planner import kept_plans
 
     name = _name().partition(":")[0]
-    known = kept_plans.best_of_precisions(kept_plans.read(_KEPT), name, topology)
+    known = kept_plans.best_of_precisions(kept_plans.read(shipped.PLANS), name, topology)
     if not known:
         print(f"No plan of {name} is kept for {topology}: --search looks for settings, --record keeps the plan")
     for suffix, kept in known.items():
         print(f"Best known settings for {topology}{suffix}: {kept_plans.sentence(kept)}")
         own = f"{_TOPOLOGY.value}{suffix}"
-        file = f"configs/{name}.py:{own if own in kept['slices'] else topology + suffix}"
-        print(f"  python main.py {shlex.quote(f'--config={file}')} --workdir=DIR, which sets")
+        config = f"{name}:{own if own in kept['slices'] else topology + suffix}"
+        print(f"  moe train {shlex.quote(f'--config={config}')} --workdir=DIR, which sets")
         print(f"  {kept_plans.words(kept) or 'nothing'}")
 
 
@@ -246,14 +247,14 @@ def _search(config: Config, where) -> None:
     print(search.render(results, pruned, len(found) - len(results)))
     if results and "error" not in results[0][1]:
         own, best = _own_flags(search.SEARCHED), search.overrides(results[0][0].config)
-        print(f"\nCommand of the best:\npython main.py {own} --workdir=DIR {best}")
+        print(f"\nCommand of the best:\nmoe train {own} --workdir=DIR {best}")
 
 
 def _own_flags(searched: tuple[str, ...]) -> str:
     """Config flags of this command without the mesh and the fields that the search sets."""
     path, fields = _asked_for()
     own = {name: value for name, value in fields.items() if not name.startswith("mesh.") and name not in searched}
-    return shlex.join([f"--config={path}", *(f"--config.{name}={value}" for name, value in own.items())])
+    return shlex.join([f"--config={shipped.short(path)}", *(f"--config.{name}={value}" for name, value in own.items())])
 
 
 def _joined(argv: list[str]) -> list[str]:
@@ -271,8 +272,8 @@ def run() -> None:
         main,
         required=() if any(each.startswith(("--diff=", "--remake")) for each in sys.argv) else ("config", "topology"),
         examples=(
-            "python scripts/plan_pod.py --config=configs/mixtral_8x7b.py --topology=v5p-128 --page=plan.html",
-            "python scripts/plan_pod.py --config=configs/mixtral_8x7b.py --topology=h100:8x8 --search --limit=20",
-            "python scripts/plan_pod.py --diff a.json b.json",
+            "moe plan --config=mixtral_8x7b --topology=v5p-128 --page=plan.html",
+            "moe plan --config=mixtral_8x7b --topology=h100:8x8 --search --limit=20",
+            "moe plan --diff a.json b.json",
         ),
     )

@@ -1,4 +1,4 @@
-"""python scripts/playground.py --workdir=RUN --output=page.html: a page that runs a small MoE in the browser.
+"""A page that runs a small MoE in the browser: moe playground --workdir=RUN --output=page.html.
 
 The page needs no network and no server: its weights (int8) and its JavaScript are inside. --weights also writes what
 it is made of, about a third smaller; --packed makes the page from such a file instead of a run. Models that the
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from absl import flags
 
-from moe import cli
+from moe import cli, shipped
 
 _WORKDIR = cli.WorkdirFlags()
 _OUTPUT = cli.define_path("output", "HTML file to write.")
@@ -29,13 +29,13 @@ def main() -> None:
     from moe.playground.page import render
     from moe.training.open_run import open_workdir
 
-    if _WORKDIR.is_given == (_PACKED.value is not None):
+    if _WORKDIR.is_given and _PACKED.value is not None:
         raise ConfigError("give one of --workdir and --packed")
     unread = _TITLE, _TOKENS, *_WORKDIR.others
-    cli.only_with(_PACKED.value is None, "is not read with --packed, which has its own", *unread)
+    cli.only_with(_WORKDIR.is_given, "is read only with --workdir; a packed model has its own", *unread)
     _refuse_one_file_twice()
-    if _PACKED.value:
-        packed = weights.read(Path(_PACKED.value))
+    if not _WORKDIR.is_given:
+        packed = weights.read(Path(_PACKED.value or shipped.PLAYGROUND))
     else:
         opened = open_workdir(_WORKDIR.path, _WORKDIR.instead)
         step = opened.step_or_newest(_WORKDIR.step)
@@ -68,7 +68,7 @@ def run() -> None:
         main,
         required=("output",),
         examples=(
-            "python scripts/playground.py --workdir=/tmp/playground --output=playground.html",
-            "python scripts/playground.py --packed=docs/playground.npz --output=playground.html",
+            "moe playground --output=playground.html",
+            "moe playground --workdir=/tmp/playground --output=playground.html",
         ),
     )

@@ -1,4 +1,4 @@
-"""Train or resume: python main.py --config=configs/quickstart.py --workdir=DIR [--config.x.y=value ...]."""
+"""Train or resume: moe train --config=quickstart --workdir=DIR [--config.x.y=value ...]."""
 
 from absl import flags
 
@@ -34,8 +34,8 @@ def run() -> None:
         main,
         required=("config", "workdir"),
         examples=(
-            "python main.py --config=configs/quickstart.py --workdir=/tmp/quickstart",
-            "python main.py --config=configs/switch.py --workdir=/tmp/switch --config.seed=1",
-            "python main.py --workdir=/tmp/switch    # continue the run with the config that it holds",
+            "moe train --config=quickstart --workdir=/tmp/quickstart",
+            "moe train --config=switch --workdir=/tmp/switch --config.seed=1",
+            "moe train --workdir=/tmp/switch    # continue the run with the config that it holds",
         ),
     )

@@ -6,7 +6,6 @@ import typing
 
 import pytest
 
-from configs import base
 from moe.config import (
     Config,
     ConfigError,
@@ -20,6 +19,7 @@ from moe.config import (
 from moe.config.model_section import Activation, Remat
 from moe.config.moe_section import Dispatch
 from moe.config.parse import from_config_dict
+from moe.configs import base
 from moe.dispatch.ffn import GATED_ACTIVATIONS, PLAIN_ACTIVATIONS
 from moe.dispatch.modes import CONFIG_MODES
 from moe.parallel.partition_specs import REMAT_POLICIES

@@ -8,7 +8,6 @@ import pytest
 from absl import flags
 from flax import nnx
 
-from configs import base
 from moe import cli
 from moe.checkpoints import workdir
 from moe.config import (
@@ -25,6 +24,7 @@ from moe.config import (
 )
 from moe.config.parse import build, from_config_dict, from_workdir_dict
 from moe.config.registry import CONSTANTS, LAYERS, find_gate
+from moe.configs import base
 from moe.lab import identity
 from moe.models.decoder import Transformer
 from moe.routing.gates import Balanced, ScoredHash, SoftMoE, TopK

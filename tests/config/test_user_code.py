@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from configs import base
 from moe.config.parse import from_config_dict
 from moe.config.user_code import user_code
+from moe.configs import base
 from moe.lab.identity import canonical
 from tests.helpers import set_moe
 

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from configs import (
+from moe.config import Config, ConfigError, ModelConfig, RopeScalingConfig, layer_kinds, sparse_layers
+from moe.config.parse import from_config_dict
+from moe.configs import (
     deepseek_moe_16b,
     deepseek_v2,
     deepseek_v2_lite,
@@ -24,8 +26,6 @@ from configs import (
     qwen3_30b_a3b,
     qwen3_next_80b_a3b,
 )
-from moe.config import Config, ConfigError, ModelConfig, RopeScalingConfig, layer_kinds, sparse_layers
-from moe.config.parse import from_config_dict
 from moe.interop import balance, families
 from moe.interop.config_json import keep_fields, write_config
 from moe.interop.config_json import read_config as read_open_config

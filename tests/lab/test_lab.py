@@ -11,10 +11,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from configs import base as defaults
-from configs.ablations import common
 from moe.config import Config, ConfigError, DataConfig, Losses, MoEConfig
 from moe.config.parse import from_config_dict
+from moe.configs import base as defaults
+from moe.configs.ablations import common
 from moe.lab import costs, identity, records, results
 from moe.lab.claims import decide
 from moe.lab.claims.registration import Claim, Part, read_claims
@@ -229,7 +229,7 @@ def test_arms_of_equal_settings_may_take_their_rates_from_different_sweeps():
 
 
 SUITE_FILE = """
-from configs import base
+from moe.configs import base
 from moe.lab.suite import Comparison, Suite, Sweep, Variant
 def get_suite(size):
     return {returned}

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from jax.experimental import topologies
 
-from configs import base
 from moe.config import Config, ConfigError, MeshConfig, validate_mesh
 from moe.config.parse import from_config_dict
+from moe.configs import base
 from moe.models import sampling
 from moe.parallel.mesh import make_mesh
 from moe.training.batches import place

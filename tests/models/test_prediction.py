@@ -12,9 +12,9 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from configs import base
 from moe.config import ConfigError, validate_mesh
 from moe.config.model_section import RopeScalingConfig
+from moe.configs import base
 from moe.interop import export_checkpoint, import_checkpoint
 from moe.interop.load import load_huggingface
 from moe.models import sampling, speculation

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from configs import mixtral
 from moe.config.parse import from_config_dict
+from moe.configs import mixtral
 from moe.training.loop import train
 from tests.tiny_text import build
 

@@ -7,9 +7,9 @@ import re
 import numpy as np
 import pytest
 
-from configs import deepseek_v2_lite, mixtral_8x7b
 from moe.config import ConfigError
 from moe.config.parse import from_config_dict
+from moe.configs import deepseek_v2_lite, mixtral_8x7b
 from moe.planner import attention, hlo, kernels, liveness, measured, program, timeline
 from moe.planner.chips import CHIPS
 from moe.planner.exchanges import Exchange

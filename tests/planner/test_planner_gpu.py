@@ -13,9 +13,9 @@ from pathlib import Path
 import jax
 import pytest
 
-from configs import mixtral_8x7b
 from moe.config import ConfigError, MeshConfig
 from moe.config.parse import from_config_dict
+from moe.configs import mixtral_8x7b
 from moe.parallel import target
 from moe.planner import candidates, exchanges, gpus, memory_errors, network, program, topology
 from moe.planner.chips import GiB

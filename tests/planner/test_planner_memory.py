@@ -11,9 +11,9 @@ from pathlib import Path
 import jax
 import pytest
 
-from configs import deepseek_v2, mixtral_8x7b, qwen3_next_80b_a3b, switch_t5
 from moe.config import ConfigError, to_dict
 from moe.config.parse import from_config_dict
+from moe.configs import deepseek_v2, mixtral_8x7b, qwen3_next_80b_a3b, switch_t5
 from moe.dispatch.buffers import layer_capacity
 from moe.planner import fit, memory_errors, plan
 from moe.planner.chips import GiB

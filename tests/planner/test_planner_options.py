@@ -6,9 +6,9 @@ import types
 
 import pytest
 
-from configs import mixtral_8x7b
 from moe.config import ConfigError, MeshConfig
 from moe.config.parse import from_config_dict
+from moe.configs import mixtral_8x7b
 from moe.dispatch import hosts
 from moe.models import flops
 from moe.planner import calibration, candidates, exchanges, fit, plan, program

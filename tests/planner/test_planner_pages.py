@@ -14,9 +14,9 @@ import jax
 import numpy as np
 import pytest
 
-from configs import base, mixtral_8x7b
 from moe.config import ConfigError, load_python_file, to_dict
 from moe.config.parse import from_config_dict
+from moe.configs import base, mixtral_8x7b
 from moe.parallel.mesh import make_mesh
 from moe.planner import (
     arithmetic,

@@ -17,9 +17,9 @@ from jax.experimental import pallas as pl
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from configs import gshard_translation, mixtral_8x7b, st_moe, switch_transformers, t5
 from moe.config import ConfigError
 from moe.config.parse import from_config_dict
+from moe.configs import gshard_translation, mixtral_8x7b, st_moe, switch_transformers, t5
 from moe.dispatch.backends import gpu, row_blocks
 from moe.dispatch.exchange import OVERFLOW_SCOPE
 from moe.models.flops import count_parameters

@@ -12,9 +12,9 @@ import jax
 import numpy as np
 import pytest
 
-from configs import mixtral_8x7b
 from moe.config import Capacity, ConfigError, DistillConfig, MeshConfig, MoEConfig, load_python_file
 from moe.config.parse import from_config_dict
+from moe.configs import mixtral_8x7b
 from moe.planner import candidates, compiled, kept_plans, search
 from moe.planner.chips import CHIPS, GiB
 from moe.planner.gpus import GPUS

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import re
 import types
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from moe import shipped
 from moe.analysis import surgery
 from moe.config import Config, ConfigError, DataConfig, MeshConfig, TrainConfig
 from moe.data.tokenizer import train_tokenizer
@@ -29,7 +29,7 @@ from moe.training.step import build
 from tests.browser import needs_browser, run
 from tests.helpers import random_parameters, tiny_model
 
-COMMITTED = Path(__file__).parents[2] / "docs" / "playground.npz"
+COMMITTED = shipped.PLAYGROUND
 TEXTS = (
     "The cat sat on the mat, and the dog slept beside it until the rain began to fall on the roof.",
     "def add(a, b):\n    return a + b  # the sum of two numbers, or of two lists, or of two strings",

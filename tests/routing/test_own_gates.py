@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from configs import base
 from moe.analysis import surgery
 from moe.config import Config, ConfigError, Losses, ModelConfig, MoEConfig
 from moe.config.parse import from_config_dict
 from moe.config.registry import find_layer
+from moe.configs import base
 from moe.fields import setting
 from moe.layers.moe_layer import MoELayer
 from moe.models import sampling

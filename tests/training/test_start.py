@@ -22,7 +22,6 @@ from etils import epath
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from configs import base, upcycle
 from moe.checkpoints import integrity, manager
 from moe.checkpoints.parameters import read_base, write_workdir
 from moe.checkpoints.pinned import pinned_steps
@@ -42,6 +41,7 @@ from moe.config import (
 )
 from moe.config.parse import from_config_dict
 from moe.config.registry import find_layer
+from moe.configs import base, upcycle
 from moe.data.tokenizer import train_tokenizer
 from moe.interop import import_checkpoint, load_huggingface
 from moe.models.state import set_schedule_step

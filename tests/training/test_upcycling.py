@@ -7,9 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from configs import upcycle, upcycle_drop, upcycle_granular, upcycle_noise, upcycle_virtual_groups
 from moe.config import ConfigError, MeshConfig, StartConfig, inherit_model, to_dict
 from moe.config.parse import from_config_dict
+from moe.configs import upcycle, upcycle_drop, upcycle_granular, upcycle_noise, upcycle_virtual_groups
 from moe.interop import import_checkpoint, load_huggingface
 from moe.parallel.mesh import make_mesh
 from moe.training import upcycling, warm_start
