@@ -11,7 +11,7 @@ the other suites, 0.004: no sweep has been run at scale 0.1. When claims 49 to 5
 import dataclasses
 from collections.abc import Mapping
 
-from configs.ablations import common, switch_vs_mixtral
+from moe.configs.ablations import common, switch_vs_mixtral
 from moe.lab.suite import Suite, Variant
 
 _ARMS = ("dense", "switch", "mixtral", "top1_drop", "top1_free", "top2_drop", "top2_free")

@@ -9,7 +9,7 @@ and detect 0.014; ten, as in claims 25 and 39, can show it only within ± 0.025,
 
 import dataclasses
 
-from configs.ablations import common, paper_scale
+from moe.configs.ablations import common, paper_scale
 from moe.lab.suite import Comparison, Suite
 
 
