@@ -41,6 +41,8 @@ COMMANDS = {
 
 def start(program: str) -> None:
     """Run a module of :mod:`moe.programs`."""
+    if sys.platform == "win32":
+        sys.exit("error: moe runs on Linux and macOS; on Windows, in WSL 2")
     if "MoELayer" not in getattr(moe, "__all__", ()):  # another distribution wrote over moe/__init__.py, or removed it
         others = other_owners(importlib.metadata.distributions()) or ["another distribution"]
         sys.exit(f"error: {collision(others)}")

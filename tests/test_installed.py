@@ -139,15 +139,61 @@ def get_suite(size):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """An empty folder with the user's files, and `.venv` with the package."""
-    folder = tmp_path_factory.mktemp("elsewhere")
+def wheel(tmp_path_factory):
+    """The wheel, built by way of the source distribution if uv is there."""
+    folder, uv = tmp_path_factory.mktemp("dist"), shutil.which("uv")
+    pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", folder, ROOT]
+    subprocess.run([uv, "build", "-q", "-o", folder, ROOT] if uv else pip, check=True)
+    return next(folder.glob("*.whl"))
+
+
+def environment_of(folder, wheel, extra=""):
+    """`.venv` in the folder, with the wheel; the folder of its programs."""
     python = folder / ".venv" / "bin" / "python"
     uv = shutil.which("uv")
     make = [uv, "venv", "-p", sys.executable] if uv else [sys.executable, "-m", "venv"]
     subprocess.run([*make, folder / ".venv"], check=True)
     installer = [uv, "pip", "install", "-p", python] if uv else [python, "-m", "pip", "install", "-q"]
-    subprocess.run([*installer, ROOT, "-c", ROOT / "constraints.txt"], check=True)
+    subprocess.run([*installer, f"{wheel}{extra}", "-c", ROOT / "constraints.txt"], check=True)
+    return python.parent
+
+
+def test_the_wheel_alone_runs_the_commands_of_the_readme_from_an_empty_folder(wheel, tmp_path):
+    assert wheel.stat().st_size <= 20e6
+    programs = environment_of(tmp_path, wheel, "[tpu]")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    small = "--config.model.num_layers=2 --config.model.d_model=512 --config.model.moe.d_ff=512 --config.model.d_ff=512"
+    lines = {
+        "train --config=tiny --workdir=run": "unigram loss",
+        f"train --config=mixtral_8x7b:v5p-999 --workdir=large {small}": "whose plans are kept",
+        "ablate --suite=switch_vs_mixtral --report": "report.md",
+        f"plan --config=mixtral_8x7b --topology=v5p:2x2x1 {small}": "tokens/s",
+        "advise --chip_hours=10000 --topology=v5p-128": "Does a gain of 1 % show?",
+        "conform": "conforms",
+        "playground --output=page.html": "page.html",
+        "configs": "mixtral_8x7b",
+    }
+    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "XLA_FLAGS")}
+    for line, says in lines.items():
+        result = subprocess.run(
+            [programs / "moe", *line.split()],
+            cwd=empty,
+            env=environment | {"HOME": str(empty)},
+            capture_output=True,
+            text=True,
+        )
+        assert says in result.stdout + result.stderr, f"moe {line}: {result.stderr[-3000:]}"
+        assert "Traceback" not in result.stderr, line
+    report = (empty / "switch_vs_mixtral" / "report.md").read_text()
+    assert "of 10 seeds" in report or "n = 10" in report or "10 seeds" in report
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, wheel):
+    """An empty folder with the user's files, and `.venv` with the package."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    environment_of(folder, wheel)
     for name, text in (("layer.py", LAYER), ("my_gates.py", GATE), ("my_config.py", CONFIG), ("my_suite.py", SUITE)):
         (folder / name).write_text(text)
     write_text(folder)
