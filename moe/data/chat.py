@@ -26,12 +26,14 @@ import numpy as np
 from moe.config import ConfigError
 from moe.data import chat_rendering
 from moe.data.chat_rendering import Span
-from moe.data.documents import CONVERSATION, PAIR
+from moe.data.documents import CONVERSATION, PAIR, PROMPT_ROLES, TOOLS, turns
 from moe.data.json_tokenizer import JsonTokenizer
 from moe.data.tokenizer import Tokenizer
 
 #: Messages as dicts with "role", "content" and whatever else a template reads.
 Messages = Sequence[dict[str, Any]]
+#: Descriptions of functions as templates read them, such as {"type": "function", "function": {...}}.
+Tools = Sequence[dict[str, Any]] | None
 #: What templates that ask for the date get in training and evaluation, so that rows do not depend on the day or the
 #: host; the default of Llama 3's template.
 DATE = "2024-07-26"
@@ -55,28 +57,32 @@ class ChatTemplate:
         self._source, self._special_tokens, self._name = source, special_tokens, name
         self._lock = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
-        #: Whether the template itself marks what the model writes.
+        #: Whether the template itself marks what the model writes, and whether it reads the tools.
         self.marks_answers = False
+        self._reads_tools = False
         with self._lock:
             self._start()
 
     def render(
-        self, messages: Messages, *, add_generation_prompt: bool = False, date: str = DATE
+        self, messages: Messages, tools: Tools = None, *, add_generation_prompt: bool = False, date: str = DATE
     ) -> tuple[str, list[Span]]:
         """The text of a conversation, and the spans that the template marks as written by the model.
 
         Args:
             messages: of the conversation.
+            tools: that its answers may call.
             add_generation_prompt: end with the beginning of an answer.
             date: YYYY-MM-DD, or "" for today's.
 
         Raises:
-            ConfigError: the template refuses the messages, does what the sandbox forbids, or takes too much time or
-                memory (:mod:`moe.data.chat_rendering`).
+            ConfigError: the template does not read the tools that there are, refuses the messages, does what the
+                sandbox forbids, or takes too much time or memory (:mod:`moe.data.chat_rendering`).
         """
+        if tools and not self._reads_tools:
+            raise ConfigError(f"{self._name}: a conversation has tools, which the chat template does not read")
         values = {
             "messages": [_plain_message(message) for message in messages],
-            "tools": None,
+            "tools": tools or None,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
         }
@@ -99,6 +105,7 @@ class ChatTemplate:
             self._stop()
             raise ConfigError(f"{self._name}: the chat template cannot be compiled ({reply['error']})")
         self.marks_answers = reply["marks_answers"]
+        self._reads_tools = reply["reads_tools"]
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         """Send a request to the process, as one line, and return its answer, the next line that it writes."""
@@ -169,33 +176,61 @@ def chat_template(tokenizer: Tokenizer) -> ChatTemplate:
 
 
 # --- Answers ---------------------------------------------------------------------------------------------------------
-def rendered_answers(template: ChatTemplate, messages: Messages) -> list[tuple[str, list[Span]]]:
+def rendered_answers(template: ChatTemplate, messages: Messages, tools: Tools = None) -> list[tuple[str, list[Span]]]:
     """Texts of a conversation with the spans of the answers to learn.
 
     A template with ``{% generation %}`` marks the spans. With other templates an answer is what the text up to and
     including it adds to the text before it with the generation prompt: its content and the end of its turn. Where a
     template renders an answer differently once more turns follow, for example without its reasoning, that answer is
-    learnt from a separate text that ends with it. An answer that begins a conversation is not learnt.
+    learnt from a separate text that ends with it. An answer that begins a conversation is not learnt, nor is one with
+    ``"weight": 0`` or ``"train": false``.
 
     Raises:
-        ConfigError: see :meth:`ChatTemplate.render`.
+        ConfigError: see :meth:`ChatTemplate.render`; or an answer that is not to be learnt cannot be told from others.
     """
-    whole, spans = template.render(messages)
+    whole, spans = template.render(messages, tools)
     if template.marks_answers:
-        return [(whole, spans)]
+        return [(whole, _without_unwanted(template, messages, tools, whole, spans))]
     apart = []
     for i, message in enumerate(messages):
-        if message.get("role") != "assistant" or i == 0:
+        if message.get("role") != "assistant" or i == 0 or _is_unwanted(message):
             continue
-        until, _ = template.render(messages[: i + 1])
-        before, _ = template.render(messages[:i], add_generation_prompt=True)
-        # A prompt for reasoning, such as "<think>", may not be part of an answer that has none.
-        span = (_common_prefix(before, until), len(until))
+        until, span = _turn(template, messages, tools, i)
         if whole.startswith(until):
             spans.append(span)
         else:
             apart.append((until, [span]))
     return [*apart, (whole, spans)] if spans else apart
+
+
+def _turn(template: ChatTemplate, messages: Messages, tools: Tools, number: int) -> tuple[str, Span]:
+    """The text that ends with a message, and the message's span in it without the generation prompt."""
+    until, _ = template.render(messages[: number + 1], tools)
+    before = template.render(messages[:number], tools, add_generation_prompt=True)[0] if number else ""
+    # A prompt for reasoning, such as "<think>", may not be part of an answer that has none.
+    return until, (_common_prefix(before, until), len(until))
+
+
+def _is_unwanted(message: dict[str, Any]) -> bool:
+    """Whether a message is marked as not to be learnt: OpenAI's ``weight``, or Axolotl's ``train``."""
+    return message.get("weight") == 0 or message.get("train") is False
+
+
+def _without_unwanted(
+    template: ChatTemplate, messages: Messages, tools: Tools, whole: str, spans: list[Span]
+) -> list[Span]:
+    """The spans that a template marks, without those of unwanted answers. Raises ConfigError."""
+    for i, message in enumerate(messages):
+        if message["role"] in PROMPT_ROLES or not _is_unwanted(message):
+            continue
+        until, (start, end) = _turn(template, messages, tools, i)
+        if not whole.startswith(until):
+            raise ConfigError(
+                f"a conversation has an answer with weight 0 or train false (message {i}), which the chat template "
+                "renders differently once more turns follow, so that it cannot be left out; remove the mark"
+            )
+        spans = [(first, last) for first, last in spans if last <= start or first >= end]
+    return spans
 
 
 def _common_prefix(first: str, second: str) -> int:
@@ -215,23 +250,25 @@ def encode_answers(tokenizer: JsonTokenizer, text: str, spans: Sequence[Span]) -
 
 
 # --- Documents -------------------------------------------------------------------------------------------------------
-def read_messages(text: str, dataset: str) -> list[dict[str, Any]]:
-    """Messages of a document (:mod:`moe.data.documents`): a conversation, the chosen one of a pair, or a source as
-    the question and its target as the answer.
+def read_conversation(text: str, dataset: str) -> tuple[list[dict[str, Any]], Tools]:
+    """Messages and tools of a document (:mod:`moe.data.documents`): a conversation, the chosen one of a pair, or a
+    source as the question and its target as the answer.
 
     Raises:
         ConfigError: the document is a plain text.
     """
     if text.startswith(CONVERSATION):
         found = json.loads(text.removeprefix(CONVERSATION))
-        return found["chosen"] if isinstance(found, dict) else found
+        if isinstance(found, list):
+            return found, None
+        return found["chosen"] if "chosen" in found else found["messages"], found.get(TOOLS)
     source, divided, target = text.partition(PAIR)
     if not divided:
         raise ConfigError(
             f"data.objective='chat': needs documents with messages, prompt and response, or source and target, and "
             f"{dataset!r} has texts; docs/chat.md shows the formats"
         )
-    return [{"role": "user", "content": source}, {"role": "assistant", "content": target}]
+    return turns(source, target), None
 
 
 def examples(text: str, length: int, tokenizer: Tokenizer, dataset: str) -> list[dict[str, np.ndarray]]:
@@ -240,14 +277,15 @@ def examples(text: str, length: int, tokenizer: Tokenizer, dataset: str) -> list
     A longer conversation is cut at ``length`` tokens. Texts without a target are left out.
 
     Raises:
-        ConfigError: see :func:`chat_template`, :func:`rendered_answers` and :func:`read_messages`.
+        ConfigError: see :func:`chat_template`, :func:`rendered_answers` and :func:`read_conversation`.
     """
-    encoded = encoded_answers(read_messages(text, dataset), tokenizer)
+    messages, tools = read_conversation(text, dataset)
+    encoded = encoded_answers(messages, tokenizer, tools)
     cut = [{key: values[:length] for key, values in one.items()} for one in encoded]
     return [one for one in cut if (one["targets"] >= 0).any()]
 
 
-def encoded_answers(messages: Messages, tokenizer: Tokenizer) -> list[dict[str, np.ndarray]]:
+def encoded_answers(messages: Messages, tokenizer: Tokenizer, tools: Tools = None) -> list[dict[str, np.ndarray]]:
     """``tokens`` and ``targets`` [n] of the texts of a conversation (:func:`rendered_answers`), the whole one last.
 
     Raises:
@@ -256,25 +294,25 @@ def encoded_answers(messages: Messages, tokenizer: Tokenizer) -> list[dict[str, 
     template = chat_template(tokenizer)
     assert isinstance(tokenizer, JsonTokenizer)
     found = []
-    for rendered, spans in rendered_answers(template, messages):
+    for rendered, spans in rendered_answers(template, messages, tools):
         ids, mask = encode_answers(tokenizer, rendered, spans)
         found.append({"tokens": ids[:-1], "targets": np.where(mask[1:], ids[1:], -1).astype(np.int32)})
     return found
 
 
-def prompt_ids(tokenizer: Tokenizer, messages: Messages, date: str = DATE) -> np.ndarray:
+def prompt_ids(tokenizer: Tokenizer, messages: Messages, tools: Tools = None, date: str = DATE) -> np.ndarray:
     """Ids [n] int32 of a conversation and the generation prompt of the next answer; date as in
     :meth:`ChatTemplate.render`."""
     template = chat_template(tokenizer)
     assert isinstance(tokenizer, JsonTokenizer)
-    return tokenizer.encode_rendered(template.render(messages, add_generation_prompt=True, date=date)[0])[0]
+    return tokenizer.encode_rendered(template.render(messages, tools, add_generation_prompt=True, date=date)[0])[0]
 
 
 def first_prompt(tokenizer: Tokenizer, text: str, dataset: str) -> np.ndarray:
     """Ids [n] int32 of a document up to its first answer, and the generation prompt of that answer."""
-    messages = read_messages(text, dataset)
+    messages, tools = read_conversation(text, dataset)
     answers = [i for i, message in enumerate(messages) if i and message.get("role") == "assistant"]
-    return prompt_ids(tokenizer, messages[: answers[0]] if answers else messages)
+    return prompt_ids(tokenizer, messages[: answers[0]] if answers else messages, tools)
 
 
 def stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:

@@ -2,7 +2,7 @@
 
 It is a process of its own because code that the sandbox allows may still run for ever or fill the memory, such as
 nested loops or ``"x" * 10 ** 10``. Its arguments are the limits. It reads lines of JSON: {"source"}, and then requests
-{"date", "values": {"messages", "add_generation_prompt", ...}}; it writes a line for each: {"marks_answers"} for the
+{"date", "values": {"messages", "tools", ...}}; it writes a line for each: {"marks_answers", "reads_tools"} for the
 source, {"text", "spans"} for a request, or {"error"}. It imports nothing of this package.
 """
 
@@ -21,6 +21,7 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
 import jinja2.runtime
@@ -185,7 +186,8 @@ def answer(line: str, template: jinja2.Template | None) -> tuple[dict[str, Any],
         if template is None:
             environment: Any = make_environment()
             template = environment.from_string(request["source"])
-            return {"marks_answers": environment.marks_answers}, template
+            names = jinja2.meta.find_undeclared_variables(environment.parse(request["source"]))
+            return {"marks_answers": environment.marks_answers, "reads_tools": "tools" in names}, template
         date = datetime.datetime.fromisoformat(request["date"]) if request["date"] else datetime.datetime.now()
         values = request["values"] | {"strftime_now": lambda pattern: date.strftime(pattern)}
         text, spans = render(template, values)

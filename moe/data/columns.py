@@ -12,7 +12,7 @@ from etils import epath
 
 from moe.config import ConfigError
 from moe.data import rollouts
-from moe.data.documents import EXPECTED_FIELDS, check_domain, make_document, text_fields
+from moe.data.documents import EXPECTED_FIELDS, TOOLS, check_domain, make_document, text_fields
 from moe.foreign_files import dumps
 
 SUFFIXES = (".parquet", ".arrow")
@@ -25,7 +25,7 @@ class TextTable:
     """Local Arrow file (stream or file format) with string columns.
 
     The columns are those of :data:`moe.data.documents.TEXT_FIELDS`, and optionally ``domain``; ``messages`` is a list
-    of structures, or JSON.
+    of structures, or JSON; ``tools`` is JSON.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -69,8 +69,9 @@ class TextTable:
                 values = batch.to_pydict()
                 domains = values.get("domain") or [None] * len(batch)
                 for *parts, domain in zip(*(values[column] for column in texts), domains, strict=True):
-                    if None in parts:
-                        raise ConfigError(f"{name}, row {row}: {texts[parts.index(None)]} is null")
+                    for column, part in zip(texts, parts, strict=True):
+                        if part is None and column != TOOLS:
+                            raise ConfigError(f"{name}, row {row}: {column} is null")
                     try:
                         text = make_document(texts, parts)
                     except ValueError as error:
@@ -129,7 +130,9 @@ def _check_columns(pa: Any, schema: Any, name: str) -> list[str]:
         if column in LIST_COLUMNS and (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
             continue
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
-            raise ConfigError(f"{name}: column {column!r} must be of strings, not {kind}")
+            # Structures of a list have the fields of all, so that a tool would get those of others.
+            json = " of JSON" if column == TOOLS else ""
+            raise ConfigError(f"{name}: column {column!r} must be of strings{json}, not {kind}")
     return columns
 
 

@@ -46,6 +46,11 @@ TEXT_FIELDS = (
     ("text",), ("messages",), rollouts.FIELDS_WITH_EXPERTS, rollouts.FIELDS, rollouts.ROW_FIELDS,
     ("prompt", *PREFERENCE), PREFERENCE, ("prompt", "response"), ("source", "target")
 )  # fmt: skip
+#: Field or column with the tools that a conversation's answers may call, beside those of TEXT_FIELDS that hold one.
+TOOLS = "tools"
+_WITH_TOOLS = (("messages",), ("prompt", *PREFERENCE), PREFERENCE, ("prompt", "response"), ("source", "target"))
+#: Roles of messages that are no answers.
+PROMPT_ROLES = ("system", "developer", "user", "tool", "function", "ipython")
 EXPECTED_FIELDS = (
     "a string 'text', a list 'messages', or strings 'prompt' and 'response', or 'source' and 'target', or 'prompt', "
     "'chosen' and 'rejected', or lists 'prompt_tokens' and 'completions'"
@@ -53,9 +58,11 @@ EXPECTED_FIELDS = (
 
 
 def text_fields(names: Iterable[str]) -> tuple[str, ...]:
-    """The first entry of :data:`TEXT_FIELDS` whose names are all present; the last entry if there is none."""
+    """The first entry of :data:`TEXT_FIELDS` whose names are all present; the last entry if there is none. A
+    conversation's has :data:`TOOLS` at its end where that is present."""
     present = set(names)
-    return next((fields for fields in TEXT_FIELDS if set(fields) <= present), TEXT_FIELDS[-1])
+    fields = next((fields for fields in TEXT_FIELDS if set(fields) <= present), TEXT_FIELDS[-1])
+    return (*fields, TOOLS) if TOOLS in present and fields in _WITH_TOOLS else fields
 
 
 def make_document(fields: tuple[str, ...], values: Sequence[Any]) -> str:
@@ -69,6 +76,8 @@ def make_document(fields: tuple[str, ...], values: Sequence[Any]) -> str:
 
 
 def _document(fields: tuple[str, ...], values: Sequence[Any]) -> str:
+    if fields[-1] == TOOLS:
+        return _with_tools(_document(fields[:-1], values[:-1]), values[-1])
     if fields == ("messages",):
         return CONVERSATION + dumps(_messages(values[0]))
     if fields[:2] == rollouts.FIELDS:
@@ -105,12 +114,55 @@ def _messages(messages: Any) -> list[Any]:
         raise ValueError(f"has messages that are not JSON ({error})") from error
     if not isinstance(messages, list) or not messages:
         raise ValueError("has messages that are not a list of objects with role and content")
-    for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise ValueError("has a message that is not an object with a string 'role'")
-        if not isinstance(message.get("content"), (str, list, type(None))):
-            raise ValueError("has a message whose content is not a string")
-    return messages
+    return [_message(message) for message in messages]
+
+
+def _message(message: Any) -> dict[str, Any]:
+    """Check a message, and join the parts of its content. Raises ValueError."""
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise ValueError("has a message that is not an object with a string 'role'")
+    content = message.get("content")
+    if isinstance(content, list):
+        message = {**message, "content": "".join(map(_text_of_part, content))}
+    elif not isinstance(content, (str, type(None))):
+        raise ValueError("has a message whose content is not a string")
+    for name, kinds, allowed in (("weight", (int, float), "0 or 1"), ("train", bool, "true or false")):
+        value = message.get(name)
+        if value is not None and (not isinstance(value, kinds) or value not in (0, 1)):
+            raise ValueError(f"has a message with {name}={value!r}, which must be {allowed}")
+        if value and message["role"] in PROMPT_ROLES:
+            raise ValueError(f"has {name}={value!r} in a message of role {message['role']!r}; only answers are learnt")
+    return message
+
+
+def _text_of_part(part: Any) -> str:
+    """The text of one part of a message's content, ``{"type": "text", "text": ...}``. Raises ValueError for others."""
+    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+    if kind != "text" or not isinstance(part.get("text"), str):
+        raise ValueError(f"has a message with a part of type {kind!r}; only parts of type 'text' can be learnt")
+    return part["text"]
+
+
+def _with_tools(document: str, tools: Any) -> str:
+    """A document with the tools of its conversation, given as a list or as its JSON. Raises ValueError."""
+    try:
+        tools = loads(tools.strip() or "null") if isinstance(tools, str) else tools
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"has tools that are not JSON ({error})") from error
+    if not tools or not document:
+        return document
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise ValueError("has tools that are not a list of objects")
+    if document.startswith(CONVERSATION):
+        found = json.loads(document.removeprefix(CONVERSATION))
+    else:
+        found = turns(*document.split(PAIR))
+    return CONVERSATION + dumps((found if isinstance(found, dict) else {"messages": found}) | {TOOLS: tools})
+
+
+def turns(question: str, answer: str) -> list[dict[str, Any]]:
+    """Messages of a question and its answer."""
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
 def join_texts(*texts: str) -> str:

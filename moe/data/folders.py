@@ -32,7 +32,7 @@ from moe.data.folder_files import HELDOUT, SPLITS_FILE, SUFFIXES, UNSPLIT, Sourc
 from moe.foreign_files import Fields, first_sentence
 from moe.waiting import first_answer
 
-INDEX_VERSION = 6  # part of the index's path: raise it when the index's format, or splits by name, change
+INDEX_VERSION = 7  # part of the index's path: raise it when the index's format, or splits by name, change
 MAX_DOMAINS = 4_096  # each domain is evaluated by itself
 
 #: A document: number of its file, first byte and size in bytes (of a table: its row and 0), number of its domain,

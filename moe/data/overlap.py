@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from moe.data.documents import CONVERSATION
+from moe.data.documents import CONVERSATION, TOOLS
 
 #: Shorter lines, such as `return result`, are shared by chance.
 MIN_LINE = 40  # characters, without surrounding blanks
@@ -15,7 +15,10 @@ MIN_LINE = 40  # characters, without surrounding blanks
 def long_lines(text: str) -> list[str]:
     """Lines of at least MIN_LINE characters, stripped; of a conversation, those of its messages."""
     if text.startswith(CONVERSATION):
-        text = "\n".join(_strings(json.loads(text.removeprefix(CONVERSATION))))
+        found = json.loads(text.removeprefix(CONVERSATION))
+        if isinstance(found, dict):
+            found.pop(TOOLS, None)
+        text = "\n".join(_strings(found))
     return [line for line in map(str.strip, text.splitlines()) if len(line) >= MIN_LINE]
 
 

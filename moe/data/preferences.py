@@ -14,7 +14,7 @@ import numpy as np
 
 from moe.config import ConfigError
 from moe.data import chat
-from moe.data.documents import CONVERSATION, PREFERENCE
+from moe.data.documents import CONVERSATION, PREFERENCE, TOOLS
 from moe.data.tokenizer import Tokenizer
 
 _KEYS = ("tokens", "targets")
@@ -29,7 +29,7 @@ def example(text: str, length: int, tokenizer: Tokenizer, dataset: str) -> list[
         ConfigError: the document is no pair, or see :func:`moe.data.chat.rendered_answers`.
     """
     found = json.loads(text.removeprefix(CONVERSATION)) if text.startswith(CONVERSATION) else None
-    if not isinstance(found, dict):
+    if not isinstance(found, dict) or not set(PREFERENCE) <= found.keys():
         raise ConfigError(
             f"data.objective='preferences': needs documents with prompt, chosen and rejected, and {dataset!r} "
             "has others; docs/preferences.md shows the formats"
@@ -37,7 +37,7 @@ def example(text: str, length: int, tokenizer: Tokenizer, dataset: str) -> list[
     parts = []
     for name in PREFERENCE:
         # Earlier answers that a template renders in separate texts belong to the prompt, which both conversations have.
-        encoded = chat.encoded_answers(found[name], tokenizer)[-1:]
+        encoded = chat.encoded_answers(found[name], tokenizer, found.get(TOOLS))[-1:]
         parts += [{key: values[: length // 2] for key, values in one.items()} for one in encoded]
     if len(parts) < len(PREFERENCE) or all(np.array_equal(*(part[key] for part in parts)) for key in _KEYS):
         return []

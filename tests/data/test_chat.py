@@ -16,7 +16,7 @@ import pytest
 from etils import epath
 
 from moe.config import ConfigError, DataConfig, to_dict
-from moe.data import chat, chat_rendering, documents, pipeline
+from moe.data import chat, chat_rendering, columns, documents, pipeline, preferences
 from moe.data.json_tokenizer import JsonTokenizer
 from moe.parallel.mesh import make_mesh
 from moe.training import open_run
@@ -138,6 +138,103 @@ def test_marked_answers_are_those_that_are_written(answer, learnt):
     assert [text[start:end] for start, end in spans] == (learnt or [])
 
 
+TOOL = {
+    "type": "function",
+    "function": {"name": "add", "parameters": {"type": "object", "properties": {"default": None}}},
+}
+_WITH_TOOLS = (
+    "{% if not tools is defined %}{% set tools = none %}{% endif %}{% if tools %}[{{ tools | tojson }}]{% endif %}"
+)
+_PLAIN = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}E{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def record(fields):
+    """The document of a line with these fields."""
+    return documents.parse_document(json.dumps(fields).encode(), epath.Path("a.jsonl"))[0]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"messages": conversation("Q", "A"), "tools": [TOOL]},
+        {"messages": json.dumps(conversation("Q", "A")), "tools": json.dumps([TOOL])},
+        {"prompt": "Q", "response": "A", "tools": [TOOL]},
+        {"source": "Q", "target": "A", "tools": [TOOL]},
+        {"prompt": "Q", "chosen": "A", "rejected": "B", "tools": [TOOL]},
+    ],
+)
+def test_the_tools_of_a_conversation_reach_the_template(fields):
+    """They were dropped: the model learnt calls of tools that it did not see. A null in them stays."""
+    messages, tools = chat.read_conversation(record(fields), "t")
+    template = chat.ChatTemplate(_WITH_TOOLS + _PLAIN, {}, "t")
+    ((text, spans),) = chat.rendered_answers(template, messages, tools)
+    assert text == f"[[{json.dumps(TOOL)}]]<user>QE<assistant>AE"
+    assert [text[start:end] for start, end in spans] == ["AE"]
+    with pytest.raises(ConfigError, match="t: a conversation has tools, which the chat template does not read"):
+        chat.rendered_answers(chat.ChatTemplate(_PLAIN, {}, "t"), messages, tools)
+    for none in ([], None, "", " ", "[]", "null"):
+        assert record(fields | {"tools": none}) == record({k: v for k, v in fields.items() if k != "tools"})
+
+
+def test_a_pairs_tools_are_in_both_of_its_conversations():
+    fields = {"prompt": "Q", "chosen": "good", "rejected": "bad", "tools": [TOOL]}
+    templates = {with_tools: tokenizer(chat_template=with_tools + _PLAIN) for with_tools in ("", _WITH_TOOLS)}
+    (example,) = preferences.example(record(fields), 4096, templates[_WITH_TOOLS], "t")
+    (without,) = preferences.example(record(fields | {"tools": []}), 4096, templates[""], "t")
+    added = len(example["tokens"]) - len(without["tokens"])
+    description = templates[""].encode_rendered(f"[[{json.dumps(TOOL)}]]<")[0]
+    assert added == 2 * (len(description) - len(templates[""].encode_rendered("<")[0]))
+
+
+def test_tools_of_a_table_are_json(tmp_path):
+    """As structures, each tool would have the fields of all; a row may have none."""
+    path = epath.Path(tmp_path / "a.parquet")
+    rows = {"messages": [conversation("Q", "A")] * 3, "tools": [json.dumps([TOOL]), None, "[]"]}
+    pyarrow.parquet.write_table(pyarrow.table(rows), path)
+    columns.copy_columns(path, tmp_path / "a.arrow")
+    texts = [text for _, text, _ in columns.TextTable(tmp_path / "a.arrow").rows("a")]
+    assert [chat.read_conversation(text, "t")[1] for text in texts] == [[TOOL], None, None]
+    pyarrow.parquet.write_table(pyarrow.table(rows | {"tools": [[TOOL]] * 3}), path)
+    with pytest.raises(ConfigError, match="column 'tools' must be of strings of JSON, not list<"):
+        columns.copy_columns(path, tmp_path / "b.arrow")
+
+
+def test_parts_of_a_messages_content_are_joined():
+    """Under ChatML they were learnt as Python's text of a list."""
+    parts = [{"type": "text", "text": "a "}, {"type": "text", "text": "b", "image": None}]
+    messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": parts[:1]}]
+    assert record({"messages": messages}) == record({"messages": conversation("a b", "a ")})
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}, {"weight": 0.0, "train": True}])
+@pytest.mark.parametrize("answer", [_MARKED, "{{ m.content }}E"], ids=["marked", "unmarked"])
+def test_an_answer_that_is_not_to_be_learnt_is_part_of_the_prompt(mark, answer):
+    messages = conversation("Q", "B", "R", "D")
+    messages[1] |= mark
+    messages[3] |= {"weight": 1, "train": True}
+    template = chat.ChatTemplate(_TURNS % answer + "{% if add_generation_prompt %}<assistant>{% endif %}", {}, "t")
+    ((text, spans),) = chat.rendered_answers(template, messages)
+    assert text == "<user>Q<assistant>BE<user>R<assistant>DE"
+    assert [text[start:end] for start, end in spans] == ["DE"]
+    messages[3] |= mark | {"train": False}
+    assert not any(spans for _, spans in chat.rendered_answers(template, messages))
+
+
+def test_an_unwanted_answer_that_cannot_be_found_is_refused():
+    changing = (
+        "{% for m in messages %}{% generation %}{{ m.content if loop.last else '-' }}{% endgeneration %}{% endfor %}"
+    )
+    messages = conversation("Q", "B", "R", "D")
+    messages[1]["weight"] = 0
+    with pytest.raises(
+        ConfigError, match=r"an answer with weight 0 or train false \(message 1\), which the chat template"
+    ):
+        chat.rendered_answers(chat.ChatTemplate(changing, {}, "t"), messages)
+
+
 @pytest.mark.parametrize("filtered", ["text | trim", "text | reverse", "text | length", "text | truncate(5, true)"])
 def test_a_template_that_changes_a_marked_answer_is_refused(filtered):
     answer = "{% set text %}{% generation %} {{ m.content }} {% endgeneration %}{% endset %}{{ " + filtered + " }}"
@@ -220,6 +317,20 @@ def test_rows_do_not_depend_on_the_day():
         ({"messages": '[{"role": "user", "content": "a", "content": "b"}]'}, "two values of 'content'"),
         ({"messages": [{"content": "x"}]}, "an object with a string 'role'"),
         ({"messages": [{"role": "user", "content": 3}]}, "content is not a string"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+            "a part of type 'image'; only parts of type",
+        ),
+        ({"messages": [{"role": "user", "content": ["x"]}]}, "a part of type 'str'"),
+        ({"messages": [{"role": "assistant", "content": "x", "weight": 0.5}]}, "weight=0.5, which must be 0 or 1"),
+        (
+            {"messages": [{"role": "assistant", "content": "x", "train": "no"}]},
+            "train='no', which must be true or false",
+        ),
+        ({"messages": [{"role": "user", "content": "x", "train": True}]}, "of role 'user'; only answers are learnt"),
+        ({"messages": conversation("x", "y"), "tools": {"a": 1}}, "tools that are not a list of objects"),
+        ({"messages": conversation("x", "y"), "tools": "[1"}, "tools that are not JSON"),
+        ({"messages": conversation("x", "y"), "tools": [1]}, "tools that are not a list of objects"),
         ({"prompt": "x"}, "needs an object with .* 'prompt' and 'response'"),
         ({"text": "\x1d[]"}, r"U\+001D"),
     ],
