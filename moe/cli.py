@@ -259,11 +259,9 @@ def _value_of(argv: list[str], name: str) -> str | None:
 
 
 def _extend_import_path(argv: list[str]) -> None:
-    """Make a user's modules, such as gates, importable from the current directory and the config file's folder."""
+    """Make modules that the user names, such as gates, importable from the config file's folder."""
     for path in filter(None, (_value_of(argv, "config"), *_default_config)):
         extend_import_path(path.partition(":")[0])
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
 
 
 def _refusal(error: Exception) -> str:

@@ -301,6 +301,36 @@ def test_a_module_named_in_a_workdir_is_not_imported_until_allowed(tmp_path, pla
     assert planted_module.exists()
 
 
+PROGRAM_IN_A_FOLDER = """
+from moe import cli
+
+def main():
+    import grain, orbax.checkpoint, tensorboardX, tokenizers
+    from moe.config.references import import_object
+    print(import_object("model.moe.gate", "wanted.inner:VALUE")() + import_object("optimizer.name", "plain:VALUE"))
+
+cli.run(main)
+"""
+
+
+def test_the_current_directory_gives_only_modules_that_the_user_named(tmp_path):
+    """Optional packages that libraries look for are not taken from a downloaded folder. What a named module imports,
+    at once or later, may lie beside it; Python's own search path does not hold the folder."""
+    planted = f"open({str(tmp_path / 'ran')!r}, 'a').write(__name__)\n"
+    for name in ("torch", "boto3", "bcrypt", "brotli", "brotlicffi", "gcsfs", "pandas_gbq", "tensorflow", "unnamed"):
+        (tmp_path / f"{name}.py").write_text(planted)
+    (tmp_path / "wanted").mkdir()
+    (tmp_path / "wanted" / "__init__.py").write_text("from . import inner\n")
+    (tmp_path / "wanted" / "inner.py").write_text("def VALUE():\n    import beside\n    return beside.VALUE\n")
+    (tmp_path / "beside.py").write_text("VALUE = 1\n")
+    (tmp_path / "plain.py").write_text("VALUE = 2\n")
+    command = [sys.executable, "-P", "-c", PROGRAM_IN_A_FOLDER]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert result.stdout == "3\n"
+    assert not (tmp_path / "ran").exists()
+
+
 def test_reading_a_workdir_needs_no_optimizer(tmp_path, planted_module, monkeypatch):
     workdir = tmp_path / "run"
     import_checkpoint(Path(__file__).parent / "data" / "checkpoints" / "mixtral", workdir)

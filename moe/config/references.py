@@ -23,6 +23,7 @@ import ml_collections
 from etils import epath
 
 from moe.atomic_files import in_bucket
+from moe.config.named_modules import NAMED_MODULES
 from moe.fields import ConfigError, exits_as_errors, require
 from moe.waiting import first_answer
 
@@ -73,6 +74,9 @@ def import_object(field: str, name: str) -> typing.Any:
     if not all(part.isidentifier() for part in (*module_name.split("."), attribute)):
         raise ConfigError(f"{where}: must be module:object, such as my_module:my_function")
     _allowed.add(module_name)
+    with contextlib.suppress(FileNotFoundError):  # the current directory was deleted
+        NAMED_MODULES.search(os.getcwd())
+    NAMED_MODULES.name(module_name)
     try:
         with exits_as_errors():
             module = importlib.import_module(module_name)
@@ -181,8 +185,12 @@ def load_python_file(path: str | os.PathLike[str]) -> types.ModuleType:
 
 
 def extend_import_path(path: str | os.PathLike[str]) -> None:
-    """Extend the import path by the folders from which a Python file may import: its package's, then its own."""
+    """Extend the import path by the folders from which a Python file may import: its package's, then its own. The
+    folder of another file, such as a run's config.json, is searched only for modules that the user names."""
     folder = Path(path).resolve().parent
+    if Path(path).suffix != ".py":
+        NAMED_MODULES.search(folder)
+        return
     package = folder
     while (package / "__init__.py").exists():
         package = package.parent

@@ -13,8 +13,10 @@ and the step that the planner predicts for both. docs/surgery.md shows one.
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -187,7 +189,15 @@ def _plan(folder: str) -> tuple[str, str]:
 
     command = ["plan", f"--config={folder}/config.json", f"--topology={_TOPOLOGY.value}", "--json"]
     command.append(f"--allow_module={','.join(flags.FLAGS.allow_module)}")
-    done = subprocess.run([sys.executable, "-m", "moe", *command], capture_output=True, text=True, check=False)
+    # With -P the current directory, perhaps a downloaded folder, is not searched for packages.
+    places = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "moe", *command],
+        env=os.environ | {"PYTHONPATH": places},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"the planner exited with {done.returncode}"]
         raise ConfigError(lines[-1].removeprefix("error: "))
