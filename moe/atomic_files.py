@@ -18,6 +18,7 @@ from typing import Any
 from etils import epath
 
 from moe.fields import ConfigError
+from moe.stop_watch import STOP_WATCH
 
 #: Error numbers of a lock request on a file system without locks.
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)
@@ -55,14 +56,15 @@ def write_atomic(path: epath.Path | Path, content: bytes | str | Iterable[bytes]
     if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
         raise ConfigError(f"{path}: is a device, and must be a file")
     temporary = Path(path).with_name(f"{path.name}.tmp")
-    temporary.unlink(missing_ok=True)  # left by a kill, or a planted link
-    try:
-        with open(temporary, "xb", opener=_new) as file:
-            file.writelines([content] if isinstance(content, bytes) else content)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with STOP_WATCH.unfinished():
+        temporary.unlink(missing_ok=True)  # left by a kill, or a planted link
+        try:
+            with open(temporary, "xb", opener=_new) as file:
+                file.writelines([content] if isinstance(content, bytes) else content)
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def write_figure(path: epath.Path | Path, figure: Any, dpi: int, **options: Any) -> None:
@@ -115,20 +117,21 @@ def new_folder(folder: epath.Path) -> Iterator[None]:
     refuse_files(folder)
     parents = () if in_bucket(folder) else folder.parents
     missing = [path for path in (folder, *parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    except BaseException as error:
-        folder.rmtree()
-        if not missing:
-            folder.mkdir()
-        for parent in missing[1:]:
-            with contextlib.suppress(OSError):  # not empty
-                os.rmdir(parent)
-        # safetensors and TensorStore have other types for errors of the disk.
-        if isinstance(error, OSError) or re.search("(?i)os.error", str(error)):
-            raise ConfigError(f"{folder}: cannot be written, and nothing was left: {first_line(error)}") from error
-        raise
+    with STOP_WATCH.unfinished():
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            yield
+        except BaseException as error:
+            folder.rmtree()
+            if not missing:
+                folder.mkdir()
+            for parent in missing[1:]:
+                with contextlib.suppress(OSError):  # not empty
+                    os.rmdir(parent)
+            # safetensors and TensorStore have other types for errors of the disk.
+            if isinstance(error, OSError) or re.search("(?i)os.error", str(error)):
+                raise ConfigError(f"{folder}: cannot be written, and nothing was left: {first_line(error)}") from error
+            raise
 
 
 def first_line(error: BaseException) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 
 from moe.escaping import terminal
 from moe.exit_codes import after_signal
+from moe.stop_watch import STOP_SIGNALS, STOP_WATCH, end
 
 _TUNABLE = "glibc.malloc.hugetlb=1"
 _JEMALLOC = "libjemalloc.so.2"
@@ -26,8 +27,6 @@ _JEMALLOC_CONF = "dirty_decay_ms:-1,muzzy_decay_ms:-1,thp:always"
 
 _IMPORTED = time.monotonic()  # the start of the process where there is no /proc
 
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
 
 def prepare() -> None:
     """Set up this process; entry points call it before importing anything that imports JAX. May restart the program."""
@@ -35,6 +34,7 @@ def prepare() -> None:
     _exit_on_stop_signals()
     _check_environment()
     use_allocator()
+    STOP_WATCH.start()
 
 
 def _open_standard_streams() -> None:
@@ -103,17 +103,15 @@ def closed_output_exits() -> Iterator[None]:
 
 def _exit_on_stop_signals() -> None:
     """End the program at once on SIGTERM (75) or SIGINT (130) while it starts, when there is nothing to clean up."""
-    for number in _STOP_SIGNALS:
+    for number in STOP_SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _exit)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)  # blocked by the restart in use_allocator
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # blocked by the restart in use_allocator
 
 
 def _exit(number: int, frame: FrameType | None) -> None:
     del frame
-    with contextlib.suppress(OSError):
-        os.write(2, f"stopped by {signal.Signals(number).name}\n".encode())
-    os._exit(after_signal(number))
+    end(number)
 
 
 def raise_on_stop_signals() -> None:
@@ -122,7 +120,7 @@ def raise_on_stop_signals() -> None:
     Python discards an exception raised inside a destructor or a weak reference's callback, where a signal may arrive
     like anywhere else; the signal is then sent again.
     """
-    for number in _STOP_SIGNALS:
+    for number in STOP_SIGNALS:
         if signal.getsignal(number) is _exit:
             signal.signal(number, _raise)
             if getattr(sys.unraisablehook, "func", None) is not _send_again:  # not installed by an earlier call
@@ -132,7 +130,7 @@ def raise_on_stop_signals() -> None:
 def _send_again(report: Callable[[sys.UnraisableHookArgs], object], discarded: sys.UnraisableHookArgs) -> None:
     """Repeat the signal behind a discarded SystemExit, once the destructor has returned; report other exceptions."""
     error = discarded.exc_value
-    for number in _STOP_SIGNALS:
+    for number in STOP_SIGNALS:
         if isinstance(error, SystemExit) and error.code == after_signal(number):
             timer = threading.Timer(0.1, os.kill, (os.getpid(), number))
             timer.daemon = True
@@ -143,6 +141,7 @@ def _send_again(report: Callable[[sys.UnraisableHookArgs], object], discarded: s
 
 def _raise(number: int, frame: FrameType | None) -> None:
     del frame
+    STOP_WATCH.acknowledge()
     raise SystemExit(after_signal(number))
 
 
@@ -176,11 +175,11 @@ def use_allocator() -> None:
         os.environ["GLIBC_TUNABLES"] = f"{tunables}:{_TUNABLE}" if tunables else _TUNABLE
     else:
         return
-    signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)  # until the restarted program has its handlers
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # until the restarted program has its handlers
     try:
         os.execv(sys.executable, sys.orig_argv)
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
 def _starts(variables: dict[str, str]) -> bool:
@@ -226,6 +225,7 @@ def use_tpu_compiler() -> None:
     """
     _open_standard_streams()
     _exit_on_stop_signals()
+    STOP_WATCH.start()
     _check_environment()
     os.environ.update(
         JAX_PLATFORMS="cpu",

@@ -20,6 +20,7 @@ from jax.experimental import multihost_utils
 from moe.config import ConfigError
 from moe.escaping import terminal
 from moe.exit_codes import START_AGAIN, after_signal
+from moe.stop_watch import STOP_SIGNALS, STOP_WATCH
 
 
 class Stopped(SystemExit):
@@ -43,30 +44,36 @@ class StartAgain(Stopped):
 class StopSignals:
     """Handlers that defer SIGTERM and the first Ctrl-C to the end of a train step; a context manager.
 
-    Outside the training loop a signal ends the run at once, because there is nothing to save. In a run of several
+    Outside :meth:`at_steps` a signal ends the run at once, because there is nothing to save. In a run of several
     processes, JAX's preemption service handles SIGTERM and chooses one step at which all processes stop; Ctrl-C keeps
-    Python's default.
+    the program's handler.
     """
 
     def __init__(self) -> None:
         self._received: int | None = None
         self._waiting = False
-        self._old: dict[int, object] = {}
+        self._context = contextlib.ExitStack()
 
     def __enter__(self) -> StopSignals:
         if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-            self._old = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+            for number in STOP_SIGNALS:
+                self._context.callback(signal.signal, number, signal.signal(number, self._handle))
+            self._context.enter_context(STOP_WATCH.unfinished(self._has_unsaved_step))
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
+        self._context.close()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         del frame
+        STOP_WATCH.acknowledge()
         if not self._waiting or self._received is not None:  # a second signal is not deferred
             raise Stopped(after_signal(number), f"stopped by {signal.Signals(number).name}")
         self._received = number
+
+    def _has_unsaved_step(self) -> bool:
+        """Return True while a first signal waits for the end of a step."""
+        return self._waiting and self._received is None and len(STOP_WATCH.unanswered()) < 2
 
     @contextlib.contextmanager
     def at_steps(self) -> Iterator[None]:
@@ -109,20 +116,31 @@ def ended_together() -> Iterator[None]:
         raise ConfigError(f"--distributed: must be given, since this is one of {jax.process_count()} processes")
     threading.Thread(target=_watch, args=(client,), daemon=True).start()
     try:
-        yield
+        with STOP_WATCH.farewell(lambda code: _stop_all(client, code)):
+            yield
     except BaseException as error:
         if type(error) is not Stopped:
             _announce(client, error)
+            atexit.register(_leave, _code(error))  # runs before JAX's own function, which was registered earlier
         raise
 
 
+def _stop_all(client: Any, code: int) -> NoReturn:
+    """End all processes for a stop signal of this one, whose main thread cannot raise an error."""
+    _announce(client, Stopped(code, "stopped by a signal"))
+    _leave(code)
+
+
+def _code(error: BaseException) -> int:
+    """Exit code of a program that an error ends."""
+    return error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
+
+
 def _announce(client: Any, error: BaseException) -> None:
-    """Tell the other processes why this one ends, and skip JAX's shutdown, which would wait for them."""
-    code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
+    """Tell the other processes why this one ends."""
     reason = f"process {jax.process_index()}: {type(error).__name__}: {str(error)[:2000]}"
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # another process was first
-        client.key_value_set(_ENDING, f"{code} {reason}")
-    atexit.register(_leave, code)  # runs before JAX's own function, which was registered earlier
+        client.key_value_set(_ENDING, f"{_code(error)} {reason}")
 
 
 def _watch(client: Any) -> None:
@@ -140,7 +158,8 @@ def _watch(client: Any) -> None:
 
 
 def _leave(code: int) -> NoReturn:
-    """Exit, process 0 last: it has the store, without which JAX aborts the others.
+    """Exit without JAX's shutdown, which would wait for the other processes; process 0 last, since it has the store,
+    without which JAX aborts the others.
 
     Its start again takes longer than the others wait for it: they would join the processes that are ending.
     """

@@ -45,6 +45,41 @@ def test_a_signal_before_the_first_step_ends_the_run_at_once(directory, programs
     assert not (tmp_path / "run").exists()
 
 
+def test_a_signal_in_the_first_step_ends_the_run_at_once(directory, programs, tmp_path, monkeypatch):
+    """The first step, and the evaluation, compile for minutes in a large model, and there is nothing to save."""
+    monkeypatch.setattr(training, "next_batch", at_step(1, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    with pytest.raises(signals.Stopped) as caught:
+        train(tiny(directory, **SETTINGS), str(tmp_path), ONE, make_program=programs, quiet=True)
+    assert caught.value.code == 75
+    assert steps(tmp_path) == []
+
+
+def test_the_evaluation_is_compiled_before_signals_are_deferred(directory, programs, tmp_path, monkeypatch):
+    """The only evaluation is after step 6, whose compilation would delay a signal, and its end would lose 5 steps."""
+    events = []
+    evaluate, defer = training.evaluate, signals.StopSignals.at_steps
+    monkeypatch.setattr(training, "evaluate", lambda *args: events.append("evaluate") or evaluate(*args))
+    monkeypatch.setattr(signals.StopSignals, "at_steps", lambda self: events.append("defer") or defer(self))
+    train(tiny(directory, **SETTINGS), str(tmp_path), ONE, make_program=programs, quiet=True)
+    assert events == ["evaluate", "defer", "evaluate"]
+
+
+def test_only_a_second_signal_may_end_a_step_in_the_middle(monkeypatch):
+    """The main thread is inside of XLA, so that no handler has run yet."""
+    waiting = []
+    monkeypatch.setattr(signals.STOP_WATCH, "unanswered", lambda: waiting)
+    with signals.StopSignals() as stop:
+        assert not stop._has_unsaved_step()
+        with stop.at_steps():
+            waiting.append(signal.SIGTERM)
+            assert stop._has_unsaved_step()
+            waiting.append(signal.SIGTERM)
+            assert not stop._has_unsaved_step()
+            del waiting[1]
+            stop._handle(signal.SIGTERM, None)  # the first one was handled, and this is the second
+            assert not stop._has_unsaved_step()
+
+
 def test_a_second_signal_waits_for_the_checkpoint_that_is_being_written(directory, programs, tmp_path, monkeypatch):
     """Its thread would go on writing in a workdir whose lock is free, and beside a second call."""
     rename, begun, ended = os.rename, threading.Event(), []

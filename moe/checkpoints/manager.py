@@ -38,6 +38,7 @@ from moe.data.streams import StreamsHandler, StreamsRestore, StreamsSave
 from moe.metrics_files import METRICS, iterate_rows
 from moe.models.state import TrainState
 from moe.signals import StartAgain
+from moe.stop_watch import STOP_WATCH
 from moe.waiting import said_aloud
 
 #: Object that Orbax writes last into a checkpoint in a bucket.
@@ -131,7 +132,7 @@ class Checkpoints:
         state = state.stored
         content = {"loop": memory, "checksums": checksums(state)}
         where = f"{self._workdir}: the checkpoint of step {step}, or the one before, to be written"
-        with said_aloud(where), _as_config_error(self._workdir, self._manager):
+        with said_aloud(where), _as_config_error(self._workdir, self._manager), STOP_WATCH.unfinished():
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -158,7 +159,8 @@ class Checkpoints:
         """Finish started writes before an error or a second signal leaves the block: its message names the newest
         checkpoint, and nothing is written once the workdir's lock is released."""
         try:
-            yield
+            with STOP_WATCH.unfinished(self._manager.is_saving_in_progress):
+                yield
         except BaseException:
             with contextlib.suppress(ConfigError):
                 self.wait()

@@ -8,6 +8,8 @@ import gzip
 import hashlib
 import json
 import multiprocessing
+import os
+import threading
 import time
 import zlib
 from concurrent.futures.process import BrokenProcessPool
@@ -154,14 +156,31 @@ def compile_step(config: Config, topology: Topology) -> CompiledStep:
 
 def _compile_apart(config: Config, topology: Topology) -> CompiledStep:
     """:func:`compile_step` in a process of its own."""
-    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, spawn, initializer=_end_with_parent) as pool:
         try:
             return pool.submit(_compile_named, to_dict(config), topology.name, topology.num_slices).result()
+        except SystemExit:  # a stop signal, which must not wait for the compiler
+            for child in multiprocessing.active_children():
+                child.kill()
+            raise
         except BrokenProcessPool as error:
             raise ConfigError(
                 f"{topology.name}: the process that compiled for it was killed; the compiler may need more memory than "
                 "this machine has"
             ) from error
+
+
+def _end_with_parent() -> None:
+    """End this process, which may be compiling for minutes, when the one that started it ends."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _compile_named(fields: dict[str, Any], name: str, num_slices: int) -> CompiledStep:

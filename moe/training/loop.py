@@ -171,8 +171,7 @@ def train(
                 )
                 loop = _Loop(program, iterator, heldout, checkpoints, directory, signals, step, saved, shown)
                 stage("compiling the train step (later starts find it in train.compilation_cache)")
-                with signals.at_steps():
-                    state = loop.run(state)
+                state = loop.run(state)
             else:  # a run that was shortened to its newest checkpoint has rows of later steps
                 MetricsWriter(directory, step, config).close()
             checkpoints.close()
@@ -302,6 +301,7 @@ class _Loop:
         end = self._config.num_steps + 1
         writers = find_writers(config.writers)
         with (
+            contextlib.ExitStack() as after_first,
             contextlib.closing(
                 MetricsWriter(self._directory, self._start, self._program.config, writers)
             ) as self._writer,
@@ -316,6 +316,8 @@ class _Loop:
                 if step == first:
                     jax.block_until_ready(metrics)
                     self._progress.write(f"[{process.seconds_running():6.1f} s] step {step}, the first one, is done")
+                    self._compile_evaluation(state)
+                    after_first.enter_context(self._signals.at_steps())
                     self._timed = step % config.log_every != 0 and not last
                     if self._timed:  # later rows do not count the compilation
                         self._clock.restart()
@@ -375,6 +377,11 @@ class _Loop:
         self._progress.evaluated(results["all"])
         self._clock.restart()
         return results["all"]["loss"]
+
+    def _compile_evaluation(self, state: TrainState) -> None:
+        """Compile the evaluation while a signal may end the run at once: later, steps would be lost."""
+        batch = next(batch for batches in self._heldout().batches.values() for batch in batches)
+        evaluate(self._program, state.variables, dataclasses.replace(self._heldout(), batches={"": [batch]}))
 
     def _save(self, step: int, state: TrainState, heldout_loss: float | None, last: bool) -> None:
         """Start a checkpoint, unless updates are being skipped: the cause may be in the parameters themselves.

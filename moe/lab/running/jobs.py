@@ -15,6 +15,7 @@ import filelock
 
 from moe.config import ConfigError
 from moe.exit_codes import START_AGAIN, after_signal
+from moe.stop_watch import STOP_WATCH
 
 #: Set in the environment of the processes that :func:`start` starts.
 WORKER = "MOE_LAB_WORKER"
@@ -36,6 +37,7 @@ def start(count: int, arguments: Sequence[str]) -> None:
     received: list[int] = []
 
     def stop(number: int, _: object) -> None:
+        STOP_WATCH.acknowledge()
         # The first Ctrl-C reaches the whole process group by itself, and a second signal would keep a run from saving.
         if number == signal.SIGTERM or received:
             _terminate(jobs)
