@@ -31,7 +31,7 @@ from moe.lab.suite import Suite
 from moe.lab.table import Table
 from moe.training import progress
 
-_SUITE = flags.DEFINE_string("suite", "", "Name of a suite, or file with get_suite(size); or FILE.py:ARGUMENT.")
+_SUITE = flags.DEFINE_string("suite", None, "Name of a suite, or file with get_suite(size); or FILE.py:ARGUMENT.")
 _WORKDIR = cli.define_path(
     "workdir", "Folder of the suite's runs, records and report. Needed but for --report, --missing and --claims."
 )
@@ -113,7 +113,7 @@ def _time(suite: Suite, folder: Path) -> None:
 
 def _suite_file() -> str:
     """Path of the suite that --suite names, with its argument."""
-    return shipped.find(_SUITE.value, shipped.SUITES)
+    return shipped.find(_SUITE.value or "", shipped.SUITES)
 
 
 def _suites() -> Path:
