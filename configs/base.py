@@ -1,4 +1,4 @@
-"""All defaults, listed with their units in docs/settings.md; other configs override them.
+"""All defaults, listed with their units in docs/settings/; other configs override them.
 
 Fine-tuning of a run or an import, with its model shape and tokenizer:
 

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning of a checkpoint on conversations, with the loss on the answers (docs/chat.md).
+"""Supervised fine-tuning of a checkpoint on conversations, with the loss on the answers (docs/finetuning.md).
 
     python main.py --config=configs/chat.py --workdir=/tmp/chat --config.start.checkpoint=/tmp/imported \
         --config.data.dataset=/path/to/conversations

@@ -1,4 +1,4 @@
-"""Reinforcement learning from rollouts, by GRPO with DAPO's bounds and mean (docs/policy.md).
+"""Reinforcement learning from rollouts, by GRPO with DAPO's bounds and mean (docs/finetuning.md).
 
     python main.py --config=configs/policy.py --workdir=/tmp/policy --config.start.checkpoint=/tmp/chat \
         --config.data.dataset=/path/to/rollouts

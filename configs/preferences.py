@@ -1,4 +1,4 @@
-"""Training of a chat model on pairs of a chosen and a rejected answer, by DPO (docs/preferences.md).
+"""Training of a chat model on pairs of a chosen and a rejected answer, by DPO (docs/finetuning.md).
 
     python main.py --config=configs/preferences.py --workdir=/tmp/preferred --config.start.checkpoint=/tmp/chat \
         --config.distill.teacher=/tmp/chat --config.data.dataset=/path/to/pairs

@@ -1,7 +1,7 @@
 """Sizes of published decoders, from their config.json; configs/NAME.py is the row of that name.
 
 They run in bfloat16 on rows of 4096 tokens, with experts split over ``mesh.expert``. ``losses.balance`` is
-Hugging Face's coefficient · K / L where the paper's is not known (docs/losses.md).
+Hugging Face's coefficient · K / L where the paper's is not known (docs/gates.md).
 """
 
 from collections.abc import Callable

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fnmatch
 import importlib.metadata
+import json
+import os
 import pathlib
 
 from sphinx.application import Sphinx
@@ -14,6 +17,8 @@ from moe.playground.page import render
 
 DOCS = pathlib.Path(__file__).parent
 REPOSITORY = DOCS.parent
+#: Tables that programs write, besides the suites' reports.
+GENERATED = ("results/conformance", "results/paper_tables", "results/early/README")
 
 project = "Mixture-of-Experts language models in JAX"
 author = "the maintainers"
@@ -61,11 +66,34 @@ napoleon_use_ivar = True
 
 html_theme = "furo"
 html_title = "MoE in JAX"
+# Where the site is built by the repository's own workflow, pages link to their source, and the tutorial to Colab.
+if repository := os.environ.get("GITHUB_REPOSITORY"):
+    html_theme_options = {
+        "source_repository": f"https://github.com/{repository}",
+        "source_branch": "main",
+        "source_directory": "docs/",
+    }
+
+
+def colab_badge(app: Sphinx, page: str, source: list[str]) -> None:
+    """Put a link to Colab at the head of the tutorial."""
+    if page == "tutorial" and repository:
+        notebook = json.loads(source[0])
+        address = f"https://colab.research.google.com/github/{repository}/blob/main/docs/tutorial.ipynb"
+        badge = f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({address})\n"
+        notebook["cells"].insert(1, {"cell_type": "markdown", "metadata": {}, "source": [badge]})
+        source[0] = json.dumps(notebook)
 
 
 def escape_bars(app: object, what: str, name: str, item: object, options: object, lines: list[str]) -> None:
     """Keep absolute values such as |x| in docstrings from being read as substitutions."""
     lines[:] = [line.replace("|", r"\|") for line in lines]
+
+
+def leave_out(app: Sphinx, page: str, source: list[str]) -> None:
+    """Keep logs and generated reports, which other pages link to, out of navigation and search."""
+    if page.startswith("log/") or fnmatch.fnmatch(page, "results/*/report") or page in GENERATED:
+        source[0] = f"---\norphan: true\nnosearch: true\n---\n\n{source[0]}"
 
 
 def write_pages(app: Sphinx, error: Exception | None) -> None:
@@ -79,4 +107,6 @@ def write_pages(app: Sphinx, error: Exception | None) -> None:
 def setup(app: Sphinx) -> None:
     """Register the hooks."""
     app.connect("autodoc-process-docstring", escape_bars)
+    app.connect("source-read", leave_out)
+    app.connect("source-read", colab_badge)
     app.connect("build-finished", write_pages)

@@ -4,7 +4,7 @@ The task is to count upwards: a completion's reward is the share of its tokens t
 MoE model is trained from scratch on its own samples, by GRPO; the engine that samples computes in --engine_dtype, and
 with --router_noise its routers have normal noise of that many standard deviations of their weights, drawn anew in each
 round. Prints, for each seed and as means with 95 % intervals, the mean reward over all rounds and over the last tenth,
-and how far the policy is from its rollouts at the first step on them; docs/policy.md explains the numbers.
+and how far the policy is from its rollouts at the first step on them; docs/finetuning.md explains the numbers.
 """
 
 from moe import process

@@ -1,11 +1,11 @@
-"""The pages of all settings, from the schema itself: ``python scripts/settings_pages.py docs`` writes them."""
+"""The pages of all settings, from the schema itself: ``python scripts/settings_pages.py docs/settings`` writes them."""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import inspect
 import re
-import sys
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +20,7 @@ from moe.routing.interface import Gate
 
 _HEAD = """# Settings of {title}
 
-Settings with their types, defaults, bounds and meanings, from the schema: `python scripts/settings_pages.py docs`
+Settings with their types, defaults, bounds and meanings, from the schema: `scripts/settings_pages.py docs/settings`
 writes this page and those of {others}. `--config.SECTION.FIELD=VALUE` sets one. *Resume*: a run
 may be continued with another value: `free`, as it does not change what is learnt, or `later`, from its newest
 checkpoint on with `--change`; else it may not.
@@ -28,14 +28,14 @@ checkpoint on with `--change`; else it may not.
 
 _GATES = """## Gates
 
-Fields of `model.moe.gate` by its name ([gates](gates.md)). Losses that are not listed have weight 0.
+Fields of `model.moe.gate` by its name ([gates](../gates.md)). Losses that are not listed have weight 0.
 """
 
 #: Page of the sections whose path starts with a prefix, and its title; the last prefix that fits counts.
 _PAGES = {
-    "": ("settings.md", "a run"),
-    "model": ("model_settings.md", "a model"),
-    "model.moe": ("moe_settings.md", "MoE layers"),
+    "": ("run.md", "a run"),
+    "model": ("model.md", "a model"),
+    "model.moe": ("moe.md", "MoE layers"),
 }
 
 
@@ -50,7 +50,7 @@ def pages() -> dict[str, str]:
         summary = f"{inspect.getdoc(type(values))}\n".split("\n\n")[0].replace("\n", " ").strip()
         page = [name for prefix, (name, _) in _PAGES.items() if section.startswith(prefix)][-1]
         parts[page] += [f"## {title}\n", f"{summary}\n", _table(values)]
-    parts["moe_settings.md"] += [_GATES, _gates()]
+    parts["moe.md"] += [_GATES, _gates()]
     return {name: "\n".join(page) for name, page in parts.items()}
 
 
@@ -140,5 +140,8 @@ def _constants(layer: MoEConfig) -> str:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="Folder of the pages, docs/settings.")
+    folder = parser.parse_args().folder
     for name, page in pages().items():
-        write_atomic(Path(sys.argv[1]) / name, page)
+        write_atomic(folder / name, page)

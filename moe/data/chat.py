@@ -266,7 +266,7 @@ def read_conversation(text: str, dataset: str) -> tuple[list[dict[str, Any]], To
     if not divided:
         raise ConfigError(
             f"data.objective='chat': needs documents with messages, prompt and response, or source and target, and "
-            f"{dataset!r} has texts; docs/chat.md shows the formats"
+            f"{dataset!r} has texts; docs/finetuning.md shows the formats"
         )
     return turns(source, target), None
 

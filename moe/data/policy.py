@@ -61,7 +61,7 @@ class Reader:
         try:
             group = rollouts.read(text)
         except ValueError as error:
-            raise ConfigError(f"data.objective='policy': {first_sentence(error)}; see docs/policy.md") from error
+            raise ConfigError(f"data.objective='policy': {first_sentence(error)}; see docs/finetuning.md") from error
         return self.of_group(group)
 
     def of_group(self, group: rollouts.Group) -> list[Arrays]:

@@ -32,7 +32,7 @@ def example(text: str, length: int, tokenizer: Tokenizer, dataset: str) -> list[
     if not isinstance(found, dict) or not set(PREFERENCE) <= found.keys():
         raise ConfigError(
             f"data.objective='preferences': needs documents with prompt, chosen and rejected, and {dataset!r} "
-            "has others; docs/preferences.md shows the formats"
+            "has others; docs/finetuning.md shows the formats"
         )
     parts = []
     for name in PREFERENCE:

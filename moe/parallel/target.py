@@ -192,7 +192,7 @@ def compiler_options(device_kind: str, *, stages: int = 1, nested: bool = False)
         nested: the loop over layers is inside the pipeline's loop over turns.
 
     With its default vector memory, XLA splits a large matmul into windows so small that operands are read, and fused
-    inputs computed, several times. Asynchronous exchanges overlap with independent work. docs/accelerator_code.md
+    inputs computed, several times. Asynchronous exchanges overlap with independent work. docs/log/accelerator_code.md
     has the estimated gains.
     """
     if device_kind.startswith("NVIDIA"):

@@ -2,7 +2,7 @@
 
 Both models read the same held-out text. Their experts are matched by the best permutation; the page says how many
 tokens have the same expert in each layer, against chance and exchanged rows, and where the losses differ. Without
---other the checkpoints of one run are compared: when did its routing settle? docs/diff.md shows the page.
+--other the checkpoints of one run are compared: when did its routing settle? docs/analysis.md shows the page.
 """
 
 import dataclasses

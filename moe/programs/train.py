@@ -11,7 +11,7 @@ _CONFIG = cli.define_config()
 _WORKDIR = cli.define_path("workdir", "Folder for checkpoints, metrics and reports; created if missing.")
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the other processes of this run.")
 _CHANGE = flags.DEFINE_bool(
-    "change", False, "Continue a run with another train.num_steps, learning rate or schedule (docs/restarts.md)."
+    "change", False, "Continue a run with another train.num_steps, learning rate or schedule (docs/runs.md)."
 )
 _PROFILE = flags.DEFINE_string("profile", None, "STEP:COUNT: trace COUNT steps from STEP (docs/launching.md).")
 

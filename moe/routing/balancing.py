@@ -2,7 +2,7 @@
 
 All values are float32, exclude padding, and are taken over all tokens of the (micro)batch, so they do not depend on the
 mesh; :func:`over_step` takes the load-balancing loss over all microbatches of a step.
-docs/losses.md compares the normalisation of the losses with other libraries.
+docs/gates.md compares the normalisation of the losses with other libraries.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 The workdir receives ``config.json``, the tokenizer, ``metrics.jsonl``, ``timing.jsonl``, ``tensorboard/``,
 ``checkpoints/`` and, at the end, ``report.txt`` and ``training.png``. A second call continues from the newest good
-checkpoint, whatever ended the first one: docs/restarts.md lists what can go wrong and what happens then.
+checkpoint, whatever ended the first one: docs/runs.md lists what can go wrong and what happens then.
 """
 
 from __future__ import annotations

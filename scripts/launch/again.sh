@@ -1,6 +1,6 @@
 # shellcheck shell=sh
 # Sourced by launchers: `again COMMAND` runs a command and repeats it while it exits with 75 ("restart me",
-# docs/restarts.md).
+# docs/runs.md).
 #
 # SIGTERM, SIGHUP or Ctrl-C to this shell is passed on as one SIGTERM, and the command is not started again. The command
 # runs in a session of its own, so that Ctrl-C does not reach it directly: a second signal would end it without a

@@ -246,9 +246,9 @@ def test_keys_of_the_runs_of_the_suites_are_unchanged():
 
 
 def test_the_pages_of_settings_are_current():
-    """``python scripts/settings_pages.py docs`` writes them."""
+    """``python scripts/settings_pages.py docs/settings`` writes them."""
     for name, page in settings_pages.pages().items():
-        assert (ROOT / "docs" / name).read_text() == page
+        assert (ROOT / "docs" / "settings" / name).read_text() == page
 
 
 def test_the_pages_of_settings_have_the_defaults_of_a_run():

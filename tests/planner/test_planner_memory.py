@@ -141,7 +141,7 @@ def test_cross_attention_is_kept_beside_self_attention():
 def test_the_guide_has_what_policies_keep_of_a_row():
     """4096 tokens in 32 layers of bfloat16, 2^-30 of D numbers a token is a GiB: the input; queries, heads and half of
     that for keys and values; outputs of 2 experts; up and gate of 3.5 D each of 2 experts, or of 5/4 as many rows."""
-    guide = " ".join((Path(__file__).parents[2] / "docs" / "fitting.md").read_text().split())
+    guide = " ".join((Path(__file__).parents[2] / "docs" / "pods_reference.md").read_text().split())
     config = from_config_dict(mixtral_8x7b.get_config())
 
     def kept(remat, expert):

@@ -209,7 +209,7 @@ def test_the_recipe_of_the_guide_for_contributors():
 def guide(tmp_path, monkeypatch):
     """The modules my_gates and my_layers of docs/own_gates.md."""
     text = (Path(__file__).resolve().parents[2] / "docs" / "own_gates.md").read_text()
-    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+    for block in re.findall(r"```python\n(.*?)```", text.partition("## A training loop")[0], re.DOTALL):
         with (tmp_path / re.search(r"my_\w+\.py", block)[0]).open("a") as file:
             file.write(block)
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -29,7 +29,7 @@ _RESULTS: dict[Kind, float] = {"rows": 1, "weights": 1, "activated": 1.5, "gradi
 _WHOLE: tuple[Kind, ...] = ("activated", "gradients")
 
 #: Seconds that a step of a kernel's grid takes beside its work. With it the count below is closer to 152 published
-#: times of such kernels on v5e, v5p, v6e and tpu7x than without (docs/accelerator_code.md).
+#: times of such kernels on v5e, v5p, v6e and tpu7x than without (docs/log/accelerator_code.md).
 _STEP_SECONDS = 0.35e-6
 
 #: Bytes of a kernel's vector memory that its tiles leave, and the most that they take: larger ones gain little, and XLA
