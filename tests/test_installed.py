@@ -263,7 +263,7 @@ def test_a_missing_gate_module_is_refused_in_one_sentence(folder):
     assert len(result.stderr.strip().splitlines()) == 1
 
 
-#: Program of the table of docs/commands.md → arguments of a short run, and text that it prints. {clone}: the clone.
+#: Program of the table of docs/commands.md → arguments of a short run, and text that it prints.
 TINY = "--config=tiny --config.data.dataset=./text --config.data.directory=cache"
 SHORT_RUNS = {
     "moe configs": ("", "mixtral_8x7b"),
