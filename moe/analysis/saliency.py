@@ -104,11 +104,11 @@ def deviation(moments: np.ndarray) -> np.ndarray:
 def _by_layer(model: Any, batch: Batch, sum_of: _Sum) -> tuple[Float[Array, "L E ..."], Float[Array, "L E"]]:
     """The sum, and the number of tokens, of each expert."""
     rows = make_rows(batch["tokens"], batch["segment_ids"], batch["positions"], prefix=batch.get(PREFIX_KEY))
-    bias = model.position_bias(rows.token_ids.shape[1])
+    rows = model.with_bias(rows)
 
     def body(block: Block, x: Array, state: Any, layer: Array) -> tuple[Array, Any]:
         del state, layer
-        x = block.mix(x, rows, bias)
+        x = block.mix(x, rows)
         h = block.input_of(block.ffn_norm, x)
         x, record = block.feed_forward(x, rows)
         if record is None:

@@ -6,25 +6,30 @@ import dataclasses
 import functools
 import itertools
 import math
+import operator
 from typing import Literal, NamedTuple
 
+from moe.config.mixers import (
+    BUILT_IN,
+    Ability,
+    AttentionBias,
+    GatedDelta,
+    GroupedQuery,
+    Mixer,
+    MultiHeadLatent,
+    QKNorm,
+)
 from moe.config.moe_section import DType, MoEConfig
 from moe.fields import ConfigError, Section, require, setting
 from moe.routing.interface import Gate
 
 Activation = Literal["swiglu", "swiglu_clamped", "geglu", "geglu_exact", "reglu", "gelu", "relu"]
-QKNorm = Literal["none", "head", "full", "rotated"]
 Norms = Literal["before", "after"]
 Attention = Literal["full", "blocked"]
 RopeScaling = Literal["none", "linear", "dynamic", "yarn", "longrope", "llama3"]
-AttentionBias = Literal["none", "qkv", "all"]
 Remat = Literal["none", "hidden", "outputs", "attention", "offload", "dots", "routes", "full"]
 LowPrecision = Literal["none", "int8", "float8"]
 LowPrecisionIn = Literal["ffn", "all"]
-#: Token mixer of a layer.
-Mixer = Literal["attention", "gated_delta_net"]
-
-
 #: Encoder layers attend in both directions; decoder layers of an encoder-decoder also attend to the encoder's output.
 Role = Literal["decoder", "encoder", "cross"]
 
@@ -348,10 +353,32 @@ class LayerKind(NamedTuple):
     """Properties in which layers of one model differ."""
 
     sparse: bool  # MoE
-    window: int  # tokens a query attends to, including its own; 0: all
+    mixer: Mixer
     role: Role = "decoder"
     gate: Gate | None = None  # of an MoE layer
-    mixer: Mixer = "attention"
+
+    @property
+    def window(self) -> int:
+        """Tokens that a query attends to, including its own; 0: all, or no attention."""
+        return getattr(self.mixer, "window", 0)
+
+
+def require_ability(config: ModelConfig, ability: Ability, where: str) -> None:
+    """Raise a ConfigError that names the setting because of which a layer's mixer lacks an ability.
+
+    Args:
+        where: end of the message: what needs the ability.
+    """
+    for kind in layer_kinds(config):
+        if setting := kind.mixer.lacks(ability):
+            value, default = (operator.attrgetter(setting)(model) for model in (config, type(config)()))
+            require(False, f"{_MODEL}{setting}", value, f"must be {default!r} {where}")
+
+
+def unread_settings(config: ModelConfig) -> set[str]:
+    """Paths of the settings of mixers that no layer reads."""
+    read = {name for kind in layer_kinds(config) for name in kind.mixer.settings.values()}
+    return {f"{_MODEL}{name}" for cls in BUILT_IN for name in cls.settings.values() if name not in read}
 
 
 def sparse_layers(config: ModelConfig) -> tuple[bool, ...]:
@@ -381,17 +408,19 @@ def stacks(config: ModelConfig) -> dict[str, tuple[LayerKind, ...]]:
     if config.encoder_layers:
         kinds = list(zip(sparse, gates, strict=True))
         encoder, decoder = kinds[: config.encoder_layers], kinds[config.encoder_layers :]
+        causal, of_source = GroupedQuery.of(config), GroupedQuery.of(config, causal=False)
         return {
-            "encoder": tuple(LayerKind(is_sparse, 0, "encoder", gate) for is_sparse, gate in encoder),
-            "decoder": tuple(LayerKind(is_sparse, 0, "cross", gate) for is_sparse, gate in decoder),
+            "encoder": tuple(LayerKind(is_sparse, of_source, "encoder", gate) for is_sparse, gate in encoder),
+            "decoder": tuple(LayerKind(is_sparse, causal, "cross", gate) for is_sparse, gate in decoder),
         }
-    windowed, delta = config.sliding_window_layers or range(config.num_layers), config.delta_net.layers
-    windows = [config.sliding_window if layer in windowed else 0 for layer in range(config.num_layers)]
-    return {
-        "": tuple(
-            LayerKind(is_sparse, 0, gate=gate, mixer="gated_delta_net")
-            if layer in delta
-            else LayerKind(is_sparse, window, gate=gate)
-            for layer, (is_sparse, window, gate) in enumerate(zip(sparse, windows, gates, strict=True))
-        )
-    }
+    layers = enumerate(zip(sparse, gates, strict=True))
+    return {"": tuple(LayerKind(is_sparse, _mixer(config, layer), gate=gate) for layer, (is_sparse, gate) in layers)}
+
+
+def _mixer(config: ModelConfig, layer: int) -> Mixer:
+    """Token mixer of a layer of a decoder-only model."""
+    if layer in config.delta_net.layers:
+        return GatedDelta.of(config)
+    windowed = not config.sliding_window_layers or layer in config.sliding_window_layers
+    attention = MultiHeadLatent if config.kv_lora_rank else GroupedQuery
+    return attention.of(config, window=config.sliding_window if windowed else 0)

@@ -7,7 +7,7 @@ import math
 import operator
 from collections.abc import Mapping
 
-from moe.config.model_section import ModelConfig, layer_kinds
+from moe.config.model_section import ModelConfig, layer_kinds, require_ability, unread_settings
 from moe.config.run_sections import (
     DataConfig,
     DistillConfig,
@@ -21,7 +21,7 @@ from moe.config.run_sections import (
 )
 from moe.fields import LARGEST, Section, facts_of, require, setting
 
-_MOE, _DELTA = "model.moe.", "model.delta_net."
+_MOE = "model.moe."
 
 #: Largest number of experts that batches of rollouts, in int16, can name.
 MOST_RECORDED = 2**15
@@ -91,11 +91,7 @@ def _check_objective(model: ModelConfig, data: DataConfig) -> None:
         f"must be {'at least 2' if encoder else '0'} where model.encoder_layers={encoder}",
     )
     if data.objective == "prefix_lm" and not encoder:
-        for name in ("sliding_window", "kv_lora_rank"):
-            value = getattr(model, name)
-            require(value == 0, f"model.{name}", value, "must be 0 where data.objective is prefix_lm")
-        layers = model.delta_net.layers
-        require(not layers, "model.delta_net.layers", layers, "must be () where data.objective is prefix_lm")
+        require_ability(model, "prefix", "where data.objective is prefix_lm")
 
 
 def _check_steps(config: Config) -> None:
@@ -217,9 +213,9 @@ def validate_mesh(config: Config, sizes: Mapping[str, int]) -> None:
     if sizes.get("context", 1) > 1:
         _check_context(config, sizes)
     moe = config.model.moe
-    unused = (_MOE,) * (moe.gate is None) + (_DELTA,) * (not config.model.delta_net.layers)
+    unused = unread_settings(config.model)
     for field, axis in facts_of(Config, "split").items():
-        if not field.startswith(unused):
+        if field not in unused and not (moe.gate is None and field.startswith(_MOE)):
             divides((axis,), field, operator.attrgetter(field)(config))
     if config.model.prediction_layers:  # their projection from 2 D to D is split over its outputs
         divides(("tensor",), "model.d_model", config.model.d_model)
@@ -250,11 +246,10 @@ def _check_context(config: Config, sizes: Mapping[str, int]) -> None:
         config.model.moe.group_size,
         f"must divide data.sequence_length / mesh.context = {length // context}",
     )
+    require_ability(config.model, "context", field)
     for name, value, allowed in (
         ("model.encoder_layers", config.model.encoder_layers, 0),
         ("data.objective", config.data.objective, "causal"),
-        ("model.relative_buckets", config.model.relative_buckets, 0),
-        ("model.delta_net.layers", config.model.delta_net.layers, ()),
         ("model.dropout", config.model.dropout, 0.0),
         ("train.sample_tokens", train.sample_tokens, 0),
     ):

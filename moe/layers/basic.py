@@ -76,6 +76,7 @@ class Rows:
         prefix: [B,T] 1 for tokens that all tokens of their document see (prefix LM); None: attention is causal.
         encoded: [B,U,D] output of the encoder; None in a decoder-only model and in the encoder.
         encoded_segment_ids: [B,U], of the encoder's tokens.
+        bias: [N,P] biases of attention's scores by distance, from 1 - L to L - 1 (T5); None: no such biases.
     """
 
     token_ids: Int[Array, "B T"]
@@ -85,15 +86,16 @@ class Rows:
     prefix: Int[Array, "B T"] | None = None
     encoded: Float[Array, "B U D"] | None = None
     encoded_segment_ids: Int[Array, "B U"] | None = None
+    bias: Float[Array, "N P"] | None = None
 
     @property
     def as_keys(self) -> Int[Array, "B T"]:
         """The document of each token as a key; 0 is padding."""
         return self.segment_ids if self.key_segment_ids is None else self.key_segment_ids
 
-    def require_plain(self, bias: Array | None) -> None:
+    def require_plain(self) -> None:
         """Raise a ValueError for inputs that only grouped-query attention supports."""
-        if not (self.prefix is self.key_segment_ids is bias is None):
+        if not (self.prefix is self.key_segment_ids is self.bias is None):
             raise ValueError("only grouped-query attention supports a prefix, position biases and documents of keys")
 
 

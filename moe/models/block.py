@@ -8,10 +8,12 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from moe.config import ModelConfig
+from moe.config.mixers import GroupedQuery
 from moe.config.model_section import LayerKind
-from moe.layers.attention.attention import Attention, LatentAttention
 from moe.layers.basic import KEEP_ALL, DenseFFN, Dropout, RMSNorm, Rows, Site
-from moe.layers.gated_delta_net import GatedDeltaNet
+from moe.layers.mixers.attention import Attention
+from moe.layers.mixers.interface import MixerLayer
+from moe.layers.mixers.table import layer_class
 from moe.layers.soft_moe import create_layer
 from moe.parallel import partition_specs
 from moe.parallel.mesh import constrain
@@ -23,17 +25,12 @@ from moe.routing.routing import Choices, Routing
 Record = tuple[LayerReport, Routing] | None
 
 
-def attention_class(config: ModelConfig) -> type[Attention] | type[LatentAttention]:
-    """Latent attention where ``model.kv_lora_rank`` is set, else grouped-query attention."""
-    return LatentAttention if config.kv_lora_rank else Attention
-
-
 class CrossAttention(nnx.Module):
     """Attention from the decoder to the encoder's output, and its norm."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.norm = RMSNorm.of(config)
-        self.attention = Attention(config, window=0, causal=False, rngs=rngs)
+        self.attention = Attention(config, GroupedQuery.of(config, causal=False), rngs=rngs)
 
     def __call__(self, x: Float[Array, "B T D"], rows: Rows, drop: Dropout) -> Float[Array, "B T D"]:
         """Output for x before the residual is added."""
@@ -51,11 +48,7 @@ class Block(nnx.Module):
 
     def __init__(self, config: ModelConfig, kind: LayerKind, *, rngs: nnx.Rngs):
         self.attention_norm = RMSNorm.of(config)
-        if kind.mixer == "gated_delta_net":
-            self.delta_net = GatedDeltaNet(config, rngs=rngs)
-        else:
-            bidirectional = {"causal": False} if kind.role == "encoder" else {}
-            self.attention = attention_class(config)(config, window=kind.window, **bidirectional, rngs=rngs)
+        setattr(self, kind.mixer.path, layer_class(kind.mixer)(config, kind.mixer, rngs=rngs))
         if kind.role == "cross":
             self.cross = CrossAttention(config, rngs=rngs)
         self.ffn_norm = RMSNorm.of(config)
@@ -73,7 +66,6 @@ class Block(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         rows: Rows,
-        bias: Float[Array, "N P"] | None = None,
         *,
         routing: Routing | Choices | None = None,
         train: bool = False,
@@ -83,7 +75,6 @@ class Block(nnx.Module):
         """Apply all parts.
 
         Args:
-            bias: relative position biases by distance.
             routing: see :meth:`moe.models.stack.Stack.run`, as ``train``.
             rng: key of this layer.
             generating: see :meth:`feed_forward`.
@@ -92,25 +83,23 @@ class Block(nnx.Module):
         drop = Dropout(self.dropout, rng if train else None)
         # The scopes name the parts of a layer in profiles and in plans.
         with jax.named_scope("attention"):
-            x = self.mix(x, rows, bias, drop)
+            x = self.mix(x, rows, drop)
         if self.kind.role == "cross":
             with jax.named_scope("cross_attention"):
                 x = x + self.cross(x, rows, drop)
         with jax.named_scope("moe" if self.kind.sparse else "ffn"):
             return self.feed_forward(x, rows, generating=generating, routing=routing, train=train, rng=rng)
 
-    def mix(
-        self, x: Float[Array, "B T D"], rows: Rows, bias: Float[Array, "N P"] | None = None, drop: Dropout = KEEP_ALL
-    ) -> Float[Array, "B T D"]:
+    def mix(self, x: Float[Array, "B T D"], rows: Rows, drop: Dropout = KEEP_ALL) -> Float[Array, "B T D"]:
         """The first part: x + mixer(norm(x))."""
         h = self.input_of(self.attention_norm, x)
-        heads = self.mixer.prefill(h, rows, bias, drop.at(Site.ATTENTION_WEIGHTS))[0]
-        return self.add(self.attention_norm, x, self.mixer.join(heads, h), drop.at(Site.ATTENTION_OUTPUT))
+        heads, _ = self.token_mixer.prefill(h, rows, drop.at(Site.ATTENTION_WEIGHTS))
+        return self.add(self.attention_norm, x, self.token_mixer.join(heads, h), drop.at(Site.ATTENTION_OUTPUT))
 
     @property
-    def mixer(self) -> Attention | LatentAttention | GatedDeltaNet:
-        """The token mixer: attention or a gated DeltaNet."""
-        return self.delta_net if self.kind.mixer == "gated_delta_net" else self.attention
+    def token_mixer(self) -> MixerLayer:
+        """The token mixer."""
+        return getattr(self, self.kind.mixer.path)
 
     def input_of(self, norm: RMSNorm, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Input of attention or of the FFN: x, normalised unless norms come after."""

@@ -11,7 +11,8 @@ import functools
 import numpy as np
 from flax import nnx
 
-from moe.config import Config, LayerKind, ModelConfig, stacks
+from moe.config import Config, ModelConfig, stacks
+from moe.config.mixers import GroupedQuery
 from moe.dispatch.buffers import layer_capacity
 from moe.models.factory import abstract_model
 from moe.parallel.parameters import flat_variables
@@ -63,35 +64,30 @@ def train_flops_per_token(config: ModelConfig, sequence_length: int, input_lengt
     """Model FLOPs of forward and backward, per token of the decoder.
 
     6 × active parameters, without the embedding table unless it is tied to the logits, since a look-up multiplies
-    nothing; an expert's parameters count once for each row it computes (:func:`expert_rows_per_token`). Plus, in each
-    layer, 2 matmuls × 2 FLOPs × 3 (forward and twice backward) × N·H for every key a query sees: (T+1)/2 on average
-    if causal, or the layer's window; all U in an encoder and from decoder to encoder. Document boundaries inside a row
-    are not subtracted. A gated DeltaNet has 3 products with the H x V memory of each of its N heads instead, whatever
-    the length: to read what is replaced, to write, and to read for the query. Soft MoE's mixing of tokens into slots
-    and back is 2 matmuls of D for every slot. What an encoder computes, for U tokens a row, is divided by T.
+    nothing; an expert's parameters count once for each row it computes (:func:`expert_rows_per_token`). Plus what each
+    layer's mixer computes (:meth:`moe.config.mixers.Mixer.flops`), such as the scores of all keys that a query sees:
+    (T+1)/2 on average if causal; all U in an encoder and from decoder to encoder. Document boundaries inside a row
+    are not subtracted. Soft MoE's mixing of tokens into slots and back is 2 matmuls of D for every slot. What an
+    encoder computes, for U tokens a row, is divided by T.
     """
     lengths = row_lengths(sequence_length, input_length)
     share = {stack: length / sequence_length for stack, length in lengths.items()}
-    # Parameters, keys and numbers of memories, summed over layers, per token of the decoder.
+    # Parameters, summed over layers, per token of the decoder.
     multiplied = sum(_multiplied(config, lengths).values())
-    keys = memories = 0.0
     multiplied += config.prediction_layers * config.vocab_size * config.d_model  # each depth has logits
     if not config.tie_embeddings:
         multiplied -= config.vocab_size * config.d_model
     multiplied -= config.encoder_vocab_size * config.d_model * share["encoder"]
     slots = config.moe.num_experts * config.moe.gate.slots if isinstance(config.moe.gate, SoftMoE) else 0
-    mixing, delta = 0.0, config.delta_net
+    mixing = 0.0
     for stack, kinds in stacks(config).items():
         kinds = (*kinds, *kinds[-1:] * config.prediction_layers)  # each depth has a layer of the last one's kind
         mixing += 12 * slots * config.expert_dim * sum(kind.sparse for kind in kinds) * share[stack]
         for kind in kinds:
-            if kind.mixer == "gated_delta_net":
-                memories += delta.value_heads * delta.key_dim * delta.value_dim
-            else:
-                cross = input_length if kind.role == "cross" else 0
-                keys += _keys_per_query(kind, lengths[stack]) * share[stack] + cross
-    score_and_value_dims = config.head_dim + (config.value_dim or config.head_dim)
-    return 6 * multiplied + mixing + 6 * config.num_heads * score_and_value_dims * keys + 18 * memories
+            mixing += kind.mixer.flops(lengths[stack]) * share[stack]
+            if kind.role == "cross":
+                mixing += GroupedQuery.of(config).score_flops(input_length)
+    return 6 * multiplied + mixing
 
 
 def expert_flops_per_token(config: ModelConfig, sequence_length: int, input_length: int = 0) -> float:
@@ -114,12 +110,3 @@ def _multiplied(config: ModelConfig, lengths: dict[str, int]) -> dict[tuple[str,
         of_source = "cross" in path and path[-1].startswith(("key", "value"))
         found[path] = size * rows * lengths["encoder" if of_source else stack] / lengths["decoder"]
     return found
-
-
-def _keys_per_query(kind: LayerKind, length: int) -> float:
-    """Keys that a query of a row sees, on average."""
-    if kind.role == "encoder":
-        return length
-    window = min(kind.window or length, length)
-    # The first `window` queries see 1..window keys, the others `window` each.
-    return (window * (window + 1) / 2 + (length - window) * window) / length

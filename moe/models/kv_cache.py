@@ -1,7 +1,7 @@
-"""State of earlier tokens, so that each further token costs one position: keys and values, or a layer's memory.
+"""State of earlier tokens, so that each further token costs one position; every layer's mixer has its own kind.
 
-Prompts of unequal length each begin at column 0. A layer with a sliding window keeps its last W positions in a ring:
-position p lies in slot p mod W. An encoder-decoder also keeps what its decoder reads of the encoder's output.
+Prompts of unequal length each begin at column 0. An encoder-decoder also keeps what its decoder reads of the encoder's
+output.
 """
 
 from __future__ import annotations
@@ -16,32 +16,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moe.config import ModelConfig, stacks
 from moe.config.model_section import LayerKind
-from moe.layers.attention.scoring import sees
 from moe.layers.basic import KEEP_ALL, Rows
-from moe.layers.gated_delta_net import DeltaState, GatedDeltaNet
-from moe.models.block import Block, attention_class
+from moe.layers.mixers.table import layer_class
+from moe.models.block import Block
 from moe.models.encoder_decoder import EncoderDecoder, encoder_rows
 from moe.models.factory import Model
 from moe.models.stack import LayerStates, Stack, create_states, join_moe_layers
-from moe.parallel import partition_specs
-from moe.parallel.mesh import constrain
 from moe.routing.routing import Choices
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class LayerCache:
-    """Keys and values of one layer; stacked over layers it gains a leading axis.
-
-    Attributes:
-        key: [B,W,M,H], rotated; for latent attention the latent and the rotated key, [B,W,1,R].
-        value: [B,W,M,H]; None for latent attention.
-        position: [B,W] int32, the position held in each slot; -1 where it is empty.
-    """
-
-    key: Array
-    value: Array | None
-    position: Array
 
 
 @jax.tree_util.register_dataclass
@@ -58,15 +39,15 @@ class Encoded:
     mask: Array
 
 
-#: State of one layer; its mixer determines the kind.
-Cache = LayerCache | DeltaState
+#: State of one layer (:class:`moe.layers.mixers.interface.MixerLayer`).
+Cache = Any
 
 #: (block, normalised x, cache) → (heads [B,T,N,H], cache)
-CachedAttention = Callable[[Block, Array, Any], tuple[Array, Cache]]
+Mix = Callable[[Block, Array, Cache], tuple[Array, Cache]]
 
 
 def empty(config: ModelConfig, rows: int, length: int, *, ahead: int = 0) -> LayerStates:
-    """A cache of every layer for ``length`` positions a row, or for the window where a layer has a shorter one.
+    """A cache of every layer for ``length`` positions a row.
 
     ``ahead``: how many tokens beyond one :func:`extend` takes at once.
     """
@@ -81,19 +62,8 @@ def empty_layers(
     config: ModelConfig, kind: LayerKind, repeats: int, rows: int, length: int, *, ahead: int = 0
 ) -> Cache:
     """The cache of equal layers, stacked over the repeats; ``length`` and ``ahead`` are those of :func:`empty`."""
-    if kind.mixer == "gated_delta_net":
-        return GatedDeltaNet.empty_state(config, repeats, rows)
-    slots = min(kind.window + ahead, length) if kind.window else length
-
-    def zeros(shape: tuple[int, int] | None) -> Array | None:
-        if shape is None:
-            return None
-        spec = partition_specs.CACHE if shape[0] > 1 else partition_specs.CACHE_OF_ONE_HEAD
-        return constrain(jnp.zeros((repeats, rows, slots, *shape), config.dtype), spec)
-
-    key, value = (zeros(shape) for shape in attention_class(config).cache_shapes(config))
-    assert key is not None
-    return LayerCache(key, value, jnp.full((repeats, rows, slots), -1, jnp.int32))
+    layer = layer_class(kind.mixer)
+    return layer.empty_state(config, kind.mixer, (repeats, rows), length, ahead=ahead)
 
 
 def encode(model: EncoderDecoder, token_ids: Int[Array, "B U"], lengths: Int[Array, " B"]) -> Encoded:
@@ -132,8 +102,7 @@ def run_prompt(
     """
     rows = prompt_rows(token_ids, lengths)
     rows = dataclasses.replace(rows, prefix=rows.segment_ids) if prefix else rows
-    bias = _decoder(model).position_bias(token_ids.shape[1])
-    return _run(model, rows, caches, prompt_attention(rows, lengths, bias), encoded)
+    return _run(model, rows, caches, prompt_mix(_decoder(model).with_bias(rows), lengths), encoded)
 
 
 def prompt_logits(model: Model, x: Float[Array, "B T D"], lengths: Int[Array, " B"]) -> Float[Array, "B V"]:
@@ -150,16 +119,14 @@ def prompt_rows(token_ids: Int[Array, "B T"], lengths: Int[Array, " B"]) -> Rows
     return Rows(token_ids, segment_ids, positions)
 
 
-def prompt_attention(rows: Rows, lengths: Int[Array, " B"], bias: Float[Array, "N P"] | None = None) -> CachedAttention:
-    """Attention of prompts that fills the caches."""
+def prompt_mix(rows: Rows, lengths: Int[Array, " B"]) -> Mix:
+    """Mixing of prompts that fills the caches."""
 
-    def attention(block: Block, x: Array, cache: Any) -> tuple[Array, Cache]:
-        if isinstance(block.mixer, GatedDeltaNet):
-            return block.mixer.prefill(x, rows, bias)
-        heads, key, value = block.attention.prefill(x, rows, bias)
-        return heads, _fill(cache, key, value, lengths)
+    def mix(block: Block, x: Array, cache: Cache) -> tuple[Array, Cache]:
+        heads, found = block.token_mixer.prefill(x, rows)
+        return heads, block.token_mixer.fill(cache, found, lengths)
 
-    return attention
+    return mix
 
 
 def extend(
@@ -179,8 +146,9 @@ def extend(
         caches: of all tokens before.
     """
     rows = next_rows(token_ids, positions, active)
-    relative = _decoder(model).relative_bias if model.config.relative_buckets else None
-    return _run(model, rows, caches, next_attention(positions, relative), encoded)
+    # All distances from the largest on have the same bias.
+    biased = _decoder(model).with_bias(rows, model.config.relative_max_distance)
+    return _run(model, rows, caches, next_mix(biased), encoded)
 
 
 def next_rows(token_ids: Int[Array, "B T"], positions: Int[Array, "B T"], active: Bool[Array, " B"]) -> Rows:
@@ -188,26 +156,13 @@ def next_rows(token_ids: Int[Array, "B T"], positions: Int[Array, "B T"], active
     return Rows(token_ids, jnp.broadcast_to(active.astype(jnp.int32)[:, None], token_ids.shape), positions)
 
 
-def next_attention(positions: Int[Array, "B T"], relative: Any = None) -> CachedAttention:
-    """Attention of further tokens to the cache, to which they are added first."""
+def next_mix(rows: Rows) -> Mix:
+    """Mixing of further tokens with those in the caches, to which they are added first."""
 
-    def attention(block: Block, x: Array, cache: Any) -> tuple[Array, Cache]:
-        if isinstance(block.mixer, GatedDeltaNet):
-            return block.mixer.step(x, cache)
-        query, key, value = block.attention.project_cached(x, positions)
-        for i in range(positions.shape[1]):
-            one = None if value is None else value[:, i : i + 1]
-            cache = _append(cache, key[:, i : i + 1], one, positions[:, i])
-        age = positions[:, :, None] - cache.position[:, None]  # [B,T,W]
-        seen = (cache.position >= 0)[:, None] & sees(age, block.attention.window)
-        # Typed by the module: latent attention has no cached values.
-        attend_cached: Any = block.attention.attend_cached
-        bias = {}
-        if relative is not None:  # [B,T,W,N] → [B,N,T,W]
-            bias["bias"] = jnp.moveaxis(relative(-age), -1, 1).astype(x.dtype)
-        return attend_cached(query, cache.key, cache.value, seen[:, None], **bias), cache
+    def mix(block: Block, x: Array, cache: Cache) -> tuple[Array, Cache]:
+        return block.token_mixer.step(x, rows, cache)
 
-    return attention
+    return mix
 
 
 def _decoder(model: Model) -> Stack:
@@ -215,43 +170,17 @@ def _decoder(model: Model) -> Stack:
     return model.decoder if isinstance(model, EncoderDecoder) else model
 
 
-def _fill(cache: LayerCache, key: Array, value: Array | None, lengths: Array) -> LayerCache:
-    """Put the last W positions of each row into their slots."""
-    slots = cache.position.shape[1]
-    last = lengths[:, None] - 1
-    # The newest position congruent to the slot's number modulo W; negative where the prompt is too short to reach it.
-    position = last - (last - jnp.arange(slots)) % slots  # [B,W]
-    index = jnp.maximum(position, 0)[..., None, None]
-
-    def take(heads: Array) -> Array:
-        return jnp.take_along_axis(heads, index, axis=1).astype(cache.key.dtype)
-
-    return LayerCache(take(key), None if value is None else take(value), jnp.maximum(position, -1))
-
-
-def _append(cache: LayerCache, key: Array, value: Array | None, positions: Array) -> LayerCache:
-    """Put position p of each row into slot p mod W: by selection, since a scatter would move rows between devices."""
-    slots = cache.position.shape[1]
-    slot = jnp.arange(slots) == (positions % slots)[:, None]  # [B,W]
-
-    def put(new: Array, old: Array) -> Array:
-        return jnp.where(slot[..., None, None], new.astype(old.dtype), old)
-
-    kept = None if value is None or cache.value is None else put(value, cache.value)
-    return LayerCache(put(key, cache.key), kept, jnp.where(slot, positions[:, None], cache.position))
-
-
 def _run(
-    model: Model, rows: Rows, caches: LayerStates, attention: CachedAttention, encoded: Encoded | None
+    model: Model, rows: Rows, caches: LayerStates, mix: Mix, encoded: Encoded | None
 ) -> tuple[Array, LayerStates, Choices | None]:
-    """Run all blocks with this attention; return hidden states [B,T,D] before the final norm, caches, and experts."""
+    """Run all blocks with these mixers; return hidden states [B,T,D] before the final norm, caches, and experts."""
     states = [[(cache, None) for cache in unit] for unit in caches]
     if encoded is not None:
         states = [list(zip(*units, strict=True)) for units in zip(caches, encoded.layers, strict=True)]
 
     def body(block: Block, x: Array, state: Any, layer: Array) -> tuple[Array, tuple[Cache, Choices | None]]:
         del layer
-        x, cache = attend(block, x, state[0], attention)
+        x, cache = mixed(block, x, state[0], mix)
         if encoded is not None:
             cross: Any = block.cross.attention
             normalised = block.cross.norm(x)
@@ -266,12 +195,12 @@ def _run(
     return x, caches, join_moe_layers(choices)
 
 
-def attend(block: Block, x: Array, cache: Cache, attention: CachedAttention) -> tuple[Array, Cache]:
-    """x plus a block's attention, and its cache."""
+def mixed(block: Block, x: Array, cache: Cache, mix: Mix) -> tuple[Array, Cache]:
+    """x plus the output of a block's mixer, and its cache."""
     norm = block.attention_norm
     h = block.input_of(norm, x)
-    heads, cache = attention(block, h, cache)
-    return block.add(norm, x, block.mixer.join(heads, h), KEEP_ALL), cache
+    heads, cache = mix(block, h, cache)
+    return block.add(norm, x, block.token_mixer.join(heads, h), KEEP_ALL), cache
 
 
 def next_logits(model: Model, x: Float[Array, "B 1 D"]) -> Float[Array, "B V"]:

@@ -19,11 +19,12 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from moe.config import ConfigError, ModelConfig, layer_kinds
+from moe.config.model_section import require_ability
 from moe.layers.basic import Rows
 from moe.models import kv_cache
 from moe.models.decoder import Transformer
 from moe.models.factory import abstract_model
-from moe.models.kv_cache import Cache, CachedAttention
+from moe.models.kv_cache import Cache, Mix
 from moe.models.prediction import PredictionLayer, shift
 from moe.models.sampling import check_prompts, pad_prompts, without_drops
 from moe.models.stack import LayerStates
@@ -83,8 +84,7 @@ def sample(
     """
     if not config.prediction_layers:
         raise ConfigError("model.prediction_layers=0: must be at least 1 to draft tokens; import them, or train them")
-    if config.delta_net.layers:
-        raise ConfigError("model.delta_net.layers: must be () to draft tokens, since their memory keeps rejected ones")
+    require_ability(config, "drafting", "to draft tokens, since the memory of its layers keeps rejected ones")
     if config.rope_scaling.follows_length:
         raise ConfigError(
             f"model.rope_scaling.kind={config.rope_scaling.kind!r}: must be another to draft tokens, since its angles "
@@ -142,7 +142,7 @@ def _programs(
         own = kv_cache.prompt_rows(shift(token_ids, 1, 0), lengths - 1)
         stacked = kv_cache.empty_layers(config, kind, 1, rows, length, ahead=AHEAD)
         cache = jax.tree.map(lambda leaf: leaf[0], stacked)
-        _, cache = _predict(model, layer, hidden, own, cache, kv_cache.prompt_attention(own, lengths - 1))
+        _, cache = _predict(model, layer, hidden, own, cache, kv_cache.prompt_mix(own, lengths - 1))
         drafts, cache = _draft(model, layer, of_last, tokens[:, None], last, cache)
         return _State(tokens, drafts[:, 0], lengths, caches, cache)
 
@@ -178,13 +178,13 @@ def _draft(
 ) -> tuple[Int[Array, "B T"], Cache]:
     """Draft the tokens after ``token_ids``, which the hidden states at ``positions`` predicted."""
     rows = kv_cache.next_rows(token_ids, positions, jnp.ones(len(token_ids), bool))
-    x, cache = _predict(model, layer, hidden, rows, cache, kv_cache.next_attention(positions))
+    x, cache = _predict(model, layer, hidden, rows, cache, kv_cache.next_mix(rows))
     return _likeliest(model, layer.output_norm(x)), cache
 
 
 def _predict(
-    model: Transformer, layer: PredictionLayer, hidden: Array, rows: Rows, cache: Cache, attention: CachedAttention
+    model: Transformer, layer: PredictionLayer, hidden: Array, rows: Rows, cache: Cache, mix: Mix
 ) -> tuple[Float[Array, "B T D"], Cache]:
-    x, cache = kv_cache.attend(layer.block, layer.join(hidden, model.embed(rows.token_ids)), cache, attention)
+    x, cache = kv_cache.mixed(layer.block, layer.join(hidden, model.embed(rows.token_ids)), cache, mix)
     x, _ = layer.block.feed_forward(x, rows, generating=True)
     return x, cache

@@ -7,6 +7,7 @@ other module depends on this layout.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import operator
 from collections.abc import Callable, Collection, Sequence
@@ -93,8 +94,7 @@ class Stack(nnx.Module):
         self.name = name
         for i, (unit, repeats) in enumerate(segments(self.kinds)):
             setattr(self, f"segment_{i}", stacked(functools.partial(Segment, config, unit), repeats, rngs))
-        if config.relative_buckets:
-            self.relative_bias = RelativeBias(config, bidirectional=name == "encoder", rngs=rngs)
+        self.relative_bias = RelativeBias.of(config, bidirectional=name == "encoder", rngs=rngs)
         self.final_norm = RMSNorm.of(config)
 
     @property
@@ -139,9 +139,12 @@ class Stack(nnx.Module):
         """Number of the first layer: the decoder's layers are numbered after the encoder's."""
         return self.config.encoder_layers if self.name == "decoder" else 0
 
-    def position_bias(self, length: int) -> Float[Array, "N P"] | None:
-        """Biases of T5's attention by distance, in rows of this length; None for a model without them."""
-        return self.relative_bias.by_distance(length) if self.config.relative_buckets else None
+    def with_bias(self, rows: Rows, farthest: int | None = None) -> Rows:
+        """Rows with the biases of T5's attention, up to a distance; None: all that occur in them."""
+        if self.relative_bias is None:
+            return rows
+        length = rows.token_ids.shape[1] if farthest is None else farthest + 1
+        return dataclasses.replace(rows, bias=self.relative_bias.by_distance(length))
 
     def outer_dropout(self, *, train: bool, rng: PRNGKeyArray | None) -> Dropout:
         """Dropout before the first and after the last layer."""
@@ -161,11 +164,11 @@ class Stack(nnx.Module):
     ) -> Body:
         """One layer, for :meth:`scan`; arguments are those of :meth:`run`. A layer's input state is the routing to
         replay, its output state what it reports."""
-        bias = self.position_bias(rows.token_ids.shape[1])
+        rows = self.with_bias(rows)
 
         def body(block: Block, x: Array, replayed: Routing | Choices | None, layer: Array) -> tuple[Array, Any]:
             key = None if rng is None else jax.random.fold_in(rng, self._first + layer)
-            x, record = block(x, rows, bias, routing=replayed, train=train, rng=key, generating=generating)
+            x, record = block(x, rows, routing=replayed, train=train, rng=key, generating=generating)
             return x, record if record is None or return_routing else (record[0], None)
 
         return body

@@ -76,9 +76,10 @@ def factor(name: str, model: ModelConfig, tokens: int, where: str) -> tuple[floa
         (factor, width of the interval in the logarithm, basis).
     """
     kind = "backward" if where == "backward" else "forward"
-    windows = [each.window for each in layer_kinds(model) if each.mixer == "attention"]
+    scored = [kind for kind in layer_kinds(model) if kind.mixer.score_dims]
+    windows = [kind.window for kind in scored]
     lengths = [min(tokens, max(2 * window, 1024)) if window else tokens for window in windows]
-    dims = model.head_dim + (model.value_dim or model.head_dim)
+    dims = scored[0].mixer.score_dims
     found = {length: _factor(name, kind, length, dims) for length in lengths}
     # Blocks of a layer go with its length.
     mean = sum(length * found[length][0] for length in lengths) / sum(lengths)

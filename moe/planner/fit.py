@@ -227,7 +227,7 @@ def _layer(config: Config, sizes: Mapping[str, int], arrays: _Arrays, kind: Laye
     """Elements of one layer without its input, activations per token where a device has ``tokens``."""
     model, moe, tensor = config.model, config.model.moe, sizes["tensor"]
     matmuls_into = 2 if model.activation in GATED_ACTIVATIONS else 1
-    projections, heads = _projections(model, kind, tensor, arrays.lanes)
+    projections, heads = kind.mixer.activations(tensor, arrays.lanes)
     mixers = 1 + (kind.role == "cross")
     attention = mixers * (projections + heads)
     matrices = model.d_model * attention
@@ -277,25 +277,6 @@ def _in_row_blocks(config: Config, sizes: Mapping[str, int], arrays: _Arrays, to
     keeps_hidden = model.remat in KEEP_HIDDEN
     weights = ExpertWeights(up, gate, down, activation=model.activation, keeps_hidden=keeps_hidden)
     return gpu.large_blocks(int(tokens * _expert_rows(config, sizes)), weights) is not None
-
-
-def _projections(model: ModelConfig, kind: LayerKind, tensor: int, lanes: int) -> tuple[float, float]:
-    """Elements per token on one device: outputs of the matmuls before the attention scores, and of the heads."""
-    if kind.mixer == "gated_delta_net":
-        d = model.delta_net
-        values = d.value_heads * d.value_dim
-        return 2 * (d.key_heads * d.key_dim + values) / tensor, values / tensor
-
-    def padded(dim: int) -> int:
-        return -(-dim // lanes) * lanes
-
-    heads = model.num_heads * padded(model.value_dim or model.head_dim) / tensor
-    if not model.kv_lora_rank:
-        queries = model.num_heads * (1 + model.gated_attention)
-        return (queries + 2 * model.num_kv_heads) * padded(model.head_dim) / tensor, heads
-    # Queries, and keys and values expanded from the latents, which every device holds whole.
-    dims = padded(model.head_dim) + padded(model.head_dim - model.rope_dim) + padded(model.value_dim)
-    return model.num_heads * dims / tensor + model.q_lora_rank + model.kv_lora_rank + model.rope_dim, heads
 
 
 def _expert_rows(config: Config, sizes: Mapping[str, int]) -> float:

@@ -9,8 +9,9 @@ import pytest
 from flax import nnx
 
 from moe.config import Config, ConfigError, DeltaNetConfig, MeshConfig, ModelConfig
+from moe.config.mixers import GatedDelta
 from moe.layers.basic import Rows
-from moe.layers.gated_delta_net import CHUNK, GatedDeltaNet, delta_rule, delta_step, short_convolution
+from moe.layers.mixers.delta_net import CHUNK, GatedDeltaNet, delta_rule, delta_step, short_convolution
 from moe.parallel.mesh import make_mesh
 from moe.parallel.partition_specs import BATCH, HEADS, shardings
 from tests.helpers import slow_case
@@ -137,7 +138,7 @@ def test_short_convolution_by_hand():
 
 @pytest.fixture(scope="module")
 def layer():
-    return GatedDeltaNet(CONFIG, rngs=nnx.Rngs(0))
+    return GatedDeltaNet(CONFIG, GatedDelta.of(CONFIG), rngs=nnx.Rngs(0))
 
 
 def _rows(segment_ids):
@@ -166,7 +167,7 @@ def test_state_goes_on_from_prompts_of_unequal_length(layer, rng):
     _, state = jax.jit(layer.prefill)(jnp.stack(prompts), _rows(real))
     step = jax.jit(layer.step)
     for i in range(3):
-        heads, state = step(jnp.stack([x[0, 6 + i], x[1, 2 + i], x[1, 2 + i]])[:, None], state)
+        heads, state = step(jnp.stack([x[0, 6 + i], x[1, 2 + i], x[1, 2 + i]])[:, None], _rows(None), state)
         expected = jnp.stack([want[0, 6 + i], want[1, 2 + i], want[1, 2 + i]])
         np.testing.assert_allclose(heads[:, 0], expected, rtol=1e-5, atol=1e-6)
 
@@ -175,7 +176,7 @@ def test_bfloat16_keeps_the_memory_in_float32(layer):
     x, segment_ids = jax.ShapeDtypeStruct((2, 5, 12), jnp.bfloat16), jax.ShapeDtypeStruct((2, 5), jnp.int32)
     heads, state = jax.eval_shape(layer.prefill, x, _rows(segment_ids))
     one = jax.ShapeDtypeStruct((2, 1, 12), jnp.bfloat16)
-    after, again = jax.eval_shape(layer.step, one, state)
+    after, again = jax.eval_shape(layer.step, one, _rows(None), state)
     assert heads.dtype == after.dtype == jax.eval_shape(layer.join, heads, x).dtype == jnp.bfloat16
     assert {inputs.dtype for inputs in (*state.inputs, *again.inputs)} == {jnp.dtype(jnp.bfloat16)}
     assert state.memory.dtype == again.memory.dtype == jnp.float32

@@ -12,10 +12,11 @@ import pytest
 from flax import nnx
 
 from moe.config import Config, ConfigError, MeshConfig, ModelConfig, MoEConfig, RopeScalingConfig
+from moe.config.mixers import MultiHeadLatent
 from moe.interop import load_huggingface, save_huggingface
-from moe.layers.attention.attention import LATENT_NORM_EPS, LatentAttention
 from moe.layers.attention.scoring import attention_factor, inverse_frequencies
 from moe.layers.basic import Rows
+from moe.layers.mixers.latent import LATENT_NORM_EPS, LatentAttention
 from moe.models.decoder import Transformer
 from moe.models.kv_cache import empty, prompt_logits, run_prompt
 from moe.parallel.mesh import make_mesh
@@ -64,7 +65,7 @@ def _reference(module: LatentAttention, x: np.ndarray, segments: np.ndarray, pos
 
 @pytest.fixture
 def module():
-    return LatentAttention(CONFIG, window=0, rngs=nnx.Rngs(0))
+    return LatentAttention(CONFIG, MultiHeadLatent.of(CONFIG), rngs=nnx.Rngs(0))
 
 
 def test_against_plain_loops(module, rng):
@@ -83,9 +84,9 @@ def test_absorbed_projections_compute_the_same(module, rng):
 
     @jax.jit
     def run(x, positions):
-        query, latent, value = module.project_cached(x, positions)
+        query, latent = module.project_cached(x, positions)
         assert latent.shape == (2, 7, 1, 5 + 2)
-        got = module.join(module.attend_cached(query, latent, value, causal), x)
+        got = module.join(module.attend_cached(query, latent, causal), x)
         return got, module.join(module.prefill(x, Rows(ones, ones, positions))[0], x)
 
     got, want = run(x, positions)
@@ -96,12 +97,13 @@ def test_absorbed_projections_compute_the_same(module, rng):
 
 def test_the_scale_of_cached_scores_is_not_rounded_to_bfloat16(monkeypatch):
     """1/sqrt(12) as a bfloat16 is 0.13 % larger, by which a weight of about exp(-28 / sqrt(12)) is 1 % smaller."""
-    module = LatentAttention(dataclasses.replace(CONFIG, head_dim=12), window=0, rngs=nnx.Rngs(0))
+    config = dataclasses.replace(CONFIG, head_dim=12)
+    module = LatentAttention(config, MultiHeadLatent.of(config), rngs=nnx.Rngs(0))
     rotated = jnp.zeros((1, 1, 2, 12), jnp.bfloat16).at[..., -2].set(4)
     monkeypatch.setattr(LatentAttention, "_query", lambda *_: rotated)
-    query, _, _ = module.project_cached(jnp.ones((1, 1, 8), jnp.bfloat16), jnp.zeros((1, 1), jnp.int32))
+    query, _ = module.project_cached(jnp.ones((1, 1, 8), jnp.bfloat16), jnp.zeros((1, 1), jnp.int32))
     key = jnp.zeros((1, 2, 1, 7), jnp.bfloat16).at[0, 0, 0, 5].set(7).at[0, 1, 0, 0].set(1)  # query·key: 28 and 0
-    heads = module.attend_cached(query, key, None, jnp.ones((1, 1, 1, 2), bool))
+    heads = module.attend_cached(query, key, jnp.ones((1, 1, 1, 2), bool))
     of_second = 1 / (1 + math.exp(28 / math.sqrt(12)))
     want = of_second * np.asarray(module.kv_up[...][0, :, module.unrotated_dim :].astype(jnp.bfloat16), np.float64)
     assert np.abs(np.asarray(heads, np.float64)).sum() == pytest.approx(np.abs(want).sum(), rel=5e-3)

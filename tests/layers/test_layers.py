@@ -13,11 +13,12 @@ import pytest
 from flax import nnx
 
 from moe.config import ModelConfig
+from moe.config.mixers import GroupedQuery
 from moe.conformance import reference
 from moe.dispatch.ffn import ExpertDropout, activate
-from moe.layers.attention.attention import Attention
 from moe.layers.attention.scoring import rotate
 from moe.layers.basic import DenseFFN, Dropout, Embedding, LayerNorm, RMSNorm, Rows, SharedExpert, Site, matrix
+from moe.layers.mixers.attention import Attention
 from moe.models.decoder import Transformer
 from moe.parallel.parameters import matmul, times
 from tests import reference_attention
@@ -92,7 +93,7 @@ def test_rotated_products_depend_on_relative_positions_alone(rng):
 
 def _attention(config) -> Attention:
     """Attention whose norm scales and sizes make it neither uniform nor one-hot."""
-    module = Attention(config, window=config.sliding_window, rngs=nnx.Rngs(0))
+    module = Attention(config, GroupedQuery.of(config, window=config.sliding_window), rngs=nnx.Rngs(0))
     for name in ("query", "key", "value", "out"):
         getattr(module, name)[...] *= 1.5
     for name, seed in (("query_norm", 1), ("key_norm", 2)):
@@ -207,7 +208,7 @@ def test_the_scale_of_the_scores_is_the_one_that_is_set(overrides, rng):
     scores = np.where(np.tri(5, dtype=bool), 0.3 * np.einsum("tnh,unh->ntu", query[0], key[0]), -np.inf)
     weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
     expected = np.einsum("ntu,unh->tnh", weights, value[0])
-    heads, _, _ = module.prefill(x, Rows(ids, ids, positions))
+    heads, _ = module.prefill(x, Rows(ids, ids, positions))
     np.testing.assert_allclose(heads[0], expected, rtol=1e-4, atol=1e-5)
     scaled, key, value = module.project_cached(x, positions)
     last = module.attend_cached(scaled[:, -1:], key, value, jnp.ones((1, 1, 1, 5), bool))

@@ -300,7 +300,7 @@ def test_all_layers_of_both_stacks_draw_different_noise():
     rows, keys = make_rows(np.zeros((1, 4), np.int32), None, None), []
     for stack in (model.encoder, model.decoder):
         body = stack.body(rows, train=True, rng=key)
-        block = mock.Mock(spec=Block, side_effect=lambda x, rows, bias, **settings: (settings["rng"], None))
+        block = mock.Mock(spec=Block, side_effect=lambda x, rows, **settings: (settings["rng"], None))
         keys += [body(block, jnp.zeros(()), None, jnp.asarray(layer))[0] for layer in range(len(stack.kinds))]
         keys.append(stack.outer_dropout(train=True, rng=key).rng)
     # Three layers and two, and in each stack the dropout outside its layers.

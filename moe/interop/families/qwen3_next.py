@@ -1,6 +1,7 @@
 """Qwen3-Next: gated DeltaNet in most layers, gated attention in the others, zero-centred norms, shared expert."""
 
 from moe.config import DeltaNetConfig, ModelConfig, layer_kinds
+from moe.config.mixers import GatedDelta
 from moe.interop.families import qwen3_next_layers as parts
 from moe.interop.families.family import ATTENTION, DENSE, EXPERTS, Family, Tensor, read_bias
 from moe.interop.families.qwen2_moe import SHARED
@@ -34,7 +35,7 @@ def read(source: parts.Qwen3NextConfig) -> tuple[Json, Json]:
 def write(model: ModelConfig) -> Json:
     """See :class:`Family`."""
     delta_net = model.delta_net
-    linear = [kind.mixer == "gated_delta_net" for kind in layer_kinds(model)]
+    linear = [isinstance(kind.mixer, GatedDelta) for kind in layer_kinds(model)]
     return write_experts(model) | {
         "attention_bias": model.attention_bias == "all",
         "partial_rotary_factor": (model.rope_dim or model.head_dim) / model.head_dim,

@@ -210,6 +210,11 @@ def _llama3_factor(frequencies: np.ndarray, scaling: RopeScalingConfig) -> np.nd
 class RelativeBias(nnx.Module):
     """A number per head and bucket of distances, added to attention scores. One table serves all layers of a stack."""
 
+    @classmethod
+    def of(cls, config: ModelConfig, *, bidirectional: bool, rngs: nnx.Rngs) -> RelativeBias | None:
+        """The table of a model with relative positions; None for one without."""
+        return cls(config, bidirectional=bidirectional, rngs=rngs) if config.relative_buckets else None
+
     def __init__(self, config: ModelConfig, *, bidirectional: bool, rngs: nnx.Rngs):
         self.bidirectional = bidirectional
         self.max_distance = config.relative_max_distance

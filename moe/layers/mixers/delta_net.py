@@ -22,7 +22,9 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from moe.config import ModelConfig
+from moe.config.mixers import GatedDelta
 from moe.layers.basic import KEEP_ALL, Dropout, RMSNorm, Rows, matrix, parameter
+from moe.layers.mixers.interface import MixerLayer
 from moe.parallel import partition_specs
 from moe.parallel.mesh import ROW_AXES, constrain
 from moe.parallel.parameters import gather_for_matmul, project
@@ -184,12 +186,12 @@ class DeltaState:
     memory: Array
 
 
-class GatedDeltaNet(nnx.Module):
+class GatedDeltaNet(MixerLayer):
     """Short convolutions of queries, keys and values, the gated delta rule, and a gated norm of its outputs."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        c, d = config, config.delta_net
-        self.config = config
+    def __init__(self, config: ModelConfig, mixer: GatedDelta, *, rngs: nnx.Rngs):
+        super().__init__(config, mixer, rngs=rngs)
+        c, d = config, mixer
         keys, values = (d.key_heads, d.key_dim), (d.value_heads, d.value_dim)
 
         def project(shape: tuple[int, ...], spec: P) -> nnx.Param[Array]:
@@ -214,22 +216,24 @@ class GatedDeltaNet(nnx.Module):
         fan_in = d.value_heads * d.value_dim
         self.out = matrix(rngs, (*values, c.d_model), HEADS_OUT, fan_in=fan_in, scale=c.init_scale, inputs=2)
 
-    @staticmethod
-    def empty_state(config: ModelConfig, repeats: int, rows: int) -> DeltaState:
-        """State before the first token, of equal layers stacked over the repeats."""
-        d, dtype = config.delta_net, jnp.dtype(config.dtype)
-        keys, values = (d.key_heads, d.key_dim), (d.value_heads, d.value_dim)
+    @classmethod
+    def empty_state(
+        cls, config: ModelConfig, mixer: GatedDelta, leading: tuple[int, int], length: int, *, ahead: int = 0
+    ) -> DeltaState:
+        """A state of fixed size, whatever the length."""
+        del length, ahead
+        m, dtype = mixer, jnp.dtype(config.dtype)
+        keys, values = (m.key_heads, m.key_dim), (m.value_heads, m.value_dim)
 
         def zeros(heads: tuple[int, int]) -> Array:
-            shape = (repeats, rows, d.conv_width - 1, *heads)
-            return constrain(jnp.zeros(shape, dtype), partition_specs.CACHE)
+            return constrain(jnp.zeros((*leading, m.conv_width - 1, *heads), dtype), partition_specs.CACHE)
 
-        shape = (repeats, rows, d.key_heads, d.value_heads // d.key_heads, d.key_dim, d.value_dim)
+        shape = (*leading, m.key_heads, m.value_heads // m.key_heads, m.key_dim, m.value_dim)
         memory = constrain(jnp.zeros(shape, jnp.float32), P(None, ROW_AXES, "tensor"))
         return DeltaState((zeros(keys), zeros(keys), zeros(values)), memory)
 
     def prefill(
-        self, x: Float[Array, "B T D"], rows: Rows, bias: Array | None = None, drop: Dropout = KEEP_ALL
+        self, x: Float[Array, "B T D"], rows: Rows, drop: Dropout = KEEP_ALL
     ) -> tuple[Float[Array, "B T N V"], DeltaState]:
         """Run whole rows, each document separately; ``drop`` is not used, as there are no attention weights.
 
@@ -237,7 +241,7 @@ class GatedDeltaNet(nnx.Module):
             The heads, and the state after the last token of each row that is not padding.
         """
         del drop
-        rows.require_plain(bias)
+        rows.require_plain()
         segment_ids = rows.segment_ids
         raw = self._inputs(x)
         query, key, value = (
@@ -249,8 +253,11 @@ class GatedDeltaNet(nnx.Module):
         heads = checkpoint_name(self._joined(y).astype(x.dtype), ATTENTION)
         return heads, DeltaState(self._last(raw, segment_ids), memory)
 
-    def step(self, x: Float[Array, "B 1 D"], state: DeltaState) -> tuple[Float[Array, "B 1 N V"], DeltaState]:
+    def step(
+        self, x: Float[Array, "B 1 D"], rows: Rows, state: DeltaState
+    ) -> tuple[Float[Array, "B 1 N V"], DeltaState]:
         """Run one more token of each row."""
+        del rows
         raw = self._inputs(x)
         pairs = zip(state.inputs, raw, strict=True)
         inputs = [jnp.concatenate([old, new.astype(old.dtype)], axis=1) for old, new in pairs]
@@ -282,12 +289,12 @@ class GatedDeltaNet(nnx.Module):
         decay, beta = ((x @ gather_for_matmul(w, x.dtype)).astype(jnp.float32) for w in (self.decay, self.beta))
         scale, bias = (w[...].astype(jnp.float32) for w in (self.log_decay_scale, self.decay_bias))
         decay = -jnp.exp(scale) * jax.nn.softplus(decay + bias)
-        shape = (*x.shape[:2], self.config.delta_net.key_heads, -1)
+        shape = (*x.shape[:2], self.mixer.key_heads, -1)
         return decay.reshape(shape), jax.nn.sigmoid(beta).reshape(shape)
 
     def _grouped(self, value: Array) -> Array:
         """[...,N,V] → [...,M,J,V]."""
-        heads = self.config.delta_net.key_heads
+        heads = self.mixer.key_heads
         return value.reshape(*value.shape[:-2], heads, -1, value.shape[-1])
 
     def _joined(self, y: Array) -> Array:
@@ -298,7 +305,7 @@ class GatedDeltaNet(nnx.Module):
         """The last W-1 tokens of each row's last document, zeros before its first."""
         columns = np.arange(segment_ids.shape[1])
         last = jnp.max(jnp.where(segment_ids > 0, columns, 0), axis=1, keepdims=True)
-        at = last - np.arange(self.config.delta_net.conv_width - 2, -1, -1)  # [B,W-1]
+        at = last - np.arange(self.mixer.conv_width - 2, -1, -1)  # [B,W-1]
         index = jnp.maximum(at, 0)
         documents = (jnp.take_along_axis(segment_ids, where, axis=1) for where in (index, last))
         kept = (at >= 0) & (next(documents) == next(documents))

@@ -1,0 +1,218 @@
+"""Token mixers as values: what a layer of each kind reads, what it supports and what it costs.
+
+:func:`moe.config.model_section.stacks` gives every layer its mixer; :mod:`moe.layers.mixers` has their layers. What
+depends on the kind of a mixer asks its value: generation, FLOPs, memory estimates, plans, checks of configs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+import types
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, Self
+
+QKNorm = Literal["none", "head", "full", "rotated"]
+AttentionBias = Literal["none", "qkv", "all"]
+#: Abilities that not every mixer has: to let all tokens of a document see its prefix (prefix LM), to split rows over
+#: ``mesh.context``, and to take back rejected tokens (drafting).
+Ability = Literal["prefix", "context", "drafting"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mixer:
+    """Base of all token mixers. A mixer is a frozen dataclass of what its layer reads.
+
+    Attributes:
+        settings: field → the setting of :class:`moe.config.ModelConfig` that it has the value of, dotted in a section.
+        path: name of the layer in its block, and so in paths of parameters.
+        abilities: those that every mixer of the class has.
+    """
+
+    settings: ClassVar[Mapping[str, str]] = types.MappingProxyType({})
+    path: ClassVar[str] = "mixer"
+    abilities: ClassVar[frozenset[Ability]] = frozenset()
+
+    @classmethod
+    def of(cls, model: Any, **own: Any) -> Self:
+        """The mixer of a model's settings, with fields of its own."""
+        return cls(**{field: operator.attrgetter(name)(model) for field, name in cls.settings.items()}, **own)
+
+    @property
+    def score_dims(self) -> int:
+        """H of keys plus H of values, where a layer computes attention scores; 0: it computes none."""
+        return 0
+
+    def lacks(self, ability: Ability) -> str:
+        """The setting of :class:`moe.config.ModelConfig` because of which the mixer lacks an ability; empty if it has
+        it."""
+        return "" if ability in self.abilities else "mixer"
+
+    def flops(self, length: int) -> float:
+        """FLOPs of training, forward and backward, per token of rows of this length, without the 6 of each
+        parameter."""
+        raise NotImplementedError(f"{type(self).__name__} has no method flops(length)")
+
+    def activations(self, tensor: int, lanes: int) -> tuple[float, float]:
+        """Elements per token on one device: outputs of the matmuls before the tokens are mixed, and of the heads.
+
+        Args:
+            tensor: devices over which heads are split.
+            lanes: the last dimension of an array is padded to a multiple of it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no method activations(tensor, lanes)")
+
+
+def _keys_per_query(window: int, length: int) -> float:
+    """Keys that a query of a causal row sees, on average."""
+    window = min(window or length, length)
+    # The first `window` queries see 1..window keys, the others `window` each.
+    return (window * (window + 1) / 2 + (length - window) * window) / length
+
+
+def _padded(dim: int, lanes: int) -> int:
+    return -(-dim // lanes) * lanes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GroupedQuery(Mixer):
+    """Grouped-query attention (Ainslie et al. 2023) with rotary positions or T5's relative ones."""
+
+    path: ClassVar[str] = "attention"
+    settings: ClassVar[Mapping[str, str]] = types.MappingProxyType(
+        {
+            "heads": "num_heads",
+            "kv_heads": "num_kv_heads",
+            "head_dim": "head_dim",
+            "scale": "attention_scale",
+            "buckets": "relative_buckets",
+            "qk_norm": "qk_norm",
+            "bias": "attention_bias",
+            "gated": "gated_attention",
+            "sinks": "attention_sinks",
+            "clip": "clip_qkv",
+        }
+    )
+
+    heads: int  # N
+    kv_heads: int  # M
+    head_dim: int  # H
+    window: int = 0  # tokens that a query attends to, with its own; 0: all
+    causal: bool = True  # a query sees earlier positions and its own; else all
+    scale: float = 0.0  # of query·key; 0: 1/sqrt(H)
+    buckets: int = 0  # of distances that have a bias (T5); 0: rotary positions
+    qk_norm: QKNorm = "none"
+    bias: AttentionBias = "none"
+    gated: bool = False  # the heads are multiplied by sigmoid(x W)
+    sinks: bool = False  # one more key per head, with a learned logit and no value
+    clip: float = 0.0  # of queries, keys and values; 0: none
+
+    @property
+    def score_dims(self) -> int:
+        """Of keys and values."""
+        return 2 * self.head_dim
+
+    def lacks(self, ability: Ability) -> str:
+        """Windows know no prefix; biases of distances need whole rows."""
+        reasons: dict[Ability, str] = {
+            "prefix": "sliding_window" if self.window else "",
+            "context": "relative_buckets" if self.buckets else "",
+        }
+        return reasons.get(ability, "")
+
+    def flops(self, length: int) -> float:
+        """Of the scores of the keys that a query sees."""
+        return self.score_flops(_keys_per_query(self.window, length) if self.causal else length)
+
+    def score_flops(self, keys: float) -> float:
+        """2 matmuls × 2 FLOPs × 3 (forward and twice backward) × N·H, on average of keys and values, for every key."""
+        return 6 * self.heads * self.score_dims * keys
+
+    def activations(self, tensor: int, lanes: int) -> tuple[float, float]:
+        """Of queries, their gates, keys and values."""
+        dim = _padded(self.head_dim, lanes) / tensor
+        return (self.heads * (1 + self.gated) + 2 * self.kv_heads) * dim, self.heads * dim
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MultiHeadLatent(Mixer):
+    """Multi-head latent attention (DeepSeek-V2 2024, section 2.1)."""
+
+    path: ClassVar[str] = "attention"
+    settings: ClassVar[Mapping[str, str]] = types.MappingProxyType(
+        {
+            "heads": "num_heads",
+            "head_dim": "head_dim",
+            "rope_dim": "rope_dim",
+            "value_dim": "value_dim",
+            "rank": "kv_lora_rank",
+            "query_rank": "q_lora_rank",
+        }
+    )
+
+    heads: int  # N
+    head_dim: int  # H of queries and keys
+    rope_dim: int  # the last of these, which are rotated; of keys one vector for all heads
+    value_dim: int  # V, of values
+    rank: int  # of the latent of keys and values
+    query_rank: int = 0  # of the latent of queries; 0: none
+    window: int = 0  # tokens that a query attends to, with its own; 0: all
+
+    @property
+    def score_dims(self) -> int:
+        """Of keys and values."""
+        return self.head_dim + self.value_dim
+
+    def lacks(self, ability: Ability) -> str:
+        """A prefix."""
+        if ability != "prefix":
+            return ""
+        return "sliding_window" if self.window else "kv_lora_rank"
+
+    def flops(self, length: int) -> float:
+        """Of the scores of expanded keys and values, as in training."""
+        return 6 * self.heads * self.score_dims * _keys_per_query(self.window, length)
+
+    def activations(self, tensor: int, lanes: int) -> tuple[float, float]:
+        """Of queries, and of keys and values expanded from the latents, which every device holds whole."""
+        unrotated, values = self.head_dim - self.rope_dim, _padded(self.value_dim, lanes)
+        dims = _padded(self.head_dim, lanes) + _padded(unrotated, lanes) + values
+        latents = self.query_rank + self.rank + self.rope_dim
+        return self.heads * dims / tensor + latents, self.heads * values / tensor
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GatedDelta(Mixer):
+    """Gated DeltaNet (Yang et al. 2024, arXiv 2412.06464)."""
+
+    path: ClassVar[str] = "delta_net"
+    settings: ClassVar[Mapping[str, str]] = types.MappingProxyType(
+        {name: f"delta_net.{name}" for name in ("key_heads", "value_heads", "key_dim", "value_dim", "conv_width")}
+    )
+
+    key_heads: int  # M, heads of queries and of keys
+    value_heads: int  # N, heads of values
+    key_dim: int  # H
+    value_dim: int  # V
+    conv_width: int  # W, tokens that the convolution of queries, keys and values sees
+
+    def lacks(self, ability: Ability) -> str:
+        """All: its memory runs over whole rows in order, and keeps rejected tokens."""
+        del ability
+        return "delta_net.layers"
+
+    def flops(self, length: int) -> float:
+        """3 products with the H x V memory of each of the N heads, whatever the length: to read what is replaced, to
+        write, and to read for the query."""
+        del length
+        return 18 * self.value_heads * self.key_dim * self.value_dim
+
+    def activations(self, tensor: int, lanes: int) -> tuple[float, float]:
+        """Of queries, keys, values and gates."""
+        del lanes
+        values = self.value_heads * self.value_dim
+        return 2 * (self.key_heads * self.key_dim + values) / tensor, values / tensor
+
+
+#: The package's mixers.
+BUILT_IN: tuple[type[Mixer], ...] = (GroupedQuery, MultiHeadLatent, GatedDelta)

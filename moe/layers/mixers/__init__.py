@@ -1,0 +1,1 @@
+"""Layers of token mixers, one file per mixer (:mod:`moe.config.mixers` has their values)."""

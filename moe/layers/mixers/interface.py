@@ -1,0 +1,68 @@
+"""Interface of a token mixer's layer, in training and in generation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from moe.config import ModelConfig
+from moe.layers.basic import KEEP_ALL, Dropout, Rows
+
+
+class MixerLayer(nnx.Module):
+    """Base of the layers of token mixers: ``join(heads, x)`` of what :meth:`prefill` or :meth:`step` return.
+
+    Generation carries a state for every row and layer: any pytree of arrays [L,B,...], equal layers stacked.
+    """
+
+    def __init__(self, config: ModelConfig, mixer: Any, *, rngs: nnx.Rngs):
+        """Keep the settings; subclasses create their parameters.
+
+        Args:
+            config: of the model.
+            mixer: of the layer.
+            rngs: for the parameters.
+        """
+        del rngs
+        self.config = config
+        self.mixer = mixer
+
+    @classmethod
+    def empty_state(
+        cls, config: ModelConfig, mixer: Any, leading: tuple[int, int], length: int, *, ahead: int = 0
+    ) -> Any:
+        """The state before the first token.
+
+        Args:
+            config: of the model.
+            mixer: of the layers.
+            leading: number of layers, and of rows: the first axes of every array.
+            length: positions that a row has in the end.
+            ahead: tokens beyond one that :meth:`step` gets at once, which may be taken back.
+        """
+        raise NotImplementedError(f"{cls.__name__} has no method empty_state: it cannot generate")
+
+    def prefill(
+        self, x: Float[Array, "B T D"], rows: Rows, drop: Dropout = KEEP_ALL
+    ) -> tuple[Float[Array, "B T N V"], Any]:
+        """Mix the tokens of whole rows, within each document.
+
+        Returns:
+            The heads, and what :meth:`fill` reads.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no method prefill(x, rows, drop)")
+
+    def fill(self, state: Any, found: Any, lengths: Int[Array, " B"]) -> Any:
+        """State after prompts of these lengths, from an empty one and what :meth:`prefill` found: by default that."""
+        del state, lengths
+        return found
+
+    def step(self, x: Float[Array, "B T D"], rows: Rows, state: Any) -> tuple[Float[Array, "B T N V"], Any]:
+        """Mix further tokens of each row, usually one, with those before; return the heads and the state after them."""
+        raise NotImplementedError(f"{type(self).__name__} has no method step(x, rows, state): it cannot generate")
+
+    def join(self, heads: Float[Array, "B T N V"], x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Output of the layer from its heads and its input."""
+        raise NotImplementedError(f"{type(self).__name__} has no method join(heads, x)")
