@@ -67,9 +67,18 @@ def setting(default: typing.Any, **facts: typing.Any) -> typing.Any:
             1). ``resume``: a run may be continued with another value, since it does not change what is learnt ("free"),
             or from its newest checkpoint on ("later"); else it may not. ``split``: the mesh axis over which this
             dimension is split, whose size must divide it. ``unit``: what is counted. ``follows``: the field that
-            decides the value where it is the default.
+            decides the value where it is the default. ``result``: another value changes what is learnt but not what a
+            trained model computes ("training"), or nothing beyond rounding ("none"); else both. ``neutral``: the value
+            with which a run's identity leaves the field out, if it is not the default; None: there is none.
+            ``switch``: its default turns the section off. ``page``: the playground's page computes only the default.
     """
     return dataclasses.field(default=default, metadata=facts)
+
+
+def is_off(section: typing.Any) -> bool:
+    """Return True for a section whose switch has its default, so that its other fields are not read."""
+    fields = dataclasses.fields(section)
+    return any("switch" in field.metadata and getattr(section, field.name) == field.default for field in fields)
 
 
 def require(holds: bool, field: str, value: typing.Any, allowed: str) -> None:

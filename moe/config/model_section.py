@@ -40,7 +40,8 @@ _MODEL, _MOE, _ROPE, _DELTA = "model.", "model.moe.", "model.rope_scaling.", "mo
 class RopeScalingConfig(Section, path=_ROPE):
     """Scaling of rotary positions for contexts longer than those of pre-training."""
 
-    kind: RopeScaling = "none"  # as in the checkpoint's config; none: unscaled frequencies
+    #: as in the checkpoint's config; none: unscaled frequencies
+    kind: RopeScaling = setting("none", switch=True, page=True)
     factor: float = setting(1.0, least=1)  # longest context over original_length
     original_length: int = setting(0, least=0, unit="tokens")  # context of pre-training; for all kinds but linear
     #: yarn: rotations in the original context above which a pair is not interpolated
@@ -75,7 +76,7 @@ class RopeScalingConfig(Section, path=_ROPE):
 class DeltaNetConfig(Section, path=_DELTA):
     """Gated DeltaNet (Yang et al. 2024): layers with a memory of fixed size in place of attention."""
 
-    layers: tuple[int, ...] = ()  # layers that have it, from 0; empty: none
+    layers: tuple[int, ...] = setting((), switch=True, page=True)  # layers that have it, from 0; empty: none
     key_heads: int = setting(4, least=1, most=2**16, split="tensor")  # M, heads of queries and of keys
     value_heads: int = setting(8, least=1, most=2**16, split="tensor")  # N, heads of values; key_heads divides them
     key_dim: int = setting(32, least=1, most=2**16)  # H of queries and keys
@@ -92,22 +93,25 @@ class DeltaNetConfig(Section, path=_DELTA):
 class ModelConfig(Section, path=_MODEL):
     """Transformer: decoder-only, or encoder and decoder."""
 
-    vocab_size: int = setting(4096, least=1, most=2**24, split="tensor")  # V, rows of the embedding
-    d_model: int = setting(256, least=1, most=2**20, split="fsdp")  # D
-    num_layers: int = setting(4, least=1, most=10_000)  # L, of the decoder
+    vocab_size: int = setting(4096, least=1, most=2**24, split="tensor", neutral=None)  # V, rows of the embedding
+    d_model: int = setting(256, least=1, most=2**20, split="fsdp", neutral=None)  # D
+    num_layers: int = setting(4, least=1, most=10_000, neutral=None)  # L, of the decoder
     #: L of the encoder, which the decoder attends to; 0: decoder-only
-    encoder_layers: int = setting(0, least=0, most=10_000)
+    encoder_layers: int = setting(0, least=0, most=10_000, page=True)
     #: V of a separate embedding for the encoder; 0: encoder and decoder share one
     encoder_vocab_size: int = setting(0, least=0, most=2**24, split="tensor")
-    num_heads: int = setting(8, least=1, most=2**16, split="tensor")  # N, query heads
-    num_kv_heads: int = setting(4, least=1, most=2**16, split="tensor")  # M, key/value heads; divides num_heads
-    head_dim: int = setting(32, most=2**16)  # H, even for rotary positions
+    num_heads: int = setting(8, least=1, most=2**16, split="tensor", neutral=None)  # N, query heads
+    #: M, key/value heads; divides num_heads
+    num_kv_heads: int = setting(4, least=1, most=2**16, split="tensor", neutral=None)
+    head_dim: int = setting(32, most=2**16, neutral=None)  # H, even for rotary positions
     d_ff: int = setting(512, least=1, most=2**22, split="tensor")  # F, hidden dim of a dense FFN
     activation: Activation = "swiglu"  # of FFNs and experts; names with glu have a gate matrix
     norm_eps: float = setting(1e-5, above=0)  # epsilon of the norms
-    layer_norm: bool = False  # LayerNorm with biases in place of RMSNorm (Phi-3.5-MoE)
-    zero_centred_norms: bool = False  # RMSNorm multiplies by 1 + scale, which starts at 0 (Qwen3-Next)
-    norms: Norms = "before"  # norms of attention and FFN: before, of their input; after, of their output (OLMo 2)
+    layer_norm: bool = setting(False, page=True)  # LayerNorm with biases in place of RMSNorm (Phi-3.5-MoE)
+    #: RMSNorm multiplies by 1 + scale, which starts at 0 (Qwen3-Next)
+    zero_centred_norms: bool = setting(False, page=True)
+    #: norms of attention and FFN: before, of their input; after, of their output (OLMo 2)
+    norms: Norms = setting("before", page=True)
     #: factor of the embedded tokens (Granite: 12)
     embedding_scale: float = setting(1.0, above=0, most=1e4, follows="model.base_d_model")
     #: factor of what attention and FFN add to the residual stream (Granite: 0.22)
@@ -117,52 +121,62 @@ class ModelConfig(Section, path=_MODEL):
     #: factor of the logits (Granite: 1/6)
     logit_scale: float = setting(1.0, above=0, most=1e4, follows="model.base_d_model")
     #: T5's attention: biases for this many buckets of distances, no 1/sqrt(H); 0: rotary positions
-    relative_buckets: int = setting(0, least=0)
+    relative_buckets: int = setting(0, least=0, page=True)
     relative_max_distance: int = setting(128, unit="tokens")  # all distances from here on share the last bucket
     rope_theta: float = setting(10_000.0, above=0)  # base of the rotary frequencies
     rope_scaling: RopeScalingConfig = RopeScalingConfig()
-    rope_dim: int = 0  # rotated dimensions of a head, even; 0: all
-    rope_interleaved: bool = False  # rotate pairs (2i, 2i+1) (DeepSeek) instead of (i, i + H/2)
+    rope_dim: int = setting(0, page=True)  # rotated dimensions of a head, even; 0: all
+    rope_interleaved: bool = setting(False, page=True)  # rotate pairs (2i, 2i+1) (DeepSeek) instead of (i, i + H/2)
     #: dimension of the latent of keys and values (DeepSeek-V2); 0: grouped-query attention
-    kv_lora_rank: int = setting(0, least=0, most=2**16, split="fsdp")
+    kv_lora_rank: int = setting(0, least=0, most=2**16, split="fsdp", page=True)
     #: latent attention: dimension of the latent of queries; 0: none
     q_lora_rank: int = setting(0, least=0, most=2**16, split="fsdp")
     value_dim: int = setting(0, least=0, most=2**16)  # latent attention: H of the values
-    sliding_window: int = setting(0, least=0, unit="tokens")  # number that a query attends to, with its own; 0: all
+    #: number that a query attends to, with its own; 0: all
+    sliding_window: int = setting(0, least=0, unit="tokens", page=True)
     sliding_window_layers: tuple[int, ...] = ()  # layers with the window, from 0; empty: all
-    qk_norm: QKNorm = "none"  # RMSNorm of queries, keys: head (over H, Qwen3), full (N*H, OLMoE), rotated (H; Hunyuan)
-    attention: Attention = "full"  # full: all scores at once; blocked: without a T x T array, for TPUs and long rows
-    attention_bias: AttentionBias = "none"  # qkv (Qwen2); all: of the output too
-    gated_attention: bool = False  # multiply the heads by sigmoid(x W) (Qwen3-Next)
-    attention_sinks: bool = False  # one more key per head, with a learned logit and no value (gpt-oss)
+    #: RMSNorm of queries, keys: head (over H, Qwen3), full (N*H, OLMoE), rotated (H; Hunyuan)
+    qk_norm: QKNorm = setting("none", page=True)
+    #: full: all scores at once; blocked: without a T x T array, for TPUs and long rows
+    attention: Attention = setting("full", result="none")
+    attention_bias: AttentionBias = setting("none", page=True)  # qkv (Qwen2); all: of the output too
+    gated_attention: bool = setting(False, page=True)  # multiply the heads by sigmoid(x W) (Qwen3-Next)
+    #: one more key per head, with a learned logit and no value (gpt-oss)
+    attention_sinks: bool = setting(False, page=True)
     delta_net: DeltaNetConfig = DeltaNetConfig()
     #: clip queries, keys and values to [-c, c] before the rotation (OLMoE); 0: no clipping
-    clip_qkv: float = setting(0.0, least=0)
+    clip_qkv: float = setting(0.0, least=0, page=True)
     tie_embeddings: bool = False  # logits = x E^T
-    logit_bias: bool = False  # a bias added to the logits (Phi-3.5-MoE); needs tie_embeddings=False
+    logit_bias: bool = setting(False, page=True)  # a bias added to the logits (Phi-3.5-MoE); needs tie_embeddings=False
     scale_logits: bool = False  # divide the logits by sqrt(D) (T5 1.0); the embedding's sigma is then sqrt(s)
     #: extra layers after the last, each predicting one token further (DeepSeek-V3: 1)
-    prediction_layers: int = setting(0, least=0, most=64)
-    prediction_weight: float = setting(0.3, least=0)  # of the mean of their losses (DeepSeek-V3: 0.3, later 0.1)
+    prediction_layers: int = setting(0, least=0, most=64, page=True)
+    #: of the mean of their losses (DeepSeek-V3: 0.3, later 0.1)
+    prediction_weight: float = setting(0.3, least=0, result="training")
     #: of embeddings, attention weights, hidden activations of dense FFNs, outputs of a block's halves and of a stack
-    dropout: float = setting(0.0, share=True)
+    dropout: float = setting(0.0, share=True, result="training")
     #: s; matrices are truncated normal, sigma = sqrt(s / fan_in) (Switch, section 2.4: 0.1)
-    init_scale: float = setting(1.0, above=0, most=1e4)
+    init_scale: float = setting(1.0, above=0, most=1e4, result="training")
     #: D of a smaller model whose learning rate, weight decay and initial values are transferred to this one (muP,
     #: moe.training.rates); 0: no transfer from another width
-    base_d_model: int = setting(0, least=0, most=2**20)
-    base_num_layers: int = setting(0, least=0, most=10_000)  # its L (CompleteP); 0: no transfer from another depth
-    base_head_dim: int = setting(0, least=0, most=2**16)  # its H; 0: this model's H (width grows by more heads)
-    base_expert_d_ff: int = setting(0, least=0, most=2**22)  # F of its experts; 0: in proportion to D
-    dtype: DType = "float32"  # of activations and matmuls; parameters and router are float32
-    low_precision: LowPrecision = "none"  # of the factors of matmuls in experts and dense FFNs (moe.dispatch.quantized)
+    base_d_model: int = setting(0, least=0, most=2**20, result="training")
+    #: its L (CompleteP); 0: no transfer from another depth
+    base_num_layers: int = setting(0, least=0, most=10_000, result="training")
+    #: its H; 0: this model's H (width grows by more heads)
+    base_head_dim: int = setting(0, least=0, most=2**16, result="training")
+    #: F of its experts; 0: in proportion to D
+    base_expert_d_ff: int = setting(0, least=0, most=2**22, result="training")
+    #: of activations and matmuls; parameters and router are float32
+    dtype: DType = setting("float32", result="training")
+    #: of the factors of matmuls in experts and dense FFNs (moe.dispatch.quantized)
+    low_precision: LowPrecision = setting("none", page=True, result="training")
     #: all: in attention's projections too, and in float8 for rows sent to experts on other hosts (exchange_hosts)
-    low_precision_in: LowPrecisionIn = "ffn"
-    scan_layers: bool = setting(True, resume="free")  # compile one block for all equal layers
+    low_precision_in: LowPrecisionIn = setting("ffn", result="training")
+    scan_layers: bool = setting(True, resume="free", result="none")  # compile one block for all equal layers
     #: equal layers per iteration of the loop over them; weights of a later one are gathered while an earlier one runs
-    scan_unroll: int = setting(1, least=1, resume="free", unit="layers")
+    scan_unroll: int = setting(1, least=1, resume="free", unit="layers", result="none")
     #: what the backward pass recomputes: nothing, ..., the whole layer (REMAT_POLICIES)
-    remat: Remat = setting("none", resume="free")
+    remat: Remat = setting("none", resume="free", result="none")
     moe: MoEConfig = MoEConfig()
 
     def __post_init__(self) -> None:

@@ -28,7 +28,7 @@ class Capacity(Section, path=f"{_MOE}capacity."):
 
     train: float = setting(1.25, above=0)  # factor in training (Switch 2021)
     eval: float = setting(2.0, above=0)  # factor outside training (Switch 2021)
-    fixed: int = setting(0, least=0)  # C itself, in training and outside; 0: computed from the factors
+    fixed: int = setting(0, least=0, page=True)  # C itself, in training and outside; 0: computed from the factors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,20 +53,22 @@ class MoEConfig(Section, path=_MOE):
     """
 
     gate: Gate | None = TopK(k=2, renormalise=True, name="mixtral")  # routing rule; None ("none"): all FFNs are dense
-    layer_gates: tuple[Gate, ...] = ()  # gates of the first (or all) MoE layers instead of `gate` (DeepSeek-V4: hash)
+    #: gates of the first (or all) MoE layers instead of `gate` (DeepSeek-V4: hash)
+    layer_gates: tuple[Gate, ...] = setting((), page=True)
     num_experts: int = setting(8, least=1, most=2**17, split="expert")  # E, without shared experts
     #: F, hidden dim of one expert; 0: model.d_ff
     d_ff: int = setting(0, least=0, most=2**22, split="tensor", follows="model.d_ff")
     #: hidden dim of the shared expert, which sees every token; 0: none. n experts of F equal one of n*F
     shared_d_ff: int = setting(0, least=0, most=2**22, split="tensor")
-    bias: MoEBias = "none"  # of the router's logits (router), and of the experts' matrices too (all; gpt-oss)
+    #: of the router's logits (router), and of the experts' matrices too (all; gpt-oss)
+    bias: MoEBias = setting("none", page=True)
     #: dimension of tokens inside the experts (LatentMoE); 0: model.d_model
-    latent_dim: int = setting(0, least=0, split="fsdp")
-    zero_experts: int = setting(0, least=0)  # experts that return 0 (MoE++), beside the E FFNs
-    copy_experts: int = setting(0, least=0)  # experts that return the token
-    constant_experts: int = setting(0, least=0)  # experts that mix the token and a learned vector
-    novice_experts: int = setting(0, least=0)  # experts that return a learned vector (MoNE)
-    shared_gate: bool = False  # multiply the shared expert's output by sigmoid(x w) (Qwen2-MoE)
+    latent_dim: int = setting(0, least=0, split="fsdp", page=True)
+    zero_experts: int = setting(0, least=0, page=True)  # experts that return 0 (MoE++), beside the E FFNs
+    copy_experts: int = setting(0, least=0, page=True)  # experts that return the token
+    constant_experts: int = setting(0, least=0, page=True)  # experts that mix the token and a learned vector
+    novice_experts: int = setting(0, least=0, page=True)  # experts that return a learned vector (MoNE)
+    shared_gate: bool = setting(False, page=True)  # multiply the shared expert's output by sigmoid(x w) (Qwen2-MoE)
     every: int = setting(1, least=1)  # every n-th layer is MoE: layers n, 2n, ... of either stack, counted from 1
     layers: tuple[int, ...] = ()  # MoE layers, from 0, an encoder's before the decoder's; empty: every, first_dense
     first_dense: int = setting(0, least=0)  # number of leading layers that stay dense, of either stack
@@ -83,9 +85,11 @@ class MoEConfig(Section, path=_MOE):
     losses: Losses = Losses(balance=0.02)
     route_padding: bool = False  # padding is routed, takes capacity and counts in the losses (Hugging Face's Switch)
     jitter: float = setting(0.0, share=True)  # multiply the router's input by U[1 - jitter, 1 + jitter] in training
-    router_dtype: DType = "float32"  # of the router's matmul; bfloat16 only to reproduce Switch's table 2
-    drop_policy: DropPolicy = "position"  # priority of tokens when an expert's buffer overflows
-    overflow_to_next: bool = False  # an overflowing assignment is retried once on the token's next-best expert
+    #: of the router's matmul; bfloat16 only to reproduce Switch's table 2
+    router_dtype: DType = setting("float32", page=True)
+    drop_policy: DropPolicy = setting("position", page=True)  # priority of tokens when an expert's buffer overflows
+    #: an overflowing assignment is retried once on the token's next-best expert
+    overflow_to_next: bool = setting(False, page=True)
     expert_dropout: float = setting(0.0, share=True)  # of the experts' hidden activations (Switch: 0.4 in fine-tuning)
     accept_future_leak: bool = False  # allow gates whose assignments depend on later tokens
 

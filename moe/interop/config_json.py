@@ -13,6 +13,7 @@ import pydantic
 from moe.config import Config, ConfigError, DataConfig, ModelConfig, MoEConfig, layer_kinds, sparse_layers, to_dict
 from moe.config.parse import build, from_config_dict
 from moe.config.registry import find_layer
+from moe.fields import is_off
 from moe.interop import balance
 from moe.interop.families import FAMILIES, MISSING
 from moe.interop.families.family import Family, gate_field, selection_rule
@@ -213,19 +214,12 @@ def _write_as(config: Config, family: Family) -> Json:
 
 
 _PREDICTION, _EXPERTS_PER_TOKEN = "num_nextn_predict_layers", "num_experts_per_tok"
-_MODEL_FACTS = (
-    *("vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim", "activation", "norm_eps"),
-    *("rope_theta", "rope_scaling", "rope_interleaved", "qk_norm", "attention_bias", "clip_qkv", "tie_embeddings"),
-    *("attention_sinks", "norms", "embedding_scale", "residual_scale", "attention_scale", "logit_scale"),
-    *("gated_attention", "zero_centred_norms", "layer_norm", "logit_bias", "kv_lora_rank", "q_lora_rank", "value_dim"),
-    *(
-        "encoder_layers",
-        "encoder_vocab_size",
-        "prediction_layers",
-        "relative_buckets",
-        "relative_max_distance",
-        "scale_logits",
-    ),
+#: Fields of a model that change what it computes in evaluation; :func:`_facts` adds those with rules of their own.
+_MODEL_FACTS = tuple(
+    field.name
+    for field in dataclasses.fields(ModelConfig)
+    if "result" not in field.metadata
+    and field.name not in ("rope_dim", "logit_scale", "sliding_window", "sliding_window_layers", "d_ff", "moe")
 )
 _MOE_FACTS = (
     *("num_experts", "experts_per_token", "d_ff", "bias", "shared_d_ff", "shared_gate", "layer_gates", "latent_dim"),
@@ -247,9 +241,9 @@ def _facts(model: ModelConfig) -> Json:
     """Every setting that changes what a model computes in evaluation."""
     sparse, moe = sparse_layers(model), model.moe
     facts = {f"model.{name}": getattr(model, name) for name in _MODEL_FACTS}
+    facts |= {name: None for name, value in facts.items() if dataclasses.is_dataclass(value) and is_off(value)}
     facts["model.rope_dim"] = model.rope_dim or model.head_dim
     facts["model.logit_scale"] = float(f"{model.logit_scale:.12g}")  # files hold its reciprocal
-    facts["model.delta_net"] = model.delta_net if model.delta_net.layers else None
     facts |= {"model.moe.layers": sparse, "model.sliding_window": tuple(kind.window for kind in layer_kinds(model))}
     if not all(sparse):
         facts["model.d_ff"] = model.d_ff

@@ -14,10 +14,11 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from moe.config import Config, DataConfig, MoEConfig, layer_kinds, sparse_layers
+from moe.config import Config, DataConfig, ModelConfig, MoEConfig, layer_kinds, sparse_layers
 from moe.config.registry import find_gate, find_layer
 from moe.config.user_code import user_code
 from moe.data.corpora import EmbeddedCorpus
+from moe.fields import is_off
 from moe.routing.interface import Gate
 
 #: Version of the canonical form. A new version needs a conversion of older records.
@@ -25,19 +26,11 @@ VERSION = 1
 
 Canonical = dict[str, Any]
 
-#: Settings that are left out where they have these values.
+#: Fields of the model that the canonical form has under another name: ``dense_dim``, and those of MoE layers.
+_MODEL_OTHERWISE = ("d_ff", "moe")
+
+#: Settings that are left out where they have these values; those of the model stand in its fields' metadata.
 _NEUTRAL: Canonical = {
-    # model
-    "encoder_layers": 0, "encoder_vocab_size": 0, "activation": "swiglu", "norm_eps": 1e-5, "relative_buckets": 0,
-    "relative_max_distance": 128, "rope_theta": 10_000.0, "rope_scaling": "none", "rope_dim": 0,
-    "rope_interleaved": False, "kv_lora_rank": 0, "q_lora_rank": 0, "value_dim": 0, "sliding_window": 0,
-    "sliding_window_layers": [], "qk_norm": "none", "attention_bias": "none", "attention_sinks": False,
-    "clip_qkv": 0.0, "tie_embeddings": False, "scale_logits": False, "dropout": 0.0, "init_scale": 1.0,
-    "dtype": "float32", "low_precision": "none", "low_precision_in": "ffn", "norms": "before", "embedding_scale": 1.0,
-    "residual_scale": 1.0, "attention_scale": 0.0, "logit_scale": 1.0, "prediction_layers": 0, "prediction_weight": 0.3,
-    "gated_attention": False, "zero_centred_norms": False, "delta_net": "none",
-    "layer_norm": False, "logit_bias": False,
-    "base_d_model": 0, "base_num_layers": 0, "base_head_dim": 0, "base_expert_d_ff": 0,
     # MoE
     "shared_dim": 0, "bias": "none", "latent_dim": 0, "zero_experts": 0, "copy_experts": 0, "constant_experts": 0,
     "novice_experts": 0, "null_balance": 1.0, "shared_gate": False, "expert_capacity": 0, "route_padding": False,
@@ -60,16 +53,13 @@ _NEUTRAL: Canonical = {
     "code": "",
 }  # fmt: skip
 
-#: Fields of a config that have the same name in the canonical form.
-_MODEL = (
-    "vocab_size", "d_model", "num_layers", "encoder_layers", "encoder_vocab_size", "num_heads", "num_kv_heads",
-    "head_dim", "activation", "norm_eps", "relative_buckets", "relative_max_distance", "rope_theta", "rope_dim",
-    "rope_interleaved", "kv_lora_rank", "q_lora_rank", "value_dim", "sliding_window", "sliding_window_layers",
-    "qk_norm", "attention_bias", "attention_sinks", "clip_qkv", "tie_embeddings", "scale_logits", "dropout",
-    "init_scale", "dtype", "low_precision", "low_precision_in", "norms", "embedding_scale", "residual_scale",
-    "attention_scale", "logit_scale", "prediction_layers", "prediction_weight", "gated_attention", "zero_centred_norms",
-    "layer_norm", "logit_bias", "base_d_model", "base_num_layers", "base_head_dim", "base_expert_d_ff",
-)  # fmt: skip
+#: Fields of :class:`ModelConfig` that have the same name in the canonical form, and their neutral values.
+_MODEL: Canonical = {
+    field.name: field.metadata.get("neutral", field.default)
+    for field in dataclasses.fields(ModelConfig)
+    if field.metadata.get("result") != "none" and field.name not in _MODEL_OTHERWISE
+}
+#: The same, of other sections.
 _DATA = (
     "dataset", "domains", "weights", "text_suffixes", "tokenizer", "chat_template",
     "objective", "sequence_length", "input_length", "pack",
@@ -94,15 +84,11 @@ _START = ("expert_noise", "virtual_groups", "expert_scale", "drop_share", "fresh
 def canonical(config: Config) -> Canonical:
     """The settings that decide a run's result, by name, without those that are neutral."""
     form: Canonical = {"seed": config.seed, "text": text_versions(config.data)}
+    form |= _model(config.model)
     for section, names in (
-        (config.model, _MODEL), (config.data, _DATA), (config.optimizer, _OPTIMIZER), (config.train, _TRAIN),
-        (config.start, _START),
+        (config.data, _DATA), (config.optimizer, _OPTIMIZER), (config.train, _TRAIN), (config.start, _START),
     ):  # fmt: skip
         form |= {name: getattr(section, name) for name in names}
-    scaling = config.model.rope_scaling
-    form["rope_scaling"] = "none" if scaling.kind == "none" else dataclasses.asdict(scaling)
-    delta_net = config.model.delta_net
-    form["delta_net"] = dataclasses.asdict(delta_net) if delta_net.layers else _NEUTRAL["delta_net"]
     form["optimizer"] = config.optimizer.name
     form["code"] = user_code(config)
     form["final_rate_fraction"] = config.optimizer.final_learning_rate_fraction
@@ -119,6 +105,19 @@ def canonical(config: Config) -> Canonical:
         form |= _moe(config)
     form = json.loads(json.dumps(form))  # tuples become lists, as in a record that is read back
     return {name: value for name, value in sorted(form.items()) if name not in _NEUTRAL or _NEUTRAL[name] != value}
+
+
+def _model(model: ModelConfig) -> Canonical:
+    """The settings of the model, without those that are neutral and those of its FFNs."""
+    form: Canonical = {}
+    for name, neutral in _MODEL.items():
+        value: Any = getattr(model, name)
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            if not is_off(value):
+                form[name] = dataclasses.asdict(value)
+        elif value != neutral:
+            form[name] = value
+    return form
 
 
 def _moe(config: Config) -> Canonical:

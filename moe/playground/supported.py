@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import numpy as np
@@ -10,28 +11,12 @@ from sentencepiece import sentencepiece_model_pb2 as schema
 from moe.config import ConfigError, ModelConfig
 from moe.data.json_tokenizer import JsonTokenizer
 from moe.data.tokenizer import Tokenizer
+from moe.fields import facts_of
 from moe.routing.gates import GShard, SampledTopK, STMoE, TopK
 from moe.routing.interface import Gate, Selecting
 
 #: Activations of model.js.
 _ACTIVATIONS = ("swiglu", "geglu", "reglu", "gelu", "relu")
-#: Fields of ModelConfig and the one value that model.js computes.
-_MODEL: dict[str, Any] = {
-    "encoder_layers": 0, "kv_lora_rank": 0, "relative_buckets": 0, "rope_dim": 0, "rope_interleaved": False,
-    "sliding_window": 0, "qk_norm": "none", "attention_bias": "none", "attention_sinks": False, "clip_qkv": 0.0,
-    "norms": "before", "zero_centred_norms": False, "gated_attention": False,
-    "layer_norm": False, "logit_bias": False,
-    "prediction_layers": 0, "low_precision": "none",
-}  # fmt: skip
-#: The same, of MoEConfig.
-_MOE: dict[str, Any] = {
-    "layer_gates": (), "bias": "none", "latent_dim": 0, "zero_experts": 0, "copy_experts": 0, "constant_experts": 0,
-    "novice_experts": 0, "shared_gate": False, "router_dtype": "float32", "drop_policy": "position",
-    "overflow_to_next": False,
-}  # fmt: skip
-#: The same, of Capacity.
-_CAPACITY: dict[str, Any] = {"fixed": 0}
-
 #: Gates whose rule model.js computes; a subclass may have another.
 _GATES = (TopK, GShard, SampledTopK, STMoE)
 
@@ -58,16 +43,11 @@ def check(model: ModelConfig) -> Selecting:
             f"model.moe.gate={model.moe.gate_name!r}: the page needs a gate that chooses the top k of all experts' "
             "scores without a noise matrix, such as mixtral"
         )
-    for where, section, wanted in (
-        ("model.", model, _MODEL),
-        ("model.moe.", model.moe, _MOE),
-        ("model.moe.capacity.", model.moe.capacity, _CAPACITY),
-        ("model.rope_scaling.", model.rope_scaling, {"kind": "none"}),
-        ("model.delta_net.", model.delta_net, {"layers": ()}),
-    ):
-        for name, value in wanted.items():
-            if getattr(section, name) != value:
-                raise ConfigError(f"{where}{name}={getattr(section, name)!r}: the page supports only {value!r}")
+    default = ModelConfig()
+    for name in facts_of(ModelConfig, "page"):
+        value, computed = (operator.attrgetter(name)(each) for each in (model, default))
+        if value != computed:
+            raise ConfigError(f"model.{name}={value!r}: the page supports only {computed!r}")
     if model.moe.dispatch != "dropless" and model.moe.group_size:  # without a capacity, groups change nothing
         raise ConfigError(
             f"model.moe.group_size={model.moe.group_size}: the page supports only 0, the text as one group, unless "

@@ -541,6 +541,25 @@ def test_the_canonical_form_names_every_setting():
             assert known or f"{section}.{field.name}" in of_no_effect, field.name
 
 
+def test_neutral_values_of_the_model_are_fixed():
+    """With another neutral value, the records of older runs would belong to other settings."""
+    always = {"vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim"}
+    sections = {"rope_scaling", "delta_net"}  # left out while they are off
+    assert {name for name, value in identity._MODEL.items() if value is None} == always
+    assert {name: value for name, value in identity._MODEL.items() if name not in always | sections} == {
+        "encoder_layers": 0, "encoder_vocab_size": 0, "activation": "swiglu", "norm_eps": 1e-5, "relative_buckets": 0,
+        "relative_max_distance": 128, "rope_theta": 10_000.0, "rope_dim": 0,
+        "rope_interleaved": False, "kv_lora_rank": 0, "q_lora_rank": 0, "value_dim": 0, "sliding_window": 0,
+        "sliding_window_layers": (), "qk_norm": "none", "attention_bias": "none", "attention_sinks": False,
+        "clip_qkv": 0.0, "tie_embeddings": False, "scale_logits": False, "dropout": 0.0, "init_scale": 1.0,
+        "dtype": "float32", "low_precision": "none", "low_precision_in": "ffn", "norms": "before",
+        "embedding_scale": 1.0, "residual_scale": 1.0, "attention_scale": 0.0, "logit_scale": 1.0,
+        "prediction_layers": 0, "prediction_weight": 0.3, "gated_attention": False, "zero_centred_norms": False,
+        "layer_norm": False, "logit_bias": False, "base_d_model": 0, "base_num_layers": 0, "base_head_dim": 0,
+        "base_expert_d_ff": 0,
+    }  # fmt: skip
+
+
 def test_the_canonical_form_is_fixed():
     """Records stay valid as long as these stay the same, however the config is written."""
     suite = suite_of({"a": SWITCH}, horizons=(20,), base=defaults.get_config())
