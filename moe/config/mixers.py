@@ -216,3 +216,7 @@ class GatedDelta(Mixer):
 
 #: The package's mixers.
 BUILT_IN: tuple[type[Mixer], ...] = (GroupedQuery, MultiHeadLatent, GatedDelta)
+
+#: Names of mixers' layers in their blocks: the package's, and all.
+BUILT_IN_PATHS = frozenset(cls.path for cls in BUILT_IN)
+PATHS = BUILT_IN_PATHS | {Mixer.path}

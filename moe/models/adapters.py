@@ -19,13 +19,14 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from moe.config import LoraConfig
+from moe.config.mixers import PATHS
 from moe.fields import require
 from moe.layers.basic import parameter
 from moe.models.stack import part_of
 from moe.parallel.parameters import LAYERS, flat_variables, spec_of
 
 #: Modules whose matrices can have adapters.
-_OWNERS = ("attention", "delta_net", "dense", "experts", "latent")
+_OWNERS = (*PATHS, "dense", "experts", "latent")
 
 #: Names of a matrix's factors: A, or one A for all experts of a layer, and B.
 LORA_A = "lora_a"

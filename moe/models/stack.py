@@ -21,6 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from moe.config import ModelConfig
+from moe.config.mixers import PATHS
 from moe.config.model_section import LayerKind, layer_kinds, stacks
 from moe.layers.attention.scoring import RelativeBias
 from moe.layers.basic import Dropout, Embedding, RMSNorm, Rows, StackSite
@@ -259,11 +260,13 @@ def part_of(names: Collection[str]) -> str:
     """
     if tuple(names)[-2:] == (PREDICTION, "project"):
         return "dense"
+    if "relative_bias" in names or not PATHS.isdisjoint(names):
+        return "attention"
     # A shared expert is made of a dense FFN, so the order counts.
-    for part in ("shared", "latent", "null", "router", "experts", "attention", "dense", "embedding", "unembedding"):
+    for part in ("shared", "latent", "null", "router", "experts", "dense", "embedding", "unembedding"):
         if part in names:
             return part
-    return "norms" if {"relative_bias", "delta_net"}.isdisjoint(names) else "attention"
+    return "norms"
 
 
 def create_states(layers: tuple[LayerKind, ...], create: Callable[[LayerKind, int], Any]) -> LayerStates:

@@ -38,6 +38,7 @@ import numpy as np
 import optax
 
 from moe.config import ModelConfig
+from moe.config.mixers import BUILT_IN_PATHS
 from moe.models.stack import PREDICTION, part_of
 
 
@@ -112,7 +113,7 @@ def is_matrix(path: Any) -> bool:
 def matrix_axes(path: Any) -> optax.contrib.MuonDimensionNumbers | None:
     """Input and output axes of a matrix by the last two names of its path; None if Muon does not update it."""
     owner, name = path[-2].key if len(path) > 1 else "", path[-1].key
-    mixer = owner in ("attention", "delta_net")
+    mixer = owner in BUILT_IN_PATHS
     if mixer and name in ("query", "key", "value", "gate", "query_up", "kv_up"):  # [D,N,H]
         return optax.contrib.MuonDimensionNumbers(reduction_axis=(-3,), output_axis=(-2, -1))
     if mixer and name == "out":  # [N,H,D]
