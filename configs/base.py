@@ -9,19 +9,17 @@ Fine-tuning of a run or an import, with its model shape and tokenizer:
 import json
 from pathlib import Path
 
-import ml_collections
-
-from moe.config import Config, ConfigError, to_config_dict
+from moe.config import Changes, ConfigError
 
 _PLANS = Path(__file__).with_name("plans.json")
 
 
-def get_config() -> ml_collections.ConfigDict:
+def get_config() -> Changes:
     """All defaults."""
-    return to_config_dict(Config())
+    return Changes()
 
 
-def use_best_plan(config: ml_collections.ConfigDict, name: str, hardware: str) -> None:
+def use_best_plan(config: Changes, name: str, hardware: str) -> None:
     """Set the fields of the fastest plan that is kept in plans.json (scripts/plan_pod.py --record).
 
     Args:

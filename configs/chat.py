@@ -6,12 +6,11 @@
 Model and tokenizer are the checkpoint's. The balance losses keep the weights of its gate.
 """
 
-import ml_collections
-
+from moe.config import Changes
 from moe.configs import base
 
 
-def get_config() -> ml_collections.ConfigDict:
+def get_config() -> Changes:
     """Return the settings of the fine-tuning; start.checkpoint and data.dataset must be set."""
     config = base.get_config()
     config.data.objective = "chat"

@@ -3,12 +3,11 @@
 python main.py --config=configs/dense.py --workdir=/tmp/dense
 """
 
-import ml_collections
-
+from moe.config import Changes
 from moe.configs import base
 
 
-def get_config() -> ml_collections.ConfigDict:
+def get_config() -> Changes:
     """Overrides of the defaults."""
     config = base.get_config()
     config.model.moe.gate = "none"

@@ -7,12 +7,11 @@
 The student starts with the teacher's weights except for the experts, and uses its tokenizer and model shape.
 """
 
-import ml_collections
-
+from moe.config import Changes
 from moe.configs import base
 
 
-def get_config() -> ml_collections.ConfigDict:
+def get_config() -> Changes:
     """Overrides of the defaults."""
     config = base.get_config()
     config.model.moe.gate = "none"

@@ -6,12 +6,11 @@ Total and active parameters equal those of configs/mixtral.py; but for the route
 configs/switch.py, and the active ones those of configs/dense.py.
 """
 
-import ml_collections
-
+from moe.config import Changes
 from moe.configs import base
 
 
-def get_config() -> ml_collections.ConfigDict:
+def get_config() -> Changes:
     """Overrides of the defaults."""
     config = base.get_config()
     config.model.moe.gate = "gshard"

@@ -9,15 +9,13 @@ Adafactor, as in the paper's section 4.
 
 import re
 
-import ml_collections
-
-from moe.config import ConfigError
+from moe.config import Changes, ConfigError
 from moe.configs import t5
 
 SIZES = tuple(f"{experts}e{layers}l" for layers in (12, 36) for experts in (128, 512, 2048))
 
 
-def get_config(size: str = "128e12l") -> ml_collections.ConfigDict:
+def get_config(size: str = "128e12l") -> Changes:
     """Overrides of the defaults; the size follows a colon: ``--config=configs/gshard_translation.py:512e36l``.
 
     Raises:

@@ -7,12 +7,11 @@
 tokens, 4.1M in all: about nine minutes on one idle CPU core.
 """
 
-import ml_collections
-
+from moe.config import Changes
 from moe.configs import mixtral
 
 
-def get_config() -> ml_collections.ConfigDict:
+def get_config() -> Changes:
     """Mixtral's layer, 128 wide, with tied embeddings."""
     config = mixtral.get_config()
     config.model.update(vocab_size=2048, d_model=128, num_heads=4, num_kv_heads=2, head_dim=32, d_ff=128)

@@ -6,12 +6,11 @@
 Model and tokenizer are the checkpoint's, which is the reference too.
 """
 
-import ml_collections
-
+from moe.config import Changes
 from moe.configs import chat
 
 
-def get_config() -> ml_collections.ConfigDict:
+def get_config() -> Changes:
     """Return the settings of the training; start.checkpoint, distill.teacher and data.dataset must be set."""
     config = chat.get_config()
     config.data.objective = "preferences"

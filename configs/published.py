@@ -7,8 +7,7 @@ Hugging Face's coefficient · K / L where the paper's is not known (docs/gates.m
 from collections.abc import Callable
 from typing import Any
 
-import ml_collections
-
+from moe.config import Changes
 from moe.configs import base
 
 #: (vocabulary, D, layers, heads, key/value heads, head dim, F of a dense FFN)
@@ -123,11 +122,11 @@ RUNS = {
 }
 
 
-def config_of(name: str) -> Callable[..., ml_collections.ConfigDict]:
+def config_of(name: str) -> Callable[..., Changes]:
     """``get_config`` of a row: the defaults with its sizes, and with the best settings known for a slice or hosts, such
     as ``v5p-128`` or ``h100:8x8``, where one is named."""
 
-    def get_config(hardware: str = "") -> ml_collections.ConfigDict:
+    def get_config(hardware: str = "") -> Changes:
         config = base.get_config()
         names = ("vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim", "d_ff")
         sizes = {field: size for field, size in zip(names, SIZES[name], strict=True) if size}

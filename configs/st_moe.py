@@ -3,16 +3,14 @@
 python scripts/plan_pod.py --config=configs/st_moe.py:32b --topology=v4:8x8x16
 """
 
-import ml_collections
-
-from moe.config import ConfigError
+from moe.config import Changes, ConfigError
 from moe.configs import t5
 
 #: name: (layers of each stack, D, F, heads, head dim), experts
 SIZES = {"l": ((27, 1024, 2816, 16, 64), 32), "32b": ((27, 5120, 20480, 64, 128), 64)}
 
 
-def get_config(size: str = "l") -> ml_collections.ConfigDict:
+def get_config(size: str = "l") -> Changes:
     """Overrides of the defaults; the size follows a colon: ``--config=configs/st_moe.py:32b``.
 
     Raises:

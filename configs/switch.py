@@ -6,12 +6,11 @@ Half as many experts of twice the width: total and active parameters equal those
 the router's (0.1 %).
 """
 
-import ml_collections
-
+from moe.config import Changes
 from moe.configs import base
 
 
-def get_config() -> ml_collections.ConfigDict:
+def get_config() -> Changes:
     """Overrides of the defaults."""
     config = base.get_config()
     config.model.moe.gate = "switch"

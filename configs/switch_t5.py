@@ -6,12 +6,11 @@ Two encoder and two decoder layers, the second of each with 8 experts, top-1; 15
 The report ends with blanks that the model filled. For a dense T5 of equal FLOPs add --config.model.moe.gate=none.
 """
 
-import ml_collections
-
+from moe.config import Changes
 from moe.configs import base
 
 
-def get_config() -> ml_collections.ConfigDict:
+def get_config() -> Changes:
     """T5 1.0's attention, norms and logits, Switch's layer in every second block."""
     config = base.get_config()
     config.model.update(

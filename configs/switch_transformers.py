@@ -7,9 +7,7 @@ of their own: Large has ReLU 4096 there, C 30 heads, and XXL and C a separate ou
 table says 64, but only 128 give its 395B. A group is a row; the paper's groups hold 2,048 to 8,192 tokens.
 """
 
-import ml_collections
-
-from moe.config import ConfigError
+from moe.config import Changes, ConfigError
 from moe.configs import t5
 
 BASE = (12, 768, 3072, 12, 64)
@@ -25,7 +23,7 @@ SIZES = {
 }
 
 
-def get_config(size: str = "base-128") -> ml_collections.ConfigDict:
+def get_config(size: str = "base-128") -> Changes:
     """Overrides of the defaults; the size follows a colon: ``--config=configs/switch_transformers.py:c``.
 
     Raises:

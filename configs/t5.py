@@ -6,9 +6,7 @@
 paper's: span corruption of 512 tokens, Adafactor, 0.01 for 10,000 steps, then rsqrt. 114 targets are padded to 128.
 """
 
-import ml_collections
-
-from moe.config import ConfigError
+from moe.config import Changes, ConfigError
 from moe.configs import base
 
 #: name: (layers of each stack, D, F, heads, head dim)
@@ -23,7 +21,7 @@ SIZES = {
 }
 
 
-def get_config(size: str = "base") -> ml_collections.ConfigDict:
+def get_config(size: str = "base") -> Changes:
     """Overrides of the defaults; the size follows a colon: ``--config=configs/t5.py:v1_1-base``.
 
     Raises:
@@ -38,9 +36,7 @@ def get_config(size: str = "base") -> ml_collections.ConfigDict:
     return config
 
 
-def encoder_decoder(
-    layers: int, d_model: int, d_ff: int, heads: int, head_dim: int, *, activation: str
-) -> ml_collections.ConfigDict:
+def encoder_decoder(layers: int, d_model: int, d_ff: int, heads: int, head_dim: int, *, activation: str) -> Changes:
     """T5's blocks with tied embeddings, and how T5 and Switch were pre-trained."""
     config = base.get_config()
     config.model.update(

@@ -5,12 +5,11 @@
 2 layers, 8 experts, top-2; 131,744 parameters, 94,880 active; 20 steps of 512 tokens.
 """
 
-import ml_collections
-
+from moe.config import Changes
 from moe.configs import mixtral
 
 
-def get_config() -> ml_collections.ConfigDict:
+def get_config() -> Changes:
     """Mixtral's layer, 32 wide."""
     config = mixtral.get_config()
     config.model.update(d_model=32, num_layers=2, d_ff=64, vocab_size=512, scan_layers=True)

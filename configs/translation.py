@@ -6,12 +6,11 @@
 23,684 pairs of Home Assistant's translations, 1,246 held out.
 """
 
-import ml_collections
-
+from moe.config import Changes
 from moe.configs import switch_t5
 
 
-def get_config() -> ml_collections.ConfigDict:
+def get_config() -> Changes:
     """Top-2 of 8 experts, the second sampled, in every second layer of both stacks."""
     config = switch_t5.get_config()
     config.model.moe.update(gate="gshard", group_size=1024)

@@ -8,12 +8,11 @@ weights that sum to 1, the first step's loss is the dense model's. --config.star
 of the experts; --config.start.optimizer=carry takes over Adam's moments.
 """
 
-import ml_collections
-
+from moe.config import Changes
 from moe.configs import base
 
 
-def get_config() -> ml_collections.ConfigDict:
+def get_config() -> Changes:
     """Overrides of the defaults."""
     config = base.get_config()
     config.model.moe.update(gate="mixtral", num_experts=8, dispatch="dropless")

@@ -7,12 +7,11 @@ The first step's loss lies above the dense model's; experts differ from the star
 share (the paper's best is 0.5); 0 is configs/upcycle.py.
 """
 
-import ml_collections
-
+from moe.config import Changes
 from moe.configs import upcycle
 
 
-def get_config() -> ml_collections.ConfigDict:
+def get_config() -> Changes:
     """Overrides of sparse upcycling."""
     config = upcycle.get_config()
     config.start.drop_share = 0.5

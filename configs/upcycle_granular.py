@@ -8,12 +8,11 @@ shards at first, so that its output is not the dense model's (configs/upcycle_vi
 sum to 1, the down matrices are multiplied by 4. For another dense FFN set --config.model.moe.d_ff to a quarter of it.
 """
 
-import ml_collections
-
+from moe.config import Changes
 from moe.configs import upcycle
 
 
-def get_config() -> ml_collections.ConfigDict:
+def get_config() -> Changes:
     """Overrides of sparse upcycling."""
     config = upcycle.get_config()
     config.model.moe.update(num_experts=32, gate={"k": 8}, d_ff=128)

@@ -7,12 +7,11 @@ The noise breaks the symmetry of the experts, which the router alone would have 
 --config.start.expert_noise=0 it is configs/upcycle.py.
 """
 
-import ml_collections
-
+from moe.config import Changes
 from moe.configs import upcycle
 
 
-def get_config() -> ml_collections.ConfigDict:
+def get_config() -> Changes:
     """Overrides of sparse upcycling."""
     config = upcycle.get_config()
     config.start.expert_noise = 0.05

@@ -8,12 +8,11 @@ of a group share a router column: the first step's loss is the dense model's. --
 the symmetry of the groups.
 """
 
-import ml_collections
-
+from moe.config import Changes
 from moe.configs import upcycle_granular
 
 
-def get_config() -> ml_collections.ConfigDict:
+def get_config() -> Changes:
     """Overrides of granular upcycling."""
     config = upcycle_granular.get_config()
     config.start.virtual_groups = True

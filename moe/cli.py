@@ -18,10 +18,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import ml_collections
 from absl import app, flags, logging
 from etils import epath
-from ml_collections import config_flags
 
 import moe
 from moe import process, shipped
@@ -30,26 +28,18 @@ from moe.config import (
     Config,
     ConfigError,
     allow_modules,
-    check_field,
     check_path,
-    chosen_gate,
+    command_line,
     extend_import_path,
-    inherit_model,
-    run_config,
-    type_name,
 )
-from moe.config.parse import from_config_dict
+from moe.config.files import Settings
 from moe.escaping import terminal
-from moe.fields import exits_as_errors
 from moe.parallel import target
 
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show the traceback of an error.")
 # Read by _parse from the command line, since a run's config.json is checked while the other flags are parsed.
 flags.DEFINE_list("allow_module", [], "Modules with gates and other objects that a workdir's config may name.")
 flags.disclaim_key_flags()  # what the functions below define belongs to the program that calls them
-
-#: Field whose value is a name on the command line and a section in a config.
-_GATE = "config.model.moe.gate"
 
 _EXIT_CODES = """exit codes
   0    done
@@ -59,22 +49,14 @@ _EXIT_CODES = """exit codes
 """
 
 
-#: Default config file, used where --config is not given.
-_default_config: list[str] = []
-#: Command line whose overrides --config applies: that of :func:`_parse`, with the gate moved into the config file.
-_command_line: list[str] = []
-
-
 def define_config(default: os.PathLike[str] | None = None) -> flags.FlagHolder:
     """Define the flag --config=FILE, whose fields --config.x.y=value overrides."""
     explanation = (
         "Name of a config (`moe configs` lists them), a file with get_config(), or a run's config.json. "
         "--config.SECTION.FIELD=VALUE overrides any setting, as --config.model.moe.num_experts=16 does."
     )
-    if default is not None:
-        _default_config[:] = [os.fspath(default)]
-        explanation += f" Default: {os.fspath(default)}."
-    return config_flags.DEFINE_config_file("config", None, explanation, sys_argv=_command_line)
+    path = None if default is None else os.fspath(default)
+    return flags.DEFINE(flags.ArgumentParser(), "config", path, explanation, serializer=flags.ArgumentSerializer())
 
 
 class _Path(flags.ArgumentParser):
@@ -151,18 +133,23 @@ class WorkdirFlags:
         return {field: flag.value for field, flag in self._instead.items()}
 
 
-def load_config(flag: flags.FlagHolder) -> Config:
-    """Build the typed config of the flag.
+def config_layers(flag: flags.FlagHolder) -> tuple[Settings, Settings, Settings]:
+    """Settings of the checkpoint that the run starts from, of the config file, and of the command line.
 
     Raises:
-        ConfigError: see :func:`moe.config.parse.from_config_dict`.
+        ConfigError: see :func:`moe.config.command_line.layers`.
     """
-    tree = flag.value
-    if not isinstance(tree, ml_collections.ConfigDict):
-        raise ConfigError(f"--config: get_config() must return a ConfigDict, not {type(tree).__name__}")
     workdir = flags.FLAGS["workdir"].value if "workdir" in flags.FLAGS else None
-    inherit_model(tree, workdir or "")
-    return from_config_dict(tree)
+    return command_line.layers(flag.value, command_line.split(_arguments(sys.argv))[1], workdir or "")
+
+
+def load_config(flag: flags.FlagHolder) -> Config:
+    """Build the config of the flag.
+
+    Raises:
+        ConfigError: see :func:`config_layers` and :func:`moe.config.parse.from_config_dict`.
+    """
+    return command_line.build_layers(*config_layers(flag))
 
 
 def run(main: Callable[[], None], required: tuple[str, ...] = (), examples: tuple[str, ...] = ()) -> None:
@@ -190,12 +177,11 @@ def run(main: Callable[[], None], required: tuple[str, ...] = (), examples: tupl
 
     def parse(argv: list[str]) -> list[str]:
         try:
-            with exits_as_errors():
-                return _parse(argv, required)
-        except Exception as error:  # a config file is a program and may raise anything
+            return _parse(argv, required)
+        except (ConfigError, flags.Error, OSError) as error:
             if "--traceback" in argv:
                 raise
-            sys.exit(terminal(f"error: {_missing(error, required, examples) or _sentence(error, argv)}"))
+            sys.exit(terminal(f"error: {_missing(error, required, examples) or ConfigError(str(error))}"))
 
     def guarded(argv: list[str]) -> None:
         del argv
@@ -260,7 +246,7 @@ def _value_of(argv: list[str], name: str) -> str | None:
 
 def _extend_import_path(argv: list[str]) -> None:
     """Make modules that the user names, such as gates, importable from the config file's folder."""
-    for path in filter(None, (_value_of(argv, "config"), *_default_config)):
+    if path := _value_of(argv, "config"):
         extend_import_path(path.partition(":")[0])
 
 
@@ -290,33 +276,10 @@ def _missing(error: Exception, required: Sequence[str], examples: Sequence[str])
     return f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} needed{example}; --help shows all options"
 
 
-def _sentence(error: Exception, argv: list[str]) -> str:
-    """One-line description of an error in the command line."""
-    text = " ".join(str(error).split())
-    # ml_collections re-raises errors of a config file as text that contains the traceback.
-    _, found, message = text.rpartition("moe.fields.ConfigError: ")
-    if found:
-        return message
-    if isinstance(error, flags.IllegalFlagValueError):
-        for argument in argv[1:]:
-            name, _, value = argument.lstrip("-").partition("=")
-            if name.startswith("config.") and f"--{name}=" in text:
-                field = name.removeprefix("config.")
-                return f"{field}={value!r}: must be {type_name(field)}"
-    if isinstance(error, (ConfigError, flags.Error)):
-        return str(ConfigError(text))  # cut, if a value has thousands of digits
-    files = [argument for argument in argv[1:] if argument.lstrip("-").startswith("config=")]
-    return f"{' '.join(files) or '--config'}: {type(error).__name__}: {text}"
-
-
 def _parse(argv: list[str], required: Sequence[str]) -> list[str]:
+    argv = _arguments(argv)
     allow_modules(filter(None, (_value_of(argv, "allow_module") or "").split(",")))
-    for argument in argv[1:]:
-        name = argument.lstrip("-").partition("=")[0]
-        if argument.startswith("-") and name.startswith("config."):
-            check_field(name.removeprefix("config."))
-    _command_line[:] = _with_gate(_with_config_file(argv, required))
-    rest = flags.FLAGS(list(_command_line))
+    rest = flags.FLAGS(_with_config_file(command_line.split(argv)[0], required))
     for name in flags.FLAGS:
         value = flags.FLAGS[name].value
         if isinstance(value, float) and not math.isfinite(value):
@@ -326,15 +289,18 @@ def _parse(argv: list[str], required: Sequence[str]) -> list[str]:
     return rest
 
 
+def _arguments(argv: Sequence[str]) -> list[str]:
+    """The command line with the words of the files that --flagfile names."""
+    return flags.FLAGS.read_flags_from_files(argv, force_gnu=False)
+
+
 def _with_config_file(argv: list[str], required: Sequence[str]) -> list[str]:
-    """The command line with a config file that ml_collections can load: a program with get_config().
+    """The command line with --config: that of the workdir's run, where it is needed and not given.
 
     Raises:
         ConfigError: there is no such file; the message has the nearest name.
     """
     path = _value_of(argv, "config")
-    if path is None and _default_config:
-        return [argv[0], f"--config={_default_config[0]}", *argv[1:]]
     if path is None:
         workdir = _value_of(argv, "workdir")
         if not workdir or not {"config", "workdir"} <= set(required):
@@ -345,11 +311,9 @@ def _with_config_file(argv: list[str], required: Sequence[str]) -> list[str]:
                 f"--config is needed: --workdir={workdir} holds no run to continue (no config.json). Give a name of "
                 "`moe configs`, as --config=quickstart, or a file; --help shows examples"
             )
-        return [*argv, f"--config={run_config.__file__}:{path}"]
+        return [*argv, f"--config={path}"]
     if path.endswith(".json") and epath.Path(path).exists():
-        given = f"--config={run_config.__file__}:{path}"
-        program, *rest = without_flags(argv, "config")
-        return [program, given, *rest]
+        return argv
     found = shipped.find(path)
     file = found.partition(":")[0]
     if file and not os.path.isfile(file):
@@ -360,18 +324,6 @@ def _with_config_file(argv: list[str], required: Sequence[str]) -> list[str]:
         program, *rest = without_flags(argv, "config")
         return [program, f"--config={found}", *rest]
     return argv
-
-
-def _with_gate(argv: list[str]) -> list[str]:
-    """The command line with a config file that chooses the gate itself (:mod:`moe.config.chosen_gate`): ml_collections
-    cannot set a section to a name, and the fields of the gate must exist before they are set."""
-    gate, path = _value_of(argv, _GATE), _value_of(argv, "config")
-    names = [argument.lstrip("-").partition("=")[0] for argument in argv[1:] if argument.startswith("-")]
-    fields = [name.removeprefix(f"{_GATE}.") for name in names if name.startswith(f"{_GATE}.")]
-    if path is None or (gate is None and not fields):
-        return argv
-    program, *rest = without_flags(argv, "config", _GATE)
-    return [program, f"--config={chosen_gate.request(path, gate, fields)}", *rest]
 
 
 def without_flags(argv: list[str], *names: str) -> list[str]:

@@ -48,10 +48,10 @@ MOMENTS = ("time", "start", "row", "evaluation", "save")
 
 def small(folder: Path, life: str) -> Any:
     """Config of a run: seconds of start-up, then steps of milliseconds, each of which logs, evaluates or saves."""
-    from moe.config import Config, to_config_dict
+    from moe.config import Changes
     from moe.config.parse import from_config_dict
 
-    tree: Any = to_config_dict(Config())
+    tree = Changes()
     tree.model.update(vocab_size=400, d_model=16, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=8, d_ff=16)
     tree.model.moe.update(d_ff=16, num_experts=4, gate="switch")
     dataset = "embedded" if TFDS in life else str(folder / "text")

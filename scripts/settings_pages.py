@@ -12,7 +12,7 @@ from pathlib import Path
 
 from moe.atomic_files import write_atomic
 from moe.config.moe_section import MoEConfig
-from moe.config.registry import CONSTANTS, LAYERS
+from moe.config.registry import LAYERS
 from moe.config.schema import Config
 from moe.escaping import markdown_table
 from moe.fields import type_hints
@@ -128,10 +128,10 @@ def _gates() -> str:
 
 
 def _constants(layer: MoEConfig) -> str:
-    """Constants that a layer's name sets besides gate and capacity, where they differ from the fields' defaults."""
+    """What a layer's name brings besides gate and capacity, where it differs from the fields' defaults."""
     losses, others = dataclasses.fields(layer.losses), dataclasses.fields(layer)
     found = [(f"losses.{field.name}", getattr(layer.losses, field.name), field.default) for field in losses]
-    found += [(field.name, getattr(layer, field.name), field.default) for field in others if field.name in CONSTANTS]
+    found += [(field.name, getattr(layer, field.name), field.default) for field in others]
     return ", ".join(
         f"`{name}={value}`"
         for name, value, default in found

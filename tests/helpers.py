@@ -12,12 +12,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import pytest
 from flax import nnx
 
 from moe.config import ModelConfig, MoEConfig, flat
+from moe.config.changes import Changes
 from moe.config.parse import build
 from moe.config.registry import LAYERS
 from moe.dispatch import quantized
@@ -44,7 +44,7 @@ def moe_config(**fields: Any) -> MoEConfig:
     return build(MoEConfig, flat.nested(fields) if flat.is_flat(fields) else fields, "model.moe.")
 
 
-def set_moe(tree: ml_collections.ConfigDict, **fields: Any) -> None:
+def set_moe(tree: Changes, **fields: Any) -> None:
     """Set fields of ``model.moe`` in a config tree, each by its name in the flat form."""
     named = {flat.PLACES.get(name, name): value for name, value in fields.items()}
     tree.model.moe.update_from_flattened_dict(named)

@@ -15,8 +15,8 @@ import pytest
 
 import moe
 from moe import cli, commands, shipped
-from moe.config import ConfigError, inherit_model, run_config, to_dict
-from moe.config.parse import assigned_fields, from_config_dict
+from moe.config import ConfigError, build_layers, inherited, read_run, to_dict
+from moe.config.parse import from_config_dict
 from moe.configs import mixtral, switch
 from moe.interop.hub_cache import find_source
 
@@ -54,13 +54,10 @@ def test_the_config_of_a_run_is_a_config_file_whose_fields_are_all_set(tmp_path)
         (tmp_path / name / "config.json").write_text(json.dumps(to_dict(tree)))
     file = str(tmp_path / "run" / "config.json")
     for words in (["--config", file, "--workdir=x"], [f"--config={file}", "--workdir=x"]):
-        given = cli._with_config_file(["main.py", *words], NEEDED)
-        assert given == ["main.py", f"--config={run_config.__file__}:{file}", "--workdir=x"]
-    tree = run_config.get_config(file)
-    assert {"seed", "model.moe.gate.k", "model.rope_scaling.kind", "train.num_steps"} <= assigned_fields(tree)
-    tree.start.checkpoint = str(tmp_path / "start")
-    inherit_model(tree)
-    assert from_config_dict(tree).model == config.model
+        assert cli._with_config_file(["main.py", *words], NEEDED) == ["main.py", *words]
+    settings = read_run(file) | {"start.checkpoint": str(tmp_path / "start")}
+    assert {"seed", "model.moe.gate.k", "model.rope_scaling.kind", "train.num_steps"} <= settings.keys()
+    assert build_layers(inherited(settings), settings).model == config.model
 
 
 def test_a_file_that_is_not_the_config_of_a_run_is_refused(tmp_path):
@@ -68,15 +65,14 @@ def test_a_file_that_is_not_the_config_of_a_run_is_refused(tmp_path):
     for content in ('{"modle": {}}', "[]", "no JSON"):
         file.write_text(content)
         with pytest.raises(ConfigError, match=r"config\.json: not the config of a run"):
-            run_config.get_config(str(file))
+            read_run(str(file))
 
 
-def test_a_workdir_without_a_config_flag_continues_with_its_own_config(tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "_default_config", [])  # a program imported by another test may have one
+def test_a_workdir_without_a_config_flag_continues_with_its_own_config(tmp_path):
     with pytest.raises(ConfigError, match=r"--config is needed: .* holds no run to continue"):
         cli._with_config_file(["main.py", f"--workdir={tmp_path}"], NEEDED)
     (tmp_path / "config.json").write_text("{}")
-    added = f"--config={run_config.__file__}:{tmp_path}/config.json"
+    added = f"--config={tmp_path}/config.json"
     words = ["main.py", f"--workdir={tmp_path}", "--config.seed=1"]
     assert cli._with_config_file(words, NEEDED) == [*words, added]
     assert cli._with_config_file(words, ("workdir",)) == words  # a program without a config

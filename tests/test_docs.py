@@ -40,9 +40,9 @@ def test_a_default_config_imports_its_neighbours_from_any_folder(tmp_path):
     package = tmp_path / "settings"
     package.mkdir()
     (package / "__init__.py").touch()
-    (package / "common.py").write_text("from moe.config import Config, to_config_dict\n")
+    (package / "common.py").write_text("from moe.config import Config, changes_of\n")
     (package / "mine.py").write_text(
-        "from settings import common\n\ndef get_config():\n    return common.to_config_dict(common.Config(seed=5))\n"
+        "from settings import common\n\ndef get_config():\n    return common.changes_of(common.Config(seed=5))\n"
     )
     scripts, elsewhere = tmp_path / "scripts", tmp_path / "elsewhere"
     scripts.mkdir()

@@ -11,8 +11,8 @@ import pytest
 from etils import epath
 
 from moe.checkpoints import pinned, workdir
-from moe.config import Config, ConfigError, inherit_model, to_dict
-from moe.config.parse import to_config_dict
+from moe.config import Config, ConfigError, inherited, to_dict
+from moe.config.parse import Changes
 from moe.fields import whole_number
 from moe.lab.loading import load_suite
 from moe.metrics_files import read_rows
@@ -135,7 +135,7 @@ def test_a_wrong_base_note_or_change_is_refused(tmp_path, content, says):
         (("model", "moe"), None, "has no section 'moe'"),
         (("model", "d_model"), "8", "model.d_model='8': must be int"),
         (("model", "d_model"), {}, "model.d_model={}: must be int"),
-        (("model", "moe", "layer_gates"), 3, "model.moe.layer_gates=3: must be tuple"),
+        (("model", "moe", "layer_gates"), 3, "model.moe.layer_gates=3: must be a tuple"),
     ],
 )
 def test_a_wrong_config_of_a_start_checkpoint_is_refused_by_field(tmp_path, path, value, says):
@@ -146,10 +146,10 @@ def test_a_wrong_config_of_a_start_checkpoint_is_refused_by_field(tmp_path, path
             node = node[name]
         node[path[-1]] = value
     (tmp_path / "config.json").write_text(json.dumps(tree if path else value))
-    started = to_config_dict(Config())
+    started = Changes()
     started.start.checkpoint = str(tmp_path)
     with pytest.raises(ConfigError, match=r"start\.checkpoint=") as caught:
-        inherit_model(started)
+        inherited(started.settings)
     assert says in str(caught.value)
 
 
@@ -197,10 +197,10 @@ def test_an_unknown_model_field_is_not_inherited(tmp_path):
     config = to_dict(Config())
     config["model"]["moe"]["gate"] = {"name": "mixtral", "k": 2, "kk": 3}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    started = to_config_dict(Config())
+    started = Changes()
     started.start.checkpoint = str(tmp_path)
-    with pytest.raises(ConfigError, match=r"model\.moe\.gate\.kk: there is no such field"):
-        inherit_model(started)
+    with pytest.raises(ConfigError, match=r"model\.moe\.gate\.kk: no such field"):
+        inherited(started.settings)
 
 
 PLAN = json.loads((Path(__file__).parents[1] / "configs" / "plans.json").read_text())[0]

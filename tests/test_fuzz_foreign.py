@@ -23,8 +23,8 @@ from tokenizers import models, normalizers, pre_tokenizers
 
 from moe.atomic_files import to_checked_json
 from moe.checkpoints import pinned, workdir
-from moe.config import Config, ConfigError, inherit_model, to_dict
-from moe.config.parse import from_config_dict, to_config_dict
+from moe.config import Config, ConfigError, build_layers, inherited, to_dict
+from moe.config.parse import Changes
 from moe.data import columns, folders
 from moe.data.json_tokenizer import JsonTokenizer
 from moe.lab import loading, records, suite
@@ -98,10 +98,9 @@ def _read_workdir(folder: Path, name: str) -> None:
         pinned.noted_step(epath.Path(folder) / name)
     else:
         workdir.read_config(folder)
-        started = to_config_dict(Config())
+        started = Changes()
         started.start.checkpoint = str(folder)
-        inherit_model(started)
-        from_config_dict(started)
+        build_layers(inherited(started.settings), started.settings)
 
 
 @fuzzed(FOLDERS)

@@ -114,11 +114,11 @@ class Cold(Gate):
         return GateOutput(index, jax.nn.softmax(values, axis=-1))
 '''
 CONFIG = """
-from moe.config import Config, to_config_dict
+from moe.config import Changes
 
 
 def get_config():
-    config = to_config_dict(Config())
+    config = Changes()
     config.model.update(vocab_size=400, d_model=16, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=8, d_ff=16)
     config.model.moe.update(gate="my_gates:Cold", num_experts=4, d_ff=16)
     config.data.update(dataset="./text", directory="./cache", sequence_length=32, heldout_rows=4, shuffle_window=8)

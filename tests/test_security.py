@@ -27,14 +27,13 @@ from moe.atomic_files import write_atomic
 from moe.checkpoints import parameters
 from moe.checkpoints.workdir import read_config
 from moe.config import (
-    Config,
+    Changes,
     ConfigError,
     DataConfig,
     allow_modules,
-    inherit_model,
+    inherited,
+    read_run,
     references,
-    run_config,
-    to_config_dict,
 )
 from moe.data import pipeline, preparation, wheels
 from moe.data.tokenizer_files import read_tokenizer
@@ -284,13 +283,13 @@ def test_a_module_named_in_a_workdir_is_not_imported_until_allowed(tmp_path, pla
     content = json.loads((workdir / "config.json").read_text())
     content["model"]["moe"][field] = "planted_gates:rule" if field == "gate" else ["planted_gates:rule"]
     (workdir / "config.json").write_text(json.dumps(content))
-    started = to_config_dict(Config())
+    started = Changes()
     started.start.checkpoint = str(workdir)
     for read in (
         lambda: read_config(workdir),
         lambda: open_run.open_workdir(str(workdir), {}),
-        lambda: inherit_model(started),
-        lambda: run_config.get_config(str(workdir / "config.json")),
+        lambda: inherited(started.settings),
+        lambda: read_run(str(workdir / "config.json")),
         lambda: export_checkpoint(workdir, tmp_path / "out"),
     ):
         with pytest.raises(ConfigError, match=rf"json: model.moe.{field}='planted_gates:rule' .* --allow_module"):
@@ -345,7 +344,7 @@ def test_reading_a_workdir_needs_no_optimizer(tmp_path, planted_module, monkeypa
     open_run.open_workdir(str(workdir), {("train", "batch_size"): 8})
     assert not planted_module.exists()
     with pytest.raises(ConfigError, match=r"optimizer\.name='planted_gates:optimizer' is code .*=planted_gates"):
-        run_config.get_config(str(workdir / "config.json"))  # continuing to train needs it
+        read_run(str(workdir / "config.json"))  # continuing to train needs it
 
 
 # --- Links, full disks, text -----------------------------------------------------------------------------------------

@@ -185,10 +185,7 @@ def test_two_processes_stop_at_the_same_step(directory, tmp_path):
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0",
     }
     tree = to_dict(tiny(directory, **SETTINGS, **{"train.num_steps": 100_000, "train.save_every": 100_000}))
-    (tmp_path / "config.py").write_text(
-        "import ml_collections\n\ndef get_config():\n"
-        f"    return ml_collections.ConfigDict({tree!r}, convert_dict=True)\n"
-    )
+    (tmp_path / "config.py").write_text(f"def get_config():\n    return {tree!r}\n")
     command = [
         sys.executable,
         "main.py",

@@ -10,8 +10,7 @@ FLOPs a token; top-k has k times as many experts of F/k, so that the total is th
 
 from typing import Any
 
-import ml_collections
-
+from moe.config import Changes
 from moe.config.registry import find_gate
 from moe.configs import base as defaults
 from moe.lab.suite import Suite, Sweep
@@ -35,7 +34,7 @@ DROPPING: dict[str, Any] = {"capacity.train": 1.25, "capacity.eval": 2.0}
 DROPLESS: dict[str, Any] = {"dispatch": "dropless"}
 
 
-def base(size: str) -> ml_collections.ConfigDict:
+def base(size: str) -> Changes:
     """The dense model; arms override the gate."""
     config = defaults.get_config()
     config.model.moe.gate = "none"
@@ -83,15 +82,13 @@ def sweep(size: str, rate: float = 0.0) -> Sweep:
     return Sweep(tuple(factor * rate for factor in (0.25, 0.5, 1.0, 2.0, 4.0)), seeds=SWEPT_SEEDS)
 
 
-def hidden(of: str | ml_collections.ConfigDict) -> int:
+def hidden(of: str | Changes) -> int:
     """F of the dense FFN of a size, or of a suite's own base config."""
     config: Any = base(of) if isinstance(of, str) else of
     return config.model.d_ff
 
 
-def moe(
-    of: str | ml_collections.ConfigDict, gate: str, num_experts: int, k: int, d_ff: int = 0, **fields: Any
-) -> dict[str, Any]:
+def moe(of: str | Changes, gate: str, num_experts: int, k: int, d_ff: int = 0, **fields: Any) -> dict[str, Any]:
     """Overrides of an MoE arm.
 
     Args:

@@ -7,14 +7,12 @@ template: copy the file and change what follows. 3 arms of 4 layers of 64, 1,000
 a run on one idle CPU core, about 20 runs with the sweep of learning rates.
 """
 
-import ml_collections
-
-from moe.config import ConfigError
+from moe.config import Changes, ConfigError
 from moe.configs.ablations import common
 from moe.lab.suite import Comparison, Suite, Sweep, Variant
 
 
-def base(folder: str) -> ml_collections.ConfigDict:
+def base(folder: str) -> Changes:
     """The dense model on a folder of text; arms override the gate."""
     config = common.base("laptop")
     config.data.dataset = folder

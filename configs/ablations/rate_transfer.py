@@ -9,8 +9,7 @@ E has no factor in muP, so arms that differ in E alone are the same with and wit
 
 from typing import Any
 
-import ml_collections
-
+from moe.config import Changes
 from moe.configs.ablations import common
 from moe.lab.suite import Comparison, Suite, Sweep, Variant
 
@@ -21,7 +20,7 @@ NUM_EXPERTS, K = 16, 2
 RATES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 
 
-def base(size: str) -> ml_collections.ConfigDict:
+def base(size: str) -> Changes:
     """The suites' dense model, on a laptop with two of its layers and a seventh of its steps' tokens."""
     config = common.base(size)
     if size == "laptop":

@@ -1,7 +1,9 @@
 """Typed settings of a run: schema, parsing and checks."""
 
-from moe.config import chosen_gate, run_config
-from moe.config.inherit import inherit_model
+from moe.config import command_line
+from moe.config.changes import Changes, changes_of
+from moe.config.command_line import build_layers
+from moe.config.files import inherited, read_run
 from moe.config.model_section import (
     DeltaNetConfig,
     LayerKind,
@@ -12,7 +14,8 @@ from moe.config.model_section import (
     stacks,
 )
 from moe.config.moe_section import Capacity, Losses, MoEConfig
-from moe.config.parse import check_field, from_config_dict, to_config_dict, to_dict, type_name
+from moe.config.names import check_field
+from moe.config.parse import from_config_dict, to_dict
 from moe.config.references import (
     allow_modules,
     check_path,
@@ -40,6 +43,7 @@ __all__ = [
     "EMBEDDED_DOMAINS",
     "LARGEST",
     "Capacity",
+    "Changes",
     "Config",
     "ConfigError",
     "DataConfig",
@@ -58,21 +62,21 @@ __all__ = [
     "StartConfig",
     "TrainConfig",
     "allow_modules",
+    "build_layers",
+    "changes_of",
     "check_field",
     "check_path",
-    "chosen_gate",
+    "command_line",
     "extend_import_path",
     "from_config_dict",
-    "inherit_model",
+    "inherited",
     "layer_kinds",
     "load_python_file",
     "open_regular",
+    "read_run",
     "read_small_file",
-    "run_config",
     "sparse_layers",
     "stacks",
-    "to_config_dict",
     "to_dict",
-    "type_name",
     "validate_mesh",
 ]

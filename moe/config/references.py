@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib
+import importlib.machinery
 import importlib.util
 import itertools
 import os
@@ -19,7 +20,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
-import ml_collections
 from etils import epath
 
 from moe.atomic_files import in_bucket
@@ -114,7 +114,7 @@ def _name(gate: object) -> object:
 
 def _at(node: object, *names: str) -> object:
     for name in names:
-        node = node.get(name) if isinstance(node, (dict, ml_collections.ConfigDict)) else None
+        node = node.get(name) if isinstance(node, dict) else None
     return node
 
 
@@ -176,11 +176,11 @@ def open_regular(path: str | os.PathLike[str], name: str = "") -> Iterator[IO[by
 def load_python_file(path: str | os.PathLike[str]) -> types.ModuleType:
     """Run a Python file, such as a config or a suite, in any folder; it may import files beside it."""
     extend_import_path(path)
-    spec = importlib.util.spec_from_file_location(f"file_{Path(path).stem}", path)
+    loader = importlib.machinery.SourceFileLoader(f"file_{Path(path).stem}", os.fspath(path))
+    spec = importlib.util.spec_from_loader(loader.name, loader)
     assert spec is not None
-    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    loader.exec_module(module)
     return module
 
 

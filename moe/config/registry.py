@@ -15,9 +15,6 @@ from moe.fields import ConfigError, raised_as_errors, require
 from moe.routing import gates
 from moe.routing.interface import BiasUpdate, Gate, RouterKind, RouterState
 
-#: Fields of a layer that its name sets, besides the gate.
-CONSTANTS = ("capacity", "losses", "jitter", "zero_experts", "copy_experts", "constant_experts")
-
 
 def find_layer(name: str) -> MoEConfig:
     """The layer that ``model.moe.gate`` names.
@@ -53,6 +50,28 @@ def find_gate(name: str) -> Gate:
     return gate
 
 
+def layer_fields(gate: str | Gate | None) -> dict[str, Any]:
+    """Values of all fields of ``model.moe`` that a gate brings: those of the layer that its name stands for.
+
+    A gate that is a value brings the defaults, but no losses that it has no use for.
+
+    Raises:
+        ConfigError: there is no such name.
+    """
+    if isinstance(gate, Gate):
+        return _fields(MoEConfig()) | _fields_with(gate, MoEConfig().losses.balance)
+    return _fields(find_layer("none" if gate is None else gate))
+
+
+def _fields(layer: MoEConfig) -> dict[str, Any]:
+    return {field.name: getattr(layer, field.name) for field in dataclasses.fields(layer)}
+
+
+def _fields_with(gate: Gate, balance: float) -> dict[str, Any]:
+    slots: Any = {"capacity": _WHOLE, "dispatch": "einsum"} if gate.router == "slots" else {}
+    return {"gate": gate, "losses": Losses(balance=balance if is_balanced(gate) else 0.0), **slots}
+
+
 def is_balanced(gate: Gate) -> bool:
     """Return True if a balance loss can move what the gate chooses."""
     return hasattr(gate, "k") and gate.chooses and gate.router != "none"
@@ -71,8 +90,7 @@ def _import_layer(name: str) -> MoEConfig:
         _check_facts(where, gate)
         if isinstance(value, MoEConfig):
             return _named(name, value)
-        slots: Any = {"capacity": _WHOLE, "dispatch": "einsum"} if gate.router == "slots" else {}
-        return _named(name, MoEConfig(gate=gate, losses=Losses(balance=0.01 if is_balanced(gate) else 0.0), **slots))
+        return _named(name, MoEConfig(**_fields_with(gate, 0.01)))
 
 
 _FLAGS = ("looks_ahead", "chooses", "experts_choose", "lists_all", "reweighs", "generates")

@@ -114,7 +114,7 @@ def _check_names_and_steps(suite: Suite) -> None:
         raise ConfigError(f"{where}: must be at most 60 letters, digits, '_', '-' and '.'")
     if unknown := sorted(set(suite.unseen) - {name for name, domain in DOMAINS.items() if domain.unseen}):
         raise ConfigError(f"{where}, unseen={unknown}: must be embedded domains that have only held-out text")
-    domains = tuple(suite._base.data.domains)
+    domains = tuple(suite.base.data.domains)
     if domains and (unknown := sorted(set(suite.primary) - set(domains))):
         raise ConfigError(f"{where}, primary={unknown}: must be among data.domains {domains}")
     if len(suite.seeds) < 2 or len(set(suite.seeds)) < len(suite.seeds):

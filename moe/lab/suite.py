@@ -11,11 +11,10 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-import ml_collections
 import pydantic
 import pydantic.dataclasses
 
-from moe.config import Config, ConfigError, to_config_dict
+from moe.config import Changes, Config, ConfigError
 from moe.config.parse import from_config_dict
 from moe.fields import LARGEST
 from moe.lab import identity
@@ -148,7 +147,7 @@ class Suite:
 
     name: str
     question: str
-    base: ml_collections.ConfigDict
+    base: Changes
     variants: Mapping[str, Variant]
     seeds: tuple[Seed, ...]
     comparisons: Mapping[str, Comparison]
@@ -174,14 +173,9 @@ class Suite:
         return {}
 
     @property
-    def _base(self) -> Any:
-        """The base config, untyped: the fields of a ConfigDict have no static types."""
-        return self.base
-
-    @property
     def steps(self) -> tuple[int, ...]:
         """Horizons in ascending order."""
-        return tuple(sorted(self.horizons)) or (self._base.train.num_steps,)
+        return tuple(sorted(self.horizons)) or (self.base.train.num_steps,)
 
     @property
     def registered_seeds(self) -> tuple[int, ...]:
@@ -201,17 +195,17 @@ class Suite:
     @property
     def learning_rate(self) -> float:
         """Peak learning rate of the base config, used where no sweep has been run."""
-        return float(self._base.optimizer.learning_rate)
+        return float(self.base.optimizer.learning_rate)
 
     @property
     def primary_domains(self) -> tuple[str, ...]:
         """Domains of the primary loss; empty: all that the text has."""
-        return self.primary or tuple(self._base.data.domains)
+        return self.primary or tuple(self.base.data.domains)
 
     @property
     def tokens_per_step(self) -> int:
         """Tokens of one optimizer step of the base config."""
-        return self._base.train.batch_size * self._base.data.sequence_length
+        return self.base.train.batch_size * self.base.data.sequence_length
 
     def _schedule(self, steps: int) -> dict[str, int]:
         """Fields of the base config that the suite sets itself, for one horizon."""
@@ -228,11 +222,11 @@ class Suite:
     def replaced(self) -> dict[str, tuple[Any, int]]:
         """Fields that the base config sets and the suite replaces: name → (the base's value, the suite's)."""
         own = self._schedule(self.longest) | {"data.heldout_rows": self.heldout_rows}
-        usual = to_config_dict(Config()).to_dict()
+        usual = Changes()
         found = {}
         for name, value in own.items():
             section, field = name.split(".")
-            given = self._base[section][field]
+            given = self.base[section][field]
             if given not in (value, usual[section][field]):
                 found[name] = (given, value)
         return found
@@ -271,14 +265,14 @@ class Suite:
                 f"suite {self.name!r}, variant {variant!r}: {taken[0]} is set by the suite, through horizons, "
                 "warmup_share, rate_scale, seed_offset, starts_from and teacher"
             )
-        tree: Any = self.base.copy_and_resolve_references()
+        changes = self.base.copy()
         try:
-            tree.update_from_flattened_dict({**schedule, **chosen.overrides, **own})
-            gate = getattr(tree.model.moe.gate, "name", "none")  # what is not a gate is refused below
-            if self.whole_batch_groups and gate != "none" and not tree.model.moe.group_size:
-                rows = tree.train.batch_size // tree.train.accumulation_steps
-                tree.model.moe.group_size = rows * tree.data.sequence_length
-            return from_config_dict(tree)
+            changes.update_from_flattened_dict({**schedule, **chosen.overrides, **own})
+            is_sparse = changes.model.moe.gate.name != "none"
+            if self.whole_batch_groups and is_sparse and not changes.model.moe.group_size:
+                rows = changes.train.batch_size // changes.train.accumulation_steps
+                changes.model.moe.group_size = rows * changes.data.sequence_length
+            return from_config_dict(changes)
         except (ConfigError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"suite {self.name!r}, variant {variant!r}: {' '.join(str(error).split())}") from error
 

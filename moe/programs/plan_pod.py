@@ -11,15 +11,14 @@ import dataclasses
 import json
 import shlex
 import sys
+from collections import ChainMap
 from pathlib import Path
-from typing import Any
 
 from absl import flags
-from ml_collections import config_flags
 
 from moe import cli, shipped
 from moe.atomic_files import write_atomic
-from moe.config import Config, ConfigError
+from moe.config import Config, ConfigError, command_line
 
 _CONFIG = cli.define_config()
 _TOPOLOGY = flags.DEFINE_string(
@@ -64,11 +63,9 @@ def main() -> None:
     if _REMAKE.value:
         _remake()
         return
-    fields = _CONFIG.value
-    choose_remat = fields.model.remat == "fit"
-    if choose_remat:
-        fields.model.remat = "full"
-    config = cli.load_config(_CONFIG)
+    layers = cli.config_layers(_CONFIG)
+    choose_remat = ChainMap(*map(dict, reversed(layers))).get("model.remat") == "fit"
+    config = command_line.build_layers(*layers, {"model.remat": "full"} if choose_remat else {})
     from moe.planner import page, plan, topology
     from moe.planner.scenario import Scenario
 
@@ -83,7 +80,7 @@ def main() -> None:
         return
     made = (plan.make_fitting_plan if choose_remat else plan.make_plan)(config, where, scenario, _programs())
     if _RECORD.value:
-        overrides = _asked_for()[1]
+        overrides = dict(layers[-1])
         if choose_remat:  # keep the policy that was chosen, not fit
             overrides["model.remat"] = made.remat
         _record(made, _name(), dict(sorted(overrides.items())), str(_TOPOLOGY.value))
@@ -163,16 +160,8 @@ def _outcome(made, rate: float) -> str:
 
 def _name() -> str:
     """Name of the config's file, and its argument."""
-    path, _, argument = _asked_for()[0].partition(":")
+    path, _, argument = str(_CONFIG.value).partition(":")
     return Path(path).stem + (f":{argument}" if argument else "")
-
-
-def _asked_for() -> tuple[str, dict[str, Any]]:
-    """Path of the config file, with its argument, and the fields that the command line sets."""
-    from moe.config import chosen_gate
-
-    flag = flags.FLAGS["config"]
-    return chosen_gate.asked_for(config_flags.get_config_filename(flag), config_flags.get_override_values(flag))
 
 
 def _programs() -> Path | None:
@@ -252,9 +241,10 @@ def _search(config: Config, where) -> None:
 
 def _own_flags(searched: tuple[str, ...]) -> str:
     """Config flags of this command without the mesh and the fields that the search sets."""
-    path, fields = _asked_for()
+    fields = cli.config_layers(_CONFIG)[-1]
     own = {name: value for name, value in fields.items() if not name.startswith("mesh.") and name not in searched}
-    return shlex.join([f"--config={shipped.short(path)}", *(f"--config.{name}={value}" for name, value in own.items())])
+    given = f"--config={shipped.short(str(_CONFIG.value))}"
+    return shlex.join([given, *(f"--config.{name}={value}" for name, value in own.items())])
 
 
 def _joined(argv: list[str]) -> list[str]:

@@ -193,10 +193,7 @@ def test_a_dataset_that_is_not_in_the_bucket_is_refused(directory, store):
 def test_a_killed_run_in_a_bucket_resumes_bit_for_bit(directory, store, tmp_path):
     settings = {**SETTINGS, "train.num_steps": 12, "train.save_every": 3, "train.sample_tokens": 4}
     config = tiny(directory, **settings)
-    (tmp_path / "config.py").write_text(
-        "import ml_collections\n\ndef get_config():\n"
-        f"    return ml_collections.ConfigDict({to_dict(config)!r}, convert_dict=True)\n"
-    )
+    (tmp_path / "config.py").write_text(f"def get_config():\n    return {to_dict(config)!r}\n")
     train(config, str(tmp_path / "whole"), ONE, quiet=True)
     workdir = epath.Path(f"gs://{BUCKET}/run")
     flags = "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"

@@ -68,7 +68,6 @@ def run_here(script: str, arguments: list[str], monkeypatch) -> tuple[int, str]:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     assert cli  # its flag is defined once, at import; those of an entry point are removed afterwards
     known = set(flags.FLAGS)
-    sys.modules.pop("config_config", None)  # what ml_collections calls a config file: a second one would add to it
     for name in [name for name in sys.modules if name.startswith("moe.programs.")]:
         del sys.modules[name]  # defines its flags again
     output, errors = io.StringIO(), io.StringIO()

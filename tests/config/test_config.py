@@ -12,8 +12,8 @@ from moe.config import (
     DataConfig,
     ModelConfig,
     MoEConfig,
+    changes_of,
     check_field,
-    to_config_dict,
     validate_mesh,
 )
 from moe.config.model_section import Activation, Remat
@@ -175,7 +175,7 @@ def test_a_resolved_config_survives_the_round_trip():
     config = from_config_dict(base.get_config())
     assert config.model.moe.gate.k == 2  # Mixtral's
     assert config.model.moe.d_ff == config.model.d_ff
-    assert from_config_dict(to_config_dict(config)) == config
+    assert from_config_dict(changes_of(config)) == config
     assert from_config_dict(dataclasses.asdict(config)) == config
 
 
@@ -215,11 +215,8 @@ def test_an_impossible_mesh_is_refused(sizes, overrides, words):
 
 
 def test_configs_of_layers_differ_only_by_overrides():
-    trees = {name: importlib.import_module(f"configs.{name}").get_config() for name in LAYERS}
-    configs = {name: from_config_dict(tree) for name, tree in trees.items()}
+    configs = {name: from_config_dict(importlib.import_module(f"configs.{name}").get_config()) for name in LAYERS}
     assert {c.model.moe.gate_name for c in configs.values()} == {"none", "switch", "gshard", "mixtral"}
-    for tree in trees.values():
-        assert set(dataclasses.asdict(Config())) == set(tree.keys())
     shared = {dataclasses.replace(c.model, d_ff=1, scan_layers=True, moe=MoEConfig()) for c in configs.values()}
     assert len(shared) == 1  # the rest of the model is the same
 
@@ -255,11 +252,11 @@ def test_a_config_is_complete_and_valid_once_constructed():
 
 
 def test_a_derived_field_follows_changes_of_its_source():
-    tree = to_config_dict(Config(model=ModelConfig(d_ff=64)))
+    tree = changes_of(Config(model=ModelConfig(d_ff=64)))
     tree.model.d_ff = 96
     assert from_config_dict(tree).model.moe.d_ff == 96
-    tree = to_config_dict(Config(model=ModelConfig(d_ff=64, moe=MoEConfig(d_ff=32))))
+    tree = changes_of(Config(model=ModelConfig(d_ff=64, moe=MoEConfig(d_ff=32))))
     tree.model.d_ff = 96
     assert from_config_dict(tree).model.moe.d_ff == 32
     pairs = Config(model=ModelConfig(encoder_layers=1), data=DataConfig(objective="pairs"))
-    assert to_config_dict(pairs).data.objective == "pairs"
+    assert changes_of(pairs).data.objective == "pairs"

@@ -7,28 +7,35 @@ from pathlib import Path
 import pytest
 from absl import flags
 from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from moe import cli
 from moe.checkpoints import workdir
 from moe.config import (
     Capacity,
+    Changes,
     Config,
     ConfigError,
     Losses,
     ModelConfig,
     MoEConfig,
+    build_layers,
+    changes_of,
+    check_field,
+    command_line,
     load_python_file,
-    run_config,
-    to_config_dict,
+    read_run,
     to_dict,
 )
+from moe.config.names import nested
 from moe.config.parse import build, from_config_dict, from_workdir_dict
-from moe.config.registry import CONSTANTS, LAYERS, find_gate
+from moe.config.registry import LAYERS, find_gate
 from moe.configs import base
 from moe.lab import identity
 from moe.models.decoder import Transformer
 from moe.routing.gates import Balanced, ScoredHash, SoftMoE, TopK
 from scripts import settings_pages
+from tests.fuzz_values import PLAUSIBLE
 
 DATA = Path(__file__).parents[1] / "data"
 ROOT = Path(__file__).parents[2]
@@ -43,7 +50,7 @@ def test_config_json_of_version_0_2_is_read(name, tmp_path):
     again = json.loads(json.dumps(to_dict(ours)))
     assert from_workdir_dict(again) == ours
     (tmp_path / "config.json").write_text(json.dumps({"model": {"moe": FLAT[name]["flat"]}}))
-    assert from_config_dict(run_config.get_config(str(tmp_path / "config.json"))) == ours
+    assert build_layers(read_run(str(tmp_path / "config.json"))) == ours
 
 
 @pytest.mark.parametrize(
@@ -92,17 +99,10 @@ def test_a_gate_brings_the_constants_that_were_not_set(gate_first):
     switch = LAYERS["switch"]
     assert moe.gate == dataclasses.replace(switch.gate, k=3)
     assert (moe.jitter, moe.losses) == (0.5, Losses(balance=0.01, z=0.1))
-    copied = tree.copy_and_resolve_references()
+    copied = tree.copy()
     copied.model.moe.gate = "noisy_topk"
     moe = from_config_dict(copied).model.moe
     assert (moe.gate.k, moe.jitter, moe.capacity.train, moe.losses.z) == (3, 0.5, 2.0, 0.1)
-
-
-def test_a_gate_that_lacks_an_assigned_field_is_refused():
-    tree = base.get_config()
-    tree.model.moe.gate.renormalise = False
-    with pytest.raises(ConfigError, match=r"model\.moe\.gate\.renormalise: no such field; fields here: k, name"):
-        tree.model.moe.gate = "hash"
 
 
 @pytest.mark.parametrize("gate", LAYERS)
@@ -111,9 +111,9 @@ def test_every_layer_survives_conversion_between_all_forms(gate):
     tree.model.moe.update(gate=gate, num_experts=16, accept_future_leak=True)
     tree.model.moe.dispatch = "einsum" if gate == "soft_moe" else "gather"
     config = from_config_dict(tree)
-    for name in ("gate", *CONSTANTS):
-        assert getattr(config.model.moe, name) == getattr(LAYERS[gate], name)
-    assert from_config_dict(to_config_dict(config)) == config
+    kept = {"num_experts": 16, "accept_future_leak": True, "dispatch": config.model.moe.dispatch, "d_ff": 512}
+    assert config.model.moe == dataclasses.replace(LAYERS[gate], **kept)
+    assert from_config_dict(changes_of(config)) == config
     assert from_config_dict(json.loads(json.dumps(to_dict(config)))) == config
 
 
@@ -123,11 +123,10 @@ def parse():
 
     def run(*words):
         values = flags.FlagValues()
-        command = []
-        holder = cli.config_flags.DEFINE_config_file("config", None, "", flag_values=values, sys_argv=command)
-        command[:] = cli._with_gate(["main.py", *words])
-        values(list(command))
-        return from_config_dict(holder.value)
+        holder = flags.DEFINE_string("config", None, "", flag_values=values)
+        others, texts = command_line.split(words)
+        values(["main.py", *others])
+        return build_layers(*command_line.layers(holder.value, texts))
 
     return run
 
@@ -156,7 +155,7 @@ def test_gates_of_layers_are_parsed_from_names_or_sections(parse, monkeypatch):
     assert moe.layer_gates == (dataclasses.replace(find_gate("deepseek_v4_hash"), k=2), moe.gate)
     assert moe.gate.scale == 3
     assert from_config_dict(json.loads(json.dumps(to_dict(config)))) == config
-    assert from_config_dict(to_config_dict(config)) == config
+    assert from_config_dict(changes_of(config)) == config
     assert dataclasses.replace(moe, gate=dataclasses.replace(moe.gate, k=3)).layer_gates[0].k == 3
 
     def key(gate):
@@ -186,8 +185,89 @@ def test_a_gate_as_a_value_has_a_balance_loss_if_it_chooses_by_its_logits(gate):
 )
 def test_the_command_line_refuses_what_a_gate_lacks(parse, words, message, monkeypatch):
     monkeypatch.chdir(ROOT)
-    with pytest.raises(Exception, match=message):
+    with pytest.raises(ConfigError, match=message):
         parse(GIVEN, *words)
+
+
+@pytest.mark.parametrize("word", ["gate.slot=3", "gate.renormalise=True"])
+def test_a_config_file_that_sets_what_its_gate_lacks_gets_the_sentence_of_the_command_line(parse, word, tmp_path):
+    field, _, value = word.partition("=")
+    lines = ["from moe.config import Changes", "changes = Changes()", "changes.model.moe.gate = 'hash'"]
+    (tmp_path / "plain.py").write_text("\n".join([*lines, "get_config = lambda: changes"]))
+    lines.append(f"changes.model.moe.{field} = {value}")
+    (tmp_path / "own.py").write_text("\n".join([*lines, "get_config = lambda: changes"]))
+    with pytest.raises(ConfigError) as of_line:
+        parse(f"--config={tmp_path}/plain.py", f"--config.model.moe.{word}")
+    with pytest.raises(ConfigError) as of_file:
+        parse(f"--config={tmp_path}/own.py")
+    assert str(of_file.value) == str(of_line.value) == f"model.moe.{field}: no such field; fields here: name, k"
+
+
+@pytest.mark.parametrize("name", [name for name, layer in LAYERS.items() if layer.gate and not layer.gate.looks_ahead])
+def test_a_name_on_the_command_line_brings_its_whole_layer(name, parse, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert parse(GIVEN, f"--config.model.moe.gate={name}").model.moe == dataclasses.replace(LAYERS[name], d_ff=512)
+
+
+def test_no_gate_drops_the_fields_of_the_gate_that_it_replaces(parse, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    dense = parse("--config=configs/upcycle_granular.py", "--config.model.moe.gate=none")
+    assert (dense.model.moe.gate, dense.model.moe.num_experts) == (None, 32)
+    with pytest.raises(ConfigError, match=r"gate\.k: no such field; a dense model has no gate"):
+        parse(GIVEN, "--config.model.moe.gate=none", "--config.model.moe.gate.k=3")
+    with pytest.raises(ConfigError, match=r"gate\.k: no such field; a dense model has no gate"):
+        from_config_dict(Changes({"model.moe.gate": "none", "model.moe.gate.k": 3}))
+
+
+def test_settings_of_the_command_line_are_words_of_three_forms(parse, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    words = ["--config.model.d_model", "64", "--noconfig.model.scan_layers", "-config.model.tie_embeddings"]
+    config = parse(GIVEN, *words, "--config.data.domains", "python", "--config.data.domains=literature")
+    model = config.model
+    assert (model.d_model, model.scan_layers, model.tie_embeddings) == (64, False, True)
+    assert config.data.domains == ("python", "literature")
+    for text, value in (("(1, 3)", (1, 3)), ("[1]", (1,)), ("2", (2,)), ("()", ())):
+        assert parse(GIVEN, f"--config.model.moe.layers={text}").model.moe.layers == value
+    for word, message in (
+        ("--config.model.d_model=wide", r"model\.d_model='wide': must be int"),
+        ("--config.model.scan_layers=2", r"model\.scan_layers='2': must be bool"),
+        ("--config.model.moe.layers=(1, ", r"layers='\(1, ': must be a tuple of int"),
+        ("--config.model=3", r"model='3': must be set by its fields: vocab_size"),
+        ("--config.model.d_model", r"--config\.model\.d_model: needs a value"),
+        ("--noconfig.model.d_model", r"must be --config\.model\.d_model=VALUE"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            parse(GIVEN, word)
+
+
+CHANGED = st.dictionaries(st.sampled_from(sorted(PLAUSIBLE)), st.integers(0, 30), max_size=6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(CHANGED, st.randoms(use_true_random=False))
+def test_a_setting_means_the_same_in_every_layer_and_form(drawn, random):
+    """In a file, as text on the command line, in a nested dict; in any order; and after a round trip."""
+    values = {name: PLAUSIBLE[name][index % len(PLAUSIBLE[name])] for name, index in drawn.items()}
+    names = random.sample(list(values), len(values))
+    words = [f"--config.{name}={values[name]}" for name in names[len(names) // 2 :]]
+    file = {name: values[name] for name in names[: len(names) // 2]}
+    made = []
+    for form in (
+        lambda: from_config_dict(Changes({name: values[name] for name in names})),
+        lambda: from_config_dict(nested(values)),
+        lambda: build_layers(file, _from_text(words)),
+    ):
+        try:
+            made.append(form())
+        except ConfigError:
+            made.append(None)
+    assert all(config == made[0] for config in made)
+    if isinstance(made[0], Config):
+        assert from_config_dict(changes_of(made[0])) == made[0]
+
+
+def _from_text(words):
+    return command_line.layers(str(ROOT / "configs" / "base.py"), command_line.split(words)[1])[-1]
 
 
 def test_the_last_gate_and_the_last_config_file_win(parse, monkeypatch):
@@ -202,7 +282,7 @@ def test_another_gate_for_the_config_of_a_run_brings_the_constants_of_its_paper(
     """Constants of the run's old gate are dropped with it; what the run set itself stays."""
     mixtral = MoEConfig(capacity=Capacity(2.0, 2.0))
     (tmp_path / "config.json").write_text(json.dumps(to_dict(Config(model=ModelConfig(moe=mixtral)))))
-    given = f"--config={run_config.__file__}:{tmp_path}/config.json"
+    given = f"--config={tmp_path}/config.json"
     switch = parse(given, "--config.model.moe.gate=switch").model.moe
     assert (switch.gate, switch.losses, switch.jitter) == (
         LAYERS["switch"].gate, LAYERS["switch"].losses, LAYERS["switch"].jitter,
@@ -216,7 +296,7 @@ def test_another_gate_for_the_config_of_a_run_brings_the_constants_of_its_paper(
 
 def test_errors_about_flat_names_on_the_command_line_give_the_new_name():
     with pytest.raises(ConfigError, match=r"experts_per_token: no such field; did you mean model\.moe\.gate\.k\?"):
-        cli.check_field("model.moe.experts_per_token")
+        check_field("model.moe.experts_per_token")
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,7 @@ def test_the_flags_of_a_candidate_reproduce_it_from_the_config_file():
     tree = mixtral_8x7b.get_config()
     tree.model.moe.update({"dispatch": "dropless", "exchange_chunks": 2})
     for candidate in candidates.candidates(from_config_dict(tree), 16, GPUS["h100"])[0][::20]:
-        changed = tree.copy_and_resolve_references()
+        changed = tree.copy()
         flags = dict(flag.removeprefix("--config.").split("=") for flag in search.overrides(candidate.config).split())
         named = {name: int(value) if value.isdigit() else value for name, value in flags.items()}
         changed.update_from_flattened_dict(named)

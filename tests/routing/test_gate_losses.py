@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moe.config import Config, Losses, ModelConfig, MoEConfig, to_config_dict, validate_mesh
+from moe.config import Config, Losses, ModelConfig, MoEConfig, changes_of, validate_mesh
 from moe.config.parse import from_config_dict
 from moe.config.registry import LAYERS
 from moe.layers.moe_layer import MoELayer, SelectionBias
@@ -154,7 +154,7 @@ def test_loss_free_balancing_balances(rng):
 
 def _program(gate, mesh=None, **moe):
     config = Config()
-    tree = to_config_dict(config)
+    tree = changes_of(config)
     set_moe(tree, gate=gate, **moe)
     sizes = {"vocab_size": 48, "d_model": 16, "num_layers": 2, "num_heads": 2, "num_kv_heads": 2, "head_dim": 4}
     for name, value in sizes.items():

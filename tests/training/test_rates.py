@@ -9,7 +9,7 @@ import optax
 import pytest
 from flax import nnx
 
-from moe.config import Config, ConfigError, LoraConfig, OptimizerConfig, StartConfig, to_config_dict
+from moe.config import Config, ConfigError, LoraConfig, OptimizerConfig, StartConfig, changes_of
 from moe.config.parse import from_config_dict
 from moe.models.factory import abstract_parameters
 from moe.training.losses import cross_entropy
@@ -193,7 +193,7 @@ def test_refusals_and_forms():
         tiny_model(encoder_layers=2, base_d_model=8)
     with pytest.raises(ConfigError, match=r"optimizer\.name='adafactor': must be adamw or muon"):
         Config(model=tiny_model(base_d_model=8), optimizer=OptimizerConfig(name="adafactor"))
-    tree = to_config_dict(Config(model=tiny_model(d_model=64, base_d_model=16)))
+    tree = changes_of(Config(model=tiny_model(d_model=64, base_d_model=16)))
     tree.model.d_model = 256
     assert from_config_dict(tree).model.embedding_scale == 4.0  # follows the new width
     wide = tiny_model(d_model=64, base_d_model=16, head_dim=24, base_head_dim=6)

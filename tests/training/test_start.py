@@ -27,6 +27,7 @@ from moe.checkpoints.parameters import read_base, write_workdir
 from moe.checkpoints.pinned import pinned_steps
 from moe.checkpoints.workdir import read_config
 from moe.config import (
+    Changes,
     Config,
     ConfigError,
     DistillConfig,
@@ -35,8 +36,8 @@ from moe.config import (
     MeshConfig,
     ModelConfig,
     StartConfig,
-    inherit_model,
-    to_config_dict,
+    build_layers,
+    inherited,
     to_dict,
 )
 from moe.config.parse import from_config_dict
@@ -179,20 +180,19 @@ def test_a_run_that_starts_from_a_checkpoint_inherits_unset_fields(tmp_path):
     tree = base.get_config()
     tree.start.checkpoint = str(tmp_path / "moe")
     tree.model.remat = "full"
-    inherit_model(tree)
-    assert from_config_dict(tree).model == dataclasses.replace(imported.model, remat="full")
+    model = build_layers(inherited(tree.settings), tree.settings).model
+    assert model == dataclasses.replace(imported.model, remat="full")
 
     dense = import_checkpoint(HERE / "mistral", tmp_path / "dense")
     tree = upcycle.get_config()
     tree.start.checkpoint = str(tmp_path / "dense")
-    inherit_model(tree)
-    model = from_config_dict(tree).model
+    model = build_layers(inherited(tree.settings), tree.settings).model
     assert (model.moe.gate_name, model.moe.num_experts, model.moe.d_ff) == ("mixtral", 8, dense.model.d_ff)
     assert (model.d_model, model.num_layers) == (dense.model.d_model, dense.model.num_layers)
 
     tree.start.checkpoint = str(tmp_path / "nowhere")
     with pytest.raises(ConfigError, match=r"start\.checkpoint=.*must be the workdir of a run or an import"):
-        inherit_model(tree)
+        inherited(tree.settings)
 
 
 def test_the_tokenizer_is_the_checkpoints_unless_the_config_names_one(tmp_path):
@@ -704,12 +704,12 @@ def test_adapters_belong_to_the_base_that_was_read(tmp_path, monkeypatch, direct
 def test_a_started_run_no_longer_needs_its_start_checkpoint(tmp_path):
     """The command line inherits model and tokenizer from the run's own workdir."""
     import_checkpoint(HERE / "mistral", tmp_path / "run")
-    tree = to_config_dict(Config())
+    tree = Changes()
     tree.start.checkpoint = str(tmp_path / "deleted")
     with pytest.raises(ConfigError, match="must be the workdir of a run"):
-        inherit_model(tree, str(tmp_path / "new"))
-    inherit_model(tree, str(tmp_path / "run"))
-    assert tree.model.d_model == read_config(tmp_path / "run").model.d_model
+        inherited(tree.settings, str(tmp_path / "new"))
+    own = inherited(tree.settings, str(tmp_path / "run"))
+    assert own["model.d_model"] == read_config(tmp_path / "run").model.d_model
 
 
 def test_processes_start_from_the_step_that_the_first_one_found(tmp_path, monkeypatch):

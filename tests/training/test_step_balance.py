@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe.config import Config, TrainConfig, to_config_dict
+from moe.config import Changes, Config, TrainConfig
 from moe.config.parse import from_config_dict
 from moe.models.state import TrainState
 from moe.parallel.mesh import make_mesh
@@ -20,7 +20,7 @@ from tests.helpers import random_state, set_moe, slow_case, step_gradients, tiny
 
 def program(devices=1, mesh=None, accumulation=1, remat="none", weight=3.0, layers=2, **moe):
     """A tiny model whose objective is dominated by the load-balancing loss."""
-    tree = to_config_dict(Config())
+    tree = Changes()
     tree.model.update(vocab_size=48, d_model=16, num_layers=layers, num_heads=4, num_kv_heads=4, head_dim=4, d_ff=16)
     fields = {"gate": "switch", "num_experts": 4, "d_ff": 16, "jitter": 0.0, "load_balancing_weight": weight}
     set_moe(tree, **(fields | {"capacity_factor": 4.0} | moe))

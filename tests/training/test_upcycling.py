@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from moe.config import ConfigError, MeshConfig, StartConfig, inherit_model, to_dict
+from moe.config import ConfigError, MeshConfig, StartConfig, build_layers, inherited, to_dict
 from moe.config.parse import from_config_dict
 from moe.configs import upcycle, upcycle_drop, upcycle_granular, upcycle_noise, upcycle_virtual_groups
 from moe.interop import import_checkpoint, load_huggingface
@@ -119,8 +119,7 @@ def test_upcycling_configs_start_from_a_dense_checkpoint(module, shards, tmp_pat
     dense = import_checkpoint(DENSE, tmp_path)
     tree = module.get_config()
     tree.start.checkpoint = str(tmp_path)
-    inherit_model(tree)
-    config = from_config_dict(tree)
+    config = build_layers(inherited(tree.settings), tree.settings)
     moe = config.model.moe
     assert moe.num_experts % shards == moe.experts_per_token % shards == 0
     if shards > 1:  # written for the 512 units of configs/dense.py

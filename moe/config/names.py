@@ -1,0 +1,136 @@
+"""Dotted names of settings, such as ``model.moe.num_experts``: their types, and messages about unknown ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Iterable, Iterator, Mapping
+
+from moe.config import flat
+from moe.config.registry import LAYERS
+from moe.config.schema import Config
+from moe.fields import ConfigError, item_name, type_hints
+from moe.routing.interface import Gate
+
+#: The gate: a name, or a value. The fields of the chosen gate are settings below it, as ``model.moe.gate.k``.
+GATE = "model.moe.gate"
+
+
+def field_types(cls: type) -> dict[str, typing.Any]:
+    """Type of every field of a dataclass, without class attributes."""
+    hints = type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def check_field(path: str) -> None:
+    """Check that a dotted name such as ``model.moe.num_experts`` is a field of :class:`Config`.
+
+    Fields of a gate are not checked; see :func:`gate_field_type`.
+
+    Raises:
+        ConfigError: it is not; the message has the nearest name.
+    """
+    field_type(path)
+
+
+def field_type(path: str) -> typing.Any:
+    """Type of a setting: a section's dataclass, :class:`Gate`, or the type of a value; ``object`` for a gate's field.
+
+    Raises:
+        ConfigError: there is no such field; the message has the nearest name.
+    """
+    hint: typing.Any = Config
+    names = path.split(".")
+    for depth, name in enumerate(names):
+        where = "".join(f"{section}." for section in names[:depth])
+        if hint is Gate:  # which fields it has is known once it is chosen
+            return object
+        if not dataclasses.is_dataclass(hint):
+            raise ConfigError(f"{path}: {where[:-1]} is a single value, not a section")
+        hints = field_types(typing.cast(type, hint))
+        if name not in hints:
+            raise ConfigError(no_such_field(name, hints, where))
+        hint = Gate if hints[name] == Gate | None else hints[name]
+    return hint
+
+
+def is_section(path: str) -> bool:
+    """Return True for a name whose fields are settings; the gate is one, whatever it is."""
+    return dataclasses.is_dataclass(field_type(path))
+
+
+def gate_field_type(gate: Gate | None, name: str) -> typing.Any:
+    """Type of a field of the chosen gate.
+
+    Raises:
+        ConfigError: it has no such field, or none that can be set.
+    """
+    if name == "name":
+        raise ConfigError(f"{GATE}.name: cannot be set; choose a gate by {GATE}")
+    if gate is None:
+        raise ConfigError(f"{GATE}.{name}: no such field; a dense model has no gate")
+    hints = field_types(type(gate))
+    if name not in hints:
+        raise ConfigError(no_such_field(name, hints, f"{GATE}."))
+    return hints[name]
+
+
+def type_name(hint: typing.Any) -> str:
+    """Description of the values of a type, for messages that end in ``must be ...``."""
+    if hint is Gate:
+        return f"a name: {', '.join(('none', *LAYERS))}, or module:object"
+    if dataclasses.is_dataclass(hint):
+        return f"set by its fields: {', '.join(field.name for field in dataclasses.fields(hint))}"
+    if typing.get_origin(hint) is tuple:
+        return f"a tuple of {item_name(typing.get_args(hint)[0])}, as in ('a','b') or (1,2)"
+    if typing.get_origin(hint) is typing.Literal:
+        return f"one of {', '.join(typing.get_args(hint))}"
+    return hint.__name__
+
+
+def no_such_field(name: str, fields: Iterable[str], path: str) -> str:
+    """Message for an unknown field of a section, with the nearest one or all of them.
+
+    Args:
+        name: the field.
+        fields: those of the section.
+        path: of the section, which ends in a dot or is empty.
+    """
+    fields = list(fields)
+    near = difflib.get_close_matches(name, fields, n=1)
+    moved = flat.place_of(name) if path in ("model.moe.", "moe.") else ""
+    nearest = moved or (near[0] if near else "")
+    return f"{path}{name}: no such field; " + (
+        f"did you mean {path}{nearest}?" if nearest else f"fields here: {', '.join(fields)}"
+    )
+
+
+def leaves(tree: Mapping[str, typing.Any], section: str = "") -> Iterator[tuple[str, typing.Any]]:
+    """Dotted name and value of every setting of a nested dict; a gate's name is the value of :data:`GATE`.
+
+    Raises:
+        ConfigError: an unknown field, or a section that is a value.
+    """
+    for name, value in tree.items():
+        path = section + name
+        if path == f"{GATE}.name" or (path == GATE and not isinstance(value, Mapping)):
+            yield GATE, value
+        elif not is_section(path):
+            yield path, value
+        elif isinstance(value, Mapping):
+            yield from leaves(value, f"{path}.")
+        else:
+            raise ConfigError(f"{path}={value!r}: is a section; set its fields instead")
+
+
+def nested(settings: Mapping[str, typing.Any]) -> dict[str, typing.Any]:
+    """The nested dict of settings by dotted name; a gate's name is the field ``name`` of its section."""
+    tree: dict[str, typing.Any] = {}
+    for path, value in settings.items():
+        *sections, name = f"{GATE}.name".split(".") if path == GATE else path.split(".")
+        node = tree
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[name] = value
+    return tree
