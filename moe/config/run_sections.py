@@ -64,7 +64,7 @@ class DataConfig(Section, path="data."):
         once = len(set(self.domains)) == len(self.domains) and all(self.domains)
         self._require("domains", once, "must name each domain once")
         text = all(re.fullmatch(r"\.\w+", suffix) for suffix in self.text_suffixes)
-        text = text and not {".jsonl", ".parquet", ".arrow"} & set(self.text_suffixes)
+        text = text and not {".jsonl", ".parquet", ".arrow"} & {suffix.lower() for suffix in self.text_suffixes}
         self._require("text_suffixes", text, "must be suffixes of plain-text files, such as '.tex'")
         shares = len(self.weights) in (0, len(self.domains) or len(self.weights))
         allowed = f"must be empty or one positive share for each of the {len(self.domains)} domains"

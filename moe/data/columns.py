@@ -96,7 +96,7 @@ def copy_columns(source: epath.Path, target: Path) -> None:
     pa = _pyarrow(os.fspath(source))
     try:
         with source.open("rb") as file:
-            if source.suffix == ".parquet":
+            if source.suffix.lower() == ".parquet":
                 reader = pa.parquet.ParquetFile(file)
                 schema, batches = reader.schema_arrow, functools.partial(reader.iter_batches, _BATCH)
             else:

@@ -201,7 +201,7 @@ def file_documents(path: epath.Path, digest: Any) -> Iterator[tuple[int, bytes, 
     """
     start, line = 0, 1
     with path.open("rb") as file:
-        for blob in file if path.suffix == JSON_LINES else file_sections(file):
+        for blob in file if path.suffix.lower() == JSON_LINES else file_sections(file):
             digest.update(blob)
             if blob.strip():
                 try:
@@ -253,7 +253,7 @@ def parse_document(blob: bytes, path: epath.Path) -> tuple[str, str | None]:
     Raises:
       ValueError: the bytes are not UTF-8, or not a JSON object with one of TEXT_FIELDS.
     """
-    if path.suffix != JSON_LINES:
+    if path.suffix.lower() != JSON_LINES:
         return join_texts(blob.decode("utf-8-sig")), None
     try:
         record = loads(blob.decode("utf-8-sig"))

@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from pathlib import PurePosixPath
+from pathlib import PurePath, PurePosixPath
 
 from etils import epath
 
@@ -18,13 +18,16 @@ from moe.data.documents import check_domain
 #: Files that are text as they stand; .jsonl holds a document in each line, .parquet and .arrow one in each row.
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".html", ".py")
 SUFFIXES = (*TEXT_SUFFIXES, ".jsonl", ".parquet", ".arrow")
+_COMPRESSED = (".gz", ".zst", ".bz2", ".xz", ".lz4")
+_SHOWN = 6  # kinds of files in a message
 #: Split of a file: none (its documents are divided by a hash), or that of a Hugging Face dataset.
 UNSPLIT, TRAIN, HELDOUT = 0, 1, 2
 SPLITS_FILE = "dataset_dict.json"  # its presence makes folders splits
+_ABOUT = {SPLITS_FILE, "dataset_info.json", "state.json"}  # of datasets on disk
 _CARD = "README.md"  # the description of a dataset of the hub
 _HELDOUT_NAMES = ("heldout", "validation", "valid", "dev", "test")  # the first that exists is used
 _FINGERPRINT = re.compile(r"(?<=-of-\d{5})-[0-9a-f]{16}(?=\.)")  # ends the names that the hub gave shards until 2023
-_SHARD = re.compile(rf"([\w.]+)-(\d{{5}})-of-(\d{{5}})(?:{_FINGERPRINT.pattern})?\.(parquet|arrow)")
+_SHARD = re.compile(rf"([\w.]+)-(\d{{5}})-of-(\d{{5}})(?:{_FINGERPRINT.pattern})?\.((?i:parquet|arrow))")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +37,11 @@ class Source:
     name: str
     domain: str
     split: int
+
+
+def suffix_of(path: PurePath | epath.Path) -> str:
+    """Suffix of a file in lower case: ``B.TXT`` is text, too."""
+    return path.suffix.lower()
 
 
 def find_sources(root: epath.Path, suffixes: Sequence[str] = ()) -> list[Source]:
@@ -47,7 +55,7 @@ def find_sources(root: epath.Path, suffixes: Sequence[str] = ()) -> list[Source]
       ConfigError: a folder's name cannot be a domain, or a part of the text is missing or cannot be read.
     """
     saved = (root / SPLITS_FILE).exists()
-    names = _list_files(root, suffixes)
+    names, _ = _list_files(root, suffixes)
     _refuse_missing_shards(root, names)
     found = [(name, *_domain_and_split(PurePosixPath(name), root.name, saved)) for name in names]
     by_domain: dict[str, set[str | None]] = {}
@@ -65,6 +73,22 @@ def find_sources(root: epath.Path, suffixes: Sequence[str] = ()) -> list[Source]
     for source in sources:
         check_domain(source.domain, os.fspath(root / source.name))
     return sources
+
+
+def describe_left_out(root: epath.Path, suffixes: Sequence[str] = ()) -> str:
+    """Numbers of the files whose suffixes are not read, with an example of each, such as ``2 .csv (a.csv)``.
+
+    Of compressed files both suffixes count. Empty: there are none.
+    """
+    _, names = _list_files(root, suffixes)
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        path = PurePosixPath(name)
+        inner = PurePosixPath(path.stem).suffix if suffix_of(path) in _COMPRESSED else ""
+        kinds.setdefault(f"{inner}{path.suffix}" or "without a suffix", []).append(name)
+    parts = [f"{len(found):,} {kind} ({found[0]})" for kind, found in sorted(kinds.items())]
+    more = f" and {len(parts) - _SHOWN} kinds more" if len(parts) > _SHOWN else ""
+    return ", ".join(parts[:_SHOWN]) + more
 
 
 def _numbers(splits: set[str | None]) -> dict[str | None, int]:
@@ -89,7 +113,7 @@ def _refuse_missing_shards(root: epath.Path, names: Sequence[str]) -> None:
             seen.add(dataset)
             if int(shard[2]) >= int(total):
                 raise ConfigError(f"{root / name}: is shard {int(shard[2])} of {int(total)}; remove it")
-    for folder in {PurePosixPath(name).parent for name in names if name.endswith(".arrow")}:
+    for folder in {PurePosixPath(name).parent for name in names if name.lower().endswith(".arrow")}:
         state = root / os.fspath(folder / "state.json")
         if not state.exists():
             continue
@@ -98,7 +122,7 @@ def _refuse_missing_shards(root: epath.Path, names: Sequence[str]) -> None:
         except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise ConfigError(f"{state}: does not list the files of a dataset ({error})") from error
         here = {PurePosixPath(name).name for name in names if PurePosixPath(name).parent == folder}
-        if differing := listed ^ {name for name in here if name.endswith(".arrow")}:
+        if differing := listed ^ {name for name in here if name.lower().endswith(".arrow")}:
             name = min(differing)
             what = "is missing" if name in listed else "is not a part of the dataset"
             raise ConfigError(f"{root / os.fspath(folder / name)}: {what}, by state.json")
@@ -114,14 +138,15 @@ def _domain_and_split(name: PurePosixPath, root: str, saved: bool) -> tuple[str,
     return (folders[0] if folders else root), split
 
 
-def _list_files(root: epath.Path, suffixes: Sequence[str]) -> list[str]:
-    """Sorted names of the text files, without hidden ones and caches of ``datasets``."""
+def _list_files(root: epath.Path, suffixes: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Sorted names of the text files and of others, without hidden ones and what ``datasets`` writes for itself."""
 
     def place(path: epath.Path) -> PurePosixPath:
         # Walking a bucket gives names without gs://, on some file systems without a leading slash.
         return PurePosixPath("/", os.fspath(path).rpartition("://")[2].lstrip("/"))
 
-    names = []
+    read = {suffix.lower() for suffix in (*SUFFIXES, *suffixes)}
+    names, others = [], []
     for folder, folders, files in root.walk():
         if not in_bucket(root):
             # Whether a link to a folder is among the folders depends on Python's version.
@@ -136,10 +161,7 @@ def _list_files(root: epath.Path, suffixes: Sequence[str]) -> list[str]:
         for file in files:
             path = (place(folder) / file).relative_to(place(root))
             cache = path.name.startswith("cache-") and path.suffix == ".arrow"
-            if (
-                path.suffix in (*SUFFIXES, *suffixes)
-                and not cache
-                and not any(part.startswith(".") for part in path.parts)
-            ):
-                names.append(os.fspath(path))
-    return sorted(names)
+            if cache or path.name in _ABOUT or any(part.startswith(".") for part in path.parts):
+                continue
+            (names if suffix_of(path) in read else others).append(os.fspath(path))
+    return sorted(names), sorted(others)

@@ -15,7 +15,7 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,7 +28,16 @@ from moe.config import ConfigError, read_small_file
 from moe.data import columns
 from moe.data.directory import remove_unfinished
 from moe.data.documents import HELDOUT_FRACTION, file_documents, parse_document
-from moe.data.folder_files import HELDOUT, SPLITS_FILE, SUFFIXES, UNSPLIT, Source, find_sources
+from moe.data.folder_files import (
+    HELDOUT,
+    SPLITS_FILE,
+    SUFFIXES,
+    UNSPLIT,
+    Source,
+    describe_left_out,
+    find_sources,
+    suffix_of,
+)
 from moe.foreign_files import Fields, first_sentence
 from moe.waiting import first_answer
 
@@ -66,6 +75,10 @@ class FolderDocuments(Sequence[str]):
         except (OSError, ValueError, IndexError, KeyError) as error:
             raise ConfigError(f"{source}, position {start}: no longer matches the index ({error})") from error
 
+    def count_distinct(self) -> int:
+        """Number of different texts, by 32 bits of their hashes."""
+        return len(np.unique(self._places["hash"][self._chosen]))
+
     def where(self, index: int) -> str:
         """File, and line or row, of a document."""
         place = self._places[self._chosen[index]]
@@ -77,6 +90,14 @@ class FolderDocuments(Sequence[str]):
             while start and (chunk := file.read(min(start, 1 << 20))):
                 line, start = line + chunk.count(b"\n"), start - len(chunk)
         return f"{source}, line {line}"
+
+
+def describe_left_out_of(dataset: str, suffixes: Sequence[str]) -> Iterator[str]:
+    """A line for each folder of data.dataset with files whose suffixes are not read."""
+    for name in filter(is_folder, dataset.split(",")):
+        root = _find_root(name)
+        if left_out := describe_left_out(root, suffixes):
+            yield f"left out of {root}, since their suffixes are not read: {left_out}"
 
 
 def is_folder(name: str) -> bool:
@@ -153,6 +174,9 @@ def _find_index(
     key = hashlib.sha256(os.fsencode("\0".join(kind))).hexdigest()[:16]
     folder, change, newest = directory / "folders", "", -1
     sources = find_sources(root, suffixes)
+    if not sources:
+        left_out = describe_left_out(root, suffixes)
+        raise ConfigError(_no_text(root) + (f"; left out: {left_out}" if left_out else ""))
     while (index := folder / f"{key}-v{INDEX_VERSION}.{newest + 1}").exists():
         newest += 1
         about, places = _read_index(root, index)
@@ -164,6 +188,13 @@ def _find_index(
     progress(f"indexing {root}{f' again, because {change}' if change else ''}")
     _write_index(root, index, sources)
     return (index, *_read_index(root, index))
+
+
+def _no_text(root: epath.Path) -> str:
+    return (
+        f"data.dataset={os.fspath(root)!r}: has no text in {', '.join(SUFFIXES)} files; data.text_suffixes names "
+        "further ones"
+    )
 
 
 def _find_root(name: str) -> epath.Path:
@@ -192,7 +223,7 @@ def _reader(root: epath.Path, index: epath.Path, entry: _Entry) -> epath.Path | 
     if entry.table:
         return columns.TextTable(index / entry.table)
     path = root / entry.name
-    return columns.TextTable(path) if path.suffix in columns.SUFFIXES else path
+    return columns.TextTable(path) if suffix_of(path) in columns.SUFFIXES else path
 
 
 # --- The index -------------------------------------------------------------------------------------------------------
@@ -276,7 +307,7 @@ class _IndexBuilder:
         try:
             about = path.stat()
             table = None
-            if path.suffix in columns.SUFFIXES:
+            if suffix_of(path) in columns.SUFFIXES:
                 table, digest = self._table_name(path), _sha256(path)
                 rows = self._table(path, table).rows(os.fspath(path))
                 places = np.fromiter((self._place(row, 0, text, domain, source) for row, text, domain in rows), PLACE)
@@ -298,7 +329,7 @@ class _IndexBuilder:
     def _table_name(self, path: epath.Path) -> str | None:
         """Name of a file's copy in the index; None for a local Arrow file, which is read in place."""
         local = not in_bucket(self.root)
-        return None if local and path.suffix == ".arrow" else f"table-{len(self.files):05d}.arrow"
+        return None if local and suffix_of(path) == ".arrow" else f"table-{len(self.files):05d}.arrow"
 
     def _table(self, path: epath.Path, copy: str | None) -> columns.TextTable:
         if copy is None:
@@ -317,10 +348,7 @@ class _IndexBuilder:
         """Write index.json and places.npy."""
         places = np.concatenate([np.zeros(0, PLACE), *self.places])
         if not len(places):
-            raise ConfigError(
-                f"data.dataset={os.fspath(self.root)!r}: has no text in {', '.join(SUFFIXES)} files; "
-                "data.text_suffixes names further ones"
-            )
+            raise ConfigError(_no_text(self.root))
         np.save(self.folder / "places.npy", places, allow_pickle=False)
         about = {
             "root": os.fspath(self.root),

@@ -26,14 +26,14 @@ import functools
 import hashlib
 import itertools
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grain
 import numpy as np
 
 from moe.config import Config, ConfigError, DataConfig
-from moe.data import chat, objectives, policy, preferences, streams
+from moe.data import chat, objectives, policy, preferences, sizes, streams
 from moe.data.documents import CONVERSATION
 from moe.data.preparation import Prepared, domain_weights, open_data, refuse_unseen, row_shares
 from moe.data.rollouts import ROLLOUTS
@@ -288,6 +288,28 @@ def epochs_per_step(prepared: Prepared, config: Config) -> dict[str, float]:
         tokens = np.mean([len(_tokenise(text, prepared.tokenizer)["row"]) for text in sample]) * len(documents)
         epochs[domain] = float(read * share / tokens)
     return epochs
+
+
+def describe_sizes(prepared: Prepared, data: DataConfig) -> Iterator[str]:
+    """Lines on the size of the data, and on what is left out of it (:mod:`moe.data.sizes`)."""
+    rng = np.random.default_rng(0)
+
+    def count(text: str) -> tuple[int, int]:
+        if not data.whole_examples:
+            size = len(_tokenise(text, prepared.tokenizer)["row"])
+            return size, size
+        if data.input_length:
+            found = objectives.examples(text, rng, data, prepared.tokenizer)
+            lengths = [
+                (len(example["encoder"]) + len(example["decoder"]), len(example["decoder"])) for example in found
+            ]
+        else:
+            read = prepared.reader.examples if prepared.reader is not None else _conversation_encoder(prepared, data)
+            lengths = [(len(example["tokens"]), int((example["targets"] >= 0).sum())) for example in read(text)]
+        return sum(tokens for tokens, _ in lengths), sum(targets for _, targets in lengths)
+
+    splits = ([part[domain] for domain in prepared.domains] for part in (prepared.train, prepared.heldout))
+    return sizes.describe(data, *splits, count)
 
 
 # --- Held-out rows ---------------------------------------------------------------------------------------------------

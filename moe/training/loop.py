@@ -114,6 +114,9 @@ def train(
         stage("preparing the data")
         prepared = pipeline.prepare_run(config, tokenizer=warm_start.tokenizer(config, directory), progress=say)
         check_domains(prepared)
+        if shows:
+            for line in pipeline.describe_sizes(prepared, config.data):
+                say(line)
         refuse_other_inputs(config, prepared)
         if config.train.sample_tokens:
             prompts(config, prepared)

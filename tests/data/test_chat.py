@@ -388,6 +388,42 @@ def test_conversations_of_a_folder_are_packed_whole_and_resumed_exactly(config):
     assert all(len(chat.first_prompt(prepared.tokenizer, text, "")) for text in texts)
 
 
+def test_a_start_says_how_much_there_is_to_learn_and_what_is_left_out(config, tmp_path):
+    """Two conversations to train on, one of them twice, and one each whose answers nobody learns.
+
+    The template writes "<role>", the content and "E": 3 letters and the role's name and content, each a token but the
+    tokenizer's own words. A conversation "x" → "y" has the answer "yE".
+    """
+    (tmp_path / "own.jinja").write_text(_PLAIN)
+    folder = tmp_path / "four"
+    folder.mkdir()
+    chats = [conversation("x", "y"), conversation("x", "y"), conversation("x", "y", "z", "y")]
+    unlearnt = [[{"role": "user", "content": "x"}, {"role": "gpt", "content": "y"}], conversation("x", "w")]
+    unlearnt[1][1]["train"] = False
+    train, held = (epath.Path(folder / f"{split}-00000-of-00001.parquet") for split in ("train", "test"))
+    for path, rows in ((train, [*chats, *unlearnt]), (held, chats[:1])):
+        pyarrow.parquet.write_table(pyarrow.table({"messages": [json.dumps(row) for row in rows]}), path)
+    for name in ("a.jsonl.gz", "b.jsonl.gz", "c.csv", "LICENSE"):
+        (folder / name).write_text("x")
+    changes = {"dataset": str(folder), "chat_template": str(tmp_path / "own.jinja")}
+    config = dataclasses.replace(config, **changes)
+    prepared = pipeline.prepare(config, 400, progress=lambda _: None)
+
+    def tokens(text):
+        return len(prepared.tokenizer.encode_rendered(text)[0]) - 1  # the first token is no target
+
+    short, long = tokens("<user>xE<assistant>yE"), tokens("<user>xE<assistant>yE<user>zE<assistant>yE")
+    answer = tokens("<user>xE<assistant>yE") - tokens("<user>xE<assistant>")
+    assert list(pipeline.describe_sizes(prepared, config)) == [
+        f"data: 5 conversations (4 different), {2 * short + long} tokens, {4 * answer} of them with a loss; "
+        f"held out: 1 conversations (1 different), {short} tokens, {answer} of them with a loss",
+        "left out: 2 of 5 conversations have no answer of the role assistant to learn within data.sequence_length=192 "
+        f"tokens, such as {prepared.train['four'].where(4)}",
+        f"left out of {folder}, since their suffixes are not read: 1 .csv (c.csv), 2 .jsonl.gz (a.jsonl.gz), "
+        "1 without a suffix (LICENSE)",
+    ]
+
+
 def test_a_domain_without_an_example_is_refused(config):
     prepared = pipeline.prepare(config, 400, progress=lambda _: None)
     short = dataclasses.replace(config, sequence_length=8)  # no answer begins within the first eight tokens

@@ -245,6 +245,34 @@ def test_parquet_files_of_a_folder(tmp_path, data):
         pipeline.prepare(config, VOCAB, progress=lambda _: None)
 
 
+def test_suffixes_are_read_without_regard_to_case(tmp_path, data):
+    """A.TXT and B.PARQUET beside a good file were left out without a word."""
+    root = tmp_path / "text"
+    root.mkdir()
+    texts = {
+        name: random_text(number, words=400) for number, name in enumerate(("a.jsonl", "B.JSONL", "C.TXT", "D.Parquet"))
+    }
+    for name in ("a.jsonl", "B.JSONL"):
+        (root / name).write_text(json.dumps({"text": texts[name]}) + "\n")
+    (root / "C.TXT").write_text(texts["C.TXT"])
+    pyarrow.parquet.write_table(pyarrow.table({"text": [texts["D.Parquet"]]}), root / "D.Parquet")
+    (root / "e.TEX").write_text("e")
+    found, _ = folders.open_folder(str(root), epath.Path(data.directory), lambda _: None, (".tex",))
+    ((train, heldout),) = found.values()
+    assert sorted([*train, *heldout]) == sorted([*texts.values(), "e"])
+    assert not list(folders.describe_left_out_of(str(root), (".tex",)))
+    (line,) = folders.describe_left_out_of(f"embedded,{root}", ())
+    assert line == f"left out of {root}, since their suffixes are not read: 1 .TEX (e.TEX)"
+
+
+def test_a_folder_of_unread_files_names_them(tmp_path, data):
+    (tmp_path / "text").mkdir()
+    for name in ("a.jsonl.gz", "b.json"):
+        (tmp_path / "text" / name).write_text("{}")
+    with pytest.raises(ConfigError, match=r"has no text in .*; left out: 1 \.json \(b\.json\), 1 \.jsonl\.gz \(a"):
+        pipeline.prepare(dataclasses.replace(data, dataset=str(tmp_path / "text")), VOCAB, progress=lambda _: None)
+
+
 def test_pairs_in_a_folder(tmp_path, data):
     pairs = [(random_text(i, words=3), random_text(100 + i, words=4)) for i in range(40)]
     (tmp_path / "text").mkdir()
