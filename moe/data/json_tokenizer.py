@@ -198,6 +198,16 @@ class JsonTokenizer(Tokenizer):
         """Id of the beginning of a text; -1 if there is none."""
         return self._bos
 
+    @functools.cached_property
+    def adds_bos(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Whether the transformers library begins every text with bos: ``add_bos_token`` of the settings, or else the
+        post-processor of the file. A model may name a bos and be trained without it."""
+        chosen = self._named.get("add_bos_token")
+        if isinstance(chosen, bool):
+            return chosen and self._bos >= 0
+        first = self._encode(self._with_special, "a", special_tokens=True).ids[:1]
+        return self._bos >= 0 and first == [self._bos]
+
     @property
     def eos_id(self) -> int:
         """Id of the end of a text."""
@@ -221,9 +231,11 @@ class JsonTokenizer(Tokenizer):
         tokenizer.no_padding()
         return tokenizer
 
-    def _encode(self, tokenizer: tokenizers.Tokenizer, text: str) -> tokenizers.Encoding:
+    def _encode(
+        self, tokenizer: tokenizers.Tokenizer, text: str, *, special_tokens: bool = False
+    ) -> tokenizers.Encoding:
         try:
-            return tokenizer.encode(text, add_special_tokens=False)
+            return tokenizer.encode(text, add_special_tokens=special_tokens)
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # panics of the library derive from BaseException

@@ -81,6 +81,11 @@ class Tokenizer:
         return self._processor.bos_id()
 
     @property
+    def adds_bos(self) -> bool:
+        """Whether the transformers library begins every text with bos."""
+        return self.bos_id >= 0  # as LlamaTokenizer does with a SentencePiece model
+
+    @property
     def eos_id(self) -> int:
         """Id at the end of every document."""
         return self._processor.eos_id()

@@ -39,13 +39,23 @@ _Request = tuple[Any, list[int], list[int]]
 class WorkdirLM(TemplateLM):
     """A run's or an import's newest checkpoint as a model of the harness. No assignment is dropped."""
 
-    def __init__(self, workdir: str, *, step: int | None = None, batch_size: int = 8, max_length: int = 0):
+    def __init__(
+        self,
+        workdir: str,
+        *,
+        step: int | None = None,
+        batch_size: int = 8,
+        max_length: int = 0,
+        add_bos_token: bool | None = None,
+    ):
         """
         Args:
             workdir: of a run or an import, with its tokenizer.
             step: of the checkpoint; None: the newest.
             batch_size: rows at once.
             max_length: T, longest row in tokens; 0: data.sequence_length, with which the model was trained.
+            add_bos_token: whether texts begin with bos; None: as the tokenizer does it in the transformers library, so
+                that scores are those of the harness's own ``hf`` models.
 
         Raises:
             ConfigError: a file is missing, or the model's gate routes by later tokens.
@@ -56,6 +66,9 @@ class WorkdirLM(TemplateLM):
             raise ConfigError(f"--workdir={workdir}: an encoder-decoder; the harness takes decoder-only models")
         sampling.check_prompts(config.model, [[0]])
         self._tokenizer = find_tokenizer(workdir)
+        self._adds_bos = self._tokenizer.adds_bos if add_bos_token is None else add_bos_token
+        if self._adds_bos and self._tokenizer.bos_id < 0:
+            raise ConfigError("--add_bos_token: the tokenizer has no bos")
         self._rows, self._length = batch_size, max_length or config.data.sequence_length
         self._mesh = make_mesh(MeshConfig(data=1, fsdp=-1))
         if batch_size % self._mesh.size or batch_size < 1:
@@ -101,9 +114,8 @@ class WorkdirLM(TemplateLM):
         return self._tokenizer.bos_id if self._tokenizer.bos_id >= 0 else self._tokenizer.eos_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Ids of a text, as in training after bos where the tokenizer has one, unless ``add_special_tokens`` is
-        False."""
-        begins = add_special_tokens is not False and self._tokenizer.bos_id >= 0
+        """Ids of a text, after bos where the harness was asked for it, unless ``add_special_tokens`` is False."""
+        begins = self._adds_bos and add_special_tokens is not False
         return [self._tokenizer.bos_id] * begins + self._tokenizer.encode(string).tolist()
 
     def _loglikelihood_tokens(self, requests: list[_Request], **_: Any) -> list[tuple[float, bool]]:

@@ -19,6 +19,9 @@ _LIMIT = flags.DEFINE_integer("limit", None, "Number of documents of each task, 
 _STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; default: the newest.")
 _ROWS = flags.DEFINE_integer("batch_size", 8, "Rows at once.", lower_bound=1)
 _LENGTH = flags.DEFINE_integer("max_length", 0, "Longest row in tokens; 0: data.sequence_length.", lower_bound=0)
+_BOS = flags.DEFINE_bool(
+    "add_bos_token", None, "Begin texts with bos; default: if the tokenizer does so in the transformers library."
+)
 _JSON = flags.DEFINE_bool("json", False, "Print JSON instead of a table.")
 
 
@@ -34,7 +37,13 @@ def main() -> None:
     names = list(_TASKS.value or [])
     if unknown := [name for name in names if name not in manager.all_tasks]:
         raise ConfigError(f"--tasks: unknown {', '.join(unknown)}; lm_eval ls tasks lists the harness's")
-    model = WorkdirLM(str(_WORKDIR.value), step=_STEP.value, batch_size=_ROWS.value or 8, max_length=_LENGTH.value or 0)
+    model = WorkdirLM(
+        str(_WORKDIR.value),
+        step=_STEP.value,
+        batch_size=_ROWS.value or 8,
+        max_length=_LENGTH.value or 0,
+        add_bos_token=_BOS.value,
+    )
     results = evaluator.simple_evaluate(
         model, tasks=names, num_fewshot=_SHOTS.value, limit=_LIMIT.value, task_manager=manager
     )

@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from moe.analysis.summary import piece_of
 from moe.config import ConfigError
@@ -51,6 +51,27 @@ def test_text_survives_the_round_trip_and_bytes_are_counted(make):
         assert tokenizer.token_bytes[ids].sum() == len(text.encode())
     assert tokenizer.token_bytes[tokenizer.eos_id] == 0
     assert tokenizer.token_bytes.shape == (tokenizer.vocab_size,)
+
+
+@pytest.mark.parametrize(
+    ("template", "settings", "adds"),
+    [
+        (None, {}, False),  # names <s>, and adds nothing
+        ("<s> $A", {}, True),
+        ("$A </s>", {}, False),
+        ("<s> $A", {"add_bos_token": False}, False),
+        (None, {"add_bos_token": True}, True),
+        ("<s> $A", {"bos_token": None}, False),
+    ],
+)
+def test_bos_is_added_as_transformers_does(template, settings, adds):
+    tokenizer = tokenizers.Tokenizer.from_str(byte_fallback().decode())
+    if template:
+        special = [("<s>", 1), ("</s>", 2)]
+        tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=special)
+    found = JsonTokenizer(tokenizer.to_str().encode(), json.dumps(settings | {"eos_token": "</s>"}).encode())
+    assert found.adds_bos == adds
+    assert found.encode("a").tolist() == [260]  # in training the pipeline puts bos in front
 
 
 def test_marks_of_words_are_no_text():

@@ -146,6 +146,7 @@ def test_texts_begin_without_bos_where_the_tokenizer_has_none(model, sampled, mo
     begin, three = (tokenizer.encode(text).tolist() for text in ("one two", " three"))
     assert model.tok_encode("one two") == [tokenizer.bos_id, *begin]
     monkeypatch.setattr(type(tokenizer), "bos_id", property(lambda _: -1))
+    monkeypatch.setattr(model, "_adds_bos", tokenizer.adds_bos)
     assert model.tok_encode("one two") == begin
     scored = []
 
@@ -162,6 +163,23 @@ def test_texts_begin_without_bos_where_the_tokenizer_has_none(model, sampled, mo
         assert [tokens, targets] == [row + [-1] * (16 - len(row)) for row in (inputs, outputs)]
     model.generate_until(_requests(("", {"max_gen_toks": 9}), ("one two", {"max_gen_toks": 9})))
     assert [prompt for prompt, _, _ in sampled] == [[eos], begin]
+
+
+def test_texts_begin_with_bos_as_the_tokenizer_has_it_in_transformers(workdir, monkeypatch):
+    """A tokenizer may name a bos that its model never saw; in front of every text it moved choices by 27 nats."""
+    from moe.data.tokenizer import Tokenizer
+    from moe.interop.harness import WorkdirLM
+
+    monkeypatch.setattr(Tokenizer, "adds_bos", property(lambda _: False))
+    without, asked = (WorkdirLM(str(workdir), add_bos_token=choice) for choice in (None, True))
+    ids = without._tokenizer.encode("one two").tolist()
+    assert without.tok_encode("one two") == ids
+    assert asked.tok_encode("one two") == [asked._tokenizer.bos_id, *ids]
+    assert asked.tok_encode("one two", add_special_tokens=False) == ids
+    assert without.prefix_token_id == without._tokenizer.bos_id  # before a text without context, as hf has it
+    monkeypatch.setattr(Tokenizer, "bos_id", property(lambda _: -1))
+    with pytest.raises(ConfigError, match="--add_bos_token: the tokenizer has no bos"):
+        WorkdirLM(str(workdir), add_bos_token=True)
 
 
 def test_a_task_from_local_files(model, tmp_path, monkeypatch):
