@@ -145,9 +145,10 @@ def refuse_other_run(config: Config, workdir: epath.Path, *, allow_changes: bool
     """
     theirs_config = read_config(workdir)
     theirs, ours = (json.loads(json.dumps(to_dict(tree))) for tree in (theirs_config, config))
-    differing = {
-        name: values for name, values in differing_settings(theirs, ours).items() if not name.startswith(FREE_FIELDS)
-    }
+    free = FREE_FIELDS
+    if config.model.sent_precision != "none":  # rows for other hosts are rounded
+        free = tuple(name for name in free if name != "model.moe.exchange_hosts")
+    differing = {name: values for name, values in differing_settings(theirs, ours).items() if name not in free}
     if _same_function(theirs_config, config):
         differing.pop("model.moe.dispatch", None)
     changeable = {name: values for name, values in differing.items() if name in CHANGEABLE_FIELDS}

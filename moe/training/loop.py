@@ -230,7 +230,15 @@ def _description(program: Program) -> str:
     total, active = flops.count_parameters(model)
     axes = " x ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items())
     text = f"model: {total:,} parameters, {active:,} active per token; mesh: {axes} ({jax.default_backend()})"
-    return f"{text}\ndispatch: {modes.describe(model.moe.dispatch)}" if any(sparse_layers(model)) else text
+    if not any(sparse_layers(model)):
+        return text
+    hosts = model.moe.hosts(program.mesh.shape["expert"])
+    if hosts > 1 and model.sent_precision != "none":
+        text += (
+            f"\nrows to experts on other hosts (model.moe.exchange_hosts={model.moe.exchange_hosts}) are rounded to "
+            f"{model.sent_precision}; on another mesh those would be other rows"
+        )
+    return f"{text}\ndispatch: {modes.describe(model.moe.dispatch)}"
 
 
 def _apply_changes(
