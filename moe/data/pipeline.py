@@ -308,8 +308,9 @@ def describe_sizes(prepared: Prepared, data: DataConfig) -> Iterator[str]:
             lengths = [(len(example["tokens"]), int((example["targets"] >= 0).sum())) for example in read(text)]
         return sum(tokens for tokens, _ in lengths), sum(targets for _, targets in lengths)
 
-    splits = ([part[domain] for domain in prepared.domains] for part in (prepared.train, prepared.heldout))
-    return sizes.describe(data, *splits, count)
+    train = [prepared.train[domain] for domain in prepared.domains]
+    heldout = [prepared.heldout[domain] for domain in prepared.domains]
+    return sizes.describe(data, train, heldout, count)
 
 
 # --- Held-out rows ---------------------------------------------------------------------------------------------------
