@@ -3,7 +3,7 @@
 The program is moe/programs/train.py, which is the command moe-train too.
 """
 
-from moe.commands import start
+from moe.programs.commands import start
 
 if __name__ == "__main__":
     start("train")

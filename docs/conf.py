@@ -10,10 +10,10 @@ import pathlib
 
 from sphinx.application import Sphinx
 
-from moe import shipped
 from moe.analysis import explorer
 from moe.playground.packed import read
 from moe.playground.page import render
+from moe.system import shipped
 
 DOCS = pathlib.Path(__file__).parent
 REPOSITORY = DOCS.parent

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from moe.parallel.mesh import mesh_roles
     from moe.routing.interface import Gate, GateInputs, GateOutput
     from moe.routing.routing import Routing
+    from moe.system.fields import setting
     from moe.training.loop import train
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "load_huggingface",
     "mesh_roles",
     "save_huggingface",
+    "setting",
     "train",
 ]
 
@@ -63,6 +65,7 @@ _MODULES = {
     "load_huggingface": "moe.interop",
     "mesh_roles": "moe.parallel.mesh",
     "save_huggingface": "moe.interop",
+    "setting": "moe.system.fields",
     "train": "moe.training.loop",
 }
 

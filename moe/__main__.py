@@ -1,6 +1,6 @@
 """``python -m moe COMMAND``."""
 
-from moe.commands import main
+from moe.programs.commands import main
 
 if __name__ == "__main__":
     main()

@@ -3,7 +3,7 @@
 The program is moe/programs/advise.py.
 """
 
-from moe.commands import start
+from moe.programs.commands import start
 
 if __name__ == "__main__":
     start("advise")

@@ -3,7 +3,7 @@
 The program is moe/programs/analyze_routing.py, also installed as the command moe-analyze.
 """
 
-from moe.commands import start
+from moe.programs.commands import start
 
 if __name__ == "__main__":
     start("analyze_routing")

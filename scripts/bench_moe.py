@@ -13,7 +13,7 @@ each of them, and prints the compiler's estimates (see moe/planner/layer.py and 
 import sys
 from pathlib import Path
 
-from moe import process
+from moe.system import process
 
 if __name__ == "__main__":
     process.prepare()
@@ -28,7 +28,7 @@ from typing import Any, cast
 
 from absl import flags
 
-from moe import cli
+from moe.programs import cli
 
 _SHAPES = flags.DEFINE_list("shapes", ["A", "B", "sweep"], "A, B, or sweep: A with 8, 16, 32, 64 and 128 experts.")
 _GATES = flags.DEFINE_list("gates", [], "Names of gates, or all; empty: the shape's own.")
@@ -63,8 +63,8 @@ def check() -> None:
     from moe.config import ConfigError
     from moe.config.registry import LAYERS
     from moe.dispatch.modes import CONFIG_MODES
-    from moe.fields import whole_number
     from moe.parallel.mesh import parse_sizes
+    from moe.system.fields import whole_number
 
     parse_sizes(_MESH.value)
     allowed: dict[str, list[str]] = {
@@ -352,7 +352,7 @@ def main() -> None:
 
 def _write(setting: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     """Write all numbers to --json."""
-    from moe.atomic_files import write_atomic
+    from moe.system.atomic_files import write_atomic
 
     if _JSON.value:
         values = {flag: flags.FLAGS[flag].value for flag in ("tokens", "dtype", "skew", "d_model", "group_size")}

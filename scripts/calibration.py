@@ -9,7 +9,7 @@ need no compiling. Needs libtpu and JAX's CUDA plugin: pip install "jax[tpu]" "j
 
 from pathlib import Path
 
-from moe import process
+from moe.system import process
 
 if __name__ == "__main__":
     process.use_tpu_compiler()  # before JAX
@@ -21,7 +21,7 @@ from typing import Any
 
 from absl import flags
 
-from moe import cli
+from moe.programs import cli
 
 _ONLY = flags.DEFINE_string("only", "", "Name of the row to make again; empty: all rows that are missing.")
 _PROGRAMS = cli.define_path("programs", "Folder in which compiled programs are kept for reuse.")
@@ -243,8 +243,8 @@ def main() -> None:
 
 def write(known: dict[str, Any]) -> None:
     """Write the rows and the page."""
-    from moe.atomic_files import write_atomic
     from moe.planner import calibration, kept_plans
+    from moe.system.atomic_files import write_atomic
 
     rows = [known[name] for name in PUBLISHED if name in known]
     write_atomic(calibration.PATH, json.dumps(rows, indent=1) + "\n")

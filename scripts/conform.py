@@ -3,7 +3,7 @@
 The program is moe/programs/conform.py, also installed as the command moe-conform.
 """
 
-from moe.commands import start
+from moe.programs.commands import start
 
 if __name__ == "__main__":
     start("conform")

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from moe import process
+from moe.system import process
 
 if __name__ == "__main__":
     process.prepare()  # before JAX is imported; may restart this program
@@ -33,7 +33,6 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
-from moe.atomic_files import write_atomic  # noqa: E402
 from moe.config import Capacity, ConfigError  # noqa: E402
 from moe.config.registry import LAYERS, find_gate  # noqa: E402
 from moe.conformance.oracle import (  # noqa: E402
@@ -58,6 +57,7 @@ from moe.routing import balancing  # noqa: E402
 from moe.routing.gates import Random  # noqa: E402
 from moe.routing.interface import GateInputs  # noqa: E402
 from moe.routing.routing import Routing, route  # noqa: E402
+from moe.system.atomic_files import write_atomic  # noqa: E402
 
 
 def routing_of(gate: str, logits: np.ndarray, k: int) -> tuple[Routing, jax.Array]:

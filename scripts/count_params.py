@@ -5,7 +5,7 @@ that was computed elsewhere; other rows show how far they are from the published
 Switch's table 9 and its released checkpoints differ, hence two rows of some sizes; GShard's counts leave out parts.
 """
 
-from moe import process
+from moe.system import process
 
 if __name__ == "__main__":
     process.use_tpu_compiler()  # before JAX: counting needs no accelerator

@@ -3,7 +3,7 @@
 The program is moe/programs/downstream.py, also the command moe downstream.
 """
 
-from moe.commands import start
+from moe.programs.commands import start
 
 if __name__ == "__main__":
     start("downstream")

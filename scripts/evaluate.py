@@ -3,7 +3,7 @@
 The program is moe/programs/evaluate.py, also installed as the command moe-evaluate.
 """
 
-from moe.commands import start
+from moe.programs.commands import start
 
 if __name__ == "__main__":
     start("evaluate")

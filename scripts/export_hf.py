@@ -3,7 +3,7 @@
 The program is moe/programs/export_hf.py, also installed as the command moe-export.
 """
 
-from moe.commands import start
+from moe.programs.commands import start
 
 if __name__ == "__main__":
     start("export_hf")

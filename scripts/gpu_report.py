@@ -10,7 +10,7 @@ import os
 import sys
 from pathlib import Path
 
-from moe import process
+from moe.system import process
 
 if __name__ == "__main__":
     process.prepare()
@@ -25,9 +25,9 @@ from typing import Any
 
 from absl import flags
 
-from moe import cli
 from moe.benchmarks import gpu_kernels
 from moe.benchmarks.gpu_kernels import Sizes
+from moe.programs import cli
 
 _NAME = flags.DEFINE_string("name", "", "Name of the page; empty: from the GPU's name.")
 _DRY = flags.DEFINE_bool("dry", False, "Tiny shapes on any machine; print a page without numbers, write nothing.")
@@ -300,8 +300,8 @@ def main() -> None:
     """Write the page, or print it without numbers under --dry."""
     import jax
 
-    from moe.atomic_files import write_atomic
     from moe.config import ConfigError
+    from moe.system.atomic_files import write_atomic
 
     found = jax.devices()[0]
     if found.platform != "gpu" and not _DRY.value:

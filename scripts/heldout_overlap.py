@@ -3,7 +3,7 @@
 The program is moe/programs/heldout_overlap.py, also the command moe overlap.
 """
 
-from moe.commands import start
+from moe.programs.commands import start
 
 if __name__ == "__main__":
     start("heldout_overlap")

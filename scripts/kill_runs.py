@@ -16,7 +16,7 @@ Runs are forked from a server that has imported everything, to save the start of
 import sys
 from pathlib import Path
 
-from moe import process
+from moe.system import process
 
 if __name__ == "__main__":
     process.prepare()  # before JAX is imported; may restart this program
@@ -187,10 +187,10 @@ def differences(ours: Path, theirs: Path) -> Iterator[str]:
     """Names of everything in which two finished runs differ."""
     import numpy as np
 
-    from moe.atomic_files import from_checked_json
     from moe.checkpoints import parameters
     from moe.checkpoints.workdir import read_config
-    from moe.metrics_files import read_rows
+    from moe.system.atomic_files import from_checked_json
+    from moe.system.metrics_files import read_rows
 
     for name in ("metrics.jsonl", "report.txt"):
         if (ours / name).read_bytes() != (theirs / name).read_bytes():

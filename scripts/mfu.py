@@ -12,7 +12,7 @@ saved, and prints the share of the bare step's speed that data, logs and saving 
 
 from pathlib import Path
 
-from moe import process
+from moe.system import process
 
 if __name__ == "__main__":
     process.prepare()
@@ -26,7 +26,7 @@ from typing import Any, cast
 
 from absl import flags
 
-from moe import cli
+from moe.programs import cli
 
 _CONFIG = cli.define_config(Path(__file__).parents[1] / "configs" / "quickstart.py")
 _STEPS = flags.DEFINE_integer("steps", 20, "Train steps that are timed.", lower_bound=3)
@@ -130,7 +130,7 @@ def compilation(config: Any, mesh: Any) -> None:
     import jax
 
     from moe.config import ConfigError
-    from moe.fields import whole_number
+    from moe.system.fields import whole_number
     from moe.training.step import build
 
     for number in _LAYERS.value:

@@ -3,7 +3,7 @@
 The program is moe/programs/plan_pod.py, also installed as the command moe-plan.
 """
 
-from moe.commands import start
+from moe.programs.commands import start
 
 if __name__ == "__main__":
     start("plan_pod")

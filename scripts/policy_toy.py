@@ -7,7 +7,7 @@ round. Prints, for each seed and as means with 95 % intervals, the mean reward o
 and how far the policy is from its rollouts at the first step on them; docs/finetuning.md explains the numbers.
 """
 
-from moe import process
+from moe.system import process
 
 if __name__ == "__main__":
     process.prepare()
@@ -18,7 +18,7 @@ from typing import Any
 
 from absl import flags
 
-from moe import cli
+from moe.programs import cli
 
 _SEEDS = flags.DEFINE_integer("seeds", 5, "Seeds, each with and without replay.", lower_bound=2)
 _STEPS = flags.DEFINE_integer("steps", 120, "Train steps.", lower_bound=10)
@@ -94,11 +94,11 @@ def main() -> None:
     import jax
     import numpy as np
 
-    from moe.escaping import markdown_table
     from moe.models.sampling import make_sampler
     from moe.parallel.mesh import make_mesh
     from moe.posttraining import make_program
     from moe.posttraining.online import Engine, Rounds, train_online
+    from moe.system.escaping import markdown_table
 
     mesh = make_mesh(make_config(0, True).mesh)
     served = dataclasses.replace(make_config(0, True).model, dtype=str(_DTYPE.value))

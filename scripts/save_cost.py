@@ -8,14 +8,14 @@ and in CPU time, which depends less on other programs.
 
 from pathlib import Path
 
-from moe import process
+from moe.system import process
 
 if __name__ == "__main__":
     process.prepare()
 
 from absl import flags
 
-from moe import cli
+from moe.programs import cli
 
 _CONFIG = cli.define_config(Path(__file__).parents[1] / "configs" / "quickstart.py")
 _EVERY = flags.DEFINE_integer("every", 50, "Steps between checkpoints; costs are shares of their time.", lower_bound=1)

@@ -9,7 +9,7 @@ Needs libtpu: pip install "jax[tpu]".
 
 from pathlib import Path
 
-from moe import process
+from moe.system import process
 
 if __name__ == "__main__":
     process.use_tpu_compiler()  # before JAX
@@ -19,7 +19,7 @@ import json
 from absl import flags
 from tqdm import tqdm
 
-from moe import cli
+from moe.programs import cli
 
 _OUT = flags.DEFINE_string("out", "docs/results", "Folder for the table, the plot and the rows.")
 _PROGRAMS = cli.define_path("programs", "Folder in which compiled programs are kept for reuse.")
@@ -46,8 +46,8 @@ Discussion: docs/log/2026-11.md.
 
 def main() -> None:
     """Compile the missing points; all files are written again after every point."""
-    from moe.atomic_files import append
     from moe.planner import scaling
+    from moe.system.atomic_files import append
 
     points, folder = every_point(_MODES.value), Path(_OUT.value)
     folder.mkdir(parents=True, exist_ok=True)
@@ -86,9 +86,9 @@ def every_point(modes) -> list:
 
 def write(folder: Path, rows: list[dict], points: list) -> str:
     """Write the page and the plot of the rows so far; returns the table."""
-    from moe.atomic_files import write_atomic
     from moe.planner import scaling
     from moe.planner.versions import versions
+    from moe.system.atomic_files import write_atomic
 
     by_point = {(row["series"], row["topology"]): row for row in rows}
     shown = [by_point[key] for point in points if (key := (point.series, point.topology)) in by_point]

@@ -10,13 +10,13 @@ import typing
 from collections.abc import Iterator
 from pathlib import Path
 
-from moe.atomic_files import write_atomic
 from moe.config.moe_section import MoEConfig
 from moe.config.registry import LAYERS
 from moe.config.schema import Config
-from moe.escaping import markdown_table
-from moe.fields import type_hints
 from moe.routing.interface import Gate
+from moe.system.atomic_files import write_atomic
+from moe.system.escaping import markdown_table
+from moe.system.fields import type_hints
 
 _HEAD = """# Settings of {title}
 

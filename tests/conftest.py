@@ -34,7 +34,7 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
-from moe import process  # noqa: E402
+from moe.system import process  # noqa: E402
 from moe.training import profiling  # noqa: E402
 from tests.run_helpers import compilation_cache, directory, programs, whole  # noqa: E402, F401
 

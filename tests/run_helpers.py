@@ -14,7 +14,7 @@ from moe.checkpoints.parameters import streamed, write_parameters
 from moe.config import to_dict
 from moe.config.parse import from_config_dict
 from moe.configs import base
-from moe.metrics_files import read_rows
+from moe.system.metrics_files import read_rows
 from moe.training import loop as training
 from moe.training.loop import train
 from moe.training.step import build

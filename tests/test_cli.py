@@ -14,11 +14,12 @@ import jax
 import pytest
 
 import moe
-from moe import cli, commands, shipped
 from moe.config import ConfigError, build_layers, inherited, read_run, to_dict
 from moe.config.parse import from_config_dict
 from moe.configs import mixtral, switch
 from moe.interop.hub_cache import find_source
+from moe.programs import cli, commands
+from moe.system import shipped
 
 ROOT = Path(__file__).parents[1]
 NEEDED = ("config", "workdir")
@@ -172,7 +173,7 @@ def test_every_installed_config_and_suite_is_listed_with_a_sentence():
 
 def test_every_command_is_a_program_and_an_entry_point():
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
-    assert scripts.pop("moe") == "moe.commands:main"
+    assert scripts.pop("moe") == "moe.programs.commands:main"
     for name, target in scripts.items():
         program, _ = commands.COMMANDS[name.removeprefix("moe-")]
         assert getattr(commands, target.partition(":")[2]).args == (program,)

@@ -6,7 +6,7 @@ import jax
 import pytest
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
-from moe import compilation_cache
+from moe.system import compilation_cache
 from moe.training.loop import train
 from tests.run_helpers import ONE, SETTINGS, tiny
 

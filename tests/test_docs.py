@@ -48,7 +48,7 @@ def test_a_default_config_imports_its_neighbours_from_any_folder(tmp_path):
     scripts.mkdir()
     elsewhere.mkdir()
     (scripts / "program.py").write_text(
-        "from pathlib import Path\nfrom moe import cli\n"
+        "from pathlib import Path\nfrom moe.programs import cli\n"
         "flag = cli.define_config(Path(__file__).parents[1] / 'settings' / 'mine.py')\n"
         "cli.run(lambda: print(cli.load_config(flag).seed, cli.load_config(flag).train.num_steps))\n"
     )

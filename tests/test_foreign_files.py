@@ -13,13 +13,13 @@ from etils import epath
 from moe.checkpoints import pinned, workdir
 from moe.config import Config, ConfigError, inherited, to_dict
 from moe.config.parse import Changes
-from moe.fields import whole_number
 from moe.lab.loading import load_suite
-from moe.metrics_files import read_rows
-from moe.npz_files import read_arrays
 from moe.planner import calibration, differences, kept_plans, scaling
 from moe.planner.arithmetic import Flops
 from moe.planner.compiled import CompiledStep, Memory
+from moe.system.fields import whole_number
+from moe.system.metrics_files import read_rows
+from moe.system.npz_files import read_arrays
 from tests.fuzz_helpers import is_one_sentence
 
 ROW = {"step": 1, "kind": "heldout/all", "loss": 2.5, "expert_load": [[0.5, 0.5]], "fraction_tokens_dropped": [0.1]}

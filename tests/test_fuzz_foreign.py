@@ -21,7 +21,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import models, normalizers, pre_tokenizers
 
-from moe.atomic_files import to_checked_json
 from moe.checkpoints import pinned, workdir
 from moe.config import Config, ConfigError, build_layers, inherited, to_dict
 from moe.config.parse import Changes
@@ -29,7 +28,8 @@ from moe.data import columns, folders
 from moe.data.json_tokenizer import JsonTokenizer
 from moe.lab import loading, records, suite
 from moe.lab.claims import registration
-from moe.metrics_files import read_rows
+from moe.system.atomic_files import to_checked_json
+from moe.system.metrics_files import read_rows
 from tests.fuzz_helpers import at_most, is_one_sentence
 from tests.lab_helpers import DENSE, SWITCH, keyed, record, suite_of
 from tests.test_fuzz_files import BYTES, FOLDERS, JSON, NUMBERS, fuzzed

@@ -26,9 +26,9 @@ from moe.checkpoints.integrity import checksums
 from moe.config import Config, ConfigError, OptimizerConfig
 from moe.config.parse import from_config_dict
 from moe.configs import base
-from moe.metric_writers import find_writers
 from moe.routing.interface import Gate, GateInputs, GateOutput, RouterState, top_k
 from moe.routing.routing import probe, route
+from moe.training.metric_writers import find_writers
 from moe.training.optimizer import make_optimizer, probe_own
 from tests.fuzz_helpers import at_most, is_one_sentence
 from tests.helpers import set_moe

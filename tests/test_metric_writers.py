@@ -16,13 +16,13 @@ import pytest
 from etils import epath
 from tensorboardX.proto import event_pb2
 
-from moe import metric_writers, metrics_files
 from moe.checkpoints import retention
-from moe.config import Config, ConfigError
-from moe.metric_writers import TensorBoard, WeightsAndBiases, find_writers
-from moe.metrics_files import METRICS, MetricsWriter
-from moe.training import report
+from moe.config import Config, ConfigError, to_dict
+from moe.system import metrics_files
+from moe.system.metrics_files import METRICS, MetricsWriter
+from moe.training import metric_writers, report
 from moe.training.loop import train
+from moe.training.metric_writers import TensorBoard, WeightsAndBiases, find_writers
 from tests.run_helpers import ONE, SETTINGS, tiny
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
@@ -127,7 +127,7 @@ def test_a_writer_that_fails_is_named(monkeypatch, tmp_path, body, message):
     exec(f"import types\ndef make(workdir, config, step):\n    {body}", vars(module))
     monkeypatch.setitem(sys.modules, "failing_writers", module)
     with pytest.raises(ConfigError, match=rf"^train\.writers='failing_writers:make': {message}"):  # noqa: PT012
-        writer = MetricsWriter(epath.Path(tmp_path), 0, Config(), find_writers(("failing_writers:make",)))
+        writer = MetricsWriter(epath.Path(tmp_path), 0, to_dict(Config()), find_writers(("failing_writers:make",)))
         with contextlib.closing(writer):
             writer.write(1, "train", {"loss": 1.0})
 
@@ -140,7 +140,7 @@ def test_rows_of_a_long_run_are_never_in_memory_together(monkeypatch, tmp_path):
     path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     assert path.stat().length > 2.4e6
     tracemalloc.start()
-    with contextlib.closing(MetricsWriter(path.parent, 40, Config())) as writer:
+    with contextlib.closing(MetricsWriter(path.parent, 40, to_dict(Config()))) as writer:
         assert writer.rows[METRICS] == 40
     shown = [report._shown(row, 40) for row in metrics_files.iterate_rows(path)]
     parsed = mock.Mock(wraps=metrics_files.parse)
@@ -171,7 +171,7 @@ def test_tensorboard_has_scalars_histograms_over_experts_and_the_config(tmp_path
     """Means come before layers; left out are the z-loss, whose weight is 0, and values that were never anything but 0
     or K."""
     config = Config(seed=7)
-    writer = MetricsWriter(epath.Path(tmp_path), 0, config, find_writers(config.train.writers))
+    writer = MetricsWriter(epath.Path(tmp_path), 0, to_dict(config), find_writers(config.train.writers))
     writer.write(3, "train", ROW | {"cross_entropy": 2.0, "skipped": 0, "router_z_loss": [1.0, 2.0]})
     writer.write(3, "heldout/all", {"loss": 2.25, "perplexity": 9.5, "targets": 100, "router_entropy": [1.0, 2.0]})
     writer.write(3, "heldout/a/b", {"loss": 2.0, "router_entropy": [0.5, 0.0]})
@@ -267,7 +267,7 @@ def test_writers_are_closed_if_a_later_one_cannot_be_opened(monkeypatch, tmp_pat
     monkeypatch.setitem(sys.modules, "two_writers", module)
     writers = find_writers(("two_writers:first", "two_writers:second"))
     with pytest.raises(ConfigError, match=r"^train\.writers='two_writers:second': it raises KeyError"):
-        MetricsWriter(epath.Path(tmp_path), 0, Config(), writers)
+        MetricsWriter(epath.Path(tmp_path), 0, to_dict(Config()), writers)
     assert closed == ["first"]
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from moe import checkout, process
+from moe.system import checkout, process
 from moe.training import progress
 
 ROOT = Path(__file__).parents[1]
@@ -77,7 +77,7 @@ def test_allocator_description_that_benchmarks_print(monkeypatch):
 def test_an_entry_point_uses_jemalloc_where_it_is_installed():
     """After its restart a program maps jemalloc's library exactly where that can be loaded."""
     program = (
-        "from moe import process; process.prepare(); print(process.allocator()); "
+        "from moe.system import process; process.prepare(); print(process.allocator()); "
         "print('jemalloc' in open('/proc/self/maps').read())"
     )
     if not sys.platform.startswith("linux"):
@@ -96,10 +96,10 @@ PROGRAM = """
 import os
 import sys
 import time
-from moe import process
+from moe.system import process
 getattr(process, os.environ.get("PREPARE", "prepare"))()
 print("prepared", flush=True)
-from moe import cli
+from moe.programs import cli
 import jax
 
 def main():
@@ -154,7 +154,7 @@ import os
 import signal
 import sys
 import time
-from moe import process
+from moe.system import process
 
 class Deleted:
     def __del__(self):

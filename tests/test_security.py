@@ -22,8 +22,6 @@ import orbax.checkpoint as ocp
 import pytest
 from etils import epath
 
-from moe import atomic_files, escaping
-from moe.atomic_files import write_atomic
 from moe.checkpoints import parameters
 from moe.checkpoints.workdir import read_config
 from moe.config import (
@@ -38,6 +36,8 @@ from moe.config import (
 from moe.data import pipeline, preparation, wheels
 from moe.data.tokenizer_files import read_tokenizer
 from moe.interop import export_checkpoint, import_checkpoint
+from moe.system import atomic_files, escaping
+from moe.system.atomic_files import write_atomic
 from moe.training import open_run, report
 from tests.tiny_text import random_text
 
@@ -50,7 +50,7 @@ PROGRAMS = {"moe/config/references.py"}
 
 #: Calls that write in place: they follow a link of that name, and leave a partial file on a full disk.
 WRITES = {"write_text", "write_bytes", "savefig", "savez", "savez_compressed"}
-WRITERS = {"moe/atomic_files.py", "scripts/kill_runs.py"}  # kill_runs.py writes the text of its own test
+WRITERS = {"moe/system/atomic_files.py", "scripts/kill_runs.py"}  # kill_runs.py writes the text of its own test
 
 #: Scripts that import torch only to time it and load no file with it.
 TIMES_TORCH = {"scripts/gpu_report.py"}
@@ -111,7 +111,7 @@ def _offences(tree, name):
             if isinstance(called, ast.Attribute) and called.attr == "exec_module" and name not in PROGRAMS:
                 yield "exec_module"
             if isinstance(called, ast.Attribute) and called.attr in WRITES and name not in WRITERS:
-                yield f"{called.attr}: moe/atomic_files.py writes all files"
+                yield f"{called.attr}: moe/system/atomic_files.py writes all files"
         if isinstance(node, ast.keyword) and node.arg == "shell":
             yield "shell="
 
@@ -301,7 +301,7 @@ def test_a_module_named_in_a_workdir_is_not_imported_until_allowed(tmp_path, pla
 
 
 PROGRAM_IN_A_FOLDER = """
-from moe import cli
+from moe.programs import cli
 
 def main():
     import grain, orbax.checkpoint, tensorboardX, tokenizers
@@ -430,14 +430,14 @@ def test_text_is_escaped_for_terminals_markdown_and_figures(tmp_path):
 
 
 def test_control_characters_in_output_are_escaped():
-    code = "from moe import cli\ncli.run(lambda: print('a\\x1b[2Jb'))"
+    code = "from moe.programs import cli\ncli.run(lambda: print('a\\x1b[2Jb'))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout == "a\\x1b[2Jb\n"
 
 
 def test_reports_are_utf8_in_every_locale(tmp_path):
     """In the C locale too, a report is UTF-8 and complete."""
-    code = "import sys, pathlib\nfrom moe.atomic_files import write_atomic\n"
+    code = "import sys, pathlib\nfrom moe.system.atomic_files import write_atomic\n"
     code += f"write_atomic(pathlib.Path(sys.argv[1]), {'ü ± 漢 ' + chr(0xD800)!a})"
     environment = os.environ | {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
     subprocess.run([sys.executable, "-c", code, tmp_path / "report.md"], env=environment, check=True)

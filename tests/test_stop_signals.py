@@ -13,8 +13,8 @@ from unittest import mock
 import jax
 import pytest
 
-from moe import exit_codes, signals
 from moe.config import ConfigError, to_dict
+from moe.system import exit_codes, signals
 from moe.training import loop as training
 from moe.training.loop import train
 from tests.run_helpers import ONE, SETTINGS, at_step, rows, steps, tiny

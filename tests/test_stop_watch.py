@@ -19,10 +19,10 @@ import threading
 import time
 
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored where tests run in the background
-from moe import process
+from moe.system import process
 process.prepare()
 process.raise_on_stop_signals()
-from moe.stop_watch import STOP_WATCH
+from moe.system.stop_watch import STOP_WATCH
 
 def block():
     libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)

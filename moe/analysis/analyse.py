@@ -16,9 +16,9 @@ from moe.analysis.controls import has_router, hash_routing, untrain_routers
 from moe.analysis.documents import Document, document_batches, first_documents
 from moe.analysis.markdown import markdown
 from moe.analysis.record import Recorder, Records
-from moe.atomic_files import write_atomic
 from moe.config import ConfigError
 from moe.data import pipeline
+from moe.system.atomic_files import write_atomic
 from moe.training.batches import EXPERTS_KEY
 
 PASSAGE = 6_000  # characters of each domain in the explorer

@@ -13,8 +13,8 @@ from etils import epath
 from matplotlib.figure import Figure
 
 from moe.analysis.difference import Agreement, LossDifference
-from moe.atomic_files import write_atomic, write_figure
-from moe.escaping import FIGURE_TEXT, markdown_table, markdown_text
+from moe.system.atomic_files import write_atomic, write_figure
+from moe.system.escaping import FIGURE_TEXT, markdown_table, markdown_text
 
 #: Number of tokens below which the figure leaves a group out.
 _FEWEST = 200

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from moe.analysis.conclusion import conclude, few_values
-from moe.escaping import markdown_table, markdown_text
+from moe.system.escaping import markdown_table, markdown_text
 
 
 def markdown(summary: dict[str, Any], title: str) -> str:

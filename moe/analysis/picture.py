@@ -14,7 +14,7 @@ from etils import epath
 from matplotlib.figure import Figure
 
 from moe.analysis.passages import Passage, colours
-from moe.atomic_files import write_figure
+from moe.system.atomic_files import write_figure
 
 _COLUMNS, _LINES = 46, 15  # characters per line and lines per passage
 _FAMILY = "DejaVu Sans Mono"  # comes with matplotlib

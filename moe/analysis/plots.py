@@ -10,8 +10,8 @@ import numpy as np
 from etils import epath
 from matplotlib.figure import Figure
 
-from moe.atomic_files import write_figure
-from moe.escaping import FIGURE_TEXT
+from moe.system.atomic_files import write_figure
+from moe.system.escaping import FIGURE_TEXT
 
 
 def plot_all(summary: dict[str, Any], folder: epath.Path) -> list[str]:

@@ -13,11 +13,11 @@ from moe.analysis.analyse import heldout_rows
 from moe.analysis.controls import untrain_routers
 from moe.analysis.record import Recorder
 from moe.analysis.specialisation import AT_LEAST, token_dependence
-from moe.atomic_files import write_atomic
 from moe.config import ConfigError
 from moe.data.pipeline import Prepared
 from moe.data.sentinels import sentinel_ids
-from moe.escaping import markdown_table
+from moe.system.atomic_files import write_atomic
+from moe.system.escaping import markdown_table
 
 STACKS = ("encoder", "decoder")
 

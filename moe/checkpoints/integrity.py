@@ -16,8 +16,8 @@ import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 from jax import Array
 
-from moe.atomic_files import first_line
 from moe.config import ConfigError
+from moe.system.atomic_files import first_line
 
 #: Empty mesh for programs over arrays of a checkpoint, which run on the devices that hold the arrays, often one of this
 #: process. With the mesh of a run in context, JAX would require the devices of that mesh.

@@ -23,7 +23,6 @@ from absl import logging as absl_logging
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from moe.atomic_files import first_line, from_checked_json, in_bucket, to_checked_json, write_atomic
 from moe.checkpoints.arrays import array_handler
 from moe.checkpoints.integrity import (
     DamagedError,
@@ -35,11 +34,12 @@ from moe.checkpoints.integrity import (
 from moe.checkpoints.retention import LowestLoss, NewestRegular
 from moe.config import ConfigError
 from moe.data.streams import StreamsHandler, StreamsRestore, StreamsSave
-from moe.metrics_files import METRICS, iterate_rows
 from moe.models.state import TrainState
-from moe.signals import StartAgain
-from moe.stop_watch import STOP_WATCH
-from moe.waiting import said_aloud
+from moe.system.atomic_files import first_line, from_checked_json, in_bucket, to_checked_json, write_atomic
+from moe.system.metrics_files import METRICS, iterate_rows
+from moe.system.signals import StartAgain
+from moe.system.stop_watch import STOP_WATCH
+from moe.system.waiting import said_aloud
 
 #: Object that Orbax writes last into a checkpoint in a bucket.
 COMMIT = "commit_success.txt"

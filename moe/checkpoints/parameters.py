@@ -18,7 +18,6 @@ from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
 
-from moe.atomic_files import from_checked_json, new_folder, write_atomic
 from moe.checkpoints.arrays import array_handler
 from moe.checkpoints.integrity import NO_MESH, DamagedError, compare, quiet_orbax, unreadable_as_damaged
 from moe.checkpoints.manager import complete_steps, orbax_folder, refuse_special_files, refuse_unusable_path
@@ -31,7 +30,8 @@ from moe.models.stack import PREDICTION
 from moe.models.state import join
 from moe.parallel.parameters import parameter_shardings
 from moe.parallel.target import host_device
-from moe.waiting import said_aloud
+from moe.system.atomic_files import from_checked_json, new_folder, write_atomic
+from moe.system.waiting import said_aloud
 
 #: Elements of an array that are in memory, or in a file's chunk, at once, where it is written in parts.
 PART_ELEMENTS = 1 << 26
@@ -118,7 +118,7 @@ def write_workdir(
         companions: name → content of further files, see :func:`moe.data.tokenizer_files.companions`.
 
     Raises:
-        ConfigError: see :func:`moe.atomic_files.new_folder` and :func:`write_parameters`.
+        ConfigError: see :func:`moe.system.atomic_files.new_folder` and :func:`write_parameters`.
     """
     workdir = epath.Path(out)
     with new_folder(workdir):

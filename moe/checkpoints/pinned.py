@@ -15,10 +15,10 @@ import pydantic
 from etils import epath
 from jax.experimental import multihost_utils
 
-from moe.atomic_files import write_atomic
 from moe.checkpoints.manager import complete_steps
 from moe.config import Config, ConfigError
-from moe.foreign_files import Fields, Step, read_json
+from moe.system.atomic_files import write_atomic
+from moe.system.foreign_files import Fields, Step, read_json
 
 #: Notes of a workdir.
 BASE_FILE, TEACHER_FILE = "base.json", "teacher.json"

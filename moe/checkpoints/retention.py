@@ -9,7 +9,7 @@ import numpy as np
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from moe.metrics_files import METRICS, iterate_rows
+from moe.system.metrics_files import METRICS, iterate_rows
 
 
 class LowestLoss(preservation_policy.PreservationPolicy):

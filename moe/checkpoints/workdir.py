@@ -13,15 +13,16 @@ import jax
 import pydantic
 from etils import epath
 
-from moe.atomic_files import NO_LOCKS, in_bucket, is_bucket_error, write_atomic
 from moe.checkpoints.manager import complete_steps
-from moe.config import Config, ConfigError, read_small_file, to_dict
+from moe.config import Config, ConfigError, to_dict
 from moe.config.parse import from_workdir_dict
 from moe.data.tokenizer_files import TOKENIZER_FILES
 from moe.dispatch.buffers import layer_capacity
-from moe.fields import facts_of
-from moe.foreign_files import Fields, Step, loads, parse
-from moe.metrics_files import METRICS, iterate_rows
+from moe.system.atomic_files import NO_LOCKS, in_bucket, is_bucket_error, write_atomic
+from moe.system.fields import facts_of
+from moe.system.foreign_files import Fields, Step, loads, parse
+from moe.system.metrics_files import METRICS, iterate_rows
+from moe.system.reading import read_small_file
 
 LOCK = ".lock"
 CONFIG = "config.json"

@@ -21,8 +21,6 @@ from moe.config.references import (
     check_path,
     extend_import_path,
     load_python_file,
-    open_regular,
-    read_small_file,
 )
 from moe.config.run_sections import (
     EMBEDDED_DOMAINS,
@@ -37,7 +35,7 @@ from moe.config.run_sections import (
     TrainConfig,
 )
 from moe.config.schema import Config, validate_mesh
-from moe.fields import LARGEST, ConfigError
+from moe.system.fields import LARGEST, ConfigError
 
 __all__ = [
     "EMBEDDED_DOMAINS",
@@ -72,9 +70,7 @@ __all__ = [
     "inherited",
     "layer_kinds",
     "load_python_file",
-    "open_regular",
     "read_run",
-    "read_small_file",
     "sparse_layers",
     "stacks",
     "to_dict",

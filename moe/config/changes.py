@@ -12,8 +12,8 @@ from moe.config.moe_section import MoEConfig
 from moe.config.names import GATE, field_type, gate_field_type, is_section, leaves
 from moe.config.registry import find_layer, layer_fields
 from moe.config.schema import Config
-from moe.fields import ConfigError, facts_of
 from moe.routing.interface import Gate
+from moe.system.fields import ConfigError, facts_of
 
 
 class Changes:

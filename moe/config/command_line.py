@@ -16,7 +16,7 @@ from moe.config.names import GATE, field_type, gate_field_type, type_name
 from moe.config.parse import from_config_dict
 from moe.config.registry import LAYERS, layer_fields
 from moe.config.schema import Config
-from moe.fields import ConfigError, type_hints
+from moe.system.fields import ConfigError, type_hints
 
 #: Dotted name → texts, in the order in which they were given.
 Texts = Mapping[str, Sequence[str]]

@@ -13,10 +13,11 @@ from moe.config.changes import Changes, differences, settings_of
 from moe.config.model_section import ModelConfig
 from moe.config.names import GATE, leaves
 from moe.config.parse import as_dict, build
-from moe.config.references import check_path, code_fields, load_python_file, read_small_file, refuse_modules
+from moe.config.references import check_path, code_fields, load_python_file, refuse_modules
 from moe.config.schema import Config
-from moe.fields import ConfigError, raised_as_errors
 from moe.routing.interface import Gate
+from moe.system.fields import ConfigError, raised_as_errors
+from moe.system.reading import read_small_file
 
 #: Dotted name → value.
 Settings = Mapping[str, typing.Any]

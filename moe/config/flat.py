@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from moe.config.registry import find_layer
-from moe.fields import ConfigError, check_type
 from moe.routing.interface import Gate
+from moe.system.fields import ConfigError, check_type
 
 #: Flat fields, and where their values are now.
 PLACES: Mapping[str, str] = types.MappingProxyType(

@@ -20,8 +20,8 @@ from moe.config.mixers import (
     QKNorm,
 )
 from moe.config.moe_section import DType, MoEConfig
-from moe.fields import ConfigError, Section, require, setting
 from moe.routing.interface import Gate
+from moe.system.fields import ConfigError, Section, require, setting
 
 Activation = Literal["swiglu", "swiglu_clamped", "geglu", "geglu_exact", "reglu", "gelu", "relu"]
 Norms = Literal["before", "after"]

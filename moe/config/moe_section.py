@@ -8,9 +8,9 @@ import math
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from moe.fields import ConfigError, Section, require, setting
 from moe.routing.gates import TopK
 from moe.routing.interface import BalanceCounts, BalanceScope, Gate
+from moe.system.fields import ConfigError, Section, require, setting
 
 Dispatch = Literal["gather", "einsum", "dropless"]
 Exchange = Literal["all_to_all", "all_gather"]

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from moe.config import flat
 from moe.config.registry import LAYERS
 from moe.config.schema import Config
-from moe.fields import ConfigError, item_name, type_hints
 from moe.routing.interface import Gate
+from moe.system.fields import ConfigError, item_name, type_hints
 
 #: The gate: a name, or a value. The fields of the chosen gate are settings below it, as ``model.moe.gate.k``.
 GATE = "model.moe.gate"

@@ -15,8 +15,8 @@ from moe.config.references import code_fields, refuse_modules
 from moe.config.registry import find_gate, layer_fields
 from moe.config.run_sections import EMBEDDED_DOMAINS
 from moe.config.schema import Config
-from moe.fields import ConfigError, check_type
 from moe.routing.interface import Gate
+from moe.system.fields import ConfigError, check_type
 
 
 def to_dict(config: Config) -> dict[str, typing.Any]:

@@ -16,16 +16,11 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import IO
 
-from etils import epath
-
-from moe.atomic_files import in_bucket
 from moe.config.named_modules import NAMED_MODULES
-from moe.fields import ConfigError, exits_as_errors, require
-from moe.waiting import first_answer
+from moe.system.fields import ConfigError, exits_as_errors, require
 
 #: Modules that the user named, and the one of the package's gates.
 _allowed: set[str] = {"moe.routing.gates"}
@@ -118,8 +113,6 @@ def _at(node: object, *names: str) -> object:
     return node
 
 
-_LARGEST = 1 << 28  # bytes
-
 #: Schemes of remote paths that etils.epath reads.
 SCHEMES = ("gs", "s3", "az", "hf")
 
@@ -131,46 +124,6 @@ def check_path(field: str, path: str) -> None:
     good = scheme in SCHEMES and rest.startswith("/") and rest.strip("/")
     allowed = f"must be a path, or one of {', '.join(SCHEMES)} before :// and a bucket"
     require(not remote or bool(good), field, path, allowed)
-
-
-def read_small_file(path: str | os.PathLike[str], name: str = "", largest: int = _LARGEST) -> bytes:
-    """Content of a config, a tokenizer or the like.
-
-    Args:
-        path: local or in a bucket.
-        name: of the file in messages; empty: its path.
-        largest: limit of the size in bytes.
-
-    Raises:
-        ConfigError: there is no such file, it is a folder, FIFO or device, it exceeds the limit, or its
-            bucket cannot be reached.
-    """
-    with open_regular(path, name) as file:
-        content = file.read(largest + 1)
-    if len(content) > largest:
-        raise ConfigError(f"{name or os.fspath(path)}: must be at most {largest} bytes")
-    return content
-
-
-@contextlib.contextmanager
-def open_regular(path: str | os.PathLike[str], name: str = "") -> Iterator[IO[bytes]]:
-    """Open a file of any size to read its bytes; arguments and errors are those of :func:`read_small_file`."""
-    name, file = name or os.fspath(path), epath.Path(path)
-    try:
-        if not (first_answer(name, file.exists) if in_bucket(path) else file.exists()):
-            raise ConfigError(f"{name}: no such file")
-        # epath treats everything but folders as files; reading a FIFO waits for ever, and /dev/zero fills the memory.
-        if not (file.is_file() if in_bucket(path) else os.path.isfile(file)):
-            raise ConfigError(f"{name}: is not a regular file")
-        with file.open("rb") as stream:
-            yield stream
-    except ConfigError:
-        raise
-    except Exception as error:
-        if not in_bucket(path):
-            raise
-        # Clients of buckets pass on errors of several libraries.
-        raise ConfigError(f"{name}: cannot be reached ({type(error).__name__}: {error})") from error
 
 
 def load_python_file(path: str | os.PathLike[str]) -> types.ModuleType:

@@ -11,9 +11,9 @@ from typing import Any, get_args
 
 from moe.config.moe_section import Capacity, Losses, MoEConfig
 from moe.config.references import import_object
-from moe.fields import ConfigError, raised_as_errors, require
 from moe.routing import gates
 from moe.routing.interface import BiasUpdate, Gate, RouterKind, RouterState
+from moe.system.fields import ConfigError, raised_as_errors, require
 
 
 def find_layer(name: str) -> MoEConfig:

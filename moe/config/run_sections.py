@@ -7,7 +7,7 @@ import re
 from typing import Literal
 
 from moe.config.references import check_path
-from moe.fields import Section, require, setting
+from moe.system.fields import Section, require, setting
 
 OnSkippedSteps = Literal["rollback", "stop"]
 OptimizerState = Literal["reset", "carry"]
@@ -189,7 +189,7 @@ class TrainConfig(Section, path="train."):
     spike_sigmas: float = setting(6.0, least=0, resume="later")
     #: length of the text sampled at the end; 0: none
     sample_tokens: int = setting(64, least=0, most=10_000, resume="free")
-    #: folder for compiled programs (moe.compilation_cache); empty: none
+    #: folder for compiled programs (moe.system.compilation_cache); empty: none
     compilation_cache: str = setting("auto", resume="free")
     #: of metrics, besides JSON lines: tensorboard, wandb, module:function
     writers: tuple[str, ...] = setting(("tensorboard",), resume="free")

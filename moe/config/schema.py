@@ -19,7 +19,7 @@ from moe.config.run_sections import (
     StartConfig,
     TrainConfig,
 )
-from moe.fields import LARGEST, Section, facts_of, require, setting
+from moe.system.fields import LARGEST, Section, facts_of, require, setting
 
 _MOE = "model.moe."
 

@@ -18,8 +18,8 @@ from jax.sharding import Mesh
 from moe.config import ConfigError, MeshConfig
 from moe.conformance.diagnosis import QUANTITIES
 from moe.conformance.equations import Layer, Rule
-from moe.npz_files import read_arrays, write_arrays
 from moe.parallel.mesh import make_mesh, parse_sizes
+from moe.system.npz_files import read_arrays, write_arrays
 
 INPUTS = ("x", "mask", "router", "router_logits", "up", "gate", "gate_up", "down", "bias", "cotangent")
 

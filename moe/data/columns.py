@@ -13,7 +13,7 @@ from etils import epath
 from moe.config import ConfigError
 from moe.data import rollouts
 from moe.data.documents import EXPECTED_FIELDS, TOOLS, check_domain, make_document, text_fields
-from moe.foreign_files import dumps
+from moe.system.foreign_files import dumps
 
 SUFFIXES = (".parquet", ".arrow")
 _BATCH = 1_000  # rows

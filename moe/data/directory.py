@@ -13,8 +13,8 @@ from pathlib import Path
 
 from etils import epath
 
-from moe.atomic_files import lock
 from moe.config import ConfigError
+from moe.system.atomic_files import lock
 
 #: Name of the lock.
 LOCK = ".lock"

@@ -10,7 +10,7 @@ from etils import epath
 
 from moe.config import ConfigError
 from moe.data import rollouts
-from moe.foreign_files import dumps, first_sentence, loads
+from moe.system.foreign_files import dumps, first_sentence, loads
 
 JSON_LINES = ".jsonl"
 CONVERSATION = "\x1d"  # begins a document that is a list of messages, or a chosen and a rejected one, as JSON

@@ -11,9 +11,10 @@ from pathlib import PurePath, PurePosixPath
 
 from etils import epath
 
-from moe.atomic_files import in_bucket
-from moe.config import ConfigError, read_small_file
+from moe.config import ConfigError
 from moe.data.documents import check_domain
+from moe.system.atomic_files import in_bucket
+from moe.system.reading import read_small_file
 
 #: Files that are text as they stand; .jsonl holds a document in each line, .parquet and .arrow one in each row.
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".html", ".py")

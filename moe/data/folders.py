@@ -23,8 +23,7 @@ import numpy as np
 import pydantic
 from etils import epath
 
-from moe.atomic_files import from_checked_json, in_bucket, to_checked_json, write_atomic
-from moe.config import ConfigError, read_small_file
+from moe.config import ConfigError
 from moe.data import columns
 from moe.data.directory import remove_unfinished
 from moe.data.documents import HELDOUT_FRACTION, file_documents, parse_document
@@ -38,8 +37,10 @@ from moe.data.folder_files import (
     find_sources,
     suffix_of,
 )
-from moe.foreign_files import Fields, first_sentence
-from moe.waiting import first_answer
+from moe.system.atomic_files import from_checked_json, in_bucket, to_checked_json, write_atomic
+from moe.system.foreign_files import Fields, first_sentence
+from moe.system.reading import read_small_file
+from moe.system.waiting import first_answer
 
 INDEX_VERSION = 7  # part of the index's path: raise it when the index's format, or splits by name, change
 MAX_DOMAINS = 4_096  # each domain is evaluated by itself

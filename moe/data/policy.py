@@ -20,7 +20,7 @@ from moe.config import ConfigError, ModelConfig, PolicyConfig, sparse_layers
 from moe.data import chat, rollouts
 from moe.data.engines import ABSENT, read_experts
 from moe.data.folders import FolderDocuments
-from moe.foreign_files import first_sentence
+from moe.system.foreign_files import first_sentence
 
 Arrays = dict[str, np.ndarray]
 

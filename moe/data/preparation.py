@@ -13,8 +13,7 @@ from pathlib import Path
 import numpy as np
 from etils import epath
 
-from moe.atomic_files import in_bucket, write_atomic
-from moe.config import EMBEDDED_DOMAINS, ConfigError, DataConfig, read_small_file
+from moe.config import EMBEDDED_DOMAINS, ConfigError, DataConfig
 from moe.data import chat, corpora, folders, policy, tfds_datasets
 from moe.data.directory import LOCK, disk_errors, locked_directory
 from moe.data.documents import PAIR
@@ -22,7 +21,9 @@ from moe.data.json_tokenizer import JsonTokenizer
 from moe.data.sentinels import SENTINELS, check_sentinels
 from moe.data.tokenizer import TRAINER_VERSION, Tokenizer, train_tokenizer
 from moe.data.tokenizer_files import named_tokenizer
-from moe.waiting import first_answer
+from moe.system.atomic_files import in_bucket, write_atomic
+from moe.system.reading import read_small_file
+from moe.system.waiting import first_answer
 
 TOKENIZER_CHARACTERS = 10_000_000  # text that a tokenizer is trained on, an equal share from each domain
 

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import pydantic
 
 from moe.data.engines import EngineName
-from moe.foreign_files import Fields, dumps, first_sentence, loads
+from moe.system.foreign_files import Fields, dumps, first_sentence, loads
 
 #: Begins a document that is rollouts, as JSON.
 ROLLOUTS = "\x1c"

@@ -18,8 +18,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from moe.atomic_files import from_checked_json, in_bucket, to_checked_json, write_atomic
 from moe.config import ConfigError
+from moe.system.atomic_files import from_checked_json, in_bucket, to_checked_json, write_atomic
 
 PREFETCH = 2  # batches made ahead of the train step
 

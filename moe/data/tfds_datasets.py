@@ -19,9 +19,10 @@ from absl import logging as absl_logging
 from etils import epath
 from tensorflow_datasets.core import constants
 
-from moe.atomic_files import in_bucket
-from moe.config import ConfigError, read_small_file
+from moe.config import ConfigError
 from moe.data.documents import HELDOUT_FRACTION, SECTION_LIMIT, SECTION_TARGET, sections
+from moe.system.atomic_files import in_bucket
+from moe.system.reading import read_small_file
 
 CUT_BELOW = 1_000  # datasets with fewer documents have their long documents cut into sections
 HELDOUT_SCAN = 50_000  # first documents from which some are held out where a dataset has no held-out split

@@ -14,7 +14,8 @@ import numpy as np
 import sentencepiece
 from etils import epath
 
-from moe.config import ConfigError, read_small_file
+from moe.config import ConfigError
+from moe.system.reading import read_small_file
 
 # Part of the file name of cached tokenizers: raise it when train_tokenizer changes.
 TRAINER_VERSION = 1

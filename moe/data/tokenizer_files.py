@@ -9,10 +9,11 @@ from pathlib import Path
 
 from etils import epath
 
-from moe.config import ConfigError, read_small_file
+from moe.config import ConfigError
 from moe.data.json_tokenizer import JSON_CONFIG_FILE, JSON_FILE, TEMPLATE_FILE, JsonTokenizer
 from moe.data.tokenizer import Tokenizer
 from moe.data.wheels import MISTRAL_COMMON, fetch_wheel
+from moe.system.reading import read_small_file
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 T5_FILE = "spiece.model"  # also SentencePiece, as named beside T5's checkpoints

@@ -12,9 +12,9 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from moe.atomic_files import write_atomic
 from moe.config import ConfigError
 from moe.data.directory import remove_unfinished
+from moe.system.atomic_files import write_atomic
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,12 +13,12 @@ import pydantic
 from moe.config import Config, ConfigError, DataConfig, ModelConfig, MoEConfig, layer_kinds, sparse_layers, to_dict
 from moe.config.parse import build, from_config_dict
 from moe.config.registry import find_layer
-from moe.fields import is_off
 from moe.interop import balance
 from moe.interop.families import FAMILIES, MISSING
 from moe.interop.families.family import Family, gate_field, selection_rule
 from moe.interop.rope import read_scaling, write_scaling
 from moe.interop.schema import ACTIVATIONS, MOST_EXPERTS, Json, OpenConfig, parse
+from moe.system.fields import is_off
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 

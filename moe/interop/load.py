@@ -14,7 +14,6 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from moe.config import Config, ConfigError, ModelConfig, validate_mesh
-from moe.foreign_files import Json, read_object
 from moe.interop.config_json import family_of, read_config
 from moe.interop.families.family import PREDICTION_COPIES, Family
 from moe.interop.layout import Parameter, get_leaf, is_fused, layout, set_leaf
@@ -24,6 +23,7 @@ from moe.interop.tensor_files import CONFIG_FILE, TensorFolder
 from moe.models import sampling
 from moe.models.factory import Model, abstract_model
 from moe.parallel.parameters import parameter_shardings
+from moe.system.foreign_files import Json, read_object
 
 #: PEFT's file next to adapters, or next to the model that they belong to.
 ADAPTER_FILE = "adapter_config.json"

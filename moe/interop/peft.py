@@ -16,7 +16,6 @@ import numpy as np
 import safetensors.numpy
 from etils import epath
 
-from moe.atomic_files import new_folder, write_atomic
 from moe.checkpoints.parameters import read_adapters
 from moe.checkpoints.workdir import read_config
 from moe.config import Config, ConfigError
@@ -25,6 +24,7 @@ from moe.interop.layout import Parameter, layout
 from moe.interop.load import ADAPTER_FILE
 from moe.interop.workdirs import open_source
 from moe.models.adapters import LORA_A, LORA_B, LORA_COMMON_A
+from moe.system.atomic_files import new_folder, write_atomic
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."

@@ -9,9 +9,9 @@ import numpy as np
 import pydantic
 
 from moe.config import ConfigError
-from moe.foreign_files import Json, check
 from moe.interop.quantized import INT4_PER_WORD, MXFP4, MXFP4_BLOCK, Form, FP8Blocks, PackedInt4
 from moe.interop.schema import Count, Fields
+from moe.system.foreign_files import Json, check
 
 #: Endings of tensors that only quantised activations need.
 ACTIVATION_SCALES = (".activation_scale", ".input_scale")

@@ -15,9 +15,9 @@ from jaxtyping import Array, Int
 
 from moe.config import ConfigError, ModelConfig
 from moe.data.engines import ABSENT, EngineName, read_experts
-from moe.escaping import markdown_table
 from moe.models.decoder import Transformer
 from moe.routing.routing import Choices, Routing
+from moe.system.escaping import markdown_table
 from moe.training.losses import cross_entropy
 
 __all__ = ["EngineName", "Mismatch", "ReplayEffect", "mismatch", "read_choices", "replay_effect"]

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from moe.atomic_files import refuse_files, write_atomic
 from moe.config import Config, ConfigError, ModelConfig
 from moe.interop.config_json import keep_fields, write_config
 from moe.interop.families import FAMILIES
@@ -20,6 +19,7 @@ from moe.interop.schema import Json
 from moe.interop.tensor_files import CONFIG_FILE, TensorWriter
 from moe.layers.moe_layer import SelectionBias
 from moe.models.factory import Model
+from moe.system.atomic_files import refuse_files, write_atomic
 
 #: Name of a tensor → function from the tensor to what is written in its place, by name.
 Encoders = Mapping[str, Callable[[np.ndarray], Mapping[str, np.ndarray]]]

@@ -11,9 +11,9 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
 
-from moe import foreign_files
 from moe.config.model_section import Activation
-from moe.foreign_files import Json, check
+from moe.system import foreign_files
+from moe.system.foreign_files import Json, check
 
 
 def named(*names: str) -> Any:

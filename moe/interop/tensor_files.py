@@ -16,14 +16,14 @@ import safetensors
 from absl import logging
 from safetensors.numpy import save_file
 
-from moe.atomic_files import write_atomic
 from moe.config import ConfigError
-from moe.foreign_files import read_object
 from moe.interop.families.family import Family
 from moe.interop.layout import Parameter
 from moe.interop.quantization_config import ACTIVATION_SCALES, Quantization
 from moe.interop.quantized import Form, FP8Blocks
 from moe.interop.schema import parse_index
+from moe.system.atomic_files import write_atomic
+from moe.system.foreign_files import read_object
 
 CONFIG_FILE, INDEX_FILE, SINGLE_FILE = "config.json", "model.safetensors.index.json", "model.safetensors"
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}

@@ -12,13 +12,11 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from moe.atomic_files import new_folder, refuse_files, write_atomic
 from moe.checkpoints import parameters as stored
 from moe.checkpoints.manager import refuse_unusable_path
 from moe.checkpoints.workdir import read_config as read_run_config
 from moe.config import Config, ConfigError, to_dict
 from moe.data.tokenizer_files import COMPANIONS, GENERATION_FILE, companions, find_tokenizer
-from moe.foreign_files import read_object
 from moe.interop.config_json import TOKEN_IDS, keep_fields, write_config
 from moe.interop.families import FAMILIES
 from moe.interop.layout import Parameter, Piece, get_leaf, set_leaf
@@ -28,6 +26,8 @@ from moe.interop.quantized import pack_scales, unpack_scales
 from moe.interop.save import Encoders, write_folder
 from moe.interop.schema import Json
 from moe.interop.tensor_files import CONFIG_FILE, TensorFolder
+from moe.system.atomic_files import new_folder, refuse_files, write_atomic
+from moe.system.foreign_files import read_object
 
 #: Copy in a workdir of the ``config.json`` that was imported; an export keeps its fields that did not change.
 SOURCE_FILE = "huggingface_config.json"

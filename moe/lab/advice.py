@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from moe.escaping import markdown_table
 from moe.lab import law
 from moe.lab import published_laws as laws
 from moe.lab.inference import MOST_SEEDS, seeds_needed
+from moe.system.escaping import markdown_table
 
 #: Activation ratios K/E of the table.
 ACTIVATIONS = (1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64)

@@ -18,8 +18,8 @@ from moe.config import Config, DataConfig, ModelConfig, MoEConfig, layer_kinds, 
 from moe.config.registry import find_gate, find_layer
 from moe.config.user_code import user_code
 from moe.data.corpora import EmbeddedCorpus
-from moe.fields import is_off
 from moe.routing.interface import Gate
+from moe.system.fields import is_off
 
 #: Version of the canonical form. A new version needs a conversion of older records.
 VERSION = 1

@@ -11,10 +11,10 @@ import pydantic
 
 from moe.config import Config, ConfigError, load_python_file
 from moe.data.corpora import DOMAINS
-from moe.fields import exits_as_errors
-from moe.foreign_files import first_sentence
 from moe.lab.schedule import Plan
 from moe.lab.suite import NAME, QUANTITIES, SIZES, Comparison, Suite, Sweep
+from moe.system.fields import exits_as_errors
+from moe.system.foreign_files import first_sentence
 
 #: Settings of the data that change neither the tokens of a step nor the held-out rows, on which differences between
 #: arms are paired.

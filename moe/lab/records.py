@@ -20,10 +20,11 @@ from typing import Any, NamedTuple
 import pandas as pd
 import pydantic
 
-from moe.atomic_files import write_atomic
-from moe.config import ConfigError, read_small_file
-from moe.foreign_files import first_sentence
+from moe.config import ConfigError
 from moe.lab import identity
+from moe.system.atomic_files import write_atomic
+from moe.system.foreign_files import first_sentence
+from moe.system.reading import read_small_file
 
 RECORDS = "records"
 #: File name of a table of records.

@@ -15,11 +15,11 @@ import numpy as np
 import pandas as pd
 from etils import epath
 
-from moe.atomic_files import write_atomic
 from moe.checkpoints import manager
 from moe.lab.records import DIVERGED, Record
-from moe.metrics_files import METRICS, read_rows
 from moe.routing import balancing
+from moe.system.atomic_files import write_atomic
+from moe.system.metrics_files import METRICS, read_rows
 
 RESULTS = "results.csv"
 COLUMNS = ("variant", "steps", "learning_rate", "seed", "compared", "step", "quantity", "domain", "layer", "value")

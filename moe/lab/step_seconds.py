@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pydantic
 
-from moe.atomic_files import write_atomic
-from moe.foreign_files import Positive, read_json
+from moe.system.atomic_files import write_atomic
+from moe.system.foreign_files import Positive, read_json
 
 FILE = "step_seconds.json"
 

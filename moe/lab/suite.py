@@ -16,10 +16,10 @@ import pydantic.dataclasses
 
 from moe.config import Changes, Config, ConfigError
 from moe.config.parse import from_config_dict
-from moe.fields import LARGEST
 from moe.lab import identity
 from moe.lab.identity import Canonical
 from moe.models import flops
+from moe.system.fields import LARGEST
 
 #: Sizes of a suite: minutes to hours on two CPU cores, or an accelerator pod.
 SIZES = ("laptop", "pod")

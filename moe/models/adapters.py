@@ -20,10 +20,10 @@ from jax.sharding import PartitionSpec as P
 
 from moe.config import LoraConfig
 from moe.config.mixers import PATHS
-from moe.fields import require
 from moe.layers.basic import parameter
 from moe.models.stack import part_of
 from moe.parallel.parameters import LAYERS, flat_variables, spec_of
+from moe.system.fields import require
 
 #: Modules whose matrices can have adapters.
 _OWNERS = (*PATHS, "dense", "experts", "latent")

@@ -27,7 +27,6 @@ from jax.sharding import PartitionSpec as P
 
 from moe.config import Config
 from moe.config.model_section import layer_kinds
-from moe.fields import require
 from moe.layers.basic import Rows, StackSite
 from moe.models.decoder import Output, Transformer
 from moe.models.factory import variable_specs
@@ -38,6 +37,7 @@ from moe.parallel import partition_specs
 from moe.parallel.mesh import axis_of, axis_size, constrain
 from moe.parallel.parameters import read_as
 from moe.routing.balancing import LayerReport
+from moe.system.fields import require
 
 #: (model, output, microbatch, number of targets) → (share of the loss, (numbers to sum, layer reports))
 Loss = Callable[[Any, Output, dict[str, Array], Array], tuple[Array, tuple[Any, LayerReport | None]]]

@@ -26,7 +26,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe.config import ConfigError, MeshConfig
-from moe.fields import whole_number
+from moe.system.fields import whole_number
 
 #: Roles of mesh axes. ROW_AXES shard rows; TOKEN_AXES shard tokens.
 AXES = ("pipeline", "data", "fsdp", "expert", "tensor", "context")

@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 import pydantic
 
 from moe.dispatch.backends import tpu_tiles
-from moe.escaping import markdown_table
-from moe.foreign_files import Amount, Fields, Positive, kept_whole, read_rows
+from moe.system.escaping import markdown_table
+from moe.system.foreign_files import Amount, Fields, Positive, kept_whole, read_rows
 
 PATH = Path(__file__).with_name("calibration.json")
 

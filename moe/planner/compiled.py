@@ -19,18 +19,18 @@ from typing import Any
 import jax
 import pydantic
 
-from moe.atomic_files import write_atomic
-from moe.checkout import short_commit
 from moe.config import Config, ConfigError, to_dict, validate_mesh
 from moe.config.parse import from_config_dict
 from moe.config.user_code import user_code
-from moe.foreign_files import parse
 from moe.layers.attention.attend import checked_for_target
 from moe.parallel.mesh import make_mesh
 from moe.parallel.partition_specs import shard_bytes
 from moe.planner import arithmetic, memory_errors
 from moe.planner.topology import Topology, get_topology
 from moe.planner.versions import versions
+from moe.system.atomic_files import write_atomic
+from moe.system.checkout import short_commit
+from moe.system.foreign_files import parse
 from moe.training import step as train_step_module
 
 #: Fields of :class:`Memory` that add up to its total.

@@ -8,8 +8,8 @@ from typing import Any
 
 import pydantic
 
-from moe.foreign_files import Amount, Fields, Interval, Positive, check, read_object
 from moe.planner.topology import of_slices
+from moe.system.foreign_files import Amount, Fields, Interval, Positive, check, read_object
 
 _Json = dict[str, Any]
 

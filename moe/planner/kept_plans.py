@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from moe.atomic_files import write_atomic
 from moe.config import ConfigError
 from moe.dispatch import quantized
-from moe.escaping import markdown_table, markdown_text
-from moe.foreign_files import Amount, Fields, Interval, Positive, kept_whole, read_rows
 from moe.planner import calibration
 from moe.planner.plan import Plan, cost_words
 from moe.planner.topology import all_names, of_slices, tpu_name
+from moe.system.atomic_files import write_atomic
+from moe.system.escaping import markdown_table, markdown_text
+from moe.system.foreign_files import Amount, Fields, Interval, Positive, kept_whole, read_rows
 
 _Row = dict[str, Any]
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from moe.atomic_files import write_figure
 from moe.planner.chips import Chip
 from moe.planner.gpus import Gpu
+from moe.system.atomic_files import write_figure
 
 
 def figure(path: Path, plan: dict[str, Any], chip: Chip | Gpu) -> None:

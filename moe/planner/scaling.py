@@ -14,12 +14,13 @@ import jax
 import pydantic
 from matplotlib.figure import Figure
 
-from moe.atomic_files import write_figure
-from moe.config import Config, ConfigError, MeshConfig, read_small_file
-from moe.escaping import markdown_table
-from moe.foreign_files import Amount, Fields, Interval, kept_whole, parse
+from moe.config import Config, ConfigError, MeshConfig
 from moe.planner import plan
 from moe.planner.topology import get_topology
+from moe.system.atomic_files import write_figure
+from moe.system.escaping import markdown_table
+from moe.system.foreign_files import Amount, Fields, Interval, kept_whole, parse
+from moe.system.reading import read_small_file
 
 
 @dataclasses.dataclass(frozen=True)

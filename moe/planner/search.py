@@ -20,15 +20,15 @@ from typing import Any
 
 import jax
 
-from moe.atomic_files import lock, write_atomic
 from moe.config import Config, ConfigError, to_dict
 from moe.config.user_code import user_code
-from moe.foreign_files import read_object
 from moe.planner.candidates import Candidate
 from moe.planner.guide import Guide
 from moe.planner.memory_errors import DoesNotFitError
 from moe.planner.topology import Topology
 from moe.planner.versions import source_hash, versions
+from moe.system.atomic_files import lock, write_atomic
+from moe.system.foreign_files import read_object
 
 #: moe.planner.plan.Plan.to_json(), or {"error": message}, with "memory_least" (bytes) if the memory is too small.
 PlanJson = dict[str, Any]

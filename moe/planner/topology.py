@@ -1,7 +1,7 @@
 """Devices of a TPU or GPU topology to compile for, on a machine without them.
 
-TPUs need libtpu and a process set up by :func:`moe.process.use_tpu_compiler`; NVIDIA GPUs need JAX's CUDA plugin, no
-driver. Both compilers run on any x86 Linux.
+TPUs need libtpu and a process set up by :func:`moe.system.process.use_tpu_compiler`; NVIDIA GPUs need JAX's CUDA
+plugin, no driver. Both compilers run on any x86 Linux.
 """
 
 from __future__ import annotations

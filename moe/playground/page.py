@@ -14,9 +14,9 @@ import numpy as np
 from moe.analysis.passages import colours
 from moe.config import ConfigError
 from moe.config.model_section import layer_kinds
-from moe.escaping import terminal
 from moe.playground import supported
 from moe.playground.packed import Packed
+from moe.system.escaping import terminal
 
 _HERE = Path(__file__).parent
 _SCRIPTS = ("tokenizer.js", "model.js", "page.js")

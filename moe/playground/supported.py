@@ -11,9 +11,9 @@ from sentencepiece import sentencepiece_model_pb2 as schema
 from moe.config import ConfigError, ModelConfig
 from moe.data.json_tokenizer import JsonTokenizer
 from moe.data.tokenizer import Tokenizer
-from moe.fields import facts_of
 from moe.routing.gates import GShard, SampledTopK, STMoE, TopK
 from moe.routing.interface import Gate, Selecting
+from moe.system.fields import facts_of
 
 #: Activations of model.js.
 _ACTIVATIONS = ("swiglu", "geglu", "reglu", "gelu", "relu")

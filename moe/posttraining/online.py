@@ -18,20 +18,20 @@ import numpy as np
 import pydantic
 from etils import epath
 
-from moe.atomic_files import write_atomic
 from moe.checkpoints.manager import Checkpoints, no_background_tracebacks
 from moe.checkpoints.pinned import pinned_steps
 from moe.checkpoints.workdir import CONFIG, locked_workdir, refuse_other_run, write_run_files
 from moe.config import ConfigError, ModelConfig, from_config_dict, to_dict
 from moe.data import policy, rollouts
-from moe.fields import check_fields, raised_as_errors, require, setting
-from moe.foreign_files import read_object, refuse
-from moe.metric_writers import find_writers
-from moe.metrics_files import METRICS, MetricsWriter
 from moe.models.sampling import Rollout, Sampler, make_sampler
 from moe.models.state import TrainState
+from moe.system.atomic_files import write_atomic
+from moe.system.fields import check_fields, raised_as_errors, require, setting
+from moe.system.foreign_files import read_object, refuse
+from moe.system.metrics_files import METRICS, MetricsWriter
 from moe.training import warm_start
 from moe.training.batches import place
+from moe.training.metric_writers import find_writers
 from moe.training.metrics import mean_row, step_metrics
 from moe.training.step import Program
 
@@ -168,7 +168,7 @@ def train_online(program: Program, workdir: str, task: Task, engine: Engine, rou
         stack.callback(checkpoints.close)
         step, state = _begin(program, checkpoints, pinned.base)
         write_run_files(config, {}, directory, new=new)
-        writer = stack.enter_context(contextlib.closing(MetricsWriter(directory, step, config, writers)))
+        writer = stack.enter_context(contextlib.closing(MetricsWriter(directory, step, to_dict(config), writers)))
         for number in range(step // rounds.updates, config.train.num_steps // rounds.updates):
             rng = np.random.default_rng((config.seed, number))
             key = jax.random.fold_in(jax.random.key(config.seed), number)

@@ -15,11 +15,8 @@ from pathlib import Path
 
 from absl import flags
 
-from moe import cli, shipped
 from moe.benchmarks import train_steps
-from moe.checkout import commit
 from moe.config import ConfigError
-from moe.fields import whole_number
 from moe.lab import step_seconds
 from moe.lab.claims.registration import CLAIMS_FILE, Registered, read_claims
 from moe.lab.loading import load_suite, load_suites, with_seeds
@@ -29,6 +26,10 @@ from moe.lab.report.missing import missing
 from moe.lab.running import jobs, runner
 from moe.lab.suite import Suite
 from moe.lab.table import Table
+from moe.programs import cli
+from moe.system import shipped
+from moe.system.checkout import commit
+from moe.system.fields import whole_number
 from moe.training import progress
 
 _SUITE = flags.DEFINE_string("suite", None, "Name of a suite, or file with get_suite(size); or FILE.py:ARGUMENT.")

@@ -10,7 +10,8 @@ from typing import Any
 
 from absl import flags
 
-from moe import cli, shipped
+from moe.programs import cli
+from moe.system import shipped
 
 _HOURS = flags.DEFINE_float("chip_hours", None, "Budget in hours of one chip; needs --topology.", 1e-3, 1e12)
 _TOKENS = flags.DEFINE_float("tokens", None, "Budget in training tokens, taken as compute-optimal.", 1e6, 1e18)
@@ -60,10 +61,10 @@ def main() -> None:
 def _chips(name: str) -> tuple[str, Any, int]:
     """(generation, chip, number of chips) of a topology, without asking a compiler."""
     from moe.config import ConfigError
-    from moe.fields import whole_number
     from moe.planner.chips import CHIPS
     from moe.planner.gpus import GPUS
     from moe.planner.topology import tpu_name
+    from moe.system.fields import whole_number
 
     kind, _, shape = tpu_name(name).partition(":")
     chip, sizes = (CHIPS | GPUS).get(kind), shape.split("x")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from absl import flags
 
-from moe import cli
+from moe.programs import cli
 
 _WORKDIR = cli.WorkdirFlags()
 _OUTPUT = cli.define_path("output", "Folder to write to; WORKDIR/analysis if not given.")

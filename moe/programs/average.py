@@ -6,7 +6,7 @@ average of the newest one instead (optimizer.ema_decay). Generate, evaluate, fin
 
 from absl import flags
 
-from moe import cli
+from moe.programs import cli
 
 _WORKDIR = cli.define_path("workdir", "Folder of a run.")
 _OUT = cli.define_path("out", "Workdir to create.")
@@ -17,7 +17,7 @@ _EMA = flags.DEFINE_bool("ema", False, "Take the exponential moving average of t
 def main() -> None:
     """Average, write, and say what was averaged."""
     from moe.config import ConfigError
-    from moe.fields import whole_number
+    from moe.system.fields import whole_number
     from moe.training.averaging import write_average
 
     steps = []

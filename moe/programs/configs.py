@@ -9,7 +9,7 @@ import sys
 import textwrap
 from pathlib import Path
 
-from moe import process, shipped
+from moe.system import process, shipped
 
 _USAGE = "usage: moe configs [NAME]\n\nexamples\n  moe configs\n  moe configs mixtral > mine.py\n"
 

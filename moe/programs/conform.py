@@ -11,10 +11,10 @@ from typing import cast
 
 from absl import flags
 
-from moe import cli
 from moe.config import ConfigError
 from moe.config.references import import_object
-from moe.fields import whole_number
+from moe.programs import cli
+from moe.system.fields import whole_number
 
 _NPZ = cli.define_path("npz", "File of weights, inputs and results (docs/conform.md).")
 _LAYER = flags.DEFINE_string("layer", None, "JAX layer as package.module:function.")

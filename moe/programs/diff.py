@@ -11,7 +11,7 @@ from typing import Any
 
 from absl import flags
 
-from moe import cli
+from moe.programs import cli
 
 _WORKDIR = cli.WorkdirFlags()
 _OTHER = cli.define_path("other", "Workdir of the second run or import; empty: the run's own earlier checkpoints.")

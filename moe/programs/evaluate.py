@@ -10,7 +10,7 @@ from typing import Any
 
 from absl import flags
 
-from moe import cli
+from moe.programs import cli
 
 _WORKDIR = cli.WorkdirFlags()
 _ROWS = flags.DEFINE_integer("rows", None, "Rows per domain instead of the workdir's data.heldout_rows.")
@@ -24,8 +24,8 @@ def main() -> None:
     """Parse flags, evaluate and print."""
     import jax
 
-    from moe import signals
     from moe.parallel.mesh import join_processes
+    from moe.system import signals
 
     if _DISTRIBUTED.value:
         join_processes()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from absl import flags
 
-from moe import cli
+from moe.programs import cli
 
 _WORKDIR = cli.define_path("workdir", "Folder of a run or an import.")
 _OUT = cli.define_path("out", "Folder to write.")

@@ -17,7 +17,7 @@ from typing import Any
 
 from absl import flags
 
-from moe import cli
+from moe.programs import cli
 
 _WORKDIR = cli.define_path("workdir", "Folder of a run or an import.")
 _PROMPT = flags.DEFINE_multi_string("prompt", None, "Text to continue; may be given several times.")
@@ -40,7 +40,7 @@ def _start_token(workdir: str, pad_id: int, vocab_size: int) -> int:
 
     from moe.config import ConfigError
     from moe.data.tokenizer_files import GENERATION_FILE
-    from moe.foreign_files import read_object
+    from moe.system.foreign_files import read_object
 
     path = epath.Path(workdir) / GENERATION_FILE
     start: Any = read_object(path).get("decoder_start_token_id") if path.exists() else None

@@ -4,7 +4,8 @@ Prints for each domain the share of held-out characters in lines (of at least 40
 and the share in the document with the largest overlap. Reads every training document once.
 """
 
-from moe import cli, shipped
+from moe.programs import cli
+from moe.system import shipped
 
 _CONFIG = cli.define_config(shipped.CONFIGS / "quickstart.py")
 

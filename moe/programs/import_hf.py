@@ -7,7 +7,7 @@ MXFP4, packed INT4) become floats of --dtype.
 
 from absl import flags
 
-from moe import cli
+from moe.programs import cli
 
 _SOURCE = cli.define_path("source", "Folder with config.json and safetensors, or org/name in Hugging Face's cache.")
 _OUT = cli.define_path("out", "Workdir to create.")

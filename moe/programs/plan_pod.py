@@ -16,9 +16,10 @@ from pathlib import Path
 
 from absl import flags
 
-from moe import cli, shipped
-from moe.atomic_files import write_atomic
 from moe.config import Config, ConfigError, command_line
+from moe.programs import cli
+from moe.system import shipped
+from moe.system.atomic_files import write_atomic
 
 _CONFIG = cli.define_config()
 _TOPOLOGY = flags.DEFINE_string(

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from absl import flags
 
-from moe import cli, shipped
+from moe.programs import cli
+from moe.system import shipped
 
 _WORKDIR = cli.WorkdirFlags()
 _OUTPUT = cli.define_path("output", "HTML file to write.")
@@ -22,11 +23,11 @@ _TOKENS = flags.DEFINE_integer("tokens", 16_384, "Held-out tokens per domain for
 
 def main() -> None:
     """Make the page."""
-    from moe.atomic_files import write_atomic
     from moe.config import ConfigError
     from moe.playground import packed as weights
     from moe.playground.making import make
     from moe.playground.page import render
+    from moe.system.atomic_files import write_atomic
     from moe.training.open_run import open_workdir
 
     if _WORKDIR.is_given and _PACKED.value is not None:

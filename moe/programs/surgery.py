@@ -21,7 +21,7 @@ from typing import Any
 
 from absl import flags
 
-from moe import cli
+from moe.programs import cli
 
 _WORKDIR = cli.WorkdirFlags()
 _OUT = cli.define_path("out", "Workdir to create.")
@@ -48,14 +48,14 @@ def main() -> None:
     from moe.analysis import difference, surgery
     from moe.analysis.analyse import heldout_rows
     from moe.analysis.record import Recorder
-    from moe.atomic_files import refuse_files
     from moe.checkpoints import parameters as stored
     from moe.checkpoints.workdir import read_config
     from moe.config import ConfigError, LoraConfig
     from moe.data.tokenizer_files import companions
-    from moe.escaping import markdown_table
     from moe.models.flops import count_parameters
     from moe.models.state import join
+    from moe.system.atomic_files import refuse_files
+    from moe.system.escaping import markdown_table
     from moe.training.open_run import on_devices, open_workdir
     from moe.training.step import build
 
@@ -212,7 +212,7 @@ def _table(first: Any, second: Any, rows: Any) -> str:
     import numpy as np
 
     from moe.analysis import difference
-    from moe.escaping import markdown_table
+    from moe.system.escaping import markdown_table
 
     domain, row = difference.places(rows)
     table = []
@@ -232,7 +232,7 @@ def _routing(records: tuple[Any, Any], ffns: tuple[int, int]) -> str:
     import numpy as np
 
     from moe.analysis import saliency
-    from moe.escaping import markdown_table
+    from moe.system.escaping import markdown_table
 
     table = []
     shares = [saliency.frequency(record) for record in records]  # [L,E and experts without an FFN]

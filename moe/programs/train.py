@@ -2,8 +2,10 @@
 
 from absl import flags
 
-from moe import cli, compilation_cache, posttraining, signals
+from moe import posttraining
 from moe.parallel.mesh import join_processes
+from moe.programs import cli
+from moe.system import compilation_cache, signals
 from moe.training import profiling
 from moe.training.loop import train
 

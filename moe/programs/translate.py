@@ -6,7 +6,7 @@ printed with a score says how it was computed.
 
 from absl import flags
 
-from moe import cli
+from moe.programs import cli
 
 _WORKDIR = cli.WorkdirFlags()
 _ROWS = flags.DEFINE_integer("rows", 500, "Pairs per domain, the first of the held-out ones.", lower_bound=1)

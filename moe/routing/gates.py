@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from moe.fields import require, setting
 from moe.routing.interface import (
     Gate,
     GateInputs,
@@ -23,6 +22,7 @@ from moe.routing.interface import (
     rank,
     top_k,
 )
+from moe.system.fields import require, setting
 
 
 def _require_weights_that_differ(k: int, renormalise: bool) -> None:

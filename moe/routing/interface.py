@@ -12,7 +12,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Bool, Float, Int
 
-from moe.fields import check_fields, require, setting
+from moe.system.fields import check_fields, require, setting
 
 #: ``jax.ad_checkpoint.checkpoint_name`` of indices of experts and rows, a few bytes per assignment.
 ROUTES = "routes"

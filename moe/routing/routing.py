@@ -13,9 +13,9 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float
 
-from moe.fields import LARGEST, ConfigError, raised_as_errors
-from moe.npz_files import read_arrays, write_arrays
 from moe.routing.interface import ROUTES, Gate, GateInputs, GateOutput
+from moe.system.fields import LARGEST, ConfigError, raised_as_errors
+from moe.system.npz_files import read_arrays, write_arrays
 
 
 @jax.tree_util.register_dataclass
@@ -76,7 +76,7 @@ def load_routing(path: str) -> Routing | Choices:
     """Read a file of :func:`save_routing`, or of another program with the arrays of :class:`Choices`.
 
     Raises:
-        ConfigError: it holds something else; see also :func:`moe.npz_files.read_arrays`.
+        ConfigError: it holds something else; see also :func:`moe.system.npz_files.read_arrays`.
     """
     arrays = read_arrays(path)
     where = f"{path}: not the arrays of a routing, or of choices"

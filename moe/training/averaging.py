@@ -12,7 +12,6 @@ import jax
 import numpy as np
 from flax import nnx
 
-from moe.atomic_files import refuse_files
 from moe.checkpoints import parameters as stored
 from moe.checkpoints.pinned import base_step
 from moe.checkpoints.workdir import read_config
@@ -21,6 +20,7 @@ from moe.data.tokenizer_files import companions, find_tokenizer
 from moe.models.adapters import merge
 from moe.models.factory import abstract_parameters
 from moe.parallel.target import host_device
+from moe.system.atomic_files import refuse_files
 from moe.training.optimizer import averaged_weights, find_average
 from moe.training.optimizer_files import read_optimizer
 

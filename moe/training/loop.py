@@ -20,8 +20,6 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from moe import process
-from moe.atomic_files import first_line, in_bucket
 from moe.checkpoints.integrity import is_finite
 from moe.checkpoints.manager import Checkpoints, no_background_tracebacks, refuse_unusable_path
 from moe.checkpoints.pinned import pinned_steps
@@ -38,28 +36,31 @@ from moe.checkpoints.workdir import (
     refuse_other_run,
     write_run_files,
 )
-from moe.config import Config, ConfigError, read_small_file, sparse_layers, validate_mesh
+from moe.config import Config, ConfigError, sparse_layers, to_dict, validate_mesh
 from moe.data import folders, pipeline, streams
 from moe.data.preparation import describe_shares
 from moe.dispatch import modes
-from moe.metric_writers import find_writers
-from moe.metrics_files import METRICS, TIMING, MetricsWriter, iterate_rows
 from moe.models import flops
 from moe.models.pipeline import check as pipeline_check
 from moe.models.state import TrainState
 from moe.parallel.mesh import local_rows, make_mesh, rows_by_process
-from moe.signals import StopSignals
+from moe.system import process
+from moe.system.atomic_files import first_line, in_bucket
+from moe.system.metrics_files import METRICS, TIMING, MetricsWriter, iterate_rows
+from moe.system.reading import read_small_file
+from moe.system.signals import StopSignals
+from moe.system.waiting import first_answer
 from moe.training import profiling, progress, warm_start
 from moe.training.agreement import refuse_other_inputs, refuse_other_workdir
 from moe.training.batches import place
 from moe.training.evaluation import Heldout, check_domains, evaluate, load_heldout
+from moe.training.metric_writers import find_writers
 from moe.training.metrics import StepClock, Throughput, mean_row, step_metrics
 from moe.training.optimizer import averaged_weights
 from moe.training.recovery import DivergedError, Health, Recovery, next_batch
 from moe.training.report import finish, prompts
 from moe.training.step import Program, build
 from moe.training.teacher import read_teacher
-from moe.waiting import first_answer
 
 
 def train(
@@ -176,7 +177,7 @@ def train(
                 stage("compiling the train step (later starts find it in train.compilation_cache)")
                 state = loop.run(state)
             else:  # a run that was shortened to its newest checkpoint has rows of later steps
-                MetricsWriter(directory, step, config).close()
+                MetricsWriter(directory, step, to_dict(config)).close()
             checkpoints.close()
         if jax.process_index() == 0:
             with disk_errors(directory):
@@ -314,7 +315,7 @@ class _Loop:
         with (
             contextlib.ExitStack() as after_first,
             contextlib.closing(
-                MetricsWriter(self._directory, self._start, self._program.config, writers)
+                MetricsWriter(self._directory, self._start, to_dict(self._program.config), writers)
             ) as self._writer,
             contextlib.closing(self._progress),
         ):

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from moe.config import Config
-from moe.metrics_files import to_python
 from moe.models import flops
 from moe.parallel import target
 from moe.parallel.mesh import AXES, axis_size
 from moe.routing import balancing
+from moe.system.metrics_files import to_python
 from moe.training import profiling
 from moe.training.step import TrainMetrics
 

@@ -22,11 +22,11 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from moe.atomic_files import write_atomic
 from moe.config import ConfigError
-from moe.fields import whole_number
 from moe.parallel import target
 from moe.parallel.partition_specs import shard_bytes
+from moe.system.atomic_files import write_atomic
+from moe.system.fields import whole_number
 from moe.training.step import Program, build
 
 

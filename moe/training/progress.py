@@ -16,8 +16,8 @@ import jax
 import numpy as np
 import tqdm
 
-from moe import process
-from moe.escaping import terminal
+from moe.system import process
+from moe.system.escaping import terminal
 
 #: Values shown, most important first: a narrow terminal has room only for the first ones.
 _ORDER = ("loss", "heldout", "tokens/s", "dropped", "lr", "epoch", "MFU")

@@ -14,14 +14,14 @@ import numpy as np
 from etils import epath
 from matplotlib.figure import Figure
 
-from moe.atomic_files import write_atomic, write_figure
 from moe.config import Config, ConfigError
 from moe.data import chat, objectives, pipeline, rollouts
 from moe.data.tokenizer import Tokenizer
-from moe.escaping import FIGURE_TEXT, terminal
-from moe.metrics_files import METRICS, iterate_rows
 from moe.models import sampling
 from moe.models.state import TrainState
+from moe.system.atomic_files import write_atomic, write_figure
+from moe.system.escaping import FIGURE_TEXT, terminal
+from moe.system.metrics_files import METRICS, iterate_rows
 from moe.training.step import Program
 
 _FIRST_DOCUMENTS = 1_000  # documents of a domain that are searched for a prompt

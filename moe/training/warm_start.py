@@ -24,11 +24,11 @@ from moe.checkpoints.workdir import CONFIG, differing_settings, read_config
 from moe.config import Config, ConfigError, DistillConfig, ModelConfig, StartConfig
 from moe.data.tokenizer import Tokenizer
 from moe.data.tokenizer_files import find_tokenizer
-from moe.fields import require
 from moe.models.adapters import initial_adapters
 from moe.models.factory import abstract_parameters
 from moe.models.stack import part_of, restack_layers, unstack_layers
 from moe.models.state import AdaptedState, TrainState, join, set_schedule_step
+from moe.system.fields import require
 from moe.training.optimizer import is_average
 from moe.training.optimizer_files import read_optimizer
 from moe.training.step import Program

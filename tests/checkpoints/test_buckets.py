@@ -19,13 +19,14 @@ import pytest
 from etils import epath
 from etils.epath import backend
 
-from moe import metrics_files, waiting
 from moe.checkpoints import arrays, manager
 from moe.checkpoints.workdir import disk_errors
-from moe.config import Config, ConfigError, read_small_file, to_dict
-from moe.metric_writers import find_writers
-from moe.metrics_files import METRICS, MetricsWriter, read_rows
+from moe.config import Config, ConfigError, to_dict
+from moe.system import metrics_files, waiting
+from moe.system.metrics_files import METRICS, MetricsWriter, read_rows
+from moe.system.reading import read_small_file
 from moe.training.loop import train
+from moe.training.metric_writers import find_writers
 from tests.run_helpers import ONE, SETTINGS, tiny
 
 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # read when gcsfs is imported, which fsspec does
@@ -60,7 +61,7 @@ def _row(step, **values):
 
 def _write(workdir, start, steps, *, end):
     """Write rows of some steps, a sync after every second; without `end` the writer stays open, as after a kill."""
-    writer = MetricsWriter(workdir, start, Config(), find_writers(["tensorboard"]))
+    writer = MetricsWriter(workdir, start, to_dict(Config()), find_writers(["tensorboard"]))
     for step in steps:
         writer.write(step, "train", {"loss": step / 10})
         if step % 2 == 0:
@@ -238,9 +239,9 @@ def test_errors_of_a_bucket_end_in_a_sentence(tmp_path):
     with pytest.raises(KeyError), disk_errors(folder):
         raise KeyError("ours")
     code = (
-        "import moe.cli\nclass Refused(Exception): pass\nRefused.__module__ = 'gcsfs.retry'\n"
+        "import moe.programs.cli\nclass Refused(Exception): pass\nRefused.__module__ = 'gcsfs.retry'\n"
         "def main():\n    import logging\n    logging.getLogger('gcsfs').error('many lines')\n"
-        "    raise Refused('no, 503')\nmoe.cli.run(main)\n"
+        "    raise Refused('no, 503')\nmoe.programs.cli.run(main)\n"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr) == (1, "error: no, 503\n")

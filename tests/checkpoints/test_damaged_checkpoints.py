@@ -12,12 +12,12 @@ import jax
 import numpy as np
 import pytest
 
-from moe import signals
-from moe.atomic_files import from_checked_json, to_checked_json
 from moe.checkpoints import integrity, manager, parameters
 from moe.checkpoints.workdir import read_config
 from moe.config import ConfigError
 from moe.parallel.mesh import make_mesh
+from moe.system import signals
+from moe.system.atomic_files import from_checked_json, to_checked_json
 from moe.training import loop as training
 from moe.training.loop import train
 from tests.helpers import slow_case

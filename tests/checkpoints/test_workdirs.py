@@ -19,7 +19,6 @@ from etils import epath
 from flax import nnx
 from orbax.checkpoint._src.handlers import pytree_checkpoint_handler
 
-from moe import atomic_files, signals
 from moe.checkpoints import parameters
 from moe.checkpoints import workdir as workdirs
 from moe.checkpoints.manager import Checkpoints
@@ -30,6 +29,7 @@ from moe.data import tokenizer_files
 from moe.data.tokenizer import train_tokenizer
 from moe.interop import import_checkpoint
 from moe.models.state import TrainState
+from moe.system import atomic_files, signals
 from moe.training import loop as training
 from moe.training.averaging import write_average
 from moe.training.loop import train

@@ -20,11 +20,11 @@ from pathlib import Path
 import pytest
 from absl import flags
 
-from moe import cli
 from moe.config import Config, to_dict
 from moe.config.parse import from_config_dict
 from moe.data import pipeline
 from moe.interop import import_checkpoint
+from moe.programs import cli
 from tests.bad_input_cases import CASES, SLOW_CASES
 from tests.bad_input_helpers import Case, value
 from tests.helpers import slow_case

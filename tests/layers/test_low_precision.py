@@ -266,7 +266,7 @@ def test_the_planner_prices_products_of_bytes_at_twice_the_peak():
 
 _SCRIPT = """
 import sys
-from moe import process
+from moe.system import process
 process.use_tpu_compiler()
 import jax
 from jax import numpy as jnp

@@ -12,10 +12,10 @@ from moe.checkpoints import parameters
 from moe.checkpoints.parameters import read_parameters, read_variables
 from moe.config import ConfigError, LoraConfig, MeshConfig, StartConfig, validate_mesh
 from moe.layers.basic import parameter
-from moe.metrics_files import read_rows
 from moe.models.adapters import initial_adapters, merge
 from moe.parallel.mesh import make_mesh
 from moe.parallel.parameters import parameter_shardings
+from moe.system.metrics_files import read_rows
 from moe.training import loop as training
 from moe.training.averaging import write_average
 from moe.training.batches import place

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moe import shipped
 from moe.analysis import surgery
 from moe.config import Config, ConfigError, DataConfig, MeshConfig, TrainConfig
 from moe.data.tokenizer import train_tokenizer
@@ -23,6 +22,7 @@ from moe.playground import packed as weights
 from moe.playground import page
 from moe.playground.supported import vocabulary
 from moe.routing.gates import DenseMixture, ExpertChoice, Hash, TopK
+from moe.system import shipped
 from moe.training.batches import forward
 from moe.training.losses import token_cross_entropy
 from moe.training.step import build

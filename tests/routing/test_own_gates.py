@@ -20,7 +20,6 @@ from moe.config import Config, ConfigError, Losses, ModelConfig, MoEConfig
 from moe.config.parse import from_config_dict
 from moe.config.registry import find_layer
 from moe.configs import base
-from moe.fields import setting
 from moe.layers.moe_layer import MoELayer
 from moe.models import sampling
 from moe.models.factory import abstract_parameters
@@ -28,6 +27,7 @@ from moe.parallel.mesh import make_mesh
 from moe.routing import balancing
 from moe.routing.interface import Gate, GateInputs, GateOutput, top_k
 from moe.routing.routing import probe, route
+from moe.system.fields import setting
 from moe.training import evaluation, open_run
 from moe.training.loop import train
 from moe.training.step import build as build_program

@@ -16,7 +16,7 @@ from moe.checkpoints.manager import Checkpoints
 from moe.config import ConfigError, OptimizerConfig, TrainConfig
 from moe.models.state import TrainState, continue_at
 from moe.parallel.mesh import make_mesh
-from moe.signals import StartAgain
+from moe.system.signals import StartAgain
 from moe.training import loop as training
 from moe.training import recovery
 from moe.training.loop import train

@@ -17,11 +17,11 @@ from etils import epath
 
 from moe.config import Config, ConfigError, MeshConfig, TrainConfig
 from moe.data.preparation import Prepared
-from moe.metrics_files import read_rows
 from moe.models import flops
 from moe.parallel import target
 from moe.parallel.mesh import make_mesh
 from moe.routing.balancing import BalanceSums, LayerReport
+from moe.system.metrics_files import read_rows
 from moe.training import agreement, evaluation, loop, metrics, profiling
 from moe.training.evaluation import Heldout, _summary, check_domains, evaluate, sum_variance
 from moe.training.loop import train

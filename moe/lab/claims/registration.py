@@ -17,10 +17,11 @@ from typing import Literal
 import pydantic
 import pydantic.dataclasses
 
-from moe.atomic_files import write_atomic
-from moe.config import ConfigError, read_small_file
-from moe.foreign_files import Amount, Step, first_sentence, read_json
+from moe.config import ConfigError
 from moe.lab.expressions import parse
+from moe.system.atomic_files import write_atomic
+from moe.system.foreign_files import Amount, Step, first_sentence, read_json
+from moe.system.reading import read_small_file
 
 #: below, above: relative to zero. not_above: below the margin. within: between -margin and margin. less_variance: the
 #: first term varies less over seeds than the second (Pitman-Morgan). shown: reported, decides nothing.

@@ -11,8 +11,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from moe.atomic_files import write_atomic
-from moe.escaping import markdown_table, markdown_text
 from moe.lab import inference
 from moe.lab.claims.decide import CONTRADICTED, NOT_TESTED, SUPPORTED, TOO_SHORT, Finding, assess
 from moe.lab.claims.registration import Primary, Registered
@@ -25,6 +23,8 @@ from moe.lab.report.markdown import loss_cell, mean_sd, share_cell, share_note
 from moe.lab.report.regime import regime
 from moe.lab.step_seconds import StepSeconds
 from moe.lab.table import Table
+from moe.system.atomic_files import write_atomic
+from moe.system.escaping import markdown_table, markdown_text
 
 NAME = "switch_or_mixtral"
 #: Suite that the page is about; the page's text on sizes and factors applies to no other.

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import numpy as np
 
-from moe.atomic_files import write_atomic
-from moe.escaping import markdown_page, markdown_table, markdown_text
 from moe.lab import inference
 from moe.lab.claims.decide import (
     NOT_TESTED,
@@ -27,6 +25,8 @@ from moe.lab.claims.decide import (
 from moe.lab.claims.registration import Claim, Primary, Registered
 from moe.lab.report.regime import regimes
 from moe.lab.table import Table
+from moe.system.atomic_files import write_atomic
+from moe.system.escaping import markdown_page, markdown_table, markdown_text
 
 _RULES = {
     "below": "below 0",

@@ -12,12 +12,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from moe.atomic_files import write_figure
-from moe.escaping import FIGURE_TEXT
 from moe.lab import inference
 from moe.lab.expressions import Term
 from moe.lab.suite import Comparison
 from moe.lab.table import MissingError, Table
+from moe.system.atomic_files import write_figure
+from moe.system.escaping import FIGURE_TEXT
 
 ROUTING = (
     ("max_violation", "MaxVio, held-out"),

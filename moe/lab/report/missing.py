@@ -6,10 +6,10 @@ import itertools
 import statistics
 from collections.abc import Callable, Sequence
 
-from moe.escaping import markdown_table
 from moe.lab.records import FINISHED, Key, Record
 from moe.lab.schedule import Plan
 from moe.lab.suite import Suite
+from moe.system.escaping import markdown_table
 
 
 def missing(suite: Suite, records: Sequence[Record], only: Callable[[Key], bool], *, sweep: bool = True) -> str:

@@ -6,8 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from moe.atomic_files import write_atomic
-from moe.escaping import markdown_page, markdown_text
 from moe.lab import inference, results
 from moe.lab.claims.registration import Claim, Registered
 from moe.lab.expressions import parse
@@ -18,6 +16,8 @@ from moe.lab.report.figures import loss_effect
 from moe.lab.report.regime import regime
 from moe.lab.suite import Comparison, Suite
 from moe.lab.table import Table
+from moe.system.atomic_files import write_atomic
+from moe.system.escaping import markdown_page, markdown_text
 
 
 def write(directory: Path, tables: Mapping[str, Table], suite: Suite, registered: Registered, command: str) -> None:

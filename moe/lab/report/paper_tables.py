@@ -10,15 +10,16 @@ from pathlib import Path
 import pydantic
 import pydantic.dataclasses
 
-from moe.atomic_files import write_atomic
-from moe.config import ConfigError, read_small_file
-from moe.escaping import markdown_page, markdown_table, markdown_text
-from moe.foreign_files import first_sentence
+from moe.config import ConfigError
 from moe.lab import inference
 from moe.lab.expressions import parse, variants_of
 from moe.lab.inference import Effect
 from moe.lab.report.regime import regimes
 from moe.lab.table import MissingError, Table
+from moe.system.atomic_files import write_atomic
+from moe.system.escaping import markdown_page, markdown_table, markdown_text
+from moe.system.foreign_files import first_sentence
+from moe.system.reading import read_small_file
 
 TABLES_FILE = "paper_tables.toml"
 _STRICT = pydantic.ConfigDict(extra="forbid")

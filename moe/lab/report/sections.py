@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 
-from moe.escaping import markdown_table, markdown_text
 from moe.lab import inference, law, schedule
 from moe.lab.costs import executed_flops
 from moe.lab.inference import Effect
@@ -18,6 +17,7 @@ from moe.lab.report.figures import effect_of, loss_effect
 from moe.lab.report.markdown import loss_cell, mean_sd, share_cell, share_note
 from moe.lab.suite import MAX_DROP_DIFFERENCE, Comparison
 from moe.lab.table import Table
+from moe.system.escaping import markdown_table, markdown_text
 
 COMPARISON_NOTE = (
     "Losses are in nats per token on held-out text, evaluated without drops; differences are paired by seed, and "

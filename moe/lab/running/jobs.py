@@ -14,8 +14,8 @@ from pathlib import Path
 import filelock
 
 from moe.config import ConfigError
-from moe.exit_codes import START_AGAIN, after_signal
-from moe.stop_watch import STOP_WATCH
+from moe.system.exit_codes import START_AGAIN, after_signal
+from moe.system.stop_watch import STOP_WATCH
 
 #: Set in the environment of the processes that :func:`start` starts.
 WORKER = "MOE_LAB_WORKER"

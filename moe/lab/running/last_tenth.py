@@ -7,8 +7,8 @@ import itertools
 import math
 from pathlib import Path
 
-from moe.atomic_files import append, write_atomic
 from moe.models.state import TrainState
+from moe.system.atomic_files import append, write_atomic
 from moe.training.batches import Batch
 from moe.training.step import Program, TrainMetrics
 

@@ -11,12 +11,12 @@ from typing import Any
 
 from etils import epath
 
-from moe.atomic_files import append
 from moe.lab.records import Key, Record
 from moe.lab.suite import Suite
-from moe.metrics_files import METRICS, read_rows
+from moe.system.atomic_files import append
+from moe.system.metrics_files import METRICS, read_rows
+from moe.system.waiting import repeatedly
 from moe.training import progress
-from moe.waiting import repeatedly
 
 LOG = "progress.log"
 _SECONDS_BETWEEN_LINES = 60.0

@@ -24,7 +24,6 @@ import filelock
 import jax
 import numpy as np
 
-from moe.checkout import commit
 from moe.checkpoints.workdir import read_config
 from moe.config import Config, ConfigError, DistillConfig, StartConfig
 from moe.data import pipeline
@@ -38,6 +37,7 @@ from moe.lab.running.progress import Progress
 from moe.lab.suite import Suite
 from moe.lab.table import Table
 from moe.parallel.mesh import make_mesh
+from moe.system.checkout import commit
 from moe.training.loop import train
 from moe.training.recovery import DivergedError
 from moe.training.step import Program, build

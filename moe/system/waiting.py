@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from moe.escaping import terminal
+from moe.system.escaping import terminal
 
 #: Seconds between two lines, and the time limit of a first answer; gcsfs itself retries for about 70.
 EVERY, LIMIT = 10.0, 90.0

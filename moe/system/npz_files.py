@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from moe.atomic_files import write_atomic
-from moe.fields import ConfigError
+from moe.system.atomic_files import write_atomic
+from moe.system.fields import ConfigError
 
 
 def write_arrays(path: epath.Path | Path, arrays: Mapping[str, Any]) -> None:
-    """Write arrays as a compressed npz file, as :func:`moe.atomic_files.write_atomic` does."""
+    """Write arrays as a compressed npz file, as :func:`moe.system.atomic_files.write_atomic` does."""
     content = io.BytesIO()
     np.savez_compressed(content, **arrays)
     write_atomic(path, content.getvalue())

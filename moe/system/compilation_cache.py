@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jax
 
-from moe.atomic_files import in_bucket
+from moe.system.atomic_files import in_bucket
 
 #: Folder of runs of one process under ``train.compilation_cache=auto``.
 DEFAULT = "~/.cache/moe-data/jax"

@@ -16,9 +16,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from moe.escaping import terminal
-from moe.exit_codes import after_signal
-from moe.stop_watch import STOP_SIGNALS, STOP_WATCH, end
+from moe.system.escaping import terminal
+from moe.system.exit_codes import after_signal
+from moe.system.stop_watch import STOP_SIGNALS, STOP_WATCH, end
 
 _TUNABLE = "glibc.malloc.hugetlb=1"
 _JEMALLOC = "libjemalloc.so.2"

@@ -8,7 +8,8 @@ from typing import Annotated, Any, NoReturn
 
 import pydantic
 
-from moe.config import ConfigError, read_small_file
+from moe.system.fields import ConfigError
+from moe.system.reading import read_small_file
 
 Json = dict[str, Any]
 _OBJECT: pydantic.TypeAdapter[Json] = pydantic.TypeAdapter(Json)
@@ -51,7 +52,7 @@ def read_json[T](path: str | os.PathLike[str], schema: pydantic.TypeAdapter[T]) 
     """The content of a JSON file.
 
     Raises:
-        ConfigError: the file is not JSON or does not match the schema; see also :func:`moe.config.read_small_file`.
+        ConfigError: the file is not JSON or does not match the schema; see also :func:`.read_small_file`.
     """
     return parse(read_small_file(path), schema, os.fspath(path))
 

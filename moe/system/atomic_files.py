@@ -17,8 +17,8 @@ from typing import Any
 
 from etils import epath
 
-from moe.fields import ConfigError
-from moe.stop_watch import STOP_WATCH
+from moe.system.fields import ConfigError
+from moe.system.stop_watch import STOP_WATCH
 
 #: Error numbers of a lock request on a file system without locks.
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)

@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -21,28 +21,11 @@ from tensorboardX import summary
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 from tensorboardX.record_writer import RecordWriter
 
-from moe.atomic_files import in_bucket, write_atomic
-from moe.config import ConfigError
 from moe.config.references import import_object
-from moe.fields import raised_as_errors
 from moe.routing.balancing import AUXILIARY
-
-
-class Writer(Protocol):
-    """Receiver of the rows of a run, in process 0."""
-
-    def write(self, step: int, kind: str, values: dict[str, Any]) -> None:
-        """Take a row: numbers and nested lists ([L] per MoE layer, [L,E] per expert), or the text of a warning."""
-        ...
-
-    def close(self) -> None:
-        """Finish; called once, also after an error."""
-        ...
-
-
-#: (workdir, config as a dict, steps done: rows after them are written again) → Writer.
-Factory = Callable[[epath.Path, dict[str, Any], int], Writer]
-
+from moe.system.atomic_files import in_bucket, write_atomic
+from moe.system.fields import ConfigError, raised_as_errors
+from moe.system.metrics_files import Factory
 
 #: Kinds of rows whose values are shown for every layer, and the beginning of their tags.
 _LAYER_KINDS = {"train": "", "heldout/all": "heldout_"}

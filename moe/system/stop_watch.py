@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
-from moe.exit_codes import after_signal
+from moe.system.exit_codes import after_signal
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 

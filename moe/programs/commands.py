@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import moe
-from moe import process
+from moe.system import process
 
 #: Command → module of :mod:`moe.programs` and what it does.
 COMMANDS = {

@@ -1,6 +1,6 @@
 """Command lines: flags over a config file, and errors as one sentence on stderr with exit code 1.
 
-Importing this module imports JAX, so entry points call :mod:`moe.process` before it.
+Importing this module imports JAX, so entry points call :mod:`moe.system.process` before it.
 """
 
 from __future__ import annotations
@@ -22,8 +22,6 @@ from absl import app, flags, logging
 from etils import epath
 
 import moe
-from moe import process, shipped
-from moe.atomic_files import first_line, is_bucket_error
 from moe.config import (
     Config,
     ConfigError,
@@ -33,8 +31,10 @@ from moe.config import (
     extend_import_path,
 )
 from moe.config.files import Settings
-from moe.escaping import terminal
 from moe.parallel import target
+from moe.system import process, shipped
+from moe.system.atomic_files import first_line, is_bucket_error
+from moe.system.escaping import terminal
 
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show the traceback of an error.")
 # Read by _parse from the command line, since a run's config.json is checked while the other flags are parsed.

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from moe.exit_codes import INTERRUPTED, START_AGAIN
+from moe.system.exit_codes import INTERRUPTED, START_AGAIN
 
 #: Limits of int and float fields: values go to devices as int32 and float32.
 LARGEST, LARGEST_FLOAT = 2**31 - 1, 3.4e38

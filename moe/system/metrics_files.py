@@ -10,22 +10,37 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 import pydantic
 from etils import epath
 
-from moe.atomic_files import in_bucket, write_atomic
-from moe.config import Config, ConfigError, open_regular, to_dict
-from moe.fields import whole_number
-from moe.foreign_files import Fields, Json, Step, kept_whole, parse
-from moe.metric_writers import Factory
+from moe.system.atomic_files import in_bucket, write_atomic
+from moe.system.fields import ConfigError, whole_number
+from moe.system.foreign_files import Fields, Json, Step, kept_whole, parse
+from moe.system.reading import open_regular
 
 METRICS, TIMING = "metrics.jsonl", "timing.jsonl"
+
+
+class Writer(Protocol):
+    """Receiver of the rows of a run, in process 0."""
+
+    def write(self, step: int, kind: str, values: dict[str, Any]) -> None:
+        """Take a row: numbers and nested lists ([L] per MoE layer, [L,E] per expert), or the text of a warning."""
+        ...
+
+    def close(self) -> None:
+        """Finish; called once, also after an error."""
+        ...
+
+
+#: (workdir, config as a dict, steps done: rows after them are written again) → Writer.
+Factory = Callable[[epath.Path, dict[str, Any], int], Writer]
 
 
 class _Row(Fields):
@@ -170,14 +185,21 @@ class _Appended:
 class MetricsWriter:
     """Appends rows to the metric files of a workdir, and passes them to other writers."""
 
-    def __init__(self, workdir: epath.Path, step: int, config: Config, writers: Sequence[Factory] = ()):
-        """Open the files and drop rows after ``step``, from which the run continues: they will be written again."""
+    def __init__(self, workdir: epath.Path, step: int, config: dict[str, Any], writers: Sequence[Factory] = ()):
+        """Open the files and drop rows after ``step``, from which the run continues: they will be written again.
+
+        Args:
+            workdir: folder of the run.
+            step: steps done.
+            config: the run's config as nested dicts, for the other writers.
+            writers: makers of other writers.
+        """
         self.rows = {METRICS: 0, TIMING: 0}  # number of rows in each file, in the process that writes
         self._active = jax.process_index() == 0
         self._writers, self._files = [], {}
         with contextlib.ExitStack() as opened:  # closed here if a later one cannot be opened
             for make in writers if self._active else ():
-                self._writers.append(make(workdir, to_dict(config), step))
+                self._writers.append(make(workdir, config, step))
                 opened.callback(self._writers[-1].close)
             for name in (METRICS, TIMING) if self._active else ():
                 kept = self._up_to(step, workdir / name)

@@ -11,7 +11,7 @@ import os
 import re
 from pathlib import Path
 
-_PACKAGE = Path(__file__).resolve().parent
+_PACKAGE = Path(__file__).resolve().parents[1]
 
 #: Config files, each with get_config().
 CONFIGS = _PACKAGE / "configs"

@@ -17,14 +17,14 @@ import jax
 from jax._src import distributed
 from jax.experimental import multihost_utils
 
-from moe.config import ConfigError
-from moe.escaping import terminal
-from moe.exit_codes import START_AGAIN, after_signal
-from moe.stop_watch import STOP_SIGNALS, STOP_WATCH
+from moe.system.escaping import terminal
+from moe.system.exit_codes import START_AGAIN, after_signal
+from moe.system.fields import ConfigError
+from moe.system.stop_watch import STOP_SIGNALS, STOP_WATCH
 
 
 class Stopped(SystemExit):
-    """A run stopped by a signal, without an error; ``code`` is one of :mod:`moe.exit_codes`."""
+    """A run stopped by a signal, without an error; ``code`` is one of :mod:`moe.system.exit_codes`."""
 
     def __init__(self, code: int, reason: str):
         super().__init__(code)
