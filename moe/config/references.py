@@ -50,8 +50,19 @@ def refuse_modules(fields: Mapping[str, object], where: str = "") -> None:
             if _allowed.isdisjoint(packages):
                 raise ConfigError(
                     f"{where}{field}={name!r} is code of a module that this command does not name; if you trust it, "
-                    f"add --allow_module={module}"
+                    f"add --allow_module={module}{_on_path(module)}"
                 )
+
+
+def _on_path(module: str) -> str:
+    """What else a command needs to import a module; nothing is imported to find out."""
+    package = module.partition(".")[0]
+    with contextlib.suppress(FileNotFoundError):  # the current directory was deleted
+        if any(os.path.exists(os.path.join(os.getcwd(), f"{package}{end}")) for end in ("", ".py")):
+            return ""
+    if importlib.util.find_spec(package) is not None:
+        return ""
+    return f", and begin the command with PYTHONPATH=DIR, where DIR is the folder that has {package}"
 
 
 def import_object(field: str, name: str) -> typing.Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -122,8 +123,46 @@ def route(
     valid = mask & finite
     recorded = None if replay is None else replay.expert_index
     inputs = dataclasses.replace(inputs, mask=valid, noise_logits=noise_logits, expert_index=recorded)
-    output = gate.route(router_logits, inputs)
+    if not is_own(gate):
+        return _routing(gate, gate.route(router_logits, inputs), router_logits, mask, finite, replay)
+    with raised_as_errors(f"gate {type(gate).__name__}: route"):
+        routing = _routing(gate, gate.route(router_logits, inputs), router_logits, mask, finite, replay)
+        return routing if replay is not None else _without_wrong_choices(routing, mask)
+
+
+def is_own(gate: Gate) -> bool:
+    """Whether a gate is of a user's module."""
+    return type(gate).__module__.partition(".")[0] != "moe"
+
+
+def _without_wrong_choices(routing: Routing, mask: Array) -> Routing:
+    """Call tokens broken that have an expert twice, one that does not exist, or a weight that is negative or not
+    finite: :func:`probe` sees few tokens, and these would be trained without a word."""
+    index, k = routing.expert_index, routing.expert_index.shape[-1]
+    ordered = jnp.sort(jnp.where(routing.chosen, index, -1 - jnp.arange(k)), axis=-1)
+    exists = (index >= 0) & (index < routing.router_logits.shape[-1])
+    weights = jnp.isfinite(routing.combine_weights) & (routing.combine_weights >= 0)
+    sound = jnp.all((exists & weights) | ~routing.chosen, axis=-1)
+    sound &= jnp.all(ordered[..., 1:] != ordered[..., :-1], axis=-1)
+    return dataclasses.replace(
+        routing,
+        chosen=routing.chosen & sound[..., None],
+        combine_weights=jnp.where(sound[..., None], routing.combine_weights, 0.0),
+        broken=routing.broken | (mask & ~sound),
+    )
+
+
+def _routing(
+    gate: Gate, output: Any, router_logits: Array, mask: Array, finite: Array, replay: Choices | None
+) -> Routing:
+    """The routing of a gate's output, or of recorded choices with its weights; arguments are those of :func:`route`.
+
+    Args:
+        output: of the gate, perhaps something else.
+        finite: [G,S], tokens whose logits are finite.
+    """
     _check_output(gate, output, router_logits)
+    valid = mask & finite
     chosen = jnp.broadcast_to(valid[..., None], output.expert_index.shape)
     accepted, expert_index = output.accepted, output.expert_index
     if replay is not None:
@@ -144,7 +183,7 @@ def route(
 
 def _check_output(gate: Gate, output: object, router_logits: Array) -> None:
     """Refuse outputs of wrong types, shapes or dtypes; values of indices and weights, which are known only at run time,
-    are checked by :func:`probe`."""
+    are checked by :func:`probe` and :func:`_without_wrong_choices`."""
     name = f"gate {type(gate).__name__}"
     if not isinstance(output, GateOutput):
         raise ConfigError(f"{name}: route must return a GateOutput, not {type(output).__name__}")
@@ -164,39 +203,67 @@ def _check_output(gate: Gate, output: object, router_logits: Array) -> None:
             raise ConfigError(f"{name}: {field} is {is_now}, must be {jnp.dtype(dtype).name}{list(wanted)}")
 
 
-def probe(gate: Gate, num_experts: int, *, null_experts: int = 0) -> None:
-    """Run a user's gate once on a few tokens and refuse it in one sentence if it cannot route them.
+def probe(
+    gate: Gate, num_experts: int, *, null_experts: int = 0, shapes: Iterable[tuple[int, int]] = ((2, 8),)
+) -> None:
+    """Run a user's gate on random logits, in training, evaluation and generation, and refuse it in one sentence if it
+    cannot route them.
+
+    Args:
+        gate: of a user's module.
+        num_experts: FFN experts.
+        null_experts: further experts, without an FFN.
+        shapes: numbers of groups and of tokens per group to try.
 
     Raises:
         ConfigError: the rule raises, returns something other than a GateOutput of the right shapes and types, an expert
             that does not exist or twice for one token, or a weight that is negative or not finite.
     """
-    name, columns = f"gate {type(gate).__name__}", num_experts + null_experts
-    logits = jax.random.normal(jax.random.key(0), (2, 8, columns))
-    ids = jnp.arange(16, dtype=jnp.int32).reshape(2, 8)
-    for rng in (None, jax.random.key(1)):
-        state = None if gate.state.update == "none" else jnp.zeros((columns,), jnp.float32)
-        noise = logits if rng is not None and gate.router == "noisy" else None
-        with raised_as_errors(f"{name}: route"):
-            inputs = GateInputs(
-                jnp.ones((2, 8), bool),
-                rng=rng,
-                train=rng is not None,
-                noise_logits=noise,
-                selection_bias=state,
-                token_ids=ids,
-            )
-            routing = route(gate, logits, inputs)
-        index, weights = np.asarray(routing.expert_index), np.asarray(routing.combine_weights)
-        k = columns if gate.lists_all else gate.experts_per_token(num_experts)
-        if index.shape[-1] != k:
-            raise ConfigError(f"{name}: route returns {index.shape[-1]} experts a token, must be K = {k}")
-        repeated = any(len(set(row)) < k for row in index.reshape(-1, k))
-        if index.min() < 0 or index.max() >= columns or repeated:
-            raise ConfigError(f"{name}: expert_index must be different experts from 0 to {columns - 1} for each token")
-        shares = {"weights": weights, "probs": routing.router_probs, "smooth_load": routing.smooth_load}
-        for field, values in shares.items():
-            if values is not None and not (np.isfinite(values).all() and np.min(values) >= 0):
-                raise ConfigError(f"{name}: {field} must be finite and not negative")
-        if routing.needed_bias is not None and np.isnan(routing.needed_bias).any():
-            raise ConfigError(f"{name}: needed_bias must not be NaN")
+    for groups, size in shapes:
+        for rng in (None, jax.random.key(1)):
+            _probe(gate, num_experts, null_experts, groups, size, rng)
+    if gate.generates:
+        _probe(gate, num_experts, null_experts, 2, 1, None, generating=True)
+
+
+def _probe(
+    gate: Gate, num_experts: int, null_experts: int, groups: int, size: int, rng: Array | None, generating: bool = False
+) -> None:
+    """Run a gate once: in training if there is a key, else in evaluation, or in generation."""
+    columns = num_experts + null_experts
+    logits = jax.random.normal(jax.random.key(0), (groups, size, columns))
+    ids = jnp.arange(groups * size, dtype=jnp.int32).reshape(groups, size)
+    k = columns if gate.lists_all else gate.experts_per_token(num_experts)
+    name = f"gate {type(gate).__name__}"
+    inputs = GateInputs(
+        jnp.ones((groups, size), bool),
+        rng=rng,
+        train=rng is not None,
+        noise_logits=logits if rng is not None and gate.router == "noisy" else None,
+        selection_bias=None if gate.state.update == "none" else jnp.zeros((columns,), jnp.float32),
+        token_ids=ids,
+        positions=jnp.full((groups, size), 8, jnp.int32) if generating else None,
+    )
+
+    def apply(logits: Array) -> Routing:
+        return _routing(gate, gate.route(logits, inputs), logits, inputs.mask, inputs.mask, None)
+
+    with raised_as_errors(f"{name}: route"):
+        for _ in range(2):  # a gate that keeps a tracer fails the second time
+            jax.eval_shape(apply, logits)
+        routing = apply(logits)
+    index, weights = np.asarray(routing.expert_index), np.asarray(routing.combine_weights)
+    if index.shape[-1] != k:
+        raise ConfigError(f"{name}: route returns {index.shape[-1]} experts a token, must be K = {k}")
+    ordered = np.sort(index, axis=-1)
+    if index.min() < 0 or index.max() >= columns or (ordered[..., 1:] == ordered[..., :-1]).any():
+        raise ConfigError(
+            f"{name}: expert_index must be different experts from 0 to {columns - 1} for each token; it is not for "
+            f"{groups} groups of {size} tokens in {'training' if rng is not None else 'evaluation'}"
+        )
+    shares = {"weights": weights, "probs": routing.router_probs, "smooth_load": routing.smooth_load}
+    for field, values in shares.items():
+        if values is not None and not (np.isfinite(values).all() and np.min(values) >= 0):
+            raise ConfigError(f"{name}: {field} must be finite and not negative")
+    if routing.needed_bias is not None and np.isnan(routing.needed_bias).any():
+        raise ConfigError(f"{name}: needed_bias must not be NaN")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import signal
 import typing
 from collections.abc import Iterator
 
@@ -34,16 +35,23 @@ class ConfigError(ValueError):
 
 @contextlib.contextmanager
 def exits_as_errors() -> Iterator[None]:
-    """Raise ImportError where a user's code calls sys.exit, which would end this program silently.
+    """Raise ImportError where a user's code calls sys.exit, which would end this program silently, or raises something
+    else that is no Exception.
 
-    Exits with the code of a stop signal pass unchanged.
+    Exits with the code of a stop signal pass unchanged, as does Ctrl-C where no handler of ours makes it such an exit.
     """
     try:
         yield
+    except Exception:
+        raise
     except SystemExit as error:
         if error.code in (START_AGAIN, INTERRUPTED):
             raise
         raise ImportError(f"it calls sys.exit({error.code!r})") from error
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt) and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            raise
+        raise ImportError(f"it raises {type(error).__name__}: {error}") from error
 
 
 @contextlib.contextmanager

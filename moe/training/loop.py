@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 
 from moe.checkpoints.integrity import is_finite
 from moe.checkpoints.manager import Checkpoints, no_background_tracebacks, refuse_unusable_path
+from moe.checkpoints.noted_code import edited_code, note_code
 from moe.checkpoints.pinned import pinned_steps
 from moe.checkpoints.workdir import (
     CONFIG,
@@ -44,6 +45,7 @@ from moe.models import flops
 from moe.models.pipeline import check as pipeline_check
 from moe.models.state import TrainState
 from moe.parallel.mesh import local_rows, make_mesh, rows_by_process
+from moe.routing.routing import is_own
 from moe.system import process
 from moe.system.atomic_files import first_line, in_bucket
 from moe.system.metrics_files import METRICS, TIMING, MetricsWriter, iterate_rows
@@ -59,7 +61,7 @@ from moe.training.metrics import StepClock, Throughput, mean_row, step_metrics
 from moe.training.optimizer import averaged_weights
 from moe.training.recovery import DivergedError, Health, Recovery, next_batch
 from moe.training.report import finish, prompts
-from moe.training.step import Program, build
+from moe.training.step import Program, TrainMetrics, build
 from moe.training.teacher import read_teacher
 
 
@@ -167,7 +169,8 @@ def train(
             state = state.restored(restored) if state is not None else restored
             say(f"resuming {workdir} at step {step} of {config.train.num_steps}")
         with disk_errors(directory):
-            _apply_changes(config, changes, step, directory, say)
+            _apply_changes(config, changes | edited_code(config, directory), step, directory, say)
+            note_code(config, directory)
         with disk_errors(directory), checkpoints.finish_on_error():
             if step < config.train.num_steps:
                 shown = progress.Progress(
@@ -262,6 +265,25 @@ def _apply_changes(
         (directory / REPORT).unlink(missing_ok=True)
 
 
+def refuse_wrong_choices(config: Config, metrics: TrainMetrics, step: int) -> None:
+    """Refuse a user's gate that assigns wrong experts to tokens of a start's first step.
+
+    Raises:
+        ConfigError: the gate and the layers are named.
+    """
+    own = [type(gate).__name__ for gate in config.model.moe.gates if is_own(gate)]
+    if own and metrics.layers is not None and (counts := np.asarray(metrics.layers.broken_tokens)).any():
+        raise ConfigError(
+            f"gate {', '.join(own)}: step {step} has {_broken(config)}, per MoE layer: {counts.astype(int).tolist()}"
+        )
+
+
+def _broken(config: Config) -> str:
+    """What broken tokens are."""
+    choices = ", or with an expert twice, one that does not exist, or a weight that is negative or not finite"
+    return f"tokens without finite router logits{choices if any(map(is_own, config.model.moe.gates)) else ''}"
+
+
 class _Loop:
     """For each step: batch, train step; then, when due: log, evaluate, save, stop. Always in this order.
 
@@ -327,6 +349,7 @@ class _Loop:
                 self._pending.append(metrics)
                 if step == first:
                     jax.block_until_ready(metrics)
+                    refuse_wrong_choices(self._program.config, metrics, step)
                     self._progress.write(f"[{process.seconds_running():6.1f} s] step {step}, the first one, is done")
                     self._compile_evaluation(state)
                     after_first.enter_context(self._signals.at_steps())
@@ -357,9 +380,7 @@ class _Loop:
         warnings = self._health.look(step, steps, row)
         self._writer.write(step, "train", row)
         if np.any(row.get("broken_tokens", 0)):
-            self._progress.write(
-                f"step {step}: tokens without finite router logits, per MoE layer: {row['broken_tokens']}"
-            )
+            self._progress.write(f"step {step}: {_broken(self._program.config)}, per MoE layer: {row['broken_tokens']}")
         self._writer.write(step, "timing", timing, file=TIMING)
         self._progress.logged(row, timing if self._timed else None)
         self._timed = True

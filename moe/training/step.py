@@ -35,7 +35,7 @@ from moe.routing.balancing import (
     over_step,
 )
 from moe.routing.interface import Gate
-from moe.routing.routing import probe
+from moe.routing.routing import is_own, probe
 from moe.training.batches import Batch, batch_shapes, forward
 from moe.training.losses import TEXT, Objective, auxiliary_loss, mean_reports, row_cross_entropy
 from moe.training.optimizer import gradient_norm, learning_rate_schedule, make_optimizer, probe_own
@@ -156,7 +156,7 @@ def build(
         teacher: model whose probabilities serve as soft targets (``config.distill``).
         gate: replaces the gate that ``config.model.moe.gate`` names in every MoE layer.
     """
-    _probe_own_gates(config.model)
+    _probe_own_gates(config)
     pipeline.check(config, mesh.shape)
     teacher_model, teacher_variables = teacher or (config.model, None)
     parts = _Parts(
@@ -228,11 +228,24 @@ def _in_host_memory(shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> Nam
     return stored
 
 
-def _probe_own_gates(model: ModelConfig) -> None:
-    """Refuse a gate of a user's module that cannot route; see :func:`moe.routing.routing.probe`."""
-    for gate in set(model.moe.gates):
-        if ":" in gate.name:
-            probe(gate, model.moe.num_experts, null_experts=model.moe.null_experts)
+#: Most numbers in the logits with which a user's gate is probed.
+_PROBED = 1 << 24
+
+
+def _probe_own_gates(config: Config) -> None:
+    """Refuse a gate of a user's module that cannot route the groups of this run; see
+    :func:`moe.routing.routing.probe`. The first step checks all of its tokens."""
+    model, moe = config.model, config.model.moe
+    columns = moe.num_experts + moe.null_experts
+    shapes = [(2, 8)]
+    for length in {config.data.sequence_length, *([config.data.input_length] if model.encoder_layers else [])}:
+        size = moe.group_size or length
+        groups = config.train.batch_size * length // size
+        if fitting := min(groups, _PROBED // (size * columns)):
+            shapes.append((fitting, size))
+    for gate in set(moe.gates):
+        if is_own(gate):
+            probe(gate, moe.num_experts, null_experts=moe.null_experts, shapes=shapes)
 
 
 def _graphdef(model: ModelConfig, gate: Gate | None = None) -> nnx.GraphDef[Model]:

@@ -5,6 +5,7 @@ import importlib
 import json
 import re
 import shutil
+import signal
 import sys
 import types
 from pathlib import Path
@@ -13,10 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from flax import nnx
 
 from moe.analysis import surgery
-from moe.config import Config, ConfigError, Losses, ModelConfig, MoEConfig
+from moe.checkpoints import noted_code
+from moe.config import Config, ConfigError, DataConfig, Losses, ModelConfig, MoEConfig, TrainConfig, references
 from moe.config.parse import from_config_dict
 from moe.config.registry import find_layer
 from moe.configs import base
@@ -28,8 +31,9 @@ from moe.routing import balancing
 from moe.routing.interface import Gate, GateInputs, GateOutput, top_k
 from moe.routing.routing import probe, route
 from moe.system.fields import setting
-from moe.training import evaluation, open_run
+from moe.training import evaluation, loop, open_run
 from moe.training.loop import train
+from moe.training.step import _probe_own_gates
 from moe.training.step import build as build_program
 from tests import run_helpers
 from tests.helpers import set_moe
@@ -335,3 +339,155 @@ def test_a_users_gate_trains_resumes_and_evaluates(module, tmp_path):
         results = evaluation.evaluate(opened.program, opened.variables(), heldout)
     (last,) = (row for row in run_helpers.rows(workdir, "heldout/all") if row["step"] == 2)
     np.testing.assert_allclose(results["all"]["loss"], last["loss"], rtol=1e-5)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Late(Gate):
+    """Right for the first tokens of a group, or in training alone."""
+
+    k: int = 2
+    where: str = "later"
+
+    def route(self, router_logits, inputs):
+        values, index = top_k(router_logits, self.k)
+        wrong = {
+            "later": jnp.arange(index.shape[1])[None, :, None] >= 8,
+            "many groups": jnp.arange(index.shape[0])[:, None, None] >= 2,
+            "evaluation": jnp.asarray(not inputs.train),
+            "generation": jnp.asarray(inputs.positions is not None),
+            "high": values[..., :1] > 8,
+        }[self.where]
+        return GateOutput(jnp.where(wrong, index[..., :1], index), jax.nn.softmax(values))
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("later", "each token; it is not for 4 groups of 16 tokens in evaluation"),
+        ("many groups", "each token; it is not for 4 groups of 16 tokens in evaluation"),
+        ("evaluation", "each token; it is not for 2 groups of 8 tokens in evaluation"),
+        ("generation", "each token; it is not for 2 groups of 1 tokens in evaluation"),
+    ],
+)
+def test_a_gate_is_probed_in_the_shapes_of_the_run_and_outside_of_training(where, message):
+    """Two groups of 8 tokens alone let an expert repeat for all later tokens."""
+    probe(Late(where="high"), 8, shapes=[(2, 8), (4, 16)])
+    with pytest.raises(ConfigError, match=f"gate Late: expert_index must be different experts .*{message}"):
+        probe(Late(where=where), 8, shapes=[(2, 8), (4, 16)])
+    config = Config(
+        model=ModelConfig(
+            d_model=16, num_layers=1, vocab_size=32, moe=MoEConfig(gate=Late(where=where), num_experts=8)
+        ),
+        data=DataConfig(sequence_length=16),
+        train=TrainConfig(batch_size=4),
+    )
+    with pytest.raises(ConfigError, match=message):
+        _probe_own_gates(config)
+
+
+def test_wrong_choices_of_a_step_are_found_inside_the_program():
+    """Token 1 has expert 0 twice; it is not sent, and the first step ends with the layer's number."""
+    gate, mask = Late(where="high"), jnp.asarray([[True, True, True]])
+    logits = jnp.asarray([[[3.0, 1.0, 2.0], [9.0, 1.0, 2.0], [0.0, 5.0, 4.0]]])
+    routing = jax.jit(lambda logits: route(gate, logits, GateInputs(mask)))(logits)
+    assert routing.broken.tolist() == [[False, True, False]]
+    assert routing.chosen.tolist() == [[[True] * 2, [False] * 2, [True] * 2]]
+    assert routing.combine_weights[0, 1].tolist() == [0, 0]
+    for output in (
+        GateOutput(jnp.asarray([[[0, 3]]]), jnp.ones((1, 1, 2))),  # there is no expert 3
+        GateOutput(jnp.asarray([[[0, -1]]]), jnp.ones((1, 1, 2))),
+        GateOutput(jnp.asarray([[[0, 1]]]), jnp.asarray([[[1.0, -1.0]]])),
+        GateOutput(jnp.asarray([[[0, 1]]]), jnp.asarray([[[1.0, jnp.nan]]])),
+    ):
+        fixed = type("Fixed", (Gate,), {"route": lambda self, logits, inputs, output=output: output, "k": 2})()
+        assert route(fixed, logits[:, :1], GateInputs(mask[:, :1])).broken.all()
+        unsent = output._replace(accepted=jnp.asarray([[[True, False]]]))  # what is not sent may be anything
+        fixed = type("Fixed", (Gate,), {"route": lambda self, logits, inputs, output=unsent: output, "k": 2})()
+        assert not route(fixed, logits[:, :1], GateInputs(mask[:, :1])).broken.any()
+    config = types.SimpleNamespace(model=types.SimpleNamespace(moe=types.SimpleNamespace(gates=(gate,))))
+    metrics = types.SimpleNamespace(layers=types.SimpleNamespace(broken_tokens=np.asarray([0.0, 1.0])))
+    with pytest.raises(ConfigError, match=r"gate Late: step 1 has .* expert twice.*, per MoE layer: \[0, 1\]$"):
+        loop.refuse_wrong_choices(config, metrics, 1)
+    config.model.moe.gates = (find_layer("mixtral").gate,)
+    loop.refuse_wrong_choices(config, metrics, 1)  # non-finite logits of a built-in gate are logged
+
+
+def test_errors_of_a_gate_that_appear_when_it_is_traced_name_it():
+    """sys.exit(0) ended a run with exit code 0 and no step; a leaked tracer was a traceback."""
+    leaked = []
+
+    def traced(rule):
+        gate = type("Traced", (Gate,), {"route": lambda self, logits, inputs: rule(logits), "k": 2})()
+        return jax.jit(lambda logits: route(gate, logits, GateInputs(jnp.ones((1, 4), bool))).combine_weights)
+
+    def leaks(logits):
+        leaked.append(jax.nn.softmax(top_k(logits, 2)[0]))
+        return GateOutput(top_k(logits, 2)[1], leaked[0])
+
+    def exits(logits):
+        return sys.exit(0)
+
+    class Odd(BaseException):
+        pass
+
+    def odd(logits):
+        raise Odd("x")
+
+    logits = jnp.ones((1, 4, 3))
+    with pytest.raises(ConfigError, match=r"^gate Leaks: route raises UnexpectedTracerError"):
+        probe(type("Leaks", (Gate,), {"route": lambda self, logits, inputs: leaks(logits), "k": 2})(), 3)
+    for rule, message in (
+        (exits, r"ImportError: it calls sys\.exit\(0\)"),
+        (odd, "ImportError: it raises Odd: x"),
+        (lambda logits: GateOutput(*(logits,) * 2) if logits[0, 0, 0] > 0 else None, "TracerBoolConversionError"),
+    ):
+        with pytest.raises(ConfigError, match=f"^gate Traced: route raises {message}"):
+            traced(rule)(logits)
+
+
+def test_an_import_that_raises_no_exception_is_one_sentence(module, monkeypatch):
+    """KeyboardInterrupt of a module, where Ctrl-C itself has a handler that ends the program."""
+    for number, line in enumerate(("raise KeyboardInterrupt", "raise BaseException('x')")):
+        (module / f"odd_gates{number}.py").write_text(line + "\n")
+    with pytest.raises(ConfigError, match="importing odd_gates1 failed: ImportError: it raises BaseException: x"):
+        from_config_dict(tree_with("odd_gates1:rule"))
+    with pytest.raises(KeyboardInterrupt):  # perhaps the user's, in a notebook
+        from_config_dict(tree_with("odd_gates0:rule"))
+    monkeypatch.setattr(signal, "getsignal", lambda _: lambda *_: None)
+    with pytest.raises(ConfigError, match="importing odd_gates0 failed: ImportError: it raises KeyboardInterrupt"):
+        from_config_dict(tree_with("odd_gates0:rule"))
+
+
+def test_an_edited_gate_is_said_on_resume(module, tmp_path):
+    config = from_config_dict(tree_with("my_gates:Last"))
+    folder = epath.Path(tmp_path)
+    assert not noted_code.edited_code(config, folder)
+    noted_code.note_code(config, folder)
+    assert not noted_code.edited_code(config, folder)
+    (folder / noted_code.NOTE).write_text(json.dumps({"sha256": "before"}))
+    ((name, (old, new)),) = noted_code.edited_code(config, folder).items()
+    assert (name, old, len(new)) == ("code of the user's modules", "before", 16)
+    loop._apply_changes(config, {name: [old, new]}, 3, folder, (said := []).append)
+    assert said == [f"changed from step 3 on: code of the user's modules 'before' to {new!r}"]
+    assert json.loads((folder / "changes.jsonl").read_text()) == {"step": 3, "changes": {name: [old, new]}}
+    plain = from_config_dict(tree_with("mixtral"))
+    (folder / noted_code.NOTE).unlink()
+    noted_code.note_code(plain, folder)
+    assert not (folder / noted_code.NOTE).exists()
+
+
+def test_a_refused_module_comes_with_all_that_the_command_needs(module, tmp_path, monkeypatch):
+    """First --allow_module was asked for, and then PYTHONPATH."""
+    allow = r"if you trust it, add --allow_module=far\.gates"
+    with pytest.raises(
+        ConfigError, match=allow + ", and begin the command with PYTHONPATH=DIR, where DIR is the folder"
+    ):
+        references.refuse_modules({"model.moe.gate": "far.gates:Rule"})
+    (module / "fresh_gates.py").touch()
+    with pytest.raises(ConfigError, match=r"add --allow_module=fresh_gates$"):
+        references.refuse_modules({"model.moe.gate": "fresh_gates:Rule"})
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "far").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(ConfigError, match=allow + "$"):
+        references.refuse_modules({"model.moe.gate": "far.gates:Rule"})
