@@ -2,13 +2,15 @@
 
 ``attention.csv`` has 125 of them: self-attention of 1024 to 32,768 tokens with heads of 64 to 256; causal on v5p, v6e
 and tpu7x (flash and splash attention of tokamax, relatives of JAX's splash), over all keys on A100 and H100 (cuDNN
-forward; backward JAX's Mosaic kernel, up to 128). The logarithm of time over that of all keys at peak FLOP/s is
+forward; backward JAX's Mosaic kernel, up to 128). The share of the peak that the scores which count reach, half of all
+where it is causal, is fitted as its logit, so that no price is shorter than those scores at peak FLOP/s; the logit is
 quadratic in the logarithms of the tokens and of the heads' dimension, for each device and pass. Short rows and small
-heads take many times the time at peak on TPUs, whose vector units compute the softmax.
+heads reach small shares on TPUs, whose vector units compute the softmax.
 
 Priced by analogy, with a wider interval, are the backward pass on v5p, v6e and A100 (the forward pass's, times backward
 over forward on tpu7x and H100); v5e and older TPUs (as v5p); H200, B200 and GB200 (as H100); all GPUs, because cuDNN is
-given a mask here and was not there; and a window (rows of twice its length, at least 1024).
+given a mask here and was not there; and a window: the blocks of keys that it touches, at the share of rows whose
+queries see as many keys in the mean.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from moe.config import ModelConfig, layer_kinds
+from moe.layers.attention.tpu import block_sizes
 from moe.planner.chips import CHIPS
 from moe.planner.gpus import GPUS
 from moe.planner.measured import DEVICES
@@ -32,73 +35,113 @@ PATH = Path(__file__).with_name("attention.csv")
 #: Measured device that stands for another one, at the same share of the peak.
 _LIKE = {"v2": "v5p", "v3": "v5p", "v4": "v5p", "v5e": "v5p", "h200": "h100", "b200": "h100", "gb200": "h100"}
 
-#: Further width of an interval, in the logarithm, for a device, pass or window that was not measured.
-_ANALOGY = 0.25
+#: Further width of an interval, in the logit of the share, for a device, pass or window that was not measured.
+_ANALOGY = 0.5
 
 _MATMULS = {"forward": 2, "backward": 5}
 
 #: Ridge of the fit, for devices on which only two dimensions were measured.
 _RIDGE = 1e-3
 
+#: Time over that of all T² scores at peak, the same at the ends of its interval, the scores that are computed over all,
+#: and what the times rest on.
+Factor = tuple[float, float, float, float, str]
 
-def prices(
-    kernels: Sequence[Item], flops: float, peak: float, factor: Callable[[str], tuple[float, float, str]]
-) -> dict[str, Price]:
+
+def prices(kernels: Sequence[Item], flops: float, peak: float, factor: Callable[[str], Factor]) -> dict[str, Price]:
     """Times of one run of each kernel, by name.
 
     Args:
         kernels: of a program.
-        flops: of all kernels on one device, in a step, whose FLOPs the program's text does not state; split by the
-            bytes that each moves.
+        flops: of all T² scores of all kernels on one device, in a step; those of kernels whose FLOPs the program's text
+            does not state are split by the bytes that each moves.
         peak: FLOP/s.
-        factor: pass → time over that at peak, width of its interval, basis (:func:`factor`).
+        factor: of a pass (:func:`factor`).
     """
+    stated = sum(kernel.flops * kernel.count for kernel in kernels)
     moved = sum(kernel.bytes * kernel.count for kernel in kernels if not kernel.flops)
     made = {}
     for kernel in kernels:
-        share = kernel.flops or flops * kernel.bytes / max(moved, 1)
-        times, width, basis = factor(kernel.where)
-        seconds = times * share / peak
-        made[kernel.name] = Price(seconds, seconds * math.exp(-width), seconds * math.exp(width), basis, share)
+        times, low, high, computed, basis = factor(kernel.where)
+        share = kernel.flops or max(flops - stated, 0.0) * kernel.bytes / max(moved, 1)
+        at_peak = share / peak
+        made[kernel.name] = Price(
+            times * at_peak, low * at_peak, high * at_peak, basis, computed * share, computed * at_peak
+        )
     return made
 
 
-def factor(name: str, model: ModelConfig, tokens: int, where: str) -> tuple[float, float, str]:
-    """Time of a model's kernels over that of all blocks of their grids at peak.
+def factor(name: str, model: ModelConfig, tokens: int, where: str) -> Factor:
+    """Times of a model's kernels, in the mean of its layers.
 
     Args:
         name: key of :data:`moe.planner.chips.CHIPS` or of GPUS.
         model: with its heads and windows.
         tokens: of a row.
         where: pass; all but "backward" run the forward kernel.
-
-    Returns:
-        (factor, width of the interval in the logarithm, basis).
     """
     kind = "backward" if where == "backward" else "forward"
-    scored = [kind for kind in layer_kinds(model) if kind.mixer.score_dims]
-    windows = [kind.window for kind in scored]
-    lengths = [min(tokens, max(2 * window, 1024)) if window else tokens for window in windows]
+    scored = [each for each in layer_kinds(model) if each.mixer.score_dims]
     dims = scored[0].mixer.score_dims
-    found = {length: _factor(name, kind, length, dims) for length in lengths}
-    # Blocks of a layer go with its length.
-    mean = sum(length * found[length][0] for length in lengths) / sum(lengths)
-    _, width, basis = max(found.values(), key=lambda each: each[1])
-    return (mean, width + _ANALOGY, "by analogy") if basis == "measured" and any(windows) else (mean, width, basis)
+    found = [_layer(name, kind, tokens, dims, each.window if each.window < tokens else 0) for each in scored]
+    mean = [sum(numbers) / len(found) for numbers in zip(*(numbers for numbers, _ in found), strict=True)]
+    basis = "measured" if all(basis == "measured" for _, basis in found) else "by analogy"
+    return mean[0], mean[1], mean[2], mean[3], basis
 
 
-def _factor(name: str, kind: str, tokens: int, width: int) -> tuple[float, float, str]:
+def times(name: str, kind: str, tokens: int, keys: float, dims: int) -> tuple[float, float, float]:
+    """Time over that at peak, and the ends of its interval, of scores with that many keys of a query in the mean.
+
+    Args:
+        name: as in :func:`factor`.
+        kind: "forward" or "backward".
+        tokens: of a row.
+        keys: that a query sees in the mean.
+        dims: of a key and a value together.
+    """
+    slowness, width, _ = _slowness(name, kind, max(min(int(2 * keys), tokens), _SHORTEST), dims)
+    middle, low, high = (1 + math.exp(slowness + by) for by in (0.0, -width, width))
+    return middle, low, high
+
+
+#: Rows shorter than this were not measured.
+_SHORTEST = 1024
+
+
+@functools.cache
+def _layer(name: str, kind: str, tokens: int, dims: int, window: int) -> tuple[tuple[float, float, float, float], str]:
+    """(numbers of a :data:`Factor`, basis) of a layer."""
+    computed, length = _scores(name in CHIPS, tokens), tokens
+    if window and name in CHIPS:
+        side = block_sizes(tokens, window).block_q
+        keys = min(side * (1 + math.ceil((window - 1) / side)), tokens)
+        computed = min(computed, keys / tokens)
+        length = min(max(2 * keys, _SHORTEST), tokens)
+    slowness, width, basis = _slowness(name, kind, length, dims)
+    if window and basis == "measured":
+        width, basis = width + _ANALOGY, "by analogy"
+    middle, low, high = (computed * (1 + math.exp(slowness + by)) for by in (0.0, -width, width))
+    return (middle, low, high, computed), basis
+
+
+def _scores(causal: bool, tokens: int) -> float:
+    """Scores that count over all T²."""
+    return (tokens + 1) / (2 * tokens) if causal else 1.0
+
+
+def _slowness(name: str, kind: str, tokens: int, width: int) -> tuple[float, float, str]:
+    """(logarithm of (1 - share) / share, width of its interval, basis)."""
     device = _LIKE.get(name, name)
     features = _features(tokens, width)
     weights, spread = _fit(device, kind)
     if weights is not None:
-        factor = math.exp(features @ weights)
+        slowness = float(features @ weights)
         exact = device == name and name in CHIPS
-        return (factor, spread, "measured") if exact else (factor, spread + _ANALOGY, "by analogy")
+        return (slowness, spread, "measured") if exact else (slowness, spread + _ANALOGY, "by analogy")
     reference = "tpu7x" if device in CHIPS else "h100"
     parts = [(1, *_fit(device, "forward")), (1, *_fit(reference, kind)), (-1, *_fit(reference, "forward"))]
-    logarithm = sum(sign * (features @ weights) for sign, weights, _ in parts if weights is not None)
-    return math.exp(logarithm), math.hypot(*(spread for *_, spread in parts)) + _ANALOGY, "by analogy"
+    slowness = sum(sign * float(features @ weights) for sign, weights, _ in parts if weights is not None)
+    return slowness, math.hypot(*(spread for *_, spread in parts)) + _ANALOGY, "by analogy"
 
 
 @functools.cache
@@ -108,15 +151,16 @@ def timings() -> tuple[dict[str, str], ...]:
         return tuple(csv.DictReader(line for line in file if not line.startswith("#")))
 
 
-def ratio(timing: dict[str, str]) -> float:
-    """Measured time over that of all keys at peak."""
+def share(timing: dict[str, str]) -> float:
+    """Share of the peak that the scores which count reach."""
     batch, tokens, heads, head_dim, value_dim = (
         int(timing[name]) for name in ("batch", "tokens", "heads", "head_dim", "value_dim")
     )
     flops = _MATMULS[timing["kind"]] * batch * heads * tokens**2 * (head_dim + value_dim)
     name = next(name for name, device in DEVICES.items() if device == timing["device"])
     chip = (GPUS | CHIPS)[name]
-    return float(timing["milliseconds"]) / 1e3 * chip.peak / chip.devices / flops
+    at_peak = _scores(name in CHIPS, tokens) * flops * chip.devices / chip.peak
+    return at_peak / (float(timing["milliseconds"]) / 1e3)
 
 
 @functools.cache
@@ -126,7 +170,7 @@ def _fit(device: str, kind: str) -> tuple[np.ndarray | None, float]:
     if not rows:
         return None, 0.0
     features = np.array([_features(int(row["tokens"]), int(row["head_dim"]) + int(row["value_dim"])) for row in rows])
-    logs = np.log([ratio(row) for row in rows])
+    logs = np.array([math.log(1 / share(row) - 1) for row in rows])
     inverse = np.linalg.inv(features.T @ features + _RIDGE * np.eye(features.shape[1]))
     weights = inverse @ features.T @ logs
     leverage = np.einsum("rf,fg,rg->r", features, inverse, features)

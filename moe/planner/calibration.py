@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 
 from moe.dispatch.backends import tpu_tiles
+from moe.planner import measured
 from moe.system.escaping import markdown_table
 from moe.system.foreign_files import Amount, Fields, Positive, kept_whole, read_rows
 
@@ -24,6 +25,7 @@ class _Row(Fields):
     platform: Literal["tpu", "gpu"]
     topology: str
     counted: Positive
+    floor: Amount = 0.0  # absent from rows of earlier prices
     low: Positive
     high: Positive
     published: Positive
@@ -37,7 +39,7 @@ _ROW = kept_whole(_Row)
 
 
 def rows() -> list[dict[str, Any]]:
-    """Published steps: name, platform, topology, counted and published seconds, and the logarithm of their ratio.
+    """Published steps: name, platform, topology, seconds and the logarithm of published over counted ones.
 
     Raises:
         ConfigError: the file holds something else.
@@ -48,7 +50,8 @@ def rows() -> list[dict[str, Any]]:
 #: Files that counted times depend on, besides the program.
 _PRICES = (
     "attention.csv", "attention.py", "chips.py", "exchanges.py", "gpus.py", "grouped_matmuls.csv", "kernels.py",
-    "measured.py", "network.py", "program.py", "timeline.py", "work.py",
+    "measured.py", "network.py", "program.py", "row_movement.csv", "row_movement.py", "timeline.py",
+    "unembedding.csv", "unembedding.py", "work.py",
 )  # fmt: skip
 
 
@@ -64,102 +67,156 @@ def prices() -> str:
 #: 90 % quantile of Student's t for 1, 2, ... degrees of freedom; 1.3 beyond.
 _T90 = (3.078, 1.886, 1.638, 1.533, 1.476, 1.440, 1.415, 1.397, 1.383, 1.372, 1.363, 1.356)
 
-#: Spread assumed a priori, in the logarithm, and its weight as a number of further steps.
-_ASSUMED, _ASSUMED_STEPS = 0.2, 3
+#: Spread assumed a priori, in the logarithm, that of the published steps at first look; and its weight as a number of
+#: further steps.
+_ASSUMED, _ASSUMED_STEPS = 0.26, 3
+
+#: Further width of the interval, in the logarithm, for a chip of which no published step was compared, and for one of
+#: which no kernel was timed either, a quarter of it after one step; and for a pipeline, of which none was compared.
+#: Assumed.
+_NEW_CHIP, _UNKNOWN_CHIP, _PIPELINE = 0.25, 0.45, 0.2
 
 
-def spread(platform: str, known: list[dict[str, Any]]) -> tuple[float, float, int]:
-    """Scale and spread of counted steps, from published ones.
+def spread(residuals: list[float]) -> float:
+    """Width on each side that holds 80 % of further steps, by Student's t.
 
     Args:
-        platform: "tpu" or "gpu"; published steps on the other do not count.
+        residuals: logarithms of published over counted time. Their mean is taken as 0: a scale, also one by platform
+            that is shrunk towards 1, makes the errors of steps that are left out larger.
+    """
+    degrees = _ASSUMED_STEPS + len(residuals)
+    squares = _ASSUMED_STEPS * _ASSUMED**2 + sum(each**2 for each in residuals)
+    quantile = _T90[degrees - 1] if degrees <= len(_T90) else 1.34
+    return quantile * math.sqrt(squares / degrees)
+
+
+def kernel_width(counted: float, seconds: float, low: float, high: float) -> float:
+    """Half of the width, in the logarithm, that the intervals of a step's kernels give it, all errors correlated.
+
+    Args:
+        counted: seconds of the step.
+        seconds, low, high: of its kernels, and at the ends of their intervals.
+    """
+    rest = counted - seconds
+    return math.log((rest + high) / (rest + low)) / 2
+
+
+def steps_of(kind: str, known: list[dict[str, Any]]) -> int:
+    """Number of the published steps that were measured on a chip, such as "v5p"."""
+    return sum(row["topology"].partition(":")[0] == kind for row in known)
+
+
+def of_chip(steps: int) -> str:
+    """That many steps of a chip were compared, in words."""
+    return f"{steps} of this chip" if steps else "no step of this chip was ever compared"
+
+
+def width(kind: str, kernels: float, known: list[dict[str, Any]], *, pipeline: bool = False) -> float:
+    """Width of a step's interval on each side, in the logarithm.
+
+    The spread of the published steps has the errors of their kernels in it. Kernels that are less certain than those,
+    and a chip that is new, add to it as independent errors.
+
+    Args:
+        kind: of the chip.
+        kernels: :func:`kernel_width` of the step.
         known: from :func:`rows`.
-
-    Returns:
-        The mean of published over counted time, in the logarithm; the width on each side that holds 80 % of further
-        steps, by Student's t; the number of steps.
+        pipeline: layers are split into stages.
     """
-    return spread_of([row["residual"] for row in known if row["platform"] == platform])
+    typical = sum(_kernels_of(row) ** 2 for row in known) / max(len(known), 1)
+    further = max(kernels**2 - typical, 0.0)
+    timed = kind in measured.DEVICES or kind in _TIMED_LIKE
+    further += ((_NEW_CHIP if timed else _UNKNOWN_CHIP) / (1 + steps_of(kind, known)) ** 2) ** 2
+    further += _PIPELINE**2 if pipeline else 0.0
+    return math.sqrt(spread([row["residual"] for row in known]) ** 2 + further)
 
 
-def spread_of(residuals: list[float]) -> tuple[float, float, int]:
-    """(scale, width, number) of logarithms of published over counted time, beside one assumed residual of 0."""
-    count = len(residuals)
-    mean = sum(residuals) / (count + 1)
-    degrees = _ASSUMED_STEPS + max(count - 1, 0)
-    squares = _ASSUMED_STEPS * _ASSUMED**2 + sum((each - mean) ** 2 for each in residuals)
-    quantile = _T90[degrees - 1] if degrees <= len(_T90) else 1.3
-    return math.exp(mean), quantile * math.sqrt(squares / degrees * (1 + 1 / (count + 1))), count
+#: Chips with the same cores as one of which kernels were timed.
+_TIMED_LIKE = {"h200", "gb200"}
 
 
-def predicted(
-    counted: float, kernels: tuple[float, float, float], scale: float, width: float
-) -> tuple[float, tuple[float, float]]:
-    """(seconds of a step, 80 % interval): the counted time, scaled as the published steps were. The interval treats
-    their spread and that of the kernels as independent errors in the logarithm.
+def _kernels_of(row: dict[str, Any]) -> float:
+    return math.log(row["high"] / row["low"]) / 2
+
+
+def interval(counted: float, floor: float, width: float) -> tuple[float, float]:
+    """80 % interval of the time of a step.
+
+    Its upper end is a factor of the step, its lower end one of the time beyond the floor, which no step is below; both
+    have the same slope for small widths.
 
     Args:
-        counted: seconds.
-        kernels: seconds of its kernels, and the same at the ends of their intervals.
-        scale, width: from :func:`spread`.
+        counted: seconds of the step.
+        floor: a bound of it from below, seconds.
+        width: from :func:`width`.
     """
-    seconds, low, high = kernels
-    below = math.log(counted / (counted - seconds + low))
-    above = math.log((counted - seconds + high) / counted)
-    step = counted * scale
-    return step, (step * math.exp(-math.hypot(below, width)), step * math.exp(math.hypot(above, width)))
+    beyond = max(counted - floor, 0.0)
+    low = floor + beyond * math.exp(-width * counted / beyond) if beyond else counted
+    return low, counted * math.exp(width)
 
 
 def left_out(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows with the step predicted from the others: predicted, interval, whether it contains the published one."""
+    """Rows with the step's interval predicted from the others, and whether it contains the published one."""
     made = []
     for row in rows:
-        scale, width, count = spread(row["platform"], [other for other in rows if other is not row])
-        predicted = row["counted"] * scale
-        low = predicted * math.exp(-math.hypot(width, math.log(row["counted"] / row["low"])))
-        high = predicted * math.exp(math.hypot(width, math.log(row["high"] / row["counted"])))
-        inside = low <= row["published"] <= high
-        made.append(row | {"predicted": predicted, "interval": (low, high), "inside": inside, "others": count})
+        others = [other for other in rows if other is not row]
+        of_step = width(row["topology"].partition(":")[0], _kernels_of(row), others)
+        low, high = interval(row["counted"], row.get("floor", 0.0), of_step)
+        made.append(row | {"interval": (low, high), "width": of_step, "inside": low <= row["published"] <= high})
     return made
 
 
 _HEAD = (
-    "model", "slice", "counted, s", "predicted, s", "80 % interval, s", "published, s", "inside",
-    "predicted / published", "GiB per chip",
+    "model", "slice", "predicted, s", "80 % interval, s", "published, s", "inside", "log(published / predicted)",
+    "the same at first look", "GiB per chip",
 )  # fmt: skip
 
 
-def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+def _cells(row: dict[str, Any], first: float | None) -> tuple[str, ...]:
     low, high = row["interval"]
     return (
-        row["name"], row["topology"], f"{row['counted']:.3g}", f"{row['predicted']:.3g}", f"{low:.3g} to {high:.3g}",
-        f"{row['published']:.3g}", "yes" if row["inside"] else "no", f"{row['predicted'] / row['published']:.2f}",
+        row["name"], row["topology"], f"{row['counted']:.3g}", f"{low:.3g} to {high:.3g}", f"{row['published']:.3g}",
+        "yes" if row["inside"] else "no", f"{row['residual']:+.2f}", "" if first is None else f"{first:+.2f}",
         f"{row['memory_gib']:.1f}",
     )  # fmt: skip
 
 
-def page(rows: list[dict[str, Any]], missing: list[str], sources: list[str]) -> str:
+def page(rows: list[dict[str, Any]], first: dict[str, float], missing: list[str], notes: list[str]) -> str:
     """The table of predicted and published steps as Markdown.
 
     Args:
         rows: of the published steps that were compiled.
-        missing: names of those that were not.
-        sources: lines that say where each comes from.
+        first: logarithms of published over counted time when a step was compared for the first time, by name.
+        missing: names of published steps that were not compiled.
+        notes: lines about sources and about what is left out.
     """
     made = left_out(rows)
+    inside = sum(row["inside"] for row in made)
+    errors = [abs(row["residual"]) for row in made]
+    widths = sorted(row["width"] for row in made)
+    scaled = [abs(each) for each in _scaled_errors(rows)]
+    looks = [first[row["name"]] for row in made if row["name"] in first]
     lines = [
         "# The planner's estimates against published train steps",
         "",
-        "Written by `python scripts/calibration.py`. Nothing was run here. *Counted* is the time of a step of this",
-        "project's program, compiled for the slice and priced by the cost model ([pods.md](../pods.md)); *published*",
-        "is that of somebody else's program for the same model, measured on hardware, for as many tokens. *Predicted*",
-        "is the counted time times the mean ratio of published to counted time of the other rows of the same platform,",
-        "with its 80 % interval; *inside* says whether the published time lies in it. An error is that of the estimate",
-        "and the difference between the two programs together.",
+        "Written by `python scripts/calibration.py`. Nothing was run here. *Predicted* is the time of a step of this",
+        "project's program, compiled for the slice and priced by the cost model ([estimates](../estimates.md));",
+        "*published* is that of somebody else's program for the same model, measured on hardware, for as many tokens.",
+        "An interval is made from the other rows alone; *inside* says whether the published time lies in it. An error",
+        "is that of the estimate and of the difference between the two programs together.",
         "",
-        markdown_table(_HEAD, map(_cells, made)),
+        "**All of these steps were known while the prices were revised.** Errors at first look, before anything was",
+        "changed for a row, are in a column of their own; those of steps that nobody here has seen are nearer to them.",
+        "",
+        markdown_table(_HEAD, [_cells(row, first.get(row["name"])) for row in made]),
+        "",
+        f"Inside: {inside} of {len(made)}. Mean |log error| {_mean(errors):.2f}, bias "
+        f"{_mean([row['residual'] for row in made]):+.2f}, median half-width {widths[len(widths) // 2]:.2f}. At first "
+        f"look: rms {_mean([each**2 for each in looks]) ** 0.5:.2f}, bias {_mean(looks):+.2f}.",
+        "",
+        f"Nothing is multiplied by a mean ratio of published to predicted time: one by platform, shrunk towards 1 and "
+        f"made from the other rows, would leave a mean |log error| of {_mean(scaled):.2f}.",
     ]
-    lines += ["", f"Inside: {sum(row['inside'] for row in made)} of {len(made)}."]
     if missing:
         lines += ["", f"Not compiled yet: {'; '.join(missing)}. Run the command again to continue."]
     stale = [row["name"] for row in rows if row.get("prices") != prices()]
@@ -170,5 +227,22 @@ def page(rows: list[dict[str, Any]], missing: list[str], sources: list[str]) -> 
             "--only.",
         ]
     versions = sorted({", ".join(row["versions"]) for row in rows})
-    lines += ["", f"Versions: {'; '.join(versions)}.", "", "Sources and differences:", "", *sources]
+    lines += ["", f"Versions: {'; '.join(versions)}.", "", "Sources and differences:", "", *notes]
     return "\n".join([*lines, ""])
+
+
+def _mean(numbers: list[float]) -> float:
+    return sum(numbers) / max(len(numbers), 1)
+
+
+#: Steps at 1 that a scale by platform is shrunk by.
+_SHRINKAGE = 3
+
+
+def _scaled_errors(rows: list[dict[str, Any]]) -> list[float]:
+    """Logarithms of published over predicted time with a scale by platform from the other rows, shrunk towards 1."""
+    errors = []
+    for row in rows:
+        others = [each["residual"] for each in rows if each is not row and each["platform"] == row["platform"]]
+        errors.append(row["residual"] - sum(others) / (len(others) + _SHRINKAGE))
+    return errors

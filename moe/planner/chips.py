@@ -106,11 +106,11 @@ CHIPS: dict[str, Chip] = {
         cores=TENSOR_CORES["TPU v5"],
     ),
     "v6e": Chip(
-        memory=32 * GiB, peak=PEAK_FLOPS["TPU v6"], memory_bandwidth=1638e9, link=112e9, wraps_at=16, dcn=100e9 / 8,
-        devices=1, flops_per_cycle=16 * _MXU, example="v6e:16x16", source="[cloud]: 3584 Gb/s on 4 ports", host=32e9,
+        memory=32 * GiB, peak=PEAK_FLOPS["TPU v6"], memory_bandwidth=1638e9, link=100e9, wraps_at=16, dcn=100e9 / 8,
+        devices=1, flops_per_cycle=16 * _MXU, example="v6e:16x16", source="[cloud]: 800 GB/s on 4 ports", host=32e9,
     ),
     "tpu7x": Chip(
-        memory=192 * GiB, peak=2 * PEAK_FLOPS["TPU7"], memory_bandwidth=7370e9, link=100e9, wraps_at=4, dcn=50e9 / 8,
-        devices=2, flops_per_cycle=32 * _MXU, example="tpu7x:4x4x4", source="[cloud], [v7]; DCN: v5p's assumed",
+        memory=192 * GiB, peak=2 * PEAK_FLOPS["TPU7"], memory_bandwidth=7370e9, link=100e9, wraps_at=4, dcn=100e9 / 8,
+        devices=2, flops_per_cycle=32 * _MXU, example="tpu7x:4x4x4", source="[cloud], [v7]",
     ),
 }  # fmt: skip

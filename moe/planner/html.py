@@ -249,6 +249,6 @@ def _basis(plan: _Json) -> str:
     return (
         f"<h2>What this rests on</h2><p>80 % intervals from {_text(plan['interval_basis'])}.</p><p>Left out: "
         f"stragglers, the host's work between steps, checkpoints, restarts.</p><table>{rows}</table><p class=small>"
-        f"{_text(', '.join(plan['versions']))}; counted {plan['counted_seconds']:.4g} s, scaled by "
-        f"{plan['scale']:.3f}</p>"
+        f"{_text(', '.join(plan['versions']))}; at least "
+        f"{plan['floor_seconds']:.4g} s: its FLOPs at peak, and exposed exchange at the links' bandwidth</p>"
     )

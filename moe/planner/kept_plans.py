@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from moe.config import ConfigError
 from moe.dispatch import quantized
-from moe.planner import calibration
+from moe.planner import calibration, network
 from moe.planner.plan import Plan, cost_words
 from moe.planner.topology import all_names, of_slices, tpu_name
 from moe.system.atomic_files import write_atomic
@@ -20,8 +20,8 @@ _Row = dict[str, Any]
 
 _FIELDS = (
     "topology", "platform", "chips", "tokens", "step_seconds", "step_interval", "counted_seconds", "mfu",
-    "tokens_per_second_per_chip", "memory_total", "exposed_seconds", "scale", "kernel_seconds", "kernel_low",
-    "kernel_high", "compile_seconds", "bound", "cost", "versions", "commit", "prices",
+    "tokens_per_second_per_chip", "memory_total", "exposed_seconds", "floor_seconds", "chip_steps", "kernel_seconds",
+    "kernel_low", "kernel_high", "compile_seconds", "bound", "cost", "versions", "commit", "prices",
 )  # fmt: skip
 
 
@@ -37,6 +37,8 @@ class _Kept(Fields):
     chips: Positive
     tokens: Positive
     counted_seconds: Positive
+    exposed_seconds: Amount
+    floor_seconds: Amount = 0.0  # absent from rows of earlier prices
     kernel_seconds: Amount
     kernel_low: Amount
     kernel_high: Amount
@@ -101,18 +103,23 @@ def rescaled(kept: _Row, known: list[_Row]) -> _Row:
     """A kept plan with its step, rate, MFU and cost predicted by these published steps.
 
     Args:
+        kept: a row; without a floor, one that was counted by earlier prices, its floor is that of the model's FLOPs.
         known: from :func:`moe.planner.calibration.rows`.
     """
-    scale, width, _ = calibration.spread(kept["platform"], known)
-    kernels = kept["kernel_seconds"], kept["kernel_low"], kept["kernel_high"]
-    step, interval = calibration.predicted(kept["counted_seconds"], kernels, scale, width)
+    kind, step = kept["topology"].rpartition(" x ")[2].partition(":")[0], kept["counted_seconds"]
+    kernels = calibration.kernel_width(step, kept["kernel_seconds"], kept["kernel_low"], kept["kernel_high"])
+    peaks = 1 if kept["flags"].get(_PRECISION, "none") == "none" else 2  # of bfloat16
+    at_peak = kept["mfu"] * kept["step_seconds"] / peaks + network.USABLE * kept["exposed_seconds"]
+    floor = kept.get("floor_seconds") or min(at_peak, step)
+    pipeline = kept["flags"].get("mesh.pipeline", 1) > 1
+    interval = calibration.interval(step, floor, calibration.width(kind, kernels, known, pipeline=pipeline))
     slower = step / kept["step_seconds"]
     return kept | {
         "step_seconds": step,
         "step_interval": list(interval),
         "mfu": kept["mfu"] / slower,
         "tokens_per_second_per_chip": kept["tokens_per_second_per_chip"] / slower,
-        "scale": scale,
+        "chip_steps": calibration.steps_of(kind, known),
         "cost": cost_words(kept["tokens"], kept["chips"], kept["platform"], (step, *interval)),
     }
 
@@ -206,6 +213,8 @@ def table(rows: Sequence[_Row]) -> str:
     lines = [markdown_table(head, cells)]
     versions = sorted({", ".join(kept["versions"]) for kept in rows})
     lines += ["", f"Versions: {markdown_text('; '.join(versions))}."]
+    if new := sorted({kept["topology"] for kept in rows if not kept["chip_steps"]}):
+        lines += ["", f"No step of this chip was ever compared with a published one: {', '.join(new)}."]
     if stale := [
         f"{kept['config']} on {kept['topology']}" for kept in rows if kept.get("prices") != calibration.prices()
     ]:

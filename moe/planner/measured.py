@@ -1,15 +1,16 @@
 """Times of grouped matmuls between published measurements, with intervals that hold 80 % of shapes not measured.
 
-``grouped_matmuls.csv`` has 388 published timings. The logarithm of time over roofline, max(FLOPs / peak, bytes /
-bandwidth), is fitted by kernel ridge regression over all of them at once: a constant for each device, kernel and kind
-of product, and a smooth function of the shape that a group shares with groups like it, the more the closer they are
+``grouped_matmuls.csv`` has 388 published timings. The share of the roofline, max(FLOPs / peak, bytes / bandwidth) over
+time, is fitted as its logit, log(share / (1 - share)), so that no price and no end of an interval is shorter than the
+roofline. The fit is a kernel ridge regression over all timings at once: a constant for each device, kernel and kind of
+product, and a smooth function of the shape that a group shares with groups like it, the more the closer they are
 (:data:`_SHARED`). So a group of six rows borrows shapes from the same kernel on other devices. The constants below were
 chosen from a grid by the error on shapes left out of all groups together, which hardly depends on them.
 
-An interval is symmetric in the logarithm. Its width is the residual that 80 % of the group's rows stay within when
-their shape is left out, relative to the fit's standard deviation there, times that deviation at the shape asked for, so
-that it widens away from the measured shapes. A group counts as having :data:`_POOLED` further rows with the residuals
-of all others.
+An interval is symmetric in the logit. Its width is the residual that 80 % of the group's rows stay within when
+their shape, or all shapes of their matrices [K,N], are left out, relative to the fit's standard deviation there, times
+that deviation at the shape asked for, so that it widens away from the measured shapes. A group counts as having
+:data:`_POOLED` further rows with the residuals of all others.
 
 All timings are of bfloat16 factors. How rows were spread over experts is not stated; weight gradients do not state the
 number of experts either: it is taken from the other products of the same matrices.
@@ -50,10 +51,19 @@ DEVICES = {
 
 _A100_40GB_BANDWIDTH = 1555e9  # bytes/s; the planner's A100 has 80 GB and 2039e9
 
-#: Scales of log K, log N, log min(K, N), log rows per expert, log E and "K or N is no multiple of 256": a difference of
-#: 1/scale counts as much as one of 1/scale in any other.
-_SCALES = np.array([1.0, 1.0, 1.0, 0.5, 1.0, 2.0])
-_LENGTH, _SMOOTH, _LINEAR, _CONSTANT, _NOISE = 2.0, 0.3, 0.02, 1.0, 0.03
+#: Kernels that use one of a device's two TensorCores: they stay below .47 of v5p's peak, its later kernel reaches .93.
+_ONE_CORE = {("tpu_v5", "pallas_mosaic_tpu_ragged_dot")}
+
+#: Scales of log K, log N, log min(K, N), log rows per expert, log E, "K or N is no multiple of 256", and the logarithm
+#: of the FLOPs' time over the bytes': a difference of 1/scale counts as much as one of 1/scale in any other.
+_SCALES = np.array([1.0, 1.0, 1.0, 0.5, 1.0, 2.0, 1.0])
+_LENGTH, _SMOOTH, _LINEAR, _CONSTANT, _NOISE = 2.0, 0.3, 0.02, 1.0, 0.045
+
+#: Largest share taken as measured: some timings of small matrices are above the bandwidth, from caches.
+_LARGEST_SHARE = 0.97
+
+#: Largest factor between the times of FLOPs and bytes that a feature tells apart, in the logarithm.
+_LARGEST_BALANCE = 2.0
 
 #: Correlation of two groups' functions of the shape: the same kernel and kind on other devices; the same kind by
 #: another kernel of the platform; another kind on the platform.
@@ -138,6 +148,26 @@ def price(
     return _fit(frozenset()).price(group, int(rows), int(K), int(N), int(experts))
 
 
+def shares(
+    device: str, kernel: str, kind: str, rows: int, K: int, N: int, experts: int
+) -> tuple[tuple[float, float, float], bool]:
+    """Shares of the roofline: (the central one, at the fast end of the interval, at its slow end), and whether the kind
+    was measured; otherwise they are those of the device's other kind. Arguments as in :func:`price`.
+
+    Raises:
+        ConfigError: there is no timing of that device and kernel.
+    """
+    group = DEVICES[device], kernel, _KINDS[kind]
+    known = {timing.group for timing in timings()}
+    is_measured = group in known
+    if not is_measured:
+        other = FORWARD if group[2] == WEIGHTS else WEIGHTS
+        group = _group(device, kernel, other)
+    seconds, low, high = _fit(frozenset()).price(group, rows, K, N, experts)
+    limit = roofline(device, group[2], rows, K, N, experts, kernel)
+    return (limit / seconds, limit / low, limit / high), is_measured
+
+
 def leave_out(shape: tuple[int, int, int]) -> Fit:
     """The fit without any timing of a shape, for tests of its error."""
     return _fit(frozenset([shape]))
@@ -157,22 +187,30 @@ def _group(device: str, kernel: str, kind: str) -> tuple[str, str, str]:
     raise ConfigError(f"kernel={kernel} ({group[2]}): no timings on {device}; must be one of {', '.join(kernels)}")
 
 
-def roofline(device: str, kind: str, rows: int, K: int, N: int, experts: int) -> float:
+def roofline(device: str, kind: str, rows: int, K: int, N: int, experts: int, kernel: str = "") -> float:
     """Seconds at peak FLOP/s or at memory bandwidth, the longer; matrices without rows are not read."""
-    peak, bandwidth = _limits(device)
+    return max(_times_at_limits(device, kind, rows, K, N, experts, kernel))
+
+
+def _times_at_limits(
+    device: str, kind: str, rows: int, K: int, N: int, experts: int, kernel: str
+) -> tuple[float, float]:
+    """(seconds of the FLOPs at peak, seconds of the bytes)."""
+    peak, bandwidth = _limits(device, kernel)
     matrices = experts if kind == WEIGHTS else min(experts, rows)
     moved = 2.0 * (rows * (K + N) + matrices * K * N)
-    return max(2.0 * rows * K * N / peak, moved / bandwidth)
+    return 2.0 * rows * K * N / peak, moved / bandwidth
 
 
 @functools.cache
-def _limits(device: str) -> tuple[float, float]:
-    """(peak FLOP/s, bytes/s) of a JAX device."""
-    name = next(name for name, table in DEVICES.items() if device in (name, table))
+def _limits(device: str, kernel: str = "") -> tuple[float, float]:
+    """(peak FLOP/s, bytes/s) of what a kernel uses of a JAX device."""
+    name, table = next((name, table) for name, table in DEVICES.items() if device in (name, table))
     if name == "a100":
         return GPUS[name].peak, _A100_40GB_BANDWIDTH
     chip = GPUS[name] if name in GPUS else CHIPS[name]
-    return chip.peak / chip.devices, chip.memory_bandwidth / chip.devices
+    cores = 2 if (table, kernel) in _ONE_CORE else 1
+    return chip.peak / chip.devices / cores, chip.memory_bandwidth / chip.devices
 
 
 class Fit:
@@ -181,13 +219,14 @@ class Fit:
     def __init__(self, rows: Sequence[Timing]):
         self._groups = sorted({timing.group for timing in timings()})
         self._members = np.array([self._groups.index(timing.group) for timing in rows])
-        self._features = np.array([_features(t.rows, t.K, t.N, t.experts) for t in rows])
+        self._features = np.array([_features(t.group, t.rows, t.K, t.N, t.experts) for t in rows])
         self._covariance = self._shared(self._groups)
-        targets = np.array([math.log(t.seconds / roofline(t.device, t.kind, *t.shape, t.experts)) for t in rows])
+        targets = np.array([_slowness(timing) for timing in rows])
         self._inverse = np.linalg.inv(self._kernel(self._features, self._members) + _NOISE * np.eye(len(rows)))
         self._weights = self._inverse @ targets
         self.residuals, deviations = self._left_out([timing.shape for timing in rows])
-        self.scores = np.abs(self.residuals) / deviations
+        residuals, further = self._left_out([(timing.K, timing.N) for timing in rows])
+        self.scores = np.abs(np.concatenate([self.residuals / deviations, residuals / further]))
 
     @staticmethod
     def _shared(groups: Sequence[tuple[str, str, str]]) -> np.ndarray:
@@ -211,8 +250,8 @@ class Fit:
         constant = _CONSTANT * (members[:, None] == self._members[None])
         return smooth * self._covariance[np.ix_(members, self._members)] + constant
 
-    def _left_out(self, shapes: Sequence[tuple[int, int, int]]) -> tuple[np.ndarray, np.ndarray]:
-        """(residual, standard deviation) of each row by the fit without any row of its shape, in closed form."""
+    def _left_out(self, shapes: Sequence[tuple[int, ...]]) -> tuple[np.ndarray, np.ndarray]:
+        """(residual, standard deviation) of each row by the fit without any row like it, in closed form."""
         residuals, deviations = np.zeros(len(shapes)), np.zeros(len(shapes))
         for shape in set(shapes):
             rows = [i for i, other in enumerate(shapes) if other == shape]
@@ -227,36 +266,48 @@ class Fit:
         A product never takes longer than one with twice the rows, which decides where few rows were measured.
         """
         member = self._groups.index(group)
+        device, kernel, kind = group
         counts = [rows * 2**doubling for doubling in range(_DOUBLINGS + 1)]
-        features = np.array([_features(count, K, N, experts) for count in counts])
+        features = np.array([_features(group, count, K, N, experts) for count in counts])
         to_rows = self._kernel(features, np.full(len(counts), member))
-        limits = np.array([roofline(group[0], group[2], count, K, N, experts) for count in counts])
-        seconds = limits * np.exp(to_rows @ self._weights)
-        best = int(np.argmin(seconds))
+        limits = np.array([roofline(device, kind, count, K, N, experts, kernel) for count in counts])
+        slowness = to_rows @ self._weights
+        best = int(np.argmin(limits * (1 + np.exp(slowness))))
         own = _SMOOTH + _LINEAR * float(features[best] @ features[best]) + _CONSTANT
         variance = own + _NOISE - float(to_rows[best] @ self._inverse @ to_rows[best])
-        width = math.exp(self._score(member) * math.sqrt(max(variance, _NOISE)))
-        middle = float(seconds[best])
-        return middle, middle / width, middle * width
+        width = self._score(member) * math.sqrt(max(variance, _NOISE))
+        middle, low, high = (float(limits[best] * (1 + math.exp(slowness[best] + by))) for by in (0.0, -width, width))
+        return middle, low, high
 
     def _score(self, group: int) -> float:
         """The score that 80 % of a group's rows stay within, pooled with the other groups' rows."""
-        inside = self._members == group
+        inside = np.tile(self._members == group, 2)
         weights = np.where(inside, 1.0, _POOLED / max(int((~inside).sum()), 1))
         order = np.argsort(self.scores)
         steps = np.cumsum(weights[order]) - weights[order] / 2
-        count = inside.sum() + _POOLED
+        count = inside.sum() / 2 + _POOLED
         # n residuals leave n + 1 places for the next one, as in conformal prediction.
         return float(np.interp(0.8 * (count + 1) / count, steps / weights.sum(), self.scores[order]))
 
 
-def _features(rows: int, K: int, N: int, experts: int) -> np.ndarray:
+def _slowness(timing: Timing) -> float:
+    """Logarithm of (1 - share) / share, for the share of the roofline that a timing reaches; time is proportional to
+    1 + exp of it."""
+    limit = roofline(timing.device, timing.kind, *timing.shape, timing.experts, timing.kernel)
+    share = min(limit / timing.seconds, _LARGEST_SHARE)
+    return math.log((1 - share) / share)
+
+
+def _features(group: tuple[str, str, str], rows: int, K: int, N: int, experts: int) -> np.ndarray:
+    device, kernel, kind = group
     logs = [math.log(size) for size in (K, N, min(K, N), rows / experts, experts)]
-    return (np.array([*logs, float(K % 256 != 0 or N % 256 != 0)]) - _CENTRE) * _SCALES
+    of_flops, of_bytes = _times_at_limits(device, kind, rows, K, N, experts, kernel)
+    balance = float(np.clip(math.log(of_flops / of_bytes), -_LARGEST_BALANCE, _LARGEST_BALANCE))
+    return (np.array([*logs, float(K % 256 != 0 or N % 256 != 0), balance]) - _CENTRE) * _SCALES
 
 
 #: Logarithms of a shape in the middle of the table: 2048 x 4096, 1024 rows for each of 128 experts.
-_CENTRE = np.array([*(math.log(size) for size in (2048, 4096, 2048, 1024, 128)), 0.0])
+_CENTRE = np.array([*(math.log(size) for size in (2048, 4096, 2048, 1024, 128)), 0.0, 0.0])
 
 
 @functools.cache

@@ -2,22 +2,25 @@
 
 Of TPUs:
 
-Only bytes over links count: no latency, no congestion between different exchanges, no protocol overhead. w is a link's
-bandwidth in one direction; devices that share a chip share its links evenly.
+Only bytes over links count: no latency, no congestion between different exchanges. w is nine tenths of a link's
+bandwidth in one direction, the share that exchanges of large arrays reach; devices that share a chip share its links
+evenly.
 
 - A group that spans k of a torus dimension's n chips has a ring there if k = n and the dimension wraps (2w usable),
   else a line (w). If its members are s chips apart, s groups share each link, and each gets 1/s.
 - all-gather, reduce-scatter of b bytes over g devices: b·(g−1)/g over the sum of its dimensions' bandwidths; all-reduce
   twice that.
-- If the compiler states that a few one-way rings share the bytes, their w alone instead of all dimensions' bandwidths.
+- If both devices of a chip are in the group, its links carry what both gather or add once: each has all of w.
+- If the compiler states one-way rings that share the bytes evenly, the slowest of them: a ring works in phases, each
+  over one dimension of k chips, and passes (k−1) times what a device has so far, at w/s; its last phase passes most.
 - all-to-all of b bytes a device: the traffic that must cross the middle of each dimension, k·b/(8w) on a ring and
   k·b/(4w) on a line, times s; the slowest dimension decides.
 - A permutation to a neighbour: b/w, times s.
 - Devices on one chip exchange through its memory. Between slices, every byte that must leave a slice goes at the
   chip's share of the data-center network.
 
-Of GPUs, with v and w a GPU's bandwidths in one direction of NVLink and of the network between NVLink domains (hosts, or
-racks of GB200), for a group of g GPUs in h domains, m = g/h in each:
+Of GPUs, with v and w nine tenths of a GPU's bandwidths in one direction of NVLink and of the network between NVLink
+domains (hosts, or racks of GB200), for a group of g GPUs in h domains, m = g/h in each:
 
 - all-gather, reduce-scatter of b bytes: the longer of b·(g−1)/g over v and b·(h−1)/h over m·w, because the GPUs of a
   domain fetch different parts from the network and exchange them by NVLink; all-reduce twice that.
@@ -37,6 +40,9 @@ import numpy as np
 from moe.planner.chips import Chip
 from moe.planner.gpus import Gpu
 from moe.planner.records import HOST, Collective
+
+#: Share of a link's bandwidth that exchanges of large arrays reach.
+USABLE = 0.9
 
 
 def seconds(collective: Collective, devices: Sequence[Any], chip: Chip | Gpu) -> float:
@@ -60,28 +66,58 @@ def seconds(collective: Collective, devices: Sequence[Any], chip: Chip | Gpu) ->
         # A permutation sends all of a device's bytes to one other; the other kinds send each slice its share.
         sent = 1.0 if collective.kind == "collective-permute" else (slices - 1) / slices
         return passes * collective.bytes * sent / (chip.dcn / chip.devices)
-    coordinates = np.array([device.coords for device in group])
-    extent = np.array([device.coords for device in devices]).max(axis=0) + 1
-    link = chip.link / chip.devices
-    bandwidth, crossing, stride_of_slowest = 0.0, 0.0, 1
-    for dimension in range(coordinates.shape[1]):
-        places = np.unique(coordinates[:, dimension])
-        if len(places) < 2:
-            continue
-        ring = len(places) == extent[dimension] and extent[dimension] % chip.wraps_at == 0
-        stride = int(np.diff(places).min())
-        bandwidth += (2 if ring else 1) * link / stride
-        crossing = max(crossing, len(places) / (8 if ring else 4) * stride)
-        stride_of_slowest = max(stride_of_slowest, stride)
-    if collective.rings:
-        bandwidth = min(bandwidth, collective.rings * link / stride_of_slowest)
-    if bandwidth == 0.0:
+    dimensions = _dimensions(group, devices, chip)
+    per_chip = len(group) / len({tuple(device.coords) for device in group})
+    link = USABLE * chip.link / chip.devices
+    if not dimensions:
         return passes * collective.bytes / chip.memory_bandwidth
     if collective.kind in ("all-to-all", "ragged-all-to-all"):
+        crossing = max(size / (8 if wraps else 4) * stride for size, stride, wraps in dimensions)
         return collective.bytes * crossing / link
     if collective.kind == "collective-permute":
-        return collective.bytes * stride_of_slowest / link
-    return passes * collective.bytes * (len(group) - 1) / len(group) / bandwidth
+        return collective.bytes * max(stride for _, stride, _ in dimensions) / link
+    link *= per_chip  # the devices of a chip that are in the group receive the same bytes
+    size = collective.bytes
+    bandwidth = sum((2 if wraps else 1) * link / stride for _, stride, wraps in dimensions)
+    by_dimensions = size * (len(group) - 1) / len(group) / bandwidth
+    by_rings = [_ring_seconds(phases, collective, len(group), dimensions, link) for phases in collective.rings]
+    return passes * max([by_dimensions, *by_rings])
+
+
+def _dimensions(group: Sequence[Any], devices: Sequence[Any], chip: Chip) -> list[tuple[int, int, bool]]:
+    """(chips, their distance, whether they form a ring) in each dimension of the torus along which a group extends."""
+    coordinates = np.array([device.coords for device in group])
+    extent = np.array([device.coords for device in devices]).max(axis=0) + 1
+    found = []
+    for dimension in range(coordinates.shape[1]):
+        places = np.unique(coordinates[:, dimension])
+        if len(places) > 1:
+            stride = int(np.diff(places).min())
+            # A part of a ring whose members are equally far apart all around it is a ring too.
+            whole = len(places) * stride == extent[dimension]
+            found.append((len(places), stride, whole and extent[dimension] % chip.wraps_at == 0))
+    return found
+
+
+def _ring_seconds(
+    phases: tuple[int, ...], collective: Collective, members: int, dimensions: list[tuple[int, int, bool]], link: float
+) -> float:
+    """Seconds of the part of an exchange that one of its rings carries, in phases of these sizes.
+
+    A phase over as many chips as a dimension has is along it, of equal ones first along that of the nearest chips; any
+    other phase is as slow as the farthest neighbours.
+    """
+    strides = sorted((size, stride) for size, stride, _ in dimensions)
+    order = phases[::-1] if collective.kind == "reduce-scatter" else phases
+    part, time = collective.bytes / len(collective.rings) / members, 0.0
+    for size in order:
+        along = next((each for each in strides if each[0] == size), None)
+        if along:
+            strides.remove(along)
+        stride = along[1] if along else max(stride for _, stride, _ in dimensions)
+        time += (size - 1) * part * stride / link
+        part *= size
+    return time
 
 
 def link(collective: Collective, devices: Sequence[Any], chip: Chip | Gpu) -> str:
@@ -107,7 +143,7 @@ def _slices(group: Sequence[Any]) -> int:
 
 
 def _seconds_of_gpus(collective: Collective, group: Sequence[Any], chip: Gpu) -> float:
-    size, members = collective.bytes, len(group)
+    size, members = collective.bytes / USABLE, len(group)
     domains = _domains(group, chip)
     each = members / domains
     if collective.kind in ("all-to-all", "ragged-all-to-all"):

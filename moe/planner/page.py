@@ -96,8 +96,7 @@ def _time(plan: Plan) -> list[str]:
         f"{1e3 * plan.kernel_seconds:.1f} ms ({1e3 * plan.kernel_low:.0f} to {1e3 * plan.kernel_high:.0f})",
         *(f"    {row['part']:22} {1e3 * row['seconds']:9.1f} ms  {row['kind']}" for row in plan.where[:12]),
         f"  exposed       {1e3 * plan.exposed_seconds:9.1f} ms  exchange with no work scheduled beside it",
-        f"  correction    {1e3 * (plan.step_seconds - plan.counted_seconds):+9.1f} ms  "
-        f"x {plan.scale:.2f}: published over counted time, mean of {plan.steps} published steps",
+        f"  at least      {1e3 * plan.floor_seconds:9.1f} ms  its FLOPs at peak, and that exchange at full bandwidth",
         f"  step {plan.step_seconds:.3g} s ({low:.3g} to {high:.3g}), MFU {mfu:.1f} % ({mfu * slower:.1f} to "
         f"{mfu * faster:.1f}), {rate:,.0f} tokens/s/{unit} ({rate * slower:,.0f} to {rate * faster:,.0f})",
         f"  {plan.cost()}",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import re
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,11 @@ from moe.planner import (
     exchanges,
     fit,
     kernels,
+    network,
     program,
+    row_movement,
     timeline,
+    unembedding,
 )
 from moe.planner.compiled import CompiledStep, Memory, read_or_compile
 from moe.planner.exchanges import Exchange
@@ -51,8 +55,10 @@ class Plan:
         kernel_seconds: kernels without an estimate: grouped matmuls for a balanced router by
             :mod:`moe.planner.kernels`, attention by :mod:`moe.planner.attention`.
         kernel_low, kernel_high: kernel_seconds at the ends of the kernels' intervals, all errors fully correlated.
-        scale: mean ratio, in the logarithm, of published to counted time of the published steps; log_width: their
-            spread, in the logarithm; steps: their number (:func:`moe.planner.calibration.spread`).
+        floor_seconds: a bound of the step from below: the FLOPs that the program executes at peak, and the exchange
+            that the devices wait for at the whole of the links' bandwidth.
+        log_width: of the step's interval, in the logarithm (:func:`moe.planner.calibration.width`).
+        steps: published steps that it rests on; chip_steps: those of this chip.
         remat: policy of ``model.remat``.
         parts: the compiler's estimate by pass and kind (:class:`moe.planner.program.Program`).
         unpriced: instructions of a step without an estimate; unknown_loops: loops taken as one trip.
@@ -64,7 +70,7 @@ class Plan:
         arrays: the largest that are alive when most memory is in use, an estimate.
         versions: of JAX and the compilers.
         commit: of the source that was compiled.
-        prices: hash of the tables and models by which the program was counted.
+        prices: hash of the tables and models by which the program was counted; program: hash of its text.
         config: of the run.
     """
 
@@ -90,9 +96,10 @@ class Plan:
     kernel_seconds: float
     kernel_low: float
     kernel_high: float
-    scale: float
+    floor_seconds: float
     log_width: float
     steps: int
+    chip_steps: int
     parts: dict[str, float]
     unpriced: int
     unknown_loops: int
@@ -105,6 +112,7 @@ class Plan:
     versions: tuple[str, ...]
     commit: str
     prices: str
+    program: str
     config: dict[str, Any]
 
     @property
@@ -119,18 +127,13 @@ class Plan:
 
     @property
     def step_seconds(self) -> float:
-        """Predicted time of a step: what is counted, scaled as the published steps were."""
-        return self._predicted[0]
+        """Predicted time of a step: what is counted."""
+        return self.counted_seconds
 
     @property
     def step_interval(self) -> tuple[float, float]:
         """80 % interval of the time of a step, seconds."""
-        return self._predicted[1]
-
-    @property
-    def _predicted(self) -> tuple[float, tuple[float, float]]:
-        kernels = self.kernel_seconds, self.kernel_low, self.kernel_high
-        return calibration.predicted(self.counted_seconds, kernels, self.scale, self.log_width)
+        return calibration.interval(self.counted_seconds, self.floor_seconds, self.log_width)
 
     @property
     def bubble(self) -> float:
@@ -183,7 +186,7 @@ class Plan:
         """Basis of the interval, as a phrase."""
         shares = {name: seconds / self.compute_seconds for name, seconds in self.basis.items()}
         words = [f"{name} for {100 * share:.0f} % of the work" for name, share in shares.items() if share >= 0.005]
-        steps = f"the spread of {self.steps} published steps"
+        steps = f"the spread of {self.steps} published steps, {calibration.of_chip(self.chip_steps)}"
         return f"{steps} (docs/results/calibration.md), and {', '.join(words)}"
 
     @property
@@ -294,17 +297,24 @@ def read_step(config: Config, topology: Topology, step: CompiledStep, scenario: 
         if not scenario.matmul_share:
             return price
         seconds = price.flops / (scenario.matmul_share * peak)
-        return Price(seconds, seconds, seconds, "--matmul_share", price.flops)
+        return Price(seconds, seconds, seconds, "--matmul_share", price.flops, price.least)
 
     matmuls, float8 = scenario.matmul_share * peak, 2 * chip.matmul_share * peak
-    rates = program.Rates(chip.memory_bandwidth / chip.devices, peak, matmuls, chip.condition, float8)
+    kind = topology.name.partition(":")[0]
+    rates = program.Rates(
+        chip.memory_bandwidth / chip.devices,
+        peak,
+        matmuls,
+        chip.condition,
+        float8,
+        unembedding.share(kind),
+        row_movement.price(kind),
+    )
     attention_prices = functools.partial(
         attention.prices,
         flops=step.products.kernels / len(devices),
         peak=peak,
-        factor=functools.partial(
-            attention.factor, topology.name.partition(":")[0], config.model, config.data.sequence_length
-        ),
+        factor=functools.partial(attention.factor, kind, config.model, config.data.sequence_length),
     )
 
     def trips(loop: str) -> int | None:
@@ -320,13 +330,18 @@ def read_step(config: Config, topology: Topology, step: CompiledStep, scenario: 
             exchanges.skewed(exchange, scenario.skew) if "all-to-all" in exchange.kind else exchange
             for exchange in found
         )
-    priced = [item for item in items if item.kind in ("grouped matmul", "attention")]
+    priced = [item for item in items if item.kind in ("grouped matmul", "attention", "row movement")]
     total, active = flops.count_parameters(config.model)
     tokens = config.tokens_per_step
-    scale, log_width, steps = calibration.spread(topology.platform, calibration.rows())
     basis: dict[str, float] = {}
     for item in items:
         basis[item.basis] = basis.get(item.basis, 0.0) + item.seconds * item.count
+    exposed = sum(exchange.exposed_seconds for exchange in found)
+    counted = sum(item.seconds * item.count for item in items) + exposed
+    middle = sum(item.seconds * item.count for item in priced)
+    low = sum(item.low * item.count for item in priced)
+    high = sum(item.high * item.count for item in priced)
+    known = calibration.rows()
     return Plan(
         topology=topology.name,
         platform=topology.platform,
@@ -347,12 +362,18 @@ def read_step(config: Config, topology: Topology, step: CompiledStep, scenario: 
         program_flops=step.products.total,
         peak_flops=chip.peak * topology.num_chips,
         compute_seconds=sum(item.seconds * item.count for item in items),
-        kernel_seconds=sum(item.seconds * item.count for item in priced),
-        kernel_low=sum(item.low * item.count for item in priced),
-        kernel_high=sum(item.high * item.count for item in priced),
-        scale=scale,
-        log_width=log_width,
-        steps=steps,
+        kernel_seconds=middle,
+        kernel_low=low,
+        kernel_high=high,
+        floor_seconds=sum(item.least * item.count for item in items) + network.USABLE * exposed,
+        log_width=calibration.width(
+            kind,
+            calibration.kernel_width(counted, middle, low, high),
+            known,
+            pipeline=mesh.shape.get("pipeline", 1) > 1,
+        ),
+        steps=len(known),
+        chip_steps=calibration.steps_of(kind, known),
         parts={f"{where} {kind}": seconds for (where, kind), seconds in text.parts.items()},
         unpriced=text.unpriced,
         unknown_loops=text.unknown_loops,
@@ -365,6 +386,7 @@ def read_step(config: Config, topology: Topology, step: CompiledStep, scenario: 
         versions=tuple(versions()),
         commit=step.commit,
         prices=calibration.prices(),
+        program=hashlib.sha256(step.text.encode()).hexdigest()[:16],
         config=to_dict(config),
     )
 

@@ -21,6 +21,10 @@ from moe.planner.records import HOST, KINDS, Collective, GroupedMatmul, Item, Pr
 _UNKNOWN_CYCLES = 2**63 - 1
 
 
+_NO_PRICE = Price(0.0, 0.0, 0.0, "")
+_AT_BANDWIDTH = Price(1.0, 1.0, 1.0, "memory bandwidth")
+
+
 @dataclasses.dataclass(frozen=True)
 class Rates:
     """Rates of a device.
@@ -31,6 +35,8 @@ class Rates:
         matmuls: FLOP/s of matmuls, instead of the compiler's estimates; 0: those.
         condition: seconds that the device waits for the host at a loop's condition, if that depends on the data.
         float8: FLOP/s of matmuls of float8 on GPUs.
+        loss_share: of the peak, that matmuls of the loss reach at most.
+        rows: time of moving rows by index, for a second that reading and writing them once takes.
     """
 
     memory_bandwidth: float = math.inf
@@ -38,9 +44,13 @@ class Rates:
     matmuls: float = 0.0
     condition: float = 0.0
     float8: float = math.inf
+    loss_share: float = 1.0
+    rows: Price = _AT_BANDWIDTH
 
 
-_NO_PRICE = Price(0.0, 0.0, 0.0, "")
+def _times(price: Price, factor: float) -> Price:
+    return Price(price.seconds * factor, price.low * factor, price.high * factor, price.basis)
+
 
 _KernelPrice = Callable[[GroupedMatmul], Price]
 _AttentionPrices = Callable[[Sequence[Item]], Mapping[str, Price]]
@@ -289,7 +299,7 @@ class _Reader:
             # The result of a start is (operands, results, ...).
             size = result - inputs if inner.opcode.endswith("-start") and result > inputs else result
         source = carrier.op_name or inner.op_name
-        rings = work.one_way_rings(inner)
+        rings = work.one_way_rings(inner, len(group))
         self.collectives.append(Collective(kind, axes, group, size, scope.times, overlap, source, *where, rings))
 
     def _record_host_transfer(
@@ -328,7 +338,7 @@ class _Reader:
             return
         if kernel is not None and re.search(r"__cudnn\$fmha|tpu_custom_call", kernel.attributes):
             price = self._attention_prices.get(instruction.name, _NO_PRICE)
-            flops = work.attention_flops(kernel, types) if "__cudnn$fmha" in kernel.attributes else price.flops
+            flops = price.flops or work.attention_flops(kernel, types)
             self._note(instruction, scope, "attention", price, flops)
             scope.clock += price.seconds
             return
@@ -340,8 +350,9 @@ class _Reader:
             moved = work.moved_bytes(instruction, self.module, scope.types)
             self.unpriced += scope.times
             self.unpriced_bytes += scope.times * moved
-            seconds = moved / self._rates.memory_bandwidth
-            self._note(instruction, scope, "no estimate", Price(seconds, seconds, seconds, "memory bandwidth"))
+            rows = work.moves_rows(instruction)
+            price = _times(self._rates.rows if rows else _AT_BANDWIDTH, moved / self._rates.memory_bandwidth)
+            self._note(instruction, scope, "row movement" if rows else "no estimate", price)
         elif estimate:
             self._spend(instruction, estimate, scope)
 
@@ -355,7 +366,7 @@ class _Reader:
         where = work.pass_of(instruction.op_name) or self._pass
         item = Item(
             instruction.name, kind, where, instruction.op_name, price.seconds, scope.times, flops, moved, scope.name,
-            scope.clock, price.low, price.high, price.basis,
+            scope.clock, price.low, price.high, price.basis, price.least,
         )  # fmt: skip
         self.items.append(item)
 
@@ -371,10 +382,15 @@ class _Reader:
         """Book estimated work; an instruction without a name belongs to the pass of the one before it."""
         self._pass = work.pass_of(instruction.op_name) or self._pass
         product = instruction.opcode in work.PRODUCTS or self._products.has(instruction.attribute("calls"))
-        if product and self._rates.matmuls:
-            seconds = self._products.flops(instruction, scope.types) / self._rates.matmuls
+        at_peak = 0.0
+        if product:
+            flops = self._products.flops(instruction, scope.types)
+            in_bytes = self._products.factor_types(instruction, scope.types) <= work.BYTES
+            at_peak = flops / (self._rates.peak * (2 if in_bytes else 1))
+            best = self._rates.loss_share if work.of_loss(instruction) else 1.0
+            seconds = flops / self._rates.matmuls if self._rates.matmuls else max(seconds, at_peak / best)
         part = self._pass, "matmuls" if product else "other"
         self.parts[part] = self.parts.get(part, 0.0) + seconds * scope.times
-        price = Price(seconds, seconds, seconds, "the compiler's estimate")
+        price = Price(seconds, seconds, seconds, "the compiler's estimate", least=at_peak)
         self._note(instruction, scope, "matmul" if product else "other", price)
         scope.spend(seconds, seconds)

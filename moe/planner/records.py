@@ -38,7 +38,8 @@ class Collective:
         computation: name of the one that starts it.
         places: of its start and its done among the instructions of that computation.
         started: estimated work of that computation before the start, kernels included, seconds.
-        rings: one-way rings that share the bytes, as the compiler states for some exchanges on TPUs; 0: not stated.
+        rings: one-way rings that share the bytes evenly, as the compiler states for some exchanges on TPUs: the sizes
+            of each one's phases; (): not stated.
     """
 
     kind: str
@@ -51,7 +52,7 @@ class Collective:
     computation: str = dataclasses.field(default="", compare=False)
     places: tuple[int, int] = dataclasses.field(default=(0, 0), compare=False)
     started: float = dataclasses.field(default=0.0, compare=False)
-    rings: int = 0
+    rings: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,8 +86,9 @@ class Price:
     Attributes:
         seconds: the central estimate.
         low, high: the ends of its 80 % interval.
-        basis: what it rests on: "measured", "formula x constant" or "by analogy".
-        flops: of the filled rows.
+        basis: what it rests on: "measured" or "by analogy".
+        flops: of the filled rows, or of the scores that attention computes.
+        least: seconds of those at peak FLOP/s.
     """
 
     seconds: float
@@ -94,6 +96,7 @@ class Price:
     high: float
     basis: str
     flops: float = 0.0
+    least: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,8 +105,9 @@ class Item:
 
     Attributes:
         name: in the program.
-        kind: "matmul" (of XLA), "grouped matmul", "attention" (kernels), "other" (fusions bound by memory or vector
-            units) or "no estimate" (priced at memory bandwidth).
+        kind: "matmul" (of XLA), "grouped matmul", "attention" (kernels), "row movement" (gathers of a TPU's
+            SparseCore), "other" (fusions bound by memory or vector units) or "no estimate" (priced at memory
+            bandwidth).
         where: the pass: "forward", "recomputation", "backward" or "update".
         source: JAX's name of the operation.
         seconds: of one run.
@@ -112,6 +116,7 @@ class Item:
         computation: name of the one that holds it; started: estimated work of that computation before it, seconds.
         low, high: ends of the interval of ``seconds`` where it is priced from measurements; otherwise ``seconds``.
         basis: what ``seconds`` rests on.
+        least: seconds of its FLOPs at peak.
     """
 
     name: str
@@ -127,6 +132,7 @@ class Item:
     low: float
     high: float
     basis: str
+    least: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,8 +13,12 @@ from moe.models.stages import TAKEN_SCOPE
 from moe.planner import hlo
 from moe.planner.hlo import Instruction, array_bytes, array_shape
 from moe.planner.records import GroupedMatmul
+from moe.training.losses import LOSS_SCOPE
 
 PRODUCTS = ("convolution", "dot")
+
+#: Element types that all devices with matrix units for them multiply at twice the rate of bfloat16.
+BYTES = {"s8", "u8", "f8e4m3fn", "f8e5m2"}
 
 #: A layout in the host's memory.
 IN_HOST = "S(5)"
@@ -37,15 +41,15 @@ class Products:
             return product_flops(instruction, types)
         return self._of(instruction.attribute("calls"))
 
-    def factor_types(self, fusion: Instruction) -> set[str]:
-        """Element types of the factors of a fused product; none without one."""
-        inner = self._module.called(fusion)
-        types = {instruction.name: instruction.type.partition("[")[0] for instruction in inner}
-        for instruction in inner:
-            if instruction.opcode == "dot":
-                return {types.get(name, "") for name in instruction.operands}
-            if instruction.opcode == "fusion" and self.has(instruction.attribute("calls")):
-                return self.factor_types(instruction)
+    def factor_types(self, instruction: Instruction, types: Mapping[str, str]) -> set[str]:
+        """Element types of the factors of a product or of a fused one; none without one."""
+        if instruction.opcode in PRODUCTS:
+            return {types.get(name, "").partition("[")[0] for name in instruction.operands}
+        inner = self._module.called(instruction)
+        inner_types = {each.name: each.type for each in inner}
+        for each in inner:
+            if each.opcode in PRODUCTS or (each.opcode == "fusion" and self.has(each.attribute("calls"))):
+                return self.factor_types(each, inner_types)
         return set()
 
     def _of(self, name: str) -> float:
@@ -142,7 +146,7 @@ def gpu_estimate(instruction: Instruction, products: Products, float8: float) ->
     costs = {cost["name"]: cost for cost in json.loads(found.group(1))} if found else {}
     matmul, measured = costs.get("experimental-gemm-cost-model"), costs.get("sol", {}).get("exec_time_us", 0)
     product = matmul or products.has(instruction.attribute("calls"))
-    factors = products.factor_types(instruction) if product else set()
+    factors = products.factor_types(instruction, {}) if product else set()
     if factors == {"f8e4m3fn"}:
         return products.flops(instruction, {}) / float8
     if product and measured and factors <= {instruction.type.partition("[")[0]}:
@@ -151,6 +155,16 @@ def gpu_estimate(instruction: Instruction, products: Products, float8: float) ->
         return max(matmul["compute_time_us"], matmul["memory_access_time_us"]) * 1e-6
     cost = costs.get("indexing-cost-model") or costs.get("")
     return cost["exec_time_us"] * 1e-6 if cost else 0.0
+
+
+def of_loss(instruction: Instruction) -> bool:
+    """Whether an instruction belongs to the cross-entropy and the unembedding."""
+    return bool(re.search(rf"\({LOSS_SCOPE}\)|/{LOSS_SCOPE}/", instruction.op_name))
+
+
+def moves_rows(call: Instruction) -> bool:
+    """Whether an asynchronous call is a gather or scatter of a TPU's SparseCore."""
+    return call.opcode == "call-start" and bool(re.search(r"\b(gather|scatter)", call.name))
 
 
 def branch_share(conditional: Instruction) -> float:
@@ -171,9 +185,25 @@ def pass_of(op_name: str) -> str | None:
 
 
 def attention_flops(kernel: Instruction, types: Mapping[str, str]) -> float:
-    """FLOPs of one cuDNN attention kernel, q [B,T,N,H] and k [B,U,M,H]: 2 matmuls forward, 5 backward."""
-    q, k = (array_shape(types.get(name, "")) for name in kernel.operands[:2])
-    return (5 if "Backward" in kernel.attributes else 2) * 2.0 * math.prod(q) * k[1]
+    """FLOPs of all T² scores in one attention kernel; 0: unknown.
+
+    Kernels are cuDNN's, q [B,T,N,H] and k [B,U,M,H], with 2 matmuls forward and 5 backward; and splash attention's, q
+    [B,N,T,H] and v [B,M,T,V] after operands of integers, with 2 forward, 5 for all gradients, or 4 for those of keys
+    and values and 3 for those of queries.
+    """
+    if "__cudnn$fmha" in kernel.attributes:
+        q, k = (array_shape(types.get(name, "")) for name in kernel.operands[:2])
+        return (5 if "Backward" in kernel.attributes else 2) * 2.0 * math.prod(q) * k[1]
+    named = re.search(r"splash_\w+?_(fwd|dkv|dq)", kernel.name)
+    arrays = [types.get(name, "") for name in kernel.operands]
+    factors = [array_shape(each) for each in arrays if each.startswith(("bf16", "f32")) and len(array_shape(each)) >= 3]
+    if named is None or len(factors) < 3:
+        return 0.0
+    (*q, _), value = factors[0], factors[2]
+    head, length = factors[0][-1], value[-2]
+    has_queries = len(re.findall(r"(?:bf16|f32)\[", kernel.type)) >= 3  # gradients of all three
+    of_keys, of_values = {"fwd": (1, 1), "dq": (2, 1), "dkv": (3, 2) if has_queries else (2, 2)}[named[1]]
+    return 2.0 * math.prod(q) * length * (of_keys * head + of_values * value[-1])
 
 
 def kernel_of(
@@ -224,15 +254,19 @@ def stage_in_fusions(fusion: Instruction, collective: Instruction, module: hlo.M
     return "step" if '"async_collective_fusion_config"' in collective.attributes else ""
 
 
-def one_way_rings(collective: Instruction) -> int:
-    """One-way rings over the group that share a collective's bytes on a TPU, by its algorithm; 0 if not stated.
+def one_way_rings(collective: Instruction, members: int) -> tuple[tuple[int, ...], ...]:
+    """One-way rings that share a collective's bytes on a TPU, by its algorithm: sizes of each one's phases, in order;
+    () if not stated.
 
-    A SparseCore's algorithm names a ring for each part of the bytes ("color"); a TensorCore's of one dimension has one
-    ring in both directions.
+    A SparseCore's algorithm names a ring for each part of the bytes ("color"), in phases over a dimension each; a
+    TensorCore's of one dimension has one ring in both directions.
     """
-    if colors := collective.attributes.count('{"phase_rings"'):
-        return colors
-    return 2 if re.search(r'"emitter":"1D|"strategy":"StrategyRing"', collective.attributes) else 0
+    colors = re.findall(r'"phase_rings":\[(.*?)\]', collective.attributes)
+    if colors:
+        sizes = [tuple(map(int, re.findall(r'"core_count":"(\d+)"', color))) for color in colors]
+        return tuple(phases if math.prod(phases) == members else (members,) for phases in sizes)
+    both = re.search(r'"emitter":"1D|"strategy":"StrategyRing"', collective.attributes)
+    return ((members,), (members,)) if both else ()
 
 
 def is_host_transfer(instruction: Instruction) -> bool:

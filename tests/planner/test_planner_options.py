@@ -97,13 +97,14 @@ def test_an_exchange_that_fusions_continue_is_read_once():
 
 
 def test_reads_the_rings_of_an_exchange():
-    ring = '{"phase_rings":[{"ring_type":"ICI_RING_TYPE_UNIDIR_CW","core_count":"16"}]}'
+    phase = '{"ring_type":"ICI_RING_TYPE_UNIDIR_CW","core_count":"2"}'
+    ring = f'{{"phase_rings":[{phase},{phase}]}}'
     two = SPARSE_CORE.replace(
         "dimensions={1}\n", f'dimensions={{1}}, backend_config={{"color_strategies":[{ring},{ring}]}}\n'
     )
-    assert [collective.rings for collective in program.read(two, MESH, clock=1.0).collectives] == [2, 0]
+    assert [collective.rings for collective in program.read(two, MESH, clock=1.0).collectives] == [((2, 2), (2, 2)), ()]
     of_one_dimension = CARRIED.replace('"2"}', '"2"},"emitter":"1DAllGatherNonMajorDimImbalanced"')
-    assert program.read(of_one_dimension, MESH, clock=1.0).collectives[0].rings == 2
+    assert program.read(of_one_dimension, MESH, clock=1.0).collectives[0].rings == ((4,), (4,))
 
 
 def test_kernels_overlap_exchanges():
@@ -344,51 +345,60 @@ def test_a_guess_counts_the_rows_of_slots_and_of_expert_choice_once():
 
 
 def test_spread_of_published_steps_by_hand():
-    rows = [{"platform": "tpu", "residual": value} for value in (0.0, 0.2, 0.4)]
-    scale, width, count = calibration.spread("tpu", [*rows, {"platform": "gpu", "residual": 5.0}])
-    # 0.6 over three steps and an assumed 0; squares of -0.15, 0.05 and 0.25, and three times the assumed 0.2 squared,
-    # over 3 + 2 degrees of freedom, whose Student's t at 0.9 is 1.476
-    assert (math.log(scale), count) == (pytest.approx(0.15), 3)
-    assert width == pytest.approx(1.476 * math.sqrt((0.0225 + 0.0025 + 0.0625 + 0.12) / 5 * 5 / 4))
-    # steps on another platform do not count
-    assert calibration.spread("gpu", rows) == calibration.spread("gpu", [])
-    assert calibration.spread("gpu", []) == (1.0, pytest.approx(1.638 * math.sqrt(0.04 * 2)), 0)
+    # Squares of 0.1, 0.2 and -0.4 and three times the assumed 0.26 squared, over 6 degrees of freedom; Student's t
+    # at 0.9 is 1.44.
+    width = calibration.spread([0.1, 0.2, -0.4])
+    assert width == pytest.approx(1.44 * math.sqrt((0.01 + 0.04 + 0.16 + 3 * 0.26**2) / 6))
+    assert calibration.spread([]) == pytest.approx(1.638 * 0.26)
+
+
+def _published(topology="v5p:2x2x1", published=2.0, **fields):
+    row = {"platform": "tpu", "topology": topology, "counted": 2.0, "floor": 1.0, "low": 1.8, "high": 2.2}
+    row |= {"published": published, "residual": math.log(published / 2), "memory_gib": 50.0, "versions": ["jax 1"]}
+    return row | {"name": topology, "prices": calibration.prices()} | fields
+
+
+def test_the_width_of_an_interval_by_hand():
+    known = [_published(published=2.2), _published(published=1.9)]
+    spread = calibration.spread([row["residual"] for row in known])
+    kernels = math.log(2.2 / 1.8) / 2
+    # The spread has errors of such kernels in it; only further ones are added. Two steps of v5p were compared.
+    of_chip = math.hypot(spread, 0.25 / 9)
+    assert calibration.width("v5p", kernels / 2, known) == calibration.width("v5p", kernels, known)
+    assert calibration.width("v5p", kernels, known) == pytest.approx(of_chip)
+    assert calibration.width("v5p", 2 * kernels, known) == pytest.approx(math.sqrt(of_chip**2 + 3 * kernels**2))
+    assert calibration.width("v5p", kernels, known, pipeline=True) == pytest.approx(math.hypot(of_chip, 0.2))
+    # No step of v6e was compared; of v4 no kernel was timed either.
+    assert calibration.width("v6e", kernels, known) == pytest.approx(math.hypot(spread, 0.25))
+    assert calibration.width("v4", kernels, known) == pytest.approx(math.hypot(spread, 0.45))
+    # 10 s, of which kernels take 4, between 2 and 7: 8 to 13 s.
+    assert calibration.kernel_width(10.0, 4.0, 2.0, 7.0) == pytest.approx(math.log(13 / 8) / 2)
+
+
+@pytest.mark.parametrize("floor", [0.0, 1.0, 9.0, 9.999, 10.0])
+@pytest.mark.parametrize("width", [0.01, 0.2, 3.0])
+def test_no_interval_is_below_its_floor(floor, width):
+    low, high = calibration.interval(10.0, floor, width)
+    assert floor <= low <= 10.0 <= high == 10 * math.exp(width)
+
+
+def test_the_lower_end_of_an_interval_by_hand():
+    # Of 10 s, 4 are beyond the floor: exp(-0.2 x 10 / 4) of them remain.
+    assert calibration.interval(10.0, 6.0, 0.2)[0] == pytest.approx(6 + 4 * math.exp(-0.5))
+    assert calibration.interval(10.0, 0.0, 0.2)[0] == pytest.approx(10 * math.exp(-0.2))
 
 
 def test_left_out_steps_are_predicted_from_the_others():
-    names = ("counted", "low", "high", "published")
-    rows = [
-        {
-            "platform": "tpu",
-            "residual": math.log(published),
-            **dict(zip(names, (1.0, 0.9, 1.1, published), strict=True)),
-        }
-        for published in (1.0, 1.1, 1.2, 9.0)
-    ]
+    rows = [_published(published=seconds) for seconds in (2.0, 2.2, 2.4, 9.0)]
     made = calibration.left_out(rows)
     assert [row["inside"] for row in made] == [True, True, True, False]
-    scale, width, _ = calibration.spread_of([row["residual"] for row in rows[:3]])
-    assert made[3]["predicted"] == pytest.approx(scale)
-    assert made[3]["interval"][1] == pytest.approx(scale * math.exp(math.hypot(width, math.log(1.1))))
-    # The spread and the interval of the kernels are independent errors.
-    assert made[3]["interval"][0] == pytest.approx(scale * math.exp(-math.hypot(width, math.log(1 / 0.9))))
-
-
-def test_a_predicted_step_by_hand():
-    """10 s are counted, of which kernels take 4, between 2 and 7: 8 to 13 s, beside a spread of 0.3; times 1.5."""
-    step, (low, high) = calibration.predicted(10.0, (4.0, 2.0, 7.0), 1.5, 0.3)
-    assert step == 15.0
-    assert low == pytest.approx(15 * math.exp(-math.hypot(math.log(10 / 8), 0.3)))
-    assert high == pytest.approx(15 * math.exp(math.hypot(math.log(13 / 10), 0.3)))
+    width = math.hypot(calibration.spread([row["residual"] for row in rows[:3]]), 0.25 / 16)
+    assert made[3]["interval"] == calibration.interval(2.0, 1.0, width)
 
 
 def test_the_page_of_published_steps_names_those_of_an_earlier_cost_model():
-    row = {
-        "platform": "tpu", "topology": "v5p:2x2x1", "counted": 2.0, "low": 1.8, "high": 2.2, "published": 2.0,
-        "residual": 0.0, "memory_gib": 50.0, "versions": ["jax 1"],
-    }  # fmt: skip
-    rows = [row | {"name": "new", "prices": calibration.prices()}, row | {"name": "old", "prices": "other"}]
-    page = calibration.page(rows, [], [])
+    rows = [_published(name="new"), _published(name="old", prices="other")]
+    page = calibration.page(rows, {"new": -0.25}, [], [])
     assert "since their programs are not kept: old. Name them" in page
     assert "Inside: 2 of 2." in page
-    assert "earlier cost model" not in calibration.page(rows[:1], [], [])
+    assert "earlier cost model" not in calibration.page(rows[:1], {}, [], [])

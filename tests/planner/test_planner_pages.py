@@ -358,27 +358,37 @@ def test_the_best_kept_plan_is_a_named_setting():
         mixtral_8x7b.get_config("v9")
 
 
-def test_kept_plans_are_at_the_scale_of_the_published_steps():
-    """The scale changes with every published step that is added; scripts/calibration.py then rescales the plans."""
+def test_kept_plans_have_the_intervals_of_the_published_steps():
+    """The width changes with every published step that is added; scripts/calibration.py then writes the plans again."""
     for kept in kept_plans.read(ROOT / "configs" / "plans.json"):
         today = kept_plans.rescaled(kept, calibration.rows())
         assert today["cost"] == kept["cost"]
         for name in ("step_seconds", "step_interval", "mfu", "tokens_per_second_per_chip"):
             assert today[name] == pytest.approx(kept[name], rel=1e-9), (kept["config"], kept["topology"], name)
+        peaks = 2 if "model.low_precision" in kept["flags"] else 1
+        assert kept["mfu"] * kept["step_seconds"] / kept["step_interval"][0] < peaks, (kept["config"], kept["topology"])
 
 
 def test_a_kept_plan_is_rescaled_by_hand(made, tmp_path):
-    """10 s counted, of which 4 s (3 to 6) in kernels. Without published steps the scale is 1, and the spread is the one
-    assumed before any is known: three residuals of 0.2 and one of 0."""
+    """10 s counted, of which 4 s (3 to 6) in kernels. Without published steps the spread is the one assumed before any
+    is known, and the chip is new."""
     kept = kept_plans.row(made, "mixtral_8x7b", {}) | {
         "counted_seconds": 10.0, "kernel_seconds": 4.0, "kernel_low": 3.0, "kernel_high": 6.0, "step_seconds": 5.0,
-        "tokens": 400, "chips": 2, "tokens_per_second_per_chip": 40.0, "mfu": 0.5,
+        "tokens": 400, "chips": 2, "tokens_per_second_per_chip": 40.0, "mfu": 0.5, "floor_seconds": 6.0,
     }  # fmt: skip
     new = kept_plans.rescaled(kept, [])
-    width = 1.638 * 0.2 * math.sqrt(2)
-    assert (new["step_seconds"], new["tokens_per_second_per_chip"], new["mfu"], new["scale"]) == (10.0, 20.0, 0.25, 1.0)
-    low, high = 10 * math.exp(-math.hypot(math.log(10 / 9), width)), 10 * math.exp(math.hypot(math.log(1.2), width))
-    assert new["step_interval"] == pytest.approx([low, high])
+    width = math.hypot(1.638 * 0.26, math.log(12 / 9) / 2, 0.25)
+    assert (new["step_seconds"], new["tokens_per_second_per_chip"], new["mfu"], new["chip_steps"]) == (
+        10,
+        20.0,
+        0.25,
+        0,
+    )
+    assert new["step_interval"] == pytest.approx([6 + 4 * math.exp(-width * 10 / 4), 10 * math.exp(width)])
+    # A row of earlier prices has no floor: the model's FLOPs take 2.5 s at peak.
+    old = kept_plans.rescaled(kept | {"floor_seconds": 0.0, "exposed_seconds": 1.0}, [])
+    low = 3.4 + 6.6 * math.exp(-width * 10 / 6.6)
+    assert old["step_interval"][0] == pytest.approx(low)
     days = 1e12 / 400 * 10 / 86400
     assert new["cost"].startswith(f"1 trillion tokens: {days:,.1f} days")
     path, page = tmp_path / "plans.json", tmp_path / "pods.md"
@@ -394,7 +404,7 @@ def test_a_kept_plan_is_rescaled_by_hand(made, tmp_path):
 
 def test_the_table_of_plans_matches_the_kept_plans():
     rows = kept_plans.read(ROOT / "configs" / "plans.json")
-    kept, _, _ = kept_plans.table(rows).partition("\n\nCounted by earlier prices")  # prices may have changed since
+    kept, _, _ = kept_plans.table(rows).partition("\n\nEstimated by an earlier")  # prices may have changed since
     assert kept in (ROOT / "docs" / "results" / "plans.md").read_text()
 
 

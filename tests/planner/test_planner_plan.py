@@ -62,7 +62,8 @@ def _torus(*shape):
 
 
 def test_network_model_by_hand():
-    devices, chip = _torus(4, 4, 4), CHIPS["v5p"]  # rings of 4 with links of 100 GB/s each way
+    devices = _torus(4, 4, 4)  # rings of 4 with links of 100 GB/s each way, when all of it is usable
+    chip = _usable("v5p")
 
     def collective(kind, group, size=8e8):
         return Collective(kind, (), tuple(group), int(size), 1, -1, "")
@@ -74,12 +75,12 @@ def test_network_model_by_hand():
     # two rings at once
     assert network.seconds(collective("all-gather", plane), devices, chip) == pytest.approx(8e8 * 15 / 16 / 4e11)
     # one ring in both directions through all 16
-    one = dataclasses.replace(collective("all-gather", plane), rings=2)
+    one = dataclasses.replace(collective("all-gather", plane), rings=((16,), (16,)))
     assert network.seconds(one, devices, chip) == pytest.approx(8e8 * 15 / 16 / 2e11)
     # half of what 4 devices send crosses the middle over 2 links each way: 4/8 of a device's bytes
     assert network.seconds(collective("all-to-all", ring), devices, chip) == pytest.approx(8e8 * 4 / 8 / 1e11)
-    # members two apart share each link with another group and have no ring
-    assert network.seconds(collective("all-gather", (0, 2)), devices, chip) == pytest.approx(8e8 / 2 / 5e10)
+    # members two apart share each link with another group, in both directions of the ring
+    assert network.seconds(collective("all-gather", (0, 2)), devices, chip) == pytest.approx(8e8 / 2 / 1e11)
     assert network.seconds(collective("all-gather", (0,)), devices, chip) == 0.0
     # two slices: half of what is gathered arrives by DCN, and all that one stage passes to the next
     for device in devices:
@@ -93,7 +94,7 @@ def test_network_of_lines_strides_and_shared_chips_by_hand():
 
     def seconds(kind, group, devices, chip, **fields):
         collective = Collective(kind, (), tuple(group), int(8e8), 1, -1, "", **fields)
-        return network.seconds(collective, devices, CHIPS[chip])
+        return network.seconds(collective, devices, _usable(chip))
 
     line, cube, long = _torus(4, 4), _torus(4, 4, 4), _torus(4, 4, 8)
     assert seconds("all-gather", range(4), line, "v5e") == pytest.approx(8e8 * 3 / 4 / 50e9)
@@ -103,8 +104,8 @@ def test_network_of_lines_strides_and_shared_chips_by_hand():
     assert seconds("all-to-all", range(32), long, "v5p") == pytest.approx(8e8 / 1e11)
     # members two apart: two groups share each link, also those of one ring through all four members
     assert seconds("collective-permute", (0, 2), cube, "v5p") == pytest.approx(8e8 / 5e10)
-    assert seconds("all-gather", (0, 2, 8, 10), cube, "v5p") == pytest.approx(8e8 * 3 / 4 / 1e11)
-    assert seconds("all-gather", (0, 2, 8, 10), cube, "v5p", rings=1) == pytest.approx(8e8 * 3 / 4 / 5e10)
+    assert seconds("all-gather", (0, 2, 8, 10), cube, "v5p") == pytest.approx(8e8 * 3 / 4 / 2e11)
+    assert seconds("all-gather", (0, 2, 8, 10), cube, "v5p", rings=((4,),)) == pytest.approx(8e8 * 3 / 4 / 5e10)
 
     # Two devices a chip, which share its links, its way to other slices and to the host; they meet in its memory.
     pairs = [types.SimpleNamespace(coords=device.coords, slice_index=0) for device in cube for _ in range(2)]
@@ -112,6 +113,8 @@ def test_network_of_lines_strides_and_shared_chips_by_hand():
     assert seconds("all-gather", (0, 1), pairs, "tpu7x") == pytest.approx(8e8 / chip.memory_bandwidth)
     assert seconds("all-reduce", (0, 1), pairs, "tpu7x") == pytest.approx(2 * 8e8 / chip.memory_bandwidth)
     assert seconds("all-gather", range(0, 8, 2), pairs, "tpu7x") == pytest.approx(8e8 * 3 / 4 / (2 * 50e9))
+    # Both devices of 4 chips: what arrives at a chip serves both, at all of its links' bandwidth.
+    assert seconds("all-gather", range(8), pairs, "tpu7x") == pytest.approx(8e8 * 7 / 8 / (2 * 100e9))
     to_host = Collective("to", (HOST,), (), int(8e8), 1, -1, "")
     assert network.seconds(to_host, pairs, chip) == pytest.approx(8e8 / (15e9 / 2))
     for device in pairs:
@@ -119,6 +122,32 @@ def test_network_of_lines_strides_and_shared_chips_by_hand():
     assert seconds("all-reduce", range(128), pairs, "tpu7x") == pytest.approx(2 * 8e8 / 2 / (chip.dcn / 2))
     ring, both = (Collective("all-gather", (), tuple(group), 8, 1, -1, "") for group in (range(0, 8, 2), range(128)))
     assert [network.link(each, pairs, chip) for each in (to_host, ring, both)] == ["to", "torus", "network"]
+
+
+def _usable(name):
+    """A chip whose links' bandwidth is usable as a whole."""
+    return dataclasses.replace(CHIPS[name], link=CHIPS[name].link / network.USABLE)
+
+
+def test_rings_work_in_phases():
+    """64 devices of a torus of 4 x 8 x 8 whose members are 4 apart in the last dimension: 4 and 8 of stride 1, 2 of
+    stride 4, as an algorithm of six rings with a phase for each states them. Links of 100 GB/s.
+
+    The slowest rings take the last phase, half of their bytes, along the far neighbours: of a sixth of 800 MB the
+    phases pass 3/64, 4 x 7/64 and, at a quarter of the link, 32/64.
+    """
+    devices = _torus(4, 8, 8)
+    group = tuple(i for i, device in enumerate(devices) if device.coords[2] % 4 == 0)
+    orders = ((4, 8, 2), (8, 2, 4), (2, 4, 8))
+    gather = Collective("all-gather", (), group, int(8e8), 1, -1, "", rings=orders * 2)
+    expected = 8e8 / 6 / 1e11 * (3 / 64 + 4 * 7 / 64 + 32 / 64 * 4)
+    assert network.seconds(gather, devices, _usable("v5p")) == pytest.approx(expected)
+    # A reduce-scatter's first phase passes most.
+    scatter = dataclasses.replace(gather, kind="reduce-scatter", rings=tuple(order[::-1] for order in orders) * 2)
+    assert network.seconds(scatter, devices, _usable("v5p")) == pytest.approx(expected)
+    # No ring beats all dimensions together: two rings of 4 and of 8, and one of 2 at a quarter.
+    many = dataclasses.replace(gather, rings=((64,),) * 100)
+    assert network.seconds(many, devices, _usable("v5p")) == pytest.approx(8e8 * 63 / 64 / (2e11 + 2e11 + 5e10))
 
 
 def test_flops_count_loops_and_kernels():

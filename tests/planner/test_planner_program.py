@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from moe.planner import exchanges, hlo, kernels, program
+from moe.planner import exchanges, hlo, program
 from moe.planner.chips import CHIPS
 
 MESH = {"data": 1, "fsdp": 8, "expert": 8, "tensor": 1}
@@ -183,19 +183,10 @@ def test_reads_transfers_to_and_from_the_host():
     }
 
 
-def test_time_of_a_grouped_matmul_by_hand():
-    chip = dataclasses.replace(CHIPS["v5p"], peak=1e12, memory_bandwidth=1e15)
+def test_grouped_matmuls_are_read():
     rows, weights = program.read(GROUPED, {"expert": 8}, clock=1.0).grouped
-    # 4 columns of tiles, the last partly empty; 8192/128 + 7 tiles of rows; 2·128·1024·1280 FLOPs a step.
-    assert kernels.formula(rows, 8192, chip) == pytest.approx(4 * 71 * 2 * 128 * 1024 * 1280 / 1e12)
-    # Half of the rows: empty rows of the buffer do not count; the 7 tiles that two groups share stay.
-    assert kernels.formula(rows, 4096, chip) == pytest.approx(4 * 39 * 2 * 128 * 1024 * 1280 / 1e12)
-    chip = dataclasses.replace(chip, memory_bandwidth=1e9)
-    # Each step moves its rows in and out; a group's matrix moves once a column.
-    moved = 4 * 71 * (128 * 1024 + 128 * 1280) + 8 * 4 * 1024 * 1280
-    assert kernels.formula(rows, 8192, chip) == pytest.approx(2 * moved / 1e9)
-    moved = 8 * 71 * 128 * (1024 + 512) + 8 * 8 * 1024 * 512
-    assert kernels.formula(weights, 8192, chip) == pytest.approx(2 * moved / 1e9)
+    assert (rows.kind, weights.kind) == ("rows", "weights")
+    assert rows.sizes[0] == weights.sizes[0] == 8192
 
 
 GATED = """HloModule jit_both, is_scheduled=true
@@ -213,24 +204,10 @@ ENTRY %main (x: bf16[8192,1024], w: bf16[8,1024,4096], s: s32[8], d: bf16[8,1024
 """  # noqa: E501
 
 
-def test_kernels_with_the_nonlinearity_by_hand():
+def test_kernels_with_the_nonlinearity_are_read():
     up, back = program.read(GATED, {"expert": 8}, clock=1.0).grouped
     assert up == program.GroupedMatmul("activated", (8192, 1024, 4096, 8), (256, 1024, 1024), 2, 1)
     assert back == program.GroupedMatmul("gradients", (8192, 1024, 2048, 8), (256, 1024, 1024), 2, 1)
-    # 8192/256 + 7 tiles of rows; 4 and 2 of columns, an even number for the two cores; 2·256·1024·1024 FLOPs a step.
-    chip = dataclasses.replace(CHIPS["v5p"], peak=1e12, memory_bandwidth=1e15)
-    for matmul, columns in ((up, 4), (back, 2)):
-        assert kernels.formula(matmul, 8192, chip) == pytest.approx(columns * 39 * 2 * 256 * 1024 * 1024 / 1e12)
-    # Beside rows and matrices: pairs and activations out; pairs in, their gradients and activations out.
-    chip = dataclasses.replace(chip, memory_bandwidth=1e9)
-    for matmul, columns, numbers in ((up, 4, 1.5), (back, 2, 5)):
-        moved = columns * 39 * 256 * (1024 + numbers * 1024) + 8 * columns * 1024 * 1024
-        assert kernels.formula(matmul, 8192, chip) == pytest.approx(2 * moved / 1e9)
-    # Priced as a plain product of v5p, whose blocks of rows and columns were measured, with a wider interval.
-    plain = dataclasses.replace(up, kind="rows")
-    prices = [kernels.price(matmul, 8192, CHIPS["v5p"]) for matmul in (plain, up)]
-    assert [price.basis for price in prices] == ["formula x constant", "by analogy"]
-    assert prices[1].high / prices[1].seconds > prices[0].high / prices[0].seconds
 
 
 _REST_OF_A_LOOP = """HloModule jit_train_step

@@ -23,7 +23,7 @@ TILE = 128
 
 #: Numbers that a kernel reads or writes for each of its products, beside its factors: with the nonlinearity a pair of
 #: products and one hidden activation; with its gradient a pair of products, their gradients and the activation.
-_RESULTS: dict[Kind, float] = {"rows": 1, "weights": 1, "activated": 1.5, "gradients": 5}
+RESULTS: dict[Kind, float] = {"rows": 1, "weights": 1, "activated": 1.5, "gradients": 5}
 
 #: Kinds whose tiles hold all of K: the compiler then computes the nonlinearity beside the matmul of the same step.
 _WHOLE: tuple[Kind, ...] = ("activated", "gradients")
@@ -141,7 +141,7 @@ def _memory(kind: Kind, tiles: Tiles, item: int) -> float:
 
 def _of_factors(kind: Kind, item: int) -> float:
     """Results, in numbers of ``item`` bytes: quantised factors have results in bfloat16."""
-    return _RESULTS[kind] * max(1.0, _ITEM / item)
+    return RESULTS[kind] * max(1.0, _ITEM / item)
 
 
 def _parts(size: int, unit: int) -> list[int]:
