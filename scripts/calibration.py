@@ -5,6 +5,9 @@ seconds to moe/planner/calibration.json, from which plans take their interval, a
 inside to docs/results/calibration.md. Rows counted with the current prices are not made again, unless --only names one.
 --programs=DIR keeps the compiled programs and reuses those of the same config, slice and versions, so that new prices
 need no compiling. Needs libtpu and JAX's CUDA plugin: pip install "jax[tpu]" "jax[cuda13]".
+
+--score compares docs/results/predictions.jsonl, plans that plan_pod.py --register wrote down before a number was known,
+with the numbers that docs/results/outcomes.jsonl has since: coverage, log score and bias. Nothing is compiled.
 """
 
 from pathlib import Path
@@ -25,6 +28,7 @@ from moe.programs import cli
 
 _ONLY = flags.DEFINE_string("only", "", "Name of the row to make again; empty: all rows that are missing.")
 _PROGRAMS = cli.define_path("programs", "Folder in which compiled programs are kept for reuse.")
+_SCORE = flags.DEFINE_bool("score", False, "Score the registered predictions whose numbers were published.")
 
 PAGE = Path(__file__).parents[1] / "docs" / "results" / "calibration.md"
 
@@ -252,8 +256,11 @@ def compare(name: str, folder: Path | None) -> dict[str, Any]:
 def main() -> None:
     """Make what is missing; the page is written again after every row."""
     from moe.config import ConfigError
-    from moe.planner import calibration
+    from moe.planner import calibration, register
 
+    if _SCORE.value:
+        print(register.report(PAGE.with_name("predictions.jsonl"), PAGE.with_name("outcomes.jsonl")))
+        return
     if _ONLY.value and _ONLY.value not in PUBLISHED:
         raise ConfigError(f"--only={_ONLY.value}: must be one of {'; '.join(PUBLISHED)}")
     folder = Path(_PROGRAMS.value) if _PROGRAMS.value else None

@@ -4,10 +4,13 @@ Compiles the train step of main.py for absent TPUs or GPUs and prints its memory
 best known settings for that slice. --config.model.remat=fit chooses the remat policy that recomputes least among those
 that fit. With --search it tries meshes, remat policies, dispatch modes and rows, and prints a ranked table and the
 command of the best. --page=plan.html writes a page that opens offline; --diff A.json B.json compares two plans that
---json printed. Needs the compiler of the platform: pip install "jax[tpu]" or "jax[cuda13]". docs/pods.md is the guide.
+--json printed. --hf=config.json prices any published model by its shapes, without compiling it. --register=NAME writes
+a plan down in docs/results/predictions.jsonl, before a number is known. Needs the compiler of the platform:
+pip install "jax[tpu]" or "jax[cuda13]". docs/pods.md is the guide.
 """
 
 import dataclasses
+import hashlib
 import json
 import shlex
 import sys
@@ -37,6 +40,11 @@ _CHANGES = flags.DEFINE_integer(
     "changes", 0, "Number of changes to try; each is compiled, and the page shows its gain.", lower_bound=0
 )
 _DIFF = flags.DEFINE_list("diff", [], "Two plans printed by --json to compare; nothing is compiled.")
+_HF = cli.define_path("hf", "config.json of a published model, instead of --config: a plan by shapes, not compiled.")
+_ROWS = flags.DEFINE_integer("rows", 1, "Rows of the batch on each device, with --hf.", lower_bound=1)
+_LENGTH = flags.DEFINE_integer("length", 4096, "Tokens of a row, with --hf.", lower_bound=128)
+_RECOMPUTE = flags.DEFINE_bool("recompute", True, "Recompute layers in the backward pass, with --hf.")
+_REGISTER = flags.DEFINE_string("register", "", "Name of the model: stamp the plan in docs/results/predictions.jsonl.")
 _RECORD = flags.DEFINE_bool("record", False, "Keep the plan in configs/plans.json and docs/results/plans.md.")
 _REMAKE = flags.DEFINE_bool("remake", False, "Make all kept plans and their table again with the current cost model.")
 _PROGRAMS = cli.define_path("programs", "Folder in which compiled programs are kept for reuse.")
@@ -53,6 +61,7 @@ _CACHE = flags.DEFINE_string(
 )
 
 _TABLE = shipped.RESULTS / "plans.md"
+_PREDICTIONS = shipped.RESULTS / "predictions.jsonl"
 
 
 def main() -> None:
@@ -63,6 +72,9 @@ def main() -> None:
         return
     if _REMAKE.value:
         _remake()
+        return
+    if _HF.value:
+        _plan_by_shapes()
         return
     layers = cli.config_layers(_CONFIG)
     choose_remat = ChainMap(*map(dict, reversed(layers))).get("model.remat") == "fit"
@@ -85,6 +97,9 @@ def main() -> None:
         if choose_remat:  # keep the policy that was chosen, not fit
             overrides["model.remat"] = made.remat
         _record(made, _name(), dict(sorted(overrides.items())), str(_TOPOLOGY.value))
+    if _REGISTER.value:
+        settings = {"config": _name(), "flags": _asked_for()[1] | {"model.remat": made.remat}}
+        _register(made.to_json(), "compiled program", made.program, made.commit, settings)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=made.remat))
     changes = _try_changes(config, where, scenario) if _CHANGES.value else []
     _write_files(made.to_json(), where.chip, changes)
@@ -102,7 +117,7 @@ def main() -> None:
 
 def _refuse_unread_flags() -> None:
     """Refuse flags that were given but have no effect beside the others."""
-    compiles = not (_DIFF.present or _REMAKE.value)
+    compiles = not (_DIFF.present or _REMAKE.value or _HF.value)
     searches = compiles and _SEARCH.value
     tries = searches or (compiles and _CHANGES.value > 0)
     what_if = _BANDWIDTH, _MATMUL_SHARE, _SKEW
@@ -111,8 +126,15 @@ def _refuse_unread_flags() -> None:
     cli.only_with(searches, "is read only with --search", _LIMIT, _FIXED_BATCH)
     cli.only_with(not _RECORD.value, "is not read with --record, whose plans have no what-if", *what_if)
     cli.only_with(tries, "is read only with --search or --changes", _CACHE)
-    unread = _JSON, _ROOFLINE, _CHANGES, _SEARCH, _RECORD, *what_if, _SLICES, _TOPOLOGY
-    cli.only_with(compiles, "is not read with --diff or --remake", *unread)
+    unread = _ROOFLINE, _CHANGES, _SEARCH, _RECORD, *what_if
+    cli.only_with(compiles, "is not read with --diff, --remake or --hf", *unread)
+    unread = _JSON, _REGISTER, _SLICES, _TOPOLOGY
+    cli.only_with(compiles or bool(_HF.value), "is not read with --diff or --remake", *unread)
+    cli.only_with(bool(_HF.value), "is read only with --hf", _ROWS, _LENGTH, _RECOMPUTE)
+    cli.only_with(not _HF.value, "is not read with --hf", _PAGE, _PROGRAMS)
+    cli.only_with(not searches, "is not read with --search", _REGISTER)
+    unchanged = all(flag.value == flag.default for flag in what_if)
+    cli.only_with(unchanged, "is not read with what-ifs, of which no number will be published", _REGISTER)
     cli.only_with(not _REMAKE.value, "is not read with --remake", _PAGE)
     cli.only_with(not _DIFF.present, "is not read with --diff", _PROGRAMS, _REMAKE)
 
@@ -126,6 +148,30 @@ def _print_difference() -> None:
     if _PAGE.value:
         write_atomic(Path(_PAGE.value), html.difference(a, b, (_DIFF.value[0], _DIFF.value[1])))
     print(differences.render(a, b))
+
+
+def _plan_by_shapes() -> None:
+    """Print, and register if asked to, the plan of a config.json."""
+    from moe.checkout import short_commit
+    from moe.foreign_files import read_object
+    from moe.planner import by_shapes, open_shapes, topology
+
+    source = read_object(Path(_HF.value))
+    where = topology.get_topology(str(_TOPOLOGY.value), _SLICES.value)
+    made = by_shapes.make(open_shapes.read(source), where, _ROWS.value, _LENGTH.value, remat=_RECOMPUTE.value)
+    if _REGISTER.value:
+        settings = {"rows": _ROWS.value, "length": _LENGTH.value, "recompute": _RECOMPUTE.value}
+        shapes = hashlib.sha256(json.dumps([source, settings], sort_keys=True).encode()).hexdigest()[:16]
+        _register(made.to_json(), "shapes", shapes, short_commit(), settings | {"config.json": source})
+    print(json.dumps(made.to_json(), indent=2) if _JSON.value else made.render())
+
+
+def _register(figures: dict[str, Any], made_from: str, program: str, commit: str, settings: dict[str, Any]) -> None:
+    from moe.planner import register
+
+    entry = register.prediction(_REGISTER.value, figures, made_from, program, commit, settings)
+    register.add(_PREDICTIONS, entry)
+    print(f"registered as {entry['stamp']}")
 
 
 def _write_files(figures, chip, changes) -> None:
@@ -256,15 +302,24 @@ def _joined(argv: list[str]) -> list[str]:
     return [*argv[:at], f"--diff={','.join(argv[at + 1 : at + 3])}", *argv[at + 3 :]]
 
 
+def _required() -> tuple[str, ...]:
+    """Flags that the command line must have."""
+    if any(each.startswith(("--diff=", "--remake")) for each in sys.argv):
+        return ()
+    by_shapes = any(each.startswith("--hf") for each in sys.argv)
+    return ("hf", "topology") if by_shapes else ("config", "topology")
+
+
 def run() -> None:
     """The program."""
     sys.argv = _joined(sys.argv)
     cli.run(
         main,
-        required=() if any(each.startswith(("--diff=", "--remake")) for each in sys.argv) else ("config", "topology"),
+        required=_required(),
         examples=(
             "moe plan --config=mixtral_8x7b --topology=v5p-128 --page=plan.html",
             "moe plan --config=mixtral_8x7b --topology=h100:8x8 --search --limit=20",
+            "moe plan --hf=config.json --topology=tpu7x:4x4x4 --rows=4",
             "moe plan --diff a.json b.json",
         ),
     )
