@@ -17,6 +17,7 @@ from pathlib import Path
 import jax
 from moe.planner import arithmetic, compiled, memory_errors, plan, topology
 from moe.planner.gpus import GPUS
+from moe import shipped
 from moe.programs import plan_pod
 from tests.planner.test_planner_details import PROGRAM
 
@@ -28,8 +29,8 @@ def read_or_compile(config, where, programs):
 
 plan.read_or_compile = read_or_compile
 topology.get_topology = lambda *_: topology.Topology("h100:1x1", 1, GPUS["h100"], tuple(jax.devices()[:1]))
-plan_pod._ROOT = Path.cwd()
-plan_pod._KEPT = Path("plans.json")
+shipped.PLANS = Path("plans.json")
+plan_pod._TABLE = Path("docs/results/plans.md")
 plan_pod.run()
 """
 
