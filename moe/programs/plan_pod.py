@@ -16,6 +16,7 @@ import shlex
 import sys
 from collections import ChainMap
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -98,7 +99,7 @@ def main() -> None:
             overrides["model.remat"] = made.remat
         _record(made, _name(), dict(sorted(overrides.items())), str(_TOPOLOGY.value))
     if _REGISTER.value:
-        settings = {"config": _name(), "flags": _asked_for()[1] | {"model.remat": made.remat}}
+        settings = {"config": _name(), "flags": dict(layers[-1]) | {"model.remat": made.remat}}
         _register(made.to_json(), "compiled program", made.program, made.commit, settings)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=made.remat))
     changes = _try_changes(config, where, scenario) if _CHANGES.value else []
