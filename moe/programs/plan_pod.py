@@ -153,9 +153,9 @@ def _print_difference() -> None:
 
 def _plan_by_shapes() -> None:
     """Print, and register if asked to, the plan of a config.json."""
-    from moe.checkout import short_commit
-    from moe.foreign_files import read_object
     from moe.planner import by_shapes, open_shapes, topology
+    from moe.system.checkout import short_commit
+    from moe.system.foreign_files import read_object
 
     source = read_object(Path(_HF.value))
     where = topology.get_topology(str(_TOPOLOGY.value), _SLICES.value)

@@ -17,7 +17,7 @@ from pathlib import Path
 import jax
 from moe.planner import arithmetic, compiled, memory_errors, plan, topology
 from moe.planner.gpus import GPUS
-from moe import shipped
+from moe.system import shipped
 from moe.programs import plan_pod
 from tests.planner.test_planner_details import PROGRAM
 
