@@ -16,9 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moe.config import ConfigError, read_small_file
+from moe.config import ConfigError
 from moe.system.atomic_files import write_atomic
 from moe.system.foreign_files import Fields, Positive, kept_whole, parse
+from moe.system.reading import read_small_file
 
 _Json = dict[str, Any]
 
