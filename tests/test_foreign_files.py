@@ -120,7 +120,7 @@ def test_a_wrong_base_note_or_change_is_refused(tmp_path, content, says):
     (tmp_path / "base.json").write_text(content)
     (tmp_path / "changes.jsonl").write_text(content)
     folder = epath.Path(tmp_path)
-    for read in (lambda: pinned.noted_step(folder / pinned.BASE_FILE), lambda: workdir.latest_change(folder)):
+    for read in (lambda: pinned.read_note(folder / pinned.BASE_FILE), lambda: workdir.latest_change(folder)):
         with pytest.raises(ConfigError) as caught:
             read()
         assert says in str(caught.value)

@@ -95,7 +95,7 @@ def _read_workdir(folder: Path, name: str) -> None:
     elif name == "changes.jsonl":
         workdir.latest_change(epath.Path(folder))
     elif name == "base.json":
-        pinned.noted_step(epath.Path(folder) / name)
+        pinned.read_note(epath.Path(folder) / name)
     else:
         workdir.read_config(folder)
         started = Changes()

@@ -6,6 +6,7 @@ TensorStore's own checksums cover its index, not the numbers: a flipped bit in a
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,10 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging as absl_logging
+from etils import epath
 from jax import Array
 
 from moe.config import ConfigError
-from moe.system.atomic_files import first_line
+from moe.system.atomic_files import first_line, from_checked_json
 
 #: Empty mesh for programs over arrays of a checkpoint, which run on the devices that hold the arrays, often one of this
 #: process. With the mesh of a run in context, JAX would require the devices of that mesh.
@@ -49,6 +51,26 @@ def _checksum(array: Array) -> Array:
     return jnp.sum(bits * (2 * number + 1), dtype=jnp.uint32)
 
 
+#: Words that :func:`partial_checksum` computes with at once.
+_BLOCK = 1 << 22
+
+
+def partial_checksum(part: np.ndarray, start: int) -> int:
+    """Summand of the checksum of an array that one part of it gives.
+
+    Args:
+        part: elements that lie one after another in the array, in C order.
+        start: index of the first of them among all elements.
+    """
+    words = np.ascontiguousarray(part).reshape(-1).view(f"uint{8 * part.dtype.itemsize}")
+    total = 0
+    for first in range(0, words.size, _BLOCK):
+        block = words[first : first + _BLOCK].astype(np.uint32)
+        factors = np.uint32(2 * (start + first) % 2**32 + 1) + np.arange(0, 2 * block.size, 2, dtype=np.uint32)
+        total += int(np.sum(block * factors, dtype=np.uint32))
+    return total % 2**32
+
+
 def checksums(tree: Any) -> dict[str, int]:
     """Key path → checksum of every array of a tree, with elements of 8 to 32 bits; the same on every mesh."""
     leaves = [(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree) if leaf is not UNREAD]
@@ -57,9 +79,24 @@ def checksums(tree: Any) -> dict[str, int]:
     return {jax.tree_util.keystr(path): int(value) for (path, _), value in zip(leaves, sums, strict=True)}
 
 
+#: File of a checkpoint with its checksums and the loop's JSON, as Orbax's handler of JSON writes it.
+MEMORY = "memory/metadata"
+
+
+def saved_checksums(workdir: epath.Path, step: int) -> dict[str, int] | None:
+    """Checksums of a checkpoint; None for one without, as earlier versions wrote for imports and averages.
+
+    Raises:
+        DamagedError: they cannot be read.
+    """
+    path = workdir / "checkpoints" / str(step) / MEMORY
+    with unreadable_as_damaged():
+        return from_checked_json(json.loads(path.read_text())["sealed"])["checksums"] if path.exists() else None
+
+
 def compare(saved: dict[str, int], tree: Any) -> None:
-    """Raise DamagedError if an array of the tree differs from its saved checksum."""
-    differing = [name for name, value in checksums(tree).items() if saved.get(name, value) != value]
+    """Raise DamagedError if an array of the tree differs from its saved checksum, or has none."""
+    differing = [name for name, value in checksums(tree).items() if saved.get(name) != value]
     if differing:
         raise DamagedError(f"{len(differing)} arrays differ from what was saved, the first is {differing[0]}")
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypedDict, Unpack
 
@@ -19,7 +21,16 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from moe.checkpoints.arrays import array_handler
-from moe.checkpoints.integrity import NO_MESH, DamagedError, compare, quiet_orbax, unreadable_as_damaged
+from moe.checkpoints.integrity import (
+    MEMORY,
+    NO_MESH,
+    DamagedError,
+    compare,
+    partial_checksum,
+    quiet_orbax,
+    saved_checksums,
+    unreadable_as_damaged,
+)
 from moe.checkpoints.manager import complete_steps, orbax_folder, refuse_special_files, refuse_unusable_path
 from moe.checkpoints.pinned import base_step
 from moe.checkpoints.workdir import CONFIG, read_config, write_config
@@ -30,7 +41,8 @@ from moe.models.stack import PREDICTION
 from moe.models.state import join
 from moe.parallel.parameters import parameter_shardings
 from moe.parallel.target import host_device
-from moe.system.atomic_files import from_checked_json, new_folder, write_atomic
+from moe.system.atomic_files import new_folder, to_checked_json, write_atomic
+from moe.system.escaping import terminal
 from moe.system.waiting import said_aloud
 
 #: Elements of an array that are in memory, or in a file's chunk, at once, where it is written in parts.
@@ -61,6 +73,22 @@ class Streamed:
         if self.rows:
             return self.rows, *self.shape[1:]
         return (1,) * self.slot_axes + self.shape[self.slot_axes :]
+
+
+def _summed(sums: dict[str, int], branch: str, path: tuple[Any, ...], array: Streamed) -> Streamed:
+    """The array, which puts its checksum into ``sums``, under its key path, when its parts are read."""
+    strides = [math.prod(array.shape[axis + 1 :]) for axis in range(array.slot_axes or 1)]
+
+    def parts() -> Iterator[tuple[tuple[int | slice, ...], np.ndarray]]:
+        total = 0
+        for index, part in array.parts():
+            places = [place.start if isinstance(place, slice) else place for place in index]
+            start = sum(place * stride for place, stride in zip(places, strides, strict=False))
+            total += partial_checksum(part, start)
+            yield index, part
+        sums[branch + jax.tree_util.keystr(path)] = total % 2**32
+
+    return dataclasses.replace(array, parts=parts)
 
 
 class _StreamedHandler(ocp.type_handlers.NumpyHandler):
@@ -171,8 +199,14 @@ def _write_parameters(workdir: epath.Path, state: dict[str, Any]) -> None:
     )
     if manager.latest_step() is not None:
         raise ConfigError(f"{workdir}: holds checkpoints already")
+    sums: dict[str, int] = {}
+    for branch, arrays in state.items():
+        state[branch] = jax.tree_util.tree_map_with_path(functools.partial(_summed, sums, f".{branch}"), arrays)
     manager.save(0, args=ocp.args.Composite(state=ocp.args.PyTreeSave(state)), force=True)
     manager.close()
+    memory = workdir / "checkpoints" / "0" / MEMORY
+    memory.parent.mkdir()
+    write_atomic(memory, json.dumps({"sealed": to_checked_json({"loop": {}, "checksums": sums})}))
 
 
 class ReadOptions(TypedDict, total=False):
@@ -333,7 +367,8 @@ def _read_checked(
     dtype = options.get("dtype")
     step = options["step"]
     only = options.get("only", ())
-    stored = manager.item_metadata(step)["state"].tree.get(branch, {})
+    metadata = manager.item_metadata(step)["state"].tree
+    stored = metadata.get(branch, {})
     wanted = nnx.to_pure_dict(variables)
     if PREDICTION not in wanted:  # a model may be read without the layers that predict further tokens
         stored = {name: tree for name, tree in stored.items() if name != PREDICTION}
@@ -342,25 +377,42 @@ def _read_checked(
     stored, wanted, where = (_branch(tree, only) for tree in (stored, wanted, where))
 
     def restore_args(leaf: Any, placed: Any) -> ocp.ArrayRestoreArgs:
-        return ocp.ArrayRestoreArgs(dtype=leaf.dtype if dtype is None else dtype, sharding=placed)
+        return ocp.ArrayRestoreArgs(dtype=leaf.dtype, sharding=placed)
 
     args = jax.tree.map(restore_args, stored, where)
     restore = ocp.args.PyTreeRestore({branch: wanted}, {branch: args}, partial_restore=True)
     restored = manager.restore(step, args=ocp.args.Composite(state=restore))["state"][branch]
-    saved = _saved_checksums(workdir, step)
-    if saved and (dtype is None or np.dtype(dtype) == np.float32):  # the checksums are of the stored dtype
+    saved = saved_checksums(workdir, step)
+    if saved is not None:
         compare({name.removeprefix(f".{branch}"): value for name, value in saved.items()}, restored)
+    elif "optimizer" in metadata:
+        raise DamagedError("it has no checksums, which every run saves")
+    else:
+        _say_unchecked(os.fspath(workdir))
+    if dtype is not None:  # after the comparison, since the checksums are of the stored dtype
+        with jax.set_mesh(NO_MESH) if mesh is None else contextlib.nullcontext():
+            restored = jax.tree.map(lambda array: _cast(array, dtype), restored)
     # A program with arrays on several devices would not accept arrays on one.
     return restored if mesh is not None else jax.tree.map(np.asarray, restored)
 
 
-def _saved_checksums(workdir: epath.Path, step: int) -> dict[str, int]:
-    """Checksums saved with a run's checkpoint; empty for an import."""
-    path = workdir / "checkpoints" / str(step) / "memory" / "metadata"
-    if not path.exists():
-        return {}
-    with unreadable_as_damaged():
-        return from_checked_json(json.loads(path.read_text())["sealed"])["checksums"]
+def _cast(array: Any, dtype: Any) -> Any:
+    """An array in another dtype; the given one is freed, since a device may lack room for both trees."""
+    if array.dtype == dtype:
+        return array
+    new = array.astype(dtype)
+    array.delete()
+    return new
+
+
+@functools.cache
+def _say_unchecked(workdir: str) -> None:
+    print(
+        f"{terminal(workdir)}: its checkpoint has no checksums, as those that earlier versions imported or averaged; "
+        "a damaged number in it would go unnoticed. Make it again to have them",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def _branch(tree: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:

@@ -226,6 +226,9 @@ def test_nothing_is_changed_if_no_checkpoint_is_intact(directory, whole, program
     with pytest.raises(ConfigError, match="the checkpoint of step 6 is damaged"):
         parameters.read_parameters(workdir, model)
     parameters.read_parameters(whole, model)
+    shutil.rmtree(workdir / "checkpoints" / "4" / "memory")
+    with pytest.raises(ConfigError, match="step 4 is damaged: it has no checksums, which every run saves"):
+        parameters.read_parameters(workdir, model, step=4)
 
 
 def test_a_checkpoint_without_read_permission_is_not_called_damaged(whole, programs, monkeypatch, directory):

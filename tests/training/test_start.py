@@ -23,7 +23,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 from moe.checkpoints import integrity, manager
-from moe.checkpoints.parameters import read_base, write_workdir
+from moe.checkpoints.parameters import read_base, read_parameters, write_workdir
 from moe.checkpoints.pinned import pinned_steps
 from moe.checkpoints.workdir import read_config
 from moe.config import (
@@ -661,9 +661,18 @@ def test_a_run_always_reads_the_same_checkpoint_of_another_run(tmp_path, monkeyp
     steps.note(folder)
     shutil.copytree(tmp_path / "other" / "checkpoints" / "0", tmp_path / "other" / "checkpoints" / "9")
     assert pinned_steps(config, folder) == steps
-    newest = dataclasses.replace(steps, **{name: 9 for name, step in dataclasses.asdict(steps).items() if step == 0})
-    assert pinned_steps(config, epath.Path(tmp_path)) == newest  # a folder without notes
-    assert pinned_steps(config, None) == newest  # also if a failed start has left its notes
+    for other in (epath.Path(tmp_path), None):  # a folder without notes; a failed start may have left its notes
+        newest = pinned_steps(config, other)
+        assert (newest.base, newest.teacher) == ((None, 9) if field == "distill.teacher" else (9, None))
+    weights = read_parameters("other", read_config("other").model)
+    weights["embedding"]["table"][0, 0] += 1
+    write_workdir("changed", read_config("other"), weights, {}, {})
+    shutil.move("other", "kept")
+    shutil.move("changed", "other")
+    with pytest.raises(ConfigError, match=f"{field}='other': its checkpoint of step 0 is not the one that this run"):
+        pinned_steps(config, folder)
+    shutil.rmtree("other")
+    shutil.move("kept", "other")
     shutil.rmtree(tmp_path / "other" / "checkpoints" / "0")
     with pytest.raises(ConfigError, match=f"{field}='other': this run reads its checkpoint of step 0, which is gone"):
         pinned_steps(config, folder)
@@ -693,7 +702,7 @@ def test_adapters_belong_to_the_base_that_was_read(tmp_path, monkeypatch, direct
     with pytest.raises(Interrupted):
         train(config, str(tmp_path / "run"), ONE, make_program=lambda *_: None)
     assert read == [0]
-    assert json.loads((tmp_path / "run" / "base.json").read_text()) == {"step": 0}
+    assert json.loads((tmp_path / "run" / "base.json").read_text()) == {"step": 0, "digest": ""}
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "kind": "train"}\n')
     with pytest.raises(Interrupted):
         train(config, str(tmp_path / "run"), ONE, make_program=lambda *_: None)
