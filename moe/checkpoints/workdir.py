@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any
 
 import filelock
 import jax
@@ -40,7 +40,7 @@ class _Change(Fields):
     """A line of changes.jsonl: field → [old, new]."""
 
     step: Step
-    changes: dict[str, list[Any]]
+    changes: dict[str, Annotated[list[Any], pydantic.Field(min_length=2, max_length=2)]]
 
 
 _CHANGE = pydantic.TypeAdapter(_Change)
@@ -181,7 +181,7 @@ def _same_function(theirs: Config, ours: Config) -> bool:
 
 
 def record_changes(config: Config, changes: dict[str, list[Any]], step: int, workdir: epath.Path) -> None:
-    """Append changed fields to changes.jsonl and replace config.json.
+    """Append changed fields to changes.jsonl and replace config.json; drop a record of a change that was not made.
 
     Args:
         config: with the new values.
@@ -189,21 +189,40 @@ def record_changes(config: Config, changes: dict[str, list[Any]], step: int, wor
         step: of the checkpoint that the run continues from.
         workdir: of the run.
     """
-    if jax.process_index() != 0 or not changes:
+    if jax.process_index() != 0:
         return
-    path, line = workdir / CHANGES, json.dumps({"step": step, "changes": changes}) + "\n"
-    text = read_small_file(path).decode() if path.exists() else ""
-    text += "" if text.endswith("\n") or not text else "\n"
-    if not text.endswith(line):  # else a start was killed between the two files
-        write_atomic(path, text + line)
-    write_config(config, workdir)
+    lines = _recorded(workdir)
+    if changes:
+        lines.append(json.dumps({"step": step, "changes": changes}).encode())
+    text = b"".join(line + b"\n" for line in lines)
+    path = workdir / CHANGES
+    if text != (read_small_file(path) if path.exists() else b""):
+        write_atomic(path, text)
+    if changes:
+        write_config(config, workdir)
 
 
 def latest_change(workdir: epath.Path) -> int:
     """Step of the newest recorded change; 0: none. Raises ConfigError for a file that holds something else."""
+    lines = _recorded(workdir)
+    return _parse_change(lines[-1], workdir).step if lines else 0
+
+
+def _recorded(workdir: epath.Path) -> list[bytes]:
+    """Lines of changes.jsonl, without a last one whose values config.json does not have: the start that wrote it was
+    killed before the change took effect. Raises ConfigError for a file that holds something else."""
     path = workdir / CHANGES
     lines = read_small_file(path).splitlines() if path.exists() else []
-    return parse(lines[-1], _CHANGE, f"{path}: not a record of changes").step if lines else 0
+    changes = [_parse_change(line, workdir).changes for line in lines]
+    if changes and (workdir / CONFIG).exists():
+        values = flatten(json.loads(json.dumps(to_dict(read_config(workdir)))))
+        if any(values.get(name, new) != new for name, (_, new) in changes[-1].items()):
+            lines.pop()
+    return lines
+
+
+def _parse_change(line: bytes, workdir: epath.Path) -> _Change:
+    return parse(line, _CHANGE, f"{workdir / CHANGES}: not a record of changes")
 
 
 def write_run_files(config: Config, tokenizer_files: dict[str, bytes], workdir: epath.Path, *, new: bool) -> None:

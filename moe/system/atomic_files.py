@@ -108,30 +108,60 @@ def refuse_files(folder: str | os.PathLike[str]) -> None:
 
 @contextlib.contextmanager
 def new_folder(folder: epath.Path) -> Iterator[None]:
-    """Create a folder that is new or empty; if the block fails, remove it with its content, and the parents it needed
-    unless another program has put something there.
+    """Create a folder that is new or empty, for this program alone; if the block fails, remove what it holds, and the
+    folder and the parents that were missing, unless another program has put something there.
 
     Raises:
-        ConfigError: it holds files.
+        ConfigError: it holds files, or another program is writing it.
     """
     refuse_files(folder)
     parents = () if in_bucket(folder) else folder.parents
     missing = [path for path in (folder, *parents) if not path.exists()]
     with STOP_WATCH.unfinished():
         folder.mkdir(parents=True, exist_ok=True)
+        with _claimed(folder):
+            try:
+                yield
+            except BaseException as error:
+                _remove(folder, missing)
+                # safetensors and TensorStore have other types for errors of the disk.
+                if isinstance(error, OSError) or re.search("(?i)os.error", str(error)):
+                    reason = first_line(error)
+                    raise ConfigError(f"{folder}: cannot be written, and nothing was left: {reason}") from error
+                raise
+
+
+@contextlib.contextmanager
+def _claimed(folder: epath.Path) -> Iterator[None]:
+    """Lock an empty folder; the kernel releases it however the process ends. Raises ConfigError; see new_folder."""
+    if in_bucket(folder):
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
         try:
-            yield
-        except BaseException as error:
-            folder.rmtree()
-            if not missing:
-                folder.mkdir()
-            for parent in missing[1:]:
-                with contextlib.suppress(OSError):  # not empty
-                    os.rmdir(parent)
-            # safetensors and TensorStore have other types for errors of the disk.
-            if isinstance(error, OSError) or re.search("(?i)os.error", str(error)):
-                raise ConfigError(f"{folder}: cannot be written, and nothing was left: {first_line(error)}") from error
-            raise
+            lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(f"{folder}: another program is writing it") from error
+        refuse_files(folder)  # which another program has written since the first look
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _remove(folder: epath.Path, missing: list[epath.Path]) -> None:
+    """Remove the content of a folder, and those of the given folders that are empty then."""
+    if in_bucket(folder):
+        folder.rmtree()
+        return
+    for path in folder.iterdir():
+        if path.is_dir() and not os.path.islink(path):
+            path.rmtree()
+        else:
+            path.unlink()
+    for path in missing:
+        with contextlib.suppress(OSError):  # not empty
+            os.rmdir(path)
 
 
 def first_line(error: BaseException) -> str:

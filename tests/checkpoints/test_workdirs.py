@@ -19,12 +19,13 @@ from etils import epath
 from flax import nnx
 from orbax.checkpoint._src.handlers import pytree_checkpoint_handler
 
-from moe.checkpoints import parameters
+from moe import atomic_files, signals
+from moe.checkpoints import integrity, parameters
 from moe.checkpoints import workdir as workdirs
 from moe.checkpoints.manager import Checkpoints
 from moe.checkpoints.retention import LowestLoss
 from moe.checkpoints.workdir import latest_change, read_config, record_changes, write_run_files
-from moe.config import Config, ConfigError, TrainConfig
+from moe.config import Config, ConfigError, OptimizerConfig, TrainConfig
 from moe.data import tokenizer_files
 from moe.data.tokenizer import train_tokenizer
 from moe.interop import import_checkpoint
@@ -264,6 +265,30 @@ def test_a_folder_that_fails_leaves_what_others_put_beside_it(tmp_path):
     assert left == [Path("other"), Path("other/model.safetensors")]
 
 
+def test_a_folder_is_written_by_one_program_only(tmp_path, monkeypatch):
+    """A second export to one new folder, at once or as the first one ends, removes nothing of the first."""
+    folder = epath.Path(tmp_path) / "out"
+    with atomic_files.new_folder(folder):
+        with pytest.raises(ConfigError, match="out: another program is writing it"), atomic_files.new_folder(folder):
+            pytest.fail("written by two")
+        (folder / "first").write_text("x")
+    shutil.rmtree(folder)
+    folder.mkdir()
+    os.chmod(folder, 0o750)
+    lock = atomic_files.lock
+    monkeypatch.setattr(atomic_files, "lock", lambda *given: (folder / "first").write_text("x") and lock(*given))
+    with pytest.raises(ConfigError, match="it holds first"), atomic_files.new_folder(folder):
+        pytest.fail("written by two")
+    assert [path.name for path in folder.iterdir()] == ["first"]
+    monkeypatch.undo()
+    (folder / "first").unlink()
+    with pytest.raises(KeyError), atomic_files.new_folder(folder):  # noqa: PT012
+        (folder / "part").mkdir()
+        os.symlink(tmp_path, folder / "link")
+        raise KeyError
+    assert (list(folder.iterdir()), os.stat(folder).st_mode & 0o777) == ([], 0o750)
+
+
 def test_arrays_that_go_to_no_mesh_are_read_into_the_memory_of_the_host(tmp_path, monkeypatch):
     """A device lacks room for the experts of all layers: 60 GB in Mixtral 8x7B."""
     model = tiny_model(num_layers=1)
@@ -271,7 +296,6 @@ def test_arrays_that_go_to_no_mesh_are_read_into_the_memory_of_the_host(tmp_path
     parameters.write_workdir(str(tmp_path / "run"), Config(model=model), expected, {}, {})
     host, used = jax.devices()[5], set()
     monkeypatch.setattr(parameters, "host_device", lambda: host)
-    monkeypatch.setattr(parameters, "_saved_checksums", lambda *_: {"none": 0})
     monkeypatch.setattr(
         parameters, "compare", lambda _, tree: [used.update(leaf.devices()) for leaf in jax.tree.leaves(tree)]
     )
@@ -312,6 +336,43 @@ def test_a_large_array_is_written_in_parts(tmp_path, monkeypatch):
     expected = nnx.to_pure_dict(nnx.state(random_model(model), nnx.Param))
     parameters.write_workdir(str(tmp_path / "run"), Config(model=model), expected, {}, {})
     jax.tree.map(np.testing.assert_array_equal, parameters.read_parameters(tmp_path / "run", model), expected)
+    sums = integrity.checksums({"parameters": expected})
+    saved = integrity.saved_checksums(epath.Path(tmp_path / "run"), 0)
+    assert saved == {name.replace("['parameters']", ".parameters", 1): value for name, value in sums.items()}
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16, np.uint8])
+def test_the_checksum_of_an_array_that_is_written_in_parts(monkeypatch, dtype):
+    """Blocks of 7 words, and parts that begin anywhere, give the checksum of the whole array."""
+    monkeypatch.setattr(integrity, "_BLOCK", 7)
+    values = np.random.default_rng(0).normal(size=100).astype(dtype)
+    parts = sum(integrity.partial_checksum(values[start:end], start) for start, end in ((0, 1), (1, 40), (40, 100)))
+    assert {"": parts % 2**32} == integrity.checksums(values)
+
+
+@pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
+def test_a_flipped_bit_of_a_model_without_a_run_is_found(tmp_path, dtype):
+    model = tiny_model(num_layers=1)
+    tree = nnx.to_pure_dict(nnx.state(random_model(model), nnx.Param))
+    parameters.write_workdir(str(tmp_path / "run"), Config(model=model), tree, {}, {})
+    files = (tmp_path / "run" / "checkpoints" / "0" / "state").rglob("d/*")
+    path = max(files, key=lambda file: file.stat().st_size)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match="the checkpoint of step 0 is damaged: 1 arrays differ"):
+        parameters.read_parameters(tmp_path / "run", model, dtype=dtype)
+
+
+def test_a_checkpoint_without_checksums_is_said_once(tmp_path, capsys):
+    """Earlier versions wrote none for imports and averages."""
+    model = tiny_model(num_layers=1)
+    tree = nnx.to_pure_dict(nnx.state(random_model(model), nnx.Param))
+    parameters.write_workdir(str(tmp_path / "run"), Config(model=model), tree, {}, {})
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "0" / "memory")
+    for _ in range(2):
+        jax.tree.map(np.testing.assert_array_equal, parameters.read_parameters(tmp_path / "run", model), tree)
+    assert capsys.readouterr().err.count("its checkpoint has no checksums") == 1
 
 
 def test_an_average_has_every_file_of_the_tokenizer(tmp_path):
@@ -365,11 +426,11 @@ def test_a_workdir_of_parameters_is_not_continued_as_a_run(tmp_path):
 
 def test_a_new_run_does_not_have_the_changes_of_an_earlier_one(tmp_path):
     """After the advice to delete metrics.jsonl and report.txt, where the checkpoints are gone."""
-    folder = epath.Path(tmp_path)
-    record_changes(Config(), {"train.num_steps": [4, 6]}, 4, folder)
-    write_run_files(Config(), {}, folder, new=False)
+    folder, config = epath.Path(tmp_path), Config(optimizer=OptimizerConfig(learning_rate=6e-4))
+    record_changes(config, {"optimizer.learning_rate": [4e-4, 6e-4]}, 4, folder)
+    write_run_files(config, {}, folder, new=False)
     assert latest_change(folder) == 4
-    write_run_files(Config(), {}, folder, new=True)
+    write_run_files(config, {}, folder, new=True)
     assert latest_change(folder) == 0
 
 
@@ -379,7 +440,32 @@ def test_a_change_is_not_appended_to_an_unterminated_line(tmp_path):
     record_changes(Config(), {"train.num_steps": [4, 6]}, 4, folder)
     lines = (folder / "changes.jsonl").read_text().splitlines()
     assert (lines[0], [json.loads(line)["step"] for line in lines]) == (line, [2, 4])
+    (folder / "changes.jsonl").write_bytes(b"\xff\n")
+    with pytest.raises(ConfigError, match=r"changes\.jsonl: not a record of changes: not JSON"):
+        record_changes(Config(), {"train.num_steps": [4, 6]}, 4, folder)
     (folder / "changes.jsonl").unlink()
     os.mkfifo(folder / "changes.jsonl")  # reading it would wait for ever
     with pytest.raises(ConfigError, match=r"changes\.jsonl: is not a regular file"):
         latest_change(folder)
+
+
+def test_a_change_that_a_kill_prevented_is_not_recorded(tmp_path, monkeypatch):
+    """The start is killed between changes.jsonl and config.json; a plain start then goes on with the old values."""
+    folder, old, new = (
+        epath.Path(tmp_path),
+        *(Config(optimizer=OptimizerConfig(learning_rate=rate)) for rate in (6e-4, 9e-4)),
+    )
+    record_changes(old, {"optimizer.learning_rate": [4e-4, 6e-4]}, 4, folder)
+    recorded = (folder / "changes.jsonl").read_bytes()
+    with monkeypatch.context() as killed:
+        killed.setattr(workdirs, "write_config", lambda *_: None)
+        record_changes(new, {"optimizer.learning_rate": [6e-4, 9e-4]}, 6, folder)
+    assert (folder / "changes.jsonl").read_bytes() != recorded
+    assert latest_change(folder) == 4
+    record_changes(old, {}, 6, folder)
+    assert (folder / "changes.jsonl").read_bytes() == recorded
+    for _ in range(2):  # killed again, and then made
+        record_changes(new, {"optimizer.learning_rate": [6e-4, 9e-4]}, 6, folder)
+        assert len((folder / "changes.jsonl").read_bytes().splitlines()) == 2
+        workdirs.write_config(old, folder)
+    assert latest_change(folder) == 4
