@@ -23,6 +23,8 @@ TOKENIZER_FILES = (*_VOCABULARIES, JSON_CONFIG_FILE, TEMPLATE_FILE)
 GENERATION_FILE = "generation_config.json"
 #: Files that are copied with a model's weights: the tokenizer, and how generation ends.
 COMPANIONS = (*TOKENIZER_FILES, "tiktoken.model", "special_tokens_map.json", "added_tokens.json", GENERATION_FILE)
+#: Value of ``data.tokenizer`` that names no file.
+MIXTRAL = "mixtral"
 _MIXTRAL_MODEL = "mistral_common/data/tokenizer.model.v1"
 
 
@@ -65,7 +67,7 @@ def companions(workdir: str | os.PathLike[str]) -> dict[str, bytes]:
 
 def named_tokenizer(name: str, directory: epath.Path, progress: Callable[[str], None]) -> Tokenizer:
     """Open ``data.tokenizer``: "mixtral" (Mixtral's 32,000 tokens, fetched once) or a file."""
-    if name != "mixtral":
+    if name != MIXTRAL:
         return read_tokenizer(name)
     wheel = fetch_wheel(MISTRAL_COMMON, Path(directory) / "downloads", progress)
     with zipfile.ZipFile(wheel) as archive:

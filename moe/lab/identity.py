@@ -3,7 +3,8 @@
 Names and neutral values are the lab's own, so that a record stays valid when the config is restructured: such a change
 affects how :func:`canonical` reads the config, never what it returns. A setting with its neutral value is left out; a
 new setting gets the neutral value that older runs had. Settings that change no result beyond rounding are always left
-out: folders, logging, checkpoints, the mesh and the way in which experts are computed.
+out: folders, logging, checkpoints, the mesh and the way in which experts are computed. A setting that names a file or
+a workdir stands for its content, by a hash, so that an edited tokenizer makes another run and a moved one does not.
 """
 
 from __future__ import annotations
@@ -14,10 +15,17 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from moe.config import Config, DataConfig, ModelConfig, MoEConfig, layer_kinds, sparse_layers
+from etils import epath
+
+from moe.checkpoints.manager import complete_steps
+from moe.checkpoints.pinned import digest as digest_of_checkpoint
+from moe.checkpoints.workdir import CONFIG
+from moe.config import Config, DataConfig, ModelConfig, MoEConfig, layer_kinds, read_small_file, sparse_layers
 from moe.config.registry import find_gate, find_layer
 from moe.config.user_code import user_code
 from moe.data.corpora import EmbeddedCorpus
+from moe.data.json_tokenizer import JSON_CONFIG_FILE, TEMPLATE_FILE
+from moe.data.tokenizer_files import MIXTRAL, companions
 from moe.routing.interface import Gate
 from moe.system.fields import is_off
 
@@ -92,9 +100,11 @@ def canonical(config: Config) -> Canonical:
     form["optimizer"] = config.optimizer.name
     form["code"] = user_code(config)
     form["final_rate_fraction"] = config.optimizer.final_learning_rate_fraction
-    form["start"] = config.start.checkpoint
+    form["tokenizer"] = _of_file(config.data.tokenizer, JSON_CONFIG_FILE, TEMPLATE_FILE)
+    form["chat_template"] = _of_file(config.data.chat_template)
+    form["start"] = _of_workdir(config.start.checkpoint)
     form["optimizer_state"] = config.start.optimizer if form["start"] else "reset"
-    form["teacher"] = config.distill.teacher
+    form["teacher"] = _of_workdir(config.distill.teacher)
     form["lora"] = dataclasses.asdict(config.lora) if config.lora.rank else _NEUTRAL["lora"]
     form["preference_beta"] = config.preferences.beta if config.data.objective == "preferences" else 0.0
     form["policy"] = dataclasses.asdict(config.policy) if config.data.objective == "policy" else _NEUTRAL["policy"]
@@ -118,6 +128,32 @@ def _model(model: ModelConfig) -> Canonical:
         elif value != neutral:
             form[name] = value
     return form
+
+
+def _of_file(path: str, *beside: str) -> str:
+    """Hash of a file and of those of the given names beside it; the name itself where it is not a file's."""
+    file = epath.Path(path).expanduser()
+    if path in ("", MIXTRAL) or not file.exists():
+        return path
+    names = (file.name, *(name for name in beside if (file.parent / name).exists()))
+    return _hash([hashlib.sha256(read_small_file(file.parent / name)).hexdigest() for name in names])
+
+
+def _of_workdir(path: str) -> str:
+    """Hash of the newest checkpoint, the config and the tokenizer of a workdir; the name itself where it is not a
+    workdir's, as that of a run of the suite."""
+    folder = epath.Path(path).expanduser()
+    if not path or not complete_steps(folder):
+        return path
+    step = complete_steps(folder)[-1]
+    files = {CONFIG: read_small_file(folder / CONFIG), **companions(folder)}
+    contents = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    # Earlier versions imported without checksums.
+    return _hash([digest_of_checkpoint(folder, step) or [path, step], sorted(contents.items())])
+
+
+def _hash(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def _moe(config: Config) -> Canonical:

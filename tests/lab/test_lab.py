@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -15,6 +16,7 @@ from moe.config import Config, ConfigError, DataConfig, Losses, MoEConfig
 from moe.config.parse import from_config_dict
 from moe.configs import base as defaults
 from moe.configs.ablations import common
+from moe.interop import import_checkpoint
 from moe.lab import costs, identity, records, results
 from moe.lab.claims import decide
 from moe.lab.claims.registration import Claim, Part, read_claims
@@ -558,6 +560,45 @@ def test_neutral_values_of_the_model_are_fixed():
         "layer_norm": False, "logit_bias": False, "base_d_model": 0, "base_num_layers": 0, "base_head_dim": 0,
         "base_expert_d_ff": 0,
     }  # fmt: skip
+
+
+def test_files_and_workdirs_count_by_their_content(tmp_path):
+    """An edited tokenizer, template, start or teacher makes another run; a moved one does not."""
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "chat.jinja").write_text("a")
+    import_checkpoint(Path(__file__).parents[1] / "data" / "checkpoints" / "mixtral", tmp_path / "model")
+    config = from_config_dict(defaults.get_config())
+
+    def form(folder):
+        data = dataclasses.replace(
+            config.data,
+            objective="chat",
+            tokenizer=str(folder / "tokenizer.json"),
+            chat_template=str(folder / "chat.jinja"),
+        )
+        model = str(folder / "model")
+        teacher = dataclasses.replace(config.distill, teacher=model)
+        start = dataclasses.replace(config.start, checkpoint=model)
+        return identity.canonical(dataclasses.replace(config, data=data, start=start, distill=teacher))
+
+    before = form(tmp_path)
+    shutil.copytree(tmp_path, tmp_path / "moved")
+    assert form(tmp_path / "moved") == before
+    for path, names in (
+        ("tokenizer.json", {"tokenizer"}),
+        ("tokenizer_config.json", {"tokenizer"}),
+        ("chat.jinja", {"chat_template"}),
+        ("model/tokenizer.json", {"start", "teacher"}),
+        ("model/config.json", {"start", "teacher"}),
+    ):
+        file = tmp_path / "moved" / path
+        text = file.read_text() if file.exists() else "{}"
+        file.write_text(text + " ")
+        after = form(tmp_path / "moved")
+        assert {name for name in before if before[name] != after[name]} == names
+        before = after
+    named = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer="mixtral"))
+    assert identity.canonical(named)["tokenizer"] == "mixtral"
 
 
 def test_the_canonical_form_is_fixed():
