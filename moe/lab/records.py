@@ -13,6 +13,7 @@ import dataclasses
 import io
 import json
 import math
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +28,8 @@ from moe.system.foreign_files import first_sentence
 from moe.system.reading import read_small_file
 
 RECORDS = "records"
+#: Field of a written record with the checksum of the others.
+CHECKSUM = "crc32"
 #: File name of a table of records.
 TABLE = "records.parquet"
 #: Domain under which the mean loss over a suite's primary domains is stored.
@@ -122,7 +125,8 @@ class Record:
     def write(self, directory: Path) -> None:
         """Write ``records/NAME.json``, atomically."""
         (directory / RECORDS).mkdir(parents=True, exist_ok=True)
-        text = json.dumps(dataclasses.asdict(self) | _rounded(self), separators=(",", ":"))
+        entry = dataclasses.asdict(self) | _rounded(self)
+        text = json.dumps(entry | {CHECKSUM: _checksum(entry)}, separators=(",", ":"))
         # One line per logged value, so that a diff is readable.
         write_atomic(directory / RECORDS / f"{self.name}.json", text.replace("],[", "],\n[").encode() + b"\n")
 
@@ -168,10 +172,19 @@ def _add(found: dict[str, Record], record: Record) -> None:
     found[record.run] = record
 
 
+def _checksum(entry: dict[str, Any]) -> int:
+    """Checksum of a record's values, however a file writes them."""
+    values = dataclasses.asdict(_SCHEMA.validate_python(entry))
+    return zlib.crc32(json.dumps(values, sort_keys=True).encode())
+
+
 def _checked(entry: Any) -> Record:
+    """The record; earlier versions wrote them without a checksum."""
     record = _SCHEMA.validate_python(entry)
     if record.run != identity.digest(record.form):
         raise ValueError("its form was edited")
+    if (saved := entry.get(CHECKSUM)) is not None and saved != _checksum(entry):
+        raise ValueError("its checksum does not match")
     if len(record.row_domains) != len(record.row_losses):
         raise ValueError("row_domains and row_losses differ in length")
     if record.status == FINISHED and not record.losses():
@@ -188,6 +201,7 @@ def write_table(path: Path, records: Iterable[Record]) -> None:
     entries = []
     for record in records:
         entry = dataclasses.asdict(record) | _rounded(record)
+        entry[CHECKSUM] = _checksum(entry)
         columns = list(zip(*entry.pop("rows"), strict=True)) or [()] * len(_ROWS)
         entry |= {name: list(column) for name, column in zip(_ROWS, columns, strict=True)}
         entries.append(entry | {name: json.dumps(entry[name], sort_keys=True) for name in _JSON})

@@ -648,8 +648,21 @@ def test_a_record_is_read_back(tmp_path):
     path.write_text(whole.replace('"d_model":256', '"d_model":64'))
     with pytest.raises(ConfigError, match=r"not a record.*its form was edited"):
         records.read_all(tmp_path)
+    path.write_text(whole.replace("4.56789", "3.56789"))
+    with pytest.raises(ConfigError, match=r"not a record.*its checksum does not match"):
+        records.read_all(tmp_path)
     path.write_text(whole)
     assert read.primary_loss == 4.56789  # seven digits
+    records.write_table(tmp_path / "records.parquet", [written])
+    assert records.read_table(tmp_path / "records.parquet") == [read]
+    columns = pd.read_parquet(tmp_path / "records.parquet")
+    columns["row_value"] = [[value - 1 for value in values] for values in columns["row_value"]]
+    columns.to_parquet(tmp_path / "records.parquet")
+    with pytest.raises(ConfigError, match=r"not a table of records.*its checksum does not match"):
+        records.read_table(tmp_path / "records.parquet")
+    (tmp_path / "records.parquet").unlink()
+    path.write_text(json.dumps({name: value for name, value in json.loads(whole).items() if name != "crc32"}))
+    assert records.read_all(tmp_path) == [read]  # of an earlier version
     (tmp_path / "records" / "broken.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"broken.json: not a record"):
         records.read_all(tmp_path)
