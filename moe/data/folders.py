@@ -8,13 +8,13 @@ first folder below the given one, or else the given one's name.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import io
 import json
 import os
 import shutil
 import stat
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -44,6 +44,9 @@ from moe.system.waiting import first_answer
 
 INDEX_VERSION = 7  # part of the index's path: raise it when the index's format, or splits by name, change
 MAX_DOMAINS = 4_096  # each domain is evaluated by itself
+
+#: Errors that only writing has.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 #: A document: number of its file, first byte and size in bytes (of a table: its row and 0), number of its domain,
 #: split of its file, and 32 bits of its text's hash.
@@ -258,6 +261,8 @@ _ABOUT = pydantic.TypeAdapter(_About)
 def _read_index(root: epath.Path, index: epath.Path) -> tuple[_About, np.ndarray]:
     """Return the content of index.json and the places, memory-mapped, both checked by their checksums."""
     path = index / "places.npy"
+    if not in_bucket(index) and not os.access(index, os.R_OK | os.X_OK):
+        raise _unreadable(index)
     try:
         about = _ABOUT.validate_python(from_checked_json(read_small_file(index / "index.json").decode()))
         refuse_special(path)
@@ -270,15 +275,25 @@ def _read_index(root: epath.Path, index: epath.Path) -> tuple[_About, np.ndarray
         if not (places["domain"] < len(about.domains)).all() or not (places["file"] < len(about.files)).all():
             raise ValueError("places.npy names a file or a domain that index.json lacks")
         return about, places
+    except PermissionError as error:
+        raise _unreadable(index) from error
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise ConfigError(f"{index}: a damaged index of {root}; delete it ({first_sentence(error)})") from error
+
+
+def _unreadable(index: epath.Path) -> ConfigError:
+    return ConfigError(
+        f"{index}: cannot be read by this user, who may share data.directory with its owner; let the owner allow it "
+        "(chmod -R a+rX), or use another data.directory"
+    )
 
 
 def _write_index(root: epath.Path, index: epath.Path, sources: Sequence[Source]) -> None:
     """Read all files, and write the index folder atomically."""
     index.parent.mkdir(parents=True, exist_ok=True)
     remove_unfinished(Path(index.parent), "unfinished-*")
-    unfinished = Path(tempfile.mkdtemp(prefix="unfinished-", dir=index.parent))
+    unfinished = Path(index.parent) / f"unfinished-{os.getpid()}"
+    unfinished.mkdir()  # with the permissions of the user's umask: others may share data.directory
     try:
         builder = _IndexBuilder(root, unfinished)
         for source in sources:
@@ -319,6 +334,8 @@ class _IndexBuilder:
                 places = np.fromiter(found, PLACE)
                 digest = running.hexdigest()
         except OSError as error:
+            if error.errno in _FULL:  # of data.directory, to which a table is copied
+                raise
             raise ConfigError(f"{path}: cannot be read ({error.strerror or error})") from error
         self.places.append(places)
         entry = {"name": source.name, "size": about.length, "time": _time(path), "sha256": digest, "table": table}

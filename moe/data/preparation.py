@@ -194,15 +194,24 @@ def _chat_tokenizer(tokenizer: Tokenizer | None, template: str) -> Tokenizer:
 def _cached_tokenizer(
     path: epath.Path, train: dict[str, Sequence[str]], vocab_size: int, progress: Callable[[str], None]
 ) -> Tokenizer:
-    """Read the tokenizer at `path`, after training it if the file is missing."""
+    """Read the tokenizer at `path`, after training it if the file is missing.
+
+    A file beside it holds its hash, since an edited letter would be read as another vocabulary; earlier versions wrote
+    none.
+    """
+    hashed = path.with_name(f"{path.name}.sha256")
     if path.exists():
+        content = path.read_bytes()
         try:
-            return Tokenizer.from_bytes(path.read_bytes())
+            if hashed.exists() and hashed.read_text().strip() != hashlib.sha256(content).hexdigest():
+                raise ConfigError("its hash does not match")
+            return Tokenizer.from_bytes(content)
         except ConfigError as error:
             raise ConfigError(f"{path}: a damaged cached tokenizer; delete it to train it again") from error
     progress(f"training a tokenizer of {vocab_size} tokens")
     tokenizer = train_tokenizer(_tokenizer_sample(train), vocab_size)
     path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(hashed, f"{hashlib.sha256(tokenizer.model_bytes).hexdigest()}\n")
     write_atomic(path, tokenizer.model_bytes)
     return tokenizer
 

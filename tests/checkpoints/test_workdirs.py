@@ -19,7 +19,6 @@ from etils import epath
 from flax import nnx
 from orbax.checkpoint._src.handlers import pytree_checkpoint_handler
 
-from moe import atomic_files, signals
 from moe.checkpoints import integrity, parameters
 from moe.checkpoints import workdir as workdirs
 from moe.checkpoints.manager import Checkpoints

@@ -9,10 +9,11 @@ import subprocess
 from pathlib import Path
 
 import fsspec
+import pandas as pd
 import pytest
 
-from moe.config import ConfigError
-from moe.data import pipeline
+from moe.config import ConfigError, DataConfig
+from moe.data import folders, pipeline
 from tests.helpers import mounted
 from tests.text_fixtures import VOCAB, data, folder  # noqa: F401
 
@@ -88,10 +89,47 @@ def test_a_prepared_read_only_directory_is_usable(folder, tmp_path):
 def test_a_damaged_cached_tokenizer_is_named(folder, tmp_path):
     config, _, _ = folder
     pipeline.prepare(config, VOCAB, progress=lambda _: None)
-    (path,) = (tmp_path / "cache" / "tokenizers").iterdir()
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ConfigError, match=rf"{path.name}: a damaged cached tokenizer; delete it"):
+    (path,) = (tmp_path / "cache" / "tokenizers").glob("*.model")
+    whole = path.read_bytes()
+    for damaged in (whole[:1000], whole.replace(b"<s>", b"<t>", 1)):  # the second is another vocabulary
+        path.write_bytes(damaged)
+        with pytest.raises(ConfigError, match=rf"{path.name}: a damaged cached tokenizer; delete it"):
+            pipeline.prepare(config, VOCAB, progress=lambda _: None)
+    path.with_name(f"{path.name}.sha256").unlink()  # earlier versions wrote none
+    path.write_bytes(whole)
+    pipeline.prepare(config, VOCAB, progress=lambda _: None)
+
+
+def test_users_who_share_the_directory_may_read_each_other_s_index(folder, tmp_path, monkeypatch):
+    """An index has the permissions of the umask; one that another user keeps private is not called damaged."""
+    config, _, _ = folder
+    pipeline.prepare(config, VOCAB, progress=lambda _: None)
+    (index,) = (tmp_path / "cache" / "folders").iterdir()
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    assert index.stat().st_mode == plain.stat().st_mode
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: "folders" not in os.fspath(path) and access(path, mode))
+    with pytest.raises(ConfigError, match=rf"{index.name}: cannot be read by this user"):
         pipeline.prepare(config, VOCAB, progress=lambda _: None)
+
+
+def test_a_directory_that_fills_while_a_table_is_copied_is_named(tmp_path, monkeypatch):
+    """The source of a Parquet file is not blamed."""
+    (tmp_path / "text").mkdir()
+    table = pd.DataFrame({"text": [f"document {number} " * 9 for number in range(9)]})
+    table.to_parquet(tmp_path / "text" / "a.parquet")
+
+    def fill(source, target):
+        del source
+        raise OSError(errno.ENOSPC, "No space left on device", os.fspath(target))
+
+    monkeypatch.setattr(folders.columns, "copy_columns", fill)
+    data = DataConfig(dataset=str(tmp_path / "text"), directory=str(tmp_path / "cache"))
+    with pytest.raises(
+        ConfigError, match=r"data\.directory=.*cannot be written \(No space left on device: .*table-00000"
+    ):
+        pipeline.prepare(data, VOCAB, progress=lambda _: None)
 
 
 def test_a_bucket_whose_library_is_missing_is_refused(data, monkeypatch):
