@@ -36,6 +36,7 @@ from moe.config import (
 from moe.data import pipeline, preparation, wheels
 from moe.data.tokenizer_files import read_tokenizer
 from moe.interop import export_checkpoint, import_checkpoint
+from moe.programs import cli
 from moe.system import atomic_files, escaping
 from moe.system.atomic_files import write_atomic
 from moe.training import open_run, report
@@ -398,8 +399,10 @@ def test_a_device_is_not_replaced_by_a_file(tmp_path):
 def test_a_full_disk_leaves_the_previous_file_intact(tmp_path):
     path = tmp_path / "analysis.json"
     write_atomic(path, "good")
-    with full_disk(100), pytest.raises(OSError, match="too large"):
+    with full_disk(100), pytest.raises(OSError, match="too large") as caught:
         write_atomic(path, "x" * 10_000)
+    said = cli._refusal(caught.value)
+    assert said == f"{path}: File too large; free space, and run the same command again"
     assert (path.read_text(), list(tmp_path.iterdir())) == ("good", [path])
 
 

@@ -316,10 +316,11 @@ def _restore(state: TrainState) -> ocp.args.PyTreeRestore:
 
 @contextlib.contextmanager
 def no_background_tracebacks() -> Iterator[None]:
-    """Hide tracebacks that Orbax's threads log for errors which are also raised, and late ones of TensorStore."""
+    """Hide tracebacks that Orbax's threads log for errors which are also raised, late ones of TensorStore, and Orbax's
+    warnings that a thread waits for a slow disk, which :func:`moe.waiting.said_aloud` says."""
 
     def keep(record: logging.LogRecord) -> bool:
-        return not (record.exc_info and "orbax" in record.pathname)
+        return "orbax" not in record.pathname or not (record.exc_info or "_SignalingThread" in str(record.msg))
 
     def late(unraisable: Any) -> None:
         if str(unraisable.exc_value) != "Event loop is closed":

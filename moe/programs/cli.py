@@ -6,6 +6,7 @@ Importing this module imports JAX, so entry points call :mod:`moe.system.process
 from __future__ import annotations
 
 import difflib
+import errno
 import itertools
 import logging as standard_logging
 import math
@@ -252,6 +253,8 @@ def _extend_import_path(argv: list[str]) -> None:
 
 def _refusal(error: Exception) -> str:
     """Sentence for an error of a setting, a disk, a bucket, memory or missing devices; "" for other errors."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"{error.filename or 'a file'}: {error.strerror}; free space, and run the same command again"
     if isinstance(error, (ConfigError, OSError)) or is_bucket_error(error):
         return str(ConfigError(str(error) or type(error).__name__))
     if target.is_out_of_memory(error):

@@ -62,8 +62,10 @@ def write_atomic(path: epath.Path | Path, content: bytes | str | Iterable[bytes]
             with open(temporary, "xb", opener=_new) as file:
                 file.writelines([content] if isinstance(content, bytes) else content)
             temporary.replace(path)
-        except BaseException:
+        except BaseException as error:
             temporary.unlink(missing_ok=True)
+            if isinstance(error, OSError) and error.filename is None:  # as of a full disk
+                error.filename = os.fspath(path)
             raise
 
 

@@ -59,7 +59,13 @@ def finish(
         text += "\n\n" + _sampled(program, state, prepared)
     text = terminal(text)  # it quotes documents, and a model that learnt them
     write_atomic(directory / "report.txt", text + "\n")
-    say("\n" + text + f"\n\nIn {directory}: report.txt, training.png, {METRICS}, tensorboard/, checkpoints/")
+    say(f"\n{text}\n\nIn {directory}: {', '.join(_files(directory))}")
+
+
+def _files(directory: epath.Path) -> list[str]:
+    """Names of what the end of a run points to."""
+    events = ["tensorboard/"] if (directory / "tensorboard").exists() else []
+    return ["report.txt", "training.png", METRICS, *events, "checkpoints/"]
 
 
 def _shown(row: dict[str, Any], last: int) -> dict[str, Any]:

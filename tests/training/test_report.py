@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from etils import epath
 
 from moe.config import ConfigError
 from moe.data import pipeline
@@ -68,3 +69,9 @@ def test_a_document_that_the_report_cannot_show_is_refused_at_the_start(director
     never: Any = None
     with pytest.raises(ConfigError, match="needs documents with messages"):
         train(config, str(tmp_path / "run"), ONE, make_program=never)
+
+
+def test_the_end_of_a_run_names_only_what_was_written(tmp_path):
+    assert "tensorboard/" not in report._files(epath.Path(tmp_path))
+    (tmp_path / "tensorboard").mkdir()
+    assert "tensorboard/" in report._files(epath.Path(tmp_path))
