@@ -99,6 +99,7 @@ def by_index(x: Float[Array, "G S D"], routing: Routing, plan: Plan, weights: Ex
 
 
 # --- By one-hot matmuls, and by weighted sums ------------------------------------------------------------------------
+_EXACT = jax.lax.Precision.HIGHEST
 
 
 def by_one_hot(x: Float[Array, "G S D"], routing: Routing, plan: Plan, weights: ExpertWeights) -> Float[Array, "G S D"]:
@@ -106,7 +107,8 @@ def by_one_hot(x: Float[Array, "G S D"], routing: Routing, plan: Plan, weights: 
     expert = jax.nn.one_hot(routing.expert_index, plan.num_experts, dtype=jnp.float32)  # [G,S,K,E]
     slot = jax.nn.one_hot(jnp.where(plan.kept, plan.position_in_expert, -1), plan.capacity, dtype=jnp.float32)
     dispatch_mask = jnp.einsum("gske,gskc->gsec", expert, slot)
-    combine_weights = jnp.einsum("gske,gskc,gsk->gsec", expert, slot, routing.combine_weights)
+    # In full float32, as the other modes multiply elementwise: TPUs would round the weights to bfloat16.
+    combine_weights = jnp.einsum("gske,gskc,gsk->gsec", expert, slot, routing.combine_weights, precision=_EXACT)
     if weights.dropout is not None:
         places = (expert.astype(jnp.int32), slot.astype(jnp.int32))
         weights = weights.at(jnp.einsum("gske,gskc,gsk->egc", *places, _numbers(routing)))
@@ -132,7 +134,7 @@ def mix(
         weights = weights.at(slots.reshape(num_experts, groups, capacity))
     expert_inputs = jnp.einsum("gsec,gsd->egcd", dispatch_weights.astype(x.dtype), x)
     outputs = apply_in_buffers(expert_inputs, weights)
-    return jnp.einsum("gsec,egcd->gsd", combine_weights, outputs, preferred_element_type=jnp.float32)
+    return jnp.einsum("gsec,egcd->gsd", combine_weights, outputs, precision=_EXACT, preferred_element_type=jnp.float32)
 
 
 # --- Sorted by expert ------------------------------------------------------------------------------------------------

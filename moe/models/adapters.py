@@ -98,4 +98,5 @@ def _product(rank: int, factors: dict[str, Any]) -> Array:
     first = a.ndim + common + b.ndim - 2 - rank  # first axis of the input, after layers and experts
     last = first + a.ndim - 1 - (first - common)
     subscripts = f"{axes[: first - common]}{axes[first:last]}z,{axes[:first]}z{axes[last:]}->{axes}"
-    return jnp.einsum(subscripts, a, b)
+    # By default TPUs multiply float32 matrices in bfloat16 passes, and merged weights would be others.
+    return jnp.einsum(subscripts, a, b, precision=jax.lax.Precision.HIGHEST)

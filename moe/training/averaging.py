@@ -52,9 +52,13 @@ def write_average(workdir: str, out: str, steps: Sequence[int], *, ema: bool) ->
 
 
 def _mean(workdir: str, config: Config, steps: Sequence[int]) -> Any:
-    """Mean over checkpoints."""
+    """Mean over checkpoints; of a run that trains adapters, the base with the mean of A and that of B."""
     for step in steps:
         stored.chosen_step(workdir, step)
+    if config.lora.rank:
+        trees = [stored.read_adapters(workdir, config, step=step, dtype=np.float32) for step in steps]
+        mean_of = jax.tree.map(lambda *arrays: np.mean(arrays, axis=0, dtype=np.float64).astype(np.float32), *trees)
+        return _with_base(workdir, config, mean_of)
 
     def mean(path: tuple[str, ...]) -> np.ndarray:
         total = None
@@ -80,9 +84,14 @@ def _moving_average(workdir: str, config: Config, step: int) -> Any:
 
     if not config.lora.rank:
         return _one_by_one(config, of_run)
-    base = {"step": base_step(config, workdir), "dtype": np.float32}
     with jax.default_device(host_device()):
-        adapters = averaged_weights(config.optimizer, average)
+        return _with_base(workdir, config, averaged_weights(config.optimizer, average))
+
+
+def _with_base(workdir: str, config: Config, adapters: Any) -> Any:
+    """The base of a run's adapters with averaged ones. What is trained is averaged, A and B, as the run's own
+    evaluations of its moving average do: the product of two means, not the mean of the products."""
+    base = {"step": base_step(config, workdir), "dtype": np.float32}
 
     def merged(path: tuple[str, ...]) -> np.ndarray:
         tree = stored.read_parameters(config.start.checkpoint, config.model, only=path, **base)

@@ -373,3 +373,19 @@ def test_plan_is_a_pytree_with_static_sizes():
     assert len(jax.tree.leaves(plan)) == 2
     assert isinstance(plan, Plan)
     assert (plan.capacity, plan.num_experts) == (1, 2)
+
+
+def test_the_einsum_mode_does_not_round_combine_weights():
+    """Products of the weights, and of their gradient, in full float32, as the other modes multiply elementwise."""
+    layer = MoELayer(d_model=8, d_ff=16, num_experts=4, gate="mixtral", dispatch="einsum", rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (1, 8, 8))
+    routing = layer(x)[2]
+
+    def output(weights):
+        return layer(x, routing=dataclasses.replace(routing, combine_weights=weights))[0]
+
+    y, transpose = jax.vjp(output, routing.combine_weights)
+    exact = "precision=(Precision.HIGHEST, Precision.HIGHEST)"
+    assert str(jax.make_jaxpr(output)(routing.combine_weights)).count(exact) >= 2  # into slots, and into tokens
+    text = str(jax.make_jaxpr(transpose)(y))
+    assert text.count(exact) == text.count("= dot_general[") >= 2

@@ -16,6 +16,7 @@ from moe.models.adapters import initial_adapters, merge
 from moe.parallel.mesh import make_mesh
 from moe.parallel.parameters import parameter_shardings
 from moe.system.metrics_files import read_rows
+from moe.training import averaging
 from moe.training import loop as training
 from moe.training.averaging import write_average
 from moe.training.batches import place
@@ -40,6 +41,32 @@ def test_merged_matrices_by_hand():
     np.testing.assert_array_equal(merged["dense"]["up"], np.eye(2) + product)
     np.testing.assert_array_equal(merged["experts"]["up"], [product, 10 * product])
     assert merged["norm"]["scale"] is base["norm"]["scale"]
+
+
+def test_products_of_adapters_are_exact_on_every_device():
+    """By default TPUs multiply float32 in bfloat16 passes; merged weights and gradients would be rounded."""
+    adapters = {"w": {"lora_a": jnp.ones((4, 2)), "lora_b": jnp.ones((2, 3))}}
+    run = jax.value_and_grad(lambda adapters: merge({"w": jnp.ones((4, 3))}, adapters, 1.0)["w"].sum())
+    dots = [line for line in str(jax.make_jaxpr(run)(adapters)).split("dot_general") if "precision" in line]
+    assert len(dots) == 3  # A B, dA and dB
+    assert all("HIGHEST" in line for line in dots)
+
+
+def test_a_mean_of_checkpoints_averages_a_and_b_as_the_moving_average_does(tmp_path, monkeypatch):
+    """A of 1 and 3 and B of 1 and 5: 2 x 3 = 6; the mean of the products would be (1 + 15) / 2 = 8."""
+    steps = {1: (1.0, 1.0), 2: (3.0, 5.0)}
+
+    def read(workdir, config, *, step, dtype):
+        a, b = steps[step]
+        return {"w": {"lora_a": np.full((1, 1), a, dtype), "lora_b": np.full((1, 1), b, dtype)}}
+
+    monkeypatch.setattr(averaging.stored, "chosen_step", lambda *_: 1)
+    monkeypatch.setattr(averaging.stored, "read_adapters", read)
+    monkeypatch.setattr(
+        averaging, "_with_base", lambda _, config, adapters: merge({"w": jnp.zeros((1, 1))}, adapters, 1.0)
+    )
+    config = tiny(tmp_path, **{"lora.rank": 1, "start.checkpoint": str(tmp_path), "data.directory": str(tmp_path)})
+    assert float(averaging._mean(str(tmp_path), config, [1, 2])["w"][0, 0]) == 6
 
 
 def test_fresh_adapters_change_nothing_and_have_the_shapes_of_their_matrices():
