@@ -253,7 +253,7 @@ def muon(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTra
     """Muon on the matrices of attention, FFNs and experts, each layer and expert separately; AdamW on the rest.
 
     Updates have an RMS of 0.2, so that AdamW's learning rate and weight decay serve both (Liu et al. 2025, section
-    2.2). The rest is embeddings, routers, norm scales, biases, and the rates and convolutions of a delta net.
+    2.2). The roles are those of :mod:`moe.training.rates`.
     """
 
     def axes(parameters: Any) -> Any:
@@ -275,7 +275,7 @@ OPTIMIZERS: dict[str, Factory] = {"adamw": adamw, "adafactor": adafactor, "muon"
 
 
 def decay_mask(parameters: Any) -> Any:
-    """True for matrices, False for norm scales, biases, the table of relative biases, and sinks."""
+    """True for what weight decay shrinks; the roles are those of :mod:`moe.training.rates`."""
 
     return jax.tree_util.tree_map_with_path(lambda path, _: is_matrix(path), parameters)
 

@@ -25,6 +25,23 @@ pass give an equivalent model (Yang et al. 2022, lemma J.1): embeddings times sq
 Experts are hidden matrices and E is a number of outputs, like V, as in muP for MoE (Małaśnicki et al. 2025, arXiv
 2508.09752): neither E nor K has a factor.
 
+What is decayed, and who moves it, follows from the same roles:
+
+====================================================================  =======  ==================
+role                                                                  decayed  with ``muon``
+====================================================================  =======  ==================
+matrix: attention, FFNs, experts, latents, prediction's projection    yes      Muon
+router, shared expert's gate, mix of constant experts                 yes      AdamW
+embedding, unembedding                                                yes      AdamW
+vector: norm scales, biases, tables of relative biases, sinks,        no       AdamW
+constant and novice experts' vectors, a delta net's rates and
+convolutions (a filter for each channel)
+====================================================================  =======  ==================
+
+Decay (decoupled, Loshchilov and Hutter 2019) acts on what multiplies activations: it would pull to 0 what constant
+experts (MoE++, Jin et al. 2024) and novices (MoNE) return. A depthwise convolution is a filter for each channel,
+without an input that grows. Muon is for hidden matrices, AdamW for the rest (Liu et al. 2025, section 2.2).
+
 An update of Muon here has an RMS of 0.2 whatever the shape, so its spectral norm is 0.2·sqrt(max(in, out)); features
 need sqrt(out/in) (Yang et al. 2023, arXiv 2310.17813, condition 1): hence f, relative to the base's shape.
 """
@@ -41,6 +58,9 @@ from moe.config import ModelConfig
 from moe.config.mixers import BUILT_IN_PATHS
 from moe.models.stack import PREDICTION, part_of
 
+#: Ends of the names of vectors, or of their owners, as of a table of relative biases.
+_VECTORS = ("scale", "bias", "sinks", "vectors", "novices", "conv")
+
 
 def rates(model: ModelConfig, optimizer: str, parameters: Any) -> Any:
     """Factor of each parameter's learning rate.
@@ -55,8 +75,8 @@ def rates(model: ModelConfig, optimizer: str, parameters: Any) -> Any:
         names = [key.key for key in path]
         if part_of(names) in ("embedding", "unembedding"):
             return model.width_growth**-0.5
-        if not is_matrix(path) or names[-1] in ("vectors", "novices") or names[-1].endswith("conv"):
-            return 1.0  # vectors of constant experts and convolutions over time: no input that grows
+        if not is_matrix(path):
+            return 1.0
         grown_in, grown_out = _growth(model, names)
         axes = matrix_axes(path) if optimizer == "muon" else None
         if axes is None:
@@ -106,12 +126,14 @@ def _spectral(size_in: float, size_out: float) -> float:
 
 
 def is_matrix(path: Any) -> bool:
-    """Whether a parameter is a matrix: no norm scale, bias, table of relative biases, or sink."""
-    return not any(key.key.endswith(("scale", "bias", "sinks")) for key in path[-2:])
+    """Whether a parameter is a matrix, an embedding or a router by the table above, and not a vector."""
+    return not any(key.key.endswith(_VECTORS) for key in path[-2:])
 
 
 def matrix_axes(path: Any) -> optax.contrib.MuonDimensionNumbers | None:
     """Input and output axes of a matrix by the last two names of its path; None if Muon does not update it."""
+    if [key.key for key in path[-2:]] == [PREDICTION, "project"]:  # [2D,D]
+        return optax.contrib.MuonDimensionNumbers(reduction_axis=(-2,), output_axis=(-1,))
     owner, name = path[-2].key if len(path) > 1 else "", path[-1].key
     mixer = owner in BUILT_IN_PATHS
     if mixer and name in ("query", "key", "value", "gate", "query_up", "kv_up"):  # [D,N,H]

@@ -135,7 +135,7 @@ def test_parts_adapters_and_optimizers_cover_delta_net_parameters():
     adapters = initial_adapters(state, LoraConfig(rank=2), jax.random.key(0))
     adapted = nnx.to_pure_dict(adapters)["segment_0"]["block_0"]["delta_net"]
     assert set(adapted) == {"query", "key", "value", "gate", "beta", "decay", "out"}
-    kept = {"log_decay_scale", "decay_bias"}
+    kept = {"log_decay_scale", "decay_bias", "query_conv", "key_conv", "value_conv"}  # vectors, as in muP's table
     decays = decay_mask(parameters)["segment_0"]["block_0"]["delta_net"]
     assert {name for name, leaf in decays.items() if leaf is False} == kept
     assert not decays["norm"]["scale"]

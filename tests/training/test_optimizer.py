@@ -198,7 +198,8 @@ def test_muon_makes_each_experts_update_orthogonal(rng):
     np.testing.assert_allclose(np.abs(updates["router"]["kernel"]), RATE, rtol=1e-3)  # AdamW's first step
 
 
-#: One model with every kind of parameter: latent attention, a dense layer, shared, latent and constant experts.
+#: One model with every kind of parameter: latent attention, a dense layer, shared, latent, constant and novice experts,
+#: a prediction layer.
 EVERYTHING = {
     "kv_lora_rank": 6,
     "q_lora_rank": 5,
@@ -210,6 +211,8 @@ EVERYTHING = {
     "shared_d_ff": 12,
     "shared_gate": True,
     "latent_dim": 8,
+    "novice_experts": 2,
+    "prediction_layers": 1,
 }
 
 #: Matrices that Muon updates, by the last two names of their paths.
@@ -217,6 +220,7 @@ ORTHOGONAL = {
     *(f"attention.{name}" for name in ("query_down", "query_up", "kv_down", "kv_up", "out")),
     *(f"{owner}.{name}" for owner in ("dense", "experts") for name in ("gate", "up", "down")),
     *("latent.down", "latent.up"),
+    "prediction.project",
 }
 
 
@@ -227,7 +231,8 @@ def test_which_parameters_muon_updates_and_which_decay():
     parameters = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), parameters)
     leaves = jax.tree_util.tree_leaves_with_path(parameters)
     names = {jax.tree_util.keystr(path): ".".join(key.key for key in path[-2:]) for path, _ in leaves}
-    assert set(names.values()) > ORTHOGONAL | {"router.kernel", "shared.gate", "null.vectors", "embedding.table"}
+    others = {"router.kernel", "shared.gate", "null.vectors", "null.mix", "null.novices", "embedding.table"}
+    assert set(names.values()) > ORTHOGONAL | others
     config = dataclasses.replace(CONFIG, name="muon", weight_decay=0.5)
     optimizer = make_optimizer(config, 10)
     state = optimizer.init(parameters)
@@ -240,7 +245,7 @@ def test_which_parameters_muon_updates_and_which_decay():
     zeros = jax.tree.map(jnp.zeros_like, parameters)
     updates, _ = jax.jit(optimizer.update)(zeros, state, parameters, norm=jnp.ones(()))
     for path, update in jax.tree_util.tree_leaves_with_path(updates):
-        spared = names[jax.tree_util.keystr(path)].endswith(("scale", "bias"))
+        spared = names[jax.tree_util.keystr(path)].endswith(("scale", "bias", "null.vectors", "null.novices"))
         np.testing.assert_allclose(update, 0.0 if spared else -0.05, rtol=1e-4, atol=1e-9, err_msg=str(path))
 
 
