@@ -20,7 +20,7 @@ from etils import epath
 from moe.checkpoints.manager import complete_steps
 from moe.checkpoints.pinned import digest as digest_of_checkpoint
 from moe.checkpoints.workdir import CONFIG
-from moe.config import Config, DataConfig, ModelConfig, MoEConfig, layer_kinds, read_small_file, sparse_layers
+from moe.config import Config, DataConfig, ModelConfig, MoEConfig, layer_kinds, sparse_layers
 from moe.config.registry import find_gate, find_layer
 from moe.config.user_code import user_code
 from moe.data.corpora import EmbeddedCorpus
@@ -28,6 +28,7 @@ from moe.data.json_tokenizer import JSON_CONFIG_FILE, TEMPLATE_FILE
 from moe.data.tokenizer_files import MIXTRAL, companions
 from moe.routing.interface import Gate
 from moe.system.fields import is_off
+from moe.system.reading import read_small_file
 
 #: Version of the canonical form. A new version needs a conversion of older records.
 VERSION = 1
