@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moe.config import Capacity, Config, ConfigError, Losses, ModelConfig, MoEConfig
+    from moe.config.mixers import Mixer
     from moe.config.registry import find_layer
     from moe.interop import load_huggingface, save_huggingface
+    from moe.layers.mixers.interface import MixerLayer
     from moe.layers.moe_layer import MoELayer
     from moe.layers.soft_moe import SoftMoE
     from moe.models.decoder import Transformer
@@ -32,6 +34,8 @@ __all__ = [
     "GateInputs",
     "GateOutput",
     "Losses",
+    "Mixer",
+    "MixerLayer",
     "MoEConfig",
     "MoELayer",
     "ModelConfig",
@@ -55,6 +59,8 @@ _MODULES = {
     "GateInputs": "moe.routing.interface",
     "GateOutput": "moe.routing.interface",
     "Losses": "moe.config",
+    "Mixer": "moe.config.mixers",
+    "MixerLayer": "moe.layers.mixers.interface",
     "MoEConfig": "moe.config",
     "MoELayer": "moe.layers.moe_layer",
     "ModelConfig": "moe.config",

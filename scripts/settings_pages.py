@@ -10,6 +10,7 @@ import typing
 from collections.abc import Iterator
 from pathlib import Path
 
+from moe.config.mixers import Mixer
 from moe.config.moe_section import MoEConfig
 from moe.config.registry import LAYERS
 from moe.config.schema import Config
@@ -70,8 +71,8 @@ def _table(values: typing.Any) -> str:
         if dataclasses.is_dataclass(hints[field.name]):
             continue
         default = getattr(values, field.name)
-        if cls is MoEConfig and field.name == "gate":
-            default, hint = typing.cast(Gate, default).name, "a name, or a section"
+        if hints[field.name] in (Gate | None, Mixer | None):
+            default, hint = getattr(default, "name", "none"), "a name, or a section"
         else:
             hint = _type(hints[field.name])
         hint += f", {field.metadata['unit']}" if "unit" in field.metadata else ""

@@ -34,6 +34,8 @@ def fields(cls: Any = Config, path: str = "") -> Iterator[tuple[str, Any, Any]]:
         if field.name == "gate":
             yield path + field.name, str, "mixtral"
             yield from fields(TopK, f"{path}{field.name}.")
+        elif field.name == "mixer":
+            yield path + field.name, str, "none"
         elif dataclasses.is_dataclass(hints[field.name]):
             yield from fields(hints[field.name], f"{path}{field.name}.")
         else:

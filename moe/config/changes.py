@@ -6,11 +6,12 @@ import dataclasses
 import functools
 import operator
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
+from moe.config.mixers import Mixer
 from moe.config.moe_section import MoEConfig
-from moe.config.names import GATE, field_type, gate_field_type, is_section, leaves
-from moe.config.registry import find_layer, layer_fields
+from moe.config.names import GATE, MIXER, NAMED, field_type, is_section, leaves, named_field_type
+from moe.config.registry import find_layer, find_mixer, layer_fields
 from moe.config.schema import Config
 from moe.routing.interface import Gate
 from moe.system.fields import ConfigError, facts_of
@@ -48,7 +49,7 @@ class Changes:
             section = Changes()
             vars(section).update(_settings=self._settings, _section=f"{path}.")
             return section
-        return self._settings[path] if path in self._settings else _default(path, self._settings.get(GATE))
+        return self._settings[path] if path in self._settings else _default(path, self._settings)
 
     def __setitem__(self, name: str, value: typing.Any) -> None:
         """Set a field, or the fields of a section: those of a dict or a dataclass, or those set in other changes."""
@@ -58,11 +59,13 @@ class Changes:
             inside = {key: each for key, each in value._settings.items() if key.startswith(section)}
             self[name].update_from_flattened_dict({key.removeprefix(section): each for key, each in inside.items()})
             return
-        if dataclasses.is_dataclass(value) and is_section(path) and path != GATE:
+        if dataclasses.is_dataclass(value) and is_section(path) and path not in NAMED:
             value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
         for leaf, each in leaves({name: value}, self._section):
             if leaf == GATE and each in (None, "none"):  # a dense model has none of the gate's fields
                 self._drop(f"{GATE}.")
+            if leaf == MIXER and each != self._settings.get(MIXER, each):  # another mixer has fields of its own
+                self._drop(f"{MIXER}.")
             self._settings[leaf] = each
 
     def _drop(self, section: str) -> None:
@@ -89,24 +92,27 @@ class Changes:
             functools.reduce(operator.getitem, sections, self)[name] = value
 
 
-def _default(path: str, gate: typing.Any) -> typing.Any:
-    """Value of a setting that is not set, in a config whose gate is this name or value; None: the default gate."""
+def _default(path: str, settings: Mapping[str, typing.Any]) -> typing.Any:
+    """Value of a setting that is not set, in a config whose gate and mixer are those of other settings."""
     section, _, name = path.rpartition(".")
+    if section == MIXER:
+        mixer = settings.get(MIXER)
+        return _named_default(MIXER, find_mixer(mixer) if isinstance(mixer, str) else mixer, name)
     *inner, field = path.removeprefix("model.moe.").split(".")
     if not path.startswith("model.moe."):
         owner: typing.Any = field_type(section) if section else Config
         return next(field.default for field in dataclasses.fields(owner) if field.name == name)
-    node: typing.Any = layer_fields(MoEConfig().gate_name if gate is None else gate)
+    node: typing.Any = layer_fields(settings.get(GATE, MoEConfig().gate_name))
     if section == GATE:
-        return _gate_default(node["gate"], name)
+        return _named_default(GATE, node["gate"], name)
     return getattr(node[inner[0]], field) if inner else node[field]
 
 
-def _gate_default(gate: Gate | None, name: str) -> typing.Any:
+def _named_default(chosen: str, value: Gate | Mixer | None, name: str) -> typing.Any:
     if name == "name":
-        return "none" if gate is None else gate.name
-    gate_field_type(gate, name)
-    return getattr(gate, name)
+        return "none" if value is None else value.name
+    named_field_type(chosen, value, name)
+    return getattr(value, name)
 
 
 def settings_of(config: Config) -> dict[str, typing.Any]:
@@ -116,7 +122,7 @@ def settings_of(config: Config) -> dict[str, typing.Any]:
     """
     settings = dict(leaves(_tree(config)))
     for path in facts_of(Config, "follows"):
-        default = _default(path, None)
+        default = _default(path, {})
         if with_value(config, path.split("."), default) == config:
             settings[path] = default
     return settings
@@ -125,20 +131,28 @@ def settings_of(config: Config) -> dict[str, typing.Any]:
 def changes_of(config: Config) -> Changes:
     """The fewest changes from which a config is built again."""
     settings = settings_of(config)
-    gate = config.model.moe.gate
-    try:
-        known = type(find_layer(config.model.moe.gate_name).gate) is type(gate)
-    except ConfigError:
-        known = False
-    if not known:
-        settings = {path: value for path, value in settings.items() if not path.startswith(f"{GATE}.")} | {GATE: gate}
+    moe, mixer = config.model.moe, config.model.mixer
+    if not _is_known(moe.gate, lambda: find_layer(moe.gate_name).gate):
+        settings = {path: value for path, value in settings.items() if not path.startswith(f"{GATE}.")}
+        settings[GATE] = moe.gate
+    if mixer is not None and not _is_known(mixer, lambda: find_mixer(mixer.name)):
+        settings = {path: value for path, value in settings.items() if not path.startswith(f"{MIXER}.")}
+        settings[MIXER] = mixer
     return Changes(differences(settings))
+
+
+def _is_known(value: Gate | Mixer | None, find: Callable[[], Gate | Mixer | None]) -> bool:
+    """Whether the name of a value stands for one of its class."""
+    try:
+        return type(find()) is type(value)
+    except ConfigError:
+        return False
 
 
 def differences(settings: Mapping[str, typing.Any]) -> dict[str, typing.Any]:
     """The settings that are not their defaults, among all settings of a config."""
     gate = settings[GATE]
-    found = {path: value for path, value in settings.items() if path != GATE and value != _default(path, gate)}
+    found = {path: value for path, value in settings.items() if path != GATE and value != _default(path, settings)}
     return found if gate == MoEConfig().gate_name else {GATE: gate, **found}
 
 

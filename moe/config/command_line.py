@@ -11,11 +11,13 @@ from absl import flags
 
 from moe.config.changes import Changes
 from moe.config.files import Settings, inherited, read_config_file
+from moe.config.mixers import Mixer
 from moe.config.moe_section import MoEConfig
-from moe.config.names import GATE, field_type, gate_field_type, type_name
+from moe.config.names import GATE, MIXER, NAMED, field_type, named_above, named_field_type, type_name
 from moe.config.parse import from_config_dict
-from moe.config.registry import LAYERS, layer_fields
+from moe.config.registry import LAYERS, find_mixer, layer_fields
 from moe.config.schema import Config
+from moe.routing.interface import Gate
 from moe.system.fields import ConfigError, type_hints
 
 #: Dotted name → texts, in the order in which they were given.
@@ -67,16 +69,16 @@ def layers(path: str, texts: Texts, workdir: str = "") -> tuple[Settings, Settin
         workdir: of the run; see :func:`moe.config.files.inherited`.
 
     Raises:
-        ConfigError: a file that cannot be read, a value of the wrong type, or a field that the gate lacks.
+        ConfigError: a file that cannot be read, a value of the wrong type, or a field that the gate or the mixer lacks.
     """
-    own = {name: _value(field_type(name), words, name) for name, words in texts.items() if not _of_gate(name)}
+    own = {name: _value(field_type(name), words, name) for name, words in texts.items() if not named_above(name)}
     file = read_config_file(path, own.get(GATE))
     checkpoint = inherited({**file, **own}, workdir)
-    gate = {**checkpoint, **file, **own}.get(GATE, MoEConfig().gate_name)
+    given = {**checkpoint, **file, **own}
     for name, words in texts.items():
-        if _of_gate(name):
-            field = name.removeprefix(f"{GATE}.")
-            own[name] = _value(gate_field_type(layer_fields(gate)["gate"], field), words, name)
+        if chosen := named_above(name):
+            value = _named_value(chosen, given)
+            own[name] = _value(named_field_type(chosen, value, name.removeprefix(f"{chosen}.")), words, name)
     return checkpoint, file, own
 
 
@@ -87,19 +89,25 @@ def build_layers(*settings: Settings) -> Config:
         ConfigError: see :func:`moe.config.parse.from_config_dict`.
     """
     changes = Changes()
-    for layer in settings:
-        changes.update_from_flattened_dict(layer)
+    for layer in settings:  # a mixer's name before its fields
+        changes.update_from_flattened_dict(dict(sorted(layer.items(), key=lambda setting: setting[0] != MIXER)))
     return from_config_dict(changes)
 
 
-def _of_gate(path: str) -> bool:
-    return path.startswith(f"{GATE}.")
+def _named_value(chosen: str, settings: Settings) -> Gate | Mixer | None:
+    """The gate or the mixer of settings."""
+    if chosen == GATE:
+        return layer_fields(settings.get(GATE, MoEConfig().gate_name))["gate"]
+    mixer = settings.get(MIXER)
+    return find_mixer(mixer) if isinstance(mixer, str) else mixer
 
 
 def _is_switch_of_gate(path: str) -> bool:
     """Whether a gate of the package has a truth value of this name: the chosen gate is not known yet."""
     name = path.removeprefix(f"{GATE}.")
-    return _of_gate(path) and any(type_hints(type(layer.gate)).get(name) is bool for layer in LAYERS.values())
+    return named_above(path) == GATE and any(
+        type_hints(type(layer.gate)).get(name) is bool for layer in LAYERS.values()
+    )
 
 
 def _value(hint: typing.Any, texts: Sequence[str], path: str) -> typing.Any:
@@ -109,7 +117,7 @@ def _value(hint: typing.Any, texts: Sequence[str], path: str) -> typing.Any:
             return tuple(entry for text in texts for entry in _entries(text))
         if hint in _PARSERS:
             return _PARSERS[hint].parse(texts[-1])
-        if dataclasses.is_dataclass(hint) and path != GATE:
+        if dataclasses.is_dataclass(hint) and path not in NAMED:
             raise ValueError(f"{path} is a section")
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:
         raise ConfigError(f"{path}={texts[-1]!r}: must be {type_name(hint)}") from error

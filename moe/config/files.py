@@ -102,7 +102,7 @@ def inherited(settings: Settings, workdir: str = "") -> dict[str, typing.Any]:
         moe = _section(model, "moe")
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{where} an import; {path} cannot be read as one ({error})") from error
-    refuse_modules(code_fields({"model": {"moe": moe}}), f"{path}: ")
+    refuse_modules(code_fields({"model": model | {"moe": moe}}), f"{path}: ")
     try:
         moe = flat.nested(moe) if flat.is_flat(moe) else moe
         gate = settings.get(GATE, _gate_name(moe))

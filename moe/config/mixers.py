@@ -12,8 +12,13 @@ import types
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Self
 
+from moe.system.fields import check_fields
+
 QKNorm = Literal["none", "head", "full", "rotated"]
 AttentionBias = Literal["none", "qkv", "all"]
+#: Setting that names a mixer of a user's module, whose fields are settings below it.
+FIELD = "model.mixer"
+
 #: Abilities that not every mixer has: to let all tokens of a document see its prefix (prefix LM), to split rows over
 #: ``mesh.context``, and to take back rejected tokens (drafting).
 Ability = Literal["prefix", "context", "drafting"]
@@ -24,14 +29,24 @@ class Mixer:
     """Base of all token mixers. A mixer is a frozen dataclass of what its layer reads.
 
     Attributes:
+        layer: class of its layer, derived from :class:`moe.layers.mixers.interface.MixerLayer`; None: the package's.
         settings: field → the setting of :class:`moe.config.ModelConfig` that it has the value of, dotted in a section.
         path: name of the layer in its block, and so in paths of parameters.
         abilities: those that every mixer of the class has.
     """
 
+    layer: ClassVar[type[Any] | None] = None
     settings: ClassVar[Mapping[str, str]] = types.MappingProxyType({})
     path: ClassVar[str] = "mixer"
     abilities: ClassVar[frozenset[Ability]] = frozenset()
+
+    #: Name in configs, messages and records: module:class, or module:object that it was imported from.
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            object.__setattr__(self, "name", f"{type(self).__module__}:{type(self).__qualname__}")
+        check_fields(self, f"{FIELD}.")
 
     @classmethod
     def of(cls, model: Any, **own: Any) -> Self:
@@ -46,7 +61,7 @@ class Mixer:
     def lacks(self, ability: Ability) -> str:
         """The setting of :class:`moe.config.ModelConfig` because of which the mixer lacks an ability; empty if it has
         it."""
-        return "" if ability in self.abilities else "mixer"
+        return "" if ability in self.abilities else FIELD.removeprefix("model.")
 
     def flops(self, length: int) -> float:
         """FLOPs of training, forward and backward, per token of rows of this length, without the 6 of each

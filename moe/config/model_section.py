@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 
 from moe.config.mixers import (
     BUILT_IN,
+    FIELD,
     Ability,
     AttentionBias,
     GatedDelta,
@@ -144,6 +145,9 @@ class ModelConfig(Section, path=_MODEL):
     #: one more key per head, with a learned logit and no value (gpt-oss)
     attention_sinks: bool = setting(False, page=True)
     delta_net: DeltaNetConfig = DeltaNetConfig()
+    #: module:object, a token mixer in place of attention (docs/own_mixers.md); None: attention
+    mixer: Mixer | None = setting(None, page=True)
+    mixer_layers: tuple[int, ...] = ()  # layers that have `mixer`, from 0; empty: all without gated DeltaNet
     #: clip queries, keys and values to [-c, c] before the rotation (OLMoE); 0: no clipping
     clip_qkv: float = setting(0.0, least=0, page=True)
     tie_embeddings: bool = False  # logits = x E^T
@@ -193,6 +197,7 @@ class ModelConfig(Section, path=_MODEL):
         self._check_attention()
         self._check_latent_attention()
         self._check_delta_net()
+        self._check_mixer()
         if self.moe.gate is not None:
             self._check_moe_layers()
             count = sum(sparse_layers(self))
@@ -332,6 +337,19 @@ class ModelConfig(Section, path=_MODEL):
         apart = not set(layers) & set(self.sliding_window_layers)
         self._require("sliding_window_layers", apart, f"must list none of {field}, which have no window")
 
+    def _check_mixer(self) -> None:
+        mixer, layers, own = self.mixer, self.mixer_layers, "must list none of"
+        _require_layers("model.mixer_layers", layers, self.num_layers)
+        if mixer is None:
+            self._require("mixer_layers", not layers, "must be () without model.mixer")
+            return
+        where = f"{FIELD}={mixer.name!r}"
+        self._require_defaults(where, encoder_layers=0, relative_buckets=0)
+        for name, others in ((f"{_DELTA}layers", self.delta_net.layers), ("window's", self.sliding_window_layers)):
+            self._require("mixer_layers", not set(layers) & set(others), f"{own} {name}")
+        if not layers:
+            self._require_defaults(f"{where} is in all layers and", kv_lora_rank=0, sliding_window=0)
+
     def _check_moe_layers(self) -> None:
         moe, num_layers = self.moe, self.encoder_layers + self.num_layers
         _require_layers(f"{_MOE}layers", moe.layers, num_layers)
@@ -386,6 +404,7 @@ def require_ability(config: ModelConfig, ability: Ability, where: str) -> None:
     for kind in layer_kinds(config):
         if setting := kind.mixer.lacks(ability):
             value, default = (operator.attrgetter(setting)(model) for model in (config, type(config)()))
+            value = value.name if isinstance(value, Mixer) else value
             require(False, f"{_MODEL}{setting}", value, f"must be {default!r} {where}")
 
 
@@ -435,6 +454,8 @@ def _mixer(config: ModelConfig, layer: int) -> Mixer:
     """Token mixer of a layer of a decoder-only model."""
     if layer in config.delta_net.layers:
         return GatedDelta.of(config)
+    if config.mixer is not None and layer in (config.mixer_layers or range(config.num_layers)):
+        return config.mixer
     windowed = not config.sliding_window_layers or layer in config.sliding_window_layers
     attention = MultiHeadLatent if config.kv_lora_rank else GroupedQuery
     return attention.of(config, window=config.sliding_window if windowed else 0)

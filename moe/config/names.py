@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
 
 from moe.config import flat
+from moe.config.mixers import FIELD, Mixer
 from moe.config.registry import LAYERS
 from moe.config.schema import Config
 from moe.routing.interface import Gate
 from moe.system.fields import ConfigError, item_name, type_hints
 
-#: The gate: a name, or a value. The fields of the chosen gate are settings below it, as ``model.moe.gate.k``.
-GATE = "model.moe.gate"
+#: The gate and the token mixer: a name, or a value. The fields of the chosen one are settings below it, as
+#: ``model.moe.gate.k``.
+GATE, MIXER = "model.moe.gate", FIELD
+NAMED: Mapping[str, type] = types.MappingProxyType({GATE: Gate, MIXER: Mixer})
 
 
 def field_types(cls: type) -> dict[str, typing.Any]:
@@ -26,7 +30,7 @@ def field_types(cls: type) -> dict[str, typing.Any]:
 def check_field(path: str) -> None:
     """Check that a dotted name such as ``model.moe.num_experts`` is a field of :class:`Config`.
 
-    Fields of a gate are not checked; see :func:`gate_field_type`.
+    Fields of a gate or a mixer are not checked; see :func:`named_field_type`.
 
     Raises:
         ConfigError: it is not; the message has the nearest name.
@@ -35,7 +39,8 @@ def check_field(path: str) -> None:
 
 
 def field_type(path: str) -> typing.Any:
-    """Type of a setting: a section's dataclass, :class:`Gate`, or the type of a value; ``object`` for a gate's field.
+    """Type of a setting: a section's dataclass, :class:`Gate`, :class:`Mixer`, or the type of a value; ``object`` for a
+    field of these two.
 
     Raises:
         ConfigError: there is no such field; the message has the nearest name.
@@ -44,40 +49,51 @@ def field_type(path: str) -> typing.Any:
     names = path.split(".")
     for depth, name in enumerate(names):
         where = "".join(f"{section}." for section in names[:depth])
-        if hint is Gate:  # which fields it has is known once it is chosen
+        if hint in (Gate, Mixer):  # which fields it has is known once it is chosen
             return object
         if not dataclasses.is_dataclass(hint):
             raise ConfigError(f"{path}: {where[:-1]} is a single value, not a section")
         hints = field_types(typing.cast(type, hint))
         if name not in hints:
             raise ConfigError(no_such_field(name, hints, where))
-        hint = Gate if hints[name] == Gate | None else hints[name]
+        hint = {Gate | None: Gate, Mixer | None: Mixer}.get(hints[name], hints[name])
     return hint
 
 
 def is_section(path: str) -> bool:
-    """Return True for a name whose fields are settings; the gate is one, whatever it is."""
+    """Return True for a name whose fields are settings; gate and mixer are, whatever they are."""
     return dataclasses.is_dataclass(field_type(path))
 
 
-def gate_field_type(gate: Gate | None, name: str) -> typing.Any:
-    """Type of a field of the chosen gate.
+def named_above(path: str) -> str:
+    """The key of :data:`NAMED` below which a setting is; empty if it is below none."""
+    return next((chosen for chosen in NAMED if path.startswith(f"{chosen}.")), "")
+
+
+def named_field_type(chosen: str, value: Gate | Mixer | None, name: str) -> typing.Any:
+    """Type of a field of the gate or the mixer that a config has.
+
+    Args:
+        chosen: key of :data:`NAMED`.
 
     Raises:
         ConfigError: it has no such field, or none that can be set.
     """
     if name == "name":
-        raise ConfigError(f"{GATE}.name: cannot be set; choose a gate by {GATE}")
-    if gate is None:
-        raise ConfigError(f"{GATE}.{name}: no such field; a dense model has no gate")
-    hints = field_types(type(gate))
+        raise ConfigError(f"{chosen}.name: cannot be set; set {chosen} to the name")
+    if value is None:
+        why = "a dense model has no gate" if chosen == GATE else f"{chosen} names no mixer"
+        raise ConfigError(f"{chosen}.{name}: no such field; {why}")
+    hints = field_types(type(value))
     if name not in hints:
-        raise ConfigError(no_such_field(name, hints, f"{GATE}."))
+        raise ConfigError(no_such_field(name, hints, f"{chosen}."))
     return hints[name]
 
 
 def type_name(hint: typing.Any) -> str:
     """Description of the values of a type, for messages that end in ``must be ...``."""
+    if hint is Mixer:
+        return "none, or module:object"
     if hint is Gate:
         return f"a name: {', '.join(('none', *LAYERS))}, or module:object"
     if dataclasses.is_dataclass(hint):
@@ -107,15 +123,17 @@ def no_such_field(name: str, fields: Iterable[str], path: str) -> str:
 
 
 def leaves(tree: Mapping[str, typing.Any], section: str = "") -> Iterator[tuple[str, typing.Any]]:
-    """Dotted name and value of every setting of a nested dict; a gate's name is the value of :data:`GATE`.
+    """Dotted name and value of every setting of a nested dict; the name of a gate or a mixer is the value of its key in
+    :data:`NAMED`.
 
     Raises:
         ConfigError: an unknown field, or a section that is a value.
     """
     for name, value in tree.items():
         path = section + name
-        if path == f"{GATE}.name" or (path == GATE and not isinstance(value, Mapping)):
-            yield GATE, value
+        chosen = path.removesuffix(".name")
+        if chosen in NAMED and not (path == chosen and isinstance(value, Mapping)):
+            yield chosen, value
         elif not is_section(path):
             yield path, value
         elif isinstance(value, Mapping):
@@ -125,10 +143,10 @@ def leaves(tree: Mapping[str, typing.Any], section: str = "") -> Iterator[tuple[
 
 
 def nested(settings: Mapping[str, typing.Any]) -> dict[str, typing.Any]:
-    """The nested dict of settings by dotted name; a gate's name is the field ``name`` of its section."""
+    """The nested dict of settings by dotted name; the name of a gate or a mixer is its section's field ``name``."""
     tree: dict[str, typing.Any] = {}
     for path, value in settings.items():
-        *sections, name = f"{GATE}.name".split(".") if path == GATE else path.split(".")
+        *sections, name = (f"{path}.name" if path in NAMED else path).split(".")
         node = tree
         for section in sections:
             node = node.setdefault(section, {})

@@ -8,11 +8,12 @@ from collections.abc import Mapping
 
 from moe.config import flat
 from moe.config.changes import Changes, with_value
+from moe.config.mixers import Mixer
 from moe.config.model_section import ModelConfig, check_is_model
 from moe.config.moe_section import MoEConfig
-from moe.config.names import field_types, nested, no_such_field
+from moe.config.names import MIXER, field_types, named_field_type, nested, no_such_field
 from moe.config.references import code_fields, refuse_modules
-from moe.config.registry import find_gate, layer_fields
+from moe.config.registry import find_gate, find_mixer, layer_fields
 from moe.config.run_sections import EMBEDDED_DOMAINS
 from moe.config.schema import Config
 from moe.routing.interface import Gate
@@ -42,7 +43,9 @@ def build(cls: type, tree: dict[str, typing.Any], path: str, base: typing.Any = 
     for name, value in tree.items():
         if name not in hints:
             raise ConfigError(no_such_field(name, hints, path))
-        if not dataclasses.is_dataclass(hints[name]):
+        if hints[name] == Mixer | None:
+            values[name] = _mixer(value, f"{path}{name}")
+        elif not dataclasses.is_dataclass(hints[name]):
             values[name] = check_type(hints[name], value, f"{path}{name}")
         elif isinstance(value, hints[name]):
             values[name] = value
@@ -151,6 +154,17 @@ def _brought(gate: typing.Any, path: str) -> dict[str, typing.Any]:
     if fields:
         values["gate"] = build(type(values["gate"]), fields, f"{path}.", values["gate"])
     return values
+
+
+def _mixer(value: typing.Any, path: str) -> Mixer | None:
+    """A token mixer: a value, a name, or a section with either as its ``name`` and with fields of the mixer."""
+    fields = {"name": value} if value is None or isinstance(value, (str, Mixer)) else _items(value, path)
+    name = fields.pop("name", None)
+    mixer = name if name is None or isinstance(name, Mixer) else find_mixer(check_type(str, name, f"{path}.name"))
+    if not fields:
+        return mixer
+    named_field_type(MIXER, mixer, next(iter(fields)))
+    return build(type(mixer), fields, f"{path}.", mixer)
 
 
 def _items(value: typing.Any, field: str) -> dict[str, typing.Any]:

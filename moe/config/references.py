@@ -108,14 +108,15 @@ def code_fields(tree: object) -> dict[str, object]:
     return {
         "model.moe.gate": _name(_at(tree, "model", "moe", "gate")),
         "model.moe.layer_gates": [_name(gate) for gate in gates] if isinstance(gates, (list, tuple)) else gates,
+        "model.mixer": _name(_at(tree, "model", "mixer")),
         "optimizer.name": _at(tree, "optimizer", "name"),
         "train.writers": _at(tree, "train", "writers"),
     }
 
 
-def _name(gate: object) -> object:
-    """Name of a gate that is given as a name or as a section."""
-    return gate if isinstance(gate, str) else _at(gate, "name")
+def _name(value: object) -> object:
+    """Name of a gate or a mixer that is given as a name or as a section."""
+    return value if isinstance(value, str) else _at(value, "name")
 
 
 def _at(node: object, *names: str) -> object:

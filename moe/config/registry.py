@@ -1,4 +1,4 @@
-"""Layers of the papers by name, as values of :class:`MoEConfig`; and gates from a user's module."""
+"""Layers of the papers by name, as values of :class:`MoEConfig`; and gates and mixers from a user's module."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import types
 from collections.abc import Mapping
 from typing import Any, get_args
 
+from moe.config.mixers import FIELD, Mixer
 from moe.config.moe_section import Capacity, Losses, MoEConfig
 from moe.config.references import import_object
 from moe.routing import gates
@@ -48,6 +49,26 @@ def find_gate(name: str) -> Gate:
     if gate is None:
         raise ConfigError(f"model.moe.gate={name!r}: must name a gate")
     return gate
+
+
+def find_mixer(name: str) -> Mixer | None:
+    """The token mixer that ``model.mixer`` names.
+
+    Args:
+        name: "none", or ``module:object``, an importable subclass of :class:`moe.config.mixers.Mixer` or an instance.
+
+    Raises:
+        ConfigError: it cannot be imported, or is something else.
+    """
+    if name == "none":
+        return None
+    value, where = import_object(FIELD, name), f"{FIELD}={name!r}"
+    if isinstance(value, type) and issubclass(value, Mixer):
+        with raised_as_errors(f"{where}: {value.__name__}()"):  # such as a field without a default
+            value = value()
+    if not isinstance(value, Mixer):
+        raise ConfigError(f"{where}: must be a Mixer, not {type(value).__name__}")
+    return dataclasses.replace(value, name=name)
 
 
 def layer_fields(gate: str | Gate | None) -> dict[str, Any]:

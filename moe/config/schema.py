@@ -7,6 +7,7 @@ import math
 import operator
 from collections.abc import Mapping
 
+from moe.config.mixers import FIELD
 from moe.config.model_section import ModelConfig, layer_kinds, require_ability, unread_settings
 from moe.config.run_sections import (
     DataConfig,
@@ -217,6 +218,9 @@ def validate_mesh(config: Config, sizes: Mapping[str, int]) -> None:
     for field, axis in facts_of(Config, "split").items():
         if field not in unused and not (moe.gate is None and field.startswith(_MOE)):
             divides((axis,), field, operator.attrgetter(field)(config))
+    for mixer in {kind.mixer for kind in layer_kinds(config.model)}:
+        for field, axis in facts_of(type(mixer), "split").items():
+            divides((axis,), f"{FIELD}.{field}", getattr(mixer, field))
     if config.model.prediction_layers:  # their projection from 2 D to D is split over its outputs
         divides(("tensor",), "model.d_model", config.model.d_model)
     if moe.gate is None:

@@ -1,4 +1,4 @@
-"""The source code of a user's gates, layers and optimizer, which decides a result as their fields do."""
+"""The source code of a user's gates, mixers, layers and optimizer, which decides a result as their fields do."""
 
 from __future__ import annotations
 
@@ -25,12 +25,14 @@ _INSTALLED = {"site-packages", "dist-packages"}
 
 
 def user_code(config: Config) -> str:
-    """Hash of the code of a user's gates, their layers and the optimizer; empty if the config names none.
+    """Hash of the code of a user's gates, mixer, their layers and the optimizer; empty if the config names none.
 
     The code is what their definitions reach by name: in their modules, and in modules that these import. Comments,
     docstrings and formatting are not part of it, nor is any package that is installed.
     """
-    start = [(type(gate).__module__, type(gate).__qualname__) for gate in config.model.moe.gates if ":" in gate.name]
+    model = config.model
+    values = [value for value in (*model.moe.gates, model.mixer) if value is not None and ":" in value.name]
+    start = [(type(value).__module__, type(value).__qualname__) for value in values]
     if ":" in config.optimizer.name:
         import_object("optimizer.name", config.optimizer.name)
         module, _, name = config.optimizer.name.partition(":")

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.typing import ArrayLike
 
 from moe.config import Config, ConfigError, ModelConfig
+from moe.layers.mixers import table
 from moe.layers.moe_layer import SelectionBias, replace_gate
 from moe.models import pipeline
 from moe.models.adapters import initial_adapters
@@ -157,6 +158,8 @@ def build(
         gate: replaces the gate that ``config.model.moe.gate`` names in every MoE layer.
     """
     _probe_own_gates(config)
+    if config.model.mixer is not None:
+        table.probe(config.model, config.model.mixer)
     pipeline.check(config, mesh.shape)
     teacher_model, teacher_variables = teacher or (config.model, None)
     parts = _Parts(

@@ -334,7 +334,7 @@ def test_the_pages_of_settings_are_current():
 def test_the_pages_of_settings_have_the_defaults_of_a_run():
     """A section's default may differ from its class's: the layer without a name is Mixtral's, with its balance loss."""
     assert (Config().model.moe.losses.balance, Losses().balance) == (0.02, 0.0)
-    assert "| `balance` | float | `0.02` |" in settings_pages.pages()["moe_settings.md"]
+    assert "| `balance` | float | `0.02` |" in settings_pages.pages()["moe.md"]
 
 
 def test_rules_of_a_setting_are_read_from_its_field():

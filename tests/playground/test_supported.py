@@ -64,7 +64,8 @@ def test_groups_of_a_dropless_model_change_nothing():
 READ_OTHERWISE = {
     "num_layers", "d_ff", "rope_scaling", "delta_net", "tie_embeddings", "scale_logits", "logit_scale", "moe",
     "encoder_vocab_size", "relative_max_distance", "q_lora_rank", "value_dim", "sliding_window_layers", "attention",
-    "prediction_weight", "dropout", "init_scale", "dtype", "low_precision_in", "scan_layers", "scan_unroll", "remat",
+    "mixer_layers", "prediction_weight", "dropout", "init_scale", "dtype", "low_precision_in", "scan_layers",
+    "scan_unroll", "remat",
 }  # fmt: skip
 MOE_READ_OTHERWISE = {
     "gate", "num_experts", "d_ff", "shared_d_ff", "every", "layers", "first_dense", "group_size", "dispatch",
