@@ -203,8 +203,9 @@ def _text_settings(config: Config) -> dict[str, Any]:
 
 
 def _check_different(suite: Suite) -> None:
-    """Refuse two arms that would be one run, whose difference would be reported as 0."""
-    plan, arms = Plan(suite, []), {}
+    """Refuse two arms that would be one run, whose difference would be reported as 0, or one rule under two names of a
+    gate, whose difference would be that of rounding."""
+    plan, arms, rules = Plan(suite, []), {}, {}
     for name, variant in suite.variants.items():
         # Arms of equal settings still differ where their learning rates come from different sweeps.
         sources = (name, variant.rate_from or name) if suite.sweep else (name,)
@@ -214,3 +215,24 @@ def _check_different(suite: Suite) -> None:
                 f"suite {suite.name!r}, variants {other!r} and {name!r}: differ in nothing that changes a result by "
                 "more than rounding, so they would be one run"
             )
+        rule = (_without_name(suite, name), sources[1:])
+        if suite.config(name).model.moe.gate is not None and (other := rules.setdefault(rule, name)) != name:
+            raise ConfigError(
+                f"suite {suite.name!r}, variants {other!r} and {name!r}: are the same rule under two names of a gate, "
+                "so they would differ by rounding alone"
+            )
+
+
+def _without_name(suite: Suite, name: str) -> str:
+    """Identity of an arm with the gate's fields in the place of its name."""
+    variant, gate = suite.variants[name], suite.config(name).model.moe.gate
+    parents = {"starts_from": variant.starts_from, "teacher": variant.teacher}
+    form = suite.form(
+        name,
+        suite.seeds[0],
+        steps=suite.longest,
+        learning_rate=suite.learning_rate,
+        parents={role: arm for role, arm in parents.items() if arm},  # whose names stand for their runs
+    )
+    fields = gate and dataclasses.replace(gate, name="")
+    return repr((fields, {**form, "gates": ""}))

@@ -34,7 +34,7 @@ from tests.helpers import slow_case, tiny_encoder_decoder, tiny_model
 from tests.lab_helpers import CLAIMS, DENSE, SWITCH, keyed, record, suite_of, table, tiny_base, tiny_suite, write_page
 
 ROOT = Path(__file__).resolve().parents[2]
-OTHERS = ("__init__", "common", "own_text")
+OTHERS = ("__init__", "common", "own_text", "sizes")
 SUITES = sorted(path for path in (ROOT / "configs/ablations").glob("*.py") if path.stem not in OTHERS)
 
 
@@ -190,6 +190,17 @@ TWO = {"a": DENSE, "b": DENSE}
         (suite_of(TWO), "variants 'a' and 'b': differ in nothing"),
         (suite_of({"a": DENSE, "b": Variant({**DENSE.overrides, "model.remat": "full"})}), "more than rounding"),
         (suite_of({"a": DENSE, "b": dataclasses.replace(DENSE, rate_from="a")}), "would be one run"),
+        (
+            suite_of(
+                {
+                    "a": Variant({"model.moe.gate": "switch", "model.moe.jitter": 0.0}),
+                    "b": Variant(
+                        {"model.moe.gate": "deepseek_moe", "model.moe.gate.k": 1, "model.moe.losses.balance": 0.01}
+                    ),
+                }
+            ),
+            "variants 'a' and 'b': are the same rule under two names of a gate",
+        ),
         (
             suite_of({"p": DENSE, **dict.fromkeys("ab", dataclasses.replace(DENSE, starts_from="p"))}),
             "'a' and 'b'",
