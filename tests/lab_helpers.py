@@ -61,7 +61,7 @@ def claim_of(rule="below", value="loss[b] - loss[a]", **fields):
     return Claim(1, "test", "b beats a", "paper", (Part("loss", rule, value, **part),), **fields)
 
 
-def table_of(b, a=(5.0, 5.0, 5.0), claim=None, steps=20, **fields):
+def table_of(b, a=(5.0,) * 5, claim=None, steps=20, **fields):
     hashes = {"1": (claim or claim_of()).hash}
     runs = [
         record(name, seed, loss, steps, status=DIVERGED if math.isinf(loss) else FINISHED, claims=hashes)

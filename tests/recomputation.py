@@ -94,8 +94,8 @@ class Runs:
     def difference(self, arm, base, steps):
         return (self.loss(arm, steps) - self.loss(base, steps)).dropna()
 
-    def expression(self, text, steps, until=None):
-        """Seed → value of a claim's linear combination at the last step, or at an earlier one."""
+    def expression(self, text, steps, until=None, domain="primary"):
+        """Seed → value of a claim's linear combination at the last step, or at an earlier one; losses on a domain."""
         total = 0.0
         for sign, factor, quantity, arm, options in TERM.findall(text):
             if not (factor or quantity):
@@ -103,9 +103,9 @@ class Runs:
             term = float(factor or 1) * (-1 if sign == "-" else 1)
             if quantity:
                 layers = re.search(r"layer=([\d-]+)", options)
-                domain = "primary" if quantity in ("loss", "own_loss") else ""
+                where = domain if quantity in ("loss", "own_loss") else ""
                 first = "step=first" in options
-                term = term * self.last(arm, steps, quantity, domain, layers[1] if layers else "", first, until)
+                term = term * self.last(arm, steps, quantity, where, layers[1] if layers else "", first, until)
             total = total + term
         return total.dropna()
 

@@ -20,6 +20,15 @@ FLOPS_AND_PARAMETERS = ("steps", "flops", "active_parameters", "total_parameters
 
 #: Tokens of each domain's training text, text version 1.2.0 and the tokenizer of 2,048 that it trains.
 TRAINING_TOKENS = {"literature": 4_152_602, "definitions": 4_489_272, "python": 10_544_259, "technical": 10_744_716}
+#: Bytes of a token of each domain's 256 held-out rows, of the same text in the same tokenizer.
+HELDOUT_TOKEN_BYTES = {
+    "literature": 87_325 / 32_716,
+    "definitions": 84_604 / 32_654,
+    "python": 77_464 / 32_760,
+    "technical": 98_203 / 32_756,
+    "unseen_book": 83_979 / 32_671,
+    "unseen_package": 76_901 / 32_760,
+}
 #: Seeds on which learning rates are chosen.
 SWEPT_SEEDS = (100, 101)
 #: Seeds of `replication`, which no other suite counts: its runs would not replicate results that they are part of.
@@ -72,6 +81,7 @@ def suite(size: str, **fields: Any) -> Suite:
         "warmup_share": 0.025,
         "unseen": ("unseen_book", "unseen_package") if laptop else (),
         "domain_tokens": TRAINING_TOKENS if laptop else {},
+        "token_bytes": HELDOUT_TOKEN_BYTES if laptop else {},
     }
     return Suite(**{**shared, **fields})
 

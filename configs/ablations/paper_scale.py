@@ -15,12 +15,7 @@ from moe.configs.ablations import common, switch_vs_mixtral
 from moe.lab.suite import Suite, Variant
 
 _ARMS = ("dense", "switch", "mixtral", "top1_drop", "top1_free", "top2_drop", "top2_free")
-_NOTES = {
-    "dense": "one FFN",
-    "switch": "top-1 of 8, capacity factor 1.25, jitter 0.01, balance weight 0.01: Switch's constants",
-    "mixtral": "top-2 of 16 experts of half the width, softmax over the two, dropless, balance weight 0.02: Mixtral's "
-    "gate and loss, whose released model has 8 experts of full width",
-}
+_NOTES = {"switch": switch_vs_mixtral.SWITCH, "mixtral": switch_vs_mixtral.MIXTRAL}
 
 
 def at_papers_scale(arms: Mapping[str, Variant]) -> dict[str, Variant]:

@@ -14,7 +14,7 @@ _ARMS = ("dense", "top1_drop", "top1_free", "top2_drop", "top2_free", "switch", 
 
 
 def get_suite(size: str) -> Suite:
-    """Dense, the 2 × 2, and Switch and Mixtral as published."""
+    """Dense, the 2 × 2, and the arms with Switch's and Mixtral's constants."""
     first = switch_vs_mixtral.with_arms(size, _ARMS)
     measured = dataclasses.replace(first.variants["top1_drop"], probes=("eval_capacity",))
     return dataclasses.replace(

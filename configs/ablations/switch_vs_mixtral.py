@@ -1,4 +1,4 @@
-"""Switch against Mixtral, taken apart: experts per token × dropping, beside the dense model and the papers' layers.
+"""Switch against Mixtral, taken apart: experts per token × dropping, beside the dense model and the papers' constants.
 
     python scripts/ablate.py --suite=configs/ablations/switch_vs_mixtral.py --workdir=/tmp/lab --jobs=2
 
@@ -14,6 +14,12 @@ from typing import Any
 from moe.configs.ablations import common
 from moe.lab.suite import Comparison, Suite, Variant
 
+#: Notes on the arms with the constants of Switch's and Mixtral's papers.
+SWITCH = "Switch's constants with 8 experts: top-1 of 8, capacity factor 1.25, jitter 0.01, balance weight 0.01"
+MIXTRAL = (
+    "Mixtral's gate and loss weight with 16 experts of half the width (released: 8 of full width): top-2 of 16, "
+    "softmax over the two, dropless, balance weight 0.02"
+)
 #: Of the four arms that differ in two things alone: one balance weight, no jitter, no noise.
 SAME: dict[str, Any] = {"losses.balance": 0.01, "jitter": 0.0}
 
@@ -33,7 +39,7 @@ def two_by_two(size: str) -> dict[str, Variant]:
 
 
 def get_suite(size: str) -> Suite:
-    """Dense; the four; DeepSeekMoE; Switch, Mixtral and GShard as published."""
+    """Dense; the four; DeepSeekMoE; and layers with Switch's, Mixtral's and GShard's constants, at equal parameters."""
     fine = common.hidden(size) // 4  # DeepSeekMoE: quarter-size experts, one of four shared
     routed = 31 if size == "laptop" else 32  # a mesh's expert axis must divide it
     factors = two_by_two(size)
@@ -54,18 +60,18 @@ def get_suite(size: str) -> Suite:
         "switch": Variant(
             common.moe(size, "switch", 8, 1),
             rate_from="top1_free",
-            note="as published but for the initial scale (1.0; paper: 0.1): top-1 of 8, capacity factor 1.25, "
-            "jitter 0.01, balance weight 0.01",
+            note=f"{SWITCH}; initial scale 1.0 (paper: 0.1)",
         ),
         "mixtral": Variant(
             common.moe(size, "mixtral", 16, 2, **common.DROPLESS),
             rate_from="top2_free",
-            note="as released: top-2 of 16, softmax over the two, dropless, balance weight 0.02",
+            note=f"{MIXTRAL}; initial scale 1.0",
         ),
         "gshard": Variant(
             common.moe(size, "gshard", 16, 2),
             rate_from="top2_free",
-            note="as published: top-2 of 16, second expert used with a probability set by its weight, with capacity",
+            note="GShard's gate, capacity and loss weight with 16 experts of half the width: top-2, the second expert "
+            "used with a probability set by its weight",
         ),
     }
     sparse = (*factors, *published)

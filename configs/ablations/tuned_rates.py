@@ -17,7 +17,7 @@ _ARMS = ("dense", "switch", "mixtral", "top1_drop", "top1_free", "top2_drop", "t
 
 
 def get_suite(size: str) -> Suite:
-    """Dense, the 2 × 2, Switch and Mixtral as published, and DeepSeekMoE."""
+    """Dense, the 2 × 2, the arms with Switch's and Mixtral's constants, and DeepSeekMoE."""
     first = switch_vs_mixtral.with_arms(size, _ARMS)
     return dataclasses.replace(
         first,

@@ -135,6 +135,7 @@ class Suite:
         dropping_differs: why arms that drop different shares of their assignments in training are compared; empty: the
             shares within a comparison may differ by at most :data:`MAX_DROP_DIFFERENCE`.
         domain_tokens: domain → tokens of its training text, for the number of epochs in the report.
+        token_bytes: domain → bytes of a token of its held-out rows, for bits per byte in the report.
         reserved: seeds on which other suites chose something, such as a learning rate, or that a replication keeps for
             itself; no comparison uses them.
         unseen: embedded domains that no run is trained on, evaluated beside the others; never part of the primary loss.
@@ -161,6 +162,7 @@ class Suite:
     heldout_rows: Annotated[int, pydantic.Field(strict=True, ge=1)] = 256
     dropping_differs: str = ""
     domain_tokens: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    token_bytes: Mapping[str, float] = dataclasses.field(default_factory=dict)
     reserved: tuple[Seed, ...] = ()
     unseen: tuple[str, ...] = ()
     fixed_seeds: bool = False

@@ -315,7 +315,10 @@ def test_claims(report):
                 check(where, row[6], (max(abs(low), abs(high)), ".4f"))
         check(where, row[4], *([(p, ".2g")] if len(values) > 1 else []))
         check(where, row[9], *([(again.detectable(len(values)) * sd, ".4f")] if len(values) > 1 else []))
-        if part.get("published") is not None and len(values) > 1:
+        if part.get("differs"):
+            assert row[7].endswith(f"({part['differs']})")
+            assert row[8] == "–", where
+        elif part.get("published") is not None and len(values) > 1:
             assert row[8] == ("contains it" if low <= part["published"] <= high else "excludes it"), where
 
 
@@ -360,8 +363,11 @@ def test_verdicts(folder, drawn):
     assert [row[3].strip("*") for row in again_shown] == [verdicts[number] for number in members]
     if not any("interim" in row[6] for row in again_shown):
         value = {number: claims[number]["part"][0]["value"] for number in families}
-        agree = sum(verdicts[n] == verdicts[m] for n in members for m in primary if value[n] == value[m])
-        assert f": {agree} of {len(members)} have the verdict of the first seeds" in answer_text
+        decided = [n for n in primary if verdicts[n] in ("supported", "contradicted")]
+        pairs = [(n, m) for n in decided for m in members if value[n] == value[m]]
+        agree = sum(verdicts[n] == verdicts[m] for n, m in pairs)
+        text = f"of the {len(pairs)} that were decided on the first seeds, {agree} have the same verdict"
+        assert text in answer_text
 
 
 @pytest.mark.parametrize("which", ["drawn", "committed"])
@@ -402,7 +408,10 @@ def test_arms_of_the_answer(which, drawn):
     )
     whole = scale.loss(arm, steps) - scale.loss("dense", steps)
     for arm, _, loss, own, last, *others in tables(path.read_text().partition("## Arms")[2])[0][1]:
-        unseen, (dropped, share, milliseconds) = others[: len(suite.unseen)], others[len(suite.unseen) :]
+        unseen, (bits, dropped, share, milliseconds) = others[: len(suite.unseen)], others[len(suite.unseen) :]
+        if suite.token_bytes:
+            domains = {d: runs.last(arm, steps, "loss", d).mean() / suite.token_bytes[d] for d in suite.primary_domains}
+            check(arm, bits, (sum(domains.values()) / len(domains) / math.log(2), ".4f"))
         share_cell(f"{arm}, share", share, runs.loss(arm, steps) - scale.loss("dense", steps), whole)
         for cell, values in (
             (loss, runs.loss(arm, steps)),

@@ -2,8 +2,8 @@
 
 A claim of a family is supported or contradicted where the p-value of its rule, adjusted by Holm's method over all of
 that family, is below 5 %; members of the family without runs count with p = 1. Every other claim is exploratory: its
-interval is reported as on the claim's side, on the other side or on both. Diverged runs count as outcomes: their loss
-is infinite, and a sign test over all seeds decides.
+interval is reported as on the claim's side, on the other side or on both, and with fewer than five seeds as a trial.
+Diverged runs count as outcomes: their loss is infinite, and a sign test over all seeds decides.
 """
 
 from __future__ import annotations
@@ -19,16 +19,18 @@ from moe.lab import inference
 from moe.lab.claims.registration import Claim, Part, Primary
 from moe.lab.expressions import parse, variants_of
 from moe.lab.inference import ALPHA, Effect
+from moe.lab.records import Record
 from moe.lab.suite import MAX_DROP_DIFFERENCE
 from moe.lab.table import MissingError, Table
 
 SUPPORTED, CONTRADICTED, UNDECIDED = "supported", "contradicted", "undecided"
 FOR, AGAINST, OPEN = "exploratory: for it", "exploratory: against it", "exploratory: open"
+TRIAL = "exploratory: a trial"
 TOO_SHORT, NOT_TESTED = "too few steps", "not tested"
-#: Number of seeds below which a finding carries a caveat.
+#: Number of seeds below which an exploratory claim is a trial.
 SEEDS = 5
 #: Verdicts in the order of a summary.
-VERDICTS = (SUPPORTED, CONTRADICTED, UNDECIDED, FOR, AGAINST, OPEN, TOO_SHORT, NOT_TESTED)
+VERDICTS = (SUPPORTED, CONTRADICTED, UNDECIDED, FOR, AGAINST, OPEN, TRIAL, TOO_SHORT, NOT_TESTED)
 _INTERIM = "interim"
 _EXPLORATORY = {SUPPORTED: FOR, CONTRADICTED: AGAINST, UNDECIDED: OPEN}
 
@@ -55,9 +57,9 @@ class Outcome:
 
     @property
     def replication(self) -> str:
-        """Whether the interval contains the published effect; empty without one or without an interval."""
+        """Whether the interval contains the published effect; empty without a comparable one or without an interval."""
         published, e = self.part.published, self.effect
-        if published is None or not math.isfinite(e.low) or not math.isfinite(e.high):
+        if published is None or self.part.differs or not math.isfinite(e.low) or not math.isfinite(e.high):
             return ""
         return "contains it" if e.low <= published <= e.high else "excludes it"
 
@@ -117,7 +119,9 @@ def assess(claims: Sequence[Claim], tables: Mapping[str, Table], primary: Primar
 def _after_holm(finding: Finding, adjusted: float | None) -> Finding:
     """Set the verdict of a finding by the p-value adjusted over its family; None: it is exploratory."""
     if adjusted is None:
-        return dataclasses.replace(finding, verdict=_EXPLORATORY.get(finding.verdict, finding.verdict))
+        verdict = _EXPLORATORY.get(finding.verdict, finding.verdict)
+        few = finding.verdict in _EXPLORATORY and min(outcome.effect.n for outcome in finding.outcomes) < SEEDS
+        return dataclasses.replace(finding, verdict=TRIAL if few else verdict)
     decided = finding.verdict in (SUPPORTED, CONTRADICTED) and adjusted < ALPHA and not finding.interim
     verdict = finding.verdict if decided or finding.verdict in (TOO_SHORT, NOT_TESTED) else UNDECIDED
     return dataclasses.replace(finding, verdict=verdict, adjusted=adjusted)
@@ -152,6 +156,15 @@ def _assess(claim: Claim, table: Table | None, primary: Primary | None) -> Findi
         return Finding(claim, NOT_TESTED, steps, outcomes, post_hoc=post_hoc, note=note)
     lacks = _lacks(claim, table, steps, outcomes, primary)
     return Finding(claim, verdict, steps, outcomes, post_hoc=post_hoc, lacks=lacks)
+
+
+def runs_of(finding: Finding, table: Table) -> list[tuple[str, Record]]:
+    """(arm, record) of the runs that a finding is about; ``table`` is that of its suite."""
+    if finding.claim.family:
+        table = table.only(table.suite.registered_seeds)
+    arms = arms_of(finding.claim)
+    seeds = table.seeds(finding.steps, *arms)
+    return [(arm, table.record(arm, finding.steps, seed)) for arm in arms for seed in seeds]
 
 
 def arms_of(claim: Claim) -> list[str]:
@@ -268,9 +281,23 @@ def _lacks(
         lacks += _unequal_arms(arms, table, steps)
     lacks += _missing_seeds(claim, table.seeds(steps, *arms), table.suite.registered_seeds, outcomes)
     for outcome in outcomes:
+        lacks += _planned(outcome.part, len(table.suite.registered_seeds))
         if outcome.side == UNDECIDED:
             lacks += _lacking_power(outcome, primary)
     return tuple(lacks)
+
+
+def _planned(part: Part, seeds: int) -> list[str]:
+    """Caveat on an equivalence that its seeds could not be expected to show."""
+    if part.rule != "within" or part.spread is None:
+        return []
+    needed = inference.smallest_margin(part.spread, seeds)
+    if needed <= part.margin:
+        return []
+    return [
+        f"registered with too few seeds: at the spread expected then, {part.spread:g}, {seeds} show equivalence only "
+        f"within ±{needed:.3f}; the margin is ±{part.margin:.3f}"
+    ]
 
 
 def _unequal_arms(arms: Sequence[str], table: Table, steps: int) -> list[str]:

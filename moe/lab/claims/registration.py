@@ -48,7 +48,11 @@ class Part:
         margin: equivalence margin in the unit of ``value``, for the rules not_above and within.
         published: the paper's effect in the same unit and sign; None if it has no comparable one.
         spread: standard deviation of ``value`` over seeds that was expected at registration, by which the number of
-            seeds and the margin were chosen; None: none was stated. Not part of the claim's hash.
+            seeds and the margin were chosen; None: none was stated.
+        differs: how the setting of the published number differs from that of ``value``; such a number is shown but not
+            compared. Empty: it does not, but for the size of the model.
+
+    ``spread`` and ``differs`` are not part of the claim's hash.
     """
 
     what: str
@@ -57,6 +61,7 @@ class Part:
     margin: Amount = 0.0
     published: float | None = None
     spread: Amount | None = None
+    differs: str = ""
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=_STRICT)
@@ -71,6 +76,8 @@ class Claim:
         min_steps: horizon from which the claim applies; shorter results are below the crossing.
         requires: value that must be below zero, interval included, for the claim to apply at all; empty: none.
         family: one of :data:`FAMILIES`, or empty for an exploratory claim.
+        wording: text in the place of ``text``, where that one names the arms wrongly; not part of the hash, since what
+            is tested stays as it was registered. Empty: none.
     """
 
     number: Step
@@ -81,13 +88,20 @@ class Claim:
     min_steps: Step = 0
     requires: str = ""
     family: Literal["", "primary", "replication", "paper_scale"] = ""
+    wording: str = ""
+
+    @property
+    def sentence(self) -> str:
+        """What reports print: the wording, if the registered text was found to be wrong."""
+        return self.wording or self.text
 
     @property
     def hash(self) -> str:
         """Hash of all fields that say what is tested."""
         fields = dataclasses.asdict(self)
+        del fields["wording"]
         for part in fields["parts"]:
-            del part["spread"]
+            del part["spread"], part["differs"]
         text = json.dumps(fields, sort_keys=True, ensure_ascii=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

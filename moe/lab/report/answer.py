@@ -17,6 +17,7 @@ from moe.lab.claims.registration import Primary, Registered
 from moe.lab.expressions import parse
 from moe.lab.inference import Effect
 from moe.lab.records import PRIMARY
+from moe.lab.report import elsewhere
 from moe.lab.report.claims_page import POST_HOC, rules
 from moe.lab.report.figures import colors, legend_beside, save
 from moe.lab.report.markdown import loss_cell, mean_sd, share_cell, share_note
@@ -31,12 +32,13 @@ NAME = "switch_or_mixtral"
 SUITE = "switch_vs_mixtral"
 _LIMITS = """\
 The results say nothing about other sizes: the models have two million parameters in all, half a million of them active,
-and learn text of four domains. Times are of a CPU, where dense and expert FFNs run the same matmuls. The two factors
-are the second expert (of half the width, so that parameters and FLOPs stay equal) and dropping. As in the papers, the
-weight of an expert is the router's probability with K = 1 and is renormalised over the two experts with K = 2, so the
-effect of K includes this difference. All arms start from matrices of scale 1.0. Switch's paper prescribes 0.1 (section
-2.4), which the suite `initial_scale` compares. All arms train at the base config's learning rate; the suite
-`tuned_rates` compares the arms, each at its own best rate."""
+and learn text of four domains. Nor do they say anything about the layers of the released models: Switch's arm has 8
+experts, its paper's 128 or more; Mixtral's has 16 of half the dense model's width, so that parameters and FLOPs are
+equal, and was released with 8 of full width. Times are of a CPU, where dense and expert FFNs run the same matmuls. The
+two factors are the second expert (of half the width) and dropping. As in the papers, the weight of an expert is the
+router's probability with K = 1 and is renormalised over the two experts with K = 2, so the effect of K includes this
+difference. All arms train at the base config's learning rate; the suite `tuned_rates` compares the arms, each at the
+rate of its own sweep. Bits per byte: mean over the domains of nats per token / (ln 2 · bytes per token)."""
 
 _OVER_TRAINING = """\
 The contrasts at evaluations along the same runs, by training tokens per active parameter of the dense model. At the
@@ -80,13 +82,21 @@ def write_page(
     findings = [finding for finding in assessed if finding.claim.family == "primary"]
     repeated = [finding for finding in assessed if finding.claim.family == "replication"]
     unit = _unit(others, found.suite.longest)
+    scales, headline = tables.get(elsewhere.SCALES), _headline(findings)
+    curve = _over_evaluations(found, headline)
+    summary = elsewhere.summary(found, headline.claim.parts[0], curve, scales) if headline.outcomes else ""
     parts = [
-        "# Switch or Mixtral?",
-        f"{markdown_text(primary.question)} {_answer(findings)}",
+        "# Switch or Mixtral, at one size?",
+        f"{markdown_text(primary.question)} {_answer(findings)} {summary}".strip(),
         *_picture(_effects(directory / f"{NAME}.png", findings, repeated, primary)),
         _contrasts(findings),
         *_on_other_seeds(findings, repeated, tables),
+        *elsewhere.simple_effects(found, tables.get(repeated[0].claim.suite) if repeated else None),
+        *elsewhere.initial_scale(scales),
+        *_at_papers_scale([finding for finding in assessed if finding.claim.family == "paper_scale"]),
         *_over_training(directory, found, findings),
+        *elsewhere.unseen_text(found, findings),
+        *elsewhere.speed_up(found, seconds),
         "## Arms",
         f"{regime(found)}." if found.horizons else "",
         _arms(found, seconds, unit),
@@ -102,6 +112,11 @@ def write_page(
     write_atomic(directory / f"{NAME}.md", ("\n\n".join(filter(None, parts)) + "\n").encode())
 
 
+def _headline(findings: Sequence[Finding]) -> Finding:
+    """The finding on the two papers' layers, or the first one."""
+    return next((f for f in findings if _contrast(f) == "loss[mixtral] - loss[switch]"), findings[0])
+
+
 def _answer(findings: Sequence[Finding]) -> str:
     """Which of the contrasts are decided."""
     decided = [f for f in findings if f.verdict in (SUPPORTED, CONTRADICTED)]
@@ -112,7 +127,7 @@ def _answer(findings: Sequence[Finding]) -> str:
     count = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     text = f"**{len(decided)} of {len(findings)} contrasts decided**, on {count} seed{'' if seeds == [1] else 's'}"
     text += f"; {len(waiting)} have no runs yet." if waiting else "."
-    return " ".join([text, *(f"{markdown_text(f.claim.text).rstrip('.')}: {f.verdict}." for f in decided)])
+    return " ".join([text, *(f"{markdown_text(f.claim.sentence).rstrip('.')}: {f.verdict}." for f in decided)])
 
 
 def _contrast(finding: Finding) -> str:
@@ -154,11 +169,23 @@ def _on_other_seeds(findings: Sequence[Finding], repeated: Sequence[Finding], ta
     if any(finding.interim or not finding.outcomes for finding in repeated):
         state = "some runs are still to be made"
     else:
-        agree = sum(first.verdict == again.verdict for first, again in pairs)
-        state = f"{agree} of {len(repeated)} have the verdict of the first seeds"
+        decided = [pair for pair in pairs if pair[0].verdict in (SUPPORTED, CONTRADICTED)]
+        agree = sum(first.verdict == again.verdict for first, again in decided)
+        state = f"of the {len(decided)} that were decided on the first seeds, {agree} have the same verdict"
+        if rest := len(pairs) - len(decided):
+            state += f"; an undecided one, {rest} of {len(pairs)}, has nothing to repeat"
     suites = ", ".join(f"`{name}`" for name in sorted({finding.claim.suite for finding in repeated}))
     text = _OTHER_SEEDS.replace("\n", " ").format(suites=suites, state=state)
     return ["## Other seeds", text, _contrasts(repeated, together)]
+
+
+def _at_papers_scale(findings: Sequence[Finding]) -> list[str]:
+    """The contrasts of the family at the initial scale of Switch's paper; empty without runs of one."""
+    if not any(finding.outcomes for finding in findings):
+        return []
+    suites = ", ".join(f"`{name}`" for name in sorted({finding.claim.suite for finding in findings}))
+    text = f"Registered at scale 0.1 before any of its runs, on seeds that no other suite counts (suites {suites})."
+    return [text, _contrasts(findings)]
 
 
 def _values(finding: Finding, tables: Mapping[str, Table]) -> list[float]:
@@ -257,7 +284,7 @@ def _arms(found: Table, seconds: StepSeconds | None, unit: _Unit | None) -> str:
         for quantity, domain in columns:
             curves = [found.curve(name, steps, seed, quantity, domain) for seed in found.seeds(steps, name)]
             cells.append(mean_sd([curve[-1][1] for curve in curves if curve]))
-        cells += [f"{found.dropped(name, steps):.1%}"]
+        cells += [_bits_per_byte(found, name), f"{found.dropped(name, steps):.1%}"]
         if unit:
             cells += [share_cell(found.losses(name, steps), unit.base, unit.whole)]
         if seconds:
@@ -265,10 +292,20 @@ def _arms(found: Table, seconds: StepSeconds | None, unit: _Unit | None) -> str:
         rows.append((name, markdown_text(found.suite.variants[name].note), loss_cell(found, name, steps), *cells))
     header = (
         "arm", "description", "loss, without drops", "loss at its own capacity", "training loss, last tenth",
-        *(f"{name}, without drops" for name in found.suite.unseen), "dropped in training",
+        *(f"{name}, without drops" for name in found.suite.unseen), "bits per byte", "dropped in training",
         *([f"share of {unit.name}'s gain [95 %]"] if unit else []), *(["CPU ms per step"] if seconds else []),
     )  # fmt: skip
     return markdown_table(header, rows) if rows else "No run is finished yet."
+
+
+def _bits_per_byte(found: Table, arm: str) -> str:
+    """Mean over seeds of an arm's held-out bits per byte; a dash where the bytes of a token are not known."""
+    size, domains = found.suite.token_bytes, found.suite.primary_domains
+    if not domains or not all(domain in size for domain in domains):
+        return "–"
+    by_domain = [elsewhere.on_domain(found, parse(f"loss[{arm}]"), domain) for domain in domains]
+    bits = [np.mean(values) / math.log(2) / size[d] for d, values in zip(domains, by_domain, strict=True) if values]
+    return f"{np.mean(bits):.4f}" if len(bits) == len(domains) else "–"
 
 
 def _picture(name: str) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moe.lab import inference
+from moe.lab import identity, inference
 from moe.lab.claims.decide import (
     NOT_TESTED,
     OPEN,
@@ -18,11 +18,13 @@ from moe.lab.claims.decide import (
     VERDICTS,
     Finding,
     Outcome,
-    arms_of,
     assess,
     bound_of,
+    runs_of,
 )
-from moe.lab.claims.registration import Claim, Primary, Registered
+from moe.lab.claims.registration import Claim, Part, Primary, Registered
+from moe.lab.records import Record
+from moe.lab.report.markdown import spans
 from moe.lab.report.regime import regimes
 from moe.lab.table import Table
 from moe.system.atomic_files import write_atomic
@@ -37,15 +39,17 @@ _RULES = {
 #: Remark on a claim that was edited after its runs had started.
 POST_HOC = "**post hoc: the claim was edited after its runs started**"
 _RULES_TEXT = (
-    "Only claims of the primary family, and of the family that repeats it on other seeds, get verdicts: supported or "
-    "contradicted where the p-value, adjusted by Holm's method over all contrasts of the family ({count} in the "
-    "primary one), is below 5 %, and never before all registered seeds have been run. Every other claim is "
-    "exploratory: its 95 % interval lies on the claim's side (for it), on the other side (against it), or on both "
-    "(open). Losses are evaluated without drops. Bound: the largest absolute effect that the interval contains. "
+    "Only claims of a family get verdicts: of the primary one, of the one that repeats it on other seeds, and of the "
+    "one at the initial scale of Switch's paper. They are supported or contradicted where the p-value, adjusted by "
+    "Holm's method over all contrasts of the family ({count} in the primary one), is below 5 %, and never before all "
+    "registered seeds have been run. Every other claim is exploratory: its 95 % interval lies on the claim's side (for "
+    "it), on the other side (against it), or on both (open); with fewer than {seeds} seeds it is a trial. Losses are "
+    "evaluated without drops. Bound: the largest absolute effect that the interval contains. "
     "Smallest detectable: the effect that a paired t test detects with 80 % power at the observed spread; it is "
     "compared with the smallest effect of interest, {smallest:g} nats. For a claim of no difference, the margin within "
     "which as many seeds can show equivalence with that power is compared with the claim's margin. Replication: "
-    "whether our interval contains the published effect, which is that of a model a thousand times as large."
+    "whether our interval contains the published effect, which is that of a model a thousand times as large; a "
+    "published number of another setting, which is named, is not compared."
 )
 
 
@@ -65,7 +69,7 @@ def claims_section(
     verdicts = [
         (
             str(f.claim.number),
-            markdown_text(f.claim.text) + (f" ({f.claim.family})" if f.claim.family else ""),
+            markdown_text(f.claim.sentence) + (f" ({f.claim.family})" if f.claim.family else ""),
             f"**{f.verdict}**" if f.claim.family else f.verdict,
             _standing(f, tables.get(f.claim.suite), spreads),
         )
@@ -79,8 +83,10 @@ def claims_section(
             "smallest detectable", "source",
         )  # fmt: skip
         blocks.append(markdown_table(header, parts))
-    if several := _several(findings):
-        blocks.append(f"Runs that serve several claims, whose findings are therefore not independent: {several}.")
+    if several := _several(findings, tables):
+        header = ("runs", "seeds", "claims", "mean loss − that of all seeds of the arm")
+        text = "Runs that serve several claims, whose findings are therefore not independent, by the hash of the run:"
+        blocks.append(f"{text}\n\n{markdown_table(header, several)}")
     return "\n\n".join(blocks)
 
 
@@ -88,7 +94,7 @@ def rules(primary: Primary | None) -> str:
     """The rules of the verdicts, and what was known when they were set."""
     if primary is None:
         return "No primary family is registered: every claim is exploratory."
-    text = _RULES_TEXT.format(count=len(primary.claims), smallest=primary.smallest)
+    text = _RULES_TEXT.format(count=len(primary.claims), seeds=SEEDS, smallest=primary.smallest)
     return f"{text}\n\nPilot: {markdown_text(primary.pilot)}"
 
 
@@ -112,6 +118,8 @@ def write_page(directory: Path, registered: Registered, tables: Mapping[str, Tab
 def _standing(finding: Finding, found: Table | None, spreads: Mapping[int, float]) -> str:
     """Remarks on the verdict, and what would decide the claim."""
     parts = [POST_HOC] if finding.post_hoc else []
+    if finding.claim.wording:
+        parts.append(f"reworded, as its arms are; registered as: {markdown_text(finding.claim.text)}")
     parts += [markdown_text(finding.note)] if finding.note else []
     parts += finding.lacks
     seeds = [inference.seeds_needed(o.effect.sd, _distance(o)) for o in finding.outcomes if _open(o)]
@@ -156,6 +164,13 @@ def _count(seeds: int) -> str:
     return f"more than {inference.MOST_SEEDS}" if seeds > inference.MOST_SEEDS else str(seeds)
 
 
+def _published(part: Part) -> str:
+    """The paper's effect, and how its setting differs."""
+    if part.published is None:
+        return "–"
+    return f"{part.published:+.3f}" + (f" ({markdown_text(part.differs)})" if part.differs else "")
+
+
 def _part(finding: Finding, outcome: Outcome) -> tuple[str, ...]:
     part, e = outcome.part, outcome.effect
     rule = _RULES.get(part.rule) or f"{'below' if part.rule == 'not_above' else 'within ±'} {part.margin:g}"
@@ -173,17 +188,47 @@ def _part(finding: Finding, outcome: Outcome) -> tuple[str, ...]:
         f"{outcome.p:.2g}" if e.n > 1 else "–",
         f"{finding.adjusted:.2g}" if math.isfinite(finding.adjusted) else "–",
         f"at most {outcome.bound:.4f}" if is_open else "–",
-        f"{part.published:+.3f}" if part.published is not None else "–",
+        _published(part),
         outcome.replication or "–",
         f"{outcome.detectable:.4f}" if math.isfinite(outcome.detectable) else "–",
         markdown_text(finding.claim.source),
     )
 
 
-def _several(findings: Sequence[Finding]) -> str:
-    users: dict[str, list[int]] = {}
+def _several(findings: Sequence[Finding], tables: Mapping[str, Table]) -> list[tuple[str, ...]]:
+    """Rows on the runs that more than one of the findings is about, grouped by their arms and claims.
+
+    A run is found by its hash, since an arm has other names in other suites.
+    """
+    arms, numbers, runs = {}, {}, dict[str, Record]()
     for finding in findings:
-        for arm in arms_of(finding.claim) if finding.outcomes else []:
-            users.setdefault(f"{finding.claim.suite}/{arm}", []).append(finding.claim.number)
-    shared = {arm: numbers for arm, numbers in users.items() if len(numbers) > 1}
-    return "; ".join(f"{arm} (claims {', '.join(map(str, numbers))})" for arm, numbers in shared.items())
+        if not finding.outcomes:
+            continue
+        for arm, record in runs_of(finding, tables[finding.claim.suite]):
+            runs[record.run] = record
+            arms.setdefault(record.run, {})[f"{finding.claim.suite}/{arm}"] = None
+            numbers.setdefault(record.run, {})[finding.claim.number] = None
+    groups: dict[tuple[tuple[str, ...], tuple[int, ...]], list[Record]] = {}
+    for run, record in runs.items():
+        if len(numbers[run]) > 1:
+            groups.setdefault((tuple(arms[run]), tuple(sorted(numbers[run]))), []).append(record)
+    everywhere = {record.run: record for table in tables.values() for record in table.used}
+    alike: dict[str, list[float]] = {}
+    for record in everywhere.values():
+        alike.setdefault(_without_seed(record), []).append(record.primary_loss)
+    rows = []
+    for (names, claims), group in groups.items():
+        others = alike[_without_seed(group[0])]
+        shift = float(np.mean([record.primary_loss for record in group]) - np.mean(others))
+        rows.append((
+            ", ".join(names),
+            spans([record.seed for record in group]),
+            ", ".join(map(str, claims)),
+            f"{shift:+.4f} of {len(others)}" if len(others) > len(group) and math.isfinite(shift) else "–",
+        ))  # fmt: skip
+    return rows
+
+
+def _without_seed(record: Record) -> str:
+    """Identity of a run's arm."""
+    return identity.digest({name: value for name, value in record.form.items() if name != "seed"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -48,3 +49,10 @@ def share_note(base: str, whole: str, about: str = "") -> str:
         f"Share: the part of the difference between {base} and {named} that an arm makes up, on the seeds that all "
         "three have, with Fieller's interval."
     )
+
+
+def spans(numbers: Sequence[int]) -> str:
+    """Whole numbers as spans: ``5 to 9, 100``."""
+    groups = itertools.groupby(enumerate(sorted(numbers)), lambda pair: pair[1] - pair[0])
+    found = [[number for _, number in group] for _, group in groups]
+    return ", ".join(f"{span[0]}" if len(span) == 1 else f"{span[0]} to {span[-1]}" for span in found)

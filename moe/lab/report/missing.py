@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import statistics
 from collections.abc import Callable, Sequence
 
 from moe.lab.records import FINISHED, Key, Record
+from moe.lab.report.markdown import spans
 from moe.lab.schedule import Plan
 from moe.lab.suite import Suite
 from moe.system.escaping import markdown_table
@@ -40,7 +40,7 @@ def missing(suite: Suite, records: Sequence[Record], only: Callable[[Key], bool]
     for key in lacking:
         seeds.setdefault((key.variant, key.steps, key.learning_rate), []).append(key.seed)
     rows = [
-        (arm, f"{steps:,}", f"{rate:g}", _spans(found), _shown(hours(arm, steps) * len(found)))
+        (arm, f"{steps:,}", f"{rate:g}", spans(found), _shown(hours(arm, steps) * len(found)))
         for (arm, steps, rate), found in seeds.items()
     ]
     count = f"{suite.name}: {len(lacking)} of {len(planned)} runs are missing"
@@ -57,10 +57,3 @@ def missing(suite: Suite, records: Sequence[Record], only: Callable[[Key], bool]
 
 def _shown(hours: float) -> str:
     return f"{hours:.1f}" if hours else "–"
-
-
-def _spans(seeds: Sequence[int]) -> str:
-    """Seeds as spans: ``5 to 9, 100``."""
-    groups = itertools.groupby(enumerate(sorted(seeds)), lambda pair: pair[1] - pair[0])
-    spans = [[seed for _, seed in group] for _, group in groups]
-    return ", ".join(f"{span[0]}" if len(span) == 1 else f"{span[0]} to {span[-1]}" for span in spans)

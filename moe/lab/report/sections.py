@@ -110,7 +110,8 @@ def _comparability(found: Table, arms: Sequence[str], steps: int) -> str:
 _UNEQUAL = "**Not comparable: the shares differ by more than the suite allows**"
 
 
-def _steps_to_loss(found: Table, arm: str, base: str, steps: int) -> str:
+def share_of_steps(found: Table, arm: str, base: str, steps: int) -> inference.Censored | None:
+    """Share of the steps after which an arm reaches the baseline's final loss, over seeds; None without curves."""
     shares = []
     for seed in found.seeds(steps, arm, base):
         target, curve = (found.curve(name, steps, seed, "loss", PRIMARY) for name in (base, arm))
@@ -118,9 +119,13 @@ def _steps_to_loss(found: Table, arm: str, base: str, steps: int) -> str:
             shares.append(math.inf)
         elif target and len(curve) > 1:
             shares.append(inference.steps_to_reach(curve, target[-1][1]) / steps)
-    if not shares:
+    return inference.censored_median(shares) if shares else None
+
+
+def _steps_to_loss(found: Table, arm: str, base: str, steps: int) -> str:
+    c = share_of_steps(found, arm, base, steps)
+    if c is None:
         return "–"
-    c = inference.censored_median(shares)
 
     def shown(value: float) -> str:
         return "> 1" if math.isinf(value) else f"{value:.2f}"
