@@ -30,7 +30,7 @@ NEEDED = ("config", "workdir")
     [
         ("configs/mixtrl.py", "mixtral"),
         ("mixtrl", "mixtral"),
-        ("configs/ablations/widht.py", "configs/ablations/width.py"),
+        ("configs/ablations/lenght.py", "configs/ablations/length.py"),
     ],
 )
 def test_a_missing_config_file_is_refused_with_the_nearest_name(name, nearest, monkeypatch):

@@ -1,0 +1,14 @@
+"""Dense, Switch's and Mixtral's arms at width 64, 32 tokens for each active parameter, five seeds.
+
+python scripts/ablate.py --suite=configs/ablations/size_64.py --workdir=/tmp/lab --jobs=2
+
+21 runs of about ten minutes: 4 core-hours on one idle core, the sweep included.
+"""
+
+from moe.configs.ablations import sizes
+from moe.lab.suite import Suite
+
+
+def get_suite(size: str) -> Suite:
+    """See moe.configs.ablations.sizes."""
+    return sizes.at_width(size, 64, seeds=tuple(range(55, 60)))
