@@ -5,8 +5,8 @@ DIR/NAME/. Suites that share DIR share equal runs. --jobs=2 starts two processes
 that share DIR may run the same command at the same time. --report trains nothing and writes the report again; without
 --workdir, from the records that are installed with the package, into this folder. `moe configs` lists suites. --time=20
 times steps of every arm into DIR/NAME/step_seconds.json. --claims --workdir=DIR writes the pages over all suites:
-claims.md, paper_tables.md and switch_or_mixtral.md. --output=DIR2 writes reports and pages there. Progress is in
-DIR/progress.log; TensorBoard on DIR/runs compares them.
+claims.md, paper_tables.md, sizes.md and switch_or_mixtral.md. --output=DIR2 writes reports and pages there. Progress is
+in DIR/progress.log; TensorBoard on DIR/runs compares them.
 """
 
 import sys
@@ -17,11 +17,11 @@ from absl import flags
 
 from moe.benchmarks import train_steps
 from moe.config import ConfigError
-from moe.lab import step_seconds
+from moe.lab import merging, step_seconds
 from moe.lab.claims.registration import CLAIMS_FILE, Registered, read_claims
 from moe.lab.loading import load_suite, load_suites, with_seeds
 from moe.lab.records import read_all
-from moe.lab.report import answer, claims_page, page, paper_tables
+from moe.lab.report import answer, claims_page, page, paper_tables, sizes
 from moe.lab.report.missing import missing
 from moe.lab.running import jobs, runner
 from moe.lab.suite import Suite
@@ -51,6 +51,7 @@ _TIME = flags.DEFINE_integer(
     "Train nothing; time this many steps of every arm, in turns, for the page's costs.",
     lower_bound=0,
 )
+_MERGE = flags.DEFINE_string("merge", "", "Train nothing; check a records.parquet from elsewhere and take its runs.")
 _CLAIMS = flags.DEFINE_bool("claims", False, "Only write the pages over all suites from the records.")
 
 
@@ -74,6 +75,10 @@ def main() -> None:
     reported = load_suites(suites, _names(registered), _SIZE.value, suite) | {suite.name: suite}
     if _TIME.value:
         _time(suite, output / suite.name)
+        return
+    if _MERGE.value:
+        entry = merging.merge(workdir, Path(_MERGE.value), suite, registered.claims)
+        print(f"{sum(map(len, entry.runs.values()))} new runs, {entry.repeated} repeated; {workdir / merging.PAGE}")
         return
     only = runner.only(suite, _ARMS.value, _HORIZONS.value)
     if _MISSING.value:
@@ -150,7 +155,8 @@ def _write_pages(workdir: Path, output: Path) -> None:
     suites = _suites()
     registered = read_claims(suites / CLAIMS_FILE)
     given = load_suite(_suite_file(), _SIZE.value) if ".py" in _suite_file() else None
-    tables = _tables(load_suites(suites, _names(registered), _SIZE.value, given), workdir)
+    names = [*_names(registered), *(name for name in [sizes.PREDICTED] if (suites / f"{name}.py").exists())]
+    tables = _tables(load_suites(suites, names, _SIZE.value, given), workdir)
     found = [name for name, table in tables.items() if table.records]
     if not found:
         raise ConfigError(f"--workdir={workdir}: no run of a suite that {suites / CLAIMS_FILE} names is finished")
@@ -158,6 +164,7 @@ def _write_pages(workdir: Path, output: Path) -> None:
     claims_page.write_page(output, registered, tables)
     papers = paper_tables.read_tables(suites / paper_tables.TABLES_FILE)
     paper_tables.write_page(output / "paper_tables.md", papers, tables)
+    sizes.write_page(output, tables)
     if answer.is_asked(registered):
         name = answer.SUITE
         seconds = step_seconds.read(output / name) or step_seconds.read(workdir / name)
