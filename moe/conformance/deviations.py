@@ -1,7 +1,7 @@
 """Catalogue of single deviations from a layer's equations, each with the sentence that names it.
 
 Sources are reports of wrong losses and gradients filed against Megatron-LM (7452, 5916, 5798, 5047), torchtitan (4054,
-3280), PyTorch (160285), transformers (44242) and MaxText (4829), and the published papers' own differences.
+3280), PyTorch (160285), transformers (44242, 45111) and MaxText (4829), and the published papers' own differences.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from moe.conformance.equations import Layer, Rule, Variant
+from moe.conformance.equations import ACTIVATIONS, GATED, Layer, Rule, Variant
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +50,7 @@ def _of_weights(rule: Rule, layer: Layer) -> Iterator[Deviation]:
     if layer.bias is not None:
         yield Deviation("the selection bias changes the weights too", variant={"bias_in_weights": True})
         yield Deviation("the selection bias is ignored", variant={"bias_in_choice": False})
+        yield Deviation("the selection bias is added to the logits", variant={"bias_on_logits": True})
     yield Deviation("the weight multiplies an expert's input instead of its output", variant={"weighs_input": True})
 
 
@@ -59,6 +60,8 @@ def _of_choices(rule: Rule, layer: Layer) -> Iterator[Deviation]:
             yield Deviation(f"{k} experts per token instead of {rule.k}", {"k": k})
     if rule.groups > 1:
         yield Deviation("the limit on groups of experts is ignored", {"groups": 1, "kept_groups": 1})
+        zero = "experts outside the kept groups have a score of 0 in the choice, above negative ones"
+        yield Deviation(zero, variant={"zero_outside_groups": True})
         for number in {1, 2} - {rule.scores_per_group}:
             yield Deviation(f"groups are ranked by {number} score(s)", {"scores_per_group": number})
     yield Deviation("the router's matmul is in bfloat16", variant={"router_dtype": "bfloat16"})
@@ -79,9 +82,9 @@ def _of_capacity(rule: Rule) -> Iterator[Deviation]:
 def _of_experts(rule: Rule, layer: Layer) -> Iterator[Deviation]:
     if layer.gate is not None:
         yield Deviation("gate and up projections are swapped", variant={"swapped": True})
-        names = ("swiglu", "geglu")
+        names = GATED
     else:
-        names = ("relu", "gelu")
+        names = tuple(name for name in ACTIVATIONS if name not in GATED)
     for name in names:
         if name != rule.activation:
             yield Deviation(f"the activation is {name} instead of {rule.activation}", {"activation": name})
@@ -95,6 +98,11 @@ def _of_losses(rule: Rule, layer: Layer, devices: tuple[int, ...]) -> Iterator[D
     if rule.capacity_factor:
         yield Deviation("f of the balance loss leaves out dropped assignments", variant={"balance_counts": "kept"})
     yield Deviation("P of the balance loss is the mean combine weight", variant={"balance_probs": "weights"})
+    twice = "P of the balance loss is a softmax of a softmax"
+    yield Deviation(twice, variant={"balance_softmax": 2})
+    if rule.score != "softmax" or layer.bias is not None or rule.groups > 1:
+        plain = "f and P of the balance loss are those of a plain softmax router"
+        yield Deviation(plain, variant={"balance_softmax": 1})
     if not layer.mask.all():
         yield Deviation("padding counts in the losses", variant={"balance_padding": True})
     for count in devices:

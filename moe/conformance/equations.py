@@ -7,6 +7,8 @@ those decisions as constants, and differentiated.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
 import math
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -19,8 +21,16 @@ import numpy as np
 from moe.config import ConfigError
 
 Score = Literal["softmax", "sigmoid", "sqrt_softplus"]
-Activation = Literal["swiglu", "geglu", "relu", "gelu"]
-ACTIVATIONS = {"swiglu": jax.nn.silu, "geglu": jax.nn.gelu, "relu": jax.nn.relu, "gelu": jax.nn.gelu}
+Activation = Literal["swiglu", "geglu", "gpt_oss", "relu", "relu2", "gelu"]
+ACTIVATIONS = {
+    "swiglu": jax.nn.silu,
+    "geglu": jax.nn.gelu,
+    "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+    "gelu": jax.nn.gelu,
+}
+#: Activations of experts with a gate projection.
+GATED = ("swiglu", "geglu", "gpt_oss")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +78,9 @@ class Variant:
     Attributes:
         router_dtype: of the router's matmul.
         bias_in_choice: the selection bias is added to the scores for the choice.
+        bias_on_logits: the selection bias is added to the logits instead of the scores.
         bias_in_weights: the weights are biased scores too.
+        zero_outside_groups: experts outside the kept groups have a score of 0 in the choice instead of none.
         weighs_input: an expert is applied to weight · x instead of weighing its output.
         swapped: the activation is applied to the up projection instead of the gate projection.
         expert_shift: expert e + shift is applied where e was chosen.
@@ -84,12 +96,16 @@ class Variant:
         balance_probs: P of that loss: scores of all experts, or the combine weights.
         balance_padding: padding counts in the losses.
         balance_shards: the loss is the mean over this many equal shards of the tokens.
+        balance_softmax: number of softmaxes of the logits whose K largest values f counts and whose mean P is; 0: the
+            rule's choices and scores.
         z_of_scores: the z-loss is taken of the scores instead of the logits.
     """
 
     router_dtype: Literal["float32", "bfloat16"] = "float32"
     bias_in_choice: bool = True
+    bias_on_logits: bool = False
     bias_in_weights: bool = False
+    zero_outside_groups: bool = False
     weighs_input: bool = False
     swapped: bool = False
     expert_shift: int = 0
@@ -105,7 +121,12 @@ class Variant:
     balance_probs: Literal["scores", "weights"] = "scores"
     balance_padding: bool = False
     balance_shards: int = 1
+    balance_softmax: int = 0
     z_of_scores: bool = False
+
+
+#: Fields of :class:`Layer` that have gradients, besides x.
+WEIGHTS = ("router", "up", "gate", "down", "router_bias", "up_bias", "gate_bias", "down_bias")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +140,7 @@ class Layer:
         logits: [G,S,E]; None: x · router.
         up, gate, down: [E,D,F], [E,D,F] or None, [E,F,D].
         bias: [E], selection bias; None: none.
+        router_bias, up_bias, gate_bias, down_bias: [E], [E,F], [E,F], [E,D], added to the products; None: none.
         cotangent: [G,S,D], gradient of the objective by y; None: no gradients.
     """
 
@@ -131,16 +153,27 @@ class Layer:
     down: np.ndarray
     bias: np.ndarray | None = None
     cotangent: np.ndarray | None = None
+    router_bias: np.ndarray | None = None
+    up_bias: np.ndarray | None = None
+    gate_bias: np.ndarray | None = None
+    down_bias: np.ndarray | None = None
 
     @property
     def num_experts(self) -> int:
         """E."""
         return len(self.up)
 
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Hash of every array."""
+        arrays = [(field.name, getattr(self, field.name)) for field in dataclasses.fields(self)]
+        parts = [f"{name}{array.shape}".encode() + array.tobytes() for name, array in arrays if array is not None]
+        return hashlib.sha256(b"".join(parts)).hexdigest()
+
     @property
     def weights(self) -> dict[str, np.ndarray]:
         """Differentiable arrays by name."""
-        arrays = {"x": self.x, "router": self.router, "up": self.up, "gate": self.gate, "down": self.down}
+        arrays = {name: getattr(self, name) for name in ("x", *WEIGHTS)}
         return {name: array for name, array in arrays.items() if array is not None}
 
     def router_logits(self, variant: Variant) -> np.ndarray:
@@ -148,10 +181,11 @@ class Layer:
         if self.logits is not None:
             return self.logits
         assert self.router is not None
+        bias = 0.0 if self.router_bias is None else self.router_bias
         if variant.router_dtype == "float32":
-            return self.x @ self.router
+            return self.x @ self.router + bias
         rounded = [array.astype(ml_dtypes.bfloat16).astype(np.float64) for array in (self.x, self.router)]
-        return (rounded[0] @ rounded[1]).astype(ml_dtypes.bfloat16).astype(np.float64)
+        return (rounded[0] @ rounded[1] + bias).astype(ml_dtypes.bfloat16).astype(np.float64)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,12 +228,14 @@ def check(rule: Rule, num_experts: int) -> None:
 
 def decide(rule: Rule, variant: Variant, layer: Layer) -> Decisions:
     """Choose experts token by token, then fill the buffers: all first choices, then all second choices."""
-    scores = np.asarray(_scores(rule.score, jnp.asarray(layer.router_logits(variant))))
-    ranked = scores + (layer.bias if layer.bias is not None and variant.bias_in_choice else 0.0)
+    logits = layer.router_logits(variant)
+    scores = np.asarray(_scores(rule.score, jnp.asarray(logits)))
+    bias = layer.bias if layer.bias is not None and variant.bias_in_choice else 0.0
+    ranked = (logits if variant.bias_on_logits else scores) + bias
     groups, tokens, num_experts = scores.shape
     index = np.zeros((groups, tokens, rule.k), int)
     for g, s in np.ndindex(groups, tokens):
-        index[g, s] = _choose(rule, ranked[g, s])
+        index[g, s] = _choose(rule, variant, ranked[g, s])
     real = layer.mask | variant.routes_padding
     kept = np.broadcast_to(real[..., None], index.shape).copy()
     limit = capacity(rule, variant, tokens, num_experts)
@@ -214,12 +250,15 @@ def decide(rule: Rule, variant: Variant, layer: Layer) -> Decisions:
     return Decisions(index, kept & layer.mask[..., None])
 
 
-def _choose(rule: Rule, ranked: np.ndarray) -> list[int]:
+def _choose(rule: Rule, variant: Variant, ranked: np.ndarray) -> list[int]:
     """The K best experts of one token among its best groups, the lower index first among equals."""
     size = len(ranked) // rule.groups
     members = [range(g * size, (g + 1) * size) for g in range(rule.groups)]
     worth = [sum(sorted((ranked[e] for e in group), reverse=True)[: rule.scores_per_group]) for group in members]
     best = sorted(range(rule.groups), key=lambda g: (-worth[g], g))[: rule.kept_groups]
+    if variant.zero_outside_groups:
+        kept = {e for g in best for e in members[g]}
+        return sorted(range(len(ranked)), key=lambda e: (-ranked[e] if e in kept else 0.0, e))[: rule.k]
     return sorted((e for g in best for e in members[g]), key=lambda e: (-ranked[e], e))[: rule.k]
 
 
@@ -265,7 +304,11 @@ def _forward(
     if layer.logits is None:
         x = jax.lax.stop_gradient(arrays["x"]) if variant.detached_input else arrays["x"]
         router = jax.lax.stop_gradient(arrays["router"]) if variant.detached_router else arrays["router"]
-        logits, weighing = _with_gradient(logits, x @ arrays["router"]), _with_gradient(logits, x @ router)
+        bias = arrays.get("router_bias", 0.0)
+        logits, weighing = (
+            _with_gradient(logits, x @ arrays["router"] + bias),
+            _with_gradient(logits, x @ router + bias),
+        )
     scores = _scores(rule.score, logits)
     one_hot = jax.nn.one_hot(decisions.expert_index, num_experts, dtype=scores.dtype)  # [G,S,K,E]
     source = _scores(rule.score, weighing)
@@ -300,14 +343,21 @@ def _weights(rule: Rule, variant: Variant, chosen: jax.Array, kept: np.ndarray) 
 def _experts(rule: Rule, variant: Variant, arrays: Mapping[str, Any], factor: jax.Array) -> jax.Array:
     """[G,S,E,D]: every expert on factor [G,S,E] times x."""
     rows = factor[..., None] * arrays["x"][:, :, None]
-    up = jnp.einsum("gsed,edf->gsef", rows, arrays["up"])
-    act = ACTIVATIONS[rule.activation]
+    up = jnp.einsum("gsed,edf->gsef", rows, arrays["up"]) + arrays.get("up_bias", 0.0)
     if "gate" not in arrays:
-        hidden = act(up)
+        hidden = ACTIVATIONS[rule.activation](up)
     else:
-        gate = jnp.einsum("gsed,edf->gsef", rows, arrays["gate"])
-        hidden = gate * act(up) if variant.swapped else act(gate) * up
-    return jnp.einsum("gsef,efd->gsed", hidden, arrays["down"])
+        gate = jnp.einsum("gsed,edf->gsef", rows, arrays["gate"]) + arrays.get("gate_bias", 0.0)
+        hidden = _gated(rule.activation, up, gate) if variant.swapped else _gated(rule.activation, gate, up)
+    return jnp.einsum("gsef,efd->gsed", hidden, arrays["down"]) + arrays.get("down_bias", 0.0)
+
+
+def _gated(activation: Activation, gate: jax.Array, up: jax.Array) -> jax.Array:
+    """act(gate) · up; gpt-oss (OpenAI 2025, released code): gate · σ(1.702 gate) · (up + 1) of values clamped at 7."""
+    if activation == "gpt_oss":
+        gate, up = jnp.minimum(gate, 7.0), jnp.clip(up, -7.0, 7.0)
+        return gate * jax.nn.sigmoid(1.702 * gate) * (up + 1.0)
+    return ACTIVATIONS[activation](gate) * up
 
 
 def _losses(
@@ -327,6 +377,12 @@ def _losses(
     counted = {"all": one_hot.sum(2), "first": one_hot[:, :, 0], "kept": (one_hot * decisions.kept[..., None]).sum(2)}
     counts = counted[variant.balance_counts].reshape(-1, num_experts) * real[:, None]
     probs = combine if variant.balance_probs == "weights" else scores / scores.sum(-1, keepdims=True)
+    if variant.balance_softmax:
+        probs = logits
+        for _ in range(variant.balance_softmax):
+            probs = jax.nn.softmax(probs, axis=-1)
+        counts = jax.nn.one_hot(jax.lax.top_k(logits, rule.k)[1], num_experts, dtype=probs.dtype).sum(2)
+        counts = counts.reshape(-1, num_experts) * real[:, None]
     probs = probs.reshape(-1, num_experts) * real[:, None]
 
     def balance(counts: jax.Array, probs: jax.Array, real: jax.Array) -> jax.Array:

@@ -17,11 +17,12 @@ from jax.sharding import Mesh
 
 from moe.config import ConfigError, MeshConfig
 from moe.conformance.diagnosis import QUANTITIES
-from moe.conformance.equations import Layer, Rule
+from moe.conformance.equations import GATED, Layer, Rule
 from moe.parallel.mesh import make_mesh, parse_sizes
 from moe.system.npz_files import read_arrays, write_arrays
 
-INPUTS = ("x", "mask", "router", "router_logits", "up", "gate", "gate_up", "down", "bias", "cotangent")
+BIASES = ("router_bias", "up_bias", "gate_bias", "down_bias")
+INPUTS = ("x", "mask", "router", "router_logits", "up", "gate", "gate_up", "down", "bias", "cotangent", *BIASES)
 
 #: A layer in JAX: (weights by name, x [G,S,D], mask [G,S]) → y, or (y, further quantities by name).
 JaxLayer = Callable[[Mapping[str, jax.Array], jax.Array, jax.Array], Any]
@@ -32,7 +33,7 @@ def read(path: str) -> tuple[Layer, dict[str, np.ndarray]]:
 
     Arrays: ``x`` [G,S,D] or [S,D], ``router`` [D,E] or ``router_logits`` [G,S,E], ``up`` and ``gate`` [E,D,F] (or
     ``gate_up`` [E,D,2F], the gate's half first), ``down`` [E,F,D]; optionally ``mask``, ``bias`` [E] and
-    ``cotangent``; and any of :data:`moe.conformance.diagnosis.QUANTITIES`.
+    ``cotangent``, and :data:`BIASES` of the products; and any of :data:`moe.conformance.diagnosis.QUANTITIES`.
 
     Raises:
         ConfigError: no such file, an array that is missing, unknown, or of a wrong shape.
@@ -99,6 +100,7 @@ def _layer(path: str, arrays: dict[str, np.ndarray]) -> Layer:
         down=arrays["down"],
         bias=arrays.get("bias"),
         cotangent=optional("cotangent", d),
+        **{name: arrays[name] for name in BIASES if name in arrays},
     )
 
 
@@ -125,6 +127,10 @@ def _check_shapes(path: str, arrays: dict[str, np.ndarray]) -> None:
         "gate": (num_experts, d, f),
         "down": (num_experts, f, d),
         "bias": (num_experts,),
+        "router_bias": (num_experts,),
+        "up_bias": (num_experts, f),
+        "gate_bias": (num_experts, f),
+        "down_bias": (num_experts, d),
     }
     for name, shape in shapes.items():
         if name in arrays and arrays[name].shape != shape:
@@ -142,7 +148,7 @@ def random_layer(
     def draw(*shape: int, scale: float) -> np.ndarray:
         return (rng.normal(size=shape) * scale).astype(np.float32).astype(np.float64)
 
-    gated = rule.activation in ("swiglu", "geglu")
+    gated = rule.activation in GATED
     return Layer(
         x=draw(groups, tokens, d, scale=1.0),
         mask=rng.random((groups, tokens)) >= 0.125,

@@ -154,6 +154,36 @@ def test_hand_computed_layer():
     assert limited["y"][0, 1, 0] == 0
 
 
+def test_hand_computed_gpt_oss_expert():
+    """Gate 9·1 − 1 = 8, clamped to 7; up 2·1 + 1 = 3; 7 · σ(1.702 · 7) · (3 + 1) · 0.5 + 0.25."""
+    one = np.ones((1, 1, 1))
+    arrays = {"up": 2 * one, "gate": 9 * one, "down": 0.5 * one, "router": np.zeros((1, 1))}
+    biases = {"up_bias": np.ones((1, 1)), "gate_bias": -np.ones((1, 1)), "down_bias": 0.25 * np.ones((1, 1))}
+    layer = equations.Layer(x=one, mask=np.ones((1, 1), bool), logits=None, **arrays, **biases)
+    exact = equations.compute(Rule(k=1, activation="gpt_oss"), Variant(), layer)
+    assert exact["y"].item() == pytest.approx(7 / (1 + np.exp(-1.702 * 7)) * 4 * 0.5 + 0.25, rel=1e-12)
+
+
+#: Deviations of other libraries' routers: change of the variant → words.
+ROUTERS = {
+    "bias_on_logits": (Variant(bias_on_logits=True), "the selection bias is added to the logits"),
+    "zero_outside_groups": (Variant(zero_outside_groups=True), "outside the kept groups have a score of 0"),
+    "balance_softmax": (Variant(balance_softmax=2), "a softmax of a softmax"),
+    "plain_balance": (Variant(balance_softmax=1), "those of a plain softmax router"),
+}
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_a_router_of_groups_with_another_rule_is_named(name):
+    variant, words = ROUTERS[name]
+    rule = Rule(k=1, score="sigmoid", groups=4, kept_groups=3, balance_weight=10.0)
+    layer = dataclasses.replace(LAYER, bias=np.array([-2.0, -2.1, -2.2, -2.3]))
+    exact = equations.compute(rule, variant, layer)
+    results = {name: exact[name] for name in ("y", "balance_loss", "grad_router")}
+    text = page(rule, diagnose(rule, layer, results, devices=(2,)))
+    assert words in text, text
+
+
 def test_npz_round_trip(tmp_path):
     exact = equations.compute(RULE, Variant(), LAYER)
     results = {name: exact[name] for name in ("y", "expert_index", "grad_router")}
