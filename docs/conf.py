@@ -44,8 +44,12 @@ apidoc_modules = [
     {
         "path": str(REPOSITORY / "moe"),
         "destination": "reference/",
-        # Programs define command-line flags when they are imported, several of them the same.
-        "exclude_patterns": [f"{REPOSITORY.resolve()}/moe/{name}*" for name in ("programs", "__main__", "commands")],
+        # Programs define command-line flags when they are imported, several of them the same; workers need other
+        # libraries.
+        "exclude_patterns": [
+            f"{REPOSITORY.resolve()}/moe/{name}*"
+            for name in ("programs", "__main__", "commands", "conformance/peers/workers")
+        ],
         # One page a package: a page a module would put 200 entries into every page's navigation.
         "separate_modules": False,
         "module_first": True,

@@ -69,7 +69,7 @@ def diagnose(
     *,
     devices: tuple[int, ...] = (2, 4, 8),
     tolerance: float = 1e-4,
-    variant: Variant | None = None,
+    documented: Variant | None = None,
     compute: Compute = equations.compute,
 ) -> Diagnosis:
     """Compare results with the rule, and search for deviations under which the oracle reproduces them.
@@ -80,7 +80,7 @@ def diagnose(
         results: those of :data:`QUANTITIES` that were recorded.
         devices: numbers of devices by which a value may be multiplied or divided, or over which a loss be averaged.
         tolerance: relative error within which values are equal.
-        variant: deviations that the layer documents; default: none.
+        documented: deviations that the layer's documentation states; default: none.
         compute: the oracle; one that remembers its results saves time where many layers have one rule.
 
     Raises:
@@ -91,7 +91,7 @@ def diagnose(
     if not any(name.startswith("grad_") for name in results):
         layer = dataclasses.replace(layer, cotangent=None)  # the oracle then need not differentiate
     named = factors(rule, layer, devices)
-    variant = variant or Variant()
+    variant = documented or Variant()
     checks = _compare(compute(rule, variant, layer), layer, results, named, tolerance)
     left, explanations = checks, []
     while not all(check.passes for check in left) and len(explanations) < MOST:

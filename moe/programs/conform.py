@@ -7,6 +7,7 @@ factors for the one that gives the same numbers.
 """
 
 import sys
+from pathlib import Path
 from typing import cast
 
 from absl import flags
@@ -27,13 +28,17 @@ _KEPT = flags.DEFINE_integer("kept_groups", 1, "Groups that a token may choose f
 _SCORES = flags.DEFINE_integer("scores_per_group", 1, "Number of top scores whose sum ranks a group.", lower_bound=1)
 _CAPACITY = flags.DEFINE_float("capacity_factor", 0.0, "C = ceil(factor * K * S / E); 0: no capacity.", lower_bound=0.0)
 _ACTIVATION = flags.DEFINE_enum(
-    "activation", "swiglu", ["swiglu", "geglu", "relu", "gelu"], "Activation of the experts."
+    "activation", "swiglu", ["swiglu", "geglu", "gpt_oss", "relu", "relu2", "gelu"], "Activation of the experts."
 )
 _BALANCE = flags.DEFINE_float("balance_weight", 0.0, "Weight of balance_loss in the loss that was differentiated.")
 _Z = flags.DEFINE_float("z_weight", 0.0, "Weight of z_loss in the loss that was differentiated.")
 _EXPERTS = flags.DEFINE_integer("num_experts", 8, "E of the random layer.", lower_bound=1)
 _DEVICES = flags.DEFINE_list("devices", ["2", "4", "8"], "Numbers of devices to try as factors of an error.")
 _MESH = flags.DEFINE_multi_string("mesh", [], "Mesh to also run --layer on, such as data=2,expert=4; may be repeated.")
+_SUITE = flags.DEFINE_enum("suite", None, ["peers"], "Compare the MoE blocks of other libraries (docs/conform.md).")
+_OUT = cli.define_path("out", "Folder for the scoreboard of --suite.")
+_LIBRARIES = flags.DEFINE_list("libraries", [], "Tables of environments.toml; default: all.")
+_ENVIRONMENTS = cli.define_path("environments", "Folder of the libraries' environments; default: OUT/environments.")
 _TOLERANCE = flags.DEFINE_float("tolerance", 1e-4, "Relative error within which values are equal.", lower_bound=0.0)
 
 _EXAMPLE = "moe.conformance.example:layer"
@@ -45,6 +50,10 @@ def main() -> None:
     from moe.conformance.diagnosis import diagnose, page
     from moe.conformance.equations import Activation, Rule, Score
 
+    cli.only_with(_SUITE.value is not None, "is read only with --suite", _OUT, _LIBRARIES, _ENVIRONMENTS)
+    if _SUITE.value is not None:
+        _peers()
+        return
     rule = Rule(
         k=_K.value,
         score=cast(Score, _SCORE.value),
@@ -86,6 +95,34 @@ def main() -> None:
         sys.exit(1)
 
 
+def _peers() -> None:
+    """Run the suite, print each library's counts and write the scoreboard."""
+    import collections
+
+    from moe.conformance.peers import environments, scoreboard, suite
+
+    if _OUT.value is None:
+        raise ConfigError("--suite=peers needs --out=DIR")
+    if _NPZ.value is not None or _LAYER.value is not None:
+        raise ConfigError("give one of --suite, --npz and --layer")
+    out = Path(str(_OUT.value))
+    known = environments.read(Path(str(_ENVIRONMENTS.value)) if _ENVIRONMENTS.value else out / "environments")
+    for name in _LIBRARIES.value:
+        if name not in known:
+            raise ConfigError(f"--libraries={name}: known are {', '.join(known)}")
+    for name in _LIBRARIES.value or known:
+        known[name].make()
+        library = suite.describe(known[name])
+        print(f"{library.version}: {len(library.blocks)} blocks", flush=True)
+        suite.measure(known[name], library, out / name)
+        cells = list(suite.judge(library, out / name))
+        counts = collections.Counter(cell.status for cell in cells)
+        print("  " + ", ".join(f"{count} {status}" for status, count in counts.items()), flush=True)
+        command = f"moe conform --suite=peers --out=DIR --libraries={name}"
+        scoreboard.write(out, library, cells, command, list(known), control=known[name].control)
+    print(out / "scoreboard.md")
+
+
 def run() -> None:
     """The program."""
     cli.run(
@@ -94,5 +131,6 @@ def run() -> None:
         examples=(
             "moe conform --npz=layer.npz --k=2 --renormalise",
             "moe conform --layer=my_layers:moe --k=1 --capacity_factor=1.25 --balance_weight=10",
+            "moe conform --suite=peers --out=/tmp/peers --libraries=transformers",
         ),
     )

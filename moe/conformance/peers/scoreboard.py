@@ -1,0 +1,114 @@
+"""The scoreboard: a page, its JSON, and for each cell that deviates an npz and a script of the library alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from moe.conformance.peers import reproduction
+from moe.conformance.peers.suite import COLUMNS, Cell, Library
+from moe.system.atomic_files import write_atomic
+
+SIGNS = {
+    "equal": "=",
+    "documented": "doc",
+    "deviates": "**≠**",
+    "bfloat16": "bf16",
+    "raises": "**!**",
+    "not applicable": "·",
+}
+
+
+def write(
+    out: Path, library: Library, cells: Sequence[Cell], command: str, order: Sequence[str], *, control: bool = False
+) -> None:
+    """Add a library to the scoreboard of a folder: scoreboard.md, scoreboard.json, and its reproductions.
+
+    Args:
+        out: the folder, which keeps the libraries of earlier calls.
+        library: what its worker says of itself.
+        cells: its verdicts.
+        command: that made them.
+        order: names of all libraries, as on the page.
+        control: the library holds known bugs, and counts in no sum.
+    """
+    for cell in cells:
+        if cell.status == "deviates" and cell.quantity:
+            reproduction.write(out, library, cell)
+    path = out / "scoreboard.json"
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    row: dict[str, Any] = {
+        "version": library.version,
+        "control": control,
+        "date": datetime.date.today().isoformat(),
+        "command": command,
+    }
+    kept[library.name] = row | {"cells": [dataclasses.asdict(cell) for cell in cells]}
+    kept = {name: kept[name] for name in order if name in kept}
+    write_atomic(path, json.dumps(kept, indent=1))
+    write_atomic(out / "scoreboard.md", page(kept))
+
+
+def page(libraries: Mapping[str, Mapping[str, Any]]) -> str:
+    """Markdown of scoreboard.json."""
+    found = {name: [Cell(**cell) for cell in row["cells"]] for name, row in libraries.items()}
+    every = [cell for name, cells in found.items() for cell in cells if not libraries[name]["control"]]
+    blocks = len({(cell.library, cell.block) for cell in every})
+    number = len({cell.library for cell in every})
+    lines = [
+        "# Scoreboard of other libraries' MoE layers",
+        "",
+        f"{blocks} blocks of {number} libraries, {sum(cell.status != 'not applicable' for cell in every)} checks. "
+        "[conform](../conform.md#other-libraries) explains the columns, and how to run it again.",
+        "",
+        "`=` equal to the claimed rule in float64 within 1e-4; `doc` equal with a deviation that the library "
+        "documents; **≠** deviates; `bf16` a bfloat16 block rounds its router's product to bfloat16, which changes "
+        "choices; **!** the block raised an error; `·` not applicable or not recorded.",
+        "",
+        "| library | blocks | = | doc | ≠ | bf16 | ! |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, cells in found.items():
+        counts = [sum(cell.status == status for cell in cells) for status in SIGNS if status != "not applicable"]
+        number = len({cell.block for cell in cells})
+        lines.append(f"| {libraries[name]['version']} | {number} | {' | '.join(map(str, counts))} |")
+    for name, cells in found.items():
+        row = libraries[name]
+        lines += [
+            "",
+            f"## {'Control: ' if row['control'] else ''}{name}",
+            "",
+            f"{row['version']}; {row['date']}; `{row['command']}`",
+            "",
+        ]
+        lines += [f"| block | {' | '.join(COLUMNS)} |", f"|---|{'---|' * len(COLUMNS)}"]
+        for block in dict.fromkeys(cell.block for cell in cells):
+            signs = {cell.column: SIGNS[cell.status] for cell in cells if cell.block == block}
+            lines.append(f"| {block} | {' | '.join(signs.get(column, '·') for column in COLUMNS)} |")
+        lines += _details(cells)
+    return "\n".join(lines) + "\n"
+
+
+def _details(cells: Sequence[Cell]) -> list[str]:
+    """What deviates, raised an error or is documented; equal texts once, with their columns and blocks."""
+    lines: list[str] = []
+    for status, title in (("deviates", "Deviates"), ("raises", "Raises an error"), ("documented", "Documented")):
+        groups: dict[str, list[Cell]] = {}
+        for cell in cells:
+            if cell.status == status:
+                groups.setdefault(cell.text, []).append(cell)
+        if groups:
+            lines += ["", f"{title}:", ""]
+        for text, rows in groups.items():
+            names, columns = (", ".join(dict.fromkeys(values)) for values in _names(rows))
+            amount = f", up to {max(cell.error for cell in rows):.2g}" if status == "deviates" else ""
+            lines.append(f"- {names} ({columns}{amount}): {text}")
+    return lines
+
+
+def _names(cells: Sequence[Cell]) -> tuple[list[str], list[str]]:
+    return [cell.block for cell in cells], [cell.column for cell in cells]

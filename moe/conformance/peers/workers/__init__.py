@@ -1,0 +1,1 @@
+"""Programs that run in other libraries' environments; nothing here imports this project or is imported by it."""

@@ -1,0 +1,132 @@
+"""Run a PyTorch library's MoE blocks on prepared cases; runs in the library's own environment, without this project.
+
+    python transformers_blocks.py --list
+    python transformers_blocks.py JOBS.json
+
+``--list`` prints the library's version and what each block claims. A job names a block, a file of arrays to read and
+one to write (:mod:`moe.conformance.peers.suite`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import traceback
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+Arrays = dict[str, np.ndarray]
+#: E, D, F of every case.
+NUM_EXPERTS, D, F = 8, 16, 24
+
+
+@dataclasses.dataclass(kw_only=True)
+class Block:
+    """One block of a library; subclasses are its adapters.
+
+    Attributes:
+        rule: fields of moe.conformance.equations.Rule that the block claims, without k.
+        bias: has a selection bias.
+        biases: its products have biases.
+        k: K of the cases that do not set it.
+        documented: fields of Variant in which the library says that it deviates from the equations.
+        source: where it says so.
+        skip: case → reason why it does not apply.
+        run: expression of y in ``block`` and ``x``.
+        has_balance: has a balance loss.
+    """
+
+    rule: dict[str, Any] = dataclasses.field(default_factory=dict)
+    bias: bool = False
+    biases: bool = False
+    k: int = 2
+    documented: dict[str, Any] = dataclasses.field(default_factory=dict)
+    source: str = ""
+    skip: dict[str, str] = dataclasses.field(default_factory=dict)
+    run: str = "block(x)"
+    has_balance: bool = False
+
+    def code(self, k: int) -> str:
+        """Lines that make ``block`` with the library alone."""
+        raise NotImplementedError
+
+    def load(self, block: nn.Module, arrays: dict[str, torch.Tensor]) -> None:
+        """Write a case's weights into the block: router [D,E], gate, up [E,D,F], down [E,F,D], and biases."""
+        raise NotImplementedError
+
+    def gradients(self) -> dict[str, str]:
+        """Quantity → expression in ``block`` of its gradient, in the layout of the case."""
+        raise NotImplementedError
+
+    def watch(self, block: nn.Module, seen: dict[str, torch.Tensor]) -> None:
+        """Have the block write ``expert_index``, ``combine_weights`` [T,K], ``router_logits`` [T,E] while it runs."""
+
+    def balance(self, router_logits: torch.Tensor, mask: torch.Tensor, k: int) -> torch.Tensor:
+        """The library's balance loss, scaled to be 1 at perfect balance."""
+        raise NotImplementedError
+
+    def claims(self) -> dict[str, Any]:
+        """What the block claims, as JSON."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(Block)} | {
+            "gradients": self.gradients()
+        }
+
+
+def measure(adapter: Block, job: dict[str, Any], arrays: Arrays) -> Arrays:
+    """Results of a block on a case, and its state before the run as ``state.NAME``."""
+    scope: dict[str, Any] = {}
+    exec(adapter.code(job["k"]), scope)
+    dtype, seen = getattr(torch, job["dtype"]), {}
+    block = scope["block"].to(dtype)
+    block.eval()
+    with torch.no_grad():
+        adapter.load(block, {name: torch.from_numpy(array) for name, array in arrays.items()})
+    adapter.watch(block, seen)
+    results = {f"state.{name}": value.clone() for name, value in (*block.named_parameters(), *block.named_buffers())}
+    x = torch.from_numpy(arrays["x"]).to(dtype).requires_grad_(True)
+    mask, cotangent = torch.from_numpy(arrays["mask"]), torch.from_numpy(arrays["cotangent"]).to(dtype)
+    parts: list[dict[str, torch.Tensor]] = []
+    for rows in torch.arange(len(x)).chunk(job["parts"]):
+        y = eval(adapter.run, {"block": block, "x": x[rows], "torch": torch})
+        y = (y[0] if isinstance(y, tuple) else y).reshape(x[rows].shape)
+        chosen = {name: seen[name].detach() for name in ("expert_index", "combine_weights") if name in seen}
+        parts.append({"y": y.detach(), **{name: value.reshape(*y.shape[:2], -1) for name, value in chosen.items()}})
+        if job["forward_only"]:
+            continue
+        total = (y * mask[rows, :, None] * cotangent[rows]).sum()
+        if job["balance"]:
+            results["balance_loss"] = adapter.balance(seen["router_logits"], mask[rows], job["k"])
+            total = total + job["balance"] * results["balance_loss"]
+        total.backward()
+    results |= {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    if not job["forward_only"]:
+        results["grad_x"] = x.grad
+        results |= {name: eval(text, {"block": block, "torch": torch}) for name, text in adapter.gradients().items()}
+    results = {name: value.detach() for name, value in results.items()}
+    return {name: (value.double() if value.is_floating_point() else value).numpy() for name, value in results.items()}
+
+
+def main(version: str, adapters: dict[str, Block]) -> None:
+    """The program of a library's worker."""
+    torch.set_num_threads(1)
+    if sys.argv[1] == "--list":
+        claims = {name: adapter.claims() for name, adapter in adapters.items()}
+        print(json.dumps({"version": f"{version}, torch {torch.__version__}", "blocks": claims}))
+        return
+    with open(sys.argv[1]) as file:
+        jobs = json.load(file)
+    for job in jobs:
+        adapter = adapters[job["block"]]
+        with np.load(job["arrays"]) as archive:
+            arrays = dict(archive)
+        try:
+            np.savez(job["out"] + ".npz", **measure(adapter, job, arrays))
+            with open(job["out"] + ".code", "w") as file:
+                file.write(adapter.code(job["k"]))
+        except Exception as error:
+            with open(job["out"] + ".txt", "w") as file:
+                file.write(f"{type(error).__name__}: {error}\n\n{traceback.format_exc()}")

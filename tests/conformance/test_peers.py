@@ -1,0 +1,113 @@
+"""The suite of other libraries' blocks: cases, verdicts and the scoreboard, on a library that is made of the oracle."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moe.config import ConfigError
+from moe.conformance import equations
+from moe.conformance.equations import Layer, Rule, Variant
+from moe.conformance.peers import cases, environments, scoreboard, suite
+
+CLAIMS = {
+    "rule": {"renormalise": True},
+    "bias": False,
+    "biases": False,
+    "k": 2,
+    "documented": {},
+    "source": "",
+    "skip": {},
+    "gradients": {"grad_router": "block.gate.weight.grad.mT"},
+    "run": "block(x)",
+    "has_balance": False,
+}
+#: Block → (claims, how it really computes).
+BLOCKS = {
+    "right": (CLAIMS, Variant()),
+    "documents it": (
+        CLAIMS | {"documented": {"weighs_input": True}, "source": "its manual"},
+        Variant(weighs_input=True),
+    ),
+    "detaches": (CLAIMS, Variant(router_gradient="none")),
+}
+TESTED = tuple(case for case in cases.CASES if case.name in ("main", "precision"))
+
+
+class OracleLibrary:
+    """An environment whose worker computes with the oracle."""
+
+    name, worker = "oracle", "none.py"
+
+    def run(self, worker: Path, argument: str) -> str:
+        if argument == "--list":
+            return json.dumps({"version": "oracle 1", "blocks": {name: claims for name, (claims, _) in BLOCKS.items()}})
+        for job in json.loads(Path(argument).read_text()):
+            claims, variant = BLOCKS[job["block"]]
+            if job["dtype"] == "bfloat16":
+                variant = dataclasses.replace(
+                    variant, router_dtype="bfloat16" if job["block"] == "right" else "float32"
+                )
+            with np.load(job["arrays"]) as archive:
+                arrays = {name: array.astype(np.float64) for name, array in archive.items()}
+            layer = Layer(**(arrays | {"mask": arrays["mask"].astype(bool), "logits": None}))
+            found = equations.compute(Rule(**claims["rule"], k=job["k"]), variant, layer)
+            results = {name: value for name, value in found.items() if name.startswith(("grad", "y", "expert_index"))}
+            np.savez(job["out"] + ".npz", **results, **{"state.gate.weight": layer.router.T})
+            Path(job["out"] + ".code").write_text("block = None")
+        return ""
+
+
+def test_verdicts_and_page(tmp_path, monkeypatch):
+    monkeypatch.setattr(suite, "CASES", TESTED)
+    library = suite.describe(OracleLibrary())
+    suite.measure(OracleLibrary(), library, tmp_path / "oracle")
+    cells = {(cell.block, cell.column): cell for cell in suite.judge(library, tmp_path / "oracle")}
+    assert {cells["right", column].status for column in ("choice", "output", "grad router", "grad experts")} == {
+        "equal"
+    }
+    assert cells["right", "weights"].status == "not applicable"
+    assert cells["documents it", "output"].status == "documented"
+    assert cells["documents it", "choice"].status == "equal"
+    assert cells["detaches", "output"].status == "equal"
+    assert cells["detaches", "grad router"].status == "deviates"
+    assert "pass no gradient to the router" in cells["detaches", "grad router"].text
+    # Twins are one bfloat16 step apart, so that a bfloat16 product cannot tell them apart.
+    assert cells["right", "router product"].status == "bfloat16"
+    assert cells["detaches", "router product"].status == "equal"
+    scoreboard.write(tmp_path, library, list(cells.values()), "conform.py --suite=peers", ["oracle", "another"])
+    page = (tmp_path / "scoreboard.md").read_text()
+    assert "3 blocks of 1 libraries" in page
+    assert "| oracle 1 | 3 |" in page
+    assert "- detaches (grad tokens, grad router, up to" in page
+    script = (tmp_path / "reproduce" / "oracle.detaches.main.py").read_text()
+    assert "block.gate.weight.grad.mT" in script or "x.grad" in script
+    assert len(script.splitlines()) <= 20
+
+
+def test_cases_show_what_they_say():
+    """By the oracle: an expert without tokens, equal experts, biased scores below 0."""
+    rule = Rule(k=2, score="sigmoid", renormalise=True)
+    by_name = {case.name: case for case in cases.CASES}
+    made = {name: cases.layer_of(case, rule, bias=True, biases=False) for name, case in by_name.items()}
+    chosen = {name: equations.decide(rule, Variant(), layer).expert_index for name, layer in made.items()}
+    assert 3 not in chosen["empty"]
+    assert set(chosen["main"].ravel()) == set(range(cases.NUM_EXPERTS))
+    np.testing.assert_array_equal(chosen["negative"], chosen["main"])
+    assert (1 + made["negative"].bias < 0).all()
+    logits = made["ties"].router_logits(Variant())
+    np.testing.assert_array_equal(logits[..., 2], logits[..., 5])
+
+
+def test_pins_are_exact():
+    for environment in environments.read(Path("nowhere")).values():
+        assert (suite.WORKERS / environment.worker).is_file()
+        assert all("==" in package for package in environment.packages), environment.name
+
+
+def test_missing_uv_is_one_error(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name, path=None: None)
+    with pytest.raises(ConfigError, match="needs uv"):
+        next(iter(environments.read(tmp_path).values())).make()
