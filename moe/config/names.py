@@ -80,7 +80,7 @@ def named_field_type(chosen: str, value: Gate | Mixer | None, name: str) -> typi
         ConfigError: it has no such field, or none that can be set.
     """
     if name == "name":
-        raise ConfigError(f"{chosen}.name: cannot be set; set {chosen} to the name")
+        raise ConfigError(f"{chosen}.name: cannot be set; choose a {chosen.rpartition('.')[2]} by {chosen}")
     if value is None:
         why = "a dense model has no gate" if chosen == GATE else f"{chosen} names no mixer"
         raise ConfigError(f"{chosen}.{name}: no such field; {why}")
