@@ -32,6 +32,7 @@ To and from the host's memory: b over the link to the host, for each direction a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -80,7 +81,7 @@ def seconds(collective: Collective, devices: Sequence[Any], chip: Chip | Gpu) ->
     size = collective.bytes
     bandwidth = sum((2 if wraps else 1) * link / stride for _, stride, wraps in dimensions)
     by_dimensions = size * (len(group) - 1) / len(group) / bandwidth
-    by_rings = [_ring_seconds(phases, collective, len(group), dimensions, link) for phases in collective.rings]
+    by_rings = [_ring_seconds(phases, collective, dimensions, link) for phases in collective.rings]
     return passes * max([by_dimensions, *by_rings])
 
 
@@ -100,7 +101,7 @@ def _dimensions(group: Sequence[Any], devices: Sequence[Any], chip: Chip) -> lis
 
 
 def _ring_seconds(
-    phases: tuple[int, ...], collective: Collective, members: int, dimensions: list[tuple[int, int, bool]], link: float
+    phases: tuple[int, ...], collective: Collective, dimensions: list[tuple[int, int, bool]], link: float
 ) -> float:
     """Seconds of the part of an exchange that one of its rings carries, in phases of these sizes.
 
@@ -109,7 +110,7 @@ def _ring_seconds(
     """
     strides = sorted((size, stride) for size, stride, _ in dimensions)
     order = phases[::-1] if collective.kind == "reduce-scatter" else phases
-    part, time = collective.bytes / len(collective.rings) / members, 0.0
+    part, time = collective.bytes / len(collective.rings) / math.prod(phases), 0.0
     for size in order:
         along = next((each for each in strides if each[0] == size), None)
         if along:

@@ -264,7 +264,8 @@ def one_way_rings(collective: Instruction, members: int) -> tuple[tuple[int, ...
     colors = re.findall(r'"phase_rings":\[(.*?)\]', collective.attributes)
     if colors:
         sizes = [tuple(map(int, re.findall(r'"core_count":"(\d+)"', color))) for color in colors]
-        return tuple(phases if math.prod(phases) == members else (members,) for phases in sizes)
+        # Of devices that share a chip, a ring may count the chips.
+        return tuple(phases if math.prod(phases) in (members, members // 2) else (members,) for phases in sizes)
     both = re.search(r'"emitter":"1D|"strategy":"StrategyRing"', collective.attributes)
     return ((members,), (members,)) if both else ()
 

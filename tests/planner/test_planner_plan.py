@@ -115,6 +115,8 @@ def test_network_of_lines_strides_and_shared_chips_by_hand():
     assert seconds("all-gather", range(0, 8, 2), pairs, "tpu7x") == pytest.approx(8e8 * 3 / 4 / (2 * 50e9))
     # Both devices of 4 chips: what arrives at a chip serves both, at all of its links' bandwidth.
     assert seconds("all-gather", range(8), pairs, "tpu7x") == pytest.approx(8e8 * 7 / 8 / (2 * 100e9))
+    # Two rings that count the 4 chips: half of the bytes each, 3/4 of them over every link.
+    assert seconds("all-gather", range(8), pairs, "tpu7x", rings=((4,),)) == pytest.approx(8e8 * 3 / 4 / 100e9)
     to_host = Collective("to", (HOST,), (), int(8e8), 1, -1, "")
     assert network.seconds(to_host, pairs, chip) == pytest.approx(8e8 / (15e9 / 2))
     for device in pairs:
