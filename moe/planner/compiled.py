@@ -7,6 +7,7 @@ import dataclasses
 import gzip
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import threading
@@ -32,6 +33,9 @@ from moe.system.atomic_files import write_atomic
 from moe.system.checkout import short_commit
 from moe.system.foreign_files import parse
 from moe.training import step as train_step_module
+
+#: Share of a GPU that JAX takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise, and that the launchers let it.
+_JAX_SHARE, _USUAL_SHARE = 0.75, 0.95
 
 #: Fields of :class:`Memory` that add up to its total.
 MEMORY_KINDS = ("parameters", "optimizer", "inputs", "temporaries", "code")
@@ -65,6 +69,22 @@ class Memory:
     def total(self) -> int:
         """Sum of :data:`MEMORY_KINDS`."""
         return sum(getattr(self, kind) for kind in MEMORY_KINDS)
+
+    def notes(self, platform: str) -> list[str]:
+        """Sentences about a total above the device's memory, and about the share of a GPU that JAX takes."""
+        share = self.total / self.capacity
+        if platform == "tpu" and share > 1:
+            return [
+                "the compiler, which refuses what does not fit, accepts it, although its parts add up to more than the "
+                "device has: they are not all allocated at one time"
+            ]
+        if platform == "gpu" and share > _JAX_SHARE:
+            tight = "" if share <= _USUAL_SHARE else "; little is left for CUDA and NCCL, so that it may not start"
+            fraction = min(math.ceil(100 * share + 1) / 100, 0.99)
+            return [
+                f"needs XLA_PYTHON_CLIENT_MEM_FRACTION={fraction}: JAX takes three quarters of a GPU by itself{tight}"
+            ]
+        return []
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +168,8 @@ def compile_step(config: Config, topology: Topology) -> CompiledStep:
     validate_mesh(config, mesh.shape)
     compiled, traced, stored, seconds = _compile(config, mesh, topology)
     memory = _memory(compiled.memory_analysis(), stored, topology.capacity)
-    memory_errors.refuse_program_that_does_not_fit(config, memory.total, topology.capacity)
+    if topology.platform == "gpu":  # the compiler for TPUs refuses by itself what does not fit
+        memory_errors.refuse_program_that_does_not_fit(config, memory.total, topology.capacity)
     return CompiledStep(
         compiled.as_text(), memory, arithmetic.matmul_flops(traced.jaxpr.jaxpr), seconds, short_commit()
     )

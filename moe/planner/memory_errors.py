@@ -45,7 +45,7 @@ def refuse_state_that_does_not_fit(config: Config, state: int, capacity: int) ->
 
 
 def refuse_program_that_does_not_fit(config: Config, total: int, capacity: int) -> None:
-    """Check the memory of a compiled program; the compiler for TPUs does so itself, the one for GPUs does not.
+    """Check the memory of a program that was compiled for GPUs, whose compiler does not.
 
     Args:
         config: of the run.

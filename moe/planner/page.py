@@ -35,6 +35,7 @@ def _memory(plan: Plan) -> list[str]:
     memory = plan.memory
     return [
         f"Memory per {_device(plan)} (fact): fits, {memory.total / GiB:.2f} GiB of {memory.capacity / GiB:.0f}",
+        *(f"  {each}" for each in memory.notes(plan.platform)),
         *(f"  {name:12} {getattr(memory, name) / GiB:8.2f} GiB" for name in MEMORY_KINDS),
         *(
             [f"  alive at the peak {memory.peak / GiB:.2f} GiB; the rest is gaps between buffers"]

@@ -6,5 +6,7 @@
 set -eu
 cd "$(dirname "$0")/../.."
 . scripts/launch/again.sh
+# JAX takes three quarters of a GPU by itself; plans state what a run needs (moe plan).
+export XLA_PYTHON_CLIENT_MEM_FRACTION="${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.95}"
 [ -z "${JAX_COORDINATOR_ADDRESS:-}" ] || set -- --distributed "$@"
 again .venv/bin/python main.py "$@"

@@ -15,8 +15,10 @@ from moe.config import ConfigError, to_dict
 from moe.config.parse import from_config_dict
 from moe.configs import deepseek_v2, mixtral_8x7b, qwen3_next_80b_a3b, switch_t5
 from moe.dispatch.buffers import layer_capacity
-from moe.planner import fit, memory_errors, plan
-from moe.planner.chips import GiB
+from moe.planner import compiled, fit, memory_errors, plan
+from moe.planner.chips import CHIPS, GiB
+from moe.planner.gpus import GPUS
+from moe.planner.topology import Topology
 
 MESH = {"data": 1, "fsdp": 8, "expert": 8, "tensor": 1}
 
@@ -314,3 +316,31 @@ def test_rows_of_buffers_are_those_of_the_layer(moe):
 def test_a_memory_error_survives_pickling():
     error = pickle.loads(pickle.dumps(memory_errors.DoesNotFitError("does not fit: by 3 GiB", 7.0)))
     assert (str(error), error.least) == ("does not fit: by 3 GiB", 7.0)
+
+
+def test_a_plan_states_the_share_of_a_gpu_that_it_needs_and_a_total_above_a_tpu():
+    def notes(platform, total):
+        return compiled.Memory(total * GiB, 0, 0, 0, 0, 0, 100 * GiB).notes(platform)
+
+    assert notes("gpu", 75) == notes("tpu", 99) == []
+    assert notes("gpu", 80)[0].startswith("needs XLA_PYTHON_CLIENT_MEM_FRACTION=0.81: ")
+    assert "little is left for CUDA" in notes("gpu", 97)[0]
+    assert "which refuses what does not fit, accepts it" in notes("tpu", 101)[0]
+
+
+def test_the_compiler_for_tpus_decides_what_fits(monkeypatch):
+    """libtpu accepted programs of others whose parts add up to more than a chip has."""
+    statistics = types.SimpleNamespace(
+        argument_size_in_bytes=2, temp_size_in_bytes=200 * GiB, output_size_in_bytes=0, alias_size_in_bytes=0,
+        generated_code_size_in_bytes=0,
+    )  # fmt: skip
+    program = types.SimpleNamespace(memory_analysis=lambda: statistics, as_text=lambda: "")
+    traced = types.SimpleNamespace(jaxpr=jax.make_jaxpr(lambda x: x)(1.0))
+    stored = {"parameters": 1, "optimizer": 1}
+    monkeypatch.setattr(compiled, "_compile", lambda *_: (program, traced, stored, 1.0))
+    config = from_config_dict({"mesh": {"data": 1, "fsdp": 1, "expert": 1}})
+    devices = tuple(jax.devices()[:1])
+    step = compiled.compile_step(config, Topology("v5p:1x1x1", 1, CHIPS["v5p"], devices))
+    assert step.memory.total > step.memory.capacity
+    with pytest.raises(memory_errors.DoesNotFitError, match="does not fit: the program: 200"):
+        compiled.compile_step(config, Topology("h100:1x1", 1, GPUS["h100"], devices))
