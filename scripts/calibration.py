@@ -278,6 +278,37 @@ def main() -> None:
         print(f"{name}: counted {known[name]['counted']:.3g} s, published {known[name]['published']:.3g} s")
 
 
+def by_shapes_lines() -> list[str]:
+    """The published steps priced by shapes, those that were not compiled included, as Markdown."""
+    from moe.interop.config_json import write_config
+    from moe.planner import by_shapes, open_shapes, topology
+    from moe.system.escaping import markdown_table
+
+    cells, errors, inside = [], [], 0
+    for name, row in PUBLISHED.items():
+        where = topology.get_topology(row.topology)
+        config = config_of(row, len(where.devices))
+        made = by_shapes.make(open_shapes.read(write_config(config)), where, row.rows, row.length)
+        published, (low, high) = published_seconds(row, config, where.num_chips), made.step_interval
+        errors.append(math.log(published / made.step_seconds))
+        inside += low <= published <= high
+        step = f"{made.step_seconds:.3g}", f"{low:.3g} to {high:.3g}", f"{published:.3g}"
+        cells.append((name, *step, "yes" if low <= published <= high else "no", f"{errors[-1]:+.2f}"))
+    mean = sum(map(abs, errors)) / len(errors)
+    head = "model", "by shapes, s", "80 % interval, s", "published, s", "inside", "log(published / by shapes)"
+    return [
+        "## By shapes",
+        "",
+        "The same steps by the shapes of their matrices alone, with recomputed layers and without exchanged tokens",
+        "(`moe plan --hf`, [plans](../pods.md#any-published-model)). The published numbers went into these intervals",
+        "through the spread of the table above, and not into the prices.",
+        "",
+        markdown_table(head, cells),
+        "",
+        f"Inside: {inside} of {len(cells)}. Mean |log error| {mean:.2f}.",
+    ]
+
+
 def write(known: dict[str, Any]) -> None:
     """Write the rows and the page."""
     from moe.planner import calibration, kept_plans
@@ -288,7 +319,7 @@ def write(known: dict[str, Any]) -> None:
     sources = [f"- {name}: {own.source}. Here: {own.differs}." for name, own in PUBLISHED.items()]
     missing = [name for name in PUBLISHED if name not in known]
     first = {name: own.first_look for name, own in PUBLISHED.items() if own.first_look is not None}
-    write_atomic(PAGE, calibration.page(rows, first, missing, [*sources, "", LEFT_OUT]))
+    write_atomic(PAGE, calibration.page(rows, first, missing, [*sources, "", LEFT_OUT, "", *by_shapes_lines()]))
     root = PAGE.parents[2]
     kept_plans.rescale(root / "configs" / "plans.json", root / "docs" / "results" / "plans.md")
 

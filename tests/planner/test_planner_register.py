@@ -3,6 +3,7 @@
 import json
 import math
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from moe.planner import by_shapes, open_shapes, register
 from moe.planner.chips import CHIPS
 from moe.planner.gpus import GPUS
 from moe.planner.topology import Topology
+
+ROOT = Path(__file__).parents[2]
 
 
 def _entry(seconds=2.0, low=1.5, high=3.0, topology="v5p:4x4x4"):
@@ -49,6 +52,13 @@ def test_scores_by_hand(tmp_path):
     assert register.report(path, outcomes) == "1 predictions, of which 0 have a published number"
     outcomes.write_text(json.dumps({"stamp": entry["stamp"], "seconds": 3.1, "source": "s"}) + "\n")
     assert "inside 0 of 1, bias +0.44" in register.report(path, outcomes)
+
+
+def test_the_register_of_this_repository_is_unchanged():
+    entries = register.read(ROOT / "docs" / "results" / "predictions.jsonl")
+    assert len(entries) >= 12
+    assert len({entry["stamp"] for entry in entries}) == len(entries)
+    assert all(entry["low"] < entry["seconds"] < entry["high"] for entry in entries)
 
 
 #: Published sizes, and the billions of parameters, total and active, that their authors state.
