@@ -21,16 +21,20 @@ import numpy as np
 from moe.config import ConfigError
 
 Score = Literal["softmax", "sigmoid", "sqrt_softplus"]
-Activation = Literal["swiglu", "geglu", "gpt_oss", "relu", "relu2", "gelu"]
+Activation = Literal["swiglu", "geglu", "geglu_exact", "gpt_oss", "relu", "relu2", "gelu", "gelu_exact"]
+_EXACT_GELU = functools.partial(jax.nn.gelu, approximate=False)
+#: JAX's GELU is the approximation by tanh; PyTorch's is exact, by erf.
 ACTIVATIONS = {
     "swiglu": jax.nn.silu,
     "geglu": jax.nn.gelu,
+    "geglu_exact": _EXACT_GELU,
     "relu": jax.nn.relu,
     "relu2": lambda x: jnp.square(jax.nn.relu(x)),
     "gelu": jax.nn.gelu,
+    "gelu_exact": _EXACT_GELU,
 }
 #: Activations of experts with a gate projection.
-GATED = ("swiglu", "geglu", "gpt_oss")
+GATED = ("swiglu", "geglu", "geglu_exact", "gpt_oss")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,7 +28,10 @@ _KEPT = flags.DEFINE_integer("kept_groups", 1, "Groups that a token may choose f
 _SCORES = flags.DEFINE_integer("scores_per_group", 1, "Number of top scores whose sum ranks a group.", lower_bound=1)
 _CAPACITY = flags.DEFINE_float("capacity_factor", 0.0, "C = ceil(factor * K * S / E); 0: no capacity.", lower_bound=0.0)
 _ACTIVATION = flags.DEFINE_enum(
-    "activation", "swiglu", ["swiglu", "geglu", "gpt_oss", "relu", "relu2", "gelu"], "Activation of the experts."
+    "activation",
+    "swiglu",
+    ["swiglu", "geglu", "geglu_exact", "gpt_oss", "relu", "relu2", "gelu", "gelu_exact"],
+    "Activation of the experts; GELU by tanh, or exact, by erf.",
 )
 _BALANCE = flags.DEFINE_float("balance_weight", 0.0, "Weight of balance_loss in the loss that was differentiated.")
 _Z = flags.DEFINE_float("z_weight", 0.0, "Weight of z_loss in the loss that was differentiated.")

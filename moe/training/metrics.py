@@ -18,6 +18,22 @@ from moe.system.metrics_files import to_python
 from moe.training import profiling
 from moe.training.step import TrainMetrics
 
+#: Numbers of an objective on answers: name in rows → (name on the terminal and in the report, format).
+TERMS = {
+    "preference_margin": ("margin", "{:.3f}"),
+    "preference_accuracy": ("accuracy", "{:.1%}"),
+    "policy_ratio": ("ratio", "{:.3f}"),
+    "policy_clipped": ("clipped", "{:.1%}"),
+    "policy_extreme": ("extreme ratios", "{:.1%}"),
+    "policy_old_kl": ("KL from the sampler", "{:.4f}"),
+    "policy_kl": ("KL from the reference", "{:.4f}"),
+}
+
+
+def shown_terms(row: dict[str, Any]) -> dict[str, str]:
+    """Name → text of the numbers of :data:`TERMS` in a logged row."""
+    return {name: form.format(row[key]) for key, (name, form) in TERMS.items() if key in row}
+
 
 def step_metrics(metrics: TrainMetrics | dict[str, Any]) -> dict[str, Any]:
     """One step's metrics as a flat JSON dict; waits for the step. Metrics from a checkpoint are JSON already."""

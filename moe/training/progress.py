@@ -18,9 +18,10 @@ import tqdm
 
 from moe.system import process
 from moe.system.escaping import terminal
+from moe.training.metrics import TERMS, shown_terms
 
 #: Values shown, most important first: a narrow terminal has room only for the first ones.
-_ORDER = ("loss", "heldout", "tokens/s", "dropped", "lr", "epoch", "MFU")
+_ORDER = ("loss", *(name for name, _ in TERMS.values()), "heldout", "tokens/s", "dropped", "lr", "epoch", "MFU")
 #: A line of tqdm: the bar fills what the text leaves of the terminal's width.
 _LINE = "{percentage:3.0f} % {n_fmt}/{total_fmt}, {remaining} left{postfix} {bar}"
 
@@ -76,6 +77,7 @@ class Progress:
     def logged(self, row: dict[str, Any], timing: dict[str, float] | None) -> None:
         """Take the values of a logged row, shown by the next :meth:`show`; without a timing, its speed is unknown."""
         self._shown |= {"loss": f"{row['cross_entropy']:.3f}", "lr": f"{row['learning_rate']:.2g}"}
+        self._shown |= shown_terms(row)
         if "fraction_tokens_dropped" in row:
             self._shown["dropped"] = f"{100 * np.mean(row['fraction_tokens_dropped']):.1f} %"
         if timing is not None:

@@ -22,6 +22,7 @@ from moe.models.state import TrainState
 from moe.system.atomic_files import write_atomic, write_figure
 from moe.system.escaping import FIGURE_TEXT, terminal
 from moe.system.metrics_files import METRICS, iterate_rows
+from moe.training.metrics import shown_terms
 from moe.training.step import Program
 
 _FIRST_DOCUMENTS = 1_000  # documents of a domain that are searched for a prompt
@@ -149,7 +150,8 @@ def table(results: dict[str, dict[str, Any]], unigram: dict[str, float], train_r
     Args:
         results: domain, or "all" → metrics.
         unigram: domain → nats per token of the unigram model on the same tokens.
-        train_rows: rows of kind "train"; the first and the last give the share of assignments dropped in training.
+        train_rows: rows of kind "train"; the first and the last give the numbers of an objective on answers, and the
+            share of assignments dropped in training.
     """
     names = f"{'loss':>8}{'± s.e.':>8}{'perplexity':>12}{'bits/byte':>11}{'unigram loss':>14}{'tokens':>9}"
     lines = [f"{'held-out text':<16}{names}"]
@@ -159,6 +161,10 @@ def table(results: dict[str, dict[str, Any]], unigram: dict[str, float], train_r
             f"{domain:<16}{m['loss']:>8.3f}{error:>8}{m['perplexity']:>12.1f}{m['bits_per_byte']:>11.3f}"
             f"{unigram[domain]:>14.3f}{m['targets']:>9d}"
         )
+    first_terms, last_terms = shown_terms(train_rows[0]), shown_terms(train_rows[-1])
+    if last_terms:
+        lines += ["", f"{'training':<24}{'first logged row':>17}{'last':>10}"]
+        lines += [f"  {name:<22}{first_terms.get(name, '–'):>17}{value:>10}" for name, value in last_terms.items()]
     overall = results["all"]
     if "expert_load" in overall:
         load = np.asarray(overall["expert_load"])

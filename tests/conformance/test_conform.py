@@ -1,6 +1,10 @@
 """The diagnosis of other libraries' layers: planted bugs are named, correct layers pass."""
 
 import dataclasses
+import re
+import sys
+import types
+from pathlib import Path
 from unittest import mock
 
 import jax
@@ -239,3 +243,57 @@ def test_impossible_rules_are_refused():
         diagnose(dataclasses.replace(RULE, k=5), LAYER, {"y": LAYER.x})
     with pytest.raises(ConfigError, match="groups=3"):
         diagnose(dataclasses.replace(RULE, groups=3), LAYER, {"y": LAYER.x})
+
+
+@pytest.mark.parametrize(("stated", "used"), [("geglu", "geglu_exact"), ("gelu_exact", "gelu")])
+def test_the_two_forms_of_gelu_are_told_apart(stated, used):
+    """JAX's is by tanh, PyTorch's by erf; the difference had no explanation."""
+    rule = dataclasses.replace(RULE, activation=stated)
+    layer = dataclasses.replace(LAYER, gate=LAYER.gate if stated == "geglu" else None)
+    results = {"y": equations.compute(dataclasses.replace(rule, activation=used), Variant(), layer)["y"]}
+    found = diagnose(rule, layer, results)
+    assert not found.conforms
+    assert f"the activation is {used} instead of {stated}" in page(rule, found)
+    assert diagnose(dataclasses.replace(rule, activation=used), layer, results).conforms
+
+
+def test_the_recorder_of_the_guide_records_a_router_without_gradient(tmp_path, monkeypatch):
+    """torch has None where no gradient arrives: the recorder ended in an AttributeError, at the fault to report."""
+
+    class Tensor(np.ndarray):
+        grad = None
+
+        def requires_grad_(self, _):
+            return self
+
+        clone = detach = float = cpu = lambda self: self
+
+        def numpy(self):
+            return np.asarray(self)
+
+        def backward(self):
+            x.grad = tensor(np.ones(x.shape))
+
+    def tensor(array):
+        return np.asarray(array, np.float64).view(Tensor)
+
+    torch = types.ModuleType("torch")
+    torch.stack, torch.zeros_like, torch.randn_like = (
+        (lambda arrays: tensor(np.stack(arrays))),
+        np.zeros_like,
+        np.ones_like,
+    )
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    (code,) = re.findall(
+        r"```python\n(import numpy as np, torch.*?)```",
+        (Path(__file__).parents[2] / "docs" / "conform.md").read_text(),
+        re.DOTALL,
+    )
+    exec(code, scope := {})
+    x, linear = tensor(np.ones((1, 2, 3))), lambda *shape: types.SimpleNamespace(weight=tensor(np.ones(shape)))
+    experts = [(linear(4, 3), linear(4, 3), linear(3, 4))] * 2
+    scope["record"](lambda x: x * 1, x, tmp_path / "layer.npz", experts, linear(2, 3))
+    layer, results = evidence.read(str(tmp_path / "layer.npz"))
+    assert layer.router.shape == (3, 2)
+    assert not results["grad_router"].any()
+    assert results["grad_up"].shape == (2, 3, 4)

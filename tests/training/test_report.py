@@ -1,6 +1,7 @@
 """The report at the end of a run: which document it continues, and that its failures are raised at the start."""
 
 import dataclasses
+import re
 import types
 from typing import Any
 
@@ -10,7 +11,7 @@ from etils import epath
 
 from moe.config import ConfigError
 from moe.data import pipeline
-from moe.training import loop, report
+from moe.training import loop, progress, report
 from moe.training.loop import train
 from tests.run_helpers import ONE, tiny
 from tests.tiny_text import random_text
@@ -75,3 +76,39 @@ def test_the_end_of_a_run_names_only_what_was_written(tmp_path):
     assert "tensorboard/" not in report._files(epath.Path(tmp_path))
     (tmp_path / "tensorboard").mkdir()
     assert "tensorboard/" in report._files(epath.Path(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "shown"),
+    [
+        (
+            {"preference_margin": 0.0, "preference_accuracy": 0.5},
+            {"preference_margin": 1.2345, "preference_accuracy": 0.875},
+            (("margin", "0.000", "1.234"), ("accuracy", "50.0%", "87.5%")),
+        ),
+        (
+            {"policy_ratio": 1.0, "policy_clipped": 0.0, "policy_extreme": 0.0, "policy_old_kl": 0.0, "policy_kl": 0.0},
+            {
+                "policy_ratio": 1.01,
+                "policy_clipped": 0.1,
+                "policy_extreme": 0.02,
+                "policy_old_kl": 0.5,
+                "policy_kl": 0.25,
+            },
+            (("ratio", "1.000", "1.010"), ("clipped", "0.0%", "10.0%"), ("KL from the reference", "0.0000", "0.2500")),
+        ),
+        ({}, {}, ()),
+    ],
+)
+def test_the_terminal_and_the_report_show_what_an_objective_on_answers_measures(first, last, shown, capsys):
+    heldout = {"loss": 1.0, "perplexity": 2.7, "bits_per_byte": 1.0, "targets": 9}
+    text = report.table({"all": heldout}, {"all": 2.0}, [first, {}, last])
+    for name, before, after in shown:
+        assert re.search(rf"^  {name} +{before} +{after}$", text, re.MULTILINE), text
+    assert ("first logged row" in text) == bool(shown)
+    bar = progress.Progress(0, 10, quiet=False)
+    bar.logged({"cross_entropy": 0.5, "learning_rate": 1e-3} | last, None)
+    bar.show(5)
+    line = capsys.readouterr().err
+    assert " ".join(["loss 0.500", *(f"{name} {after}" for name, _, after in shown[:1])]) in line
+    assert all(f"{name} {after}" in line for name, _, after in shown)
