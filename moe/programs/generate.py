@@ -1,10 +1,13 @@
-"""python scripts/generate.py --workdir=WORKDIR --prompt="Once upon": text from its newest checkpoint.
+"""Text from a model's newest checkpoint: moe generate --workdir=WORKDIR --prompt="Once upon".
 
 A decoder-only model continues the prompt; an encoder-decoder reads it and writes a target; only the target is printed.
 One that was trained by span corruption fills in blanks: --prompt="Once<extra_id_0> a<extra_id_1>."
 Several --prompt run as one batch and are printed one after the other; with one, tokens are printed as they are chosen.
 --chat answers in the tokenizer's chat template: each --prompt is a turn of one conversation; without any, the turns are
 lines of standard input.
+--rollouts=FILE.jsonl samples --samples completions of every prompt at temperature 1, scores them with --reward, a
+function of (prompt, completion), and writes them with log-probabilities and experts, as moe train --config=policy reads
+them; with --chat each prompt is a conversation of one turn.
 --mesh splits the work, as in --mesh=data=1,expert=4,tensor=2; by default all devices hold rows, and split the model
 only if it would fill more than half of the memory of one.
 """
@@ -21,6 +24,10 @@ from moe.programs import cli
 
 _WORKDIR = cli.define_path("workdir", "Folder of a run or an import.")
 _PROMPT = flags.DEFINE_multi_string("prompt", None, "Text to continue; may be given several times.")
+_PROMPTS = cli.define_path("prompts", 'File of prompts for --rollouts: lines of JSON with "prompt", or of a .txt file.')
+_ROLLOUTS = cli.define_path("rollouts", "File to write: scored completions for moe train --config=policy.")
+_SAMPLES = flags.DEFINE_integer("samples", 8, "Completions of each prompt for --rollouts.", lower_bound=2)
+_REWARD = flags.DEFINE_string("reward", None, "module:function of (prompt, completion) for --rollouts; a number.")
 _CHAT = flags.DEFINE_bool("chat", False, "Talk: prompts are turns of a conversation, in the tokenizer's template.")
 _SYSTEM = flags.DEFINE_string("system", None, "System message at the start of --chat.")
 _TOKENS = flags.DEFINE_integer("tokens", 128, "Maximum number of new tokens.", lower_bound=1, upper_bound=2**17)
@@ -186,31 +193,84 @@ def _write(texts: _Texts, columns: Iterable[Any]) -> None:
         print(f"{rate:,.1f} tokens/s over {len(found)} rows", file=sys.stderr)
 
 
+def _roll_out(config: Any, tokenizer: Any, prompts: Sequence[str], variables: dict[str, Any]) -> None:
+    """Sample completions of the prompts, score them and write them."""
+    import numpy as np
+
+    from moe.config.references import import_object
+    from moe.data import chat
+    from moe.models.sampling import make_sampler
+    from moe.posttraining import sampling as rollouts
+
+    reward = import_object("reward", str(_REWARD.value))
+    start = [tokenizer.bos_id] if tokenizer.bos_id >= 0 else []
+
+    def ids(prompt: str) -> list[int]:
+        if _CHAT.value:
+            return chat.prompt_ids(tokenizer, [{"role": "user", "content": prompt}], date="").tolist()
+        return start + tokenizer.encode(prompt).tolist()
+
+    rows = [ids(prompt) for prompt in prompts]
+    task = rollouts.TextTask(tokenizer, reward, dict(zip(map(tuple, rows), prompts, strict=True)))
+    ends = chat.stop_ids(tokenizer) if _CHAT.value else (tokenizer.eos_id,)
+    sampler = make_sampler(config.model, int(_TOKENS.value or 0), (*ends, *(_STOP.value or [])))
+    samples, seed = int(_SAMPLES.value or 0), int(_SEED.value or 0)
+    groups = list(rollouts.sample_groups(sampler, variables, rows, task, samples, seed))
+    rollouts.write_groups(str(_ROLLOUTS.value), groups)
+    rewards = np.asarray([[one.reward for one in group.completions] for group in groups])
+    print(
+        f"{_ROLLOUTS.value}: {len(groups)} prompts, {samples} completions of each; mean reward {rewards.mean():.3g}, "
+        f"{np.mean(np.ptp(rewards, axis=1) > 0):.0%} of the prompts with different rewards"
+    )
+
+
+def _prompts() -> list[str]:
+    """Prompts of the flags, checked with the flags that read them."""
+    from moe.config import ConfigError
+    from moe.posttraining.sampling import read_prompts
+
+    prompts = list(_PROMPT.value or [])
+    cli.only_with(_ROLLOUTS.value is not None, "is read only with --rollouts", _PROMPTS, _SAMPLES, _REWARD)
+    if _ROLLOUTS.value is not None:
+        reason = "is not read with --rollouts, which samples at temperature 1"
+        cli.only_with(False, reason, _TEMPERATURE, _TOP_K, _TOP_P, _SPECULATE, _SYSTEM)
+        if _REWARD.value is None:
+            raise ConfigError("--reward is needed with --rollouts: module:function of (prompt, completion)")
+        prompts += read_prompts(str(_PROMPTS.value)) if _PROMPTS.value else []
+        if not prompts:
+            raise ConfigError("--prompts=FILE or --prompt is needed with --rollouts")
+    elif not prompts and not _CHAT.value:
+        raise ConfigError("--prompt is needed, or --chat to talk; --help shows examples")
+    for prompt in prompts:
+        if any("\ud800" <= character <= "\udfff" for character in prompt):
+            raise ConfigError(f"--prompt={prompt!r}: must be UTF-8")
+    return prompts
+
+
 def main() -> None:
     """Flags in, text out; speed on stderr."""
     import jax
 
     from moe.checkpoints import parameters
     from moe.checkpoints.workdir import read_config
-    from moe.config import ConfigError
     from moe.data.tokenizer_files import find_tokenizer
     from moe.models import sampling, speculation
+    from moe.posttraining.sampling import check
 
-    workdir, prompts = str(_WORKDIR.value), list(_PROMPT.value or [])
-    if not prompts and not _CHAT.value:
-        raise ConfigError("--prompt is needed, or --chat to talk; --help shows examples")
-    for prompt in prompts:
-        if any("\ud800" <= character <= "\udfff" for character in prompt):
-            raise ConfigError(f"--prompt={prompt!r}: must be UTF-8")
+    workdir, prompts = str(_WORKDIR.value), _prompts()
     cli.only_with(bool(_CHAT.value), "is read only with --chat", _SYSTEM)
     cli.only_with(not _CHAT.value, "is not read with --chat", _SPECULATE)
     config = read_config(workdir)
+    if _ROLLOUTS.value is not None:
+        check(config.model, str(_ROLLOUTS.value), int(_SAMPLES.value or 0))
     tokenizer = find_tokenizer(workdir, chat=bool(_CHAT.value))
     mesh, options, limit = _mesh(config), _options(config, tokenizer), int(_TOKENS.value or 0)
     texts = _Texts(prompts, config, tokenizer)
     with jax.set_mesh(mesh):
         variables = parameters.read_variables(workdir, config.model, mesh=mesh, step=_STEP.value)
-        if _CHAT.value:
+        if _ROLLOUTS.value is not None:
+            _roll_out(config, tokenizer, prompts, variables)
+        elif _CHAT.value:
             stream = functools.partial(sampling.stream, config.model, variables)
             _talk(prompts or _typed(), tokenizer, lambda row: stream([row], limit, options))
         elif _SPECULATE.value:
@@ -230,9 +290,10 @@ def run() -> None:
         main,
         required=("workdir",),
         examples=(
-            'python scripts/generate.py --workdir=/tmp/quickstart --prompt="Once upon a time"',
-            'python scripts/generate.py --workdir=/tmp/quickstart --prompt="def " --tokens=64 --temperature=0',
-            "python scripts/generate.py --workdir=/tmp/chat --chat",
-            'python scripts/generate.py --workdir=/tmp/mtp --prompt="def " --temperature=0 --speculate',
+            'moe generate --workdir=/tmp/quickstart --prompt="Once upon a time"',
+            'moe generate --workdir=/tmp/quickstart --prompt="def " --tokens=64 --temperature=0',
+            "moe generate --workdir=/tmp/chat --chat",
+            "moe generate --workdir=/tmp/chat --chat --prompts=p.jsonl --reward=mine:score --rollouts=/tmp/r/a.jsonl",
+            'moe generate --workdir=/tmp/mtp --prompt="def " --temperature=0 --speculate',
         ),
     )

@@ -26,9 +26,11 @@ from moe.config import (
 )
 from moe.data import folders, pipeline, policy, rollouts
 from moe.data.engines import EngineName
+from moe.data.tokenizer import train_tokenizer
 from moe.data.tokenizer_files import find_tokenizer
+from moe.models.sampling import make_sampler
 from moe.parallel.mesh import make_mesh
-from moe.posttraining import make_program
+from moe.posttraining import make_program, sampling
 from moe.posttraining.grpo import PolicyObjective, divergence, token_terms, token_weights
 from moe.training.batches import forward, place
 from moe.training.loop import train
@@ -456,3 +458,39 @@ def test_impossible_settings_of_a_policy_run_are_refused(start, place_of_run):
         make_program(texts, make_mesh(texts.mesh, ONE))
     with pytest.raises(ConfigError, match="holds rollouts"):
         pipeline.prepare_run(texts, tokenizer=find_tokenizer(start["start.checkpoint"]), progress=lambda _: None)
+
+
+def test_sampled_and_scored_prompts_are_rollouts_that_train(model, tmp_path, monkeypatch):
+    """The written file is read as a dataset of this model: log-probabilities and experts of every sampled token."""
+    tokens = train_tokenizer(["the cat sat on the mat " * 40], 290)
+    texts = ["the cat", "on"]
+    prompts = [tokens.encode(text).tolist() for text in texts]
+    seen = []
+
+    def reward(prompt, completion):
+        seen.append((prompt, completion))
+        return len(completion)
+
+    model = nnx.merge(*random_parameters(dataclasses.replace(model.config, vocab_size=290)))
+    sampler = make_sampler(model.config, 3, (tokens.eos_id,))
+    task = sampling.TextTask(tokens, reward, dict(zip(map(tuple, prompts), texts, strict=True)))
+    variables = nnx.to_pure_dict(nnx.state(model))
+    groups = list(sampling.sample_groups(sampler, variables, prompts, task, samples=2, seed=5))
+    sampling.write_groups(str(tmp_path / "rollouts" / "a.jsonl"), groups)
+    assert [prompt for prompt, _ in seen] == ["the cat"] * 2 + ["on"] * 2
+    reader = policy.Reader(model.config, PolicyConfig(), 16)
+    lines = (tmp_path / "rollouts" / "a.jsonl").read_text().splitlines()
+    assert len(lines) == 2
+    for line, prompt in zip(lines, prompts, strict=True):
+        fields = json.loads(line)
+        for one, example in zip(fields["completions"], reader.examples(rollouts.document(fields)), strict=True):
+            assert example["tokens"].tolist() == (prompt + one["tokens"])[:-1]
+            np.testing.assert_allclose(example["log_probs"][len(prompt) - 1 :], one["log_probs"], rtol=1e-6)
+            assert example["experts"].shape == (len(example["tokens"]), 2, 2)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "the cat"}\n\n{"text": "on"}\n')
+    with pytest.raises(ConfigError, match=r'line 3: must be an object with a string "prompt"'):
+        sampling.read_prompts(str(tmp_path / "prompts.jsonl"))
+    (tmp_path / "prompts.txt").write_text("the cat\non\n")
+    assert sampling.read_prompts(str(tmp_path / "prompts.txt")) == texts
+    with pytest.raises(ConfigError, match=r"must end in \.jsonl"):
+        sampling.check(model.config, "rollouts.json", 2)
