@@ -22,7 +22,7 @@ from moe.system import metrics_files
 from moe.system.metrics_files import METRICS, MetricsWriter
 from moe.training import metric_writers, report
 from moe.training.loop import train
-from moe.training.metric_writers import TensorBoard, WeightsAndBiases, find_writers
+from moe.training.metric_writers import TensorBoard, Trackio, WeightsAndBiases, find_writers
 from tests.run_helpers import ONE, SETTINGS, tiny
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
@@ -95,7 +95,7 @@ def test_a_users_writer_gets_every_row_and_may_change_on_resume(module, director
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("csv", "must be one of tensorboard, wandb, or module:function"),
+        ("csv", "must be one of tensorboard, wandb, trackio, or module:function"),
         ("my_writers:line", "has no 'line'; did you mean 'lines'"),
         ("my_writers:number", "must be a function"),
         ("os:getcwd", r"must be a function \(workdir, config, step\) -> writer"),
@@ -271,7 +271,8 @@ def test_writers_are_closed_if_a_later_one_cannot_be_opened(monkeypatch, tmp_pat
     assert closed == ["first"]
 
 
-def test_weights_and_biases_continues_a_run_and_takes_histograms(monkeypatch, tmp_path):
+@pytest.mark.parametrize(("name", "kind"), [("wandb", WeightsAndBiases), ("trackio", Trackio)])
+def test_a_tracker_continues_a_run_and_takes_histograms(name, kind, monkeypatch, tmp_path):
     calls = []
     stub = types.SimpleNamespace(
         init=lambda **named: calls.append(("init", named)) or run,
@@ -280,21 +281,22 @@ def test_weights_and_biases_continues_a_run_and_takes_histograms(monkeypatch, tm
     run = types.SimpleNamespace(
         log=lambda values, step: calls.append(("log", step, values)), finish=lambda: calls.append(("finish",))
     )
-    monkeypatch.setitem(sys.modules, "wandb", stub)
+    monkeypatch.setitem(sys.modules, name, stub)
     monkeypatch.delenv("WANDB_MODE", raising=False)
     for step in (0, 3):
-        writer = WeightsAndBiases(epath.Path(tmp_path), {"seed": 7}, step)
+        writer = kind(epath.Path(tmp_path), {"seed": 7}, step)
         writer.write(step + 1, "train", ROW)
         writer.close()
     (_, first), (_, step, values), _, (_, second), *_ = calls
-    assert first == second  # the same id: the run is continued
-    assert (first["mode"], first["resume"], first["config"]) == ("offline", "allow", {"seed": 7})
+    assert first == second  # the same id or name: the run is continued
+    assert (first["resume"], first["config"]) == ("allow", {"seed": 7})
+    assert first.get("mode") == ("offline" if name == "wandb" else None)
     assert (step, values["train/loss"], values["train/router_entropy/1"]) == (1, 2.5, 0.25)
     assert values["train/expert_load/0"] == [[0.5, 0.5, 0.0], [0, 1, 2, 3]]
     assert calls[-1] == ("finish",)
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ConfigError, match="needs the package wandb"):
-        WeightsAndBiases(epath.Path(tmp_path), {}, 0)
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ConfigError, match=f"needs the package {name}"):
+        kind(epath.Path(tmp_path), {}, 0)
 
 
 def test_every_name_is_a_writer():

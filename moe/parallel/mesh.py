@@ -130,9 +130,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     sizes = [len(devices) // fixed if size == -1 else size for size in sizes]
     if int(np.prod(sizes)) != len(devices):
         settings = ", ".join(f"mesh.{axis}={getattr(config, axis)}" for axis in axes)
+        more = ""
+        if devices[0].platform == "cpu" and fixed > len(devices):
+            flag = f"--xla_force_host_platform_device_count={fixed}"
+            more = f"; XLA_FLAGS={flag} in front of the command makes {fixed} devices of this computer's CPU"
         raise ConfigError(
             f"{settings}: the sizes must multiply to the number of devices, {len(devices)}; "
-            "set one of them to -1 to use all remaining devices"
+            f"set one of them to -1 to use all remaining devices{more}"
         )
     return Mesh(_arrange(axes, sizes, devices), axes, axis_types=(AxisType.Auto,) * len(axes))
 

@@ -9,13 +9,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from moe.atomic_files import write_atomic
 from moe.config import ConfigError, ModelConfig
 from moe.data.rollouts import Group
 from moe.data.tokenizer import Tokenizer
-from moe.foreign_files import dumps, loads
 from moe.models.sampling import Rollout, Sampler
 from moe.posttraining.online import make_groups
+from moe.system.atomic_files import write_atomic
+from moe.system.foreign_files import dumps, loads
 
 #: Reward of a completion's text, given its prompt's.
 Reward = Callable[[str, str], float]

@@ -206,8 +206,30 @@ class WeightsAndBiases:
         self._run.finish()
 
 
+class Trackio(WeightsAndBiases):
+    """Writer to Trackio (``pip install trackio``), Hugging Face's: local, unless TRACKIO_SPACE_ID names a Space.
+
+    Its runs and histograms are called as those of Weights & Biases; ``trackio show`` opens the pages.
+    """
+
+    def __init__(self, workdir: epath.Path, config: dict[str, Any], step: int):
+        del step  # a run of the same name is continued
+        try:
+            import trackio  # noqa: PLC0415  # pyright: ignore[reportMissingImports]
+        except ImportError as error:
+            raise ConfigError("train.writers='trackio': needs the package trackio; install it with pip") from error
+        self._histogram = trackio.Histogram
+        self._run = trackio.init(
+            project="moe",
+            name=f"{workdir.name}-{hashlib.sha256(os.fspath(workdir).encode()).hexdigest()[:8]}",
+            resume="allow",
+            space_id=os.environ.get("TRACKIO_SPACE_ID"),
+            config=config,
+        )
+
+
 #: One entry per name that train.writers may have, beside module:function.
-WRITERS: dict[str, Factory] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
+WRITERS: dict[str, Factory] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases, "trackio": Trackio}
 
 
 def find_writers(names: Sequence[str]) -> list[Factory]:

@@ -19,9 +19,10 @@ from moe.data import chat, objectives, pipeline, rollouts
 from moe.data.tokenizer import Tokenizer
 from moe.models import sampling
 from moe.models.state import TrainState
+from moe.system import process
 from moe.system.atomic_files import write_atomic, write_figure
 from moe.system.escaping import FIGURE_TEXT, terminal
-from moe.system.metrics_files import METRICS, iterate_rows
+from moe.system.metrics_files import METRICS, TIMING, iterate_rows
 from moe.training.metrics import shown_terms
 from moe.training.step import Program
 
@@ -61,12 +62,26 @@ def finish(
     text = terminal(text)  # it quotes documents, and a model that learnt them
     write_atomic(directory / "report.txt", text + "\n")
     say(f"\n{text}\n\nIn {directory}: {', '.join(_files(directory))}")
+    say(f"{_spent(directory)}The figure: {directory / 'training.png'}")
 
 
 def _files(directory: epath.Path) -> list[str]:
     """Names of what the end of a run points to."""
     events = ["tensorboard/"] if (directory / "tensorboard").exists() else []
     return ["report.txt", "training.png", METRICS, *events, "checkpoints/"]
+
+
+def _spent(directory: epath.Path) -> str:
+    """Sentence on what the time of this process went to; "" where no step was timed."""
+    timed = [row for row in iterate_rows(directory / TIMING) if row["kind"] == "timing"]
+    if len(timed) < 2:
+        return ""
+    each = float(np.median([row["step_seconds"] for row in timed[1:]]))  # the first row may count the compilation
+    return (
+        f"{process.seconds_running():.0f} s since the start of this program; a step takes {each:.2f} s, so that "
+        f"{timed[-1]['step']} steps take {each * timed[-1]['step']:.0f} s, and the rest went to preparing the data, "
+        "compiling, evaluations, checkpoints and this report.\n"
+    )
 
 
 def _shown(row: dict[str, Any], last: int) -> dict[str, Any]:

@@ -51,6 +51,36 @@ def test_holm_by_hand():
     assert inference.holm([0.6, 0.7]) == [1.0, 1.0]  # 0.6·2, but at most 1
 
 
+def test_intervals_corrections_power_and_the_pooled_model_are_those_of_statsmodels():
+    """An implementation that shares no code with this one."""
+    pytest.importorskip("statsmodels")
+    import pandas as pd
+    import statsmodels.formula.api as formulas
+    from statsmodels.stats import multitest, power, weightstats
+
+    rng = np.random.default_rng(3)
+    values = rng.normal(0.03, 0.05, 10)
+    theirs = weightstats.DescrStatsW(values)
+    ours = inference.effect(values)
+    np.testing.assert_allclose((ours.low, ours.high), theirs.tconfint_mean(0.05), rtol=1e-9)
+    assert ours.p == pytest.approx(theirs.ttest_mean(0)[1], rel=1e-9)
+    p_values = rng.uniform(0, 0.1, 8)
+    np.testing.assert_allclose(
+        inference.holm(p_values), multitest.multipletests(p_values, method="holm")[1], rtol=1e-12
+    )
+    detected = power.TTestPower().solve_power(nobs=10, alpha=0.05, power=0.8)
+    assert inference.smallest_detectable(0.05, 10) == pytest.approx(0.05 * float(detected), rel=1e-4)
+    losses = {arm: {seed: float(rng.normal(3, 0.1)) for seed in range(4)} for arm in ("a", "b", "c")}
+    del losses["c"][1]
+    cells = [(arm, str(seed), loss) for arm, of_arm in losses.items() for seed, loss in of_arm.items()]
+    table = pd.DataFrame(cells, columns=["arm", "seed", "loss"])
+    fitted = formulas.ols("loss ~ C(arm) + C(seed)", table).fit()
+    pooled = inference.pooled(losses, "a")["c"]
+    name = "C(arm)[T.c]"
+    assert pooled.mean == pytest.approx(fitted.params[name], rel=1e-9)
+    np.testing.assert_allclose((pooled.low, pooled.high), fitted.conf_int().loc[name], rtol=1e-9)
+
+
 def test_pitman_morgan_by_hand():
     # Sums (1,-1,2,-2), differences (1,-1,-2,2): r = (1 + 1 - 4 - 4)/10 = -0.6, t = -0.6·√2/0.8 = -1.06066, and with
     # two degrees of freedom p = (1 - |t|/sqrt(2 + t²))/2 = (1 - 0.6)/2. Variances 2/3 and 8/3.

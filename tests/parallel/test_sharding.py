@@ -348,8 +348,10 @@ def test_any_axis_may_span_hosts_with_gpus():
 
 @pytest.mark.parametrize("sizes", [{"data": 3}, {"expert": 3}, {"expert": 16}, {"data": 4, "fsdp": 1}], ids=str)
 def test_make_mesh_refuses_sizes_that_do_not_multiply_to_the_devices(sizes):
-    with pytest.raises(ConfigError, match=r"mesh\.data=.*must multiply to the number of devices, 8"):
+    with pytest.raises(ConfigError, match=r"mesh\.data=.*must multiply to the number of devices, 8") as refused:
         make_mesh(MeshConfig(**sizes))
+    more = "XLA_FLAGS=--xla_force_host_platform_device_count=16 in front of the command makes 16 devices"
+    assert (more in str(refused.value)) == (sizes == {"expert": 16})
 
 
 MODELS = [
