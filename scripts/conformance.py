@@ -18,10 +18,22 @@ from typing import Any
 
 from moe.system import process
 
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def _arguments() -> argparse.Namespace:
+    """The command line; --help ends the program before JAX is imported."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    beside = ROOT.parent / "shared" / "parity" / "layers"
+    parser.add_argument("--layers", type=Path, default=beside if beside.exists() else None, help="npz files of layers")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results" / "conformance.md", help="table to write")
+    return parser.parse_args()
+
+
 if __name__ == "__main__":
+    _arguments()
     process.prepare()  # before JAX is imported; may restart this program
 
-ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Most of the time goes into compiling programs that run once.
 FLAGS = ("--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true")
@@ -284,11 +296,7 @@ def table(rows: list[Row]) -> str:
 
 def main() -> int:
     """Print rows as they are measured and write the table; the exit status says whether all passed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    beside = ROOT.parent / "shared" / "parity" / "layers"
-    parser.add_argument("--layers", type=Path, default=beside if beside.exists() else None)
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results" / "conformance.md")
-    arguments = parser.parse_args()
+    arguments = _arguments()
     rows = []
     if not arguments.layers:
         print("no layers of other libraries: --layers=FOLDER names npz files of them")

@@ -11,13 +11,10 @@ if __name__ == "__main__":
     process.use_tpu_compiler()  # before JAX: counting needs no accelerator
 
 import sys
-from pathlib import Path
 
-from moe.config import load_python_file
-from moe.config.parse import from_config_dict
-from moe.models.flops import count_parameters
+from moe.programs import cli
+from moe.system import shipped
 
-CONFIGS = Path(__file__).parents[1] / "configs"
 #: Largest deviation from a published number for which no exact count is known: GShard's, Switch-Large's.
 MOST = 0.07
 #: Embedding table of gpt-oss, which its published active counts leave out and ours do not.
@@ -71,11 +68,15 @@ PUBLISHED = {
 
 def main() -> None:
     """Print the table; exit code 1 if a count that must be exact is not."""
+    from moe.config import load_python_file
+    from moe.config.parse import from_config_dict
+    from moe.models.flops import count_parameters
+
     print(f"{'config':34} {'total':>19} {'active':>16} {'published':>16}  exact")
     wrong = False
     for name, (total_text, active_text, exact_total, exact_active) in PUBLISHED.items():
         module, _, size = name.partition(":")
-        get_config = load_python_file(CONFIGS / f"{module}.py").get_config
+        get_config = load_python_file(shipped.CONFIGS / f"{module}.py").get_config
         total, active = count_parameters(from_config_dict(get_config(size) if size else get_config()).model)
         checks = [ours == theirs for ours, theirs in ((total, exact_total), (active, exact_active)) if theirs]
         if checks:
@@ -90,4 +91,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -25,8 +25,7 @@ from typing import Any
 
 from absl import flags
 
-from moe.benchmarks import gpu_kernels
-from moe.benchmarks.gpu_kernels import Sizes
+from moe.benchmarks.gpu_sizes import Sizes
 from moe.programs import cli
 
 _NAME = flags.DEFINE_string("name", "", "Name of the page; empty: from the GPU's name.")
@@ -252,12 +251,26 @@ def _profile(path: Path) -> Iterator[str]:
         yield f"| `{name[:80]}` | {100 * time_of / total:.1f} % |"
 
 
+def grouped_matmuls(sizes: Sizes) -> Iterator[str]:
+    """Kernels of grouped matmuls."""
+    from moe.benchmarks import gpu_kernels
+
+    yield from gpu_kernels.grouped_matmuls(sizes, _CALLS.value)
+
+
+def large_groups(sizes: Sizes) -> Iterator[str]:
+    """Groups that are computed in row blocks."""
+    from moe.benchmarks import gpu_kernels
+
+    yield from gpu_kernels.large_groups(sizes, _CALLS.value)
+
+
 SECTIONS: dict[str, Callable[[Sizes], Iterator[str]]] = {
     "Device": device,
     "Parity with the oracle": parity,
     "Mixtral's layer": layer,
-    "Grouped matmuls": lambda sizes: gpu_kernels.grouped_matmuls(sizes, _CALLS.value),
-    "Large groups": lambda sizes: gpu_kernels.large_groups(sizes, _CALLS.value),
+    "Grouped matmuls": grouped_matmuls,
+    "Large groups": large_groups,
     "Grouped matmul beside PyTorch's": pytorch,
     "Attention": attention,
     "Train step and profile": train_step,

@@ -32,7 +32,9 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from absl import app, flags, logging
+from absl import flags, logging
+
+from moe.programs import cli
 
 _KILLS = flags.DEFINE_integer("kills", 50, "Total number of kills.", lower_bound=1)
 _PER_LIFE = flags.DEFINE_integer("per_life", 5, "Kills of one run before it is left to finish.", lower_bound=1)
@@ -248,10 +250,8 @@ def kill_runs(folder: Path) -> int:
     return 0 if survived == sum(places.values()) else 1
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
     """Parse flags and run."""
-    del argv
-    logging.set_verbosity(logging.WARNING)
     if _FOLDER.value:
         sys.exit(kill_runs(Path(_FOLDER.value).resolve()))
     with tempfile.TemporaryDirectory() as folder:
@@ -259,4 +259,10 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(
+        main,
+        examples=(
+            "python scripts/kill_runs.py --kills=50",
+            "python scripts/kill_runs.py --kills=5 --folder=/tmp/kills",
+        ),
+    )

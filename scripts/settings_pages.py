@@ -10,14 +10,25 @@ import typing
 from collections.abc import Iterator
 from pathlib import Path
 
-from moe.config.mixers import Mixer
-from moe.config.moe_section import MoEConfig
-from moe.config.registry import LAYERS
-from moe.config.schema import Config
-from moe.routing.interface import Gate
-from moe.system.atomic_files import write_atomic
-from moe.system.escaping import markdown_table
-from moe.system.fields import type_hints
+
+def _folder() -> Path:
+    """The command line's folder; --help ends the program before JAX is imported."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="folder of the pages, docs/settings")
+    return parser.parse_args().folder
+
+
+if __name__ == "__main__":
+    _folder()
+
+from moe.config.mixers import Mixer  # noqa: E402
+from moe.config.moe_section import MoEConfig  # noqa: E402
+from moe.config.registry import LAYERS  # noqa: E402
+from moe.config.schema import Config  # noqa: E402
+from moe.routing.interface import Gate  # noqa: E402
+from moe.system.atomic_files import write_atomic  # noqa: E402
+from moe.system.escaping import markdown_table  # noqa: E402
+from moe.system.fields import type_hints  # noqa: E402
 
 _HEAD = """# Settings of {title}
 
@@ -141,8 +152,5 @@ def _constants(layer: MoEConfig) -> str:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, help="Folder of the pages, docs/settings.")
-    folder = parser.parse_args().folder
     for name, page in pages().items():
-        write_atomic(folder / name, page)
+        write_atomic(_folder() / name, page)

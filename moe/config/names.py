@@ -20,6 +20,32 @@ from moe.system.fields import ConfigError, item_name, type_hints
 GATE, MIXER = "model.moe.gate", FIELD
 NAMED: Mapping[str, type] = types.MappingProxyType({GATE: Gate, MIXER: Mixer})
 
+#: Names of other libraries, and short ones, by those here.
+_SYNONYMS = {
+    "lr": "learning_rate",
+    "wd": "weight_decay",
+    "bs": "batch_size",
+    "steps": "num_steps",
+    "max_steps": "num_steps",
+    "warmup": "warmup_steps",
+    "seq_len": "sequence_length",
+    "max_seq_len": "sequence_length",
+    "hidden_size": "d_model",
+    "intermediate_size": "d_ff",
+    "moe_intermediate_size": "d_ff",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "n_experts": "num_experts",
+    "num_local_experts": "num_experts",
+    "n_routed_experts": "num_experts",
+    "top_k": "k",
+    "num_experts_per_tok": "k",
+    "temp": "temperature",
+    "aux_loss_coef": "balance",
+    "router_aux_loss_coef": "balance",
+}
+
 
 def field_types(cls: type) -> dict[str, typing.Any]:
     """Type of every field of a dataclass, without class attributes."""
@@ -114,12 +140,30 @@ def no_such_field(name: str, fields: Iterable[str], path: str) -> str:
         path: of the section, which ends in a dot or is empty.
     """
     fields = list(fields)
+    meant = _SYNONYMS.get(name, name)
+    moved = flat.place_of(name) if path in ("model.moe.", "moe.") else meant if meant in fields else ""
     near = difflib.get_close_matches(name, fields, n=1)
-    moved = flat.place_of(name) if path in ("model.moe.", "moe.") else ""
-    nearest = moved or (near[0] if near else "")
+    nearest = f"{path}{moved}" if moved else _elsewhere(meant, path) or (f"{path}{near[0]}" if near else "")
     return f"{path}{name}: no such field; " + (
-        f"did you mean {path}{nearest}?" if nearest else f"fields here: {', '.join(fields)}"
+        f"did you mean {nearest}?" if nearest else f"fields here: {', '.join(fields)}"
     )
+
+
+def _elsewhere(name: str, path: str) -> str:
+    """Dotted name of the setting or section of this name in another section, the nearest to the path; "" if none."""
+    found = [place for place in _places(Config, "") if place.rpartition(".")[2] == name]
+    if any(name in field_types(type(layer.gate)) for layer in LAYERS.values() if layer.gate is not None):
+        found.append(f"{GATE}.{name}")
+    sections = path.split(".")
+    return max(found, key=lambda place: sum(map(str.__eq__, place.split("."), sections)), default="")
+
+
+def _places(cls: type, path: str) -> Iterator[str]:
+    """Dotted names of all sections and settings of a section's dataclass."""
+    for name, hint in field_types(cls).items():
+        yield f"{path}{name}"
+        if dataclasses.is_dataclass(hint):
+            yield from _places(typing.cast(type, hint), f"{path}{name}.")
 
 
 def leaves(tree: Mapping[str, typing.Any], section: str = "") -> Iterator[tuple[str, typing.Any]]:

@@ -9,28 +9,24 @@ claims.md, paper_tables.md, sizes.md and switch_or_mixtral.md. --output=DIR2 wri
 in DIR/progress.log; TensorBoard on DIR/runs compares them.
 """
 
+from __future__ import annotations
+
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from absl import flags
 
-from moe.benchmarks import train_steps
-from moe.config import ConfigError
-from moe.lab import merging, step_seconds
-from moe.lab.claims.registration import CLAIMS_FILE, Registered, read_claims
-from moe.lab.loading import load_suite, load_suites, with_seeds
-from moe.lab.records import read_all
-from moe.lab.report import answer, claims_page, page, paper_tables, sizes
-from moe.lab.report.missing import missing
-from moe.lab.running import jobs, runner
-from moe.lab.suite import Suite
-from moe.lab.table import Table
 from moe.programs import cli
 from moe.system import shipped
 from moe.system.checkout import commit
-from moe.system.fields import whole_number
-from moe.training import progress
+from moe.system.fields import ConfigError, whole_number
+
+if TYPE_CHECKING:
+    from moe.lab.claims.registration import Registered
+    from moe.lab.suite import Suite
+    from moe.lab.table import Table
 
 _SUITE = flags.DEFINE_string("suite", None, "Name of a suite, or file with get_suite(size); or FILE.py:ARGUMENT.")
 _WORKDIR = cli.define_path(
@@ -57,6 +53,15 @@ _CLAIMS = flags.DEFINE_bool("claims", False, "Only write the pages over all suit
 
 def main() -> None:
     """Train, measure and report as the flags say."""
+    from moe.lab import merging
+    from moe.lab.claims.registration import CLAIMS_FILE, read_claims
+    from moe.lab.loading import load_suite, load_suites, with_seeds
+    from moe.lab.records import read_all
+    from moe.lab.report import page
+    from moe.lab.report.missing import missing
+    from moe.lab.running import jobs, runner
+    from moe.training import progress
+
     workdir = Path(_WORKDIR.value) if _WORKDIR.value else shipped.RESULTS
     output = Path(_OUTPUT.value or _WORKDIR.value or ".")
     if _CLAIMS.value:
@@ -104,6 +109,10 @@ def main() -> None:
 
 def _time(suite: Suite, folder: Path) -> None:
     """Time steps of the arms and write the seconds into the folder."""
+    from moe.benchmarks import train_steps
+    from moe.lab import step_seconds
+    from moe.lab.running import runner
+
     arms = _ARMS.value or list(suite.variants)
     runner.only(suite, arms, ())
     if taught := [arm for arm in arms if suite.variants[arm].teacher]:
@@ -146,12 +155,20 @@ def _names(registered: Registered) -> list[str]:
 
 
 def _tables(suites: Mapping[str, Suite], workdir: Path) -> dict[str, Table]:
+    from moe.lab.records import read_all
+    from moe.lab.table import Table
+
     records = read_all(workdir)
     return {name: Table(suite, records) for name, suite in suites.items()}
 
 
 def _write_pages(workdir: Path, output: Path) -> None:
     """Write the pages over all suites."""
+    from moe.lab import step_seconds
+    from moe.lab.claims.registration import CLAIMS_FILE, read_claims
+    from moe.lab.loading import load_suite, load_suites
+    from moe.lab.report import answer, claims_page, paper_tables, sizes
+
     suites = _suites()
     registered = read_claims(suites / CLAIMS_FILE)
     given = load_suite(_suite_file(), _SIZE.value) if ".py" in _suite_file() else None

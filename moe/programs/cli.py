@@ -1,6 +1,7 @@
 """Command lines: flags over a config file, and errors as one sentence on stderr with exit code 1.
 
-Importing this module imports JAX, so entry points call :mod:`moe.system.process` before it.
+Importing this module does not import JAX: help, and errors in the names of flags, come at once. What parses values
+imports the config's schema, and with it JAX, so entry points call :mod:`moe.system.process` before.
 """
 
 from __future__ import annotations
@@ -17,25 +18,18 @@ import textwrap
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import app, flags, logging
-from etils import epath
 
 import moe
-from moe.config import (
-    Config,
-    ConfigError,
-    allow_modules,
-    check_path,
-    command_line,
-    extend_import_path,
-)
-from moe.config.files import Settings
-from moe.parallel import target
 from moe.system import process, shipped
-from moe.system.atomic_files import first_line, is_bucket_error
 from moe.system.escaping import terminal
+from moe.system.fields import ConfigError
+
+if TYPE_CHECKING:
+    from moe.config import Config
+    from moe.config.files import Settings
 
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show the traceback of an error.")
 # Read by _parse from the command line, since a run's config.json is checked while the other flags are parsed.
@@ -66,6 +60,8 @@ class _Path(flags.ArgumentParser):
     syntactic_help = "a path"
 
     def parse(self, argument: str) -> str:
+        from moe.config import check_path
+
         check_path("path", argument)
         return os.path.expanduser(argument)
 
@@ -140,6 +136,8 @@ def config_layers(flag: flags.FlagHolder) -> tuple[Settings, Settings, Settings]
     Raises:
         ConfigError: see :func:`moe.config.command_line.layers`.
     """
+    from moe.config import command_line
+
     workdir = flags.FLAGS["workdir"].value if "workdir" in flags.FLAGS else None
     return command_line.layers(flag.value, command_line.split(_arguments(sys.argv))[1], workdir or "")
 
@@ -150,7 +148,10 @@ def load_config(flag: flags.FlagHolder) -> Config:
     Raises:
         ConfigError: see :func:`config_layers` and :func:`moe.config.parse.from_config_dict`.
     """
-    return command_line.build_layers(*config_layers(flag))
+    from moe.config import command_line
+
+    checkpoint, file, own = config_layers(flag)
+    return command_line.build_layers(checkpoint, file, own, _shorter_warm_up(file, own))
 
 
 def run(main: Callable[[], None], required: tuple[str, ...] = (), examples: tuple[str, ...] = ()) -> None:
@@ -162,15 +163,17 @@ def run(main: Callable[[], None], required: tuple[str, ...] = (), examples: tupl
             the config.json of the workdir, if there is one.
         examples: commands for --help.
     """
-    if any(argument.lstrip("-").partition("=")[0] in _HELP for argument in sys.argv[1:] if argument.startswith("-")):
-        with process.closed_output_exits():
-            print(help_text(main.__module__, required, examples), flush=True)
-        sys.exit(0)
     if "--version" in sys.argv[1:]:
         print(f"moe-jax {moe.__version__}")
         sys.exit(0)
+    if process.asks_for_help(sys.argv):
+        with process.closed_output_exits():
+            print(help_text(main.__module__, required, examples), flush=True)
+        sys.exit(0)
     process.raise_on_stop_signals()
     process.harden_streams()
+    if problem := _problem(sys.argv, required, examples):
+        sys.exit(terminal(f"error: {problem}"))
     _extend_import_path(sys.argv)
     flags.mark_flags_as_required(list(required))
     for name in required:
@@ -202,7 +205,57 @@ def run(main: Callable[[], None], required: tuple[str, ...] = (), examples: tupl
     app.run(guarded, flags_parser=parse)
 
 
-_HELP = ("help", "helpshort", "helpfull", "h", "?")
+def _problem(argv: list[str], required: Sequence[str], examples: Sequence[str]) -> str:
+    """Sentence on the first flag that is unknown, or on those that are needed and missing; "" if there is none."""
+    given = _given(_arguments(argv)[1:])
+    known = {*flags.FLAGS, *(f"no{name}" for name in flags.FLAGS if flags.FLAGS[name].boolean)}
+    for name in given:
+        if name not in known and not name.startswith(("config.", "noconfig.")):
+            near = difflib.get_close_matches(name, known, n=1)
+            nearest = f"config.{_SYNONYMS[name]}" if name in _SYNONYMS else near[0] if near else ""
+            hint = f"did you mean --{nearest}?" if nearest else "--help shows all options"
+            return f"--{name}: no such option; {hint}"
+    missing = [name for name in required if name not in given]
+    if "workdir" in given:  # which may hold a config
+        missing = [name for name in missing if name != "config"]
+    return _needed(missing, examples)
+
+
+def _given(words: Sequence[str]) -> list[str]:
+    """Names of the flags in a command line, without their values."""
+    names = []
+    rest = iter(words)
+    for word in rest:
+        if word == "--":
+            break
+        if not word.startswith("-") or word[1:2].isdigit():  # a value, perhaps negative
+            continue
+        name, equals, _ = word.lstrip("-").partition("=")
+        names.append(name)
+        if not equals and name in flags.FLAGS and not flags.FLAGS[name].boolean:
+            next(rest, None)
+    return names
+
+
+#: Other programs' options, by the setting that they are here.
+_SYNONYMS = {
+    "lr": "optimizer.learning_rate",
+    "learning_rate": "optimizer.learning_rate",
+    "batch_size": "train.batch_size",
+    "steps": "train.num_steps",
+    "num_steps": "train.num_steps",
+    "seed": "seed",
+    "dataset": "data.dataset",
+}
+
+
+def _shorter_warm_up(file: Settings, own: Settings) -> dict[str, Any]:
+    """A warm-up of a tenth of the steps, where a short trial would end before the config file's is over."""
+    name, steps = "optimizer.warmup_steps", own.get("train.num_steps")
+    if name in own or not isinstance(steps, int) or not 0 < steps <= file.get(name, 0):
+        return {}
+    print(f"{name}={steps // 10} instead of the config's {file[name]}, for train.num_steps={steps}", file=sys.stderr)
+    return {name: steps // 10}
 
 
 def help_text(module: str, required: Sequence[str], examples: Sequence[str]) -> str:
@@ -247,12 +300,17 @@ def _value_of(argv: list[str], name: str) -> str | None:
 
 def _extend_import_path(argv: list[str]) -> None:
     """Make modules that the user names, such as gates, importable from the config file's folder."""
+    from moe.config import extend_import_path
+
     if path := _value_of(argv, "config"):
         extend_import_path(path.partition(":")[0])
 
 
 def _refusal(error: Exception) -> str:
     """Sentence for an error of a setting, a disk, a bucket, memory or missing devices; "" for other errors."""
+    from moe.parallel import target
+    from moe.system.atomic_files import first_line, is_bucket_error
+
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"{error.filename or 'a file'}: {error.strerror}; free space, and run the same command again"
     if isinstance(error, (ConfigError, OSError)) or is_bucket_error(error):
@@ -272,14 +330,22 @@ def _from_jax_backends(error: Exception) -> bool:
 
 def _missing(error: Exception, required: Sequence[str], examples: Sequence[str]) -> str:
     """One sentence with all required flags that were not given; empty for another error."""
-    names = [f"--{name}" for name in required if not flags.FLAGS[name].present]
-    if "must have a value other than None" not in str(error) or not names:
+    names = [name for name in required if not flags.FLAGS[name].present]
+    return _needed(names, examples) if "must have a value other than None" in str(error) else ""
+
+
+def _needed(missing: Sequence[str], examples: Sequence[str]) -> str:
+    """Sentence on flags that are needed; "" if there are none."""
+    if not missing:
         return ""
+    names = [f"--{name}" for name in missing]
     example = f", as in {examples[0]}" if examples else ""
     return f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} needed{example}; --help shows all options"
 
 
 def _parse(argv: list[str], required: Sequence[str]) -> list[str]:
+    from moe.config import allow_modules, command_line
+
     argv = _arguments(argv)
     allow_modules(filter(None, (_value_of(argv, "allow_module") or "").split(",")))
     rest = flags.FLAGS(_with_config_file(command_line.split(argv)[0], required))
@@ -303,6 +369,8 @@ def _with_config_file(argv: list[str], required: Sequence[str]) -> list[str]:
     Raises:
         ConfigError: there is no such file; the message has the nearest name.
     """
+    from etils import epath
+
     path = _value_of(argv, "config")
     if path is None:
         workdir = _value_of(argv, "workdir")

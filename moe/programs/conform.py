@@ -12,10 +12,8 @@ from typing import cast
 
 from absl import flags
 
-from moe.config import ConfigError
-from moe.config.references import import_object
 from moe.programs import cli
-from moe.system.fields import whole_number
+from moe.system.fields import ConfigError, whole_number
 
 _NPZ = cli.define_path("npz", "File of weights, inputs and results (docs/conform.md).")
 _LAYER = flags.DEFINE_string("layer", None, "JAX layer as package.module:function.")
@@ -49,6 +47,7 @@ _EXAMPLE = "moe.conformance.example:layer"
 
 def main() -> None:
     """Parse flags, compare and print; exit with 1 where the layer does not conform."""
+    from moe.config.references import import_object
     from moe.conformance import evidence
     from moe.conformance.diagnosis import diagnose, page
     from moe.conformance.equations import Activation, Rule, Score

@@ -8,8 +8,8 @@ import json
 
 from absl import flags
 
-from moe.config import ConfigError
 from moe.programs import cli
+from moe.system.fields import ConfigError
 
 _WORKDIR = cli.define_path("workdir", "Folder of a run or an import.")
 _TASKS = flags.DEFINE_list("tasks", None, "Names of tasks or groups of tasks.")

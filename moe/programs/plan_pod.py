@@ -9,6 +9,8 @@ a plan down in docs/results/predictions.jsonl, before a number is known. Needs t
 pip install "jax[tpu]" or "jax[cuda13]". docs/pods.md is the guide.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import hashlib
 import json
@@ -16,14 +18,17 @@ import shlex
 import sys
 from collections import ChainMap
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from moe.config import Config, ConfigError, command_line
 from moe.programs import cli
 from moe.system import shipped
 from moe.system.atomic_files import write_atomic
+from moe.system.fields import ConfigError
+
+if TYPE_CHECKING:
+    from moe.config import Config
 
 _CONFIG = cli.define_config()
 _TOPOLOGY = flags.DEFINE_string(
@@ -77,6 +82,8 @@ def main() -> None:
     if _HF.value:
         _plan_by_shapes()
         return
+    from moe.config import command_line
+
     layers = cli.config_layers(_CONFIG)
     choose_remat = ChainMap(*map(dict, reversed(layers))).get("model.remat") == "fit"
     config = command_line.build_layers(*layers, {"model.remat": "full"} if choose_remat else {})

@@ -2,12 +2,7 @@
 
 from absl import flags
 
-from moe import posttraining
-from moe.parallel.mesh import join_processes
 from moe.programs import cli
-from moe.system import compilation_cache, signals
-from moe.training import profiling
-from moe.training.loop import train
 
 _CONFIG = cli.define_config()
 _WORKDIR = cli.define_path("workdir", "Folder for checkpoints, metrics and reports; created if missing.")
@@ -20,6 +15,12 @@ _PROFILE = flags.DEFINE_string("profile", None, "STEP:COUNT: trace COUNT steps f
 
 def main() -> None:
     """Parse flags and train."""
+    from moe import posttraining
+    from moe.parallel.mesh import join_processes
+    from moe.system import compilation_cache, signals
+    from moe.training import profiling
+    from moe.training.loop import train
+
     config = cli.load_config(_CONFIG)
     if _DISTRIBUTED.value:
         join_processes()

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -28,8 +28,19 @@ _JEMALLOC_CONF = "dirty_decay_ms:-1,muzzy_decay_ms:-1,thp:always"
 _IMPORTED = time.monotonic()  # the start of the process where there is no /proc
 
 
+#: Flags that print something and end the program.
+_SHOWS = ("help", "helpshort", "helpfull", "h", "?", "version")
+
+
+def asks_for_help(argv: Sequence[str]) -> bool:
+    """Whether a command line asks only for its help, or the version."""
+    return any(word.lstrip("-").partition("=")[0] in _SHOWS for word in argv[1:] if word.startswith("-"))
+
+
 def prepare() -> None:
     """Set up this process; entry points call it before importing anything that imports JAX. May restart the program."""
+    if asks_for_help(sys.argv):
+        return
     _open_standard_streams()
     _exit_on_stop_signals()
     _check_environment()
