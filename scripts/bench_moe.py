@@ -360,4 +360,10 @@ def _write(setting: dict[str, Any], rows: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(
+        main,
+        examples=(
+            "python scripts/bench_moe.py --shapes=A,B --modes=gather,dropless --repeats=9",
+            "python scripts/bench_moe.py --topology=v5p:2x2x2 --shapes=A --dtype=bfloat16",
+        ),
+    )

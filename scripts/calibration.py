@@ -325,4 +325,10 @@ def write(known: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(
+        main,
+        examples=(
+            "python scripts/calibration.py",
+            "python scripts/calibration.py --only=NAME",
+        ),
+    )

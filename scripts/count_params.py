@@ -91,4 +91,10 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(
+        main,
+        examples=(
+            "python scripts/count_params.py",
+            "python scripts/count_params.py | grep mixtral",
+        ),
+    )

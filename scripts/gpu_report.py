@@ -339,4 +339,10 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(
+        main,
+        examples=(
+            "python scripts/gpu_report.py",
+            "python scripts/gpu_report.py --dry --calls=1",
+        ),
+    )

@@ -245,4 +245,10 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(
+        main,
+        examples=(
+            "python scripts/mfu.py",
+            "python scripts/mfu.py --remat=none,dots,full",
+        ),
+    )

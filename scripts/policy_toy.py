@@ -126,4 +126,10 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, examples=("python scripts/policy_toy.py --engine_dtype=float32 --router_noise=0.3",))
+    cli.run(
+        main,
+        examples=(
+            "python scripts/policy_toy.py --seeds=5 --steps=100",
+            "python scripts/policy_toy.py --engine_dtype=float32 --router_noise=0.3",
+        ),
+    )

@@ -96,4 +96,10 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(
+        main,
+        examples=(
+            "python scripts/save_cost.py --pairs=8",
+            "python scripts/save_cost.py --config=tiny --window=2 --pairs=6",
+        ),
+    )

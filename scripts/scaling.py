@@ -101,4 +101,10 @@ def write(folder: Path, rows: list[dict], points: list) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(
+        main,
+        examples=(
+            "python scripts/scaling.py",
+            "python scripts/scaling.py --modes=dropless",
+        ),
+    )

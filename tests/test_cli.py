@@ -1,6 +1,5 @@
 """Command lines: which config file is loaded, what --help shows, and messages about what is missing."""
 
-import ast
 import importlib.metadata
 import json
 import os
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from absl import flags
 
 import moe
 from moe.config import ConfigError, build_layers, inherited, read_run, to_dict
@@ -177,7 +177,7 @@ def test_every_command_is_a_program_and_an_entry_point():
     for name, target in scripts.items():
         program, _ = commands.COMMANDS[name.removeprefix("moe-")]
         assert getattr(commands, target.partition(":")[2]).args == (program,)
-    programs = {path.stem for path in (ROOT / "moe" / "programs").glob("*.py")} - {"__init__"}
+    programs = {path.stem for path in (ROOT / "moe" / "programs").glob("*.py")} - {"__init__", "cli", "commands"}
     assert {program for program, _ in commands.COMMANDS.values()} == programs
     shown = subprocess.run([sys.executable, "-m", "moe", "trian"], cwd=ROOT, capture_output=True, text=True)
     assert (shown.returncode, shown.stderr) == (1, "error: moe trian: no such command; did you mean train?\n")
@@ -206,10 +206,78 @@ def test_another_distribution_with_a_package_of_the_same_name_is_named(tmp_path,
         commands.start("train")
 
 
-def test_programs_with_required_flags_have_two_examples():
-    for path in (*sorted((ROOT / "moe" / "programs").glob("*.py")), *sorted((ROOT / "scripts").glob("*.py"))):
-        calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
-        for call in calls:
-            words = {keyword.arg: keyword.value for keyword in call.keywords}
-            if getattr(call.func, "attr", "") == "run" and "required" in words:
-                assert len(ast.literal_eval(words["examples"])) >= 2, path
+_HELP = """
+import runpy, sys
+path = sys.argv[1]
+sys.argv = [path, "--help"]
+try:
+    runpy.run_path(path, run_name="__main__")
+except SystemExit as ended:
+    assert not ended.code
+assert "jax" not in sys.modules, "JAX was imported"
+"""
+
+
+@pytest.mark.parametrize(
+    "path", [ROOT / "main.py", *sorted((ROOT / "scripts").glob("*.py"))], ids=lambda path: path.stem
+)
+def test_help_of_every_program_has_one_form_and_imports_nothing_heavy(path):
+    """A program that ran would import JAX."""
+    shown = subprocess.run([sys.executable, "-c", _HELP, path], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert shown.returncode == 0, shown.stderr
+    if path.stem in ("conformance", "settings_pages"):  # for this repository alone, with argparse
+        assert "usage:" in shown.stdout
+        return
+    _, _, options = shown.stdout.partition("\noptions\n")
+    examples, _, codes = options.partition("\nexit codes")
+    assert len([line for line in examples.partition("\nexamples\n")[2].splitlines() if line.strip()]) >= 2
+    assert "130" in codes
+    assert max(map(len, shown.stdout.splitlines())) <= 115
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--confg=mixtral",), "--confg: no such option; did you mean --config?"),
+        (("--lr=1", "--workdir=x"), "--lr: no such option; did you mean --config.optimizer.learning_rate?"),
+        (("--config=mixtral",), "--workdir is needed, as in moe train --config=quickstart"),
+        ((), "--config and --workdir are needed"),
+        (("--config.mesh.data", "-1", "--nochange", "--workdir", "x", "--allow_module=a"), ""),
+    ],
+)
+def test_names_of_options_are_checked_before_anything_else(words, says, monkeypatch):
+    own = flags.FlagValues()
+    for name in NEEDED:
+        flags.DEFINE_string(name, None, "", flag_values=own)
+    flags.DEFINE_bool("change", False, "", flag_values=own)
+    flags.DEFINE_list("allow_module", [], "", flag_values=own)
+    monkeypatch.setattr(flags, "FLAGS", own)
+    problem = cli._problem(["main.py", *words], NEEDED, ("moe train --config=quickstart --workdir=/tmp/quickstart",))
+    assert problem.startswith(says)
+    assert bool(problem) == bool(says)
+
+
+def test_a_short_trial_has_a_shorter_warm_up(capsys):
+    """Of 20 steps in the file, for ten steps: a tenth, 1; not where the command line says another, nor in long runs."""
+    name, steps = "optimizer.warmup_steps", "train.num_steps"
+    assert cli._shorter_warm_up({name: 20}, {steps: 10}) == {name: 1}
+    assert "optimizer.warmup_steps=1 instead of the config's 20" in capsys.readouterr().err
+    for file, own in (({name: 20}, {steps: 10, name: 4}), ({name: 20}, {steps: 30}), ({}, {steps: 10})):
+        assert cli._shorter_warm_up(file, own) == {}
+    assert capsys.readouterr().err == ""
+
+
+def test_tab_completes_commands_configs_and_options(tmp_path):
+    script = subprocess.run(
+        [sys.executable, "-m", "moe", "completion", "bash"], cwd=ROOT, capture_output=True, text=True
+    )
+    (tmp_path / "moe").write_text(f'#!/bin/sh\nexec {sys.executable} -m moe "$@"\n')
+    (tmp_path / "moe").chmod(0o755)
+    cases = (("moe tr", 1), ("moe train --config = mixtral_8x", 4), ("moe train --work", 2))
+    lines = [f'COMP_WORDS=({words}); COMP_CWORD={place}; _moe; echo "${{COMPREPLY[@]}}"' for words, place in cases]
+    found = subprocess.run(
+        ["bash", "-c", "\n".join([script.stdout, *lines])],
+        env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, check=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert found.stdout.splitlines() == ["train translate", "mixtral_8x22b mixtral_8x7b", "--workdir="]

@@ -1,4 +1,4 @@
-"""python scripts/analyze_routing.py --workdir=WORKDIR: analyses the routing of a run's or an import's checkpoint.
+"""moe analyze --workdir=WORKDIR: analyses the routing of a run's or an import's checkpoint.
 
 Prints tables, and writes analysis.json, analysis.md, PNGs and experts.html (text coloured by expert) to --output. A run
 with several checkpoints also gets router saturation. The same seed gives the same files. docs/analysis.md explains the
@@ -69,7 +69,7 @@ def run() -> None:
         main,
         required=("workdir",),
         examples=(
-            "python scripts/analyze_routing.py --workdir=/tmp/quickstart",
-            "python scripts/analyze_routing.py --workdir=/tmp/imported --dataset=/path/to/texts --output=/tmp/page",
+            "moe analyze --workdir=/tmp/quickstart",
+            "moe analyze --workdir=/tmp/imported --dataset=/path/to/texts --output=/tmp/page",
         ),
     )

@@ -279,13 +279,19 @@ def help_text(module: str, required: Sequence[str], examples: Sequence[str]) -> 
         flags.FLAGS[name] for name in ("allow_module", "traceback")
     ]
     sections = [
-        (sys.modules[module].__doc__ or "").strip(),
+        _wrapped((sys.modules[module].__doc__ or "").strip(), width),
         "\n".join(["needed", *(describe(listed[name]) for name in required)]) if required else "",
         "\n".join(["options", *map(describe, options)]),
         "\n".join(["examples", *(f"  {example}" for example in examples)]) if examples else "",
         _EXIT_CODES,
     ]
     return "\n\n".join(filter(None, sections))
+
+
+def _wrapped(text: str, width: int) -> str:
+    """Paragraphs of a docstring in lines of this width; those with indented lines stay as they are."""
+    paragraphs = text.split("\n\n")
+    return "\n\n".join(each if "\n " in f"\n{each}" else textwrap.fill(each, width) for each in paragraphs)
 
 
 def _value_of(argv: list[str], name: str) -> str | None:

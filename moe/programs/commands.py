@@ -36,6 +36,7 @@ COMMANDS = {
     "translate": ("translate", "BLEU of a run on pairs"),
     "overlap": ("heldout_overlap", "share of held-out text that training text repeats"),
     "configs": ("configs", "the configs and suites that are installed"),
+    "completion": ("completion", "tab completion for bash, zsh and fish"),
 }
 
 
@@ -46,7 +47,7 @@ def start(program: str) -> None:
     if "MoELayer" not in getattr(moe, "__all__", ()):  # another distribution wrote over moe/__init__.py, or removed it
         others = other_owners(importlib.metadata.distributions()) or ["another distribution"]
         sys.exit(f"error: {collision(others)}")
-    if program != "configs":
+    if program not in ("configs", "completion"):
         prepare = process.use_tpu_compiler if program == "plan_pod" else process.prepare
         prepare()  # before JAX is imported; may restart this program
     importlib.import_module(f"moe.programs.{program}").run()

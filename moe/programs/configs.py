@@ -25,6 +25,9 @@ def _show(arguments: list[str]) -> None:
     if {"--help", "-h"} & {*arguments}:
         print(f"{__doc__}\n{_USAGE}")
         return
+    if arguments == ["--names"]:  # for completion
+        print(" ".join([*shipped.describe(shipped.CONFIGS), *shipped.describe(shipped.SUITES)]))
+        return
     if len(arguments) > 1:
         sys.exit(f"error: {_USAGE.splitlines()[0]}")
     if arguments:

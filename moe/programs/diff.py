@@ -1,4 +1,4 @@
-"""python scripts/diff.py --workdir=RUN_A --other=RUN_B: where two runs route, and predict, differently.
+"""moe diff --workdir=RUN_A --other=RUN_B: where two runs route, and predict, differently.
 
 Both models read the same held-out text. Their experts are matched by the best permutation; the page says how many
 tokens have the same expert in each layer, against chance and exchanged rows, and where the losses differ. Without
@@ -143,7 +143,7 @@ def run() -> None:
         main,
         required=("workdir",),
         examples=(
-            "python scripts/diff.py --workdir=/tmp/quickstart --other=/tmp/switch --output=/tmp/diff",
-            "python scripts/diff.py --workdir=/tmp/quickstart",
+            "moe diff --workdir=/tmp/quickstart --other=/tmp/switch --output=/tmp/diff",
+            "moe diff --workdir=/tmp/quickstart",
         ),
     )

@@ -1,4 +1,4 @@
-"""Held-out perplexity and bits per byte of a checkpoint, per domain: python scripts/evaluate.py --workdir=WORKDIR.
+"""Held-out perplexity and bits per byte of a checkpoint, per domain: moe evaluate --workdir=WORKDIR.
 
 WORKDIR belongs to a run or an import. The corpus is the run's own unless --dataset or --domains name another prepared
 one.
@@ -72,7 +72,7 @@ def run() -> None:
         main,
         required=("workdir",),
         examples=(
-            "python scripts/evaluate.py --workdir=/tmp/quickstart",
-            "python scripts/evaluate.py --workdir=/tmp/imported --dataset=/path/to/texts --rows=256 --json",
+            "moe evaluate --workdir=/tmp/quickstart",
+            "moe evaluate --workdir=/tmp/imported --dataset=/path/to/texts --rows=256 --json",
         ),
     )

@@ -1,4 +1,4 @@
-"""Export a checkpoint for open-source libraries: python scripts/export_hf.py --workdir=WORKDIR --out=DIR
+"""Export a checkpoint for open-source libraries: moe export --workdir=WORKDIR --out=DIR
 
 DIR gets config.json, safetensors files and the tokenizer. Tensors keep the dtype of the checkpoint (float32 for a run,
 that of the imported files for an import) unless --dtype is given; --quantized writes FP8 where the import had it;
@@ -59,8 +59,8 @@ def run() -> None:
         main,
         required=("workdir", "out"),
         examples=(
-            "python scripts/export_hf.py --workdir=/tmp/lora --out=/tmp/adapters --adapters",
-            "python scripts/export_hf.py --workdir=/tmp/quickstart --out=/tmp/exported",
-            "python scripts/export_hf.py --workdir=/tmp/imported --out=/tmp/exported --dtype=bfloat16 --layout=fused",
+            "moe export --workdir=/tmp/lora --out=/tmp/adapters --adapters",
+            "moe export --workdir=/tmp/quickstart --out=/tmp/exported",
+            "moe export --workdir=/tmp/imported --out=/tmp/exported --dtype=bfloat16 --layout=fused",
         ),
     )

@@ -1,4 +1,4 @@
-"""Import an open checkpoint: python scripts/import_hf.py --source=DIR --out=WORKDIR
+"""Import an open checkpoint: moe import --source=DIR --out=WORKDIR
 
 DIR holds config.json and safetensors files, sharded or not. WORKDIR gets config.json, checkpoints/0 and the tokenizer;
 generate, evaluate, fine-tune or export from there. One tensor at a time is in memory. Quantised weights (FP8 blocks,
@@ -35,7 +35,7 @@ def run() -> None:
         main,
         required=("source", "out"),
         examples=(
-            "python scripts/import_hf.py --source=/path/to/Mixtral-8x7B-v0.1 --out=/tmp/imported",
-            "python scripts/import_hf.py --source=allenai/OLMoE-1B-7B-0924 --out=/tmp/olmoe --dtype=bfloat16",
+            "moe import --source=/path/to/Mixtral-8x7B-v0.1 --out=/tmp/imported",
+            "moe import --source=allenai/OLMoE-1B-7B-0924 --out=/tmp/olmoe --dtype=bfloat16",
         ),
     )

@@ -1,4 +1,4 @@
-"""python scripts/surgery.py --workdir=RUN --out=NEW --prune=0.25: edit a model's experts without training.
+"""moe surgery --workdir=RUN --out=NEW --prune=0.25: edit a model's experts without training.
 
 --prune=SHARE leaves out that share of each layer's experts, those of the lowest saliency (--by): assignments
 (frequency), combine weights (weight), combine weight times norm of the output (reap), assignments times the output's
@@ -253,7 +253,7 @@ def run() -> None:
         main,
         required=("workdir", "out"),
         examples=(
-            "python scripts/surgery.py --workdir=/tmp/quickstart --out=/tmp/pruned --prune=0.25 --by=ablation",
-            "python scripts/surgery.py --workdir=/tmp/quickstart --out=/tmp/finer --split=2",
+            "moe surgery --workdir=/tmp/quickstart --out=/tmp/pruned --prune=0.25 --by=ablation",
+            "moe surgery --workdir=/tmp/quickstart --out=/tmp/finer --split=2",
         ),
     )

@@ -142,6 +142,11 @@ def test_the_message_of_an_error_is_one_line():
     [
         ("model.moe.num_expert", "did you mean model.moe.num_experts?"),
         ("modle.d_model", "did you mean model?"),
+        ("train.lr", "train.lr: no such field; did you mean optimizer.learning_rate?"),
+        ("learning_rate", "did you mean optimizer.learning_rate?"),
+        ("model.moe.top_k", "did you mean model.moe.gate.k?"),
+        ("gate.temp", "did you mean model.moe.gate?"),
+        ("data.vocab_size", "did you mean model.vocab_size?"),
         ("model.d_model.x", "model.d_model is a single value, not a section"),
         ("nothing", "fields here: seed, model, data, mesh, optimizer, train"),
     ],
