@@ -129,7 +129,7 @@ def write_config(config: Config, model_type: str = "") -> Json:
     for name in [model_type] if model_type else FAMILIES:
         result = _write_as(config, FAMILIES[name])
         try:
-            lost = _differences(config.model, _read_back(result))
+            lost = _differences(config.model, _read_back(result, config.model))
         except ConfigError as error:
             reasons.append((1000, f"{name} cannot ({error})"))
             continue
@@ -159,7 +159,7 @@ def keep_fields(source: Json, config: Config, model_type: str = "") -> Json:
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, sequence_length=length))
     kept_type = source["model_type"]
     if model_type not in ("", kept_type) or _differences(
-        config.model, _read_back(_write_as(config, FAMILIES[kept_type]))
+        config.model, _read_back(_write_as(config, FAMILIES[kept_type]), config.model)
     ):
         return write_config(config, model_type)
     ours, theirs = _write_as(config, FAMILIES[kept_type]), _write_as(before, FAMILIES[kept_type])
@@ -171,16 +171,24 @@ def keep_fields(source: Json, config: Config, model_type: str = "") -> Json:
     source = {name: value for name, value in source.items() if name not in stale}
     result = {"architectures": ours["architectures"]} | source | changed
     depth = config.model.prediction_layers  # the source states layers that were not imported, too
-    if _differences(config.model, dataclasses.replace(read_config(result).model, prediction_layers=depth)):
+    if _differences(config.model, _read_back(result | {_PREDICTION: depth}, config.model)):
         # The source also states a changed setting under another name, such as rope_parameters.
         known = {*FAMILIES[kept_type].schema.model_fields}.union(*named) - set(TOKEN_IDS)
         result = {name: value for name, value in source.items() if name not in known} | ours
     return result
 
 
-def _read_back(written: Json) -> ModelConfig:
-    """The model of a ``config.json`` written by this module, with the layers of multi-token prediction."""
-    return dataclasses.replace(read_config(written).model, prediction_layers=written.get(_PREDICTION) or 0)
+def _read_back(written: Json, model: ModelConfig) -> ModelConfig:
+    """The model of a ``config.json`` written by this module for ``model``, with the layers of multi-token prediction.
+
+    Whether the two stacks of an untied Switch have tables of their own is said by the tensors, not by this file.
+    """
+    read, family = read_config(written).model, FAMILIES[written["model_type"]]
+    read = dataclasses.replace(read, prediction_layers=written.get(_PREDICTION) or 0)
+    by_tensors = family.copies and not family.ties_by_file and not read.tie_embeddings
+    if by_tensors and model.encoder_vocab_size == read.vocab_size:
+        read = dataclasses.replace(read, encoder_vocab_size=read.vocab_size)
+    return read
 
 
 def _write_as(config: Config, family: Family) -> Json:

@@ -13,7 +13,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from moe.config import Config, ConfigError, ModelConfig, validate_mesh
+from moe.config import Config, ConfigError, ModelConfig, layer_kinds, validate_mesh
+from moe.config.mixers import GatedDelta
 from moe.interop.config_json import family_of, read_config
 from moe.interop.families.family import PREDICTION_COPIES, Family
 from moe.interop.layout import Parameter, get_leaf, is_fused, layout, set_leaf
@@ -103,6 +104,11 @@ def open_folder(
     if prediction:
         if not extra or not found:
             raise ConfigError(f"{directory}: holds no layer of multi-token prediction; import it without them")
+        if isinstance(layer_kinds(config.model)[-1].mixer, GatedDelta):  # which the prediction layer here takes over
+            raise ConfigError(
+                f"{directory}: layer_types ends with linear_attention: layers of multi-token prediction are read only "
+                "after one of full_attention; import it without them"
+            )
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, prediction_layers=extra))
         for layer in range(last, last + extra):
             block = family.block.format(layer=layer)

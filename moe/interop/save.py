@@ -100,6 +100,9 @@ def write_folder(
         for copy, original in family.copies.items():
             if copy not in named and original in named:
                 _write_group(writer, named[original], fetch, as_name=copy)
+            elif copy in named and original not in named:  # stacks with tables of their own; nothing reads the original
+                _write_group(writer, named[copy], fetch, as_name=original)
+                named[original] = named[copy]
     writer.finish()
     content = source
     if not encoders:

@@ -170,6 +170,7 @@ def test_deepseek_without_experts_is_dense(experts):
         ("glm4_moe_lite", "q_lora_rank", 768),
         ("mixtral", "max_position_embeddings", 131_072),
         ("olmoe", "max_position_embeddings", 4096),
+        ("gpt_oss", "router_aux_loss_coef", 0.001),
         ("qwen3_moe", "max_position_embeddings", 32_768),
     ],
 )
@@ -289,6 +290,30 @@ def test_a_dense_switch_survives_a_round_trip():
     source |= {"num_sparse_encoder_layers": 0, "num_sparse_decoder_layers": 0}
     config = read_open_config(source)
     assert read_open_config(keep_fields(source, config)).model == config.model
+
+
+@pytest.mark.parametrize(
+    ("first", "step", "layers"),
+    [(0, 1, [0, 1, 2, 3, 4, 5]), (1, 2, [2, 4]), (2, 2, [2, 4]), (1, 3, [3]), (3, 1, [3, 4, 5]), (9, 1, [])],
+)
+def test_steps_between_the_layers_of_deepseek_survive_a_round_trip(first, step, layers):
+    """DeepSeekMoE: layer n is MoE from the first one on where n is a multiple of the step; step 2 was not exported."""
+    source = json.loads((HERE / "deepseek" / "config.json").read_text())
+    changes = {"num_hidden_layers": 6, "first_k_dense_replace": first, "moe_layer_freq": step}
+    model = read_open_config(source | changes).model
+    assert [n for n, sparse in enumerate(sparse_layers(model)) if sparse] == layers
+    if layers:
+        written = write_config(Config(model=model), "deepseek")
+        assert sparse_layers(read_open_config(written).model) == sparse_layers(model)
+
+
+def test_a_tied_phimoe_with_a_bias_of_the_head_is_refused_by_its_own_fields():
+    source = json.loads((HERE / "phimoe" / "config.json").read_text())
+    tied = {"tie_word_embeddings": True, "lm_head_bias": True}
+    with pytest.raises(
+        ConfigError, match=r"config\.json: lm_head_bias=true: is read only with tie_word_embeddings=false"
+    ):
+        read_open_config(source | tied)
 
 
 def test_scope_of_the_balance_loss_of_deepseek():

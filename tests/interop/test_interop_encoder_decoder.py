@@ -172,6 +172,12 @@ def test_untied_stacks_have_separate_tables(tmp_path):
     np.testing.assert_array_equal(model.encoder.embedding.table[...], table + 2)
     np.testing.assert_array_equal(model.embedding.table[...], table + 3)
     np.testing.assert_array_equal(model.unembedding.kernel[...], table.T + 1)
+    save_huggingface(model, config, tmp_path / "own")
+    written = load_file(tmp_path / "own" / "model.safetensors")
+    assert written.keys() == tensors.keys()  # shared.weight, which nothing reads, is the decoder's
+    for name in (*names, "lm_head.weight"):
+        np.testing.assert_array_equal(written[name], tensors[name])
+    assert load_huggingface(tmp_path / "own")[1].model == config.model
 
     save_file(tensors | dict.fromkeys(names, table), tmp_path / "model.safetensors")
     model, config = load_huggingface(tmp_path)

@@ -75,6 +75,13 @@ def test_multi_token_prediction_is_skipped_or_imported_and_exported(tmp_path, ca
     assert json.loads((tmp_path / "out" / "config.json").read_text())["num_nextn_predict_layers"] == 1
     with pytest.raises(ConfigError, match="holds no layer of multi-token prediction"):
         import_checkpoint(NEXT, tmp_path / "none", prediction=True)
+    config = json.loads((folder / "config.json").read_text())
+    config["layer_types"][-1] = "linear_attention"  # the published models end with full attention
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        ConfigError, match=r"layer_types ends with linear_attention: layers of multi-token prediction are"
+    ):
+        import_checkpoint(folder, tmp_path / "linear", prediction=True)
 
 
 def test_the_text_model_of_a_multimodal_checkpoint_is_read(tmp_path, caplog):

@@ -1,5 +1,6 @@
 """DeepSeekMoE (v1): fine-grained and shared experts, leading dense layers. Its code is not part of transformers."""
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import pydantic
@@ -50,6 +51,16 @@ def read(source: DeepseekConfig) -> tuple[Json, Json]:
     return {"attention_bias": read_bias(source)}, moe | read_sparse_layers(chosen, num_layers)
 
 
+def _layer_fields(sparse: Sequence[bool]) -> Json:
+    """The first MoE layer and the step between them; if no step gives these layers, write_config reports what is
+    lost."""
+    layers = [n for n, is_sparse in enumerate(sparse) if is_sparse]
+    first = layers[0] if layers else len(sparse)
+    steps = range(1, len(sparse) + 1)
+    step = next((step for step in steps if layers == [n for n in range(first, len(sparse)) if n % step == 0]), 1)
+    return {"first_k_dense_replace": first, "moe_layer_freq": step}
+
+
 def write(model: ModelConfig) -> Json:
     """See :class:`Family`."""
     moe, sparse = model.moe, sparse_layers(model)
@@ -60,8 +71,7 @@ def write(model: ModelConfig) -> Json:
         "moe_intermediate_size": moe.d_ff,
         "norm_topk_prob": selection_rule(moe) is True,
         "scoring_func": "softmax",
-        "first_k_dense_replace": sparse.index(True) if any(sparse) else model.num_layers,
-        "moe_layer_freq": 1,
+        **_layer_fields(sparse),
         "seq_aux": moe.losses.scope == "sequence",
     }
 

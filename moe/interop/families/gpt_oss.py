@@ -33,7 +33,7 @@ class GptOssConfig(OpenConfig):
     sliding_window: Window = 128
     num_local_experts: NumLocalExperts = 128
     num_experts_per_tok: Count = 4
-    router_aux_loss_coef: Coefficient = 0.9
+    router_aux_loss_coef: Coefficient = 0.001
     swiglu_alpha: float = pydantic.Field(SWIGLU_SLOPE, ge=SWIGLU_SLOPE, le=SWIGLU_SLOPE)
     swiglu_limit: float = pydantic.Field(SWIGLU_LIMIT, ge=SWIGLU_LIMIT, le=SWIGLU_LIMIT)
 

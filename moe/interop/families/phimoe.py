@@ -43,6 +43,8 @@ class PhimoeConfig(OpenConfig):
 
 def read(source: PhimoeConfig) -> tuple[Json, Json]:
     """See :class:`Family`."""
+    if source.lm_head_bias and source.tie_word_embeddings:
+        raise ConfigError("config.json: lm_head_bias=true: is read only with tie_word_embeddings=false")
     model = {"layer_norm": True, "logit_bias": source.lm_head_bias, "attention_bias": read_bias(source)}
     gate = {"name": "sparse_mixer", "tolerance": source.router_jitter_noise}
     moe = {"gate": gate, "num_experts": source.num_local_experts, "jitter": source.input_jitter_noise}
