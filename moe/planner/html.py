@@ -209,6 +209,7 @@ def _block(start: float, seconds: float, total: float, width: int, y: int, colou
 
 def _memory(plan: _Json) -> str:
     memory = plan["memory"]
+    notes = "".join(f"<p>{_text(each)}.</p>" for each in plan["memory_notes"])
     kinds = "".join(
         f"<tr><td>{name}<td class=n>{memory[name] / GiB:.2f}<td style='width:50%'>"
         f"{_meter(memory[name] / memory['capacity'], '#5a9bd4')}"
@@ -221,9 +222,9 @@ def _memory(plan: _Json) -> str:
     )
     return (
         f"<h2>Memory</h2><p>{plan['memory_total'] / GiB:.2f} GiB of {memory['capacity'] / GiB:.0f} allocated; alive at "
-        f"the peak {memory['peak'] / GiB:.2f}.</p><div class=scroll><table>{kinds}</table></div><p class=mild>The "
-        "largest arrays at the peak, from the order of the program, without padding: an estimate.</p><div class=scroll>"
-        f"<table><tr><th>array<th class=n>GiB{arrays}</table></div>"
+        f"the peak {memory['peak'] / GiB:.2f}.</p>{notes}<div class=scroll><table>{kinds}</table></div><p class=mild>"
+        "The largest arrays at the peak, from the order of the program, without padding: an estimate.</p>"
+        f"<div class=scroll><table><tr><th>array<th class=n>GiB{arrays}</table></div>"
     )
 
 

@@ -38,6 +38,7 @@ class _Kept(Fields):
     tokens: Positive
     counted_seconds: Positive
     exposed_seconds: Amount
+    chip_steps: Amount
     floor_seconds: Amount = 0.0  # absent from rows of earlier prices
     kernel_seconds: Amount
     kernel_low: Amount
@@ -189,10 +190,11 @@ def sentence(kept: _Row) -> str:
     """A kept plan in a line."""
     low, high = kept["step_interval"]
     step, mfu = kept["step_seconds"], 100 * kept["mfu"]
+    new = "" if kept["chip_steps"] else "; no step of this chip was ever compared"
     return (
         f"step {step:.3g} s ({low:.3g} to {high:.3g}), MFU {mfu:.1f} % ({mfu * step / high:.1f} to "
         f"{mfu * step / low:.1f}), {kept['tokens_per_second_per_chip']:,.0f} tokens/s per chip; compiled at commit "
-        f"{kept['commit']}"
+        f"{kept['commit']}{new}"
     )
 
 

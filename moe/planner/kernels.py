@@ -45,13 +45,13 @@ def price(matmul: GroupedMatmul, rows: int, chip: Chip | Gpu) -> Price:
     exact = is_measured and name not in _LIKE and matmul.itemsize == 2 and matmul.kind == kind
     widened = zip(shares, (0.0, 0.0, 0.0) if exact else (0.0, _ANALOGY, -_ANALOGY), strict=True)
     limit = roofline(matmul, rows, chip)
-    seconds, low, high = (limit / _moved(share, by) for share, by in widened)
+    seconds, low, high = (limit / _shifted(share, by) for share, by in widened)
     flops = 2.0 * rows * k * n
     least = flops / (_peak(matmul, chip) / chip.devices)
     return Price(seconds, low, high, "measured" if exact else "by analogy", flops, least)
 
 
-def _moved(share: float, by: float) -> float:
+def _shifted(share: float, by: float) -> float:
     """The share whose logit differs by that much."""
     return share / (share + (1 - share) * math.exp(-by))
 

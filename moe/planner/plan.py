@@ -217,7 +217,8 @@ class Plan:
         return (
             dataclasses.asdict(self)
             | {name: getattr(self, name) for name in derived}
-            | {"memory_total": self.memory.total, "cost": self.cost(), "interval_basis": self.interval_basis}
+            | {"memory_total": self.memory.total, "memory_notes": self.memory.notes(self.platform)}
+            | {"cost": self.cost(), "interval_basis": self.interval_basis}
             | {"token_all_gathers": len(self.token_exchanges), "unnamed_all_gathers": len(self.unnamed_gathers)}
         )
 
