@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
@@ -76,6 +77,7 @@ class Router(nnx.Module):
         x = x.astype(jnp.float32)
         if rng is not None and jitter > 0.0:
             x = x * jax.random.uniform(rng, x.shape, minval=1.0 - jitter, maxval=1.0 + jitter)
+        x = checkpoint_name(x, partition_specs.ROUTER_INPUT)
         logits = _matmul(x.astype(self.dtype), self.kernel[...].astype(self.dtype)).astype(jnp.float32)
         return logits if self.logit_bias is None else logits + self.logit_bias[...]
 

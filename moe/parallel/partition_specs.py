@@ -67,6 +67,8 @@ ATTENTION = "attention"
 EXPERT_OUTPUTS = "expert_outputs"
 HIDDEN = "hidden"
 LAYER_INPUT = "layer_input"
+#: Name of what a router multiplies by its matrix, read by :mod:`moe.conformance.divergence`.
+ROUTER_INPUT = "router_input"
 
 #: Name of the inputs of a repeat's layers except the first, whose input is kept anyway; without them the backward pass
 #: would recompute the layers before them as a whole.

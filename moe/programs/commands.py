@@ -31,6 +31,7 @@ COMMANDS = {
     "surgery": ("surgery", "prune, split, merge or regroup the experts of a model"),
     "playground": ("playground", "a page that runs a small model in the browser"),
     "advise": ("advise", "what to train for a budget"),
+    "diverge": ("diverge", "whether rounding explains that two runs choose other experts"),
     "average": ("average", "average the checkpoints of a run"),
     "downstream": ("downstream", "tasks of lm-evaluation-harness"),
     "translate": ("translate", "BLEU of a run on pairs"),

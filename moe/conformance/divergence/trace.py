@@ -1,0 +1,182 @@
+"""What a model's routers saw and chose on given text, of any program, commit, mesh or serving engine."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe.config import ConfigError, ModelConfig
+from moe.conformance.divergence import rounded
+from moe.parallel.partition_specs import ROUTER_INPUT
+from moe.routing.gates import TopK
+from moe.routing.routing import Choices
+from moe.system.npz_files import read_arrays, write_arrays
+from moe.training.batches import forward, place
+from moe.training.step import Program
+
+#: Arrays that a trace must have, and those that it may have.
+REQUIRED, OPTIONAL = ("expert_index",), ("tokens", "chosen", "router_input", "router_logits", "parameters")
+
+
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """Routing of n tokens in L MoE layers.
+
+    Attributes:
+        expert_index: [L,n,K] int.
+        chosen: [L,n,K] bool, False for padding and assignments that the gate declines.
+        tokens: [n] int, token ids; None: not recorded.
+        router_input: [L,n,D]; None: not recorded.
+        router_logits: [L,n,E] float32; None: not recorded.
+        parameters: 32 bytes, a hash of the model's parameters; None: not recorded.
+    """
+
+    expert_index: np.ndarray
+    chosen: np.ndarray
+    tokens: np.ndarray | None = None
+    router_input: np.ndarray | None = None
+    router_logits: np.ndarray | None = None
+    parameters: np.ndarray | None = None
+
+    def write(self, path: Path) -> None:
+        """Write the arrays to an npz file."""
+        arrays = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        write_arrays(path, {name: array for name, array in arrays.items() if array is not None})
+
+
+def read(path: str) -> Trace:
+    """Read a trace, or choices that a serving engine recorded.
+
+    Raises:
+        ConfigError: an array is missing, unknown or of another shape.
+    """
+    arrays = read_arrays(path, path)
+    unknown = sorted(set(arrays) - {*REQUIRED, *OPTIONAL})
+    if unknown or "expert_index" not in arrays:
+        raise ConfigError(
+            f"{path}: needs 'expert_index' [L,n,K]; may have {', '.join(OPTIONAL)}; has {', '.join(arrays)}"
+        )
+    index = arrays.pop("expert_index")
+    if index.ndim != 3 or index.dtype.kind not in "iu":
+        raise ConfigError(f"{path}: expert_index is {index.dtype} {index.shape}, not integers [L,n,K]")
+    for name, array in arrays.items():
+        expected = {"tokens": index.shape[1:2], "chosen": index.shape}.get(name, index.shape[:2])
+        if name != "parameters" and array.shape[: len(expected)] != expected:
+            raise ConfigError(f"{path}: {name} has the shape {array.shape}, for expert_index {index.shape}")
+    chosen = arrays.pop("chosen", np.ones(index.shape, bool))
+    return Trace(index.astype(np.int64), chosen.astype(bool), **arrays)
+
+
+def fingerprint(variables: Mapping[str, Any]) -> np.ndarray:
+    """32 bytes of all parameters."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(dict(variables)):
+        digest.update(jax.tree_util.keystr(path).encode())
+        digest.update(np.ascontiguousarray(jax.device_get(leaf)).tobytes())
+    return np.frombuffer(digest.digest(), np.uint8)
+
+
+class Routed:
+    """A model's forward pass that returns what its routers saw and chose.
+
+    Attributes:
+        program: the model's, whose layers are not scanned, so that each router is seen.
+    """
+
+    def __init__(self, program: Program):
+        """Build it; compiled at the first call."""
+        self.program = program
+        self._run = jax.jit(rounded.tapped(self.forward, ROUTER_INPUT))
+
+    def forward(self, variables: Any, batch: Any, replay: Choices | None) -> tuple[Any, Any, Any]:
+        """(expert_index, chosen [L,G,S,K], router_logits [L,G,S,E])."""
+        routing: Any = forward(self.program.model(variables), batch, routing=replay, return_routing=True).routing
+        return routing.expert_index, routing.chosen, routing.router_logits
+
+    def placed(self, batch: Mapping[str, np.ndarray]) -> Any:
+        """The batch on the program's mesh."""
+        return place({"targets": batch["tokens"], **batch}, self.program.mesh)
+
+    def __call__(self, variables: Any, batch: Mapping[str, np.ndarray], replay: Choices | None = None) -> Trace:
+        """Routing of the real tokens of one batch, with the replayed experts where they are given."""
+        with jax.set_mesh(self.program.mesh):
+            (index, chosen, logits), inputs = jax.device_get(self._run(variables, self.placed(batch), replay))
+        real = np.asarray(batch["segment_ids"]).reshape(-1) > 0
+        layers, width = len(index), real.size
+        flat = [np.reshape(array, (layers, width, -1))[:, real] for array in (index, chosen, np.stack(inputs), logits)]
+        return Trace(
+            flat[0].astype(np.int64),
+            flat[1].astype(bool),
+            tokens=np.asarray(batch["tokens"]).reshape(-1)[real],
+            router_input=flat[2],
+            router_logits=flat[3],
+        )
+
+
+def joined(traces: list[Trace], parameters: np.ndarray | None) -> Trace:
+    """Traces of several batches as one."""
+    arrays: dict[str, Any] = {}
+    for field in dataclasses.fields(Trace):
+        parts = [getattr(trace, field.name) for trace in traces]
+        if parts[0] is not None:
+            arrays[field.name] = np.concatenate(parts, axis=0 if field.name == "tokens" else 1)
+    return Trace(**arrays, parameters=parameters)
+
+
+def check_gate(model: ModelConfig) -> None:
+    """Refuse a model whose tokens do not choose the K highest logits.
+
+    Raises:
+        ConfigError: it is dense, or the gate also reads a bias, groups, token ids or other tokens.
+    """
+    gate = model.moe.gate
+    plain = isinstance(gate, TopK) and gate.state.update == "none" and getattr(gate, "groups", 1) == 1
+    if not plain:
+        raise ConfigError(f"model.moe.gate={gate}: diverge compares gates that take the K highest logits")
+    if model.encoder_layers:
+        raise ConfigError("model.encoder_layers: diverge compares decoder-only models")
+
+
+def without_loops(model: ModelConfig) -> ModelConfig:
+    """The model with rows moved by products, and where it is dropless with a capacity that drops nothing: the same
+    function, without a loop of unknown length."""
+    moe = model.moe
+    if moe.dispatch != "dropless":
+        return model
+    capacity = dataclasses.replace(moe.capacity, eval=moe.num_experts / moe.experts_per_token)
+    return dataclasses.replace(model, moe=dataclasses.replace(moe.with_dispatch("einsum"), capacity=capacity))
+
+
+def replayed(
+    recorded: Trace | None, batch: Mapping[str, np.ndarray], start: int, routed: Routed, variables: Any
+) -> tuple[Choices, int]:
+    """The experts under which both sides run one batch: recorded ones from token ``start`` on, or the first run's own.
+
+    Raises:
+        ConfigError: the recorded trace has fewer tokens, or other layers.
+    """
+    real = np.asarray(batch["segment_ids"]) > 0
+    tokens = int(real.sum())
+    if recorded is None:
+        own = routed(variables, batch)
+        index, chosen = own.expert_index, own.chosen
+    else:
+        part = slice(start, start + tokens)
+        index, chosen = recorded.expert_index[:, part], recorded.chosen[:, part]
+        if index.shape[1] != tokens:
+            raise ConfigError(
+                f"the recorded trace has {recorded.expert_index.shape[1]} tokens, the text more: use --tokens"
+            )
+    wide = [np.zeros((len(index), real.size, index.shape[-1]), array.dtype) for array in (index, chosen)]
+    for array, part in zip(wide, (index, chosen), strict=True):
+        array[:, real.reshape(-1)] = part
+    group = routed.program.config.model.moe.group_size or real.shape[1]
+    shape = (len(index), -1, group, index.shape[-1])
+    return Choices(jnp.asarray(wide[0].reshape(shape), jnp.int32), jnp.asarray(wide[1].reshape(shape))), start + tokens
