@@ -203,6 +203,13 @@ def test_wrong_settings_are_refused(settings, pattern):
         _layer(**settings)
 
 
+def test_unknown_fields_of_a_section_are_refused():
+    with pytest.raises(ConfigError, match=r"model\.vocab: no such field; did you mean model\.vocab_size\?"):
+        moe.ModelConfig(**{"vocab": 3})
+    with pytest.raises(ConfigError, match=r"^modell: no such field; did you mean model\?"):
+        moe.Config(**{"modell": moe.ModelConfig()})
+
+
 def test_missing_sizes_are_refused():
     with pytest.raises(ConfigError, match="needs d_model and d_ff"):
         MoELayer(rngs=nnx.Rngs(0))

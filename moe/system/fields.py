@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import functools
 import signal
 import typing
@@ -123,6 +124,16 @@ class Section:
         super().__init_subclass__(**further)
         if path is not None:
             cls._path = path
+
+    def __new__(cls, *values: typing.Any, **named: typing.Any) -> typing.Self:
+        """Refuse names of fields that a section lacks, for which a dataclass raises a TypeError."""
+        del values
+        known = [field.name for field in dataclasses.fields(typing.cast(typing.Any, cls)) if field.init]
+        for name in sorted(named.keys() - set(known)):
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {cls._path}{near[0]}?" if near else f"fields here: {', '.join(known)}"
+            raise ConfigError(f"{cls._path}{name}: no such field; {hint}")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         check_fields(self, self._path)
