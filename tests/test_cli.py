@@ -126,6 +126,8 @@ def test_a_model_name_is_resolved_in_the_hub_cache(tmp_path, monkeypatch):
     (tmp_path / "models--org--name" / "refs").mkdir()
     (tmp_path / "models--org--name" / "refs" / "main").write_text("older")
     assert find_source("org/name") == str(snapshots / "older")
+    (tmp_path / "models--org--name" / "refs" / "main").write_bytes(b"\xff")
+    assert find_source("org/name").startswith(str(snapshots))
     (tmp_path / "models--org--name" / "refs" / "main").write_text("../../elsewhere")
     assert find_source("org/name").startswith(str(snapshots))
     assert find_source(str(tmp_path)) == str(tmp_path)

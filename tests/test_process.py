@@ -156,8 +156,13 @@ import sys
 import time
 from moe.system import process
 
+class Abandoned:
+    def __del__(self):
+        raise RuntimeError("Event loop is closed")  # TensorStore's, after an array could not be read
+
 class Deleted:
     def __del__(self):
+        Abandoned()
         if sys.argv[1] != "0":
             os.kill(os.getpid(), int(sys.argv[1]))
             time.sleep(0)  # the handler raises here
@@ -182,6 +187,7 @@ def test_a_signal_inside_a_destructor_is_not_lost(number, code, error):
     )
     assert (ended.returncode, ended.stdout) == (code, "cleaned up\n")
     assert error in ended.stderr if error else not ended.stderr
+    assert "Event loop" not in ended.stderr
 
 
 @pytest.mark.parametrize("redirection", ["2>&-", "2>/dev/full"])
@@ -315,3 +321,19 @@ def test_wrong_environment_variables_are_refused_in_one_sentence(variables, word
     assert process.returncode == 1
     assert words in errors
     assert "Traceback" not in errors
+
+
+def test_a_current_directory_that_was_deleted_is_refused(tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(SystemExit, match="error: the current directory was deleted"):
+        process._check_environment()
+
+
+def test_a_scale_that_overflows_is_refused_by_its_flag():
+    command = [sys.executable, "scripts/conform.py", "--scale=1e308"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert "flag --scale=1e308" in ended.stderr
+    assert "Traceback" not in ended.stderr

@@ -45,7 +45,7 @@ def byte_classes(source: str) -> np.ndarray | None:
             if kind is not None:
                 kind = "keyword" if keyword.iskeyword(found.string) else kind
                 classes[byte(found.start) : byte(found.end)] = CLASSES.index(kind)
-    except (tokenize.TokenError, SyntaxError):  # an IndentationError is a SyntaxError
+    except (tokenize.TokenError, SyntaxError, SystemError, ValueError):  # the last two: a NUL among the text
         return None
     return classes
 

@@ -24,7 +24,7 @@ def find_source(source: str) -> str:
     cache = _cache()
     model = cache / f"models--{source.replace('/', '--')}"
     main = model / "refs" / "main"
-    names = [main.read_text().strip()] if main.is_file() else []
+    names = [main.read_bytes().decode(errors="replace").strip()] if main.is_file() else []
     snapshots = [model / "snapshots" / name for name in names if re.fullmatch(r"\w+", name)]
     snapshots += sorted((model / "snapshots").glob("*"), key=lambda path: path.stat().st_mtime, reverse=True)
     for snapshot in snapshots:

@@ -9,6 +9,7 @@ from typing import Any
 import pydantic
 
 from moe.planner.topology import of_slices
+from moe.system.fields import ConfigError
 from moe.system.foreign_files import Amount, Fields, Interval, Positive, check, read_object
 
 _Json = dict[str, Any]
@@ -50,6 +51,10 @@ def read(path: Path) -> _Json:
     """A plan that ``scripts/plan_pod.py --json`` printed. Raises ConfigError if the file holds something else."""
     plan = read_object(path)
     check(plan, _PLAN, f"{path}: not a plan that --json printed")
+    try:
+        list(_flat(plan["config"]))
+    except RecursionError as error:
+        raise ConfigError(f"{path}: config is nested too deeply") from error
     return plan
 
 

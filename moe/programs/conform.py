@@ -20,7 +20,7 @@ _LAYER = flags.DEFINE_string("layer", None, "JAX layer as package.module:functio
 _K = flags.DEFINE_integer("k", 2, "Experts per token.", lower_bound=1)
 _SCORE = flags.DEFINE_enum("score", "softmax", ["softmax", "sigmoid", "sqrt_softplus"], "Scores of the router logits.")
 _RENORMALISE = flags.DEFINE_bool("renormalise", False, "Divide the chosen scores by their sum (Mixtral, DeepSeek-V3).")
-_SCALE = flags.DEFINE_float("scale", 1.0, "Factor of the weights.")
+_SCALE = flags.DEFINE_float("scale", 1.0, "Factor of the weights.", lower_bound=0.0, upper_bound=1e6)
 _GROUPS = flags.DEFINE_integer("groups", 1, "Groups of experts.", lower_bound=1)
 _KEPT = flags.DEFINE_integer("kept_groups", 1, "Groups that a token may choose from.", lower_bound=1)
 _SCORES = flags.DEFINE_integer("scores_per_group", 1, "Number of top scores whose sum ranks a group.", lower_bound=1)

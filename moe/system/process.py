@@ -139,7 +139,8 @@ def raise_on_stop_signals() -> None:
 
 
 def _send_again(report: Callable[[sys.UnraisableHookArgs], object], discarded: sys.UnraisableHookArgs) -> None:
-    """Repeat the signal behind a discarded SystemExit, once the destructor has returned; report other exceptions."""
+    """Repeat the signal behind a discarded SystemExit, once the destructor has returned; report other exceptions that
+    say something."""
     error = discarded.exc_value
     for number in STOP_SIGNALS:
         if isinstance(error, SystemExit) and error.code == after_signal(number):
@@ -147,7 +148,8 @@ def _send_again(report: Callable[[sys.UnraisableHookArgs], object], discarded: s
             timer.daemon = True
             timer.start()
             return
-    report(discarded)
+    if str(error) != "Event loop is closed":  # of TensorStore, late, after an array could not be read
+        report(discarded)
 
 
 def _raise(number: int, frame: FrameType | None) -> None:
@@ -157,7 +159,11 @@ def _raise(number: int, frame: FrameType | None) -> None:
 
 
 def _check_environment() -> None:
-    """Refuse 64-bit mode, and write figures without a display."""
+    """Refuse 64-bit mode and a current directory that is gone, and write figures without a display."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        sys.exit("error: the current directory was deleted; change to another one")
     value = os.environ.get("JAX_ENABLE_X64", "0")
     if value.lower() not in ("0", "false", "f", "no", "n", "off"):
         sys.exit(f"error: JAX_ENABLE_X64={value!r}: must be unset or 0, because this program computes in 32 bits")

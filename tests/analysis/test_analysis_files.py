@@ -59,7 +59,8 @@ def test_tokens_get_the_class_of_their_first_non_blank_byte(tokenizer):
         visible = [i for i in range(start, end) if not raw[i : i + 1].isspace()] or [start]
         assert kind == by_byte[visible[0]]
     assert set(classes[1:-1]) == set(range(len(CLASSES)))
-    assert token_classes(read_document("x = (", tokenizer)) is None
+    for source in ("x = (", "x = 1\0\ny = 2"):
+        assert token_classes(read_document(source, tokenizer)) is None
 
 
 def test_spans_cover_the_text_byte_for_byte(tokenizer):

@@ -222,6 +222,10 @@ def test_differences_name_settings_and_add_up(made, tmp_path):
     assert sentence in pages.difference(a, b, ("a", "b"))
     (tmp_path / "b.json").write_text(json.dumps(b))
     assert differences.read(tmp_path / "b.json") == json.loads(json.dumps(b))
+    nested = json.dumps(b | {"config": {}}).replace('"config": {}', '"config": ' + '{"a":' * 3000 + "1" + "}" * 3000)
+    (tmp_path / "nested.json").write_text(nested)
+    with pytest.raises(ConfigError, match=r"nested\.json: (config is nested too deeply|not JSON)"):
+        differences.read(tmp_path / "nested.json")
 
 
 def test_a_difference_by_hand():
