@@ -22,6 +22,9 @@ no factor. For embedding and unembedding muP keeps σ while the width grows; the
 pass give an equivalent model (Yang et al. 2022, lemma J.1): embeddings times sqrt(M), logits times 1/sqrt(M) instead of
 1/M. CompleteP multiplies what attention and FFN add by 1/L (:class:`moe.config.ModelConfig` fills these in).
 
+The router has the rate of an output, and σ ∝ M^-1/2 where muP's table has 1/M: so first logits do not vanish as M grows
+(docs/transfer.md has both measured).
+
 Experts are hidden matrices and E is a number of outputs, like V, as in muP for MoE (Małaśnicki et al. 2025, arXiv
 2508.09752): neither E nor K has a factor.
 

@@ -129,8 +129,9 @@ def test_updates_by_hand():
     np.testing.assert_allclose(updates["segment_0"]["norm"]["scale"], -0.1 * 12 / 13, rtol=1e-4)
 
 
-def moved(width, name, *, transfer):
-    """RMS change of the logits after three steps at a learning rate that suits the base of width 16."""
+def moved(width, name, *, transfer, routers=False):
+    """RMS change of the logits, or of the router's, after three steps at a learning rate that suits the base of width
+    16."""
     wide = {"d_model": width, "num_heads": width // 8, "num_kv_heads": width // 8, "head_dim": 8, "moe_d_ff": width}
     base = {"base_d_model": 16} if transfer else {}
     model = tiny_model(**wide, **base, **MOE, num_layers=1, vocab_size=32)
@@ -148,6 +149,10 @@ def moved(width, name, *, transfer):
         def logits(weights):
             return nnx.merge(graphdef, weights)(tokens).logits
 
+        def shown(weights):
+            output = nnx.merge(graphdef, weights)(tokens, return_routing=True)
+            return output.routing.router_logits if routers else output.logits
+
         def one(carry, _):
             weights, state = carry
             gradients = jax.grad(lambda w: cross_entropy(logits(w), targets)[0] / targets.size)(weights)
@@ -155,7 +160,7 @@ def moved(width, name, *, transfer):
             return (optax.apply_updates(weights, updates), state), None
 
         (after, _), _ = jax.lax.scan(one, (weights, optimizer.init(weights)), None, length=3)
-        return jnp.sqrt(jnp.mean(jnp.square(logits(after) - logits(weights))))
+        return jnp.sqrt(jnp.mean(jnp.square(shown(after) - shown(weights))))
 
     return float(run(initial(model)))
 
@@ -184,6 +189,13 @@ def test_changes_of_the_logits_do_not_grow_with_the_width(name):
     assert 1 / 3 < transferred / base < 1.5, (base, transferred)
     plain = moved(128, name, transfer=False)
     assert plain / base > 2.5, (base, plain)
+
+
+@pytest.mark.slow
+def test_changes_of_router_logits_do_not_depend_on_the_width():
+    """A router's updates are those of an output (rate 1/M); σ ∝ M^-1/2 keeps first logits as large as the base's."""
+    changes = [moved(width, "adamw", transfer=True, routers=True) for width in (16, 64)]
+    assert changes[1] == pytest.approx(changes[0], rel=0.5)
 
 
 def test_refusals_and_forms():
