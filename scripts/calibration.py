@@ -286,7 +286,7 @@ def by_shapes_lines() -> list[str]:
 
     cells, errors, inside = [], [], 0
     for name, row in PUBLISHED.items():
-        where = topology.get_topology(row.topology)
+        where = topology.get_topology(row.topology, compiles=False)
         config = config_of(row, len(where.devices))
         made = by_shapes.make(open_shapes.read(write_config(config)), where, row.rows, row.length)
         published, (low, high) = published_seconds(row, config, where.num_chips), made.step_interval

@@ -25,12 +25,21 @@ from moe.planner.gpus import GPUS, MACHINES, Gpu
 
 
 @dataclasses.dataclass(frozen=True)
+class Place:
+    """A device that is not compiled for: its number, place in its slice's torus, and slice."""
+
+    id: int
+    coords: tuple[int, ...] = ()
+    slice_index: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class Topology:
     """Devices of one or several pod slices, or of hosts with GPUs.
 
     Attributes:
         name: as libtpu has it, or GPU:HOSTSxDEVICES.
-        devices: in the compiler's order; for compilation only.
+        devices: in the compiler's order; for compilation only, or a :class:`Place` each.
         compiler_options: needed to read estimates from the program.
     """
 
@@ -61,13 +70,14 @@ class Topology:
         return "gpu" if isinstance(self.chip, Gpu) else "tpu"
 
 
-def get_topology(name: str, num_slices: int = 1) -> Topology:
+def get_topology(name: str, num_slices: int = 1, *, compiles: bool = True) -> Topology:
     """Look up a topology.
 
     Args:
         name: ``v5p:4x4x4`` (generation, chips per torus dimension), ``v5p-128`` (a cloud's name of a slice),
             ``h100:8x8`` (GPU, hosts x devices per host) or ``a3-megagpu-8g:8`` (a cloud's machine, hosts).
         num_slices: number of such TPU slices, joined by the data-center network.
+        compiles: the devices can be compiled for, which needs the platform's compiler.
 
     Raises:
         ConfigError: the compiler is not installed, or there is no such topology.
@@ -78,8 +88,8 @@ def get_topology(name: str, num_slices: int = 1) -> Topology:
     if kind in GPUS or kind in MACHINES:
         if num_slices > 1:
             raise ConfigError(f"--num_slices={num_slices}: must be 1 for GPUs; --topology={name} has the hosts")
-        return _gpu_topology(name, kind, shape)
-    return _tpu_topology(name, kind, shape, num_slices)
+        return _gpu_topology(name, kind, shape, compiles)
+    return _tpu_topology(name, kind, shape, num_slices, compiles)
 
 
 #: Prefix of a cloud's slice name: (TPU generation, units per chip in which the number after the prefix counts).
@@ -137,7 +147,7 @@ def _default_shape(generation: str, chips: int) -> str:
     return "x".join(map(str, sides))
 
 
-def _gpu_topology(name: str, kind: str, shape: str) -> Topology:
+def _gpu_topology(name: str, kind: str, shape: str, compiles: bool) -> Topology:
     machine = MACHINES.get(kind)
     gpu = machine.gpu if machine else kind
     pattern = r"(\d+)" if machine else r"(\d+)x(\d+)"
@@ -153,6 +163,8 @@ def _gpu_topology(name: str, kind: str, shape: str) -> Topology:
         raise ConfigError(f"--topology={name}: must have at most {chip.domain} devices a host")
     # An NVLink domain is a host, or all hosts of a rack.
     chip = dataclasses.replace(chip, domain=chip.domain // each * each if chip.domain > 8 else each)
+    if not compiles:
+        return Topology(f"{gpu}:{hosts}x{each}", 1, chip, tuple(map(Place, range(hosts * each))))
     if importlib.util.find_spec("jax_cuda13_plugin") is None:
         raise ConfigError(
             f"--topology={name}: compiling for NVIDIA GPUs needs JAX's CUDA plugin (no GPU or driver): "
@@ -167,13 +179,15 @@ def _gpu_topology(name: str, kind: str, shape: str) -> Topology:
     return Topology(f"{gpu}:{hosts}x{each}", 1, chip, tuple(devices), gpus.compiler_options(gpu))
 
 
-def _tpu_topology(name: str, generation: str, shape: str, num_slices: int) -> Topology:
+def _tpu_topology(name: str, generation: str, shape: str, num_slices: int, compiles: bool) -> Topology:
     if generation not in CHIPS or not shape:
         examples = ", ".join([*(chip.example for chip in CHIPS.values()), *(f"{gpu}:8x8" for gpu in GPUS)])
         raise ConfigError(
             f"--topology={name}: must be GENERATION:AxB or GENERATION:AxBxC for TPUs, GPU:HOSTSxDEVICES for GPUs, for "
             f"example {examples}; or a cloud's name: v5p-128, {', '.join(f'{machine}:8' for machine in MACHINES)}"
         )
+    if not compiles:
+        return _places(name, generation, shape, num_slices)
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError(
             f"--topology={name}: compiling for TPUs needs libtpu, of the version that this JAX names: "
@@ -192,6 +206,23 @@ def _tpu_topology(name: str, generation: str, shape: str, num_slices: int) -> To
             f"{', '.join(_known(generation))}"
         ) from error
     return Topology(name, num_slices, chip, tuple(devices))
+
+
+def _places(name: str, generation: str, shape: str, num_slices: int) -> Topology:
+    """A TPU topology of any shape with as many dimensions as the generation's torus has."""
+    chip = CHIPS[generation]
+    dimensions = chip.example.partition(":")[2].count("x") + 1
+    sides = [int(side) for side in shape.split("x") if re.fullmatch(r"[1-9]\d{0,3}", side)]
+    if len(sides) != dimensions or shape != "x".join(map(str, sides)):
+        raise ConfigError(f"--topology={name}: must have {dimensions} sides, as {chip.example}")
+    places = [
+        (coords, part)
+        for part in range(num_slices)
+        for coords in itertools.product(*map(range, sides))
+        for _ in range(chip.devices)
+    ]
+    devices = tuple(Place(number, coords, part) for number, (coords, part) in enumerate(places))
+    return Topology(f"{generation}:{shape}", num_slices, chip, devices)
 
 
 def _known(generation: str) -> list[str]:

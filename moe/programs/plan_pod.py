@@ -5,7 +5,7 @@ best known settings for that slice. --config.model.remat=fit chooses the remat p
 that fit. With --search it tries meshes, remat policies, dispatch modes and rows, and prints a ranked table and the
 command of the best. --page=plan.html writes a page that opens offline; --diff A.json B.json compares two plans that
 --json printed. --hf=config.json prices any published model by its shapes, without compiling it. --register=NAME writes
-a plan down in docs/results/predictions.jsonl, before a number is known. Needs the compiler of the platform:
+a plan down in docs/results/predictions.jsonl, before a number is known. Without --hf it needs the compiler:
 pip install "jax[tpu]" or "jax[cuda13]". docs/pods.md is the guide.
 """
 
@@ -165,7 +165,7 @@ def _plan_by_shapes() -> None:
     from moe.system.foreign_files import read_object
 
     source = read_object(Path(_HF.value))
-    where = topology.get_topology(str(_TOPOLOGY.value), _SLICES.value)
+    where = topology.get_topology(str(_TOPOLOGY.value), _SLICES.value, compiles=False)
     made = by_shapes.make(open_shapes.read(source), where, _ROWS.value, _LENGTH.value, remat=_RECOMPUTE.value)
     if _REGISTER.value:
         settings = {"rows": _ROWS.value, "length": _LENGTH.value, "recompute": _RECOMPUTE.value}

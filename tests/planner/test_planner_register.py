@@ -2,17 +2,13 @@
 
 import json
 import math
-import types
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from moe.config import ConfigError
 from moe.planner import by_shapes, open_shapes, register
-from moe.planner.chips import CHIPS
-from moe.planner.gpus import GPUS
-from moe.planner.topology import Topology
+from moe.planner.topology import get_topology
 
 ROOT = Path(__file__).parents[2]
 
@@ -122,22 +118,26 @@ def test_sizes_of_published_models_are_read(name):
     assert sizes.active_parameters / 1e9 == pytest.approx(active, rel=0.15)
 
 
-def _topology(kind):
-    places = [types.SimpleNamespace(coords=place, slice_index=0, id=0) for place in np.ndindex(4, 4, 4)]
-    for number, place in enumerate(places):
-        place.id = number
-    return Topology(f"{kind}:4x4x4", 1, (CHIPS | GPUS)[kind], tuple(places))
-
-
-@pytest.mark.parametrize("kind", ["v4", "v5p", "tpu7x", "h100"])
+@pytest.mark.parametrize("slice_name", ["v4:4x4x4", "v5p-128", "v6e:16x16", "tpu7x:4x4x4", "h100:8x8"])
 @pytest.mark.parametrize("name", MODELS)
-def test_no_interval_by_shapes_is_above_the_peak(name, kind):
-    made = by_shapes.make(open_shapes.read(MODELS[name][0]), _topology(kind), 2, 4096)
+def test_no_interval_by_shapes_is_above_the_peak(name, slice_name):
+    where = get_topology(slice_name, compiles=False)
+    made = by_shapes.make(open_shapes.read(MODELS[name][0]), where, 2, 4096)
     low, high = made.step_interval
     assert made.floor < low < made.step_seconds < high
     # Recomputation makes the program's FLOPs more than the model's.
     assert made.mfu * made.step_seconds / low < 0.8
     assert "by shapes" in made.render()
+
+
+def test_places_of_devices_without_a_compiler():
+    pod = get_topology("tpu7x:2x2x4", 2, compiles=False)
+    assert (len(pod.devices), pod.num_chips, pod.num_slices) == (64, 32, 2)
+    assert [place.coords for place in pod.devices[:3]] == [(0, 0, 0), (0, 0, 0), (0, 0, 1)]
+    assert {place.slice_index for place in pod.devices} == {0, 1}
+    for name in ("v5p:4x4", "v6e:4x4x4", "v5p:0x4x4", "v5p:4x4x4x", "v5p:4xax4"):
+        with pytest.raises(ConfigError, match=r"must have [23] sides, as "):
+            get_topology(name, compiles=False)
 
 
 def test_what_a_config_does_not_say_is_refused():
