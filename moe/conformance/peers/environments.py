@@ -11,6 +11,7 @@ import tomllib
 from pathlib import Path
 
 from moe.config import ConfigError
+from moe.system.atomic_files import write_atomic
 
 PINS = Path(__file__).with_name("environments.toml")
 
@@ -58,7 +59,7 @@ class Environment:
         _run([uv, "venv", "--clear", "--quiet", "--python", self.python, str(self.folder)], self.name)
         install = [uv, "pip", "install", "--quiet", "--python", str(self.interpreter), *self.options, *self.packages]
         _run(install, self.name)
-        stamp.write_text(pins)
+        write_atomic(stamp, pins)
 
     def run(self, worker: Path, argument: str) -> str:
         """Standard output of a worker; its errors go to the terminal."""

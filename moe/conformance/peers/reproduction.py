@@ -60,7 +60,7 @@ def write(out: Path, library: Library, cell: Cell) -> None:
         return
     quantity = cell.quantity if cell.quantity in expressions else "y"
     expected = equations.compute(rule_of(claims, case), Variant(), layer)
-    with np.load(made.with_name(made.name + ".npz")) as archive:
+    with np.load(made.with_name(made.name + ".npz"), allow_pickle=False) as archive:
         state: dict[str, Any] = {name: archive[name] for name in archive.files if name.startswith("state.")}
     if in_jax:
         state = {f"state.{name}": array for name, array in layer.weights.items() if name != "x"}

@@ -15,6 +15,7 @@ from moe.conformance.diagnosis import Check, diagnose
 from moe.conformance.equations import Layer, Rule, Variant
 from moe.conformance.peers.cases import BALANCE_WEIGHT, CASES, Case, layer_of
 from moe.conformance.peers.environments import Environment
+from moe.system.atomic_files import write_atomic
 from moe.system.npz_files import write_arrays
 
 WORKERS = Path(__file__).parent / "workers"
@@ -132,7 +133,7 @@ def measure(environment: Environment, library: Library, out: Path) -> None:
                 "balance": BALANCE_WEIGHT * case.balance,
             }
             jobs.append(job | {"forward_only": case.forward_only})
-    (out / "jobs.json").write_text(json.dumps(jobs, indent=1))
+    write_atomic(out / "jobs.json", json.dumps(jobs, indent=1))
     environment.run(WORKERS / environment.worker, str(out / "jobs.json"))
 
 
@@ -181,7 +182,7 @@ def judge(library: Library, out: Path) -> Iterator[Cell]:
                 text = skipped or (failed.read_text().splitlines()[0] if failed.exists() else "no result")
                 yield from (Cell(library.name, block, column, status, text, case=case.name) for column in columns)
                 continue
-            with np.load(path) as archive:
+            with np.load(path, allow_pickle=False) as archive:
                 results = {name: archive[name] for name in archive.files if not name.startswith("state.")}
             yield from _cells(library.name, block, claims, case, results, columns, oracle)
 
