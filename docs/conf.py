@@ -48,7 +48,7 @@ apidoc_modules = [
         # libraries.
         "exclude_patterns": [
             f"{REPOSITORY.resolve()}/moe/{name}*"
-            for name in ("programs", "__main__", "commands", "conformance/peers/workers")
+            for name in ("programs", "__main__", "commands", "conformance/peers/workers", "configs", "results")
         ],
         # One page a package: a page a module would put 200 entries into every page's navigation.
         "separate_modules": False,
