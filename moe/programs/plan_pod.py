@@ -177,9 +177,11 @@ def _plan_by_shapes() -> None:
 def _register(figures: dict[str, Any], made_from: str, program: str, commit: str, settings: dict[str, Any]) -> None:
     from moe.planner import register
 
+    if not _TABLE.exists():
+        raise ConfigError("--register: keeps predictions in a checkout of the repository, not in an installed package")
     entry = register.prediction(_REGISTER.value, figures, made_from, program, commit, settings)
     register.add(_PREDICTIONS, entry)
-    print(f"registered as {entry['stamp']}")
+    print(f"registered as {entry['stamp']}", file=sys.stderr)
 
 
 def _write_files(figures, chip, changes) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from moe.planner import register
+
 ROOT = Path(__file__).parents[2]
 
 #: Runs plan_pod.py for one H100, with the same program for every config; the remat policy "hidden" does not fit.
@@ -31,6 +33,7 @@ plan.read_or_compile = read_or_compile
 topology.get_topology = lambda *_: topology.Topology("h100:1x1", 1, GPUS["h100"], tuple(jax.devices()[:1]))
 shipped.PLANS = Path("plans.json")
 plan_pod._TABLE = Path("docs/results/plans.md")
+plan_pod._PREDICTIONS = Path("predictions.jsonl")
 plan_pod.run()
 """
 
@@ -59,6 +62,20 @@ def test_a_plan_with_a_what_if_is_not_kept(tmp_path):
     refused = _run(tmp_path, "--record", "--bandwidth=2")
     assert "--bandwidth: is not read with --record, whose plans have no what-if" in refused.stderr
     assert not (tmp_path / "plans.json").exists()
+
+
+def test_a_plan_is_registered_once(tmp_path):
+    refused = _run(tmp_path, "--register=Mine", "--bandwidth=2", "--changes=1")
+    assert "--register: is not read with what-ifs, of which no number will be published" in refused.stderr
+    page = tmp_path / "docs" / "results" / "plans.md"
+    page.parent.mkdir(parents=True)
+    page.write_text("")
+    plan = _plan_pod(tmp_path, "--register=Mine", "--changes=1")
+    (entry,) = register.read(tmp_path / "predictions.jsonl")
+    assert (entry["model"], entry["seconds"], entry["prices"]) == ("Mine", plan["step_seconds"], plan["prices"])
+    assert entry["made_from"] == "compiled program"
+    assert entry["settings"]["config"] == "mixtral_8x7b"
+    assert "this plan was registered on" in _run(tmp_path, "--register=Mine", "--changes=1").stderr
 
 
 def test_changes_are_counted_in_the_scenario_of_the_plan(tmp_path):
