@@ -200,7 +200,7 @@ def page(rows: list[dict[str, Any]], first: dict[str, float], missing: list[str]
         "# The planner's estimates against published train steps",
         "",
         "Written by `python scripts/calibration.py`. Nothing was run here. *Predicted* is the time of a step of this",
-        "project's program, compiled for the slice and priced by the cost model ([estimates](../estimates.md));",
+        "project's program, compiled for the slice and priced by the cost model ([estimates](estimates.md));",
         "*published* is that of somebody else's program for the same model, measured on hardware, for as many tokens.",
         "An interval is made from the other rows alone; *inside* says whether the published time lies in it. An error",
         "is that of the estimate and of the difference between the two programs together.",
