@@ -33,7 +33,7 @@ _PAGE = """# GShard's scaling experiment, compiled
 
 Written by `python scripts/scaling.py` ({versions}).
 Memory, compile time and the number and size of all-to-alls are facts; times of steps and all-to-alls are estimates,
-steps with 80 % intervals (docs/results/estimates.md); a step without one was estimated by an earlier cost model. Compile time
+steps with 80 % intervals ([why](estimates.md)); a step without one was estimated by an earlier cost model. Compile time
 is the wall clock of tracing, lowering and compiling, on a machine with other work.
 {missing}
 {table}
