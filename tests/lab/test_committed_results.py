@@ -426,6 +426,57 @@ def test_arms_of_the_answer(which, drawn):
         check(arm, milliseconds, *([(1000 * seconds[arm][1], ".0f")] if arm in seconds else []))
 
 
+def test_contrasts_of_the_committed_answer_elsewhere():
+    """Every row of these sections follows from the value that it prints, or that its contrast was registered with."""
+    page, runs = sections_of(RESULTS / "switch_or_mixtral.md"), {}
+    for name in ("switch_vs_mixtral", "replication", "initial_scale"):
+        suite = load_suite(str(ROOT / f"configs/ablations/{name}.py"), "laptop")
+        runs[name] = read(RESULTS / name, suite)
+    first, other, scales = runs.values()
+    for what, *cells, value in tables(page["One factor at a time"])[0][1]:
+        found = [table_.expression(value.strip("`"), 8000) for table_ in (first, other)]
+        for cell, values in zip(cells, [*found, pd.concat(found)], strict=True):
+            if len(values):
+                effect(what, cell, values)
+            else:
+                assert cell == "–"
+    for what, cell, value in tables(page["Initial scale"])[0][1]:
+        effect(what, cell, scales.expression(value.strip("`"), 8000))
+    registered = claims_of(ROOT / "configs/ablations/claims.toml").values()
+    values = {c["part"][0]["what"]: c["part"][0]["value"] for c in registered if c.get("family") == "primary"}
+    for what, *by_domain, mean, share in tables(page["Unseen text"])[0][1]:
+        found = [first.expression(values[what], 8000, domain=name) for name in ("unseen_book", "unseen_package")]
+        for cell, each in zip([*by_domain, mean], [*found, sum(found) / 2], strict=True):
+            effect(what, cell, each)
+        ratio, ends = again.share(sum(found) / 2, first.expression(values[what], 8000))
+        assert ends or "without bounds" in share
+        check(what, share, *[(100 * number, ".0f") for number in (ratio, *(ends or ()))])
+    seconds = json.loads((RESULTS / "switch_vs_mixtral/step_seconds.json").read_text())["arms"]
+    for arm, mark, share, tokens, time in tables(page["Speed-up"])[0][1]:
+        shares = again.share_of_steps(first, arm, mark, 8000)
+        middle, low, high, _ = again.median_interval(shares)
+        ends = [(math.inf if value > 1 else value, ".2f") for value in (middle, low, high)]
+        check(arm, share, *ends, (len(shares), "d"))
+        check(arm, tokens, (1 / middle, ".2f"))
+        check(arm, time, (seconds[mark][1] / seconds[arm][1] / middle, ".2f"))
+
+
+def test_the_first_paragraph_of_the_committed_answer():
+    """Its numbers are those of the sections below it, or of the records."""
+    page = sections_of(RESULTS / "switch_or_mixtral.md")
+    trend = re.search(r"Along the runs, (.*?) is (.*?) nats at ([\d, ]+) tokens", page[""])
+    row = next(row for row in tables(page["Over training"])[0][1] if row[0] == trend[1])
+    assert trend[2].split(", ") == [f"{float(cell.split()[0]):+.3f}" for cell in row[1:]]
+    unseen = next(row for row in tables(page["Unseen text"])[0][1] if row[0] == trend[1])
+    scale = {row[0]: row[1] for row in tables(page["Initial scale"])[0][1]}
+    found = re.findall(r"([+-]\d\.\d{3}) \[([+-]\d\.\d{3}), ([+-]\d\.\d{3})\]", page[""])
+    sources = (unseen[3], scale["loss, 0.1 − 1.0, Switch's arm"],
+               scale["loss, Mixtral's arm at 1.0 − Switch's at its paper's 0.1"])  # fmt: skip
+    for printed, source in zip(found, sources, strict=True):
+        for text, exact in zip(printed, NUMBER.findall(source), strict=False):
+            assert abs(float(text) - float(exact)) < 0.00056  # rounded from the value, not from its four digits
+
+
 @pytest.mark.parametrize("folder", REPORTS, ids=lambda folder: folder.name)
 def test_the_page_of_claims_has_the_rows_of_every_report(folder):
     """The numbers of these rows are recomputed by the tests above."""
@@ -462,13 +513,14 @@ def test_paper_tables():
     for entry, (_, rows) in zip(entries, shown, strict=True):
         if not (RESULTS / entry["suite"]).is_dir():
             continue
-        suite = load_suite(str(ROOT / f"configs/ablations/{entry['suite']}.py"), "laptop")
-        runs = read(RESULTS / suite.name, suite)
+        names = {row.get("suite", entry["suite"]) for row in entry["row"]}
+        suites = [load_suite(str(ROOT / f"configs/ablations/{name}.py"), "laptop") for name in names]
+        by_suite = {suite.name: read(RESULTS / suite.name, suite) for suite in suites}
         for row, (what, published, ours, comparison) in zip(entry["row"], rows, strict=True):
             assert published == (f"{row['published']:+.3f}" if "published" in row else "–")
             if comparison.startswith("no "):
                 continue
-            found = runs.expression(row["value"], 8000)
+            found = by_suite[row.get("suite", entry["suite"])].expression(row["value"], 8000)
             numbers, _, steps = ours.partition(" at ")
             assert steps == "8,000 steps"
             effect(what, numbers, found)

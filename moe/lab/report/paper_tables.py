@@ -33,11 +33,13 @@ class Row:
         what: its label.
         value: linear combination of results (:mod:`moe.lab.expressions`).
         published: the paper's number, in the unit and sign of ``value``; None if it has none.
+        suite: name of the suite whose records fill the row, if not that of the table; empty: that of the table.
     """
 
     what: str
     value: str
     published: float | None = None
+    suite: str = ""
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=_STRICT)
@@ -94,7 +96,8 @@ def write_page(path: Path, tables: tuple[PaperTable, ...], suites: Mapping[str, 
         "a thousand times as large, so only the direction of an effect is comparable; these tables decide nothing "
         "([claims](claims.md) has what was registered).",
     ]
-    used = {entry.suite: suites[entry.suite] for entry in tables if entry.suite in suites}
+    names = dict.fromkeys(row.suite or entry.suite for entry in tables for row in entry.rows)
+    used = {name: suites[name] for name in names if name in suites}
     if lengths := regimes(used):
         text.append(f"Length of the runs: {lengths}")
     for entry in tables:
@@ -110,7 +113,8 @@ def _rows(entry: PaperTable, suites: Mapping[str, Table]) -> str:
     lines = []
     for row in entry.rows:
         published = "–" if row.published is None else f"{row.published:+.3f}"
-        lines.append((markdown_text(row.what), published, *_ours(row, suites.get(entry.suite))))
+        what = markdown_text(row.what) + (f" (suite `{row.suite}`)" if row.suite else "")
+        lines.append((what, published, *_ours(row, suites.get(row.suite or entry.suite))))
     return markdown_table((markdown_text(entry.unit), "paper", "ours [95 %]", "comparison"), lines)
 
 
