@@ -10,6 +10,7 @@ import numpy as np
 from moe.config import DataConfig
 from moe.data import folders
 from moe.data.folders import FolderDocuments
+from moe.system.escaping import terminal
 
 #: Most documents of a split that are tokenised, of all domains together; sizes of larger splits are estimates.
 _SAMPLE = 512
@@ -82,7 +83,7 @@ def describe(
     heldout: Sequence[Sequence[str]],
     count: Callable[[str], tuple[int, int]],
 ) -> Iterator[str]:
-    """Lines on the data of a run.
+    """Lines on the data of a run, without controls that names of files may have.
 
     Args:
         data: settings.
@@ -106,8 +107,9 @@ def describe(
     for size in sizes:
         if size.left_out:
             what = "no answer of the role assistant to learn" if data.conversations else "no example"
-            yield (
+            yield terminal(
                 f"left out: {size.number(size.left_out)} of {size.documents:,} {kind} have {what} within "
                 f"data.sequence_length={data.sequence_length} tokens, such as {size.example}"
             )
-    yield from folders.describe_left_out_of(data.dataset, data.text_suffixes)
+    for line in folders.describe_left_out_of(data.dataset, data.text_suffixes):
+        yield terminal(line.replace("\n", "\\n"))

@@ -403,7 +403,7 @@ def test_a_start_says_how_much_there_is_to_learn_and_what_is_left_out(config, tm
     train, held = (epath.Path(folder / f"{split}-00000-of-00001.parquet") for split in ("train", "test"))
     for path, rows in ((train, [*chats, *unlearnt]), (held, chats[:1])):
         pyarrow.parquet.write_table(pyarrow.table({"messages": [json.dumps(row) for row in rows]}), path)
-    for name in ("a.jsonl.gz", "b.jsonl.gz", "c.csv", "LICENSE"):
+    for name in ("a.jsonl.gz", "b.jsonl.gz", "\x1b[31m\nc.csv", "LICENSE"):
         (folder / name).write_text("x")
     changes = {"dataset": str(folder), "chat_template": str(tmp_path / "own.jinja")}
     config = dataclasses.replace(config, **changes)
@@ -419,8 +419,8 @@ def test_a_start_says_how_much_there_is_to_learn_and_what_is_left_out(config, tm
         f"held out: 1 conversations (1 different), {short} tokens, {answer} of them with a loss",
         "left out: 2 of 5 conversations have no answer of the role assistant to learn within data.sequence_length=192 "
         f"tokens, such as {prepared.train['four'].where(4)}",
-        f"left out of {folder}, since their suffixes are not read: 1 .csv (c.csv), 2 .jsonl.gz (a.jsonl.gz), "
-        "1 without a suffix (LICENSE)",
+        f"left out of {folder}, since their suffixes are not read: 1 .csv (\\x1b[31m\\nc.csv), "
+        "2 .jsonl.gz (a.jsonl.gz), 1 without a suffix (LICENSE)",
     ]
 
 
