@@ -207,7 +207,7 @@ def test_it_is_counted_and_estimated(small):
 
 def test_it_trains_resumes_and_is_found_in_the_workdir(guide, tmp_path):
     directory = build_text(tmp_path / "data")
-    named = dataclasses.replace(guide.Linear(heads=2, dim=4), name="my_mixer:Linear")
+    named = dataclasses.replace(find_mixer("my_mixer:Linear"), heads=2, dim=4)  # names the module
     config = run_helpers.tiny(directory, **run_helpers.SETTINGS | {"train.num_steps": 4, "train.eval_every": 4})
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, mixer=named))
     workdir, programs = tmp_path / "run", run_helpers.compile_once()
