@@ -284,7 +284,7 @@ def _arms(found: Table, seconds: StepSeconds | None, unit: _Unit | None) -> str:
         for quantity, domain in columns:
             curves = [found.curve(name, steps, seed, quantity, domain) for seed in found.seeds(steps, name)]
             cells.append(mean_sd([curve[-1][1] for curve in curves if curve]))
-        cells += [_bits_per_byte(found, name), f"{found.dropped(name, steps):.1%}"]
+        cells += [elsewhere.bits_per_byte(found, name), f"{found.dropped(name, steps):.1%}"]
         if unit:
             cells += [share_cell(found.losses(name, steps), unit.base, unit.whole)]
         if seconds:
@@ -296,16 +296,6 @@ def _arms(found: Table, seconds: StepSeconds | None, unit: _Unit | None) -> str:
         *([f"share of {unit.name}'s gain [95 %]"] if unit else []), *(["CPU ms per step"] if seconds else []),
     )  # fmt: skip
     return markdown_table(header, rows) if rows else "No run is finished yet."
-
-
-def _bits_per_byte(found: Table, arm: str) -> str:
-    """Mean over seeds of an arm's held-out bits per byte; a dash where the bytes of a token are not known."""
-    size, domains = found.suite.token_bytes, found.suite.primary_domains
-    if not domains or not all(domain in size for domain in domains):
-        return "–"
-    by_domain = [elsewhere.on_domain(found, parse(f"loss[{arm}]"), domain) for domain in domains]
-    bits = [np.mean(values) / math.log(2) / size[d] for d, values in zip(domains, by_domain, strict=True) if values]
-    return f"{np.mean(bits):.4f}" if len(bits) == len(domains) else "–"
 
 
 def _picture(name: str) -> list[str]:

@@ -6,6 +6,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from moe.lab import inference
 from moe.lab.claims.decide import Finding
 from moe.lab.claims.registration import Part
@@ -106,6 +108,16 @@ def on_domain(found: Table, terms: Sequence[Term], domain: str) -> list[float]:
         if all(curve for _, curve in curves):
             values.append(sum(factor * curve[-1][1] for factor, curve in curves))
     return values
+
+
+def bits_per_byte(found: Table, arm: str) -> str:
+    """Mean over seeds of an arm's held-out bits per byte; a dash where the bytes of a token are not known."""
+    size, domains = found.suite.token_bytes, found.suite.primary_domains
+    if not domains or not all(domain in size for domain in domains):
+        return "–"
+    by_domain = [on_domain(found, parse(f"loss[{arm}]"), domain) for domain in domains]
+    bits = [np.mean(values) / math.log(2) / size[d] for d, values in zip(domains, by_domain, strict=True) if values]
+    return f"{np.mean(bits):.4f}" if len(bits) == len(domains) else "–"
 
 
 def on_unseen(found: Table, value: str) -> list[float]:
