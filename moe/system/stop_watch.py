@@ -32,9 +32,7 @@ class StopWatch:
     """Unanswered stop signals of this process, and the work that must be finished before one ends it."""
 
     def __init__(self) -> None:
-        self._reader, self._writer = socket.socketpair()
-        for side in (self._reader, self._writer):
-            side.setblocking(False)
+        self._reader: socket.socket | None = None  # opened by start, after the standard streams have their descriptors
         self._unfinished: list[Callable[[], bool]] = []
         self._farewells: list[Callable[[int], object]] = []
         # Held while the process ends, so that no handler lets the main thread begin new work then. Reentrant, since a
@@ -43,17 +41,24 @@ class StopWatch:
 
     def start(self) -> None:
         """Watch from now on; called once, in the main thread, where handlers call :meth:`acknowledge`."""
-        signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        self._reader, writer = socket.socketpair()
+        for side in (self._reader, writer):
+            side.setblocking(False)
+        signal.set_wakeup_fd(writer.detach(), warn_on_full_buffer=False)
         os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))  # a child's signals are its own
-        threading.Thread(target=self._watch, name="stop signals", daemon=True).start()
+        threading.Thread(target=self._watch, args=(self._reader,), name="stop signals", daemon=True).start()
 
     def acknowledge(self) -> None:
         """Forget the signals so far: a handler runs."""
+        if self._reader is None:
+            return
         with self._ending, contextlib.suppress(BlockingIOError):
             self._reader.recv(4096)
 
     def unanswered(self) -> list[int]:
         """Numbers of the stop signals that no handler has acknowledged, oldest first."""
+        if self._reader is None:
+            return []
         try:
             numbers = self._reader.recv(4096, socket.MSG_PEEK)
         except BlockingIOError:
@@ -85,10 +90,10 @@ class StopWatch:
         finally:
             self._farewells.remove(say)
 
-    def _watch(self) -> NoReturn:
+    def _watch(self, reader: socket.socket) -> NoReturn:
         waited = 0.0
         while True:
-            select.select([self._reader], [], [])
+            select.select([reader], [], [])
             time.sleep(_INTERVAL)
             waited = waited + _INTERVAL if self.unanswered() else 0.0
             if waited >= PATIENCE:
