@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from moe.config import DataConfig
+from moe.config import ConfigError, DataConfig
 from moe.data import folders
 from moe.data.folders import FolderDocuments
 from moe.system.escaping import terminal
@@ -46,19 +46,24 @@ class Size:
             documents: of the domain.
             count: tokens and targets of a document; (0, 0): it has no example.
             domains: their number, which share the limits of what is read.
+
+        Raises:
+            ConfigError: a document that cannot be read; its file and line are named.
         """
         tokens = targets = empty = characters = read = 0
         for place in np.random.default_rng(0).permutation(len(documents))[: max(_SAMPLE // domains, 1)]:
             text = documents[int(place)]
-            found = count(text)
+            try:
+                found = count(text)
+            except ConfigError as error:
+                raise ConfigError(f"{_where(documents, int(place))}: {error}") from error
             read += 1
             characters += len(text)
             tokens += found[0]
             targets += found[1]
             if not any(found):
                 empty += 1
-                where = documents.where(int(place)) if isinstance(documents, FolderDocuments) else f"document {place}"
-                self.example = self.example or where
+                self.example = self.example or _where(documents, int(place))
             if characters > _CHARACTERS // domains:
                 break
         scale = len(documents) / max(read, 1)
@@ -75,6 +80,11 @@ class Size:
     def number(self, value: float) -> str:
         """A count, rounded to three digits and marked if it is an estimate."""
         return f"{round(value):,}" if self.exact else f"about {float(f'{value:.3g}'):,.0f}"
+
+
+def _where(documents: Sequence[str], place: int) -> str:
+    """File and line of a document, or its number."""
+    return documents.where(place) if isinstance(documents, FolderDocuments) else f"document {place}"
 
 
 def describe(

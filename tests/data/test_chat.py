@@ -424,6 +424,13 @@ def test_a_start_says_how_much_there_is_to_learn_and_what_is_left_out(config, tm
     ]
 
 
+def test_a_conversation_that_the_template_refuses_is_named_at_the_start(config, tmp_path):
+    prepared = pipeline.prepare(config, 400, progress=lambda _: None)
+    refusing = prepared.tokenizer.with_template(b"{{ messages[0].content + 1 }}")
+    with pytest.raises(ConfigError, match=r"a\.(jsonl, line|parquet, row) \d+: .*refuses a conversation \(TypeError"):
+        list(pipeline.describe_sizes(dataclasses.replace(prepared, tokenizer=refusing), config))
+
+
 def test_a_domain_without_an_example_is_refused(config):
     prepared = pipeline.prepare(config, 400, progress=lambda _: None)
     short = dataclasses.replace(config, sequence_length=8)  # no answer begins within the first eight tokens
