@@ -154,6 +154,15 @@ def test_an_error_of_one_process_ends_the_others_with_its_exit_code(pair, capsys
     assert list(store.values()) == [f"{code} {text}"]
 
 
+def test_a_signal_while_one_process_compiles_ends_the_others(pair):
+    """Its main thread raises nothing: the thread that watches for signals tells the others."""
+    store, _, left = pair
+    with signals.ended_together():
+        (say,) = signals.STOP_WATCH._farewells
+        say(130)
+    assert (list(store.values()), left) == (["130 process 1: Stopped: stopped by a signal"], [(1, 130)])
+
+
 def test_one_of_several_processes_that_have_not_joined_is_refused(pair, monkeypatch):
     monkeypatch.setattr(signals.distributed.global_state, "client", None)
     with (
