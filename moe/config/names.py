@@ -154,6 +154,7 @@ def _elsewhere(name: str, path: str) -> str:
     found = [place for place in _places(Config, "") if place.rpartition(".")[2] == name]
     if any(name in field_types(type(layer.gate)) for layer in LAYERS.values() if layer.gate is not None):
         found.append(f"{GATE}.{name}")
+    found = [place for place in found if place != f"{path}{name}"]
     sections = path.split(".")
     return max(found, key=lambda place: sum(map(str.__eq__, place.split("."), sections)), default="")
 
