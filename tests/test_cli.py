@@ -162,7 +162,8 @@ def test_a_name_stands_for_an_installed_config_in_any_folder(tmp_path, monkeypat
 
 
 def test_every_installed_config_and_suite_is_listed_with_a_sentence():
-    for folder, without in ((shipped.CONFIGS, {"__init__", "published"}), (shipped.SUITES, {"__init__", "common", "sizes"})):
+    helpers = {shipped.CONFIGS: {"__init__", "published"}, shipped.SUITES: {"__init__", "common", "sizes"}}
+    for folder, without in helpers.items():
         listed = shipped.describe(folder)
         assert {path.stem for path in folder.glob("*.py")} - {*listed} == without
         assert all(len(sentence) > 10 for sentence in listed.values())
