@@ -1,0 +1,111 @@
+"""Run a JAX library's MoE blocks on prepared cases; runs in the library's own environment, without this project.
+
+The command line and the files are those of ``torch_blocks.py``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import sys
+import traceback
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Arrays = dict[str, np.ndarray]
+#: E, D, F of every case.
+NUM_EXPERTS, D, F = 8, 16, 24
+#: Arrays of a case that are not differentiated.
+FIXED = ("x", "mask", "cotangent", "bias")
+
+
+@dataclasses.dataclass(kw_only=True)
+class Block:
+    """One block of a library; the fields are those of ``torch_blocks.Block``.
+
+    Attributes:
+        text: lines that define ``layer(weights, x, mask)`` with the library alone, in which K is the number of experts
+            per token, and ``mesh`` if it is to run on one. It returns y [G,S,D], or y and ``expert_index``,
+            ``combine_weights`` and ``balance_loss`` by name. weights: router [D,E], gate and up [E,D,F], down
+            [E,F,D], bias [E].
+    """
+
+    text: str
+    rule: dict[str, Any] = dataclasses.field(default_factory=dict)
+    bias: bool = False
+    biases: bool = False
+    k: int = 2
+    documented: dict[str, Any] = dataclasses.field(default_factory=dict)
+    source: str = ""
+    skip: dict[str, str] = dataclasses.field(default_factory=dict)
+    has_balance: bool = False
+
+    def code(self, k: int) -> str:
+        """Lines that define the layer."""
+        return f"K = {k}\n{self.text.strip()}"
+
+    def claims(self) -> dict[str, Any]:
+        """What the block claims, as JSON."""
+        names = [field.name for field in dataclasses.fields(self) if field.name != "text"]
+        return {name: getattr(self, name) for name in names} | {"gradients": {}, "run": "", "framework": "jax"}
+
+
+def measure(adapter: Block, job: dict[str, Any], arrays: Arrays) -> Arrays:
+    """Results of a block on a case."""
+    scope: dict[str, Any] = {}
+    exec(adapter.code(job["k"]), scope)
+    dtype = jnp.dtype(job["dtype"])
+    weights = {name: jnp.asarray(array, dtype) for name, array in arrays.items() if name not in FIXED}
+    fixed = {"bias": jnp.asarray(arrays["bias"], jnp.float32)} if "bias" in arrays else {}
+    x, mask, cotangent = jnp.asarray(arrays["x"], dtype), arrays["mask"], arrays["cotangent"]
+
+    def objective(weights: Any, x: Any, rows: slice) -> tuple[Any, Any]:
+        output = scope["layer"](weights | fixed, x, mask[rows])
+        y, further = output if isinstance(output, tuple) else (output, {})
+        total = jnp.sum(y.astype(jnp.float32) * mask[rows, :, None] * cotangent[rows])
+        return total + job["balance"] * further.get("balance_loss", 0.0), {"y": y, **further}
+
+    found: list[Any] = []
+    gradients: Any = None
+    for rows in np.split(np.arange(len(x)), job["parts"]):
+        part = slice(rows[0], rows[-1] + 1)
+        with jax.set_mesh(scope["mesh"]) if "mesh" in scope else contextlib.nullcontext():
+            if job["forward_only"]:
+                found.append(jax.jit(lambda w, x, part=part: objective(w, x, part)[1])(weights, x[part]))
+                continue
+            run = jax.jit(jax.grad(lambda w, x, part=part: objective(w, x, part), argnums=(0, 1), has_aux=True))
+            (of_weights, of_x), results = jax.device_get(run(weights, x[part]))
+        found.append(results)
+        gradients = of_weights if gradients is None else jax.tree.map(jnp.add, gradients, of_weights)
+        found[-1]["grad_x"] = of_x
+    shared = ("balance_loss",)
+    names = [name for name in found[0] if name not in shared or job["balance"]]
+    results = {name: found[0][name] if name in shared else jnp.concatenate([p[name] for p in found]) for name in names}
+    if gradients is not None:
+        results |= {f"grad_{name}": value for name, value in gradients.items()}
+    return {name: np.asarray(value, np.float64) for name, value in results.items()}
+
+
+def main(version: str, adapters: dict[str, Block]) -> None:
+    """The program of a library's worker."""
+    if sys.argv[1] == "--list":
+        claims = {name: adapter.claims() for name, adapter in adapters.items()}
+        print(json.dumps({"version": f"{version}, jax {jax.__version__}", "blocks": claims}))
+        return
+    with open(sys.argv[1]) as file:
+        jobs = json.load(file)
+    for job in jobs:
+        adapter = adapters[job["block"]]
+        with np.load(job["arrays"]) as archive:
+            arrays = dict(archive)
+        try:
+            np.savez(job["out"] + ".npz", **measure(adapter, job, arrays))
+            with open(job["out"] + ".code", "w") as file:
+                file.write(adapter.code(job["k"]))
+        except Exception as error:
+            with open(job["out"] + ".txt", "w") as file:
+                file.write(f"{type(error).__name__}: {error}\n\n{traceback.format_exc()}")

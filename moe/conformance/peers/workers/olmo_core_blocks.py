@@ -1,0 +1,93 @@
+"""OLMo-core's dropless MoE layer; its Triton kernels that move rows are replaced by PyTorch's indexing."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+from typing import Any
+
+import torch
+from olmo_core.nn.moe.loss import MoELoadBalancingLossGranularity, load_balancing_loss
+from torch import nn
+from torch_blocks import NUM_EXPERTS, Block, D, F, main
+
+MOVES = """
+import torch
+from olmo_core.nn.moe import MoEConfig, MoERouterConfig, MoEType
+from olmo_core.nn.moe import parallel_mlp
+def gather(x, indices, bin_ids, bins, top_k):
+    return x[indices.long() // top_k]
+def scatter(x, indices, bin_ids, weights, bins, top_k):
+    y = torch.zeros_like(x).index_copy(0, indices.long(), x)
+    return (y.view(-1, top_k, x.shape[-1]) * weights.view(-1, top_k, 1)).sum(1)
+parallel_mlp.ops.gather, parallel_mlp.ops.scatter = gather, scatter
+"""
+
+
+@dataclasses.dataclass
+class Olmo(Block):
+    """olmo_core.nn.moe.DroplessMoE."""
+
+    has_balance: bool = True
+
+    def code(self, k: int) -> str:
+        """MoEConfig, then the layer."""
+        router = {"top_k": k, "gating_function": self.rule.get("score", "softmax")}
+        router |= {"normalize_expert_weights": 1.0 if self.rule.get("renormalise") else None}
+        router |= {"bias_gamma": 0.001 if self.bias else None}
+        layer = {"num_experts": NUM_EXPERTS, "hidden_size": F}
+        made = f"MoEConfig(name=MoEType.dropless, router=MoERouterConfig(**{router}), **{layer}).build({D}, n_layers=1)"
+        return f"{MOVES}block = {made}"
+
+    def load(self, block: nn.Module, arrays: dict[str, torch.Tensor]) -> None:
+        """w1 is the gate, w3 the up projection, w2 the down projection."""
+        block.router.weight.copy_(arrays["router"].T.reshape(block.router.weight.shape))
+        mlp = block.experts.mlp
+        mlp.w1.copy_(arrays["gate"].mT.reshape(-1, D))
+        mlp.w3.copy_(arrays["up"].mT.reshape(-1, D))
+        mlp.w2.copy_(arrays["down"].reshape(-1, D))
+        if self.bias:
+            block.router.score_bias.copy_(arrays["bias"])
+
+    def gradients(self) -> dict[str, str]:
+        """Of the router and of the three stacks."""
+        shape = f"reshape({NUM_EXPERTS}, {F}, {D})"
+        found = {
+            "grad_gate": f"block.experts.mlp.w1.grad.{shape}.mT",
+            "grad_up": f"block.experts.mlp.w3.grad.{shape}.mT",
+        }
+        found |= {"grad_down": f"block.experts.mlp.w2.grad.{shape}"}
+        return found | {"grad_router": f"block.router.weight.grad.reshape({NUM_EXPERTS}, {D}).mT"}
+
+    def watch(self, block: nn.Module, seen: dict[str, torch.Tensor]) -> None:
+        """The router's results, and its scores for the balance loss."""
+
+        def routed(module: nn.Module, arguments: tuple[Any, ...], result: Any) -> None:
+            seen["combine_weights"], seen["expert_index"] = (array.flatten(0, 1) for array in result[:2])
+            seen["router_logits"] = module.get_expert_logits(arguments[0])
+
+        block.router.register_forward_hook(routed)
+
+    def balance(self, router_logits: torch.Tensor, mask: torch.Tensor, k: int) -> torch.Tensor:
+        """olmo_core.nn.moe.loss.load_balancing_loss of all tokens; it has no mask."""
+        scores = torch.softmax(router_logits, -1)
+        counts = torch.nn.functional.one_hot(scores.topk(k).indices, NUM_EXPERTS).sum((1, 2))
+        return load_balancing_loss(
+            num_experts=NUM_EXPERTS,
+            top_k=k,
+            expert_scores=scores,
+            batch_size_per_expert=counts.sum(0),
+            batched_batch_size_per_expert=counts,
+            granularity=MoELoadBalancingLossGranularity.local_batch,
+        )
+
+
+NO_MASK = {"documented": {"balance_padding": True}, "source": "load_balancing_loss takes no mask: all tokens count"}
+ADAPTERS: dict[str, Block] = {
+    "softmax": Olmo(**NO_MASK),
+    "softmax, normalised": Olmo(rule={"renormalise": True}, **NO_MASK),
+    "sigmoid, bias": Olmo(rule={"score": "sigmoid"}, bias=True, has_balance=False),
+}
+
+if __name__ == "__main__":
+    main(f"OLMo-core {importlib.metadata.version('ai2-olmo-core')}", ADAPTERS)
