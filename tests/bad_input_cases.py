@@ -50,7 +50,7 @@ CASES = [
     main("--config={new}/x.py", says=("--config", "ZeroDivisionError"), break_it=write("x.py", "1 / 0\n")),
     main("--config={new}/x.py", says="--config", break_it=write("x.py", "def get_config():\n    return 3\n")),
     main("--config=configs/switch_transformers.py:huge", says=("switch_transformers.py:huge", "base-8, base-16")),
-    main("--confg=x", says=("confg", "Did you mean")),
+    main("--confg=x", says=("confg", "did you mean")),
     main("--steps=3", says="steps"),
     main("surplus", says=("surplus", "options start with --")),
     main("--distributed=maybe", says="distributed"),

@@ -386,6 +386,6 @@ def test_gpt_oss_gathers_only_weights():
 @needs_libtpu
 def test_a_search_compiles_and_names_the_best(tmp_path):
     page = _plan_pod("--topology=v5p:2x2x1", "--search", "--limit=2", f"--cache={tmp_path}")
-    assert "python main.py --config=configs/mixtral_8x7b.py --config.model.num_layers=2" in page
+    assert "moe train --config=configs/mixtral_8x7b.py --config.model.num_layers=2" in page
     assert len(list(tmp_path.glob("*.json"))) == 2
     assert _plan_pod("--topology=v5p:2x2x1", "--search", "--limit=2", f"--cache={tmp_path}") == page
