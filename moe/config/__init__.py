@@ -37,6 +37,9 @@ from moe.config.run_sections import (
 from moe.config.schema import Config, validate_mesh
 from moe.system.fields import LARGEST, ConfigError
 
+#: Name of :func:`changes_of` in config files of version 0.1.
+to_config_dict = changes_of
+
 __all__ = [
     "EMBEDDED_DOMAINS",
     "LARGEST",
@@ -73,6 +76,7 @@ __all__ = [
     "read_run",
     "sparse_layers",
     "stacks",
+    "to_config_dict",
     "to_dict",
     "validate_mesh",
 ]
