@@ -26,7 +26,8 @@ from moe.checkpoints.integrity import checksums
 from moe.config import Config, ConfigError, OptimizerConfig
 from moe.config.parse import from_config_dict
 from moe.configs import base
-from moe.routing.interface import Gate, GateInputs, GateOutput, RouterState, top_k
+from moe.routing.balancing_rules import Penalty, Quantile, Sign, Threshold
+from moe.routing.interface import Gate, GateInputs, GateOutput, top_k
 from moe.routing.routing import probe, route
 from moe.training.metric_writers import find_writers
 from moe.training.optimizer import make_optimizer, probe_own
@@ -114,14 +115,11 @@ ARRAY_EDITS = {
     "nan": lambda array: array * jnp.nan,
     "infinite": lambda array: array / 0,
 }
+RULES = (Sign, Quantile, Threshold, Penalty)
 FACTS = {
     "k": st.one_of(st.integers(-1, E + 1), JSON),
     "router": st.one_of(st.sampled_from(["linear", "noisy", "slots", "none"]), JSON),
-    "state": st.one_of(
-        st.builds(RouterState, st.sampled_from(["none", "sign", "quantile", "threshold", "penalty"]), st.floats(0, 1)),
-        st.builds(RouterState, JSON, JSON),
-        ODD,
-    ),
+    "balancing": st.one_of(st.sampled_from(RULES).flatmap(lambda rule: st.builds(rule, st.floats(0, 1))), ODD),
     **{name: st.one_of(st.booleans(), JSON) for name in ("looks_ahead", "experts_choose", "lists_all", "reweighs")},
     "experts_per_token": ODD,
 }
@@ -146,11 +144,11 @@ def made_gate(facts, edits, instead):
         return output._replace(**{field: ARRAY_EDITS[edit](getattr(output, field)) for field, edit in edits.items()})
 
     body: dict[str, Any] = {"k": 2, "route": rule, "__annotations__": {}, **facts}
-    for name in ("state", "experts_per_token"):
+    for name in ("balancing", "experts_per_token"):
         if name in facts:
             body[name] = lambda self, *_, value=facts[name]: returned(value)
-    if "state" in facts:
-        body["state"] = property(body["state"])
+    if "balancing" in facts:
+        body["balancing"] = property(body["balancing"])
     return dataclasses.dataclass(frozen=True, kw_only=True)(type("Own", (Gate,), body))
 
 
@@ -164,7 +162,8 @@ def test_gates(case, outcomes):
         probe(moe.gate, E)
         logits = jax.random.normal(jax.random.key(3), (1, 4, E))
         noise = logits if moe.gate.router == "noisy" else None
-        bias = jnp.zeros(E) if moe.gate.state.update != "none" else None
+        rule = moe.gate.balancing
+        bias = None if rule is None else rule.selection_bias(rule.first_state(E))
         routing = route(moe.gate, logits, GateInputs(jnp.ones((1, 4), bool), noise_logits=noise, selection_bias=bias))
         k = E if moe.gate.lists_all else moe.experts_per_token
         assert routing.expert_index.shape == routing.combine_weights.shape == (1, 4, k)

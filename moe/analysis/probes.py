@@ -21,7 +21,8 @@ from jax import Array
 from jax.sharding import Mesh
 
 from moe.config import Config, ConfigError, MoEConfig
-from moe.routing.interface import Gate, GateInputs, GateOutput, RouterState, Scored, top_k
+from moe.routing.balancing_rules import BalancingRule, Penalty, Threshold
+from moe.routing.interface import Gate, GateInputs, GateOutput, Scored, top_k
 from moe.training.evaluation import Heldout, evaluate
 from moe.training.step import Program, build
 
@@ -119,9 +120,9 @@ class Masked(Gate):
         return gate.route(jnp.where(hidden, -1e9, router_logits), inputs)
 
     @property
-    def state(self) -> RouterState:
-        """State of the gate."""
-        return self.gate.state
+    def balancing(self) -> BalancingRule | None:
+        """Rule of the gate."""
+        return self.gate.balancing
 
 
 def _build(config: Config, mesh: Mesh, gate: Gate | None = None) -> Program:
@@ -147,7 +148,7 @@ def _with_k(moe: MoEConfig, k: int) -> Gate:
     """
     gate = moe.gate
     # ReMoE's k is the target of its penalty, that of expert thresholds the target of their updates: no choice reads it.
-    if gate is None or not gate.sets_k or gate.state.update in ("penalty", "threshold"):
+    if gate is None or not gate.sets_k or isinstance(gate.balancing, (Penalty, Threshold)):
         raise ConfigError(f"model.moe.gate={moe.gate_name!r}: its number of experts per token cannot be changed")
     return dataclasses.replace(gate, k=k)
 

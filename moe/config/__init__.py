@@ -37,7 +37,7 @@ from moe.config.run_sections import (
 from moe.config.schema import Config, validate_mesh
 from moe.system.fields import LARGEST, ConfigError
 
-#: Name of :func:`changes_of` in config files of version 0.1.
+#: Name of :func:`changes_of` in config files of earlier versions.
 to_config_dict = changes_of
 
 __all__ = [

@@ -115,9 +115,9 @@ def _is_neutral(name: str, value: Any, gate: Gate, moe: Mapping[str, Any]) -> bo
     if name == "k":
         return value == gate.experts_per_token(moe.get("num_experts", 8))
     if name == "bias":
-        return value == gate.state.update
+        return value == (gate.balancing.name if gate.balancing else "none")
     if name == "bias_rate":
-        return value == gate.state.rate
+        return value == getattr(gate.balancing, "rate", 0.0)
     if name in ("groups", "kept_groups", "scores_per_group"):
         return value == 1 or moe.get("device_balance_weight", 0) in (0, -1)
     return value == _PLAIN[name]

@@ -186,11 +186,11 @@ class MoEConfig(Section, path=_MOE):
         field, k = f"{_MOE}layer_gates", self.experts_per_token
         found = not gate.lists_all and gate.experts_per_token(self.num_experts) == k
         require(found, field, gate.name, f"must choose {k} experts")
-        (update, rate), (own, of_model) = gate.state, self.gate.state
-        require(update in ("none", own), field, gate.name, f"needs a bias of {update} in all layers")
         # The train step updates the states of all layers by one rule.
-        same = update == "none" or rate == of_model
-        require(same, field, gate.name, f"must have the model's bias rate, {of_model}, or no bias")
+        rule = self.gate.balancing
+        allowed = f"must have the model's balancing rule, {rule}, or none"
+        allowed = "must have no balancing rule, as the model's gate" if rule is None else allowed
+        require(gate.balancing in (None, rule), field, gate.name, allowed)
 
     def _check_router(self, gate: Gate) -> None:
         if gate.router == "none":
@@ -232,7 +232,7 @@ class MoEConfig(Section, path=_MOE):
         no_noise = "needs the gate noisy_topk: the load has no gradient without its noise"
         require(gate.router == "noisy", field, load, no_noise)
         allowed = "needs a gate without bias and kept_groups equal to groups: only the noise may decide who is chosen"
-        require(_keeps_all_groups(gate) and gate.state.update == "none", field, load, allowed)
+        require(_keeps_all_groups(gate) and gate.balancing is None, field, load, allowed)
 
     def _check_drops(self, gate: Gate) -> None:
         dropless, by_position = self.dispatch == "dropless", self.drop_policy == "position"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 import types
 from collections.abc import Mapping
 from typing import Any, get_args
@@ -13,7 +12,8 @@ from moe.config.mixers import FIELD, Mixer
 from moe.config.moe_section import Capacity, Losses, MoEConfig
 from moe.config.references import import_object
 from moe.routing import gates
-from moe.routing.interface import BiasUpdate, Gate, RouterKind, RouterState
+from moe.routing.balancing_rules import BalancingRule
+from moe.routing.interface import Gate, RouterKind
 from moe.system.fields import ConfigError, raised_as_errors, require
 
 
@@ -117,20 +117,20 @@ def _import_layer(name: str) -> MoEConfig:
 _FLAGS = ("looks_ahead", "chooses", "experts_choose", "lists_all", "reweighs", "generates")
 #: Routers of gates that assign tokens to experts; "slots" is Soft MoE's.
 _ROUTERS = tuple(kind for kind in get_args(RouterKind) if kind != "slots")
-_UPDATES = get_args(BiasUpdate)
 
 
 def _check_facts(where: str, gate: Gate) -> None:
     """Refuse a user's gate without a rule, or with properties that no layer supports. Raises ConfigError."""
     if type(gate).route is Gate.route:
         raise ConfigError(f"{where}: has no method route(router_logits, inputs)")
-    k, state = gate.experts_per_token(1 << 20), gate.state
+    k, rule = gate.experts_per_token(1 << 20), gate.balancing
     routes = gate.router in _ROUTERS or isinstance(gate, gates.SoftMoE)
     require(routes, f"{where}: its router", gate.router, f"must be one of {', '.join(_ROUTERS)}")
     require(type(k) is int, f"{where}: its K", k, "must be an integer")
-    known = isinstance(state, RouterState) and state.update in _UPDATES and isinstance(state.rate, (int, float))
-    allowed = f"must be a RouterState with a rate and an update of {', '.join(_UPDATES)}"
-    require(known and 0 <= state.rate < math.inf, f"{where}: its state", state, allowed)
+    allowed = "must be a BalancingRule (moe.routing.balancing_rules), or None"
+    require(rule is None or isinstance(rule, BalancingRule), f"{where}: its balancing", rule, allowed)
+    if hasattr(gate, "state"):
+        raise ConfigError(f"{where}: its state is not read; return a BalancingRule from the property balancing")
     for name in _FLAGS:
         require(isinstance(getattr(gate, name), bool), f"{where}: its {name}", getattr(gate, name), "must be a bool")
 

@@ -26,6 +26,7 @@ from moe.interop.layers import single_layer
 from moe.layers.moe_layer import MoELayer
 from moe.parallel import partition_specs
 from moe.parallel.mesh import make_mesh
+from moe.routing.balancing_rules import Penalty, Quantile
 
 ORACLE = "Every gate in every mode = the oracle, in y and in the gradients of x, router, experts"
 DEVICES = "Equal on 1, 2, 4 and 8 devices, in training: y, all gradients, all losses and metrics"
@@ -123,7 +124,7 @@ def edges() -> Iterator[Case]:
         renormalise, scale = getattr(own, "renormalise", False), getattr(own, "scale", 1.0)
         rule = reference.Rule(renormalise=renormalise, scale=scale, null=null_of(gate, {}))
         every = not hasattr(own, "k")  # K = E is the rule
-        quantile = own.state.update == "quantile"
+        quantile = isinstance(own.balancing, Quantile)
         draws = gate == "random"
         pairs = gate in ("gshard", "sparse_mixer")  # K is 2
         e = 2 if pairs else 3
@@ -300,7 +301,7 @@ def against_oracle(case: Case, seed: int, d: int = 6, f: int = 5) -> Iterator[Ro
     tokens = rng.integers(0, 1000, (case.g, case.s)).astype(np.int32)
     key, numbers = drawn(case, seed)
     rule, given = dataclasses.replace(case.rule, token_ids=tokens, **numbers), dict(read_by(case.gate, weights))
-    if gate.state.update not in ("none", "penalty"):
+    if gate.balancing is not None and not isinstance(gate.balancing, Penalty):
         given["selection_bias"] = (rng.normal(size=case.e) * 0.3).astype(np.float32)
         rule = dataclasses.replace(rule, bias=given["selection_bias"])
     wide = np.asarray(x, np.float64)

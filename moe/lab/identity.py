@@ -26,6 +26,7 @@ from moe.config.user_code import user_code
 from moe.data.corpora import EmbeddedCorpus
 from moe.data.json_tokenizer import JSON_CONFIG_FILE, TEMPLATE_FILE
 from moe.data.tokenizer_files import MIXTRAL, companions
+from moe.routing.balancing_rules import BalancingRule
 from moe.routing.interface import Gate
 from moe.system.fields import is_off
 from moe.system.reading import read_small_file
@@ -203,7 +204,7 @@ def _gate(moe: MoEConfig) -> Canonical:
     gate, layer = moe.gate, find_layer(moe.gate_name)
     assert gate is not None
     assert layer.gate is not None
-    form: Canonical = {"bias_update": gate.state.update, "bias_update_rate": gate.state.rate}
+    form: Canonical = _balancing(gate.balancing)
     form |= {name: getattr(gate, field) for field, name in _GATE.items() if hasattr(gate, field)}
     if form.get("expert_groups") == 1:  # with one group it has no effect, and takes the paper's value
         form["scores_per_group"] = getattr(layer.gate, "scores_per_group", 1)
@@ -216,6 +217,13 @@ def _gate(moe: MoEConfig) -> Canonical:
     if ":" in gate.name or moe.losses.counts != layer.losses.counts:
         form["balance_counts"] = moe.losses.counts
     return form
+
+
+def _balancing(rule: BalancingRule | None) -> Canonical:
+    """The rule that moves a router's state, and its fields."""
+    fields = {} if rule is None else dataclasses.asdict(rule)
+    own = {"bias_update": rule.name if rule else "none", "bias_update_rate": fields.pop("rate", 0.0)}
+    return own | {f"balancing.{name}": value for name, value in fields.items()}
 
 
 def text_source(data: DataConfig) -> Any:

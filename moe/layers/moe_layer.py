@@ -24,18 +24,14 @@ from moe.parallel import partition_specs
 from moe.parallel.mesh import constrain
 from moe.parallel.parameters import gather_for_matmul
 from moe.routing import balancing
+from moe.routing.balancing_rules import BalancingRule, restored, stored
 from moe.routing.gates import SoftMoE
 from moe.routing.interface import Gate, GateInputs, RouterKind
 from moe.routing.routing import Choices, Routing, route
 
 
 class SelectionBias(nnx.Variable):
-    """[E] float32 without a gradient, which the train step updates: a bias added to the scores for selection only, or
-    another state that ``Gate.state`` names."""
-
-
-#: First value of the strength of ReMoE's penalty (2024, section 3.3).
-FIRST_PENALTY = 1e-8
+    """[E] float32 without a gradient, which the train step updates: the state of ``Gate.balancing``, or part of it."""
 
 
 class Router(nnx.Module):
@@ -43,7 +39,7 @@ class Router(nnx.Module):
 
     With ``moe.router_dtype="bfloat16"``, x, W_g and the logits are rounded to bfloat16, for ablations. The gate says
     which further parameters there are (``kind``): W_noise (W_g and W_noise start at zero,
-    Shazeer 2017, section 4 and appendix A), a selection bias (zero at first), or one column per slot. Deviation from
+    Shazeer 2017, section 4 and appendix A), the state of its balancing rule, or one column per slot. Deviation from
     Soft MoE (2023, section 2.3): x and W_g are not L2-normalised, because x is the output of an RMSNorm.
     """
 
@@ -51,11 +47,8 @@ class Router(nnx.Module):
         gate = config.moe.gate
         d = config.d_model
         e = config.moe.num_experts + config.moe.null_experts
-        update = "none" if gate is None else gate.state.update
         self.dtype = config.moe.router_dtype
-        first = FIRST_PENALTY if update == "penalty" else 0.0
-        state = jnp.full((e,), first, jnp.float32)
-        self.bias = None if update == "none" else parameter(state, partition_specs.REPLICATED, kind=SelectionBias)
+        self.bias = None if gate is None else _state_variables(gate, e)
         self.logit_bias = zeros((e,)) if config.moe.bias != "none" else None
         self.noise = zeros((d, e)) if kind == "noisy" else None
         if kind == "noisy":
@@ -84,6 +77,18 @@ class Router(nnx.Module):
     def noise_logits(self, x: Float[Array, "G S D"]) -> Float[Array, "G S E"] | None:
         """x·W_noise in float32; None for a gate without noise."""
         return None if self.noise is None else _matmul(x.astype(jnp.float32), self.noise[...])
+
+
+def _state_variables(gate: Gate, num_experts: int) -> SelectionBias | nnx.Dict | None:
+    """Variables of the first state of a gate's balancing rule: one, or one of each array; None without a rule."""
+    if gate.balancing is None:
+        return None
+    state = stored(gate.balancing.first_state(num_experts))
+    if not isinstance(state, dict):
+        return parameter(state, partition_specs.REPLICATED, kind=SelectionBias)
+    return nnx.Dict(
+        {name: parameter(array, partition_specs.REPLICATED, kind=SelectionBias) for name, array in state.items()}
+    )
 
 
 def _matmul(x: Array, kernel: Array) -> Array:
@@ -228,17 +233,29 @@ class MoELayer(nnx.Module):
 
     def _inputs(self, tokens: Tokens, keys: Keys, *, train: bool, expert_capacity: int = 0) -> GateInputs:
         """Inputs of the gate beside the logits."""
-        router = self.router
+        router, rule, state = self.router, self._rule, self._state()
         return GateInputs(
             tokens.mask,
             rng=keys.gate,
             train=train,
             expert_capacity=expert_capacity,
             noise_logits=None if router is None or keys.gate is None else router.noise_logits(tokens.x),
-            selection_bias=None if router is None or router.bias is None else router.bias[...],
+            selection_bias=None if rule is None or state is None else rule.selection_bias(state),
+            state=state,
             token_ids=tokens.token_ids,
             positions=tokens.positions,
         )
+
+    @property
+    def _rule(self) -> BalancingRule | None:
+        return None if self.config.gate is None else self.config.gate.balancing
+
+    def _state(self) -> Any:
+        """State of the balancing rule; None without one."""
+        kept = None if self.router is None else self.router.bias
+        if kept is None or self._rule is None:
+            return None
+        return restored(self._rule, {k: v[...] for k, v in kept.items()} if isinstance(kept, nnx.Dict) else kept[...])
 
     def _experts(self, keys: Keys, *, train: bool) -> ExpertWeights:
         """The FFN experts, with dropout in training."""
@@ -287,11 +304,7 @@ class MoELayer(nnx.Module):
         self, routing: Routing, mask: Bool[Array, "G S"], kept: Bool[Array, "G S K"], *, rows: int
     ) -> balancing.LayerReport:
         parts = {"batch": 1, "step": 1, "group": mask.shape[0], "sequence": rows}[self.config.losses.scope]
-        router = self.router
-        bias = None if router is None else router.bias
-        # λ of ReMoE, equal for all experts.
-        own = self.config.gate
-        penalty = bias[...][0] if bias is not None and own is not None and own.state.update == "penalty" else None
+        router, rule, state = self.router, self._rule, self._state()
         moe, groups = self.config, getattr(self.config.gate, "groups", 1)
         report = balancing.report(
             routing,
@@ -303,7 +316,7 @@ class MoELayer(nnx.Module):
             null_experts=moe.null_experts,
             weights=balancing.balance_weights(moe.num_experts, moe.null_experts, moe.losses.null),
             expert_groups=groups,
-            strength=penalty,
+            strength=None if rule is None or state is None else rule.penalty(state),
         )
         # Constant losses are set to 0, as a model whose other layers have other gates must not count them: the device
         # loss over a single group of experts, and all losses of a layer without a router.

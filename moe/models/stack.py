@@ -302,15 +302,16 @@ def join_moe_layers(states: LayerStates) -> Any:
     return jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *parts) if parts else None
 
 
-def selection_biases(config: ModelConfig, layers: Float[Array, "L E"]) -> dict[str, Any]:
-    """Convert one vector per MoE layer to the nested dict in which a model keeps its routers' selection biases; layers
-    whose gate has none are left out."""
+def selection_biases(config: ModelConfig, layers: Any) -> dict[str, Any]:
+    """Convert a tree whose arrays lead with the number of MoE layers to the nested dict in which a model keeps its
+    routers' states: a part for each group of equal layers. Layers whose gate has no balancing rule are left out."""
     biases: dict[str, Any] = {}
     start = 0
     for name, kinds in stacks(config).items():
         stop = start + sum(kind.sparse for kind in kinds)
         of_stack: dict[str, Any] = {}
-        parts = zip(split_moe_layers(kinds, layers[start:stop]), segments(kinds), strict=True)
+        own = jax.tree.map(operator.itemgetter(slice(start, stop)), layers)
+        parts = zip(split_moe_layers(kinds, own), segments(kinds), strict=True)
         for i, (blocks, (unit, _)) in enumerate(parts):
             for j, (values, kind) in enumerate(zip(blocks, unit, strict=True)):
                 if values is not None and _has_bias(kind):
@@ -319,12 +320,22 @@ def selection_biases(config: ModelConfig, layers: Float[Array, "L E"]) -> dict[s
         start = stop
     last = layer_kinds(config)[-1]
     if config.prediction_layers and _has_bias(last):
-        biases[PREDICTION] = {"block": {"moe": {"router": {"bias": layers[start:]}}}}
+        biases[PREDICTION] = {
+            "block": {"moe": {"router": {"bias": jax.tree.map(operator.itemgetter(slice(start, None)), layers)}}}
+        }
     return biases
 
 
+def map_routers(function: Callable[[Any, Any], Any], states: dict[str, Any], signals: dict[str, Any]) -> dict[str, Any]:
+    """Apply a function to each router's state and its part of :func:`selection_biases`."""
+    return {
+        name: function(state, signals[name]) if name == "bias" else map_routers(function, state, signals[name])
+        for name, state in states.items()
+    }
+
+
 def _has_bias(kind: LayerKind) -> bool:
-    return kind.gate is not None and kind.gate.state.update != "none"
+    return kind.gate is not None and kind.gate.balancing is not None
 
 
 def stacked_layers(config: ModelConfig, path: Sequence[str]) -> tuple[range, tuple[str, ...]] | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import types
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +19,9 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Bool, Float, Int
 
-from moe.routing.interface import ROUTES, BalanceCounts, quantile, top_k
-from moe.routing.routing import Routing
+from moe.routing.interface import ROUTES, BalanceCounts, Gate, GateInputs, quantile, top_k
+from moe.routing.routing import Routing, route
+from moe.system.fields import ConfigError, raised_as_errors
 
 
 @jax.tree_util.register_dataclass
@@ -279,32 +281,45 @@ def report(
     )
 
 
-def bias_signal(update: str, layers: LayerReport, experts_per_token: int) -> Float[Array, "*layers E"]:
-    """Statistics of a step's reports that move each layer's selection bias; see :func:`next_selection_bias`."""
-    load = layers.expert_load
-    if update == "sign":
-        return jnp.sign(jnp.mean(load, axis=-1, keepdims=True) - load)
-    if update == "penalty":  # one strength for all layers
-        return jnp.broadcast_to(jnp.sign(jnp.mean(layers.active_experts) - experts_per_token), load.shape)
-    return layers.sums.bias_target
+def probe_rule(gate: Gate, num_experts: int) -> None:
+    """Update the state of a user's balancing rule once, for two layers, and refuse it in one sentence if that fails.
 
+    Args:
+        gate: the gate that has the rule.
+        num_experts: E, columns of the router.
 
-def next_selection_bias(
-    update: str, bias: Float[Array, "*layers E"], signal: Float[Array, "*layers E"], rate: float
-) -> Float[Array, "*layers E"]:
-    """Updated state of a router, from :func:`bias_signal`, u being the rate.
-
-    sign: b_e + u·sign(mean load − load_e) (loss-free balancing 2024, algorithm 1). quantile: a
-    step of u towards the bias that would have balanced the step, then mean-centred (Kimi K3 2026, section 2.3.3).
-    threshold: the same without centring. penalty: λ·(1 + u)^sign(mean number of active experts − K) (ReMoE 2024,
-    equation 8), at least float32's smallest normal number, since 0 would never grow again.
+    Raises:
+        ConfigError: the rule raises, or a state or a bias is not of finite float32 arrays [E] in the same pytree.
     """
-    if update == "sign":
-        return bias + rate * signal
-    if update == "penalty":
-        return jnp.maximum(bias * (1 + rate) ** signal, jnp.finfo(jnp.float32).tiny)
-    bias = bias + rate * (signal - bias)
-    return bias - jnp.mean(bias, axis=-1, keepdims=True) if update == "quantile" else bias
+    rule = gate.balancing
+    if rule is None:
+        return
+    name, mask = f"balancing rule {type(rule).__name__}", jnp.ones((1, 8), bool)
+    inputs = GateInputs(mask, token_ids=jnp.arange(8, dtype=jnp.int32)[None])
+    with raised_as_errors(f"{name}: it"):
+        state = rule.first_state(num_experts)
+        inputs = dataclasses.replace(inputs, state=state, selection_bias=rule.selection_bias(state))
+        routing = route(gate, jax.random.normal(jax.random.key(0), (1, 8, num_experts)), inputs)
+        found = report(routing, mask, routing.chosen, k=gate.experts_per_token(num_experts))
+        states, reports = (jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), tree) for tree in (state, found))
+        following = rule.next_state(states, rule.signal(reports, gate.experts_per_token(num_experts)))
+        bias = rule.selection_bias(state)
+    _check_state(f"{name}: first_state", state, state, (num_experts,))
+    _check_state(f"{name}: next_state", following, state, (2, num_experts))
+    if bias is not None:
+        _check_state(f"{name}: selection_bias", bias, jnp.zeros(num_experts), (num_experts,))
+
+
+def _check_state(where: str, value: Any, like: Any, shape: tuple[int, ...]) -> None:
+    leaves = jax.tree.leaves(value)
+    same = leaves and jax.tree.structure(value) == jax.tree.structure(like)
+    good = all(jnp.shape(leaf) == shape and jnp.asarray(leaf).dtype == jnp.float32 for leaf in leaves)
+    if not (same and good and all(np.isfinite(leaf).all() for leaf in leaves)):
+        found = ", ".join(f"{jnp.asarray(leaf).dtype}{list(jnp.shape(leaf))}" for leaf in leaves)
+        pytree = "the pytree of first_state, of" if value is not like else "a pytree of"
+        raise ConfigError(
+            f"{where} returns {found or 'no arrays'}: must be {pytree} finite float32{list(shape)} arrays"
+        )
 
 
 def max_violation(expert_load: Array | np.ndarray) -> Array | np.ndarray | np.generic:

@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from moe.routing.balancing_rules import BalancingRule, Penalty, Threshold
 from moe.routing.interface import (
     Gate,
     GateInputs,
     GateOutput,
     RouterKind,
-    RouterState,
     Scored,
     Selecting,
     normalised,
@@ -218,9 +218,9 @@ class ReLU(Gate):
         return GateOutput(index, weights, weights > 0, normalised(positive))
 
     @property
-    def state(self) -> RouterState:
-        """The strength of the sparsity penalty."""
-        return RouterState("penalty", self.penalty_rate)
+    def balancing(self) -> BalancingRule:
+        """The rule of the sparsity penalty's strength."""
+        return Penalty(self.penalty_rate)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -267,9 +267,9 @@ class ExpertThreshold(ExpertChoice):
         return output._replace(accepted=output.weights + pick(bias, output.expert_index) > 0)
 
     @property
-    def state(self) -> RouterState:
-        """The thresholds."""
-        return RouterState("threshold", self.threshold_rate)
+    def balancing(self) -> BalancingRule:
+        """The rule of the thresholds."""
+        return Threshold(self.threshold_rate)
 
 
 def _every_expert(router_logits: Float[Array, "G S E"], inputs: GateInputs) -> Int[Array, "G S E"]:

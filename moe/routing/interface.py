@@ -12,13 +12,13 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Bool, Float, Int
 
+from moe.routing.balancing_rules import BalancingRule, Quantile, Sign, Threshold
 from moe.system.fields import check_fields, require, setting
 
 #: ``jax.ad_checkpoint.checkpoint_name`` of indices of experts and rows, a few bytes per assignment.
 ROUTES = "routes"
 
 RouterKind = Literal["linear", "noisy", "slots", "none"]
-BiasUpdate = Literal["none", "sign", "quantile", "threshold", "penalty"]
 BalanceScope = Literal["batch", "group", "sequence", "step"]
 BalanceCounts = Literal["assignments", "first_choice", "top_scores"]
 ScoreFunction = Literal["softmax", "sigmoid", "sqrt_softplus"]
@@ -35,6 +35,7 @@ class GateInputs:
         expert_capacity: C, tokens per expert under expert choice; 0: ceil(K·S/E).
         noise_logits: [G,S,E] float32, x·W_noise of noisy top-k; None: no noise.
         selection_bias: [E] float32, added to the scores for selection only; None: zeros.
+        state: of the gate's balancing rule, a pytree of [E] float32 arrays; None: the gate has no rule.
         token_ids: [G,S] int32, for gates that route by token id.
         positions: [G,S] int32, position of each token in its text, given when generating: a rule that would draw, or
             count tokens of the batch, uses them so that no row depends on the others; None: not generating.
@@ -47,6 +48,7 @@ class GateInputs:
     expert_capacity: int = 0
     noise_logits: Array | None = None
     selection_bias: Array | None = None
+    state: Any = None
     token_ids: Array | None = None
     positions: Array | None = None
     expert_index: Array | None = None
@@ -70,19 +72,6 @@ class GateOutput(NamedTuple):
     probs: Array | None = None
     smooth_load: Array | None = None
     needed_bias: Array | None = None
-
-
-class RouterState(NamedTuple):
-    """State [E] of a router without gradient, which the train step updates.
-
-    Attributes:
-        update: none; a selection bias that moves by the sign of the load's error (sign) or to the quantile that
-            balances the step (quantile); thresholds (threshold); or the strength of a sparsity penalty (penalty).
-        rate: step of the update, per optimizer step.
-    """
-
-    update: BiasUpdate = "none"
-    rate: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -148,9 +137,9 @@ class Gate:
         )
 
     @property
-    def state(self) -> RouterState:
-        """State of the router that the rule needs."""
-        return RouterState()
+    def balancing(self) -> BalancingRule | None:
+        """Rule that updates a state of the router after each step; None: the router has no state."""
+        return None
 
     @property
     def routes_by_logits(self) -> bool:
@@ -160,7 +149,7 @@ class Gate:
     @property
     def generates(self) -> bool:
         """Whether a token's experts can be known, outside training, without later tokens."""
-        return not self.looks_ahead or self.state.update == "threshold"
+        return not self.looks_ahead or isinstance(self.balancing, Threshold)
 
 
 def pick(scores: Float[Array, "*batch E"], index: Int[Array, "*batch K"]) -> Float[Array, "*batch K"]:
@@ -335,6 +324,7 @@ class Selecting(Scored):
         return self.weigh(router_logits, inputs, expert_index[..., :k])._replace(needed_bias=needed)
 
     @property
-    def state(self) -> RouterState:
-        """The selection bias."""
-        return RouterState(self.bias, self.bias_rate)
+    def balancing(self) -> BalancingRule | None:
+        """The rule of the selection bias."""
+        rules = {"sign": Sign, "quantile": Quantile}
+        return None if self.bias == "none" else rules[self.bias](self.bias_rate)

@@ -234,13 +234,15 @@ def _probe(
     logits = jax.random.normal(jax.random.key(0), (groups, size, columns))
     ids = jnp.arange(groups * size, dtype=jnp.int32).reshape(groups, size)
     k = columns if gate.lists_all else gate.experts_per_token(num_experts)
-    name = f"gate {type(gate).__name__}"
+    name, rule = f"gate {type(gate).__name__}", gate.balancing
+    state = None if rule is None else rule.first_state(columns)
     inputs = GateInputs(
         jnp.ones((groups, size), bool),
         rng=rng,
         train=rng is not None,
         noise_logits=logits if rng is not None and gate.router == "noisy" else None,
-        selection_bias=None if gate.state.update == "none" else jnp.zeros((columns,), jnp.float32),
+        selection_bias=None if rule is None else rule.selection_bias(state),
+        state=state,
         token_ids=ids,
         positions=jnp.full((groups, size), 8, jnp.int32) if generating else None,
     )

@@ -22,7 +22,7 @@ from moe.models import pipeline
 from moe.models.adapters import initial_adapters
 from moe.models.decoder import Output
 from moe.models.factory import Model, abstract_model, create_model, variable_specs
-from moe.models.stack import selection_biases
+from moe.models.stack import map_routers, selection_biases
 from moe.models.stages import Schedule
 from moe.models.state import AdaptedState, TrainState, set_schedule_step, state_specs
 from moe.parallel import partition_specs, target
@@ -31,10 +31,10 @@ from moe.routing.balancing import (
     BalanceSums,
     LayerReport,
     balance_weights,
-    bias_signal,
-    next_selection_bias,
     over_step,
+    probe_rule,
 )
+from moe.routing.balancing_rules import restored, stored
 from moe.routing.interface import Gate
 from moe.routing.routing import is_own, probe
 from moe.training.batches import Batch, batch_shapes, forward
@@ -249,6 +249,7 @@ def _probe_own_gates(config: Config) -> None:
     for gate in set(moe.gates):
         if is_own(gate):
             probe(gate, moe.num_experts, null_experts=moe.null_experts, shapes=shapes)
+            probe_rule(gate, columns)
 
 
 def _graphdef(model: ModelConfig, gate: Gate | None = None) -> nnx.GraphDef[Model]:
@@ -389,7 +390,7 @@ def _update(parts: _Parts, gradients: Any, norm: Array, state: TrainState) -> tu
 
 
 def _next_biases(config: Config, biases: dict[str, Any], layers: LayerReport | None) -> dict[str, Any]:
-    """Selection biases after a step, from the step's reports; no gradient is involved.
+    """States of the routers after a step, from the step's reports; no gradient is involved.
 
     ``optimizer.frozen`` with "router", and adapters without a trained router, keep them as they are.
     """
@@ -398,10 +399,10 @@ def _next_biases(config: Config, biases: dict[str, Any], layers: LayerReport | N
         return biases
     moe = config.model.moe
     assert moe.gate is not None
-    rule, rate = moe.gate.state
-    signals = selection_biases(config.model, bias_signal(rule, layers, moe.experts_per_token))
-    update = functools.partial(next_selection_bias, rule, rate=rate)
-    return jax.tree.map(update, biases, signals)
+    rule = moe.gate.balancing
+    assert rule is not None
+    signals = selection_biases(config.model, rule.signal(layers, moe.experts_per_token))
+    return map_routers(lambda kept, signal: stored(rule.next_state(restored(rule, kept), signal)), biases, signals)
 
 
 def eval_step(

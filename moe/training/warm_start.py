@@ -123,7 +123,7 @@ def first_state(
     # Bound at once, so that the random ones are freed before moments are read.
     state = dataclasses.replace(state, parameters=_first_parameters(program, source.model, state.parameters, step))
     biases = state.biases
-    rules = {gate and gate.state.update for gate in (source.model.moe.gate, program.config.model.moe.gate)}
+    rules = {gate and type(gate.balancing) for gate in (source.model.moe.gate, program.config.model.moe.gate)}
     if biases and len(rules) == 1:  # the state of another rule means something else
         source_biases = _host(stored.read_biases(start.checkpoint, source.model, step=step))
         biases = _transplant(program, source.model, source_biases, biases)

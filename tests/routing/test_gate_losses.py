@@ -17,6 +17,7 @@ from moe.layers.moe_layer import MoELayer, SelectionBias
 from moe.models.stack import selection_biases
 from moe.parallel.mesh import make_mesh
 from moe.routing import balancing
+from moe.routing.balancing_rules import Sign
 from moe.routing.gates import TopK
 from moe.training.batches import place
 from moe.training.step import build
@@ -130,7 +131,7 @@ def test_sequence_loss_of_deepseek_v3_by_hand():
 
 
 def test_next_selection_bias_by_hand():
-    bias = balancing.next_selection_bias("sign", jnp.asarray([0.1, 0.0, -0.1]), jnp.asarray([-1.0, 0.0, 1.0]), 0.01)
+    bias = Sign(0.01).next_state(jnp.asarray([0.1, 0.0, -0.1]), jnp.asarray([-1.0, 0.0, 1.0]))
     np.testing.assert_allclose(bias, [0.09, 0.0, -0.09], atol=1e-6)
 
 
@@ -142,8 +143,7 @@ def test_loss_free_balancing_balances(rng):
     def step(bias):
         routing = routed("deepseek_v3", logits, 1, selection_bias=bias)
         report = balancing.report(routing, jnp.ones((1, 512), bool), routing.chosen)
-        signal = balancing.bias_signal("sign", report, 1)
-        return balancing.next_selection_bias("sign", bias, signal, 0.01), report.expert_load
+        return Sign(0.01).next_state(bias, Sign(0.01).signal(report, 1)), report.expert_load
 
     bias, first = step(jnp.zeros(4))
     for _ in range(100):

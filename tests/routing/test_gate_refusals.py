@@ -61,10 +61,10 @@ REFUSED = [
     ({"gate": "mixtral", "layer_gates": ["hash"] * 5}, "must be at most the 4 MoE layers"),
     ({"gate": "mixtral", "layer_gates": ["remoe"]}, "layer_gates='remoe': must choose 2 experts"),
     ({"gate": "expert_choice", "accept_future_leak": True, "layer_gates": ["hash"]}, "must choose 2 experts"),
-    ({"gate": "mixtral", "layer_gates": ["deepseek_v4"]}, "needs a bias of sign in all layers"),
+    ({"gate": "mixtral", "layer_gates": ["deepseek_v4"]}, "must have no balancing rule, as the model's gate"),
     (
         {"gate": {"name": "deepseek_v4", "k": 2}, "layer_gates": [{"name": "quantile_balancing", "bias": "sign"}]},
-        "layer_gates='quantile_balancing': must have the model's bias rate, 0.001, or no bias",
+        "layer_gates='quantile_balancing': must have the model's balancing rule, Sign(rate=0.001), or none",
     ),
     ({"gate": "switch", "layer_gates": ["mixtral"]}, "the only weight is then always 1"),
     (

@@ -17,6 +17,7 @@ from moe.layers.moe_layer import MoELayer, SelectionBias
 from moe.parallel import partition_specs
 from moe.parallel.mesh import make_mesh
 from moe.routing import balancing, interface
+from moe.routing.balancing_rules import Penalty, Quantile, Threshold
 from moe.routing.gates import TopK
 from tests.gate_helpers import LOGITS, SOFTPLUS_LOGITS
 from tests.helpers import random_model, routed, slow_case, tiny_model
@@ -64,8 +65,8 @@ def test_quantile_balancing_needs_one_step():
     moe = {"gate": "quantile_balancing", "experts_per_token": 1, "renormalise": 0}
     report = report_of(routing, **moe)
     np.testing.assert_allclose(report.sums.bias_target, [-0.2, 0.0], atol=1e-6)
-    signal = balancing.bias_signal("quantile", report, 1)
-    bias = balancing.next_selection_bias("quantile", jnp.zeros(2), signal, 1.0)
+    signal = Quantile(1.0).signal(report, 1)
+    bias = Quantile(1.0).next_state(jnp.zeros(2), signal)
     np.testing.assert_allclose(bias, [-0.1, 0.1], atol=1e-6)
     after = routed("quantile_balancing", logits, 1, selection_bias=bias)
     np.testing.assert_array_equal(after.expert_index[0, :, 0][np.array([0, 2, 3])], [1, 0, 0])
@@ -81,8 +82,8 @@ def test_quantile_balancing_balances_many_experts(rng):
     def step(bias):
         routing = routed("quantile_balancing", logits, 2, selection_bias=bias, train=True)
         report = report_of(routing, gate="quantile_balancing", experts_per_token=2)
-        signal = balancing.bias_signal("quantile", report, 2)
-        return balancing.next_selection_bias("quantile", bias, signal, 1.0), report.expert_load
+        signal = Quantile(1.0).signal(report, 2)
+        return Quantile(1.0).next_state(bias, signal), report.expert_load
 
     _, first = step(bias)
     for _ in range(4):
@@ -103,8 +104,8 @@ def test_quantiles_of_sampled_experts_are_of_what_ranks_them(rng):
     def step(bias):
         given = {"bias": "quantile", "selection_bias": bias, "rng": jax.random.key(0), "train": True}
         report = report_of(routed("switch_sampled", logits, 1, **given), gate="switch_sampled")
-        signal = balancing.bias_signal("quantile", report, 1)
-        return balancing.next_selection_bias("quantile", bias, signal, 1.0), report.expert_load
+        signal = Quantile(1.0).signal(report, 1)
+        return Quantile(1.0).next_state(bias, signal), report.expert_load
 
     bias, first = step(jnp.zeros(8))
     for _ in range(5):
@@ -130,19 +131,19 @@ def test_remoe_by_hand():
     assert float(report.active_experts) == 1.5
     # 1.5 experts a token are more than K = 1: λ grows by 1.2; at K = 2 it falls.
     for k, expected in ((1, 1.2), (2, 1 / 1.2)):
-        signal = balancing.bias_signal("penalty", report, k)
-        strength = balancing.next_selection_bias("penalty", jnp.ones(3), signal, 0.2)
+        signal = Penalty(0.2).signal(report, k)
+        strength = Penalty(0.2).next_state(jnp.ones(3), signal)
         np.testing.assert_allclose(strength, np.full(3, expected), rtol=1e-6)
     # 1e-8 falls by 1.2 to float32's smallest normal number, 1.2e-38, in 378 steps; it stops there, and can grow again.
     least = jnp.full(3, np.finfo(np.float32).tiny)
-    falling = balancing.next_selection_bias("penalty", least, -jnp.ones(3), 0.2)
-    grown = balancing.next_selection_bias("penalty", falling, jnp.ones(3), 0.2)
+    falling = Penalty(0.2).next_state(least, -jnp.ones(3))
+    grown = Penalty(0.2).next_state(falling, jnp.ones(3))
     np.testing.assert_allclose(grown, 1.2 * least, rtol=1e-6)
     # All layers have one λ: with 1.5, 1.5 and 5 experts a token, 2.67 on average, it grows at K = 2 in all of them.
     layers = jax.tree.map(lambda values: jnp.stack([values] * 3), report)
     layers = dataclasses.replace(layers, active_experts=jnp.asarray([1.5, 1.5, 5.0]))
-    np.testing.assert_array_equal(balancing.bias_signal("penalty", layers, 2), np.ones((3, 3)))
-    np.testing.assert_array_equal(balancing.bias_signal("penalty", layers, 3), -np.ones((3, 3)))
+    np.testing.assert_array_equal(Penalty(0.2).signal(layers, 2), np.ones((3, 3)))
+    np.testing.assert_array_equal(Penalty(0.2).signal(layers, 3), -np.ones((3, 3)))
     # A token without a positive logit goes to no expert and has no probabilities.
     silent = routed("remoe", [[[-2.0, -1.0, 0.0]]], 1)
     np.testing.assert_array_equal(silent.router_probs, np.zeros((1, 1, 3)))
@@ -157,7 +158,7 @@ def test_thresholds_route_single_tokens_as_training_routed_the_batch():
     np.testing.assert_array_equal(training.chosen[0], [[True, False], [True, False], [False, True], [False, True]])
     report = report_of(training, gate="expert_threshold", experts_per_token=1, accept_future_leak=True)
     np.testing.assert_allclose(report.sums.bias_target, [-0.4, -0.4], atol=1e-6)
-    bias = balancing.next_selection_bias("threshold", jnp.zeros(2), report.sums.bias_target, 1.0) - 1e-5
+    bias = Threshold(1.0).next_state(jnp.zeros(2), report.sums.bias_target) - 1e-5
     alone = [routed("expert_threshold", np.log(probs[:, i : i + 1]), 1, selection_bias=bias) for i in range(4)]
     np.testing.assert_array_equal(np.concatenate([r.chosen[0] for r in alone]), training.chosen[0])
     np.testing.assert_allclose(alone[0].combine_weights[0, 0], [0.9, 0.0], rtol=1e-6)

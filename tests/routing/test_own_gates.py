@@ -19,6 +19,7 @@ from flax import nnx
 
 from moe.analysis import surgery
 from moe.checkpoints import noted_code
+from moe.checkpoints.parameters import read_biases
 from moe.config import Config, ConfigError, DataConfig, Losses, ModelConfig, MoEConfig, TrainConfig, references
 from moe.config.parse import from_config_dict
 from moe.config.registry import find_layer
@@ -28,6 +29,7 @@ from moe.models import sampling
 from moe.models.factory import abstract_parameters
 from moe.parallel.mesh import make_mesh
 from moe.routing import balancing
+from moe.routing.balancing import probe_rule
 from moe.routing.interface import Gate, GateInputs, GateOutput, top_k
 from moe.routing.routing import probe, route
 from moe.system.fields import setting
@@ -231,8 +233,40 @@ def test_a_state_of_the_guide_is_a_moving_average_of_the_load(guide):
     routing = route(gate, logits, GateInputs(mask, selection_bias=state))
     np.testing.assert_array_equal(routing.expert_index[0, 0], [1, 2])
     report = balancing.report(routing, mask, routing.chosen, k=2)
-    following = balancing.next_selection_bias("threshold", state, report.sums.bias_target, 0.1)
+    following = gate.balancing.next_state(state, report.sums.bias_target)
     np.testing.assert_allclose(following, [2.25, 0.1, 0.1, 0.0], rtol=1e-6)  # 0.9 · state + 0.1 · (0, 1, 1, 0)
+
+
+def test_a_rule_of_the_guide_has_momentum(guide):
+    rule = find_layer("my_gates:Steered").gate.balancing
+    probe_rule(find_layer("my_gates:Steered").gate, 4)
+    # Loads 1/2 and 0 of two experts: errors 0 and 1/2. Speed 0.9·0.2 + 0 and 0.9·0 + 1/2; the bias moves by a tenth.
+    report = types.SimpleNamespace(expert_load=jnp.asarray([0.5, 0.0]))
+    state = rule.next_state({"bias": jnp.asarray([1.0, 1.0]), "speed": jnp.asarray([0.2, 0.0])}, report)
+    np.testing.assert_allclose(state["speed"], [0.18, 0.5], rtol=1e-6)
+    np.testing.assert_allclose(state["bias"], [1.018, 1.05], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "message"),
+    [
+        ("first_state", lambda self, e: {}, "first_state returns no arrays"),
+        ("first_state", lambda self, e: {"bias": jnp.zeros(e), "speed": jnp.zeros(())}, "float32[]: must be a pytree"),
+        ("next_state", lambda self, state, report: state["bias"], "next_state returns float32[2, 4]: must be of the"),
+        ("next_state", lambda self, state, report: 1 / 0, "it raises ZeroDivisionError"),
+        ("selection_bias", lambda self, state: jnp.zeros(3), "it raises"),
+    ],
+)
+def test_a_wrong_rule_is_refused(guide, monkeypatch, name, method, message):
+    monkeypatch.setattr(guide[0].Momentum, name, method)
+    with pytest.raises(ConfigError, match=f"balancing rule Momentum: {re.escape(message)}"):
+        probe_rule(find_layer("my_gates:Steered").gate, 4)
+
+
+def test_a_gate_with_a_state_of_before_is_refused(guide, monkeypatch):
+    monkeypatch.setattr(guide[0].Steered, "state", ("sign", 0.1), raising=False)
+    with pytest.raises(ConfigError, match="its state is not read; return a BalancingRule"):
+        find_layer("my_gates:Steered")
 
 
 SIZES = {"d_model": 8, "d_ff": 12, "num_experts": 4}
@@ -299,6 +333,37 @@ def test_a_layer_gate_that_looks_ahead_is_refused_as_the_models_gate_is():
         "model.moe.layer_gates='ahead': routes by the other tokens of a group"
     )
     assert sampling.one_group_a_row(accepted) == accepted
+
+
+def test_a_users_rule_trains_and_continues_in_a_pipeline(guide, tmp_path):
+    """Two steps on one device; the second again from the checkpoint, in two stages: losses and state agree."""
+    settings = {
+        "model.moe.gate": "my_gates:Steered",
+        "model.moe.num_experts": 4,
+        "train.num_steps": 2,
+        "train.log_every": 1,
+        "train.save_every": 1,
+        "train.accumulation_steps": 2,
+        "train.sample_tokens": 0,
+        "optimizer.warmup_steps": 1,
+    }
+    config = run_helpers.tiny(build(tmp_path / "data"), **settings)
+    train(config, str(tmp_path / "run"), jax.devices()[:1])
+    alone = read_biases(tmp_path / "run", config.model)
+    (router,) = (block["moe"]["router"] for block in alone["segment_0"].values())
+    assert {name: array.shape for name, array in router["bias"].items()} == {"bias": (2, 4), "speed": (2, 4)}
+    assert np.abs(router["bias"]["speed"]).max() > 0
+    losses = [row["cross_entropy"] for row in run_helpers.rows(tmp_path / "run", "train")]
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "2")
+    staged = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, data=1, pipeline=2))
+    train(staged, str(tmp_path / "run"), jax.devices()[:2])
+    again = [row["cross_entropy"] for row in run_helpers.rows(tmp_path / "run", "train")]
+    np.testing.assert_allclose(again, losses, rtol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+        read_biases(tmp_path / "run", config.model),
+        alone,
+    )
 
 
 def test_a_users_gate_trains_resumes_and_evaluates(module, tmp_path):
