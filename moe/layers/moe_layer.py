@@ -117,6 +117,7 @@ class Tokens(NamedTuple):
     mask: Array
     token_ids: Array | None
     positions: Array | None
+    segment_ids: Array | None
 
 
 class MoELayer(nnx.Module):
@@ -174,6 +175,7 @@ class MoELayer(nnx.Module):
         *,
         token_ids: Int[ArrayLike, "B T"] | None = None,
         positions: Int[ArrayLike, "B T"] | None = None,
+        segment_ids: Int[ArrayLike, "B T"] | None = None,
         routing: Routing | Choices | None = None,
         train: bool = False,
         rng: PRNGKeyArray | None = None,
@@ -185,6 +187,7 @@ class MoELayer(nnx.Module):
             mask: real tokens; padding takes no capacity, gets 0 and counts in no loss. None: all are real.
             token_ids: for gates that route by token id.
             positions: of the tokens in their texts, given when generating: no row's routing then depends on the others.
+            segment_ids: the document of each token within its row, for gates that read it; 0 is padding.
             routing: recorded routing to replay instead of asking the router, or choices, whose weights it recomputes.
             train: use the training capacity factor and expert dropout.
             rng: key of jitter, the gate's draws, random drops and expert dropout; None: deterministic.
@@ -193,7 +196,7 @@ class MoELayer(nnx.Module):
             The output, 0 for a token whose assignments were all dropped (the residual carries it); the layer's report;
             the routing over groups.
         """
-        tokens, keys = self._group(x, mask, token_ids, positions), Keys.split(rng)
+        tokens, keys = self._group(x, mask, token_ids, positions, segment_ids), Keys.split(rng)
         capacity = layer_capacity(self.config, tokens.mask.shape[1], train=train)
         self._check_replay(routing, tokens)
         if not isinstance(routing, Routing):
@@ -207,9 +210,7 @@ class MoELayer(nnx.Module):
 
         return self._finish(x, tokens, routing, experts)
 
-    def _group(
-        self, x: Array, mask: ArrayLike | None, token_ids: ArrayLike | None, positions: ArrayLike | None
-    ) -> Tokens:
+    def _group(self, x: Array, mask: ArrayLike | None, *read: ArrayLike | None) -> Tokens:
         """Split the batch into groups, runs of S tokens in row order, whatever the mesh."""
         size = self.config.group_size or x.shape[1]
         if x.ndim != 3 or x.shape[2] != self.d_model:
@@ -221,7 +222,7 @@ class MoELayer(nnx.Module):
         grouped = constrain(x.reshape(-1, size, x.shape[-1]), partition_specs.GROUPS)
         # Zeroed, since a NaN in padding would reach others even through a weight or a gradient of 0.
         grouped = jnp.where(mask[..., None], grouped, 0)
-        columns = (None if array is None else jnp.asarray(array).reshape(-1, size) for array in (token_ids, positions))
+        columns = (None if array is None else jnp.asarray(array).reshape(-1, size) for array in read)
         return Tokens(grouped, mask, *columns)
 
     def _logits(self, tokens: Tokens, keys: Keys) -> Float[Array, "G S *columns"]:
@@ -244,6 +245,7 @@ class MoELayer(nnx.Module):
             state=state,
             token_ids=tokens.token_ids,
             positions=tokens.positions,
+            segment_ids=tokens.segment_ids,
         )
 
     @property

@@ -42,6 +42,7 @@ class SoftMoE(MoELayer):
         *,
         token_ids: Int[ArrayLike, "B T"] | None = None,
         positions: Int[ArrayLike, "B T"] | None = None,
+        segment_ids: Int[ArrayLike, "B T"] | None = None,
         routing: Routing | Choices | None = None,
         train: bool = False,
         rng: PRNGKeyArray | None = None,
@@ -55,7 +56,7 @@ class SoftMoE(MoELayer):
         """
         if routing is not None:
             raise ValueError("a routing cannot be replayed by Soft MoE: its slots are not in it")
-        tokens, keys = self._group(x, mask, token_ids, positions), Keys.split(rng)
+        tokens, keys = self._group(x, mask, token_ids, positions, segment_ids), Keys.split(rng)
         slot_logits = self._logits(tokens, keys)
         routing = route(self.gate, expert_logits(slot_logits), self._inputs(tokens, keys, train=train))
         weights = slot_weights(slot_logits, tokens.mask & ~routing.broken)

@@ -132,6 +132,7 @@ class Block(nnx.Module):
             None if self.route_padding else rows.as_keys > 0,
             token_ids=rows.token_ids,
             positions=rows.positions if generating else None,
+            segment_ids=rows.segment_ids,
             routing=routing,
             train=train,
             rng=rng,

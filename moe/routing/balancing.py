@@ -295,19 +295,20 @@ def probe_rule(gate: Gate, num_experts: int) -> None:
     if rule is None:
         return
     name, mask = f"balancing rule {type(rule).__name__}", jnp.ones((1, 8), bool)
-    inputs = GateInputs(mask, token_ids=jnp.arange(8, dtype=jnp.int32)[None])
+    ids = jnp.arange(8, dtype=jnp.int32)[None]
+    inputs = GateInputs(mask, token_ids=ids, segment_ids=jnp.ones_like(ids))
     with raised_as_errors(f"{name}: it"):
         state = rule.first_state(num_experts)
-        inputs = dataclasses.replace(inputs, state=state, selection_bias=rule.selection_bias(state))
+        _check_state(f"{name}: first_state", state, state, (num_experts,))
+        bias = rule.selection_bias(state)
+        if bias is not None:
+            _check_state(f"{name}: selection_bias", bias, bias, (num_experts,))
+        inputs = dataclasses.replace(inputs, state=state, selection_bias=bias)
         routing = route(gate, jax.random.normal(jax.random.key(0), (1, 8, num_experts)), inputs)
         found = report(routing, mask, routing.chosen, k=gate.experts_per_token(num_experts))
         states, reports = (jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), tree) for tree in (state, found))
         following = rule.next_state(states, rule.signal(reports, gate.experts_per_token(num_experts)))
-        bias = rule.selection_bias(state)
-    _check_state(f"{name}: first_state", state, state, (num_experts,))
     _check_state(f"{name}: next_state", following, state, (2, num_experts))
-    if bias is not None:
-        _check_state(f"{name}: selection_bias", bias, jnp.zeros(num_experts), (num_experts,))
 
 
 def _check_state(where: str, value: Any, like: Any, shape: tuple[int, ...]) -> None:

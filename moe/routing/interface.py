@@ -39,6 +39,8 @@ class GateInputs:
         token_ids: [G,S] int32, for gates that route by token id.
         positions: [G,S] int32, position of each token in its text, given when generating: a rule that would draw, or
             count tokens of the batch, uses them so that no row depends on the others; None: not generating.
+        segment_ids: [G,S] int32, document of each token within its row, from 1; 0: padding. A group may hold several
+            rows. None: a layer that was called without them.
         expert_index: [G,S,K] int32, recorded experts whose weights are to be recomputed; None: the gate chooses.
     """
 
@@ -51,6 +53,7 @@ class GateInputs:
     state: Any = None
     token_ids: Array | None = None
     positions: Array | None = None
+    segment_ids: Array | None = None
     expert_index: Array | None = None
 
 

@@ -245,6 +245,7 @@ def _probe(
         state=state,
         token_ids=ids,
         positions=jnp.full((groups, size), 8, jnp.int32) if generating else None,
+        segment_ids=jnp.ones((groups, size), jnp.int32),
     )
 
     def apply(logits: Array) -> Routing:

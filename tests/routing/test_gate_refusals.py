@@ -64,7 +64,7 @@ REFUSED = [
     ({"gate": "mixtral", "layer_gates": ["deepseek_v4"]}, "must have no balancing rule, as the model's gate"),
     (
         {"gate": {"name": "deepseek_v4", "k": 2}, "layer_gates": [{"name": "quantile_balancing", "bias": "sign"}]},
-        "layer_gates='quantile_balancing': must have the model's balancing rule, Sign(rate=0.001), or none",
+        "layer_gates='quantile_balancing': must have the model's balancing rule, Sign\\(rate=0.001\\), or none",
     ),
     ({"gate": "switch", "layer_gates": ["mixtral"]}, "the only weight is then always 1"),
     (

@@ -26,6 +26,7 @@ from moe.config.registry import find_layer
 from moe.configs import base
 from moe.layers.moe_layer import MoELayer
 from moe.models import sampling
+from moe.models.decoder import Transformer
 from moe.models.factory import abstract_parameters
 from moe.parallel.mesh import make_mesh
 from moe.routing import balancing
@@ -251,10 +252,14 @@ def test_a_rule_of_the_guide_has_momentum(guide):
     ("name", "method", "message"),
     [
         ("first_state", lambda self, e: {}, "first_state returns no arrays"),
-        ("first_state", lambda self, e: {"bias": jnp.zeros(e), "speed": jnp.zeros(())}, "float32[]: must be a pytree"),
-        ("next_state", lambda self, state, report: state["bias"], "next_state returns float32[2, 4]: must be of the"),
+        (
+            "first_state",
+            lambda self, e: {"bias": jnp.zeros(e), "speed": jnp.zeros(())},
+            "first_state returns float32[4], float32[]: ",
+        ),
+        ("next_state", lambda self, state, report: state["bias"], "next_state returns float32[2, 4]: must be the"),
         ("next_state", lambda self, state, report: 1 / 0, "it raises ZeroDivisionError"),
-        ("selection_bias", lambda self, state: jnp.zeros(3), "it raises"),
+        ("selection_bias", lambda self, state: jnp.zeros(3), "selection_bias returns float32[3]"),
     ],
 )
 def test_a_wrong_rule_is_refused(guide, monkeypatch, name, method, message):
@@ -267,6 +272,25 @@ def test_a_gate_with_a_state_of_before_is_refused(guide, monkeypatch):
     monkeypatch.setattr(guide[0].Steered, "state", ("sign", 0.1), raising=False)
     with pytest.raises(ConfigError, match="its state is not read; return a BalancingRule"):
         find_layer("my_gates:Steered")
+
+
+def test_a_gate_may_route_by_document():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class ByDocument(Gate):
+        router = "none"
+        chooses = False
+        k: int = 1
+
+        def route(self, router_logits, inputs):
+            index = inputs.segment_ids[..., None] % router_logits.shape[-1]
+            return GateOutput(index, jnp.ones(index.shape, jnp.float32))
+
+    moe = MoEConfig(gate=ByDocument(), num_experts=4, losses=Losses(), dispatch="dropless", group_size=8)
+    model = Transformer(ModelConfig(vocab_size=32, d_model=8, num_layers=2, d_ff=8, moe=moe), rngs=nnx.Rngs(0))
+    documents = jnp.asarray([[1, 1, 1, 2], [1, 2, 3, 0]])  # two rows in a group; 0 is padding
+    output = nnx.jit(lambda model: model(jnp.ones((2, 4), jnp.int32), documents))(model)
+    # Of seven tokens, documents 1, 2 and 3 have 4, 2 and 1.
+    np.testing.assert_allclose(output.layers.expert_load, [[0, 4 / 7, 2 / 7, 1 / 7]] * 2, rtol=1e-6)
 
 
 SIZES = {"d_model": 8, "d_ff": 12, "num_experts": 4}
@@ -335,6 +359,7 @@ def test_a_layer_gate_that_looks_ahead_is_refused_as_the_models_gate_is():
     assert sampling.one_group_a_row(accepted) == accepted
 
 
+@pytest.mark.slow
 def test_a_users_rule_trains_and_continues_in_a_pipeline(guide, tmp_path):
     """Two steps on one device; the second again from the checkpoint, in two stages: losses and state agree."""
     settings = {
