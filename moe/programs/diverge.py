@@ -14,8 +14,8 @@ from typing import Any
 
 from absl import flags
 
-from moe.config import ConfigError
 from moe.programs import cli
+from moe.system.fields import ConfigError
 
 _ONE = flags.DEFINE_string("one", None, "WORKDIR[,SETTING=VALUE,...], the run whose rounding is followed.")
 _OTHER = flags.DEFINE_string("other", None, "WORKDIR[,SETTING=VALUE,...], or an npz file of a trace or of experts.")
