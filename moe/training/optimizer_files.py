@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from moe.checkpoints.integrity import UNREAD, DamagedError
+from moe.checkpoints.integrity import UNREAD, DamagedError, saved_checksums
 from moe.checkpoints.manager import Checkpoints
 from moe.config import Config, ConfigError, MeshConfig
 from moe.config.references import refuse_modules
@@ -43,12 +43,13 @@ def read_optimizer(
     with jax.set_mesh(placed_on):
         state = build(dataclasses.replace(source, mesh=MeshConfig(data=1), optimizer=on_devices), placed_on).state
     checkpoints = Checkpoints(epath.Path(workdir), 1, read_only=True, to_host=mesh is None)
-    if not (epath.Path(workdir) / "checkpoints" / str(step) / "memory").exists():  # an import
-        raise ConfigError(f"{field}: {workdir} holds no optimizer state, as an import does not")
     parts: dict[str, Any] = {name: jax.tree.map(_unread, getattr(state, name)) for name in ("parameters", "biases")}
     if average_only:
         parts["optimizer"] = jax.tree.map(_unless_average, state.optimizer, is_leaf=is_average)
     try:
+        saved = saved_checksums(epath.Path(workdir), step) or {}
+        if not any(name.startswith(".optimizer") for name in saved):
+            raise ConfigError(f"{field}: {workdir} holds no optimizer state, as an import does not")
         optimizer = checkpoints.restore(step, dataclasses.replace(state, **parts))[0].optimizer
     except DamagedError as error:
         raise ConfigError(f"{field}: the checkpoint of step {step} in {workdir}: {error}") from error
