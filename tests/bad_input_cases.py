@@ -57,7 +57,7 @@ CASES = [
     main("--config.model.moe.num_expert=3", says="did you mean model.moe.num_experts"),
     main("--config.modle.d_model=3", says="did you mean model"),
     main("--config.model.d_model.x=3", says="model.d_model is a single value"),
-    main("--config.model=3", says=("model='3'", "set by its fields")),
+    main("--config.model=3", says="model='3': must be set by its fields"),
     Case("main.py", (), ("--config", "--workdir")),
     # Numbers
     value("model.d_model", "wide", "must be int"),

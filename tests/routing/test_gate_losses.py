@@ -185,6 +185,7 @@ def test_train_step_moves_the_bias_by_the_load_and_nothing_else_does(dispatch, t
     program = _program(
         "deepseek_v3",
         {"data": 2, "expert": 2},
+        num_experts=8,
         every=1,
         first_dense=1,
         experts_per_token=2,
