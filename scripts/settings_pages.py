@@ -140,7 +140,7 @@ def _gates() -> str:
 
 
 def _constants(layer: MoEConfig) -> str:
-    """What a layer's name brings besides gate and capacity, where it differs from the fields' defaults."""
+    """Settings that a layer's name brings besides gate and capacity, where it differs from the fields' defaults."""
     losses, others = dataclasses.fields(layer.losses), dataclasses.fields(layer)
     found = [(f"losses.{field.name}", getattr(layer.losses, field.name), field.default) for field in losses]
     found += [(field.name, getattr(layer, field.name), field.default) for field in others]

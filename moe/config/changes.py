@@ -1,4 +1,4 @@
-"""What a config file returns: settings that differ from the defaults, by dotted name, written as attributes."""
+"""Settings that a config file returns: those that differ from the defaults, by dotted name, written as attributes."""
 
 from __future__ import annotations
 

@@ -124,7 +124,7 @@ class GroupedQuery(Mixer):
 
     @property
     def score_dims(self) -> int:
-        """Of keys and values."""
+        """H of keys plus H of values."""
         return 2 * self.head_dim
 
     def lacks(self, ability: Ability) -> str:
@@ -136,7 +136,7 @@ class GroupedQuery(Mixer):
         return reasons.get(ability, "")
 
     def flops(self, length: int) -> float:
-        """Of the scores of the keys that a query sees."""
+        """FLOPs of the scores of the keys that a query sees."""
         return self.score_flops(_keys_per_query(self.window, length) if self.causal else length)
 
     def score_flops(self, keys: float) -> float:
@@ -144,7 +144,7 @@ class GroupedQuery(Mixer):
         return 6 * self.heads * self.score_dims * keys
 
     def activations(self, tensor: int, lanes: int) -> tuple[float, float]:
-        """Of queries, their gates, keys and values."""
+        """Elements of queries, their gates, keys and values."""
         dim = _padded(self.head_dim, lanes) / tensor
         return (self.heads * (1 + self.gated) + 2 * self.kv_heads) * dim, self.heads * dim
 
@@ -175,21 +175,21 @@ class MultiHeadLatent(Mixer):
 
     @property
     def score_dims(self) -> int:
-        """Of keys and values."""
+        """H of keys plus V."""
         return self.head_dim + self.value_dim
 
     def lacks(self, ability: Ability) -> str:
-        """A prefix."""
+        """Prefixes are not supported."""
         if ability != "prefix":
             return ""
         return "sliding_window" if self.window else "kv_lora_rank"
 
     def flops(self, length: int) -> float:
-        """Of the scores of expanded keys and values, as in training."""
+        """FLOPs of the scores of expanded keys and values, as in training."""
         return 6 * self.heads * self.score_dims * _keys_per_query(self.window, length)
 
     def activations(self, tensor: int, lanes: int) -> tuple[float, float]:
-        """Of queries, and of keys and values expanded from the latents, which every device holds whole."""
+        """Elements of queries, and of keys and values expanded from the latents, which every device holds whole."""
         unrotated, values = self.head_dim - self.rope_dim, _padded(self.value_dim, lanes)
         dims = _padded(self.head_dim, lanes) + _padded(unrotated, lanes) + values
         latents = self.query_rank + self.rank + self.rope_dim
@@ -212,7 +212,7 @@ class GatedDelta(Mixer):
     conv_width: int  # W, tokens that the convolution of queries, keys and values sees
 
     def lacks(self, ability: Ability) -> str:
-        """All: its memory runs over whole rows in order, and keeps rejected tokens."""
+        """Every ability is lacking: its memory runs over whole rows in order, and keeps rejected tokens."""
         del ability
         return "delta_net.layers"
 
@@ -223,7 +223,7 @@ class GatedDelta(Mixer):
         return 18 * self.value_heads * self.key_dim * self.value_dim
 
     def activations(self, tensor: int, lanes: int) -> tuple[float, float]:
-        """Of queries, keys, values and gates."""
+        """Elements of queries, keys, values and gates."""
         del lanes
         values = self.value_heads * self.value_dim
         return 2 * (self.key_heads * self.key_dim + values) / tensor, values / tensor

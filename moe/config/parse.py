@@ -142,7 +142,7 @@ def _layer_gate(own: typing.Any, gate: Gate | None, path: str) -> typing.Any:
 
 
 def _brought(gate: typing.Any, path: str) -> dict[str, typing.Any]:
-    """What a gate brings: a value, a name, or a section with either as its ``name`` and with fields of the gate."""
+    """Settings that a gate brings: a value, a name, or a section with either as its ``name`` and fields of the gate."""
     single = gate is None or isinstance(gate, (str, Gate))
     fields = {"name": gate} if single else _items(gate, path)
     name = fields.pop("name", MoEConfig().gate_name)

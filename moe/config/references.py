@@ -55,7 +55,7 @@ def refuse_modules(fields: Mapping[str, object], where: str = "") -> None:
 
 
 def _on_path(module: str) -> str:
-    """What else a command needs to import a module; nothing is imported to find out."""
+    """Further flags and paths by which a command imports a module; nothing is imported to find out."""
     package = module.partition(".")[0]
     with contextlib.suppress(FileNotFoundError):  # the current directory was deleted
         if any(os.path.exists(os.path.join(os.getcwd(), f"{package}{end}")) for end in ("", ".py")):

@@ -254,7 +254,7 @@ class _Pricing:
                 self._uncertain(times * at_peak, low * at_peak, high * at_peak)
 
     def _mixer_flops(self, length: int) -> float:
-        """Of a token, forward, in all mixers beside their projections."""
+        """FLOPs of a token, forward, in all mixers beside their projections."""
         found = 0.0
         for name, _ in self.sizes.layers:
             heads, dims = MIXERS[name].heads(self.sizes)

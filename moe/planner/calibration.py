@@ -107,7 +107,7 @@ def steps_of(kind: str, known: list[dict[str, Any]]) -> int:
 
 
 def of_chip(steps: int) -> str:
-    """That many steps of a chip were compared, in words."""
+    """Sentence on how many steps of a chip were compared."""
     return f"{steps} of this chip" if steps else "no step of this chip was ever compared"
 
 

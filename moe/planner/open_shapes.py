@@ -89,7 +89,7 @@ class Sizes:
 
     @property
     def expert_parameters(self) -> int:
-        """Of one expert, gated."""
+        """Parameters of one gated expert."""
         return 3 * self.width * self.expert_ffn
 
     @property
@@ -101,7 +101,7 @@ class Sizes:
 
     @property
     def active_parameters(self) -> int:
-        """Those that a token is multiplied with, the unembedding included."""
+        """Parameters that a token is multiplied with, the unembedding included."""
         dense = sum(k * n for k, n in self.matrices)
         return self.vocabulary * self.width + dense + self.sparse_layers * self.chosen * self.expert_parameters
 

@@ -42,7 +42,7 @@ class BalancingRule:
         return jnp.zeros((num_experts,), jnp.float32)
 
     def signal(self, layers: LayerReport, experts_per_token: int) -> Any:
-        """What :meth:`next_state` reads of the reports of a step.
+        """Part of a step's reports that :meth:`next_state` reads.
 
         Args:
             layers: reports of all MoE layers, stacked.
@@ -58,8 +58,8 @@ class BalancingRule:
         """State after a step; a pure function.
 
         Args:
-            state: [*layers,E] arrays: layers that are equal are updated together.
-            report: of these layers, [*layers,...]: a LayerReport, or their part of :meth:`signal`.
+            state: arrays of shape [..., E]; equal layers are updated together, along the leading axes.
+            report: of these layers, with the same leading axes: a LayerReport, or their part of :meth:`signal`.
         """
         raise NotImplementedError(f"{type(self).__name__} has no method next_state(state, report)")
 

@@ -279,7 +279,7 @@ def refuse_wrong_choices(config: Config, metrics: TrainMetrics, step: int) -> No
 
 
 def _broken(config: Config) -> str:
-    """What broken tokens are."""
+    """Description of broken tokens."""
     choices = ", or with an expert twice, one that does not exist, or a weight that is negative or not finite"
     return f"tokens without finite router logits{choices if any(map(is_own, config.model.moe.gates)) else ''}"
 

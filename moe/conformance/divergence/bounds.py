@@ -86,7 +86,7 @@ def rounding(
 
 
 def joined(parts: list[Rounding]) -> Rounding:
-    """Of several batches."""
+    """Roundings of several batches, joined."""
     return Rounding(
         np.concatenate([part.router_input for part in parts], axis=1),
         np.concatenate([part.logits for part in parts], axis=1),

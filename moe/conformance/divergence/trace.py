@@ -1,4 +1,4 @@
-"""What a model's routers saw and chose on given text, of any program, commit, mesh or serving engine."""
+"""Inputs and choices of a model's routers on given text, of any program, commit, mesh or serving engine."""
 
 from __future__ import annotations
 

@@ -94,7 +94,7 @@ def page(libraries: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _details(cells: Sequence[Cell]) -> list[str]:
-    """What deviates, raised an error or is documented; equal texts once, with their columns and blocks."""
+    """List of what deviates, raised an error or is documented; equal texts once, with their columns and blocks."""
     lines: list[str] = []
     for status, title in (("deviates", "Deviates"), ("raises", "Raises an error"), ("documented", "Documented")):
         groups: dict[str, list[Cell]] = {}

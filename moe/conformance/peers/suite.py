@@ -76,7 +76,7 @@ COLUMNS = (*MAIN, *OTHERS)
 
 @dataclasses.dataclass(frozen=True)
 class Library:
-    """What a library's worker says of itself.
+    """Description of a library by its worker.
 
     Attributes:
         name: of the environment.

@@ -92,7 +92,7 @@ class Claim:
 
     @property
     def sentence(self) -> str:
-        """What reports print: the wording, if the registered text was found to be wrong."""
+        """Text that reports print: the wording, if the registered text was found to be wrong."""
         return self.wording or self.text
 
     @property

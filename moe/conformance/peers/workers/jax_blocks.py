@@ -49,7 +49,7 @@ class Block:
         return f"K = {k}\n{self.text.strip()}"
 
     def claims(self) -> dict[str, Any]:
-        """What the block claims, as JSON."""
+        """Claims of the block, as JSON."""
         names = [field.name for field in dataclasses.fields(self) if field.name != "text"]
         return {name: getattr(self, name) for name in names} | {"gradients": {}, "run": "", "framework": "jax"}
 

@@ -50,7 +50,7 @@ class Olmo(Block):
             block.router.score_bias.copy_(arrays["bias"])
 
     def gradients(self) -> dict[str, str]:
-        """Of the router and of the three stacks."""
+        """Gradients of the router and of the three stacks."""
         shape = f"reshape({NUM_EXPERTS}, {F}, {D})"
         found = {
             "grad_gate": f"block.experts.mlp.w1.grad.{shape}.mT",

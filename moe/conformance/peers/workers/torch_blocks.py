@@ -70,7 +70,7 @@ class Block:
         raise NotImplementedError
 
     def claims(self) -> dict[str, Any]:
-        """What the block claims, as JSON."""
+        """Claims of the block, as JSON."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(Block)} | {
             "gradients": self.gradients()
         }

@@ -44,7 +44,7 @@ class Titan(Block):
             block.expert_bias.copy_(arrays["bias"])
 
     def gradients(self) -> dict[str, str]:
-        """Of the router and of the three stacks."""
+        """Gradients of the router and of the three stacks."""
         names = {"gate": "w1", "up": "w3", "down": "w2"}
         found = {f"grad_{name}": f"block.experts.{weight}.grad.mT" for name, weight in names.items()}
         return found | {"grad_router": "block.router.gate.weight.grad.mT"}

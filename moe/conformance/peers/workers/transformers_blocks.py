@@ -104,7 +104,7 @@ class Transformers(Block):
         return torch.stack((gate, up), -1).flatten(-2) if self.layout == "interleaved" else torch.cat((gate, up), -1)
 
     def gradients(self) -> dict[str, str]:
-        """Of the router and of the experts."""
+        """Gradients of the router and of the experts."""
         turn = ".mT" if self.layout in ("stacked", "plain") else ""
         down = f"block.experts.down_proj.grad{turn}"
         found = {"grad_router": f"block.{self.router}.grad.mT", "grad_down": down}
@@ -121,7 +121,7 @@ class Transformers(Block):
         return found
 
     def watch(self, block: nn.Module, seen: dict[str, torch.Tensor]) -> None:
-        """What the router gives and what the experts get."""
+        """Record what the router returns and what the experts receive."""
 
         def routed(module: nn.Module, arguments: tuple[Any, ...], result: Any) -> None:
             logits = result[0] if isinstance(result, tuple) else result
@@ -164,7 +164,7 @@ class Jet(Transformers):
         block.output_linear.weight.copy_(arrays["down"].mT)
 
     def gradients(self) -> dict[str, str]:
-        """Of both stacks."""
+        """Gradients of both stacks."""
         both = "block.input_linear.weight.grad.mT.chunk(2, -1)"
         found = {"grad_gate": f"{both}[0]", "grad_up": f"{both}[1]", "grad_down": "block.output_linear.weight.grad.mT"}
         return found | {"grad_router": "block.router.layer.weight.grad.mT"}
