@@ -414,7 +414,8 @@ class _Loop:
     def _compile_evaluation(self, state: TrainState) -> None:
         """Compile the evaluation while a signal may end the run at once: later, steps would be lost."""
         batch = next(batch for batches in self._heldout().batches.values() for batch in batches)
-        evaluate(self._program, state.variables, dataclasses.replace(self._heldout(), batches={"": [batch]}))
+        arguments = state.variables, place(batch, self._program.mesh), self._heldout().token_bytes
+        jax.block_until_ready(self._program.eval_step(*arguments))
 
     def _save(self, step: int, state: TrainState, heldout_loss: float | None, last: bool) -> None:
         """Start a checkpoint, unless updates are being skipped: the cause may be in the parameters themselves.

@@ -557,8 +557,8 @@ def test_the_canonical_form_names_every_setting():
 def test_neutral_values_of_the_model_are_fixed():
     """With another neutral value, the records of older runs would belong to other settings."""
     always = {"vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim"}
-    sections = {"rope_scaling", "delta_net"}  # left out while they are off
-    assert {name for name, value in identity._MODEL.items() if value is None} == always
+    sections = {"rope_scaling", "delta_net", "mixer"}  # left out while they are off
+    assert {name for name, value in identity._MODEL.items() if value is None} == always | {"mixer"}
     assert {name: value for name, value in identity._MODEL.items() if name not in always | sections} == {
         "encoder_layers": 0, "encoder_vocab_size": 0, "activation": "swiglu", "norm_eps": 1e-5, "relative_buckets": 0,
         "relative_max_distance": 128, "rope_theta": 10_000.0, "rope_dim": 0,
@@ -569,7 +569,7 @@ def test_neutral_values_of_the_model_are_fixed():
         "embedding_scale": 1.0, "residual_scale": 1.0, "attention_scale": 0.0, "logit_scale": 1.0,
         "prediction_layers": 0, "prediction_weight": 0.3, "gated_attention": False, "zero_centred_norms": False,
         "layer_norm": False, "logit_bias": False, "base_d_model": 0, "base_num_layers": 0, "base_head_dim": 0,
-        "base_expert_d_ff": 0,
+        "base_expert_d_ff": 0, "mixer_layers": (),
     }  # fmt: skip
 
 

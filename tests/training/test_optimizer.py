@@ -76,10 +76,11 @@ def test_each_parameter_belongs_to_one_part():
             names = [key.key for key in path]
             parts.setdefault(part_of(names), set()).add(".".join(names[-2:]))
     assert set(parts) == set(typing.get_args(Part))
-    assert parts["dense"] == {"dense.gate", "dense.up", "dense.down"}
+    assert parts["dense"] == {"dense.gate", "dense.up", "dense.down", "prediction.project"}
     assert parts["shared"] == {"dense.gate", "dense.up", "dense.down", "shared.gate"}
     assert {"relative_bias.table", "kv_latent_norm.scale", "attention.query"} <= parts["attention"]
-    assert parts["norms"] == {f"{name}.scale" for name in ("attention_norm", "ffn_norm", "norm", "final_norm")}
+    norms = ("attention_norm", "ffn_norm", "norm", "final_norm", "embedding_norm", "hidden_norm", "output_norm")
+    assert parts["norms"] == {f"{name}.scale" for name in norms}
     parameters = {"moe": {"shared": {"dense": {"up": jnp.ones((2, 3))}}}, "dense": {"up": jnp.ones((2, 3))}}
     optimizer = make_optimizer(dataclasses.replace(CONFIG, frozen=("dense",)), 10)
     updates, _ = optimizer.update(parameters, optimizer.init(parameters), parameters, norm=jnp.ones(()))

@@ -6,17 +6,7 @@ from typing import Annotated, Literal
 import pydantic
 
 from moe.config import ModelConfig, sparse_layers
-from moe.interop.families.family import (
-    ATTENTION,
-    DENSE,
-    EXPERTS,
-    Family,
-    read_bias,
-    read_gate,
-    read_sparse_layers,
-    selection_rule,
-    shared_expert,
-)
+from moe.interop.families import family
 from moe.interop.schema import Coefficient, Count, Json, OpenConfig, OptionalCount, Size
 
 
@@ -42,13 +32,13 @@ def read(source: DeepseekConfig) -> tuple[Json, Json]:
     first, step = source.first_k_dense_replace, source.moe_layer_freq
     chosen = [n for n in range(num_layers) if source.n_routed_experts and n >= first and n % step == 0]
     moe = {
-        "gate": read_gate(source),
+        "gate": family.read_gate(source),
         "num_experts": source.n_routed_experts or 1,  # none, or null: all layers are dense
         "d_ff": width,
         "shared_d_ff": width * source.n_shared_experts,
         "losses": {"scope": "sequence" if source.seq_aux else "batch"},
     }
-    return {"attention_bias": read_bias(source)}, moe | read_sparse_layers(chosen, num_layers)
+    return {"attention_bias": family.read_bias(source)}, moe | family.read_sparse_layers(chosen, num_layers)
 
 
 def _layer_fields(sparse: Sequence[bool]) -> Json:
@@ -69,20 +59,20 @@ def write(model: ModelConfig) -> Json:
         "n_routed_experts": moe.num_experts,
         "n_shared_experts": moe.shared_d_ff // moe.d_ff or None,
         "moe_intermediate_size": moe.d_ff,
-        "norm_topk_prob": selection_rule(moe) is True,
+        "norm_topk_prob": family.selection_rule(moe) is True,
         "scoring_func": "softmax",
         **_layer_fields(sparse),
         "seq_aux": moe.losses.scope == "sequence",
     }
 
 
-FAMILY = Family(
+FAMILY = family.Family(
     "deepseek",
     "DeepseekForCausalLM",
     DeepseekConfig,
     read,
     write,
-    ATTENTION | DENSE | EXPERTS | shared_expert("shared_experts"),
+    family.ATTENTION | family.DENSE | family.EXPERTS | family.shared_expert("shared_experts"),
     balance_field="aux_loss_alpha",
     balance_scale="per layer",
 )
