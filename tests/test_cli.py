@@ -261,7 +261,7 @@ def test_names_of_options_are_checked_before_anything_else(words, says, monkeypa
 
 
 def test_a_short_trial_has_a_shorter_warm_up(capsys):
-    """Of 20 steps in the file, for ten steps: a tenth, 1; not where the command line says another, nor in long runs."""
+    """A warm-up of 20 steps becomes a tenth of ten steps, 1; not where the command line sets it, nor in long runs."""
     name, steps = "optimizer.warmup_steps", "train.num_steps"
     assert cli._shorter_warm_up({name: 20}, {steps: 10}) == {name: 1}
     assert "optimizer.warmup_steps=1 instead of the config's 20" in capsys.readouterr().err

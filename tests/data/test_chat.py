@@ -190,7 +190,7 @@ def test_a_pairs_tools_are_in_both_of_its_conversations():
 
 
 def test_tools_of_a_table_are_json(tmp_path):
-    """As structures, each tool would have the fields of all; a row may have none."""
+    """Tools that are structures would each have the fields of all; a row may have none."""
     path = epath.Path(tmp_path / "a.parquet")
     rows = {"messages": [conversation("Q", "A")] * 3, "tools": [json.dumps([TOOL]), None, "[]"]}
     pyarrow.parquet.write_table(pyarrow.table(rows), path)
