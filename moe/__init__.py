@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from moe.routing.interface import Gate, GateInputs, GateOutput
     from moe.routing.routing import Routing
     from moe.system.fields import setting
-    from moe.training.loop import train
+    from moe.training.train import train
 
 __all__ = [
     "Capacity",
@@ -72,7 +72,7 @@ _MODULES = {
     "mesh_roles": "moe.parallel.mesh",
     "save_huggingface": "moe.interop",
     "setting": "moe.system.fields",
-    "train": "moe.training.loop",
+    "train": "moe.training.train",
 }
 
 

@@ -69,7 +69,7 @@ def live(folder: str, life: str) -> None:
     """Start a run once, in its own process; programs compiled by earlier ones are cached."""
     import jax
 
-    from moe.training.loop import train
+    from moe.training.train import train
 
     logging.set_verbosity(logging.WARNING)
     with open(Path(folder) / f"{life}.log", "a") as log:
@@ -226,7 +226,7 @@ def kill_runs(folder: Path) -> int:
     for path in (*root.glob("docs/*.md"), *root.glob("moe/*.py"), root / "README.md"):
         (folder / "text" / f"{path.stem}.txt").write_text(path.read_text())
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["moe.training.loop"])
+    context.set_forkserver_preload(["moe.training.train"])
     draw, seconds = random.Random(_SEED.value), 0.0
     tfds = wheel().exists()
     # The first run compiles; the last one measures the time of a run without that.

@@ -200,7 +200,7 @@ def timed_again(call: Callable[[], Any], repeats: int) -> list[float]:
 
 def whole_run(config: Any) -> None:
     """Print a run's speed as a share of the bare step's."""
-    from moe.training.loop import train
+    from moe.training.train import train
 
     every = config.train.save_every
     num_steps = every * (_SAVES.value + 1)

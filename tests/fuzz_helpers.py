@@ -18,8 +18,8 @@ from moe.config.parse import from_config_dict
 from moe.parallel.mesh import make_mesh
 from moe.training import profiling
 from moe.training.batches import place
-from moe.training.loop import train
 from moe.training.step import Program, build
+from moe.training.train import train
 from tests.run_helpers import rows
 
 _PROGRAMS: dict[Any, Program] = {}

@@ -16,8 +16,8 @@ from moe.config.parse import from_config_dict
 from moe.configs import base
 from moe.system.metrics_files import read_rows
 from moe.training import loop as training
-from moe.training.loop import train
 from moe.training.step import build
+from moe.training.train import train
 from tests.tiny_text import build as build_text
 
 ONE = jax.devices()[:1]
@@ -145,11 +145,11 @@ def rows(workdir, kind):
 
 
 def steps(workdir):
-    return manager.complete_steps(training.epath.Path(workdir))
+    return manager.complete_steps(epath.Path(workdir))
 
 
 def state_of(program, workdir, step):
-    checkpoints = manager.Checkpoints(training.epath.Path(workdir), 9)
+    checkpoints = manager.Checkpoints(epath.Path(workdir), 9)
     state, _ = checkpoints.restore(step, program.state)
     checkpoints.close()
     return state

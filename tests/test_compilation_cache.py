@@ -7,7 +7,7 @@ import pytest
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from moe.system import compilation_cache
-from moe.training.loop import train
+from moe.training.train import train
 from tests.run_helpers import ONE, SETTINGS, tiny
 
 _CHANGED = ("jax_compilation_cache_dir", *compilation_cache._SETTINGS)

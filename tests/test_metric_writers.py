@@ -21,8 +21,8 @@ from moe.config import Config, ConfigError, to_dict
 from moe.system import metrics_files
 from moe.system.metrics_files import METRICS, MetricsWriter
 from moe.training import metric_writers, report
-from moe.training.loop import train
 from moe.training.metric_writers import TensorBoard, Trackio, WeightsAndBiases, find_writers
+from moe.training.train import train
 from tests.run_helpers import ONE, SETTINGS, tiny
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")

@@ -39,7 +39,7 @@ from moe.interop import export_checkpoint, import_checkpoint
 from moe.programs import cli
 from moe.system import atomic_files, escaping
 from moe.system.atomic_files import write_atomic
-from moe.training import open_run, report
+from moe.training import open_workdir, report
 from tests.tiny_text import random_text
 
 ROOT = Path(__file__).parents[1]
@@ -294,7 +294,7 @@ def test_a_module_named_in_a_workdir_is_not_imported_until_allowed(tmp_path, pla
     started.start.checkpoint = str(workdir)
     for read in (
         lambda: read_config(workdir),
-        lambda: open_run.open_workdir(str(workdir), {}),
+        lambda: open_workdir.open_workdir(str(workdir), {}),
         lambda: inherited(started.settings),
         lambda: read_run(str(workdir / "config.json")),
         lambda: export_checkpoint(workdir, tmp_path / "out"),
@@ -347,8 +347,8 @@ def test_reading_a_workdir_needs_no_optimizer(tmp_path, planted_module, monkeypa
     config = read_config(workdir)
     parameters.read_parameters(workdir, config.model)
     monkeypatch.setattr(pipeline, "prepare_run", lambda config, tokenizer: None)
-    monkeypatch.setattr(open_run, "find_tokenizer", lambda path, **_: None)
-    open_run.open_workdir(str(workdir), {("train", "batch_size"): 8})
+    monkeypatch.setattr(open_workdir, "find_tokenizer", lambda path, **_: None)
+    open_workdir.open_workdir(str(workdir), {("train", "batch_size"): 8})
     assert not planted_module.exists()
     with pytest.raises(ConfigError, match=r"optimizer\.name='planted_gates:optimizer' is code .*=planted_gates"):
         read_run(str(workdir / "config.json"))  # continuing to train needs it

@@ -15,9 +15,10 @@ import jax
 import pytest
 
 from moe.config import ConfigError, to_dict
+from moe.data import pipeline
 from moe.system import exit_codes, signals
 from moe.training import loop as training
-from moe.training.loop import train
+from moe.training.train import train
 from tests.run_helpers import ONE, SETTINGS, at_step, rows, steps, tiny
 
 # Most runs of this file share one program.
@@ -40,7 +41,7 @@ def test_a_signal_saves_at_the_end_of_the_step(directory, whole, programs, tmp_p
 
 
 def test_a_signal_before_the_first_step_ends_the_run_at_once(directory, programs, tmp_path, monkeypatch):
-    monkeypatch.setattr(training.pipeline, "prepare", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(pipeline, "prepare", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(signals.Stopped):
         train(tiny(directory, **SETTINGS), str(tmp_path / "run"), ONE, make_program=programs)
     assert not (tmp_path / "run").exists()

@@ -19,7 +19,7 @@ from moe.interop import export_checkpoint, import_checkpoint
 from moe.lab import records
 from moe.lab.running import runner
 from moe.parallel.mesh import make_mesh
-from moe.training.loop import train
+from moe.training.train import train
 from tests.lab_helpers import tiny_base, tiny_suite, write_page
 from tests.run_helpers import ONE, Interrupted, interrupted, tiny
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import enum
 import json
 import os
 from collections.abc import Iterator
@@ -74,10 +75,24 @@ def locked_workdir(workdir: epath.Path) -> Iterator[None]:
         lock.release()
 
 
-def holds_run(workdir: epath.Path) -> bool:
-    """Return True if a run in the workdir has something to lose: a config with metrics or a checkpoint.
+class Contents(enum.IntEnum):
+    """What a workdir holds; each value includes those before it."""
 
-    A workdir with only config.json has never trained a step; any config may reuse it.
+    NOTHING = 0
+    #: config.json of a start that never trained a step: any config may reuse the workdir.
+    CONFIG = 1
+    #: Metrics of a run that was not yet saved.
+    METRICS = 2
+    CHECKPOINTS = 3
+
+    @property
+    def is_run(self) -> bool:
+        """Whether a run in the workdir has something to lose."""
+        return self >= Contents.METRICS
+
+
+def contents(workdir: epath.Path) -> Contents:
+    """What a workdir holds.
 
     Raises:
         ConfigError: there are checkpoints without a config, the config is not a run's, or a run's checkpoints are gone.
@@ -89,20 +104,20 @@ def holds_run(workdir: epath.Path) -> bool:
                 f"--workdir={workdir}: holds a checkpoint of step {steps[-1]} but no {CONFIG}; put that file back, or "
                 "use another workdir"
             )
-        return False
+        return Contents.NOTHING
     if steps:
-        return True
+        return Contents.CHECKPOINTS
     config = read_config(workdir)  # a file that is not a run's config is never replaced
     last = max((row["step"] for row in iterate_rows(workdir / METRICS)), default=None)
     if last is None:
-        return False
+        return Contents.CONFIG
     # The second save waits for the first: rows beyond it prove that there was a checkpoint.
     if (workdir / REPORT).exists() or last > 2 * config.train.save_every:
         raise ConfigError(
             f"--workdir={workdir}: has metrics up to step {last} but no checkpoint; put checkpoints/ back, or delete "
             f"{METRICS} and {REPORT} to train again from step 0"
         )
-    return True
+    return Contents.METRICS
 
 
 def is_finished(config: Config, workdir: epath.Path) -> bool:

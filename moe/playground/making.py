@@ -17,7 +17,7 @@ from moe.models.flops import count_parameters
 from moe.models.state import join
 from moe.playground import supported
 from moe.playground.packed import LONGEST, Packed, pack, unpack
-from moe.training.open_run import Workdir
+from moe.training.open_workdir import Workdir
 
 #: Largest number of characters of an example.
 _EXAMPLE = 160

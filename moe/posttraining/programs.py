@@ -1,4 +1,4 @@
-"""Programs by ``data.objective``: what :func:`moe.training.loop.train` takes as ``make_program``."""
+"""Programs by ``data.objective``: what :func:`moe.training.train.train` takes as ``make_program``."""
 
 from __future__ import annotations
 

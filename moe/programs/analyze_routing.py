@@ -31,7 +31,7 @@ def main() -> None:
     from moe.analysis import analyse, stacks
     from moe.analysis.markdown import markdown
     from moe.analysis.record import Recorder
-    from moe.training.open_run import open_workdir
+    from moe.training.open_workdir import open_workdir
 
     opened = open_workdir(_WORKDIR.path, _WORKDIR.instead)
     last = opened.step_or_newest(_WORKDIR.step)

@@ -126,7 +126,7 @@ class WorkdirFlags:
 
     @property
     def instead(self) -> dict[tuple[str, str], Any]:
-        """Settings to override, for :func:`moe.training.open_run.open_workdir`; None: not given."""
+        """Settings to override, for :func:`moe.training.open_workdir.open_workdir`; None: not given."""
         return {field: flag.value for field, flag in self._instead.items()}
 
 

@@ -65,7 +65,7 @@ def _read(
     from moe.analysis.difference import TokenLosses
     from moe.analysis.record import Recorder
     from moe.config import ConfigError
-    from moe.training.open_run import open_workdir
+    from moe.training.open_workdir import open_workdir
 
     opened = open_workdir(path, instead)
     model = opened.program.config.model
@@ -90,7 +90,7 @@ def main() -> None:
     from moe.analysis import difference, difference_page
     from moe.analysis.controls import hash_routing
     from moe.analysis.summary import piece_of
-    from moe.training.open_run import same_text
+    from moe.training.open_workdir import same_text
 
     unread = _OTHER_STEP, _BESIDE, _SHUFFLES, _SEED
     cli.only_with(_OTHER.value is not None, "is read only with --other", *unread)

@@ -62,7 +62,7 @@ def _open(given: str) -> _Side:
     from moe.config.parse import from_config_dict
     from moe.conformance.divergence.trace import Routed, check_gate, without_loops
     from moe.parallel.mesh import make_mesh
-    from moe.training.open_run import open_workdir
+    from moe.training.open_workdir import open_workdir
     from moe.training.step import build
 
     path, *settings = given.split(",")

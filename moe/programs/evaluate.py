@@ -42,7 +42,7 @@ def _evaluate() -> dict[str, Any]:
     from moe.checkpoints.pinned import agreed
     from moe.training import evaluation
     from moe.training.agreement import refuse_other_inputs
-    from moe.training.open_run import open_workdir
+    from moe.training.open_workdir import open_workdir
 
     opened = open_workdir(_WORKDIR.path, _WORKDIR.instead | {("data", "heldout_rows"): _ROWS.value})
     program = opened.program

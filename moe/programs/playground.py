@@ -28,7 +28,7 @@ def main() -> None:
     from moe.playground.making import make
     from moe.playground.page import render
     from moe.system.atomic_files import write_atomic
-    from moe.training.open_run import open_workdir
+    from moe.training.open_workdir import open_workdir
 
     if _WORKDIR.is_given and _PACKED.value is not None:
         raise ConfigError("give one of --workdir and --packed")

@@ -56,7 +56,7 @@ def main() -> None:
     from moe.models.state import join
     from moe.system.atomic_files import refuse_files
     from moe.system.escaping import markdown_table
-    from moe.training.open_run import on_devices, open_workdir
+    from moe.training.open_workdir import on_devices, open_workdir
     from moe.training.step import build
 
     if sum(flag.value is not None for flag in (_PRUNE, _SPLIT, _MERGE, _REGROUP)) != 1:
@@ -107,7 +107,7 @@ def _edited(opened: Any, whole: Any, recorder: Any, losses: Any) -> Any:
     from moe.analysis import surgery
     from moe.analysis.analyse import heldout_rows
     from moe.models.state import join
-    from moe.training.open_run import on_devices
+    from moe.training.open_workdir import on_devices
 
     model, before, biases = whole
     if _SPLIT.value is not None:
@@ -127,7 +127,7 @@ def _pruned(program: Any, whole: Any, recorder: Any, losses: Any, rows: Any) -> 
     from moe.analysis import merging, saliency, surgery
     from moe.config import ConfigError
     from moe.models.state import join
-    from moe.training.open_run import on_devices
+    from moe.training.open_workdir import on_devices
 
     model, before, biases = whole
     size = model.moe.num_experts

@@ -19,7 +19,7 @@ def main() -> None:
     from moe.parallel.mesh import join_processes
     from moe.system import compilation_cache, signals
     from moe.training import profiling
-    from moe.training.loop import train
+    from moe.training.train import train
 
     config = cli.load_config(_CONFIG)
     if _DISTRIBUTED.value:

@@ -22,7 +22,7 @@ def main() -> None:
     from moe.data import objectives
     from moe.data.documents import PAIR
     from moe.models import sampling
-    from moe.training.open_run import open_workdir
+    from moe.training.open_workdir import open_workdir
 
     try:
         from sacrebleu.metrics.bleu import BLEU

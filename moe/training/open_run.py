@@ -1,109 +1,134 @@
-"""Opening the workdir of a run or an import for evaluation, analysis or generation, on the devices at hand."""
+"""Opening of a run: its devices and its workdir are checked against its config; nothing is written."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from flax import nnx
+from etils import epath
+from jax.sharding import Mesh
 
-from moe.checkpoints import parameters
-from moe.checkpoints.workdir import read_config
-from moe.config import Config, MeshConfig, OptimizerConfig, to_dict, validate_mesh
-from moe.config.parse import from_config_dict
-from moe.data import pipeline
-from moe.data.tokenizer_files import find_tokenizer
-from moe.models.factory import abstract_model
-from moe.parallel.mesh import make_mesh
-from moe.parallel.parameters import parameter_shardings
-from moe.training.step import Program, build
+from moe.checkpoints.manager import refuse_unusable_path
+from moe.checkpoints.workdir import (
+    REPORT,
+    Contents,
+    contents,
+    is_finished,
+    locked_workdir,
+    read_config,
+    refuse_other_run,
+)
+from moe.config import Config, ConfigError, validate_mesh
+from moe.data import folders, streams
+from moe.models.pipeline import check as pipeline_check
+from moe.parallel.mesh import make_mesh, rows_by_process
+from moe.system.atomic_files import first_line, in_bucket
+from moe.system.reading import read_small_file
+from moe.system.waiting import first_answer
+from moe.training import warm_start
+from moe.training.agreement import refuse_other_workdir
+from moe.training.metric_writers import find_writers
+from moe.training.progress import Console
 
 
 @dataclasses.dataclass(frozen=True)
-class Workdir:
-    """An opened workdir.
+class OpenRun:
+    """A run that may begin or go on.
 
     Attributes:
-        path: the folder.
-        program: over all devices, with rows and parameters sharded.
-        prepared: documents of its domains, and its tokenizer.
+        config: with the number of document streams.
+        directory: the workdir.
+        mesh: of its devices.
+        contents: what the workdir held when the run was opened, which decides what the start reads and writes.
+        changes: field → [old, new] of the settings that this start changes.
     """
 
-    path: str
-    program: Program
-    prepared: pipeline.Prepared
+    config: Config
+    directory: epath.Path
+    mesh: Mesh
+    contents: Contents
+    changes: dict[str, list[Any]]
 
-    def variables(self, step: int | None = None) -> dict[str, Any]:
-        """Variables of a checkpoint; None: the newest. See :func:`moe.checkpoints.parameters.read_variables`."""
-        return parameters.read_variables(self.path, self.program.config.model, mesh=self.program.mesh, step=step)
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.contents.is_run and not self.changes and is_finished(self.config, self.directory)
 
-    def steps(self) -> list[int]:
-        """Steps of its checkpoints, in order."""
-        return parameters.saved_steps(self.path)
-
-    def step_or_newest(self, step: int | None) -> int:
-        """See :func:`moe.checkpoints.parameters.chosen_step`."""
-        return parameters.chosen_step(self.path, step)
-
-
-def on_devices(program: Program, variables: dict[str, Any]) -> dict[str, Any]:
-    """A model's variables as arrays on the program's mesh, each device with its shard.
-
-    Programs would put a NumPy array whole on every device where nothing in them says how it is split, such as experts,
-    and again for every batch.
-    """
-    return jax.device_put(variables, parameter_shardings(program.mesh, nnx.state(abstract_model(program.config.model))))
+    def report(self) -> str:
+        """Text of a finished run's report."""
+        return read_small_file(self.directory / REPORT).decode(errors="replace")
 
 
-def same_text(config: Config, domains: Sequence[str]) -> dict[tuple[str, str], Any]:
-    """(section, field) → value of the settings with which another run reads the same text as this config."""
-    return {
-        ("data", "dataset"): config.data.dataset,
-        ("data", "domains"): tuple(domains),
-        ("data", "text_suffixes"): config.data.text_suffixes,
-        ("data", "directory"): config.data.directory,
-        ("data", "objective"): config.data.objective,
-        ("data", "sequence_length"): config.data.sequence_length,
-        ("data", "pack"): config.data.pack,
-        ("train", "batch_size"): config.train.batch_size,
-        # Required by the checks of the objective; not used here.
-        ("distill", "teacher"): config.distill.teacher,
-        ("policy", "kl"): config.policy.kl,
-        ("policy", "replay"): config.policy.replay,
-    }
-
-
-def open_workdir(path: str, instead: dict[tuple[str, str], Any]) -> Workdir:
-    """Read the config, prepare the data and build the program; nothing is compiled yet.
-
-    Use the result under ``jax.set_mesh(result.program.mesh)``.
+def open_run(
+    config: Config,
+    workdir: str,
+    devices: Sequence[Any] | None,
+    console: Console,
+    resources: contextlib.ExitStack,
+    *,
+    allow_changes: bool,
+) -> OpenRun:
+    """Check config, devices and workdir. See :func:`moe.training.train.train`.
 
     Args:
-        path: folder with config.json, a tokenizer and checkpoints.
-        instead: (section, field) → value that replaces the workdir's; None keeps the workdir's.
-
-    Raises:
-        moe.config.ConfigError: a file is missing, or the settings are impossible.
+        resources: receives the lock of a workdir that exists.
     """
-    tree = to_dict(read_config(path))
-    for (section, name), value in instead.items():
-        if value is not None:
-            tree[section][name] = value
-    others = [instead.get(("data", name)) is not None for name in ("dataset", "domains")]
-    if any(others):  # weights and domains belong to the workdir's own text
-        tree["data"]["weights"] = ()
-        tree["data"]["domains"] = tree["data"]["domains"] if others[1] else ()
-    tree["data"]["chat_template"] = ""  # the workdir's tokenizer has it
-    tree["data"]["streams"] = 0
-    tree["train"]["accumulation_steps"] = 1
-    # Nothing is trained here, so the optimizer of a user's module is not imported.
-    tree["optimizer"]["name"] = OptimizerConfig().name
-    # A checkpoint can be restored onto any mesh.
-    config = dataclasses.replace(from_config_dict(tree), mesh=MeshConfig(data=1, fsdp=-1))
-    mesh = make_mesh(config.mesh)
+    directory = _folder(workdir)
+    folders.refuse_inside(config.data.dataset, workdir)
+    mesh = make_mesh(config.mesh, devices)
     validate_mesh(config, mesh.shape)
-    prepared = pipeline.prepare_run(config, tokenizer=find_tokenizer(path, chat=config.data.conversations))
-    with jax.set_mesh(mesh):
-        return Workdir(path, build(config, mesh), prepared)
+    pipeline_check(config, mesh.shape)  # before rows are given to processes, as below
+    find_writers(config.train.writers)
+    refuse_other_workdir(directory)
+    # Before the lock, so that nothing is written into a folder that is refused.
+    held = contents(directory)
+    if not held.is_run:
+        warm_start.check(config)
+    config = _with_streams(config, mesh, read_config(directory) if held.is_run else None, console.say)
+    changes = refuse_other_run(config, directory, allow_changes=allow_changes) if held.is_run else {}
+    if held >= Contents.CONFIG:
+        resources.enter_context(locked_workdir(directory))
+    return OpenRun(config, directory, mesh, held, changes)
+
+
+def _with_streams(config: Config, mesh: Mesh, begun: Config | None, say: Callable[[str], Any]) -> Config:
+    """Fill in the number of document streams if the config leaves it open: that of the run that is resumed; for a new
+    run whose processes cannot share the default number, the smallest that they can."""
+    if config.data.streams:
+        return config
+    number, size = 0, config.train.batch_size
+    if begun is not None:
+        number = begun.data.streams
+    elif jax.process_count() > 1:
+        needed = streams.least_number(size, rows_by_process(mesh, size).values())
+        if needed > streams.default_number(size):
+            number = needed
+            say(f"data.streams: {number}, so that each process has whole streams")
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, streams=number))
+
+
+def _folder(workdir: str) -> epath.Path:
+    """The workdir as a path. Raises ConfigError for one that cannot hold a run."""
+    directory = epath.Path(workdir)
+    if not in_bucket(directory):
+        refuse_unusable_path(workdir)
+        whole = directory.absolute()
+        existing = next(place for place in (whole, *whole.parents) if place.exists())
+        # An existing folder is tested by taking its lock, whose error has the system's reason.
+        if not existing.is_dir() or (existing != whole and not os.access(existing, os.W_OK | os.X_OK)):
+            raise ConfigError(f"--workdir={workdir}: cannot be written ({existing} is not a writable folder)")
+    elif not workdir.startswith("gs://"):  # the only one for which Orbax writes arrays
+        raise ConfigError(f"--workdir={workdir}: must be a folder of a file system, or gs://BUCKET/NAME")
+    else:
+        try:
+            first_answer(workdir, directory.exists)
+        except Exception as error:  # gcsfs passes on errors of several libraries
+            raise ConfigError(
+                f"--workdir={workdir}: cannot be reached ({first_line(error)}); it needs credentials and "
+                "`pip install gcsfs google-cloud-storage`"
+            ) from error
+    return directory

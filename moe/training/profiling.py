@@ -136,7 +136,7 @@ def parse(text: str, num_steps: int) -> Steps:
 def profiled(
     steps: Steps | None, workdir: str, make: Callable[..., Program] = build
 ) -> Iterator[Callable[..., Program]]:
-    """Context manager that gives the ``make_program`` argument of :func:`moe.training.loop.train`.
+    """Context manager that gives the ``make_program`` argument of :func:`moe.training.train.train`.
 
     A run resumed after those steps traces nothing; a run that ends among them keeps the partial trace.
 

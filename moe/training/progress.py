@@ -41,6 +41,23 @@ def stage(text: str) -> None:
         print(f"[{process.seconds_running():6.1f} s] {terminal(text)}", file=sys.stderr, flush=True)
 
 
+class Console:
+    """Messages of a run: of process 0, or none."""
+
+    def __init__(self, quiet: bool):
+        self.shows = jax.process_index() == 0 and not quiet
+
+    def say(self, text: str) -> None:
+        """See :func:`say`."""
+        if self.shows:
+            say(text)
+
+    def stage(self, text: str) -> None:
+        """See :func:`stage`."""
+        if self.shows:
+            stage(text)
+
+
 class Progress:
     """Shows losses and speed while a run trains."""
 

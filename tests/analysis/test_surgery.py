@@ -14,7 +14,7 @@ from moe.models.state import join
 from moe.parallel.mesh import make_mesh
 from moe.routing.interface import Gate
 from moe.training.batches import forward
-from moe.training.open_run import on_devices
+from moe.training.open_workdir import on_devices
 from moe.training.step import build
 from tests.analysis.test_difference import _records
 from tests.analysis_helpers import random_batch, tiny_program

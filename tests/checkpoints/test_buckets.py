@@ -25,8 +25,8 @@ from moe.config import Config, ConfigError, to_dict
 from moe.system import metrics_files, waiting
 from moe.system.metrics_files import METRICS, MetricsWriter, read_rows
 from moe.system.reading import read_small_file
-from moe.training.loop import train
 from moe.training.metric_writers import find_writers
+from moe.training.train import train
 from tests.run_helpers import ONE, SETTINGS, tiny
 
 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # read when gcsfs is imported, which fsspec does

@@ -14,8 +14,8 @@ from etils import epath
 from moe.checkpoints import workdir as workdirs
 from moe.checkpoints.workdir import read_config
 from moe.config import Config, ConfigError, OptimizerConfig, TrainConfig, to_dict
-from moe.training import loop as training
-from moe.training.loop import train
+from moe.training import start_run
+from moe.training.train import train
 from tests.run_helpers import ONE, SETTINGS, Interrupted, compile_once, interrupted, rows, tiny
 
 # Most runs of a file are the same program.
@@ -77,7 +77,7 @@ def test_hosts_that_decide_which_rows_are_rounded_are_not_free(directory, tmp_pa
         for config in (one, two):  # and each start says which rows they are
             program = types.SimpleNamespace(config=config, mesh=types.SimpleNamespace(shape={"expert": 4}))
             rounded = not is_free and config is two
-            assert ("exchange_hosts=2) are rounded to float8" in training._description(program)) == rounded
+            assert ("exchange_hosts=2) are rounded to float8" in start_run._description(program)) == rounded
 
 
 def test_a_run_may_only_end_at_an_evaluated_step(directory, programs, tmp_path):
@@ -101,7 +101,7 @@ def test_the_last_step_of_a_shortened_run_needs_both_rows_of_the_report(tmp_path
     changes = {"train.num_steps": [8, 4]}
     config = Config(train=TrainConfig(num_steps=4), optimizer=OptimizerConfig(warmup_steps=0))
     with pytest.raises(ConfigError, match=f"train.num_steps=4: this step was not {words}; end the run at a later one"):
-        training._apply_changes(config, changes, 4, training.epath.Path(tmp_path), print)
+        start_run._apply_changes(config, changes, 4, epath.Path(tmp_path), print)
 
 
 @pytest.mark.slow
@@ -119,7 +119,7 @@ def test_the_dispatch_may_change_only_where_nothing_can_be_dropped(directory, tm
         theirs, ours = (tiny(directory, **settings, **{"model.moe.dispatch": mode}) for mode in ("gather", "dropless"))
         (tmp_path / "config.json").write_text(json.dumps(to_dict(theirs)))
         with pytest.raises(ConfigError, match=r"model\.moe\.dispatch") if refused else contextlib.nullcontext():
-            assert workdirs.refuse_other_run(ours, training.epath.Path(tmp_path)) == {}
+            assert workdirs.refuse_other_run(ours, epath.Path(tmp_path)) == {}
 
 
 #: (devices, mesh, dispatch) of one run's starts; nothing is dropped, so that all of them compute the same.

@@ -11,15 +11,16 @@ from unittest import mock
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
 from moe.checkpoints import integrity, manager, parameters
 from moe.checkpoints.workdir import read_config
 from moe.config import ConfigError
+from moe.data import pipeline
 from moe.parallel.mesh import make_mesh
 from moe.system import signals
 from moe.system.atomic_files import from_checked_json, to_checked_json
-from moe.training import loop as training
-from moe.training.loop import train
+from moe.training.train import train
 from tests.helpers import slow_case
 from tests.run_helpers import ONE, SETTINGS, rows, state_of, steps, tiny
 
@@ -177,7 +178,7 @@ def test_every_damage_to_every_file_of_a_checkpoint_is_survived(directory, whole
     """The restored state is the one that was saved, or that of the previous checkpoint."""
     config = tiny(directory, **SETTINGS)
     mesh = make_mesh(config.mesh, ONE)
-    prepared = training.pipeline.prepare(config.data, config.model.vocab_size)
+    prepared = pipeline.prepare(config.data, config.model.vocab_size)
     ways = {
         "lost": lambda path: path.unlink(),
         "empty": lambda path: path.write_bytes(b""),
@@ -196,8 +197,8 @@ def test_every_damage_to_every_file_of_a_checkpoint_is_survived(directory, whole
                 shutil.rmtree(tmp_path / "run", ignore_errors=True)
                 shutil.copytree(whole, tmp_path / "run")
                 spoil(tmp_path / "run" / file)
-                checkpoints = manager.Checkpoints(training.epath.Path(tmp_path / "run"), 2)
-                iterator = training.pipeline.train_iterator(prepared, config.data, batch_size=8, seed=0)
+                checkpoints = manager.Checkpoints(epath.Path(tmp_path / "run"), 2)
+                iterator = pipeline.train_iterator(prepared, config.data, batch_size=8, seed=0)
                 step, state, _ = checkpoints.resume(program.state, iterator, lambda _: None)
                 checkpoints.close()
                 assert integrity.checksums(state) == good[step], (file, name)
@@ -232,7 +233,7 @@ def test_nothing_is_changed_if_no_checkpoint_is_intact(directory, whole, program
 
 
 def test_a_checkpoint_without_read_permission_is_not_called_damaged(whole, programs, monkeypatch, directory):
-    checkpoints = manager.Checkpoints(training.epath.Path(whole), 2, read_only=True)
+    checkpoints = manager.Checkpoints(epath.Path(whole), 2, read_only=True)
 
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
@@ -246,7 +247,7 @@ def test_a_checkpoint_without_read_permission_is_not_called_damaged(whole, progr
 def test_damage_that_one_of_several_processes_sees_is_set_aside_but_for_the_oldest(tmp_path, monkeypatch, capsys):
     for step in ("2", "4"):
         (tmp_path / "checkpoints" / step).mkdir(parents=True)
-    checkpoints = manager.Checkpoints(training.epath.Path(tmp_path), 2)
+    checkpoints = manager.Checkpoints(epath.Path(tmp_path), 2)
     monkeypatch.setattr(checkpoints, "restore", mock.Mock(side_effect=integrity.DamagedError("cut")))
     checkpoints.start_again(4, integrity.DamagedError("cut"))  # nothing in a run of one process
     monkeypatch.setattr(jax, "process_count", lambda: 2)

@@ -25,14 +25,14 @@ from moe.checkpoints.manager import Checkpoints
 from moe.checkpoints.retention import LowestLoss
 from moe.checkpoints.workdir import latest_change, read_config, record_changes, write_run_files
 from moe.config import Config, ConfigError, OptimizerConfig, TrainConfig
-from moe.data import tokenizer_files
+from moe.data import pipeline, tokenizer_files
 from moe.data.tokenizer import train_tokenizer
 from moe.interop import import_checkpoint
 from moe.models.state import TrainState
 from moe.system import atomic_files, signals
 from moe.training import loop as training
 from moe.training.averaging import write_average
-from moe.training.loop import train
+from moe.training.train import train
 from tests.helpers import mounted, random_model, tiny_model
 from tests.run_helpers import ONE, SETTINGS, at_step, steps, tiny
 
@@ -82,8 +82,8 @@ def test_a_batch_that_cannot_be_read_is_named(directory, whole, programs, tmp_pa
         monkeypatch.setattr(type(iterator), "__next__", broken)
         return iterator
 
-    make = training.pipeline.train_iterator
-    monkeypatch.setattr(training.pipeline, "train_iterator", failing)
+    make = pipeline.train_iterator
+    monkeypatch.setattr(pipeline, "train_iterator", failing)
     words = r"the batch of step 4 cannot be read \(\[Errno 5\] Input/output error\).* continues from step 2"
     with pytest.raises(ConfigError, match=words):
         train(tiny(directory, **SETTINGS), str(tmp_path), ONE, make_program=programs, quiet=True)
@@ -94,7 +94,7 @@ def test_a_batch_that_cannot_be_read_is_named(directory, whole, programs, tmp_pa
 
 def test_a_second_run_in_a_workdir_is_refused(directory, whole, programs):
     before = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
-    with workdirs.locked_workdir(training.epath.Path(whole)), pytest.raises(ConfigError, match="another run uses it"):
+    with workdirs.locked_workdir(epath.Path(whole)), pytest.raises(ConfigError, match="another run uses it"):
         train(tiny(directory, **SETTINGS), str(whole), ONE, make_program=programs)
     assert {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()} == before
 
@@ -399,10 +399,10 @@ def test_rows_without_a_checkpoint_are_judged_by_the_latest_start(tmp_path):
     write_run_files(Config(train=TrainConfig(save_every=1000)), {}, folder, new=False)
     for step in (500, 2000):  # the first save, at 1,000, may not have ended before the second begins
         (folder / "metrics.jsonl").write_text(f'{{"step": {step}, "kind": "train"}}\n')
-        assert workdirs.holds_run(folder)
+        assert workdirs.contents(folder) is workdirs.Contents.METRICS
     (folder / "metrics.jsonl").write_text('{"step": 2001, "kind": "train"}\n')
     with pytest.raises(ConfigError, match="metrics up to step 2001 but no checkpoint"):
-        workdirs.holds_run(folder)
+        workdirs.contents(folder)
 
 
 def test_a_run_is_finished_with_its_last_checkpoint_and_its_report(tmp_path):

@@ -19,7 +19,7 @@ from moe.config import ConfigError, DataConfig, to_dict
 from moe.data import chat, chat_rendering, columns, documents, pipeline, preferences
 from moe.data.json_tokenizer import JsonTokenizer
 from moe.parallel.mesh import make_mesh
-from moe.training import open_run
+from moe.training import open_workdir
 from moe.training.step import build
 from tests.run_helpers import tiny, write_run
 
@@ -462,11 +462,11 @@ def test_missing_requirements_of_conversations_are_named(config, tmp_path):
 def test_a_run_with_a_template_is_evaluated_on_plain_text(tmp_path, monkeypatch):
     config = tiny(tmp_path, **{"data.objective": "chat", "data.chat_template": "own.jinja"})
     (tmp_path / "config.json").write_text(json.dumps(to_dict(config)))
-    monkeypatch.setattr(open_run.pipeline, "prepare_run", lambda config, **_: config.data)
-    monkeypatch.setattr(open_run, "find_tokenizer", lambda *_, **__: None)
-    monkeypatch.setattr(open_run, "build", lambda *_: None)
+    monkeypatch.setattr(open_workdir.pipeline, "prepare_run", lambda config, **_: config.data)
+    monkeypatch.setattr(open_workdir, "find_tokenizer", lambda *_, **__: None)
+    monkeypatch.setattr(open_workdir, "build", lambda *_: None)
     for objective, template in ((None, ""), ("causal", "")):
-        opened = open_run.open_workdir(str(tmp_path), {("data", "objective"): objective})
+        opened = open_workdir.open_workdir(str(tmp_path), {("data", "objective"): objective})
         assert opened.prepared.chat_template == template
 
 

@@ -26,7 +26,7 @@ from moe.lab.running.heldout import dropless
 from moe.lab.schedule import Plan
 from moe.lab.suite import Sweep, Variant
 from moe.parallel.mesh import make_mesh
-from moe.training.loop import train
+from moe.training.train import train
 from tests.lab_helpers import DENSE, SWITCH, claim_of, keyed, record, suite_of, tiny_base, tiny_suite, write_page
 from tests.tiny_text import build
 

@@ -20,8 +20,8 @@ from moe.training import averaging
 from moe.training import loop as training
 from moe.training.averaging import write_average
 from moe.training.batches import place
-from moe.training.loop import train
 from moe.training.step import build
+from moe.training.train import train
 from tests.helpers import random_model, random_state, slow_case, step_gradients, tiny_model
 from tests.run_helpers import ONE, SETTINGS, Interrupted, at_step, raise_interrupted, tiny
 

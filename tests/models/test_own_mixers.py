@@ -43,7 +43,7 @@ from moe.parallel.mesh import make_mesh
 from moe.parallel.parameters import parameter_shardings
 from moe.planner import fit
 from moe.playground import supported
-from moe.training.loop import train
+from moe.training.train import train
 from tests import run_helpers
 from tests.helpers import random_parameters, tiny_model
 from tests.models.test_generate import GREEDY, PROMPTS, _without_cache

@@ -23,8 +23,8 @@ from moe.models.state import TrainState
 from moe.parallel.mesh import make_mesh
 from moe.training import step
 from moe.training.batches import place
-from moe.training.loop import train
 from moe.training.step import build
+from moe.training.train import train
 from tests.helpers import axis_groups, collectives, slow_case, step_gradients, tiny_model
 from tests.run_helpers import ONE, SETTINGS, Interrupted, interrupted, rows, tiny
 

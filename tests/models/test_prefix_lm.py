@@ -12,7 +12,7 @@ from moe.layers.attention.attend import attend
 from moe.layers.attention.scoring import Scoring
 from moe.models import sampling, speculation
 from moe.models.decoder import Transformer
-from moe.training.loop import train
+from moe.training.train import train
 from tests.helpers import random_parameters, tiny_model
 from tests.run_helpers import ONE, rows, tiny
 

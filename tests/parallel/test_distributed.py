@@ -15,7 +15,7 @@ import pytest
 
 from moe.config.parse import from_config_dict
 from moe.configs import mixtral
-from moe.training.loop import train
+from moe.training.train import train
 from tests.tiny_text import build
 
 ROOT = Path(__file__).parents[2]

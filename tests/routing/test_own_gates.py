@@ -34,10 +34,10 @@ from moe.routing.balancing import probe_rule
 from moe.routing.interface import Gate, GateInputs, GateOutput, top_k
 from moe.routing.routing import probe, route
 from moe.system.fields import setting
-from moe.training import evaluation, loop, open_run
-from moe.training.loop import train
+from moe.training import evaluation, loop, open_workdir, start_run
 from moe.training.step import _probe_own_gates
 from moe.training.step import build as build_program
+from moe.training.train import train
 from tests import run_helpers
 from tests.helpers import set_moe
 from tests.tiny_text import build
@@ -423,7 +423,7 @@ def test_a_users_gate_trains_resumes_and_evaluates(module, tmp_path):
     shutil.rmtree(workdir / "checkpoints" / "2")
     train(config, str(workdir), jax.devices()[:1], make_program=programs)  # from step 1
     assert (workdir / "metrics.jsonl").read_bytes() == rows
-    opened = open_run.open_workdir(str(workdir), {})
+    opened = open_workdir.open_workdir(str(workdir), {})
     with jax.set_mesh(opened.program.mesh):
         heldout = evaluation.load_heldout(opened.program, opened.prepared)
         results = evaluation.evaluate(opened.program, opened.variables(), heldout)
@@ -557,7 +557,7 @@ def test_an_edited_gate_is_said_on_resume(module, tmp_path):
     (folder / noted_code.NOTE).write_text(json.dumps({"sha256": "before"}))
     ((name, (old, new)),) = noted_code.edited_code(config, folder).items()
     assert (name, old, len(new)) == ("code of the user's modules", "before", 16)
-    loop._apply_changes(config, {name: [old, new]}, 3, folder, (said := []).append)
+    start_run._apply_changes(config, {name: [old, new]}, 3, folder, (said := []).append)
     assert said == [f"changed from step 3 on: code of the user's modules 'before' to {new!r}"]
     assert json.loads((folder / "changes.jsonl").read_text()) == {"step": 3, "changes": {name: [old, new]}}
     plain = from_config_dict(tree_with("mixtral"))

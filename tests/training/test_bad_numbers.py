@@ -19,8 +19,8 @@ from moe.parallel.mesh import make_mesh
 from moe.system.signals import StartAgain
 from moe.training import loop as training
 from moe.training import recovery
-from moe.training.loop import train
 from moe.training.optimizer import make_optimizer
+from moe.training.train import train
 from tests.run_helpers import ONE, SETTINGS, Interrupted, interrupted, rows, state_of, steps, tiny
 
 # Most runs of this file share one program.

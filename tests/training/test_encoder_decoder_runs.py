@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
 from moe.analysis import analyse, specialisation, stacks
 from moe.analysis.record import Recorder
@@ -20,12 +21,11 @@ from moe.data.tokenizer_files import find_tokenizer
 from moe.lab.running.heldout import RowLosses, mixed_rows
 from moe.lab.running.runner import Programs
 from moe.parallel.mesh import make_mesh
-from moe.training import loop as training
 from moe.training.batches import place
 from moe.training.evaluation import evaluate, load_heldout
-from moe.training.loop import train
-from moe.training.open_run import open_workdir
+from moe.training.open_workdir import open_workdir
 from moe.training.step import build
+from moe.training.train import train
 from tests.run_helpers import ONE, Interrupted, interrupted, rows, tiny
 from tests.tiny_text import random_text
 
@@ -112,7 +112,7 @@ def test_row_losses_add_up_to_the_evaluation_loss(opened):
 @pytest.mark.slow
 def test_routing_of_both_stacks(opened, tmp_path, monkeypatch):
     variables = opened.variables()
-    folder = training.epath.Path(tmp_path)
+    folder = epath.Path(tmp_path)
     recorders = {stack: Recorder(opened.program, stack) for stack in ("encoder", "decoder")}
     for stack, length, layer in (("encoder", 32, 1), ("decoder", 16, 3)):  # the encoder's two layers come first
         recorder = recorders[stack]

@@ -27,9 +27,9 @@ from moe.data.tokenizer import train_tokenizer
 from moe.parallel.mesh import make_mesh
 from moe.posttraining import make_program
 from moe.posttraining.dpo import PreferenceObjective, margins
-from moe.training import open_run, teacher, warm_start
-from moe.training.loop import train
+from moe.training import open_workdir, teacher, warm_start
 from moe.training.step import build
+from moe.training.train import train
 from tests.data.test_chat import EXPECTED, HERE, tokenizer
 from tests.helpers import random_state
 from tests.run_helpers import ONE, compile_once, rows, state_of, steps, tiny, write_run
@@ -223,7 +223,7 @@ def test_a_run_on_pairs_is_compared_with_its_start(start, tmp_path):
     _, settings = start
     config = tiny(tmp_path / "cache", **settings)
     tree = to_dict(tiny(tmp_path / "cache"))
-    for (section, name), value in open_run.same_text(config, ("pairs",)).items():
+    for (section, name), value in open_workdir.same_text(config, ("pairs",)).items():
         tree[section][name] = value
     assert from_config_dict(tree).data.objective == "preferences"
 
@@ -231,7 +231,7 @@ def test_a_run_on_pairs_is_compared_with_its_start(start, tmp_path):
 def test_a_compared_run_reads_the_same_files_and_rows(start, tmp_path):
     own = start[1] | {"data.text_suffixes": (".tex",), "data.pack": False}
     tree = to_dict(tiny(tmp_path / "cache"))
-    for (section, name), value in open_run.same_text(tiny(tmp_path / "cache", **own), ("pairs",)).items():
+    for (section, name), value in open_workdir.same_text(tiny(tmp_path / "cache", **own), ("pairs",)).items():
         tree[section][name] = value
     data = from_config_dict(tree).data
     assert (data.text_suffixes, data.pack) == ((".tex",), False)

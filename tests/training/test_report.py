@@ -11,8 +11,8 @@ from etils import epath
 
 from moe.config import ConfigError
 from moe.data import pipeline
-from moe.training import loop, progress, report
-from moe.training.loop import train
+from moe.training import progress, report
+from moe.training.train import train
 from tests.run_helpers import ONE, tiny
 from tests.tiny_text import random_text
 
@@ -65,7 +65,7 @@ def test_a_document_that_the_report_cannot_show_is_refused_at_the_start(director
     def with_plain_text(config, **options):
         return dataclasses.replace(prepare(tiny(directory), **options), heldout={DOMAIN: ["no conversation"]})
 
-    monkeypatch.setattr(loop.pipeline, "prepare_run", with_plain_text)
+    monkeypatch.setattr(pipeline, "prepare_run", with_plain_text)
     config = tiny(directory, **{"data.objective": "chat", "train.sample_tokens": 4})
     never: Any = None
     with pytest.raises(ConfigError, match="needs documents with messages"):

@@ -47,14 +47,13 @@ from moe.data.tokenizer import train_tokenizer
 from moe.interop import import_checkpoint, load_huggingface
 from moe.models.state import set_schedule_step
 from moe.parallel.mesh import make_mesh
-from moe.training import averaging, warm_start
-from moe.training import loop as training
+from moe.training import averaging, profiling, start_run, warm_start
 from moe.training.batches import place
-from moe.training.loop import train
 from moe.training.losses import TEXT, soft_cross_entropy
 from moe.training.optimizer import WeightAverage, averaged_weights
 from moe.training.step import build
 from moe.training.teacher import read_teacher
+from moe.training.train import train
 from tests.helpers import random_model, random_state, tiny_model
 from tests.run_helpers import ONE, SETTINGS, Interrupted, tiny
 
@@ -695,10 +694,10 @@ def test_adapters_belong_to_the_base_that_was_read(tmp_path, monkeypatch, direct
     def interrupt(*_, **__):
         raise Interrupted
 
-    monkeypatch.setattr(training.warm_start, "tokenizer", lambda *_: None)
-    monkeypatch.setattr(training.warm_start, "first_state", first_state)
-    monkeypatch.setattr(training.profiling, "refuse_too_large", lambda *_: None)
-    monkeypatch.setattr(training, "Checkpoints", interrupt)
+    monkeypatch.setattr(warm_start, "tokenizer", lambda *_: None)
+    monkeypatch.setattr(warm_start, "first_state", first_state)
+    monkeypatch.setattr(profiling, "refuse_too_large", lambda *_: None)
+    monkeypatch.setattr(start_run, "Checkpoints", interrupt)
     with pytest.raises(Interrupted):
         train(config, str(tmp_path / "run"), ONE, make_program=lambda *_: None)
     assert read == [0]

@@ -22,11 +22,12 @@ from moe.parallel import target
 from moe.parallel.mesh import make_mesh
 from moe.routing.balancing import BalanceSums, LayerReport
 from moe.system.metrics_files import read_rows
-from moe.training import agreement, evaluation, loop, metrics, profiling
+from moe.training import agreement, evaluation, metrics, open_run, profiling
+from moe.training import train as train_module
 from moe.training.evaluation import Heldout, _summary, check_domains, evaluate, sum_variance
-from moe.training.loop import train
 from moe.training.metrics import Throughput
 from moe.training.step import EvalMetrics
+from moe.training.train import train
 from tests.helpers import slow_case, tiny_model
 from tests.run_helpers import ONE, SETTINGS, Interrupted, interrupted, state_of, tiny
 
@@ -282,16 +283,16 @@ def test_every_layer_trains_from_its_config_file(directory, tmp_path, name):
 def test_a_new_run_gets_the_streams_that_its_hosts_need_and_keeps_them(monkeypatch):
     config, said = Config(train=TrainConfig(batch_size=64)), []
     mesh = make_mesh(config.mesh, ONE)
-    assert loop._with_streams(config, mesh, None, said.append) == config
+    assert open_run._with_streams(config, mesh, None, said.append) == config
     hosts = {i: np.arange(4 * i, 4 * i + 4) for i in range(16)}
-    monkeypatch.setattr(loop, "rows_by_process", lambda mesh, rows: hosts)
+    monkeypatch.setattr(open_run, "rows_by_process", lambda mesh, rows: hosts)
     monkeypatch.setattr(jax, "process_count", lambda: 16)
-    begun = loop._with_streams(config, mesh, None, said.append)
+    begun = open_run._with_streams(config, mesh, None, said.append)
     assert begun.data.streams == 16
     assert said == ["data.streams: 16, so that each process has whole streams"]
     for own in (config, begun):  # on any hosts, both the default and the chosen number belong to the run
-        assert loop._with_streams(own, mesh, begun, said.append) == begun
-    assert loop._with_streams(config, mesh, config, said.append) == config
+        assert open_run._with_streams(own, mesh, begun, said.append) == begun
+    assert open_run._with_streams(config, mesh, config, said.append) == config
 
 
 def test_a_pipeline_without_microbatches_is_refused_on_several_hosts(directory, tmp_path, monkeypatch):
@@ -367,8 +368,8 @@ def test_processes_wait_for_the_report(directory, whole, tmp_path, monkeypatch):
     shutil.copytree(whole[1], tmp_path / "run")
     (tmp_path / "run" / "report.txt").unlink()
     order = []
-    monkeypatch.setattr(loop, "finish", lambda *_: order.append("report"))
-    monkeypatch.setattr(loop.multihost_utils, "sync_global_devices", order.append)
+    monkeypatch.setattr(train_module, "finish", lambda *_: order.append("report"))
+    monkeypatch.setattr(train_module.multihost_utils, "sync_global_devices", order.append)
     train(tiny(directory, **WHOLE), str(tmp_path / "run"), ONE, quiet=True)
     assert order == ["report", "report written"]
 

@@ -38,9 +38,9 @@ from moe.lab.suite import Suite
 from moe.lab.table import Table
 from moe.parallel.mesh import make_mesh
 from moe.system.checkout import commit
-from moe.training.loop import train
 from moe.training.recovery import DivergedError
 from moe.training.step import Program, build
+from moe.training.train import train
 
 RUNS = "runs"
 #: Seconds until a process looks again for runs that depend on those of other processes.
