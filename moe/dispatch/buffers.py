@@ -21,7 +21,7 @@ Tables = tuple[Array, Array]
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class BufferPlan:
     """Buffer positions of one layer's assignments.
 
     Attributes:
@@ -65,7 +65,7 @@ def layer_capacity(config: MoEConfig, group_size: int, *, train: bool = True) ->
 
 def plan_assignments(
     config: MoEConfig, routing: Routing, capacity: int, *, rng: Array | None = None
-) -> tuple[Routing, Plan]:
+) -> tuple[Routing, BufferPlan]:
     """Apply a layer's dispatch mode, drop policy and overflow rule to a routing.
 
     Args:
@@ -89,7 +89,9 @@ def plan_assignments(
     return overflow_to_next(routing, plan) if config.overflow_to_next else (routing, plan)
 
 
-def make_plan(routing: Routing, capacity: int, *, drop_policy: str = "position", rng: Array | None = None) -> Plan:
+def make_plan(
+    routing: Routing, capacity: int, *, drop_policy: str = "position", rng: Array | None = None
+) -> BufferPlan:
     """Fill each group's buffers with all first choices in token order, then all second choices, and so on
     (GShard 2020, algorithm 1).
 
@@ -109,10 +111,10 @@ def make_plan(routing: Routing, capacity: int, *, drop_policy: str = "position",
     position, _ = positions(expert_index, chosen, num_experts)
     if order is not None:
         position = jnp.take_along_axis(position, jnp.argsort(order, axis=1)[..., None], axis=1)
-    return Plan(position, routing.chosen & (position < capacity), capacity, num_experts)
+    return BufferPlan(position, routing.chosen & (position < capacity), capacity, num_experts)
 
 
-def plan_in_chunks(routing: Routing, capacity: int, chunks: int) -> Plan:
+def plan_in_chunks(routing: Routing, capacity: int, chunks: int) -> BufferPlan:
     """Plan each of the parts of a group's tokens as a group of its own."""
     # [G,S,·] → [G·n,S/n,·]
     parts = jax.tree.map(lambda array: array.reshape(array.shape[0] * chunks, -1, *array.shape[2:]), routing)
@@ -163,7 +165,7 @@ def positions(
     return jnp.swapaxes(position, 1, 2), up_to[:, -1]
 
 
-def overflow_to_next(routing: Routing, plan: Plan) -> tuple[Routing, Plan]:
+def overflow_to_next(routing: Routing, plan: BufferPlan) -> tuple[Routing, BufferPlan]:
     """Retry each dropped assignment once on the token's next-best expert, after all others ("no token left behind",
     Switch 2021, appendix B, one round of it).
 
@@ -193,7 +195,7 @@ def overflow_to_next(routing: Routing, plan: Plan) -> tuple[Routing, Plan]:
     return routing, dataclasses.replace(plan, position_in_expert=position, kept=kept)
 
 
-def load_per_group(routing: Routing, plan: Plan) -> Int[Array, "G E"]:
+def load_per_group(routing: Routing, plan: BufferPlan) -> Int[Array, "G E"]:
     """How many assignments of a group each expert keeps."""
     # The comparison [G,S,K,E] is fused with the sum and never stored.
     to_expert = routing.expert_index[..., None] == jnp.arange(plan.num_experts)
@@ -201,7 +203,7 @@ def load_per_group(routing: Routing, plan: Plan) -> Int[Array, "G E"]:
 
 
 def index_tables(
-    routing: Routing, plan: Plan, load: Int[Array, "G E"], starts: Int[Array, " E"], num_rows: int
+    routing: Routing, plan: BufferPlan, load: Int[Array, "G E"], starts: Int[Array, " E"], num_rows: int
 ) -> Tables:
     """Map assignments to rows, where expert e's rows begin at starts[e], one group after another.
 

@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 
 from moe.dispatch.backends import backend, whole_tiles
 from moe.dispatch.buffers import (
-    Plan,
+    BufferPlan,
     combine_rows,
     fill_rows,
     index_tables,
@@ -37,7 +37,7 @@ from moe.routing.interface import ROUTES
 from moe.routing.routing import Routing
 
 #: (x [G,S,D], routing, plan, weights) → y [G,S,D] float32: Σ_k weight·expert output, 0 for a dropped token.
-Implementation = Callable[[Array, Routing, Plan, ExpertWeights], Array]
+Implementation = Callable[[Array, Routing, BufferPlan, ExpertWeights], Array]
 
 
 def apply_in_buffers(expert_inputs: Float[Array, "E G C D"], weights: ExpertWeights) -> Float[Array, "E G C D"]:
@@ -62,7 +62,9 @@ def _numbers(routing: Routing) -> Int[Array, "G S K"]:
 # --- By index into buffers -------------------------------------------------------------------------------------------
 
 
-def by_index(x: Float[Array, "G S D"], routing: Routing, plan: Plan, weights: ExpertWeights) -> Float[Array, "G S D"]:
+def by_index(
+    x: Float[Array, "G S D"], routing: Routing, plan: BufferPlan, weights: ExpertWeights
+) -> Float[Array, "G S D"]:
     """Move rows by index: no arithmetic on tokens but the weighted sum at the end, in float32.
 
     The groups of one device share a buffer for each expert, filled from its start: [E,X,R,D], X devices with tokens
@@ -102,7 +104,9 @@ def by_index(x: Float[Array, "G S D"], routing: Routing, plan: Plan, weights: Ex
 _EXACT = jax.lax.Precision.HIGHEST
 
 
-def by_one_hot(x: Float[Array, "G S D"], routing: Routing, plan: Plan, weights: ExpertWeights) -> Float[Array, "G S D"]:
+def by_one_hot(
+    x: Float[Array, "G S D"], routing: Routing, plan: BufferPlan, weights: ExpertWeights
+) -> Float[Array, "G S D"]:
     """Move rows by one-hot matmuls over [G,S,E,C] (GShard 2020, algorithm 2); returns float32."""
     expert = jax.nn.one_hot(routing.expert_index, plan.num_experts, dtype=jnp.float32)  # [G,S,K,E]
     slot = jax.nn.one_hot(jnp.where(plan.kept, plan.position_in_expert, -1), plan.capacity, dtype=jnp.float32)
@@ -140,7 +144,9 @@ def mix(
 # --- Sorted by expert ------------------------------------------------------------------------------------------------
 
 
-def by_sorting(x: Float[Array, "G S D"], routing: Routing, plan: Plan, weights: ExpertWeights) -> Float[Array, "G S D"]:
+def by_sorting(
+    x: Float[Array, "G S D"], routing: Routing, plan: BufferPlan, weights: ExpertWeights
+) -> Float[Array, "G S D"]:
     """Sort all kept assignments by expert, by counting, and give each expert exactly its rows; returns float32.
 
     The cost of a row does not depend on the load of its expert, and assignments that are not kept have no row. On a
@@ -153,7 +159,7 @@ def by_sorting(x: Float[Array, "G S D"], routing: Routing, plan: Plan, weights: 
     if axis_size(*AXES) == 1:
         return _sort_and_apply(x, routing, plan, weights.gathered(x.dtype))
 
-    def local(x: Array, routing: Routing, plan: Plan, shards: ExpertWeights) -> Array:
+    def local(x: Array, routing: Routing, plan: BufferPlan, shards: ExpertWeights) -> Array:
         weights, size = shards.gathered_shards(), x.shape[1] // plan.chunks
 
         def chunk(start: int) -> Array:
@@ -170,7 +176,7 @@ def by_sorting(x: Float[Array, "G S D"], routing: Routing, plan: Plan, weights: 
 
 
 def _sort_and_apply(
-    x: Float[Array, "G S D"], routing: Routing, plan: Plan, weights: ExpertWeights
+    x: Float[Array, "G S D"], routing: Routing, plan: BufferPlan, weights: ExpertWeights
 ) -> Float[Array, "G S D"]:
     """One device's part of the experts, applied to its kept assignments."""
     groups, tokens, _ = x.shape
@@ -188,7 +194,7 @@ def _sort_and_apply(
 
 
 def _apply_once_sent(
-    x: Float[Array, "G S D"], routing: Routing, plan: Plan, weights: ExpertWeights
+    x: Float[Array, "G S D"], routing: Routing, plan: BufferPlan, weights: ExpertWeights
 ) -> Float[Array, "G S D"]:
     """:func:`_sort_and_apply` where a token goes once to each host, or to each device, that the expert axis spans."""
     numbers = None if weights.dropout is None else weights.dropout.assignments
@@ -235,7 +241,7 @@ def describe(mode: str) -> str:
 
 
 def dispatch(
-    mode: str, x: Float[Array, "G S D"], routing: Routing, plan: Plan, weights: ExpertWeights
+    mode: str, x: Float[Array, "G S D"], routing: Routing, plan: BufferPlan, weights: ExpertWeights
 ) -> Float[Array, "G S D"]:
     """Apply the experts by the implementation that ``model.moe.dispatch=mode`` selects on this target.
 

@@ -11,7 +11,7 @@ import pydantic
 
 from moe.config import Config, ConfigError, load_python_file
 from moe.data.corpora import DOMAINS
-from moe.lab.schedule import Plan
+from moe.lab.schedule import PlannedRuns
 from moe.lab.suite import NAME, QUANTITIES, SIZES, Comparison, Suite, Sweep
 from moe.system.fields import exits_as_errors
 from moe.system.foreign_files import first_sentence
@@ -205,7 +205,7 @@ def _text_settings(config: Config) -> dict[str, Any]:
 def _check_different(suite: Suite) -> None:
     """Refuse two arms that would be one run, whose difference would be reported as 0, or one rule under two names of a
     gate, whose difference would be that of rounding."""
-    plan, arms, rules = Plan(suite, []), {}, {}
+    plan, arms, rules = PlannedRuns(suite, []), {}, {}
     for name, variant in suite.variants.items():
         # Arms of equal settings still differ where their learning rates come from different sweeps.
         sources = (name, variant.rate_from or name) if suite.sweep else (name,)

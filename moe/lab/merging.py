@@ -21,7 +21,7 @@ from moe.data.corpora import EmbeddedCorpus
 from moe.lab.claims.registration import Claim
 from moe.lab.records import FINISHED, PRIMARY, Key, Record, read_all, read_table
 from moe.lab.report.markdown import spans
-from moe.lab.schedule import Plan
+from moe.lab.schedule import PlannedRuns
 from moe.lab.suite import Suite
 from moe.system.atomic_files import write_atomic
 from moe.system.escaping import markdown_page, markdown_table, markdown_text
@@ -106,7 +106,7 @@ def merge(workdir: Path, path: Path, suite: Suite, claims: Sequence[Claim]) -> E
 
 def _runs(suite: Suite, records: Sequence[Record]) -> dict[str, Key]:
     """Hash → run, of every arm, horizon, registered seed and rate that the suite may train."""
-    plan, found = Plan(suite, records), {}
+    plan, found = PlannedRuns(suite, records), {}
     rates = suite.sweep.learning_rates if suite.sweep else (suite.learning_rate,)
     swept = suite.sweep.seeds if suite.sweep else ()
     for arm in suite.variants:

@@ -30,7 +30,7 @@ class Choice:
     at_edge: bool = False
 
 
-class Plan:
+class PlannedRuns:
     """The runs that a suite names, and which of them have a record; a record is found by the hash of its run.
 
     Attributes:

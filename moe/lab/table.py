@@ -29,7 +29,7 @@ class Table:
     def __init__(self, suite: Suite, records: Iterable[Record]):
         """``records`` may hold runs of other suites; :attr:`records` are those of this one."""
         records = list(records)
-        self.suite, self.plan = suite, schedule.Plan(suite, records)
+        self.suite, self.plan = suite, schedule.PlannedRuns(suite, records)
         self.choices = self.plan.choices
         others = () if suite.fixed_seeds else (record.seed for record in records)
         seeds = sorted({*suite.seeds, *others} - suite.reserved_seeds)

@@ -17,7 +17,7 @@ from moe.parallel.parameters import WEIGHTS_SCOPE
 from moe.planner import network
 from moe.planner.chips import Chip
 from moe.planner.gpus import Gpu
-from moe.planner.records import HOST, Collective, Program
+from moe.planner.records import HOST, Collective, CompiledProgram
 from moe.training.losses import LOSS_SCOPE
 
 WEIGHTS, UNNAMED, LOADS, ROUTED = "weights", "unnamed", "loads of experts", "tokens to experts, back"
@@ -47,7 +47,7 @@ class Exchange:
     exposed_seconds: float
 
 
-def summarise(program: Program, devices: Sequence[Any], chip: Chip | Gpu) -> tuple[Exchange, ...]:
+def summarise(program: CompiledProgram, devices: Sequence[Any], chip: Chip | Gpu) -> tuple[Exchange, ...]:
     """Add up the collectives of each kind, axes and purpose; the slowest first."""
     groups: dict[tuple[Any, ...], list[float]] = {}
     durations, waits = timed(program.collectives, devices, chip)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from moe.dispatch.exchange import OVERFLOW_SCOPE
 from moe.planner import hlo, liveness, work
 from moe.planner.hlo import Instruction, array_bytes
-from moe.planner.records import HOST, KINDS, Collective, GroupedMatmul, Item, Price, Program
+from moe.planner.records import HOST, KINDS, Collective, CompiledProgram, GroupedMatmul, Item, Price
 
 #: ``estimated_cycles`` of a TPU fusion that the compiler has no model for, such as those on the SparseCore.
 _UNKNOWN_CYCLES = 2**63 - 1
@@ -67,7 +67,7 @@ def read(
     rates: Rates | None = None,
     attention_prices: _AttentionPrices = lambda kernels: {},
     trips: _Trips = lambda name: None,
-) -> Program:
+) -> CompiledProgram:
     """Read a scheduled module.
 
     Args:
@@ -86,7 +86,7 @@ def read(
     if prices := attention_prices([item for item in reader.items if item.kind == "attention"]):
         reader = _Reader(module, mesh, clock, kernel_price, rates, prices, trips)
         reader.walk(module.entry, 1)
-    return Program(
+    return CompiledProgram(
         tuple(reader.collectives),
         seconds,
         reader.parts,
@@ -142,7 +142,7 @@ class _Scope:
 
 
 class _Reader:
-    """Walk over the computations of a module; its public attributes are those of :class:`Program`."""
+    """Walk over the computations of a module; its public attributes are those of :class:`CompiledProgram`."""
 
     def __init__(
         self,

@@ -151,7 +151,7 @@ class Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
+class CompiledProgram:
     """Work and exchanges of a step, per device.
 
     Attributes:

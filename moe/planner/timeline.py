@@ -13,7 +13,7 @@ from moe.parallel.parameters import WEIGHTS_SCOPE
 from moe.planner import exchanges
 from moe.planner.chips import Chip
 from moe.planner.gpus import Gpu
-from moe.planner.records import Collective, Item, Program
+from moe.planner.records import Collective, CompiledProgram, Item
 from moe.training.losses import LOSS_SCOPE
 
 #: Parts of a model by JAX's scopes and the names of einsums, the first match counts.
@@ -94,7 +94,7 @@ def dearest(
     return sorted(rows, key=lambda row: -row["seconds"])[:limit]
 
 
-def lanes(program: Program, devices: Sequence[Any], chip: Chip | Gpu, limit: int = 3) -> list[dict[str, Any]]:
+def lanes(program: CompiledProgram, devices: Sequence[Any], chip: Chip | Gpu, limit: int = 3) -> list[dict[str, Any]]:
     """The computations that take most time, one run of each: work on the device, and exchanges beside it.
 
     Returns:

@@ -14,7 +14,7 @@ from moe.config import Capacity, ModelConfig
 from moe.config.registry import LAYERS
 from moe.conformance import reference
 from moe.dispatch.buffers import (
-    Plan,
+    BufferPlan,
     combine_rows,
     expert_capacity,
     fill_rows,
@@ -371,7 +371,7 @@ def test_groups_are_runs_of_the_batch_in_row_order(group_size, rng):
 def test_plan_is_a_pytree_with_static_sizes():
     plan = _plan(_routing([[[0]]], 2), capacity=1)
     assert len(jax.tree.leaves(plan)) == 2
-    assert isinstance(plan, Plan)
+    assert isinstance(plan, BufferPlan)
     assert (plan.capacity, plan.num_experts) == (1, 2)
 
 

@@ -25,7 +25,7 @@ from moe.lab.loading import check, load_suite, load_suites, with_seeds
 from moe.lab.records import DIVERGED, PRIMARY, Key
 from moe.lab.report import answer, figures, page, sections
 from moe.lab.report.missing import missing
-from moe.lab.schedule import Plan
+from moe.lab.schedule import PlannedRuns
 from moe.lab.suite import Comparison, Suite, Sweep, Variant
 from moe.lab.table import MissingError, Table
 from moe.models import flops
@@ -366,7 +366,7 @@ def test_routing_groups_follow_the_batch_size():
 
 def test_the_plan_goes_seed_by_seed_with_the_headline_arms_first():
     suite = suite_of({"a": DENSE, "other": SWITCH, "b": SWITCH}, seeds=(0, 1), horizons=(20, 10), headline=("a", "b"))
-    order = [(key.seed, key.steps, key.variant) for key in Plan(suite, []).runs()]
+    order = [(key.seed, key.steps, key.variant) for key in PlannedRuns(suite, []).runs()]
     assert order[:4] == [(0, 10, "a"), (0, 10, "b"), (0, 20, "a"), (0, 20, "b")]
     assert order[4:6] == [(1, 10, "a"), (1, 10, "b")]
     assert order[8:] == [(0, 10, "other"), (0, 20, "other"), (1, 10, "other"), (1, 20, "other")]
@@ -375,15 +375,15 @@ def test_the_plan_goes_seed_by_seed_with_the_headline_arms_first():
 def test_parents_are_trained_before_their_children():
     child = dataclasses.replace(SWITCH, starts_from="parent", seed_offset=7)
     suite = suite_of({"child": child, "parent": DENSE}, seeds=(0, 1))
-    order = [(key.variant, key.seed) for key in Plan(suite, []).runs()]
+    order = [(key.variant, key.seed) for key in PlannedRuns(suite, []).runs()]
     assert order == [("parent", 0), ("child", 0), ("parent", 1), ("child", 1)]
-    found = Plan(suite, [])
+    found = PlannedRuns(suite, [])
     key = found.runs()[1]
     assert found.parents(key) == {"starts_from": Key("parent", 320, 3e-3, 0)}
     assert suite.config("child", 1).seed == 8
     # A different parent makes the child a different run.
     edited = dataclasses.replace(DENSE, overrides={**DENSE.overrides, "model.d_ff": 64})
-    other = Plan(dataclasses.replace(suite, variants={"child": child, "parent": edited}), [])
+    other = PlannedRuns(dataclasses.replace(suite, variants={"child": child, "parent": edited}), [])
     assert found.run(key) != other.run(key)
 
 
@@ -396,7 +396,7 @@ def test_what_is_inherited_from_parents_is_part_of_the_identity_of_a_run():
         "reset": Variant({}, starts_from="parent"),
         "carry": Variant({"start.optimizer": "carry"}, starts_from="parent"),
     }
-    found = Plan(suite_of(arms, horizons=(20,)), [])
+    found = PlannedRuns(suite_of(arms, horizons=(20,)), [])
     assert len({found.run(found.key(name, 20, 0)) for name in arms}) == len(arms)
 
 
@@ -405,7 +405,7 @@ def test_the_capacity_under_expert_choice_is_part_of_the_identity_of_a_run():
     own = {"model.moe.gate": "expert_choice", "model.moe.dispatch": "dropless", "model.moe.accept_future_leak": True}
     changes = ({}, {"model.moe.capacity.train": 2.0}, {"model.moe.group_size": 256})
     arms = {f"arm_{i}": Variant(own | change) for i, change in enumerate(changes)}
-    found = Plan(suite_of(arms, horizons=(20,)), [])
+    found = PlannedRuns(suite_of(arms, horizons=(20,)), [])
     assert len({found.run(found.key(name, 20, 0)) for name in arms}) == len(arms)
 
 
@@ -426,7 +426,7 @@ def test_every_setting_is_part_of_the_identity_of_a_run():
     arms = {"plain": Variant(own)} | {name: Variant(own | {name: value}) for name, value in NAMED.items()}
     # Every second layer is dense, so that the width of dense layers counts.
     arms["dense width"] = Variant(own | {"model.moe.every": 2, "model.d_ff": 64})
-    found = Plan(suite_of(arms, horizons=(20,)), [])
+    found = PlannedRuns(suite_of(arms, horizons=(20,)), [])
     runs = {}
     for name in arms:
         runs.setdefault(found.run(found.key(name, 20, 0)), []).append(name)
@@ -439,7 +439,7 @@ def test_a_sweep_goes_from_the_base_rate_to_its_neighbours_at_each_horizon():
     suite = suite_of(arms, seeds=(0, 1), horizons=(10, 20), sweep=sweep)
 
     def after(*runs):
-        return Plan(suite, keyed(suite, runs))
+        return PlannedRuns(suite, keyed(suite, runs))
 
     assert after().runs() == [Key("a", 10, 3e-3, 7), Key("a", 20, 3e-3, 7)]
     # At each of two horizons: two neighbours of the rate, and two seeds of each of two arms.
@@ -471,7 +471,7 @@ def test_a_sweep_goes_from_the_base_rate_to_its_neighbours_at_each_horizon():
 def test_a_rate_counts_once_every_seed_of_the_sweep_has_tried_it_and_its_neighbours_follow():
     suite = suite_of({"a": DENSE}, horizons=(20,), sweep=Sweep((3e-4, 1e-3, 3e-3, 9e-3, 27e-3), (7, 8), (20,)))
     runs = keyed(suite, [record("a", 7, 4.0), record("a", 8, 5.0)])
-    one, both = (Plan(suite, runs[:count]).choices["a", 20] for count in (1, 2))
+    one, both = (PlannedRuns(suite, runs[:count]).choices["a", 20] for count in (1, 2))
     assert (one.tried, one.to_try) == ({}, (3e-3,))
     assert (both.tried, both.to_try) == ({3e-3: 4.5}, (1e-3, 9e-3))
 
@@ -486,7 +486,7 @@ def test_a_sweep_trains_the_parents_that_take_the_rate_of_another_arm(role):
     }
     suite = suite_of(arms, seeds=(0, 1), horizons=(20,), sweep=Sweep((1e-3, 3e-3, 9e-3), (7,)))
     runs, trained, rates = [], [], {1e-3: 5.0, 3e-3: 4.9, 9e-3: 4.8}
-    while missing := list(itertools.filterfalse((found := Plan(suite, runs)).record, found.runs())):
+    while missing := list(itertools.filterfalse((found := PlannedRuns(suite, runs)).record, found.runs())):
         key = next(key for key in missing if all(map(found.record, found.parents(key).values())))
         form = suite.form(
             key.variant, key.seed, steps=key.steps, learning_rate=key.learning_rate,
@@ -507,10 +507,10 @@ def test_a_rate_of_many_digits_finds_its_record():
     base.optimizer.learning_rate = 1 / 300
     suite = suite_of({"a": DENSE}, seeds=(0, 1), horizons=(20,), sweep=sweep, base=base)
     runs = keyed(suite, [record("a", 7, 5.0, rate=1 / 300), record("a", 7, 5.1, rate=1 / 150)])
-    found = Plan(suite, runs)
+    found = PlannedRuns(suite, runs)
     assert found.choices["a", 20].tried == {1 / 300: 5.0, 1 / 150: 5.1}
     # Rounded to seven digits it is another rate.
-    assert Plan(suite, keyed(suite, [record("a", 7, 5.0, rate=0.003333333)])).choices["a", 20].tried == {}
+    assert PlannedRuns(suite, keyed(suite, [record("a", 7, 5.0, rate=0.003333333)])).choices["a", 20].tried == {}
 
 
 def test_an_edited_arm_is_a_different_run(tmp_path):
@@ -522,7 +522,7 @@ def test_an_edited_arm_is_a_different_run(tmp_path):
     for fields in ({"model.moe.gate": "mixtral"}, {"model.moe.gate": "switch", "model.d_ff": 64}):
         edited = dataclasses.replace(suite, variants={"a": DENSE, "b": Variant(fields)})
         assert Table(edited, runs).used == []
-        assert len(Plan(edited, runs).runs()) == 4
+        assert len(PlannedRuns(edited, runs).runs()) == 4
     # Another suite finds the same runs under another name.
     renamed = dataclasses.replace(suite, name="other", variants={"c": SWITCH})
     (first, second) = Table(renamed, runs).used

@@ -23,7 +23,7 @@ from moe.lab.loading import with_seeds
 from moe.lab.records import DIVERGED, FINISHED, PRIMARY
 from moe.lab.running import jobs, last_tenth, probes, progress, runner
 from moe.lab.running.heldout import dropless
-from moe.lab.schedule import Plan
+from moe.lab.schedule import PlannedRuns
 from moe.lab.suite import Sweep, Variant
 from moe.parallel.mesh import make_mesh
 from moe.training.train import train
@@ -105,7 +105,7 @@ def test_an_arm_of_adapters_starts_from_another(tmp_path):
 
 def test_a_run_that_another_process_has_locked_is_left_to_it(faked, tmp_path):
     suite = tiny_suite(tiny_base(tmp_path))
-    found = Plan(suite, [])
+    found = PlannedRuns(suite, [])
     taken = found.runs()[0]
     with runner._lock(tmp_path, found.run(taken)):
         runner.Worker(suite, tmp_path, []).run()
@@ -115,7 +115,7 @@ def test_a_run_that_another_process_has_locked_is_left_to_it(faked, tmp_path):
 
 def test_a_process_waits_for_the_sweep_that_others_finish(faked, monkeypatch, tmp_path):
     suite = dataclasses.replace(tiny_suite(tiny_base(tmp_path)), sweep=Sweep((1e-3, 3e-3, 9e-3), (7, 8)))
-    found = Plan(suite, [])
+    found = PlannedRuns(suite, [])
     taken = found.runs()[0]
     lock = runner._lock(tmp_path, found.run(taken))
     lock.acquire()
@@ -136,10 +136,10 @@ def test_a_process_rereads_the_records_after_a_run_that_ended_while_it_read(fake
     sweep = Sweep((1e-3, 3e-3, 9e-3), (7,))
     suite = dataclasses.replace(tiny_suite(tiny_base(tmp_path)), sweep=sweep)
     monkeypatch.setattr(runner, "_LOOK_AGAIN", 0.01)
-    last, read_all, looks = Plan(suite, []).runs()[0], records.read_all, []
+    last, read_all, looks = PlannedRuns(suite, []).runs()[0], records.read_all, []
 
     def missing():
-        found = Plan(suite, read_all(tmp_path))
+        found = PlannedRuns(suite, read_all(tmp_path))
         return [key for key in found.runs() if found.record(key) is None]
 
     def write(key):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from moe.lab.records import FINISHED, Key, Record
 from moe.lab.report.markdown import spans
-from moe.lab.schedule import Plan
+from moe.lab.schedule import PlannedRuns
 from moe.lab.suite import Suite
 from moe.system.escaping import markdown_table
 
@@ -20,9 +20,9 @@ def missing(suite: Suite, records: Sequence[Record], only: Callable[[Key], bool]
         suite: of the runs.
         records: of any suites.
         only: whether a run is asked for.
-        sweep: see :meth:`moe.lab.schedule.Plan.runs`.
+        sweep: see :meth:`moe.lab.schedule.PlannedRuns.runs`.
     """
-    plan = Plan(suite, records)
+    plan = PlannedRuns(suite, records)
     planned = list(filter(only, plan.runs(sweep=sweep)))
     lacking = [key for key in planned if plan.record(key) is None]
     finished = {key: record for key in planned if (record := plan.record(key)) and record.status == FINISHED}

@@ -117,7 +117,7 @@ class Worker:
         sweep: bool = True,
         only: Callable[[Key], bool] = lambda _: True,
     ):
-        """``sweep``: see :meth:`moe.lab.schedule.Plan.runs`; ``only``: the planned runs that this process trains."""
+        """``sweep``: see :meth:`moe.lab.schedule.PlannedRuns.runs`; ``only``: the runs that this process trains."""
         self._suite, self._workdir, self._sweep, self._only = suite, workdir, sweep, only
         self._claims = claims
         self._programs = Programs()
@@ -168,7 +168,7 @@ class Worker:
         Raises:
             ConfigError: see :func:`moe.data.pipeline.prepare_run` and :func:`moe.lab.records.refuse_other_text`.
         """
-        found = schedule.Plan(self._suite, read_all(self._workdir))
+        found = schedule.PlannedRuns(self._suite, read_all(self._workdir))
         planned = found.runs(sweep=self._sweep)
         # A run that starts from another reads the text with that one's tokenizer.
         names = {key.variant for key in filter(self._only, planned) if not found.parents(key)}
@@ -184,7 +184,7 @@ class Worker:
     def _take(self) -> Iterator[Key | None]:
         """Yield the first run that is not finished, not taken and whose parents are finished, with its lock held; None
         if there is none, which is final unless runs of other processes lead to more."""
-        found = schedule.Plan(self._suite, read_all(self._workdir))
+        found = schedule.PlannedRuns(self._suite, read_all(self._workdir))
         planned = list(filter(self._only, found.runs(sweep=self._sweep)))
         done = {key for key in planned if found.record(key)}
         taken, self._waiting = False, {}
@@ -200,7 +200,7 @@ class Worker:
                 taken = True
                 continue
             with held:
-                if schedule.Plan(self._suite, read_all(self._workdir)).record(key) is None:
+                if schedule.PlannedRuns(self._suite, read_all(self._workdir)).record(key) is None:
                     unnamed = filter(self._only, found.unnamed() if self._sweep else ())
                     self._progress.start(key, planned, done, list(unnamed))
                     yield key
@@ -213,7 +213,7 @@ class Worker:
     def _train(self, key: Key) -> None:
         """Train and evaluate a run, and write its record."""
         start, suite = time.monotonic(), self._suite
-        found = schedule.Plan(suite, read_all(self._workdir))
+        found = schedule.PlannedRuns(suite, read_all(self._workdir))
         directory = run_directory(self._workdir, key, found.run(key))
         parents = {role: found.run(parent) for role, parent in found.parents(key).items()}
         folders = {
