@@ -158,8 +158,8 @@ class OptimizerConfig(Section, path="optimizer."):
         self._require("moment_dtype", self.b2 <= 0.99, allowed)
 
     def wsd_steps(self, num_steps: int) -> int:
-        """Steps of wsd's decay in a run of ``num_steps``."""
-        return self.decay_steps or max(num_steps // 10, 1)
+        """Steps of wsd's decay in a run of ``num_steps``; by default none in a run of one step, which has the peak."""
+        return self.decay_steps or max(num_steps // 10, min(num_steps - 1, 1))
 
 
 @dataclasses.dataclass(frozen=True)

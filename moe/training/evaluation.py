@@ -133,7 +133,10 @@ def _summary(sums: np.ndarray, variance: float | None, reports: list[LayerReport
 
 
 def routing_metrics(reports: list[LayerReport]) -> dict[str, Any]:
-    """Metrics of several batches as if they were one: means over tokens or assignments, not over batches.
+    """Metrics of several batches, as means over their tokens or assignments.
+
+    So they are those of one batch of all tokens, except for the balance losses, which are products of two means over a
+    batch: as in the objective of several microbatches, each batch has its own value.
 
     Args:
         reports: of each batch, stacked over layers.

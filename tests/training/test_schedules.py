@@ -32,5 +32,11 @@ def test_the_last_step_of_a_decay_has_the_final_rate(decay):
     assert rates == pytest.approx([1.0, 0.1])
 
 
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_run_of_one_step_has_the_peak(name):
+    config = OptimizerConfig(learning_rate=1.0, warmup_steps=0, schedule=name)
+    assert float(learning_rate_schedule(config, 1)(0)) == 1.0
+
+
 def test_every_name_of_the_config_has_a_schedule():
     assert set(typing.get_args(Schedule)) == set(SCHEDULES)
