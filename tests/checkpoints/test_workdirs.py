@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import math
 import os
 import resource
@@ -17,11 +18,12 @@ import numpy as np
 import pytest
 from etils import epath
 from flax import nnx
+from orbax.checkpoint._src.futures import future
 from orbax.checkpoint._src.handlers import pytree_checkpoint_handler
 
 from moe.checkpoints import integrity, parameters
 from moe.checkpoints import workdir as workdirs
-from moe.checkpoints.manager import Checkpoints
+from moe.checkpoints.manager import Checkpoints, no_background_tracebacks
 from moe.checkpoints.retention import LowestLoss
 from moe.checkpoints.workdir import latest_change, read_config, record_changes, write_run_files
 from moe.config import Config, ConfigError, OptimizerConfig, TrainConfig
@@ -468,3 +470,22 @@ def test_a_change_that_a_kill_prevented_is_not_recorded(tmp_path, monkeypatch):
         assert len((folder / "changes.jsonl").read_bytes().splitlines()) == 2
         workdirs.write_config(old, folder)
     assert latest_change(folder) == 4
+
+
+def test_a_slow_disk_is_not_said_by_orbax_too(caplog):
+    """Its thread tells the main thread, which waits for it, that it waits; other lines of Orbax stay."""
+
+    def wait():
+        thread = future._SignalingThread(target=lambda: None, send_signals=[], receive_signals=[], timeout_secs=60)
+        thread.start()
+        thread.join()
+        future.logging.info("another line")
+        lines = [record.getMessage() for record in caplog.records if "Thread" in record.msg or "line" in record.msg]
+        caplog.clear()
+        return ["join" if "_SignalingThread.join()" in line else line for line in lines]
+
+    with caplog.at_level(logging.INFO, logger="absl"):
+        assert wait() == ["join", "another line"]
+        with no_background_tracebacks():
+            assert wait() == ["another line"]
+        assert wait() == ["join", "another line"]
