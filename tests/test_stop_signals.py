@@ -1,5 +1,6 @@
 """SIGTERM and SIGINT: the run saves at the end of the step, in one process and in two."""
 
+import contextlib
 import dataclasses
 import os
 import signal
@@ -187,10 +188,9 @@ def test_processes_that_stop_at_the_same_step_or_finish_do_not_end_each_other(pa
     assert (store, left) == ({}, [])
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_two_processes_stop_at_the_same_step(directory, tmp_path):
-    """SIGTERM reaches only one of them; both save the same step and exit with 75."""
+@contextlib.contextmanager
+def two_processes(directory, folder, **settings):
+    """The two processes of a run in ``folder/run``, whose output goes to ``folder/0.log`` and ``1.log``."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
@@ -199,29 +199,51 @@ def test_two_processes_stop_at_the_same_step(directory, tmp_path):
         "JAX_NUM_PROCESSES": "2",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0",
     }
-    tree = to_dict(tiny(directory, **SETTINGS, **{"train.num_steps": 100_000, "train.save_every": 100_000}))
-    (tmp_path / "config.py").write_text(f"def get_config():\n    return {tree!r}\n")
-    command = [
-        sys.executable,
-        "main.py",
-        "--distributed",
-        f"--config={tmp_path}/config.py",
-        f"--workdir={tmp_path}/run",
-    ]
+    settings = SETTINGS | {"train.num_steps": 100_000, "train.save_every": 100_000} | settings
+    tree = to_dict(tiny(directory, **settings))
+    (folder / "config.py").write_text(f"def get_config():\n    return {tree!r}\n")
+    command = [sys.executable, "main.py", "--distributed", f"--config={folder}/config.py", f"--workdir={folder}/run"]
     root = Path(__file__).parents[1]
     pair = []
     for index in range(2):
-        with (tmp_path / f"{index}.log").open("w") as log:
+        with (folder / f"{index}.log").open("w") as log:
             own = environment | {"JAX_PROCESS_ID": str(index)}
             pair.append(subprocess.Popen(command, cwd=root, env=own, stdout=log, stderr=log))
     try:
-        while len(train_rows := rows(tmp_path / "run", "train")) < 3:
-            assert [process.poll() for process in pair] == [None, None], (tmp_path / "0.log").read_text()[-2000:]
-            time.sleep(0.2)
-        pair[1].send_signal(signal.SIGTERM)
-        assert [process.wait(timeout=300) for process in pair] == [exit_codes.START_AGAIN] * 2
+        yield pair
     finally:
         for process in pair:
             process.kill()
-    (saved,) = steps(tmp_path / "run")
-    assert saved == rows(tmp_path / "run", "train")[-1]["step"] >= len(train_rows)
+
+
+def wait_until(pair, folder, reached):
+    while not (found := reached()):
+        assert [process.poll() for process in pair] == [None, None], (folder / "0.log").read_text()[-2000:]
+        time.sleep(0.2)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_two_processes_stop_at_the_same_step(directory, tmp_path):
+    """SIGTERM reaches only one of them; both save the same step and exit with 75."""
+    run = tmp_path / "run"
+    with two_processes(directory, tmp_path) as pair:
+        wait_until(pair, tmp_path, lambda: len(rows(run, "train")) >= 3)
+        before = len(rows(run, "train"))
+        pair[1].send_signal(signal.SIGTERM)
+        assert [process.wait(timeout=300) for process in pair] == [exit_codes.START_AGAIN] * 2
+    (saved,) = steps(run)
+    assert saved == rows(run, "train")[-1]["step"] >= before
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_two_processes_that_compile_stop_without_a_step(directory, tmp_path, number, code):
+    """Layers that are not scanned compile for a minute or more, after which the run would save a first step."""
+    with two_processes(directory, tmp_path, **{"model.scan_layers": False, "model.num_layers": 96}) as pair:
+        wait_until(pair, tmp_path, lambda: "compiling the train step" in (tmp_path / "0.log").read_text())
+        pair[1].send_signal(number)
+        assert [process.wait(timeout=300) for process in pair] == [code] * 2
+    assert steps(tmp_path / "run") == []

@@ -24,11 +24,13 @@ process.prepare()
 process.raise_on_stop_signals()
 from moe.system.stop_watch import STOP_WATCH
 
-def block():
-    libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
-    threading.Timer(0.5, print, ["blocked"], {"flush": True}).start()
-    for _ in range(2):
+def lock(libc=ctypes.CDLL(None), mutex=ctypes.create_string_buffer(64), twice=(0, 1)):
+    for _ in twice:
         libc.pthread_mutex_lock(mutex)
+
+def block():
+    threading.Timer(0.5, print, ["blocked"], {"flush": True}).start()
+    lock()
 
 def compile_for_minutes():
     import jax
@@ -67,6 +69,42 @@ def test_a_signal_ends_a_program_whose_main_thread_is_inside_of_a_library(number
 
 def test_a_signal_ends_a_program_that_compiles_for_minutes():
     assert ended("compile_for_minutes()", signal.SIGTERM)[0] == 75
+
+
+# What blocks after the handler has raised, which needs no message: the program was ending.
+ENDINGS = {
+    "finally": """
+try:
+    print("blocked", flush=True)
+    time.sleep(60)
+finally:
+    lock()
+""",
+    "another thread": """
+threading.Thread(target=lock).start()
+print("blocked", flush=True)
+time.sleep(60)
+""",
+    "a function at the exit": """
+import atexit
+atexit.register(lock)
+print("blocked", flush=True)
+time.sleep(60)
+""",
+    "a destructor": """
+class Library:
+    __del__ = lambda self, lock=lock: lock()
+
+sys.library = Library()  # destroyed after all threads of Python have stopped
+print("blocked", flush=True)
+time.sleep(60)
+""",
+}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_a_signal_ends_a_program_whose_end_is_blocked(ending):
+    assert ended(ENDINGS[ending], signal.SIGTERM)[:2] == (75, "")
 
 
 UNFINISHED = """

@@ -158,13 +158,13 @@ class Checkpoints:
     def finish_on_error(self) -> Iterator[None]:
         """Finish started writes before an error or a second signal leaves the block: its message names the newest
         checkpoint, and nothing is written once the workdir's lock is released."""
-        try:
-            with STOP_WATCH.unfinished(self._manager.is_saving_in_progress):
+        with STOP_WATCH.unfinished(self._manager.is_saving_in_progress):
+            try:
                 yield
-        except BaseException:
-            with contextlib.suppress(ConfigError):
-                self.wait()
-            raise
+            except BaseException:
+                with contextlib.suppress(ConfigError):
+                    self.wait()
+                raise
 
     def resume(
         self, state: TrainState, iterator: grain.DatasetIterator | None, say: Callable[[str], Any]

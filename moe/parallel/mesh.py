@@ -208,11 +208,16 @@ def join_processes() -> None:
     On TPU pods, under SLURM and under Open MPI, JAX finds the other processes. Elsewhere JAX_COORDINATOR_ADDRESS
     (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID must be set.
 
+    JAX's preemption service, for which SIGTERM means the end of a later step, is not started: while the first step is
+    compiled, the signal ends the run (:meth:`moe.system.signals.StopSignals.at_steps`).
+
     Raises:
         ConfigError: the environment describes no cluster.
     """
     address, count, index = (os.environ.get(name) for name in _VARIABLES)
     gpus = _gpus_of_only_process()
+    enabled = jax.config.jax_enable_preemption_service
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         if address is None:
             jax.distributed.initialize(local_device_ids=gpus)
@@ -223,6 +228,8 @@ def join_processes() -> None:
             f"--distributed: no cluster found ({str(error).splitlines()[0]}); this works on TPU pods, under SLURM or "
             f"Open MPI, or with {', '.join(_VARIABLES)} set"
         ) from error
+    finally:
+        jax.config.update("jax_enable_preemption_service", enabled)
 
 
 def _gpus_of_only_process() -> list[int] | None:

@@ -154,8 +154,7 @@ def _send_again(report: Callable[[sys.UnraisableHookArgs], object], discarded: s
 
 def _raise(number: int, frame: FrameType | None) -> None:
     del frame
-    STOP_WATCH.acknowledge()
-    raise SystemExit(after_signal(number))
+    raise SystemExit(after_signal(number))  # unacknowledged: the watch bounds the time until the exit
 
 
 def _check_environment() -> None:

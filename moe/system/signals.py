@@ -45,8 +45,8 @@ class StopSignals:
     """Handlers that defer SIGTERM and the first Ctrl-C to the end of a train step; a context manager.
 
     Outside :meth:`at_steps` a signal ends the run at once, because there is nothing to save. In a run of several
-    processes, JAX's preemption service handles SIGTERM and chooses one step at which all processes stop; Ctrl-C keeps
-    the program's handler.
+    processes, the program's own handlers do so; within it, JAX's preemption service handles SIGTERM and chooses one
+    step at which all processes stop.
     """
 
     def __init__(self) -> None:
@@ -66,9 +66,9 @@ class StopSignals:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         del frame
-        STOP_WATCH.acknowledge()
         if not self._waiting or self._received is not None:  # a second signal is not deferred
             raise Stopped(after_signal(number), f"stopped by {signal.Signals(number).name}")
+        STOP_WATCH.acknowledge()
         self._received = number
 
     def _has_unsaved_step(self) -> bool:
@@ -77,8 +77,10 @@ class StopSignals:
 
     @contextlib.contextmanager
     def at_steps(self) -> Iterator[None]:
-        """Defer signals to :meth:`due` within this context."""
+        """Defer signals to :meth:`due` within this context; all processes enter it at the same step."""
         self._waiting = True
+        if jax.process_count() > 1 and distributed.global_state.preemption_sync_manager is None:
+            distributed.global_state.initialize_preemption_sync_manager()  # from here on SIGTERM is the service's
         try:
             yield
         finally:

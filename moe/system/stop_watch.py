@@ -2,18 +2,21 @@
 
 Python runs the handler of a signal in the main thread, between two of its own instructions, so a compiler that runs for
 minutes delays it by minutes. The system's handler also writes the signal's number to a socket at once
-(``signal.set_wakeup_fd``), which the handlers of this package empty (:meth:`StopWatch.acknowledge`). A thread looks at
-the socket: a signal that stays there for :data:`PATIENCE` seconds ends the process, or does so as soon as no work is
-unfinished (:meth:`StopWatch.unfinished`).
+(``signal.set_wakeup_fd``), which a handler that defers the signal empties (:meth:`StopWatch.acknowledge`). A thread
+looks at the socket: a signal that stays there for :data:`PATIENCE` seconds ends the process, or does so as soon as no
+work is unfinished (:meth:`StopWatch.unfinished`). A handler that raises leaves the signal there, which so bounds what
+follows: ``finally`` blocks, other threads, and the functions of libraries at the interpreter's exit.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import select
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -46,10 +49,11 @@ class StopWatch:
             side.setblocking(False)
         signal.set_wakeup_fd(writer.detach(), warn_on_full_buffer=False)
         os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))  # a child's signals are its own
+        atexit.register(self._skip_shutdown)  # before the libraries' own functions, and so called after them
         threading.Thread(target=self._watch, args=(self._reader,), name="stop signals", daemon=True).start()
 
     def acknowledge(self) -> None:
-        """Forget the signals so far: a handler runs."""
+        """Forget the signals so far: a handler has taken note of them, to end the program later."""
         if self._reader is None:
             return
         with self._ending, contextlib.suppress(BlockingIOError):
@@ -107,6 +111,15 @@ class StopWatch:
             for say in tuple(self._farewells):
                 say(after_signal(numbers[-1]))
             end(numbers[-1])
+
+    def _skip_shutdown(self) -> None:
+        """End a process that a signal stops before the interpreter destroys the objects of libraries, which may wait
+        for their own threads while this one's no longer runs."""
+        if numbers := self.unanswered():
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(OSError, ValueError):
+                    stream.flush()
+            os._exit(after_signal(numbers[-1]))
 
 
 def end(number: int) -> NoReturn:
