@@ -168,6 +168,7 @@ def test_the_wheel_alone_runs_the_commands_of_the_readme_from_an_empty_folder(wh
         "train --config=tiny --workdir=run": "unigram loss",
         f"train --config=mixtral_8x7b:v5p-999 --workdir=large {small}": "whose plans are kept",
         "ablate --suite=switch_vs_mixtral --report": "report.md",
+        "plan --config=mixtral_8x7b --topology=v5p-128": "A kept plan, read and not made",
         "plan --config=tiny --topology=v5p:2x2x1": "tokens/s",
         "advise --chip_hours=10000 --topology=v5p-128": "Seeds that detect a gain of 1 %",
         "conform": "conforms",

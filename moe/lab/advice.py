@@ -301,7 +301,7 @@ def _sparsities(rows: Sequence[Sparsity], size: Size, grain: float) -> str:
     note = (
         f"At {size.active:.2g} active parameters and experts of F = 2d/{grain:g}; the memory is of float32 parameters, "
         "gradients and moments alone. Take the sparsest row that fits: by both laws the loss falls with E throughout "
-        "their ranges. scripts/plan_pod.py estimates its speed, and its memory with activations."
+        "their ranges. moe plan estimates its speed, and its memory with activations."
     )
     return f"{markdown_table(header, table)}\n\n{note}"
 

@@ -49,6 +49,9 @@ class _Kept(Fields):
     tokens_per_second_per_chip: Positive
     memory_total: Positive
     capacity: Positive
+    compile_seconds: Amount
+    bound: str
+    cost: str
     versions: list[str]
     prices: str = ""
 
@@ -188,13 +191,42 @@ def words(kept: _Row) -> str:
 
 def sentence(kept: _Row) -> str:
     """A kept plan in a line."""
+    return f"{_time(kept)}; compiled at commit {kept['commit']}"
+
+
+def _time(kept: _Row) -> str:
+    """Step, MFU and rate of a kept plan, with the intervals of the first two."""
     low, high = kept["step_interval"]
     step, mfu = kept["step_seconds"], 100 * kept["mfu"]
     new = "" if kept["chip_steps"] else "; no step of this chip was ever compared"
     return (
         f"step {step:.3g} s ({low:.3g} to {high:.3g}), MFU {mfu:.1f} % ({mfu * step / high:.1f} to "
-        f"{mfu * step / low:.1f}), {kept['tokens_per_second_per_chip']:,.0f} tokens/s per chip; compiled at commit "
-        f"{kept['commit']}{new}"
+        f"{mfu * step / low:.1f}), {kept['tokens_per_second_per_chip']:,.0f} tokens/s per {_unit(kept)}{new}"
+    )
+
+
+def _unit(kept: _Row) -> str:
+    return "GPU" if kept["platform"] == "gpu" else "chip"
+
+
+def page(kept: _Row) -> str:
+    """A kept plan as text: what it is, where it comes from, its memory and its time."""
+    unit = _unit(kept)
+    today = "" if kept["prices"] == calibration.prices() else "; its times are of an earlier cost model"
+    precision = kept["flags"].get(_PRECISION, "none")
+    arithmetic = "" if precision == "none" else f", matrix products in {precision}"
+    return "\n".join(
+        (
+            f"{kept['config']} on {kept['topology']}: {kept['chips']} {unit}s{arithmetic}; {kept['tokens']:,} tokens "
+            "per step",
+            f"  A kept plan, read and not made: compiled in {kept['compile_seconds']:.0f} s at commit {kept['commit']} "
+            f"by {', '.join(kept['versions'])}{today}",
+            f"  memory    {kept['memory_total'] / 2**30:.1f} GiB of {kept['capacity'] / 2**30:.0f} per {unit} (fact)",
+            f"  time      {_time(kept)} (estimate, 80 % intervals)",
+            f"            {kept['cost']}",
+            f"  bound by  {kept['bound']}",
+            f"  settings  {words(kept) or 'those of the config'}",
+        )
     )
 
 

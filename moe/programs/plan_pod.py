@@ -1,12 +1,13 @@
 """moe plan --config=mixtral_8x7b --topology=v5p-128 [--config.x.y=value ...]
 
-Compiles the train step of main.py for absent TPUs or GPUs and prints its memory, exchanges and predicted time, and the
-best known settings for that slice. --config.model.remat=fit chooses the remat policy that recomputes least among those
-that fit. With --search it tries meshes, remat policies, dispatch modes and rows, and prints a ranked table and the
-command of the best. --page=plan.html writes a page that opens offline; --diff A.json B.json compares two plans that
---json printed. --hf=config.json prices any published model by its shapes, without compiling it. --register=NAME writes
-a plan down in docs/results/predictions.jsonl, before a number is known. Without --hf it needs the compiler:
-pip install "jax[tpu]" or "jax[cuda13]". docs/pods.md is the guide.
+Compiles the train step of moe train for absent TPUs or GPUs and prints its memory, exchanges and predicted time, and
+the best known settings for that slice. Where a plan of a shipped config is kept for the slice and no setting is given,
+that plan is read instead, in seconds and without a compiler; --compile makes one here. --config.model.remat=fit chooses
+the remat policy that recomputes least among those that fit. With --search it tries meshes, remat policies, dispatch
+modes and rows, and prints a ranked table and the command of the best. --page=plan.html writes a page that opens
+offline; --diff A.json B.json compares two plans that --json printed. --hf=config.json prices any published model by its
+shapes, without compiling it. --register=NAME writes a plan down in docs/results/predictions.jsonl, before a number is
+known. To compile it needs the compiler: pip install "moe-jax[tpu]" or "moe-jax[cuda]". docs/pods.md is the guide.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ _TOPOLOGY = flags.DEFINE_string(
 _SLICES = flags.DEFINE_integer(
     "num_slices", 1, "TPU slices of that shape, joined by the data-center network.", lower_bound=1
 )
+_COMPILE = flags.DEFINE_bool("compile", False, "Compile the step also where a plan is kept for the config and slice.")
 _JSON = flags.DEFINE_bool("json", False, "Print JSON instead of text.")
 _PAGE = cli.define_path("page", "HTML file to write: of the plan, or of the difference with --diff.")
 _ROOFLINE = cli.define_path("roofline", "PNG file to write: the most expensive instructions under the chip's roofline.")
@@ -85,6 +87,9 @@ def main() -> None:
     from moe.config import command_line
 
     layers = cli.config_layers(_CONFIG)
+    if not layers[-1] and (kept := _kept_plans()):
+        _print_kept(kept)
+        return
     choose_remat = ChainMap(*map(dict, reversed(layers))).get("model.remat") == "fit"
     config = command_line.build_layers(*layers, {"model.remat": "full"} if choose_remat else {})
     from moe.planner import page, plan, topology
@@ -249,6 +254,39 @@ def _record(made, config: str, overrides: dict, hardware: str) -> None:
 
     kept_plans.keep(shipped.PLANS, kept_plans.row(made, config, overrides, hardware))
     kept_plans.write_table(shipped.PLANS, _TABLE)
+
+
+def _kept_plans() -> dict[str, Any]:
+    """Kept plans of a shipped config that answer this command line, by the suffix of the slice's name.
+
+    Empty where another flag needs a program, or the config names settings of another slice.
+    """
+    from moe.planner import kept_plans, topology
+
+    needs_program = _COMPILE, _JSON, _PAGE, _ROOFLINE, _CHANGES, _SEARCH, _RECORD, _REGISTER, _PROGRAMS
+    what_if = _BANDWIDTH, _MATMUL_SHARE, _SKEW
+    path, _, argument = str(_CONFIG.value).partition(":")
+    if any(flag.present for flag in (*needs_program, *what_if, _SLICES)) or not shipped.is_config(path):
+        return {}
+    rows, name, where = kept_plans.read(shipped.PLANS), Path(path).stem, topology.tpu_name(str(_TOPOLOGY.value))
+    known = kept_plans.best_of_precisions(rows, name, where)
+    if not argument:
+        return known
+    return {suffix: kept for suffix, kept in known.items() if topology.tpu_name(argument) in kept["slices"]}
+
+
+def _print_kept(known: dict[str, Any]) -> None:
+    """Print kept plans, the commands that train with their settings, and the one that compiles a plan here."""
+    from moe.planner import kept_plans
+
+    name = _name().partition(":")[0]
+    for suffix, kept in known.items():
+        print(kept_plans.page(kept))
+        print(f"  train     moe train {shlex.quote(f'--config={name}:{_TOPOLOGY.value}{suffix}')} --workdir=DIR\n")
+    again = shlex.join(
+        ["moe", "plan", f"--config={shipped.short(str(_CONFIG.value))}", f"--topology={_TOPOLOGY.value}"]
+    )
+    print(f"Exchanges, and where the time goes: {again} --compile, in minutes; any --config.x.y=value compiles too.")
 
 
 def _print_best(topology: str) -> None:

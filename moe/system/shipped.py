@@ -49,6 +49,11 @@ def short(path: str) -> str:
     return f"{Path(file).stem}{colon}{argument}" if Path(file).parent == CONFIGS else path
 
 
+def is_config(path: str) -> bool:
+    """Whether a path is that of a shipped config, by whichever name of the folder."""
+    return Path(path).resolve().parent == CONFIGS.resolve()
+
+
 def describe(folder: Path = CONFIGS) -> dict[str, str]:
     """First sentence of the docstring of every config or suite of a folder, by name."""
     found = {}

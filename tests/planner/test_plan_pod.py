@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from moe.planner import register
+from moe.planner import kept_plans, register
+from moe.system import shipped
 
 ROOT = Path(__file__).parents[2]
 
@@ -56,6 +57,21 @@ def _run(folder, *flags):
     command += ["--config.data.sequence_length=512"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
     return subprocess.run(command, check=False, capture_output=True, text=True, cwd=folder, env=environment)
+
+
+@pytest.mark.parametrize(
+    ("flags", "is_read"), [((), True), (("--compile",), False), (("--config.train.batch_size=1",), False)]
+)
+def test_a_kept_plan_is_read_unless_settings_or_compile_ask_for_another(tmp_path, flags, is_read):
+    of_slice = {"config": "tiny", "slices": ["h100:1x1"], "topology": "h100:1x1"}
+    kept = kept_plans.best(kept_plans.read(shipped.PLANS), "mixtral_8x7b", "h100:8x8") | of_slice
+    (tmp_path / "plans.json").write_text(json.dumps([kept]))
+    command = [sys.executable, "-c", SCRIPT, "--config=tiny", "--topology=h100:1x1", *flags]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert ("A kept plan, read and not made" in done.stdout) == is_read
+    assert ("compiled in 1.0 s" in done.stdout) != is_read
+    assert kept_plans.sentence(kept).partition(";")[0] in done.stdout  # at the end of a plan that is made, too
 
 
 def test_a_plan_with_a_what_if_is_not_kept(tmp_path):
