@@ -2,7 +2,10 @@
 
 import ast
 import dataclasses
+import importlib
+import inspect
 import json
+import operator
 import os
 import re
 import subprocess
@@ -71,6 +74,15 @@ def test_configs_with_kept_plans_do_not_say_that_they_were_never_compiled():
 def test_guides_are_short():
     assert sum(len(page.read_text().split()) for page in (ROOT / "docs").glob("*.md")) <= 30_000
     assert len((ROOT / "README.md").read_text().split()) <= 900
+
+
+def test_the_tour_names_what_exists():
+    """Each row links a function to the file that defines it."""
+    stops = re.findall(r"^\| \[`([\w.]+)`\]\(\.\./([\w/]+)\.py\) \|", (ROOT / "docs" / "tour.md").read_text(), re.M)
+    assert len(stops) >= 25
+    for name, module in stops:
+        function = operator.attrgetter(name)(importlib.import_module(module.replace("/", ".")))
+        assert inspect.unwrap(function).__module__ == module.replace("/", "."), name
 
 
 def _links(page: Path) -> set[Path]:
