@@ -161,6 +161,16 @@ def test_an_error_of_one_process_ends_the_others_with_its_exit_code(pair, capsys
     assert list(store.values()) == [f"{code} {text}"]
 
 
+def test_a_broken_collective_waits_for_the_report_of_a_lost_process(pair, monkeypatch):
+    store, _, _ = pair
+    waits = []
+    monkeypatch.setattr(signals.time, "sleep", lambda seconds: waits.append((seconds, dict(store))))
+    with pytest.raises(ValueError, match="Gloo"), signals.ended_together(20):
+        raise ValueError("UNKNOWN: Gloo AllGather failed: Connection reset by peer")
+    assert waits == [(1.25 * 20 + 5, {})]  # nothing was announced before
+    assert len(store) == 1
+
+
 def test_a_signal_while_one_process_compiles_ends_the_others(pair):
     """Its main thread raises nothing: the thread that watches for signals tells the others."""
     store, _, left = pair

@@ -185,6 +185,8 @@ class TrainConfig(Section, path="train."):
     max_skipped_steps: int = setting(8, least=1, resume="free")
     #: after that many: return to the last good checkpoint, or stop
     on_skipped_steps: OnSkippedSteps = setting("rollback", resume="free")
+    #: without a sign of life from a process after which a run of several ends with exit code 75
+    host_timeout: int = setting(100, least=10, most=86_400, resume="free", unit="seconds")
     #: warn of a loss this many deviations above the running median; 0: never
     spike_sigmas: float = setting(6.0, least=0, resume="later")
     #: length of the text sampled at the end; 0: none

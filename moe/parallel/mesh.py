@@ -202,7 +202,7 @@ def rows_by_process(mesh: Mesh, rows: int) -> dict[int, np.ndarray]:
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
-def join_processes() -> None:
+def join_processes(timeout: int = 100) -> None:
     """Connect this process to the others of its run, as described by the environment.
 
     On TPU pods, under SLURM and under Open MPI, JAX finds the other processes. Elsewhere JAX_COORDINATOR_ADDRESS
@@ -210,6 +210,9 @@ def join_processes() -> None:
 
     JAX's preemption service, for which SIGTERM means the end of a later step, is not started: while the first step is
     compiled, the signal ends the run (:meth:`moe.system.signals.StopSignals.at_steps`).
+
+    Args:
+        timeout: seconds without a heartbeat after which a process counts as lost, and JAX aborts the others.
 
     Raises:
         ConfigError: the environment describes no cluster.
@@ -220,9 +223,15 @@ def join_processes() -> None:
     jax.config.update("jax_enable_preemption_service", False)
     try:
         if address is None:
-            jax.distributed.initialize(local_device_ids=gpus)
+            jax.distributed.initialize(local_device_ids=gpus, heartbeat_timeout_seconds=timeout)
         else:
-            jax.distributed.initialize(address, int(count or ""), int(index or ""), local_device_ids=gpus)
+            jax.distributed.initialize(
+                address,
+                int(count or ""),
+                int(index or ""),
+                local_device_ids=gpus,
+                heartbeat_timeout_seconds=timeout,
+            )
     except (ValueError, RuntimeError) as error:
         raise ConfigError(
             f"--distributed: no cluster found ({str(error).splitlines()[0]}); this works on TPU pods, under SLURM or "

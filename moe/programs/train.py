@@ -17,14 +17,15 @@ def main() -> None:
     """Parse flags and train."""
     from moe import posttraining
     from moe.parallel.mesh import join_processes
-    from moe.system import compilation_cache, signals
+    from moe.system import compilation_cache, signals, supervisor
     from moe.training import profiling
     from moe.training.train import train
 
     config = cli.load_config(_CONFIG)
     if _DISTRIBUTED.value:
-        join_processes()
-    with signals.ended_together():
+        supervisor.supervise(config.train.host_timeout)
+        join_processes(config.train.host_timeout)
+    with signals.ended_together(config.train.host_timeout):
         compilation_cache.use(config.train.compilation_cache, str(_WORKDIR.value))
         steps = profiling.parse(_PROFILE.value, config.train.num_steps) if _PROFILE.value is not None else None
         with profiling.profiled(steps, str(_WORKDIR.value), posttraining.make_program) as make_program:

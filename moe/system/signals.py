@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import re
 import signal
 import sys
 import threading
@@ -100,12 +101,22 @@ class StopSignals:
 _ENDING = "moe/ending"
 
 
+#: First words of errors of collectives, which the loss of another process causes too.
+_BROKEN = re.compile("(UNKNOWN|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED|INTERNAL|FAILED_PRECONDITION): ")
+
+
 @contextlib.contextmanager
-def ended_together() -> Iterator[None]:
+def ended_together(timeout: int = 100) -> Iterator[None]:
     """End all processes of a run, with the same exit code, when an error ends one of them.
 
     Otherwise the others would wait for it in a collective until JAX aborts all of them, after five minutes and with
     another exit code. Stopped is left alone: after a preemption notice all processes raise it at the same step.
+
+    An error of a collective waits until JAX has had the time to find a lost process and to abort this one, which
+    :mod:`moe.system.supervisor` reports.
+
+    Args:
+        timeout: seconds after which JAX counts a silent process as lost.
 
     Raises:
         ConfigError: this is one of several processes that have not joined (:func:`moe.parallel.mesh.join_processes`).
@@ -121,6 +132,8 @@ def ended_together() -> Iterator[None]:
         with STOP_WATCH.farewell(lambda code: _stop_all(client, code)):
             yield
     except BaseException as error:
+        if isinstance(error, (RuntimeError, ValueError)) and _BROKEN.match(str(error)):
+            time.sleep(1.25 * timeout + 5)
         if type(error) is not Stopped:
             _announce(client, error)
             atexit.register(_leave, _code(error))  # runs before JAX's own function, which was registered earlier

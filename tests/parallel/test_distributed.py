@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import socket
@@ -111,6 +112,12 @@ def _wait_for(path, processes, log):
         time.sleep(0.02)
 
 
+def _wait_for_lock(workdir):
+    """Wait until the children of killed processes have ended too."""
+    with open(workdir / ".lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+
+
 @pytest.mark.slow
 def test_one_process_continues_a_run_of_two_lost_processes(settings, alone, tmp_path):
     workdir = tmp_path / "run"
@@ -122,24 +129,31 @@ def test_one_process_continues_a_run_of_two_lost_processes(settings, alone, tmp_
             for process in reversed(pair):  # one is lost, and its launcher ends the other
                 process.kill()
         assert [process.wait() for process in pair] == [-9, -9]
+    _wait_for_lock(workdir)
     train(_config(settings), str(workdir), quiet=True)
     np.testing.assert_allclose(_losses(workdir), alone, rtol=1e-5)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_process_ends_after_the_other_is_lost(settings, tmp_path):
-    """JAX's coordinator misses heartbeats for 100 s and ends the remaining process."""
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_process_ends_with_75_after_the_other_is_lost(settings, tmp_path, lost):
+    """The loss of process 0 closes the coordinator's connection; that of process 1 is noticed by missed heartbeats."""
     with open(tmp_path / "log", "w") as log:
-        pair = _start_two(settings | {"train.num_steps": 100_000}, tmp_path / "run", log)
+        long = {"train.num_steps": 100_000, "train.host_timeout": 15}
+        pair = _start_two(settings | long, tmp_path / "run", log)
         try:
             _wait_for(tmp_path / "run" / "checkpoints" / "2", pair, log)
-            pair[1].kill()
-            assert pair[0].wait(timeout=300) != 0
+            pair[lost].kill()
+            assert pair[1 - lost].wait(timeout=120) == 75
         finally:
             for process in pair:
                 process.kill()
                 process.wait()
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert f"error: process {lost}" in lines[-1]
+    assert "was lost; run the same command again" in lines[-1]
+    assert not [line for line in lines if "coordination_service" in line or "stack trace" in line]
 
 
 def _launch(settings, workdir, devices):

@@ -84,7 +84,7 @@ def initialized(monkeypatch):
     connecting."""
     found = {}
 
-    def record(address=None, count=None, index=None, local_device_ids=None):
+    def record(address=None, count=None, index=None, local_device_ids=None, **_):
         detect = clusters.ClusterEnv.auto_detect_unset_distributed_params
         names = ("address", "count", "index", "gpus")
         found.update(zip(names, detect(address, count, index, local_device_ids, None, 300), strict=True))
@@ -212,6 +212,43 @@ def test_queued_resource_asks_for_the_slice(tmp_path):
     assert "queued_resource.sh create NAME v5p-128" in refused.stderr
 
 
+def test_queued_resource_makes_a_deleted_slice_again(tmp_path):
+    """The states that gcloud reports in turn: none, waiting, at work, suspended by a preemption, none, at work."""
+    states = ["", "WAITING_FOR_RESOURCES", "ACTIVE", "SUSPENDED", "", "ACTIVE", "ACTIVE", "ACTIVE"]
+    (tmp_path / "states").write_text("\n".join(states) + "\n")
+    _script(
+        tmp_path / "bin/gcloud",
+        """printf '%s %s\\n' "$4" "$5" >> asked
+case $4 in
+describe)
+    state=$(head -n 1 states)
+    sed -i 1d states
+    [ -n "$state" ] || exit 1
+    echo "$state"
+    ;;
+delete) rm -rf moe ;;
+ssh)
+    for word; do case $word in --command=*) command=${word#--command=} ;; esac; done
+    case $command in
+    *tail*) cat moe/moe.log ;;
+    *clone*) mkdir moe ;;
+    *nohup*) echo started >> starts && echo $$ > moe/moe.pid && echo done > moe/moe.log ;;
+    *) [ "$(wc -l < starts 2>/dev/null || echo 0)" -lt 2 ] || { echo ended && exit; } && echo new ;;
+    esac
+    ;;
+esac
+""",
+    )
+    environment = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "POLL_SECONDS": "0"}
+    words = ("keep", "pod", "v5p-8", "v2-alpha-tpuv5", "https://host/moe.git", "--spot", "--", "--workdir=run")
+    command = ["sh", str(ROOT / "scripts/launch/queued_resource.sh"), *words]
+    kept = subprocess.run(command, cwd=tmp_path, env=environment, timeout=60, capture_output=True, text=True)
+    assert (kept.returncode, kept.stdout) == (0, "done\n")
+    asked = [line for line in (tmp_path / "asked").read_text().splitlines() if not line.startswith(("describe", "ssh"))]
+    assert asked == ["create pod", "delete pod", "create pod"]
+    assert (tmp_path / "starts").read_text() == "started\n" * 2
+
+
 @pytest.mark.parametrize(("name", "resource"), [("gpu", "nvidia.com/gpu"), ("tpu", "google.com/tpu")])
 def test_job_sets_start_a_launcher_on_every_host(name, resource):
     job_set = yaml.safe_load((ROOT / f"scripts/launch/jobset_{name}.yaml").read_text())
@@ -222,6 +259,12 @@ def test_job_sets_start_a_launcher_on_every_host(name, resource):
     kubernetes_validate.validate(as_job, kubernetes_validate.latest_version(), strict=True)
     assert job["parallelism"] == job["completions"]
     assert job["completionMode"] == "Indexed"
+    (rule,) = job["podFailurePolicy"]["rules"]  # a refused config ends the job set; exit code 75 starts it again
+    assert (rule["action"], rule["onExitCodes"]["operator"]) == ("FailJob", "In")
+    assert 1 in rule["onExitCodes"]["values"]
+    assert 75 not in rule["onExitCodes"]["values"]
+    (ending,) = job_set["spec"]["failurePolicy"]["rules"]
+    assert ending == {"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
     (container,) = job["template"]["spec"]["containers"]
     assert (ROOT / container["args"][0]).exists()
     assert container["resources"]["limits"][resource] > 0
