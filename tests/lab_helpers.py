@@ -11,7 +11,7 @@ from moe.lab.claims import registration
 from moe.lab.claims.registration import Claim, Part
 from moe.lab.records import DIVERGED, FINISHED, PRIMARY, Record
 from moe.lab.report import page
-from moe.lab.schedule import Plan
+from moe.lab.schedule import PlannedRuns
 from moe.lab.suite import Comparison, Suite, Variant
 from moe.lab.table import Table
 
@@ -44,7 +44,7 @@ def record(variant, seed, loss, steps=20, rate=3e-3, status=FINISHED, **fields):
 
 def keyed(suite, runs):
     """Records as the suite's own runs would write them, with parents at the base config's learning rate."""
-    found, keyed_runs = Plan(suite, []), []
+    found, keyed_runs = PlannedRuns(suite, []), []
     for run in runs:
         parents = {role: found.run(key) for role, key in found.parents(run.key).items()}
         form = suite.form(run.variant, run.seed, steps=run.steps, learning_rate=run.learning_rate, parents=parents)

@@ -240,7 +240,9 @@ def test_a_timeline_shows_waits(monkeypatch):
 
     exchange = Collective("all-gather", (), (0, 1), 8, 3, -1.0, "state.x", "body", (1, 1), 1.0)
     items = item(0.0, "body", 3), item(1.0, "body", 3), item(6.0, "main", 1)
-    read = program.Program((exchange,), 7.0, {}, 0, 0, 0, items=items, loops=(("main", "body", 3, 0.0),), entry="main")
+    read = program.CompiledProgram(
+        (exchange,), 7.0, {}, 0, 0, 0, items=items, loops=(("main", "body", 3, 0.0),), entry="main"
+    )
     monkeypatch.setattr(timeline.exchanges, "timed", lambda *_: ([2.0], [2.0]))
     main, body = timeline.lanes(read, (), GPUS["h100"])
     assert [entry[:3] for entry in body["work"]] == [[0.0, 1.0, "matmul"], [3.0, 1.0, "matmul"]]
@@ -262,7 +264,9 @@ def test_a_timeline_joins_short_neighbours_of_one_kind():
     def item(computation, seconds, count):
         return Item("a", "matmul", "forward", "", seconds, count, 0.0, 0, computation, 0.0, seconds, seconds, "")
 
-    read = program.Program((), 8.0, {}, 0, 0, 0, items=(item("once", 2.0, 1), item("often", 1.0, 6)), entry="once")
+    read = program.CompiledProgram(
+        (), 8.0, {}, 0, 0, 0, items=(item("once", 2.0, 1), item("often", 1.0, 6)), entry="once"
+    )
     lanes = timeline.lanes(read, (), GPUS["h100"])
     assert [(lane["name"], lane["runs"], lane["seconds"]) for lane in lanes] == [("often", 6, 1.0), ("once", 1, 2.0)]
 
