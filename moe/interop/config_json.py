@@ -6,7 +6,6 @@ A setting that the family's own code supports and this code does not is refused 
 from __future__ import annotations
 
 import dataclasses
-import inspect
 
 import pydantic
 
@@ -15,7 +14,8 @@ from moe.config.parse import build, from_config_dict
 from moe.config.registry import find_layer
 from moe.interop import balance
 from moe.interop.families import FAMILIES, MISSING
-from moe.interop.families.family import Family, gate_field, selection_rule
+from moe.interop.families.family import Family
+from moe.interop.families.rows import Row, gate_field, nested, selection_rule
 from moe.interop.rope import read_scaling, write_scaling
 from moe.interop.schema import ACTIVATIONS, MOST_EXPERTS, Json, OpenConfig, parse
 from moe.system.fields import is_off
@@ -48,18 +48,22 @@ def read_config(source: Json) -> Config:
     """
     family = family_of(source)
     fields: OpenConfig = parse(family.schema, source)
-    changes, moe_changes = family.read(fields)
+    changes = family.read(fields)
     if fields.rope.partial_rotary_factor != 1 and "rope_dim" not in changes:
         raise ConfigError(f"config.json: partial_rotary_factor={fields.rope.partial_rotary_factor}: must be 1")
     if fields.rope.alpha is not None and "rope_theta" not in changes:
         raise ConfigError(
             f"config.json: alpha={fields.rope.alpha} of rotary positions: must be absent for {family.model_type}"
         )
-    settings: Json = {"jitter": 0.0, "dispatch": "dropless", **moe_changes}
+    common: Json = {"moe.jitter": 0.0, "moe.dispatch": "dropless"}
+    for row in _COMMON:
+        common |= row.read(fields)
+    model_settings = nested(common | changes)
+    settings = model_settings.pop("moe")
     settings["losses"] = {"z": 0.0, **settings.get("losses", {})}
     settings["gate"] = _with_k(family, settings["gate"], fields.num_experts_per_tok)
     # Built in one call: the checks must not see sizes that the family replaces, such as head dims of latent attention.
-    model = ModelConfig(**(_model(fields) | changes))
+    model = build(ModelConfig, model_settings, "model.")
     total = settings.get("num_experts", 0) * model.num_layers
     if total > MOST_EXPERTS:
         raise ConfigError(f"config.json: {total} experts in {model.num_layers} layers: must be at most {MOST_EXPERTS}")
@@ -84,7 +88,7 @@ def _with_k(family: Family, gate: str | Json, k: int) -> Json:
     layer = find_layer(section["name"])
     if layer.gate is None:
         return section
-    name = family.field_names.get(_EXPERTS_PER_TOKEN, _EXPERTS_PER_TOKEN)
+    name = family.name(_EXPERTS_PER_TOKEN)
     if not k:
         raise ConfigError(f"config.json: {name}: must be there, and above 0, in a {family.model_type} with experts")
     if k == 1 and section.get("renormalise", gate_field(layer, "renormalise")):
@@ -95,22 +99,21 @@ def _with_k(family: Family, gate: str | Json, k: int) -> Json:
     return section | {"k": k} if layer.gate.sets_k else section
 
 
-def _model(fields: OpenConfig) -> Json:
-    """The settings of ModelConfig that all families state in the same way."""
-    return {
-        "vocab_size": fields.vocab_size,
-        "d_model": fields.hidden_size,
-        "num_layers": fields.num_hidden_layers,
-        "num_heads": fields.num_attention_heads,
-        "num_kv_heads": fields.num_key_value_heads or fields.num_attention_heads,
-        "head_dim": fields.dim_of_head,
-        "d_ff": fields.intermediate_size,
-        "activation": ACTIVATIONS[fields.hidden_act],
-        "norm_eps": fields.rms_norm_eps,
-        "rope_theta": fields.rope.rope_theta or fields.rope_theta,
-        "rope_scaling": read_scaling(fields),
-        "tie_embeddings": fields.tie_word_embeddings,
-    }
+#: Fields that all families state in the same way.
+_COMMON = (
+    Row("vocab_size", "vocab_size"),
+    Row("hidden_size", "d_model"),
+    Row("intermediate_size", "d_ff"),
+    Row("num_hidden_layers", "num_layers"),
+    Row("num_attention_heads", "num_heads"),
+    Row("num_key_value_heads", "num_kv_heads", here=lambda file: file.num_key_value_heads or file.num_attention_heads),
+    Row("head_dim", "head_dim", here=lambda file: file.dim_of_head),
+    Row("hidden_act", "activation", names=ACTIVATIONS),
+    Row("rms_norm_eps", "norm_eps"),
+    Row("tie_word_embeddings", "tie_embeddings"),
+    Row("", "rope_theta", here=lambda file: file.rope.rope_theta),
+    Row("", "rope_scaling", here=read_scaling),
+)
 
 
 def write_config(config: Config, model_type: str = "") -> Json:
@@ -195,30 +198,16 @@ def _write_as(config: Config, family: Family) -> Json:
     model = config.model
     if config.data.objective == "prefix_lm" and not model.encoder_layers:
         raise ConfigError("data.objective='prefix_lm': no open architecture attends to a prompt in both directions")
-    written = next((name for name, activation in ACTIVATIONS.items() if activation == model.activation), "silu")
-    result = {
-        "architectures": [family.architecture],
-        "model_type": family.model_type,
-        "vocab_size": model.vocab_size,
-        "hidden_size": model.d_model,
-        "intermediate_size": model.d_ff,
-        "num_hidden_layers": model.num_layers,
-        "num_attention_heads": model.num_heads,
-        "num_key_value_heads": model.num_kv_heads,
-        "head_dim": model.head_dim,
-        "hidden_act": written,
-        "max_position_embeddings": config.data.sequence_length,
-        "rms_norm_eps": model.norm_eps,
-        "tie_word_embeddings": model.tie_embeddings,
-    }
+    result: Json = {"architectures": [family.architecture], "model_type": family.model_type}
+    for row in _COMMON:
+        result |= row.write(model)
+    result["max_position_embeddings"] = config.data.sequence_length
     if any(sparse_layers(model)):
         result[_EXPERTS_PER_TOKEN] = model.moe.experts_per_token
         result[family.balance_field] = balance.coefficient_there(family, model)
-    if _PREDICTION in inspect.get_annotations(family.schema):
-        result[_PREDICTION] = model.prediction_layers
     result |= write_scaling(model)
-    named = {family.field_names.get(name, name): value for name, value in result.items()}
-    return {name: value for name, value in named.items() if name is not None} | family.write(model)
+    named = {family.name(field): value for field, value in result.items() if field not in family.unwritten}
+    return named | family.write(model)
 
 
 _PREDICTION, _EXPERTS_PER_TOKEN = "num_nextn_predict_layers", "num_experts_per_tok"

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -535,13 +536,32 @@ def test_a_model_that_no_family_expresses_is_refused(tmp_path):
         write_config(Config(), "gpt")
 
 
-def test_a_decoder_family_is_one_file_of_at_most_80_lines():
-    """Besides GLM's own files only the list of families names GLM."""
+def test_only_the_tables_of_vendors_name_a_family():
+    """Besides the tables only the list of families names GLM, and the adapters of other libraries' blocks."""
     package = Path(families.__file__).parents[2]
-    for name in FAMILIES.keys() - {"t5", "switch_transformers"}:
-        assert len((package / "interop" / "families" / f"{name}.py").read_text().splitlines()) <= 80
-    ours = (
-        path for path in package.rglob("*.py") if "peers" not in path.parts
-    )  # adapters name other libraries' blocks
+    ours = (path for path in package.rglob("*.py") if "peers" not in path.parts)
     naming = {path.name for path in ours if "glm4" in path.read_text().lower()}
-    assert naming == {"glm4_moe.py", "glm4_moe_lite.py", "__init__.py"}
+    assert naming == {"glm.py", "deepseek.py", "__init__.py"}
+
+
+def test_the_family_of_contributing(monkeypatch):
+    """The table and the renamed family in CONTRIBUTING.md work as written."""
+    text = (Path(__file__).resolve().parents[2] / "CONTRIBUTING.md").read_text()
+    blocks = text.partition("## Adding a family")[2].split("```python\n")[1:3]
+    names: dict[str, Any] = {}
+    for block in blocks:
+        exec(block.partition("```")[0], names)
+    for name in ("NEAREST", "NEAREST_CHAT"):
+        family = names[name]
+        monkeypatch.setitem(FAMILIES, family.model_type, family)
+        source = json.loads((HERE / "mixtral" / "config.json").read_text())
+        source |= {"model_type": family.model_type, "routed_experts": 4, "window": 6, "norm_topk_prob": True}
+        config = read_open_config(source)
+        assert (config.model.moe.num_experts, config.model.sliding_window, config.model.qk_norm) == (4, 6, "head")
+        written = write_config(config, family.model_type)
+        assert (written["routed_experts"], written["window"]) == (4, 6)
+        assert read_open_config(written).model == config.model
+        assert read_open_config({k: v for k, v in source.items() if k != "window"}).model.sliding_window == 0
+        with pytest.raises(ConfigError, match=r"config\.json: routed_experts='4': must be an integer"):
+            read_open_config(source | {"routed_experts": "4"})
+    assert names["NEAREST_CHAT"].schema.model_fields["max_position_embeddings"].default == 65536

@@ -1,59 +1,74 @@
-"""Families of open checkpoints, one module each. A new family is one more module here and in :data:`FAMILIES`."""
+"""Families of open checkpoints by vendor. A new family is a table of rows, and its name in :data:`FAMILIES`."""
 
-from moe.interop.families import (
-    deepseek,
-    deepseek_v2,
-    deepseek_v3,
-    dots1,
-    ernie4_5_moe,
-    flex_olmo,
-    glm4_moe,
-    glm4_moe_lite,
-    gpt_oss,
-    granitemoe,
-    granitemoeshared,
-    hunyuan_v1_moe,
-    kimi_k2,
-    llama,
-    minimax_m2,
-    mistral,
-    mixtral,
-    olmoe,
-    phimoe,
-    qwen2,
-    qwen2_moe,
-    qwen3,
-    qwen3_5_moe_text,
-    qwen3_moe,
-    qwen3_next,
-    switch_transformers,
-    t5,
-)
+from moe.interop.families import deepseek, glm, google, mistral, others, qwen
 
 #: By ``model_type``, in the order in which an export tries them.
 FAMILIES = {
-    module.FAMILY.model_type: module.FAMILY
-    for module in (
-        *(mistral, llama, qwen2, qwen3, mixtral, olmoe, qwen2_moe, deepseek, qwen3_moe, qwen3_next, qwen3_5_moe_text),
-        *(deepseek_v2, deepseek_v3, kimi_k2, glm4_moe_lite, glm4_moe, dots1, minimax_m2, ernie4_5_moe, gpt_oss),
-        *(flex_olmo, hunyuan_v1_moe, phimoe, granitemoe, granitemoeshared, t5, switch_transformers),
+    family.model_type: family
+    for family in (
+        mistral.MISTRAL,
+        mistral.LLAMA,
+        qwen.QWEN2,
+        qwen.QWEN3,
+        mistral.MIXTRAL,
+        others.OLMOE,
+        qwen.QWEN2_MOE,
+        deepseek.DEEPSEEK,
+        qwen.QWEN3_MOE,
+        qwen.QWEN3_NEXT,
+        qwen.QWEN3_5_MOE_TEXT,
+        deepseek.DEEPSEEK_V2,
+        deepseek.DEEPSEEK_V3,
+        deepseek.KIMI_K2,
+        deepseek.GLM4_MOE_LITE,
+        glm.GLM4_MOE,
+        glm.DOTS1,
+        mistral.MINIMAX_M2,
+        others.ERNIE4_5_MOE,
+        others.GPT_OSS,
+        others.FLEX_OLMO,
+        others.HUNYUAN_V1_MOE,
+        mistral.PHIMOE,
+        others.GRANITEMOE,
+        others.GRANITEMOESHARED,
+        glm.SOLAR_OPEN,
+        glm.SARVAM_MOE,
+        glm.HY_V3,
+        deepseek.SARVAM_MLA,
+        google.T5,
+        google.SWITCH_TRANSFORMERS,
     )
 }
 
-#: Other architectures with experts, and what they need that no model here computes.
+_WITHOUT_POSITIONS = "layers without positions"
+_BASE_PER_KIND = "rotary positions of each kind of layers"
+#: Other architectures with experts, and all that they need that no model here computes.
 MISSING = {
+    "afmoe": f"{_WITHOUT_POSITIONS}, norms before and after each half",
     "deepseek_v32": "attention to tokens that an indexer chooses",
     "deepseek_v4": "compressed attention and hyper-connections",
+    "ernie4_5_vl_moe": "experts of texts and of images with other sizes in one layer",
+    "exaone_moe": _WITHOUT_POSITIONS,
+    "flint": _WITHOUT_POSITIONS,
     "gemma4": "norms before and after each half, dense FFN and experts side by side, a router with a norm and a scale "
     "of each expert, heads of another size in some layers, per-layer embeddings",
     "glm_moe_dsa": "attention to tokens that an indexer chooses",
+    "granitemoe_swa": f"{_WITHOUT_POSITIONS}, {_BASE_PER_KIND}",
     "granitemoehybrid": "Mamba layers",
     "jamba": "Mamba layers",
     "kimi_linear": "delta attention layers",
+    "kolibri1": f"{_WITHOUT_POSITIONS}, norms before and after each half",
+    "laguna": f"{_BASE_PER_KIND}, another number of heads in some layers, gates of heads by softplus, a scale of the "
+    "experts' sum, a soft cap of router logits",
+    "lara_mini": f"{_WITHOUT_POSITIONS}, windows beside gated DeltaNet",
     "llama4": "attention within chunks, layers without positions, whose scores grow with the position, norms of "
     "queries and keys without a scale, routing weights on the experts' inputs",
     "longcat_flash": "two attentions and dense FFNs in a layer with experts beside the second, factors of the latents",
+    "mellum": _BASE_PER_KIND,
+    "mimo_v2_flash": f"{_BASE_PER_KIND}, another number of key heads and sinks in the layers with windows, values of "
+    "another size than keys, a factor of values",
     "minimax": "lightning attention layers",
+    "mistral4": "queries that grow with the position",
     "nemotron_h": "Mamba layers",
 }
 

@@ -1,0 +1,117 @@
+"""GLM-4-MoE, and families of other vendors with grouped-query attention and DeepSeek-V3's routing."""
+
+from typing import Annotated
+
+from moe.interop.families import groups
+from moe.interop.families.family import ATTENTION, DENSE, EXPERTS, SELECTION_BIAS, Family, shared_expert
+from moe.interop.families.rows import Row, always
+from moe.interop.schema import NumExperts, Off, OptionalCount, Positive, Size, named
+
+TENSORS = ATTENTION | DENSE | EXPERTS | SELECTION_BIAS | shared_expert("shared_experts")
+#: GLM-4.5: half of each head rotated.
+GLM4_MOE = Family(
+    "glm4_moe",
+    "Glm4MoeForCausalLM",
+    (
+        groups.PARTIAL_ROTATION,
+        Row("attention_bias", "attention_bias", names={False: "none", True: "qkv"}),
+        Row("use_qk_norm", "qk_norm", bool, False, names={False: "none", True: "head"}),
+        *groups.SIGMOID_GATE,
+        *groups.SHARED_AND_ROUTED,
+        groups.LEADING_DENSE,
+        groups.PREDICTION,
+    ),
+    TENSORS,
+    defaults={
+        "max_position_embeddings": 131072,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-5,
+        "partial_rotary_factor": 0.5,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "n_routed_experts": 128,
+        "n_shared_experts": 1,
+        "moe_intermediate_size": 1408,
+        "first_k_dense_replace": 1,
+        "num_nextn_predict_layers": 1,
+    },
+)
+#: Solar-Open: whole heads are rotated, every layer is MoE; its files do not have the hidden size of dense layers.
+SOLAR_OPEN = GLM4_MOE.renamed(
+    "solar_open",
+    "SolarOpenForCausalLM",
+    without=("use_qk_norm", "first_k_dense_replace", "num_nextn_predict_layers"),
+    head_dim=128,
+    intermediate_size=1280,
+    moe_intermediate_size=1280,
+    rope_theta=1e6,
+    partial_rotary_factor=1.0,
+)
+#: Sarvam-30B: whole heads are rotated.
+SARVAM_MOE = GLM4_MOE.renamed(
+    "sarvam_moe",
+    "Glm4MoeForCausalLM",
+    *groups.SARVAM_NAMES,
+    Row("attention_bias", type=Annotated[bool, named("attention_bias", "use_qkv_bias")], default=False),
+    num_key_value_heads=4,
+    head_dim=64,
+    rms_norm_eps=1e-6,
+    rope_theta=8e6,
+    partial_rotary_factor=1.0,
+    use_qk_norm=True,
+    num_experts_per_tok=6,
+    moe_intermediate_size=1024,
+    routed_scaling_factor=2.5,
+    num_nextn_predict_layers=0,
+)
+#: Hunyuan 3: QK-norm per head, MoE layers listed one by one.
+HY_V3 = Family(
+    "hy_v3",
+    "HYV3ForCausalLM",
+    (
+        always("qk_norm", "head"),
+        groups.ALL_BIASES,
+        Row("mlp_bias", type=Off, default=False),
+        always("moe.gate", {**groups.PLAIN_GATE, "renormalise": True}),
+        Row("router_scaling_factor", "moe.gate.scale", Positive, 2.826),
+        Row("num_experts", "moe.num_experts", NumExperts, 192),
+        Row("moe_intermediate_size", "moe.d_ff", Size, 1536),
+        groups.shared_size("num_shared_experts", 1),
+        groups.listed_layers(lambda file: 1),
+    ),
+    ATTENTION
+    | DENSE
+    | EXPERTS
+    | {"moe.router.kernel": "mlp.router.gate.weight", "moe.router.bias": "mlp.expert_bias"}
+    | shared_expert("shared_mlp"),
+    defaults={
+        "max_position_embeddings": 131072,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 11_158_840.0,
+        "num_experts_per_tok": 8,
+    },
+    # Names in published files, and in the library's memory.
+    aliases=(
+        ("mlp.router.gate.weight", "mlp.gate.weight"),
+        ("mlp.expert_bias", "mlp.e_score_correction_bias"),
+        ("mlp.shared_mlp.", "mlp.shared_experts."),
+    ),
+)
+#: dots.llm1: QK-norm per head, windows in the upper layers.
+DOTS1 = Family(
+    "dots1",
+    "Dots1ForCausalLM",
+    (
+        always("qk_norm", "head"),
+        groups.ALL_BIASES,
+        *groups.UPPER_WINDOWS,
+        *groups.SIGMOID_GATE,
+        *groups.SHARED_AND_ROUTED,
+        groups.LEADING_DENSE,
+        Row("num_experts_per_tok", type=OptionalCount, default=0),  # the library has no default
+    ),
+    TENSORS,
+    defaults={"num_key_value_heads": 32, "moe_intermediate_size": 1408, "max_window_layers": 62},
+)

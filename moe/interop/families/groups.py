@@ -1,0 +1,185 @@
+"""Rows that several families share: biases, rotation, windows, experts, gates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Literal
+
+import pydantic
+
+from moe.config import ConfigError, ModelConfig, layer_kinds, sparse_layers
+from moe.interop.families.rows import Row, always, selection_rule
+from moe.interop.schema import Count, Fraction, OptionalCount, Positive, RoutedExperts, Size, Window, named
+
+#: Boolean whose null the library reads as false, not as the default.
+NullIsFalse = Annotated[bool | None, pydantic.AfterValidator(bool)]
+
+# --- Attention -------------------------------------------------------------------------------------------------------
+#: The biases include that of the output.
+ALL_BIASES = Row("attention_bias", "attention_bias", names={False: "none", True: "all"})
+PARTIAL_ROTATION = Row(
+    "partial_rotary_factor",
+    "rope_dim",
+    here=lambda file: int(file.dim_of_head * file.rope.partial_rotary_factor),
+    there=lambda m: (m.rope_dim or m.head_dim) / m.head_dim,
+)
+#: Multi-token prediction, which the reader of tensors sets where a file holds its layers.
+PREDICTION = Row("num_nextn_predict_layers", type=OptionalCount, default=0, there=lambda m: m.prediction_layers)
+
+
+def window(file: Any) -> int:
+    """``sliding_window``; 0 for null, or where a file turns it off."""
+    return (file.sliding_window or 0) if getattr(file, "use_sliding_window", True) else 0
+
+
+def window_of(model: ModelConfig) -> int:
+    """The largest window of all layers; if a family cannot express the others, write_config reports what is lost."""
+    return max(kind.window for kind in layer_kinds(model))
+
+
+def window_kinds(model: ModelConfig) -> list[str]:
+    """``layer_types`` of a model with attention in all layers."""
+    return ["sliding_attention" if kind.window else "full_attention" for kind in layer_kinds(model)]
+
+
+#: One window for all layers.
+WINDOW = Row("sliding_window", "sliding_window", Window, None, here=window, there=lambda m: window_of(m) or None)
+USE_WINDOW = Row("use_sliding_window", type=bool, default=False, there=lambda m: window_of(m) > 0)
+#: First layer with a window, in files without ``layer_types``.
+MAX_WINDOW_LAYERS = Row("max_window_layers", type=OptionalCount, default=28)
+
+
+def windows(
+    has_window: Callable[[int, Any], bool], write_kinds: Callable[[ModelConfig], Any] = window_kinds
+) -> tuple[Row, Row]:
+    """``sliding_window`` and ``layer_types``; ``has_window`` tells the layers of files without the second field."""
+
+    def layers(file: Any) -> list[int]:
+        numbers = range(file.num_hidden_layers)
+        if not window(file):
+            return []
+        if file.layer_types:
+            return [layer for layer in numbers if file.layer_types[layer] == "sliding_attention"]
+        return [layer for layer in numbers if has_window(layer, file)]
+
+    def listed(file: Any) -> tuple[int, ...]:
+        found = layers(file)
+        return () if len(found) == file.num_hidden_layers else tuple(found)
+
+    return (
+        Row(
+            "sliding_window",
+            "sliding_window",
+            Window,
+            4096,
+            here=lambda file: window(file) if layers(file) else 0,
+            there=lambda m: window_of(m) or None,
+        ),
+        Row("layer_types", "sliding_window_layers", here=listed, there=write_kinds),
+    )
+
+
+UPPER_WINDOWS = (*windows(lambda layer, file: layer >= file.max_window_layers), MAX_WINDOW_LAYERS)
+
+# --- Experts ---------------------------------------------------------------------------------------------------------
+#: Hidden size of experts in families all of whose layers are MoE.
+EXPERT_SIZE = Row("intermediate_size", there=lambda m: m.moe.d_ff)
+JITTER = Row("router_jitter_noise", "moe.jitter", Fraction, 0.0)
+
+
+def some_layers(layers: Sequence[int], file: Any) -> tuple[int, ...] | None:
+    """``moe.layers`` for the numbers of the MoE layers; None, the setting's default, where all are."""
+    return None if len(layers) == file.num_hidden_layers else tuple(layers)
+
+
+def first_sparse(model: ModelConfig) -> int:
+    """Number of the first MoE layer; that of all layers if none is."""
+    sparse = sparse_layers(model)
+    return sparse.index(True) if any(sparse) else model.num_layers
+
+
+def shared_experts(model: ModelConfig) -> int:
+    """Number of shared experts of the others' hidden size."""
+    return model.moe.shared_d_ff // model.moe.d_ff
+
+
+def shared_size(theirs: str, default: int) -> Row:
+    """A number of shared experts of the others' hidden size."""
+    return Row(
+        theirs,
+        "moe.shared_d_ff",
+        OptionalCount,
+        default,
+        here=lambda file: file.moe_intermediate_size * getattr(file, theirs),
+        there=shared_experts,
+    )
+
+
+#: Sizes of DeepSeek's experts, some of them shared.
+SHARED_AND_ROUTED = (
+    Row("n_routed_experts", "moe.num_experts", RoutedExperts),
+    Row("moe_intermediate_size", "moe.d_ff", Size),
+    shared_size("n_shared_experts", 0),
+)
+#: Dense layers, then MoE layers.
+LEADING_DENSE = Row(
+    "first_k_dense_replace",
+    "moe.layers",
+    OptionalCount,
+    0,
+    here=lambda file: some_layers(range(file.first_k_dense_replace, file.num_hidden_layers), file),
+    there=first_sparse,
+)
+
+
+def listed_layers(dense: Callable[[Any], int]) -> Row:
+    """``mlp_layer_types``; without it, dense layers come first, whose number ``dense`` returns."""
+
+    def layers(file: Any) -> tuple[int, ...] | None:
+        kinds, num_layers = file.mlp_layer_types, file.num_hidden_layers
+        if kinds is None:
+            return some_layers(range(dense(file), num_layers), file)
+        if len(kinds) != num_layers:
+            raise ConfigError(f"config.json: mlp_layer_types has {len(kinds)} entries, not {num_layers}")
+        return some_layers([layer for layer, kind in enumerate(kinds) if kind == "sparse"], file)
+
+    def kinds(model: ModelConfig) -> list[str]:
+        return ["sparse" if sparse else "dense" for sparse in sparse_layers(model)]
+
+    type_ = list[Literal["dense", "sparse"]] | None
+    return Row("mlp_layer_types", "moe.layers", type_, None, here=layers, there=kinds)
+
+
+# --- Gates -----------------------------------------------------------------------------------------------------------
+#: Softmax top-k, whose weights are divided by their sum or not.
+SOFTMAX_GATE = Row(
+    "norm_topk_prob",
+    "moe.gate.name",
+    names={False: "switch", True: "mixtral"},
+    there=lambda m: selection_rule(m.moe) is True,
+)
+#: DeepSeek-V3's gate.
+SIGMOID_GATE = (
+    always("moe.gate.name", "deepseek_v3"),
+    Row("n_group", "moe.gate.groups", Count, 1),
+    Row("topk_group", "moe.gate.kept_groups", Count, 1),
+    Row("", "moe.gate.scores_per_group", here=lambda file: 2 if file.n_group > 1 else 1),
+    Row("norm_topk_prob", "moe.gate.renormalise"),
+    Row("routed_scaling_factor", "moe.gate.scale", Positive, 1.0),
+)
+#: The same gate without groups and scale.
+PLAIN_GATE = {"name": "deepseek_v3", "groups": 1, "kept_groups": 1, "scores_per_group": 1, "scale": 1.0}
+#: Balance of each sequence, or of the batch.
+SEQUENCE_LOSS = Row("seq_aux", "moe.losses.scope", bool, True, names={False: "batch", True: "sequence"})
+BATCH_LOSS = always("moe.losses.scope", "batch")
+
+# --- Other names -----------------------------------------------------------------------------------------------------
+#: Fields that Sarvam's own code names differently from the library.
+SARVAM_NAMES = (
+    Row(
+        "n_routed_experts",
+        type=Annotated[Count, named("n_routed_experts", "num_local_experts", "num_experts")],
+        default=128,
+    ),
+    Row("n_shared_experts", type=Annotated[OptionalCount, named("n_shared_experts", "num_shared_experts")], default=1),
+)

@@ -1,0 +1,249 @@
+"""Qwen's families: dense, with experts, and with gated DeltaNet."""
+
+import dataclasses
+from typing import Annotated, Any, ClassVar
+
+import pydantic
+
+from moe.config import ModelConfig, layer_kinds, sparse_layers
+from moe.config.mixers import GatedDelta
+from moe.interop.families import groups
+from moe.interop.families.family import ATTENTION, DENSE, EXPERTS, Family, Tensor, shared_expert
+from moe.interop.families.rows import Row, always
+from moe.interop.schema import Count, HiddenAct, LayerNumbers, OpenConfig, OptionalNumExperts, Size, Window
+
+# --- Dense -----------------------------------------------------------------------------------------------------------
+_DENSE_DEFAULTS = {"max_position_embeddings": 32768, "num_key_value_heads": 32}
+#: Qwen2 and Qwen2.5: biases of queries, keys and values, windows in the upper layers.
+QWEN2 = Family(
+    "qwen2",
+    "Qwen2ForCausalLM",
+    (always("attention_bias", "qkv"), *groups.UPPER_WINDOWS, groups.USE_WINDOW, always("moe.gate.name", "none")),
+    ATTENTION | DENSE,
+    defaults=_DENSE_DEFAULTS,
+)
+#: QK-norm per head, windows in the upper layers.
+QWEN3 = Family(
+    "qwen3",
+    "Qwen3ForCausalLM",
+    (
+        always("qk_norm", "head"),
+        groups.ALL_BIASES,
+        *groups.UPPER_WINDOWS,
+        groups.USE_WINDOW,
+        always("moe.gate.name", "none"),
+    ),
+    ATTENTION | DENSE,
+    defaults=_DENSE_DEFAULTS | {"head_dim": 128},
+)
+
+# --- Experts ---------------------------------------------------------------------------------------------------------
+
+
+def _sparse_layers(file: Any) -> tuple[int, ...] | None:
+    """A layer is MoE at every ``decoder_sparse_step`` unless ``mlp_only_layers`` lists it."""
+    dense, step = file.mlp_only_layers or (), file.decoder_sparse_step
+    numbers = range(file.num_hidden_layers if file.num_experts else 0)
+    return groups.some_layers([n for n in numbers if n not in dense and (n + 1) % step == 0], file)
+
+
+def _dense_layers(model: ModelConfig) -> list[int]:
+    return [layer for layer, sparse in enumerate(sparse_layers(model)) if not sparse]
+
+
+#: Sizes of the experts; a file without experts leaves the settings at their defaults.
+_SIZES = (
+    Row("num_experts", "moe.num_experts", OptionalNumExperts, 0, here=lambda file: file.num_experts or None),
+    Row(
+        "moe_intermediate_size",
+        "moe.d_ff",
+        Size,
+        here=lambda file: file.moe_intermediate_size if file.num_experts else None,
+    ),
+)
+_EXPERTS = (
+    *_SIZES,
+    groups.SOFTMAX_GATE,
+    Row("decoder_sparse_step", type=Count, default=1, there=lambda _: 1),
+    Row("mlp_only_layers", "moe.layers", LayerNumbers | None, None, here=_sparse_layers, there=_dense_layers),
+)
+_SHARED = (Row("shared_expert_intermediate_size", "moe.shared_d_ff", Size), always("moe.shared_gate", True))
+_SHARED_TENSORS = shared_expert("shared_expert") | {"moe.shared.gate": "mlp.shared_expert_gate.weight"}
+#: Qwen1.5-MoE and Qwen2-MoE: a gated shared expert, biases of queries, keys and values; without a list, even layers
+#: below ``max_window_layers`` have a window.
+QWEN2_MOE = Family(
+    "qwen2_moe",
+    "Qwen2MoeForCausalLM",
+    (
+        Row("qkv_bias", "attention_bias", bool, True, names={False: "none", True: "qkv"}),
+        *groups.windows(lambda layer, file: layer % 2 == 0 and layer < file.max_window_layers),
+        groups.MAX_WINDOW_LAYERS,
+        groups.USE_WINDOW,
+        *_EXPERTS,
+        *_SHARED,
+    ),
+    ATTENTION | DENSE | EXPERTS | _SHARED_TENSORS,
+    defaults={"max_position_embeddings": 32768, "num_key_value_heads": 16, "num_experts": 60, "num_experts_per_tok": 4},
+)
+#: QK-norm per head, one window for all layers, dense layers among sparse ones.
+QWEN3_MOE = Family(
+    "qwen3_moe",
+    "Qwen3MoeForCausalLM",
+    (always("qk_norm", "head"), groups.ALL_BIASES, groups.WINDOW, groups.USE_WINDOW, *_EXPERTS),
+    ATTENTION | DENSE | EXPERTS,
+    defaults={
+        "max_position_embeddings": 32768,
+        "num_key_value_heads": 4,
+        "sliding_window": 4096,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+    },
+)
+
+# --- Gated DeltaNet --------------------------------------------------------------------------------------------------
+
+
+def _is_silu(name: HiddenAct) -> HiddenAct:
+    if name not in ("silu", "swish"):
+        raise ValueError("must be silu, which the convolutions have")
+    return name
+
+
+class HybridConfig(OpenConfig):
+    """Fields of ``config.json``, in which layers have attention or gated DeltaNet."""
+
+    kinds: ClassVar[tuple[str, ...]] = ("linear_attention", "full_attention")
+
+    hidden_act: Annotated[HiddenAct, pydantic.AfterValidator(_is_silu)] = "silu"
+
+
+def _linear_layers(file: Any) -> tuple[int, ...]:
+    interval = file.full_attention_interval
+    numbers = range(file.num_hidden_layers)
+    if file.layer_types:
+        return tuple(layer for layer in numbers if file.layer_types[layer] == "linear_attention")
+    return tuple(layer for layer in numbers if (layer + 1) % interval)
+
+
+def _kinds(model: ModelConfig) -> list[str]:
+    linear = [isinstance(kind.mixer, GatedDelta) for kind in layer_kinds(model)]
+    return ["linear_attention" if is_linear else "full_attention" for is_linear in linear]
+
+
+#: Gated DeltaNet in most layers, gated attention in the others, zero-centred norms.
+_HYBRID = (
+    always("qk_norm", "head"),
+    always("gated_attention", True),
+    always("zero_centred_norms", True),
+    groups.ALL_BIASES,
+    groups.PARTIAL_ROTATION,
+    Row("full_attention_interval", type=Count, default=4),
+    Row("layer_types", "delta_net.layers", here=_linear_layers, there=_kinds),
+    Row("linear_num_key_heads", "delta_net.key_heads", Count, 16),
+    Row("linear_num_value_heads", "delta_net.value_heads", Count, 32),
+    Row("linear_key_head_dim", "delta_net.key_dim", Count, 128),
+    Row("linear_value_head_dim", "delta_net.value_dim", Count, 128),
+    Row("linear_conv_kernel_dim", "delta_net.conv_width", Count, 4),
+    *_SHARED,
+    groups.PREDICTION,
+    Row("use_sliding_window", type=bool, default=False),
+    Row("sliding_window", type=Window, default=4096),
+)
+_HYBRID_DEFAULTS = {
+    "max_position_embeddings": 32768,
+    "num_key_value_heads": 2,
+    "head_dim": 256,
+    "partial_rotary_factor": 0.25,
+    "moe_intermediate_size": 512,
+    "shared_expert_intermediate_size": 512,
+    "norm_topk_prob": True,
+}
+
+
+def _hybrid_tensors(model: ModelConfig) -> dict[str, str | Tensor]:
+    """Attention with queries and gates alternating by head; convolutions [channels, 1, width] in one tensor."""
+    result: dict[str, str | Tensor] = {
+        **ATTENTION,
+        **EXPERTS,
+        **_SHARED_TENSORS,
+        "delta_net.decay_bias": "linear_attn.dt_bias",
+        "delta_net.log_decay_scale": "linear_attn.A_log",
+        "delta_net.norm.scale": "linear_attn.norm.weight",
+        "delta_net.out": "linear_attn.out_proj.weight",
+    }
+    for part, name in enumerate(("query", "gate")):
+        for end, kind in (("", "weight"), ("_bias", "bias")):
+            turns = (model.head_dim, model.head_dim)
+            result[f"attention.{name}{end}"] = Tensor(f"self_attn.q_proj.{kind}", part, turns=turns)
+    for part, name in enumerate(("query", "key", "value")):
+        conv = Tensor("linear_attn.conv1d.weight", part, turns=_channels(model), axes=((1, 2), (), (0,)))
+        result[f"delta_net.{name}_conv"] = conv
+    return result
+
+
+def _channels(model: ModelConfig) -> tuple[int, int, int]:
+    """Channels of all heads of queries, keys and values."""
+    d = model.delta_net
+    return d.key_heads * d.key_dim, d.key_heads * d.key_dim, d.value_heads * d.value_dim
+
+
+def _next_tensors(model: ModelConfig, stack: str) -> dict[str, str | Tensor]:
+    """Projections of DeltaNet alternate by key head."""
+    del stack
+    d = model.delta_net
+    shared = d.value_heads // d.key_heads
+    wide, narrow = (d.key_dim, d.key_dim, *(shared * d.value_dim,) * 2), (shared, shared)
+    result = _hybrid_tensors(model) | DENSE
+    for part, name in enumerate(("query", "key", "value", "gate")):
+        result[f"delta_net.{name}"] = Tensor("linear_attn.in_proj_qkvz.weight", part, turns=wide)
+    for part, name in enumerate(("beta", "decay")):
+        result[f"delta_net.{name}"] = Tensor("linear_attn.in_proj_ba.weight", part, turns=narrow)
+    return result
+
+
+def _separate_tensors(model: ModelConfig, stack: str) -> dict[str, str | Tensor]:
+    """A tensor for each projection of DeltaNet but queries, keys and values, which lie one after the other."""
+    del stack
+    result = _hybrid_tensors(model)
+    for part, name in enumerate(("query", "key", "value")):
+        result[f"delta_net.{name}"] = Tensor("linear_attn.in_proj_qkv.weight", part, turns=_channels(model))
+    named = {"gate": "z", "beta": "b", "decay": "a"}
+    return result | {f"delta_net.{name}": f"linear_attn.in_proj_{theirs}.weight" for name, theirs in named.items()}
+
+
+QWEN3_NEXT = Family(
+    "qwen3_next",
+    "Qwen3NextForCausalLM",
+    (*_HYBRID, *_EXPERTS),
+    _next_tensors,
+    defaults=_HYBRID_DEFAULTS | {"intermediate_size": 5632, "num_experts": 512, "num_experts_per_tok": 10},
+    base=HybridConfig,
+    skipped={"mtp.": "multi-token prediction"},
+    prediction={
+        "prediction.hidden_norm.scale": "pre_fc_norm_hidden.weight",
+        "prediction.embedding_norm.scale": "pre_fc_norm_embedding.weight",
+        "prediction.project": "fc.weight",
+        "prediction.output_norm.scale": "norm.weight",
+    },
+    prediction_prefixes=("mtp.", "mtp.layers.0."),
+)
+#: Qwen3.5-MoE's text model, alone or beside its vision model: every layer is MoE.
+QWEN3_5_MOE_TEXT = dataclasses.replace(
+    QWEN3_NEXT,
+    model_type="qwen3_5_moe_text",
+    architecture="Qwen3_5MoeForCausalLM",
+    rows=(
+        *_HYBRID,
+        *_SIZES,
+        always("moe.gate.name", "mixtral"),
+        Row("", "moe.layers", here=lambda file: None if file.num_experts else ()),
+        Row("decoder_sparse_step", type=Count, default=1),
+        Row("mlp_only_layers", type=LayerNumbers | None, default=None),
+    ),
+    tensors=_separate_tensors,
+    # The hidden size of dense layers is not in these files.
+    defaults=_HYBRID_DEFAULTS | {"intermediate_size": 512, "num_experts": 256, "num_experts_per_tok": 8},
+    unwritten=("intermediate_size",),
+    skipped={"mtp.": "multi-token prediction", "model.visual.": "the vision model"},
+    inside={"model.language_model.": "model."},
+)
