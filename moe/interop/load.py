@@ -21,6 +21,7 @@ from moe.interop.layout import Parameter, get_leaf, is_fused, layout, set_leaf
 from moe.interop.quantization_config import read_quantization
 from moe.interop.schema import parse
 from moe.interop.tensor_files import CONFIG_FILE, TensorFolder
+from moe.interop.whole_models import renamed, text_fields, whole_model
 from moe.models import sampling
 from moe.models.factory import Model, abstract_model
 from moe.parallel.parameters import parameter_shardings
@@ -28,8 +29,6 @@ from moe.system.foreign_files import Json, read_object
 
 #: PEFT's file next to adapters, or next to the model that they belong to.
 ADAPTER_FILE = "adapter_config.json"
-#: ``model_type`` of the vision-language models whose text model, in the field ``text_config``, is read.
-_WITH_TEXT = ("qwen3_5_moe",)
 
 
 def load_huggingface(
@@ -57,7 +56,16 @@ def load_huggingface(
 
 
 def read_source(directory: str | os.PathLike[str]) -> Json:
-    """The ``config.json`` of a folder; for a vision-language model, that of its text model.
+    """The ``config.json`` of a folder; for a model of images or sound too, that of its text model.
+
+    Raises:
+        ConfigError: it cannot be read, or the folder holds adapters, which would change the model.
+    """
+    return text_fields(_read_config(directory))
+
+
+def _read_config(directory: str | os.PathLike[str]) -> Json:
+    """The ``config.json`` of a folder.
 
     Raises:
         ConfigError: it cannot be read, or the folder holds adapters, which would change the model.
@@ -67,12 +75,7 @@ def read_source(directory: str | os.PathLike[str]) -> Json:
             f"{directory}: holds adapters ({ADAPTER_FILE}), which are not read: merge them into the model with PEFT's "
             "merge_and_unload() and save that"
         )
-    source = read_object(Path(directory) / CONFIG_FILE)
-    text = source.get("text_config")
-    if source.get("model_type") not in _WITH_TEXT or not isinstance(text, dict):
-        return source
-    of_both = ("tie_word_embeddings", "quantization_config")
-    return text | {name: source[name] for name in of_both if name in source}
+    return read_object(Path(directory) / CONFIG_FILE)
 
 
 def open_folder(
@@ -82,14 +85,14 @@ def open_folder(
 
     ``prediction``: include the layers of multi-token prediction, which are skipped otherwise.
     """
-    source = read_source(directory)
+    stated = _read_config(directory)
+    source, whole = text_fields(stated), whole_model(stated)
     config = read_config(source)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
-    family = family_of(source)
+    family = whole.text_model(family_of(source)) if whole else family_of(source)
 
     def rename(name: str) -> str:
-        inside = family.inside and name.startswith(family.inside)
-        return f"model.{name.removeprefix(family.inside)}" if inside else name
+        return renamed(name, family.inside)
 
     folder = TensorFolder(directory, read_quantization(source), dtype, rename)
     if config.model.tie_embeddings or family.ties_by_file:

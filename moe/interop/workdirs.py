@@ -26,6 +26,7 @@ from moe.interop.quantized import pack_scales, unpack_scales
 from moe.interop.save import Encoders, write_folder
 from moe.interop.schema import Json
 from moe.interop.tensor_files import CONFIG_FILE, TensorFolder
+from moe.interop.whole_models import rename_modules
 from moe.system.atomic_files import new_folder, refuse_files, write_atomic
 from moe.system.foreign_files import read_object
 
@@ -175,11 +176,7 @@ def open_source(
 
 def _quantization_of_export(source: Json) -> Json:
     """The import's ``quantization_config``, with the module names of the text model by itself."""
-    fields, inside = dict(source["quantization_config"]), FAMILIES[source["model_type"]].inside
-    if inside and (kept := fields.get("modules_to_not_convert")):
-        renamed = (f"model.{name.removeprefix(inside)}" if name.startswith(inside) else name for name in kept)
-        fields["modules_to_not_convert"] = list(renamed)
-    return fields
+    return rename_modules(source["quantization_config"], FAMILIES[source["model_type"]].inside)
 
 
 def _fp8_encoders(origin: epath.Path | None, source: Json) -> Encoders:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import jax
@@ -11,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from moe.config import ConfigError, MeshConfig
-from moe.interop import export_checkpoint, import_checkpoint, load_huggingface, workdirs
+from moe.interop import export_checkpoint, import_checkpoint, load_huggingface, save_huggingface, workdirs
 from moe.interop.config_json import keep_fields, read_config
 from moe.parallel.mesh import make_mesh
 from tests.interop.test_interop import HERE, _tensors
@@ -84,25 +85,62 @@ def test_multi_token_prediction_is_skipped_or_imported_and_exported(tmp_path, ca
         import_checkpoint(folder, tmp_path / "linear", prediction=True)
 
 
-def test_the_text_model_of_a_multimodal_checkpoint_is_read(tmp_path, caplog):
-    """The published form: names with a prefix, a vision model, fields under text_config. The export is text only."""
-    tensors = load_file(TEXT / "model.safetensors")
-    inside = {f"model.language_model.{name.removeprefix('model.')}": tensor for name, tensor in tensors.items()}
-    source = json.loads((TEXT / "config.json").read_text())
+def _text_alone(kind, path, folder):
+    """A folder of the text model as its family has it, and the ``config.json``."""
+    shutil.copytree(path, folder)
+    source = json.loads((path / "config.json").read_text())
+    tensors = load_file(folder / "model.safetensors")
+    if kind == "glm4v_moe":
+        source |= {"use_qk_norm": False, "num_nextn_predict_layers": 0}
+        tensors = {name: t for name, t in tensors.items() if not re.search(r"_norm\.weight|layers\.3\.", name)}
+    if "qwen3_moe" in path.name:  # the whole models have no windows, and the first always divides weights by their sum
+        source |= {"use_sliding_window": False, "norm_topk_prob": kind == "qwen3_vl_moe"}
+    (folder / "config.json").write_text(json.dumps(source))
+    save_file(tensors, folder / "model.safetensors")
+    if kind == "qwen3_vl_moe":
+        model, config = load_huggingface(folder)
+        shutil.rmtree(folder)
+        save_huggingface(model, config, folder, fused=True, source=source)
+    return source, load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("kind", "path", "sections", "prefix"),
+    [
+        ("qwen3_5_moe", TEXT, ("text_config",), "model.language_model."),
+        ("qwen3_vl_moe", HERE / "qwen3_moe", ("text_config",), "model.language_model."),
+        ("qwen3_omni_moe", HERE / "qwen3_moe", ("thinker_config", "text_config"), "thinker.model."),
+        ("glm4v_moe", HERE / "glm4_moe", ("text_config",), "model.language_model."),
+    ],
+)
+def test_the_text_model_of_a_multimodal_checkpoint_is_read(kind, path, sections, prefix, tmp_path, caplog):
+    """The published form: names with a prefix, other parts, fields in a section. The export is text only."""
+    source, tensors = _text_alone(kind, path, tmp_path / "alone")
+    head = "thinker.lm_head." if kind == "qwen3_omni_moe" else "lm_head."
+    inside = {re.sub("^model[.]", prefix, re.sub("^lm_head[.]", head, name)): t for name, t in tensors.items()}
+    if kind == "qwen3_vl_moe":  # its matrices of experts are [inputs, outputs]
+        inside |= {name: np.ascontiguousarray(t.swapaxes(1, 2)) for name, t in inside.items() if t.ndim == 3}
+    vision = prefix.partition(".")[0] + ".visual.patch.weight"
     folder = tmp_path / "published"
     folder.mkdir()
-    save_file(inside | {"model.visual.patch.weight": np.zeros((2, 3), np.float32)}, folder / "model.safetensors")
-    content = {"model_type": "qwen3_5_moe", "tie_word_embeddings": True, "text_config": source, "vision_config": {}}
+    save_file(inside | {vision: np.zeros((2, 3), np.float32)}, folder / "model.safetensors")
+    text = source if kind == "qwen3_5_moe" else source | {"model_type": f"{kind}_text", "architectures": None}
+    text = text | ({"norm_topk_prob": False} if kind == "qwen3_vl_moe" else {})
+    for section in reversed(sections):
+        text = {section: text, "vision_config": {}}
+    content = {"model_type": kind, "tie_word_embeddings": source["tie_word_embeddings"]} | text
     (folder / "config.json").write_text(json.dumps(content))
     with caplog.at_level("WARNING"):
         model, config = load_huggingface(folder)
     assert "1 tensors of the vision model are skipped" in caplog.text
-    _equal(model, load_huggingface(TEXT)[0])
-    assert config == load_huggingface(TEXT)[1]
+    alone, config_alone = load_huggingface(tmp_path / "alone")
+    _equal(model, alone)
+    assert config == config_alone
     import_checkpoint(folder, tmp_path / "run")
-    export_checkpoint(tmp_path / "run", tmp_path / "out")
-    assert _tensors(tmp_path / "out") == _tensors(TEXT)
-    assert json.loads((tmp_path / "out" / "config.json").read_text()) == source
+    export_checkpoint(tmp_path / "run", tmp_path / "out", fused=kind == "qwen3_vl_moe")
+    assert _tensors(tmp_path / "out") == _tensors(tmp_path / "alone")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert {name: written[name] for name in source} == source
 
 
 def test_an_export_of_the_text_model_names_its_architecture_and_modules():
