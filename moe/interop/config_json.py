@@ -20,6 +20,8 @@ from moe.interop.rope import read_scaling, write_scaling
 from moe.interop.schema import ACTIVATIONS, MOST_EXPERTS, Json, OpenConfig, parse
 from moe.system.fields import is_off
 
+#: Field of an import's copy of ``config.json``: the dtype of selection biases in the files, where it is not float32.
+BIAS_DTYPE = "selection_bias_dtype"
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -155,7 +157,11 @@ def keep_fields(source: Json, config: Config, model_type: str = "") -> Json:
     Raises:
         ConfigError: see :func:`write_config`.
     """
-    absent = ("quantization_config", "auto_map")  # the second names files of code, which an export does not hold
+    absent = (
+        "quantization_config",
+        "auto_map",
+        BIAS_DTYPE,
+    )  # the second names files of code, which an export does not hold
     source = {name: value for name, value in source.items() if name not in absent}
     before = read_config(source)
     length = max(config.data.sequence_length, before.data.sequence_length)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from etils import epath
 
@@ -17,7 +18,7 @@ from moe.checkpoints.manager import refuse_unusable_path
 from moe.checkpoints.workdir import read_config as read_run_config
 from moe.config import Config, ConfigError, to_dict
 from moe.data.tokenizer_files import COMPANIONS, GENERATION_FILE, companions, find_tokenizer
-from moe.interop.config_json import TOKEN_IDS, keep_fields, write_config
+from moe.interop.config_json import BIAS_DTYPE, TOKEN_IDS, keep_fields, write_config
 from moe.interop.families import FAMILIES
 from moe.interop.layout import Parameter, Piece, get_leaf, set_leaf
 from moe.interop.load import open_folder, parameter_dtype, read_source
@@ -32,6 +33,8 @@ from moe.system.foreign_files import read_object
 
 #: Copy in a workdir of the ``config.json`` that was imported; an export keeps its fields that did not change.
 SOURCE_FILE = "huggingface_config.json"
+#: Types of selection biases in files that are narrower than the float32 in which they are trained.
+_NARROW = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 #: Scales of the FP8 tensors of the import, with which an export can write the same codes again.
 SCALES_FILE = "huggingface_scales.safetensors"
 
@@ -64,7 +67,8 @@ def import_checkpoint(
     known = {name: written.get(name) for name in (*TOKEN_IDS, *starts)}
     files = {GENERATION_FILE: (json.dumps(known) + "\n").encode()}
     files |= _companions(Path(source))
-    files[SOURCE_FILE] = (json.dumps(written, indent=2) + "\n").encode()
+    stated = written | _bias_dtype(folder, parameters)
+    files[SOURCE_FILE] = (json.dumps(stated, indent=2) + "\n").encode()
     files[CONFIG_FILE] = json.dumps(to_dict(config), indent=2).encode()
     if isinstance(read_quantization(written), FP8Config):
         files[SCALES_FILE] = pack_scales(folder.scales())
@@ -77,6 +81,14 @@ def import_checkpoint(
         for name, content in files.items():
             write_atomic(workdir / name, content)
     return config
+
+
+def _bias_dtype(folder: TensorFolder, parameters: list[Parameter]) -> Json:
+    """The dtype of selection biases, which are float32 here, where the files have a narrower one."""
+    biases = [piece.name for parameter in parameters if parameter.selection_bias for piece in parameter.pieces]
+    dtypes = {str(folder.dtype(name)) for name in biases}
+    narrow = dtypes & set(_NARROW) if len(dtypes) == 1 else set()
+    return {BIAS_DTYPE: narrow.pop()} if narrow else {}
 
 
 def _companions(source: Path) -> dict[str, bytes]:
@@ -146,18 +158,26 @@ def export_checkpoint(
     step = stored.chosen_step(workdir, None)  # of all tensors: the run may save further checkpoints meanwhile
 
     def fetch(parameter: Parameter) -> Any:
+        path = parameter.path
         if parameter.selection_bias:
-            tree = stored.read_biases(workdir, config.model, step=step)
-        else:
-            path = parameter.path
-            tree = stored.read_parameters(workdir, config.model, dtype=dtype or None, only=path, step=step)
-        return get_leaf(tree, parameter.path)
+            biases = get_leaf(stored.read_biases(workdir, config.model, step=step), path)
+            return biases if dtype else _as_imported(biases, (source or {}).get(BIAS_DTYPE))
+        tree = stored.read_parameters(workdir, config.model, dtype=dtype or None, only=path, step=step)
+        return get_leaf(tree, path)
 
     with new_folder(epath.Path(directory)):
         write_folder(written, config.model, fetch, Path(directory), fused=fused, encoders=encoders)
         for name in COMPANIONS:
             if (epath.Path(workdir) / name).exists():
                 write_atomic(Path(directory) / name, (epath.Path(workdir) / name).read_bytes())
+
+
+def _as_imported(biases: Any, dtype: object) -> Any:
+    """Selection biases in the dtype of the import, unless training has given them values that it does not have."""
+    if dtype not in _NARROW:
+        return biases
+    narrow = np.asarray(biases).astype(_NARROW[dtype])
+    return narrow if np.array_equal(narrow.astype(np.float32), biases) else biases
 
 
 def open_source(

@@ -131,6 +131,22 @@ def test_selection_biases_do_not_set_the_dtype_of_an_export(tmp_path):
         assert json.loads((tmp_path / name / "config.json").read_text())["dtype"] == "bfloat16"
 
 
+def test_selection_biases_in_bfloat16_come_back_bit_for_bit(tmp_path):
+    """They are float32 in the run; trained ones stay that where bfloat16 does not hold their values."""
+    source = tmp_path / "source"
+    shutil.copytree(HERE / "deepseek_v3", source)
+    tensors = load_file(source / "model.safetensors")
+    save_file({name: t.astype(ml_dtypes.bfloat16) for name, t in tensors.items()}, source / "model.safetensors")
+    import_checkpoint(source, tmp_path / "run")
+    export_checkpoint(tmp_path / "run", tmp_path / "out")
+    assert _tensors(tmp_path / "out") == _tensors(source)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written == json.loads((source / "config.json").read_text()) | {"dtype": "bfloat16"}
+    trained = np.float32([[0.5, 1 + 2**-10]])
+    assert workdirs._as_imported(trained, "bfloat16").dtype == np.float32
+    assert workdirs._as_imported(trained[:, :1], "bfloat16").dtype == ml_dtypes.bfloat16
+
+
 def test_an_export_in_float16_of_a_larger_number_is_refused(tmp_path):
     """The largest float16 is 65,504; the number would be exported as infinity."""
     source = tmp_path / "source"
