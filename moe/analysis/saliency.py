@@ -15,7 +15,7 @@ from moe.analysis.surgery import moe_layers
 from moe.config import ModelConfig
 from moe.dispatch.ffn import ffn
 from moe.layers.moe_layer import MoELayer
-from moe.models.block import Block
+from moe.models.block import Block, Stream
 from moe.models.decoder import make_rows
 from moe.models.stack import join_moe_layers, restack_layers, unstack_layers
 from moe.training.batches import PREFIX_KEY, Batch, place
@@ -106,22 +106,22 @@ def _by_layer(model: Any, batch: Batch, sum_of: _Sum) -> tuple[Float[Array, "L E
     rows = make_rows(batch["tokens"], batch["segment_ids"], batch["positions"], prefix=batch.get(PREFIX_KEY))
     rows = model.with_bias(rows)
 
-    def body(block: Block, x: Array, state: Any, layer: Array) -> tuple[Array, Any]:
+    def body(block: Block, stream: Stream, state: Any, layer: Array) -> tuple[Stream, Any]:
         del state, layer
-        x = block.mix(x, rows)
+        x = block.mix(stream.x, rows)
         h = block.input_of(block.ffn_norm, x)
-        x, record = block.feed_forward(x, rows)
+        stream, record = stream.after(*block.feed_forward(x, rows, carry=stream.carry))
         if record is None:
-            return x, None
+            return stream, None
         routing, h = record[1], h.reshape(-1, h.shape[-1])  # [n,D]
         index, amounts, chosen = (
             array.reshape(len(h), -1) for array in (routing.expert_index, routing.combine_weights, routing.chosen)
         )
         mine = (index[..., None] == jnp.arange(block.moe.config.num_experts)) & chosen[..., None]  # [n,K,E]
         weights = jnp.sum(jnp.where(mine, amounts[..., None], 0.0), axis=1)
-        return x, (sum_of(block.moe, h, weights, jnp.any(mine, axis=1)), jnp.sum(mine, axis=(0, 1)))
+        return stream, (sum_of(block.moe, h, weights, jnp.any(mine, axis=1)), jnp.sum(mine, axis=(0, 1)))
 
-    _, states = model.scan(body, model.embed(rows.token_ids))
+    _, states = model.scan(body, model.begin(model.embed(rows.token_ids)))
     return join_moe_layers(states)
 
 

@@ -25,6 +25,7 @@ from moe.parallel.mesh import constrain
 from moe.parallel.parameters import gather_for_matmul
 from moe.routing import balancing
 from moe.routing.balancing_rules import BalancingRule, restored, stored
+from moe.routing.carry import first_carry, of_tokens, regrouped
 from moe.routing.gates import SoftMoE
 from moe.routing.interface import Gate, GateInputs, RouterKind
 from moe.routing.routing import Choices, Routing, route
@@ -58,15 +59,18 @@ class Router(nnx.Module):
             self.kernel = matrix(rngs, shape, partition_specs.REPLICATED, fan_in=d, scale=config.init_scale)
 
     def __call__(
-        self, x: Float[Array, "G S D"], *, jitter: float = 0.0, rng: Array | None = None
+        self, x: Float[Array, "G S D"], *, jitter: float = 0.0, rng: Array | None = None, carry: Any = None
     ) -> Float[Array, "G S E"] | Float[Array, "G S E P"]:
-        """Router logits in float32, per slot (P) for a gate with slots.
+        """Router logits in float32, per slot (P) for a gate with slots. A derived router that hands a vector on
+        returns a pair, the logits and the new carry.
 
         Args:
             x: activations; jitter multiplies a copy that only the router sees.
             jitter: the factors are uniform in [1 − jitter, 1 + jitter].
             rng: key of the jitter; None: no jitter.
+            carry: ``GateInputs.carry``; not read here.
         """
+        del carry
         x = x.astype(jnp.float32)
         if rng is not None and jitter > 0.0:
             x = x * jax.random.uniform(rng, x.shape, minval=1.0 - jitter, maxval=1.0 + jitter)
@@ -111,13 +115,15 @@ class Keys(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """Tokens in groups: activations [G,S,D], real tokens [G,S], and what some gates read, [G,S]."""
+    """Tokens in groups: activations [G,S,D], real tokens [G,S], and what some gates read, [G,S]; ``carry`` is a pytree
+    of [G,S,...]."""
 
     x: Array
     mask: Array
     token_ids: Array | None
     positions: Array | None
     segment_ids: Array | None
+    carry: Any = None
 
 
 class MoELayer(nnx.Module):
@@ -176,6 +182,7 @@ class MoELayer(nnx.Module):
         token_ids: Int[ArrayLike, "B T"] | None = None,
         positions: Int[ArrayLike, "B T"] | None = None,
         segment_ids: Int[ArrayLike, "B T"] | None = None,
+        carry: Any = None,
         routing: Routing | Choices | None = None,
         train: bool = False,
         rng: PRNGKeyArray | None = None,
@@ -188,20 +195,22 @@ class MoELayer(nnx.Module):
             token_ids: for gates that route by token id.
             positions: of the tokens in their texts, given when generating: no row's routing then depends on the others.
             segment_ids: the document of each token within its row, for gates that read it; 0 is padding.
+            carry: pytree of [B,T,...] that the MoE layer below handed on; None: the gate's ``first_carry``.
             routing: recorded routing to replay instead of asking the router, or choices, whose weights it recomputes.
             train: use the training capacity factor and expert dropout.
             rng: key of jitter, the gate's draws, random drops and expert dropout; None: deterministic.
 
         Returns:
             The output, 0 for a token whose assignments were all dropped (the residual carries it); the layer's report;
-            the routing over groups.
+            the routing over groups, whose ``carry`` the layer hands on.
         """
-        tokens, keys = self._group(x, mask, token_ids, positions, segment_ids), Keys.split(rng)
+        tokens, keys = self._group(x, mask, token_ids, positions, segment_ids, carry=carry), Keys.split(rng)
         capacity = layer_capacity(self.config, tokens.mask.shape[1], train=train)
         self._check_replay(routing, tokens)
         if not isinstance(routing, Routing):
+            logits, tokens = self._logits(tokens, keys)
             inputs = self._inputs(tokens, keys, train=train, expert_capacity=capacity)
-            routing = route(self.gate, self._logits(tokens, keys), inputs, replay=routing)
+            routing = route(self.gate, logits, inputs, replay=routing)
 
         def experts(rows: Array, routing: Routing) -> tuple[Array, Array]:
             routing, plan = plan_assignments(self.config, routing, capacity, rng=keys.drop)
@@ -210,7 +219,7 @@ class MoELayer(nnx.Module):
 
         return self._finish(x, tokens, routing, experts)
 
-    def _group(self, x: Array, mask: ArrayLike | None, *read: ArrayLike | None) -> Tokens:
+    def _group(self, x: Array, mask: ArrayLike | None, *read: ArrayLike | None, carry: Any = None) -> Tokens:
         """Split the batch into groups, runs of S tokens in row order, whatever the mesh."""
         size = self.config.group_size or x.shape[1]
         if x.ndim != 3 or x.shape[2] != self.d_model:
@@ -223,14 +232,22 @@ class MoELayer(nnx.Module):
         # Zeroed, since a NaN in padding would reach others even through a weight or a gradient of 0.
         grouped = jnp.where(mask[..., None], grouped, 0)
         columns = (None if array is None else jnp.asarray(array).reshape(-1, size) for array in read)
-        return Tokens(grouped, mask, *columns)
+        if carry is None:
+            carry = of_tokens(first_carry([self.gate], self._num_columns), mask.shape)
+        return Tokens(grouped, mask, *columns, carry=regrouped(carry, mask.shape))
 
-    def _logits(self, tokens: Tokens, keys: Keys) -> Float[Array, "G S *columns"]:
-        """Router logits, per slot for a gate with slots; zeros without a router."""
+    @property
+    def _num_columns(self) -> int:
+        return self.config.num_experts + self.config.null_experts
+
+    def _logits(self, tokens: Tokens, keys: Keys) -> tuple[Float[Array, "G S *columns"], Tokens]:
+        """Router logits, per slot for a gate with slots and zeros without a router; and the tokens, with what the
+        router hands on."""
         if self.router is None:
-            columns = self.config.num_experts + self.config.null_experts
-            return jnp.zeros((*tokens.mask.shape, columns), jnp.float32)
-        return self.router(tokens.x, jitter=self.config.jitter, rng=keys.jitter)
+            return jnp.zeros((*tokens.mask.shape, self._num_columns), jnp.float32), tokens
+        carry = {} if tokens.carry is None else {"carry": tokens.carry}
+        output = self.router(tokens.x, jitter=self.config.jitter, rng=keys.jitter, **carry)
+        return (output[0], tokens._replace(carry=output[1])) if isinstance(output, tuple) else (output, tokens)
 
     def _inputs(self, tokens: Tokens, keys: Keys, *, train: bool, expert_capacity: int = 0) -> GateInputs:
         """Inputs of the gate beside the logits."""
@@ -246,6 +263,7 @@ class MoELayer(nnx.Module):
             token_ids=tokens.token_ids,
             positions=tokens.positions,
             segment_ids=tokens.segment_ids,
+            carry=tokens.carry,
         )
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +44,7 @@ class SoftMoE(MoELayer):
         token_ids: Int[ArrayLike, "B T"] | None = None,
         positions: Int[ArrayLike, "B T"] | None = None,
         segment_ids: Int[ArrayLike, "B T"] | None = None,
+        carry: Any = None,
         routing: Routing | Choices | None = None,
         train: bool = False,
         rng: PRNGKeyArray | None = None,
@@ -56,8 +58,8 @@ class SoftMoE(MoELayer):
         """
         if routing is not None:
             raise ValueError("a routing cannot be replayed by Soft MoE: its slots are not in it")
-        tokens, keys = self._group(x, mask, token_ids, positions, segment_ids), Keys.split(rng)
-        slot_logits = self._logits(tokens, keys)
+        tokens, keys = self._group(x, mask, token_ids, positions, segment_ids, carry=carry), Keys.split(rng)
+        slot_logits, tokens = self._logits(tokens, keys)
         routing = route(self.gate, expert_logits(slot_logits), self._inputs(tokens, keys, train=train))
         weights = slot_weights(slot_logits, tokens.mask & ~routing.broken)
 

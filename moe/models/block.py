@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any, NamedTuple
+
 import jax
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
@@ -19,10 +22,33 @@ from moe.parallel import partition_specs
 from moe.parallel.mesh import constrain
 from moe.parallel.parameters import times
 from moe.routing.balancing import LayerReport
+from moe.routing.carry import regrouped
 from moe.routing.routing import Choices, Routing
 
 #: An MoE layer's report and routing; None for a dense layer.
 Record = tuple[LayerReport, Routing] | None
+
+
+class Stream(NamedTuple):
+    """What passes from layer to layer.
+
+    Attributes:
+        x: [B,T,D] activations.
+        carry: pytree of [B,T,...] float32 that each MoE layer's router hands on to that of the next; None: nothing.
+    """
+
+    x: Array
+    carry: Any = None
+
+    def after(self, x: Array, record: Record) -> tuple[Stream, Record]:
+        """The stream after a layer, and the layer's record without what it handed on. A dense layer, and one that
+        replays a whole routing, leave the carry as it is."""
+        if record is None:
+            return Stream(x, self.carry), None
+        report, routing = record
+        carry = self.carry if routing.carry is None else regrouped(routing.carry, x.shape[:2])
+        carry = jax.tree.map(lambda leaf: constrain(leaf, partition_specs.BATCH), carry)
+        return Stream(x, carry), (report, dataclasses.replace(routing, carry=None))
 
 
 class CrossAttention(nnx.Module):
@@ -67,6 +93,7 @@ class Block(nnx.Module):
         x: Float[Array, "B T D"],
         rows: Rows,
         *,
+        carry: Any = None,
         routing: Routing | Choices | None = None,
         train: bool = False,
         rng: PRNGKeyArray | None = None,
@@ -75,6 +102,7 @@ class Block(nnx.Module):
         """Apply all parts.
 
         Args:
+            carry: of the layer's :class:`Stream`; what the layer hands on is in the routing of its record.
             routing: see :meth:`moe.models.stack.Stack.run`, as ``train``.
             rng: key of this layer.
             generating: see :meth:`feed_forward`.
@@ -88,7 +116,7 @@ class Block(nnx.Module):
             with jax.named_scope("cross_attention"):
                 x = x + self.cross(x, rows, drop)
         with jax.named_scope("moe" if self.kind.sparse else "ffn"):
-            return self.feed_forward(x, rows, generating=generating, routing=routing, train=train, rng=rng)
+            return self.feed_forward(x, rows, carry=carry, generating=generating, routing=routing, train=train, rng=rng)
 
     def mix(self, x: Float[Array, "B T D"], rows: Rows, drop: Dropout = KEEP_ALL) -> Float[Array, "B T D"]:
         """The first part: x + mixer(norm(x))."""
@@ -116,6 +144,7 @@ class Block(nnx.Module):
         x: Float[Array, "B T D"],
         rows: Rows,
         *,
+        carry: Any = None,
         generating: bool = False,
         routing: Routing | Choices | None = None,
         train: bool = False,
@@ -133,6 +162,7 @@ class Block(nnx.Module):
             token_ids=rows.token_ids,
             positions=rows.positions if generating else None,
             segment_ids=rows.segment_ids,
+            **({} if carry is None else {"carry": carry}),
             routing=routing,
             train=train,
             rng=rng,

@@ -18,7 +18,7 @@ from moe.config import ModelConfig, stacks
 from moe.config.model_section import LayerKind
 from moe.layers.basic import KEEP_ALL, Rows
 from moe.layers.mixers.table import layer_class
-from moe.models.block import Block
+from moe.models.block import Block, Stream
 from moe.models.encoder_decoder import EncoderDecoder, encoder_rows
 from moe.models.factory import Model
 from moe.models.stack import LayerStates, Stack, create_states, join_moe_layers
@@ -178,21 +178,22 @@ def _run(
     if encoded is not None:
         states = [list(zip(*units, strict=True)) for units in zip(caches, encoded.layers, strict=True)]
 
-    def body(block: Block, x: Array, state: Any, layer: Array) -> tuple[Array, tuple[Cache, Choices | None]]:
+    def body(block: Block, stream: Stream, state: Any, layer: Array) -> tuple[Stream, tuple[Cache, Choices | None]]:
         del layer
-        x, cache = mixed(block, x, state[0], mix)
+        x, cache = mixed(block, stream.x, state[0], mix)
         if encoded is not None:
             cross: Any = block.cross.attention
             normalised = block.cross.norm(x)
             query = cross.project_query(normalised, None)
             mask = jnp.broadcast_to(encoded.mask[:, None, None], (len(x), 1, x.shape[1], encoded.mask.shape[1]))
             x = x + cross.join(cross.attend_cached(query, *state[1], mask), normalised)
-        x, record = block.feed_forward(x, rows, generating=True)
-        return x, (cache, None if record is None else record[1].choices)
+        stream, record = stream.after(*block.feed_forward(x, rows, carry=stream.carry, generating=True))
+        return stream, (cache, None if record is None else record[1].choices)
 
-    x, states = _decoder(model).scan(body, model.embed(rows.token_ids), states)
+    decoder = _decoder(model)
+    stream, states = decoder.scan(body, decoder.begin(model.embed(rows.token_ids)), states)
     caches, choices = ([[state[i] for state in unit] for unit in states] for i in (0, 1))
-    return x, caches, join_moe_layers(choices)
+    return stream.x, caches, join_moe_layers(choices)
 
 
 def mixed(block: Block, x: Array, cache: Cache, mix: Mix) -> tuple[Array, Cache]:

@@ -28,6 +28,7 @@ from jax.sharding import PartitionSpec as P
 from moe.config import Config
 from moe.config.model_section import layer_kinds
 from moe.layers.basic import Rows, StackSite
+from moe.models.block import Stream
 from moe.models.decoder import Output, Transformer
 from moe.models.factory import variable_specs
 from moe.models.stack import LayerStates, Segment, join_moe_layers, scan_segment, segments
@@ -109,7 +110,7 @@ class Pipeline:
         self.first = sum(len(unit) * repeats for unit, repeats in segments(model.kinds)[: self.index])
         self.settings: dict[str, Any] = {"remat": model.config.remat, "per_trip": model.config.layers_per_trip}
 
-    def run(self, x: Array, rows: Rows, numbers: Array, casts: Transformer) -> tuple[Array, LayerStates]:
+    def run(self, x: Array, rows: Rows, numbers: Array, casts: Transformer) -> tuple[Stream, LayerStates]:
         """All layers up to the last pipelined one.
 
         Args:
@@ -119,7 +120,7 @@ class Pipeline:
             casts: model from which the stage's parameters are read; the gradients go to those of ``self.model``.
 
         Returns:
-            Activations [K,b,T,D], and what the layers report, each leading with K.
+            The stream of activations [K,b,T,D], and what the layers report, each leading with K.
         """
 
         def begin(_: None, inputs: tuple[Array, Rows, Array]) -> tuple[None, Any]:
@@ -127,13 +128,13 @@ class Pipeline:
             key = jax.random.fold_in(self.rng, number)
             x = self.model.outer_dropout(train=True, rng=key).at(StackSite.EMBEDDING)(x)
             body = self.model.body(rows, train=True, rng=key)
-            return None, self.model.scan(body, x, of=range(self.index), **self.settings)
+            return None, self.model.scan(body, self.model.begin(x), of=range(self.index), **self.settings)
 
-        _, (x, before) = lax.scan(begin, None, (x, rows, numbers))
-        x, pipelined = self._stages(x, rows, nnx.state(getattr(casts, f"segment_{self.index}")))
-        return x, [*before, pipelined]
+        _, (stream, before) = lax.scan(begin, None, (x, rows, numbers))
+        stream, pipelined = self._stages(stream, rows, nnx.state(getattr(casts, f"segment_{self.index}")))
+        return stream, [*before, pipelined]
 
-    def finish(self, x: Array, states: LayerStates, rows: Rows, number: Array) -> Output:
+    def finish(self, stream: Stream, states: LayerStates, rows: Rows, number: Array) -> Output:
         """The remaining layers and the result of one microbatch; arguments are those that :meth:`run` takes and
         returns, without their leading axis."""
         model, key = self.model, jax.random.fold_in(self.rng, number)
@@ -141,25 +142,25 @@ class Pipeline:
         rest, further = self.segment, []
         if len(jax.tree.leaves(nnx.state(rest))[0]):
             first = self.first + self.schedule.pipelined * rest.size
-            x, reports = scan_segment(rest, body, x, [None] * rest.size, first, **self.settings)
+            stream, reports = scan_segment(rest, body, stream, [None] * rest.size, first, **self.settings)
             further = [reports]
         after = range(self.index + 1, len(segments(model.kinds)))
-        x, others = model.scan(body, x, of=after, **self.settings)
+        stream, others = model.scan(body, stream, of=after, **self.settings)
         further += others
         layers, _ = join_moe_layers([*states, *further]) or (None, None)
-        x = model.outer_dropout(train=True, rng=key).at(StackSite.OUTPUT)(model.final_norm(x))
+        x = model.outer_dropout(train=True, rng=key).at(StackSite.OUTPUT)(model.final_norm(stream.x))
         return model.output(x, layers, rows, train=True, rng=key)
 
-    def _stages(self, x: Array, rows: Rows, casts: nnx.State) -> tuple[Array, list[Any]]:
+    def _stages(self, stream: Stream, rows: Rows, casts: nnx.State) -> tuple[Stream, list[Any]]:
         """The pipelined segment: [K,b,T,D] → [K,b,T,D], and the reports of its layers."""
-        stages, rounds, blocks = self.schedule.stages, self.schedule.rounds, len(x)
+        stages, rounds, blocks = self.schedule.stages, self.schedule.rounds, len(stream.x)
         stage, repeats, segment = lax.axis_index(axis_of("pipeline")), self.schedule.repeats, self.segment
         turns = rounds * blocks * stages
 
-        def layers(current: tuple[Array, Rows], turn: Array) -> tuple[tuple[Array, Rows], list[Any]]:
+        def layers(current: tuple[Stream, Rows], turn: Array) -> tuple[tuple[Stream, Rows], list[Any]]:
             """This stage's work of a turn, on the microbatch that has arrived; before its first and after its last
             turn its result is not used."""
-            x, rows = current
+            stream, rows = current
             work = jnp.clip(turn - stage, 0, turns - 1)
             group = work // stages % rounds
             key = jax.random.fold_in(self.rng, work // (rounds * stages) * stages + work % stages)
@@ -174,8 +175,8 @@ class Pipeline:
             body = self.model.body(rows, train=True, rng=key)
             number = self.first + (group * stages + stage) * repeats * segment.size
             own = {"repeats": repeats, "take": take, **self.settings}
-            x, reports = scan_segment(segment, body, x, [None] * segment.size, number, **own)
-            return (x, rows), reports
+            stream, reports = scan_segment(segment, body, stream, [None] * segment.size, number, **own)
+            return (stream, rows), reports
 
         def exchange(current: Any, waiting: Any, turn: Array | int) -> tuple[Any, Any]:
             """Swap, on the first stage, a microbatch that has passed all layers for one that has not.
@@ -206,11 +207,12 @@ class Pipeline:
             return (_shift(current, 1), waiting), reports
 
         # One more block, in which the last microbatches come home.
-        waiting = jax.tree.map(lambda x: jnp.pad(x, ((0, 1), *((0, 0),) * (x.ndim - 1))), (x, rows))
-        empty = jax.tree.map(lambda x: jnp.zeros_like(x[0]), (x, rows))
+        waiting = jax.tree.map(lambda x: jnp.pad(x, ((0, 1), *((0, 0),) * (x.ndim - 1))), (stream, rows))
+        empty = jax.tree.map(lambda x: jnp.zeros_like(x[0]), (stream, rows))
         carry, reports = lax.scan(turn, (empty, waiting), jnp.arange(turns + stages - 1))
-        _, (x, _) = exchange(carry[0], carry[1], turns + stages - 1)
-        return x[1:], jax.tree.map(functools.partial(self._home, stage, blocks), reports)
+        _, (stream, _) = exchange(carry[0], carry[1], turns + stages - 1)
+        stream = jax.tree.map(lambda x: x[1:], stream)
+        return stream, jax.tree.map(functools.partial(self._home, stage, blocks), reports)
 
     def _home(self, stage: Array, blocks: int, report: Array) -> Array:
         """[turns,n,...] of this stage's layers → [K,R,...] of all R repeats, of this device's microbatches."""
@@ -307,26 +309,26 @@ def gradients(
             of_stage = dataclasses.replace(state, parameters=parameters, biases=state.biases | biases)
             return nnx.merge(graphdef, of_stage.variables)
 
-        def run(outside: Any, own: Any, x: Array) -> tuple[Array, LayerStates]:
+        def run(outside: Any, own: Any, x: Array) -> tuple[Stream, LayerStates]:
             stage = Pipeline(model(outside | own, own_biases), schedule, rng)
             return stage.run(x, rows, numbers, model(outside | casts, own_biases))
 
-        def finish(outside: Any, x: Array, reports: LayerStates, inputs: tuple[Any, ...]) -> Any:
+        def finish(outside: Any, stream: Stream, reports: LayerStates, inputs: tuple[Any, ...]) -> Any:
             rows, microbatch, number = inputs
             end = Pipeline(model(outside, rest_biases), schedule, rng)
-            return loss(end.model, end.finish(x, reports, rows, number), microbatch, count)
+            return loss(end.model, end.finish(stream, reports, rows, number), microbatch, count)
 
         def accumulate(sums: Any, inputs: tuple[Any, ...]) -> Any:
-            x, reports, *others = inputs
-            of_microbatch = jax.value_and_grad(finish, (0, 1, 2), has_aux=True)(after, x, reports, tuple(others))
+            stream, reports, *others = inputs
+            of_microbatch = jax.value_and_grad(finish, (0, 1, 2), has_aux=True)(after, stream, reports, tuple(others))
             (share, (numbers, layers)), (gradient, *cotangents) = of_microbatch
             return jax.tree.map(jnp.add, sums, (share, gradient)), (numbers, layers, cotangents)
 
-        (x, reports), back_through_stages = jax.vjp(run, outside, own, x)
+        (stream, reports), back_through_stages = jax.vjp(run, outside, own, x)
         # What follows the last stage is differentiated microbatch by microbatch, so that none of it is kept.
         after = outside | rest
         zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, after)
-        inputs = x, reports, rows, batch, numbers
+        inputs = stream, reports, rows, batch, numbers
         (share, gradient), (shown, layers, cotangents) = lax.scan(accumulate, zeros, inputs)
         before, of_own, of_x = back_through_stages(tuple(cotangents))
         (of_layers,) = back((of_own, {segment: gradient.pop(segment)}))

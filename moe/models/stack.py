@@ -20,16 +20,17 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from moe.config import ModelConfig
+from moe.config import ModelConfig, MoEConfig
 from moe.config.mixers import PATHS
 from moe.config.model_section import LayerKind, layer_kinds, stacks
 from moe.layers.attention.scoring import RelativeBias
 from moe.layers.basic import Dropout, Embedding, RMSNorm, Rows, StackSite
-from moe.models.block import Block
+from moe.models.block import Block, Stream
 from moe.parallel.mesh import axis_size
 from moe.parallel.parameters import stacked, take_layer
 from moe.parallel.partition_specs import INNER_INPUT, REMAT_POLICIES
 from moe.routing.balancing import LayerReport
+from moe.routing.carry import first_carry, of_tokens
 from moe.routing.routing import Choices, Routing
 
 #: Name of the layers of multi-token prediction (moe.models.prediction) in a model, stacked along a leading axis.
@@ -65,6 +66,12 @@ def segments(layers: tuple[LayerKind, ...]) -> tuple[tuple[tuple[LayerKind, ...]
         runs.append((best_unit, best_repeats))
         start += len(best_unit) * best_repeats
     return tuple(runs)
+
+
+def carry_of(moe: MoEConfig, layers: tuple[LayerKind, ...]) -> Any:
+    """What the lowest router of a stack reads, for one token (:func:`moe.routing.carry.first_carry`)."""
+    gates = [kind.gate for kind in layers if kind.gate is not None]
+    return first_carry(gates, moe.num_experts + moe.null_experts)
 
 
 class Segment(nnx.Module):
@@ -131,9 +138,13 @@ class Stack(nnx.Module):
         body = self.body(rows, train=train, rng=rng, return_routing=return_routing, generating=generating)
         states = split_moe_layers(self.kinds, routing)
         x = drop.at(StackSite.EMBEDDING)(x)
-        x, records = self.scan(body, x, states, remat=c.remat, per_trip=c.layers_per_trip)
+        stream, records = self.scan(body, self.begin(x), states, remat=c.remat, per_trip=c.layers_per_trip)
         layers, recorded = join_moe_layers(records) or (None, None)
-        return drop.at(StackSite.OUTPUT)(self.final_norm(x)), layers, recorded
+        return drop.at(StackSite.OUTPUT)(self.final_norm(stream.x)), layers, recorded
+
+    def begin(self, x: Float[Array, "B T D"]) -> Stream:
+        """What the first layer reads. Raises ConfigError if routers hand on different shapes."""
+        return Stream(x, of_tokens(carry_of(self.config.moe, self.kinds), x.shape[:2]))
 
     @property
     def _first(self) -> int:
@@ -163,14 +174,15 @@ class Stack(nnx.Module):
         return_routing: bool = False,
         generating: bool = False,
     ) -> Body:
-        """One layer, for :meth:`scan`; arguments are those of :meth:`run`. A layer's input state is the routing to
-        replay, its output state what it reports."""
+        """One layer over a :class:`Stream`, for :meth:`scan`; arguments are those of :meth:`run`. A layer's input state
+        is the routing to replay, its output state what it reports."""
         rows = self.with_bias(rows)
 
-        def body(block: Block, x: Array, replayed: Routing | Choices | None, layer: Array) -> tuple[Array, Any]:
+        def body(block: Block, stream: Stream, replayed: Routing | Choices | None, layer: Array) -> tuple[Stream, Any]:
             key = None if rng is None else jax.random.fold_in(rng, self._first + layer)
-            x, record = block(x, rows, routing=replayed, train=train, rng=key, generating=generating)
-            return x, record if record is None or return_routing else (record[0], None)
+            settings = {"train": train, "rng": key, "generating": generating}
+            stream, record = stream.after(*block(stream.x, rows, carry=stream.carry, routing=replayed, **settings))
+            return stream, record if record is None or return_routing else (record[0], None)
 
         return body
 

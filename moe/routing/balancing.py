@@ -19,6 +19,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Bool, Float, Int
 
+from moe.routing.carry import first_carry, of_tokens
 from moe.routing.interface import ROUTES, BalanceCounts, Gate, GateInputs, quantile, top_k
 from moe.routing.routing import Routing, route
 from moe.system.fields import ConfigError, raised_as_errors
@@ -303,7 +304,8 @@ def probe_rule(gate: Gate, num_experts: int) -> None:
         bias = rule.selection_bias(state)
         if bias is not None:
             _check_state(f"{name}: selection_bias", bias, bias, (num_experts,))
-        inputs = dataclasses.replace(inputs, state=state, selection_bias=bias)
+        carry = of_tokens(first_carry([gate], num_experts), mask.shape)
+        inputs = dataclasses.replace(inputs, state=state, selection_bias=bias, carry=carry)
         routing = route(gate, jax.random.normal(jax.random.key(0), (1, 8, num_experts)), inputs)
         found = report(routing, mask, routing.chosen, k=gate.experts_per_token(num_experts))
         states, reports = (jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), tree) for tree in (state, found))

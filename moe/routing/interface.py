@@ -42,6 +42,8 @@ class GateInputs:
         segment_ids: [G,S] int32, document of each token within its row, from 1; 0: padding. A group may hold several
             rows. None: a layer that was called without them.
         expert_index: [G,S,K] int32, recorded experts whose weights are to be recomputed; None: the gate chooses.
+        carry: what the MoE layer below handed on, or in the lowest one the gate's ``first_carry``: a pytree of
+            [G,S,...] float32; None: no gate of the model hands anything on.
     """
 
     mask: Array
@@ -55,6 +57,7 @@ class GateInputs:
     positions: Array | None = None
     segment_ids: Array | None = None
     expert_index: Array | None = None
+    carry: Any = None
 
 
 class GateOutput(NamedTuple):
@@ -67,6 +70,7 @@ class GateOutput(NamedTuple):
         probs: [G,S,E] float32, probabilities for the balancing losses; None: softmax of the logits.
         smooth_load: [G,S,E] float32, differentiable probability of being chosen; None: not defined by the gate.
         needed_bias: [G,S,E] float32, selection bias above which the token goes to the expert; None: not needed.
+        carry: what is handed on to the MoE layer above, of the same shapes as ``GateInputs.carry``; None: that.
     """
 
     expert_index: Array
@@ -75,6 +79,7 @@ class GateOutput(NamedTuple):
     probs: Array | None = None
     smooth_load: Array | None = None
     needed_bias: Array | None = None
+    carry: Any = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,6 +147,16 @@ class Gate:
     @property
     def balancing(self) -> BalancingRule | None:
         """Rule that updates a state of the router after each step; None: the router has no state."""
+        return None
+
+    def first_carry(self, num_experts: int) -> Any:
+        """What the lowest MoE layer reads as ``GateInputs.carry``, for one token: a pytree of float32 arrays, which
+        also sets the shapes of what every layer hands on; None: nothing is handed on.
+
+        Args:
+            num_experts: E, columns of the router.
+        """
+        del num_experts
         return None
 
     @property

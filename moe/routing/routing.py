@@ -14,6 +14,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float
 
+from moe.routing.carry import first_carry, handed_on, of_tokens
 from moe.routing.interface import ROUTES, Gate, GateInputs, GateOutput
 from moe.system.fields import LARGEST, ConfigError, raised_as_errors
 from moe.system.npz_files import read_arrays, write_arrays
@@ -49,6 +50,8 @@ class Routing:
         smooth_load: [G,S,E] float32, differentiable probability of being chosen; None: not defined by the gate.
         needed_bias: [G,S,E] float32, see :class:`moe.routing.interface.GateOutput`. A layer uses it and
             ``smooth_load`` for its report and omits both from the routing that it returns.
+        carry: pytree of [G,S,...] float32, what the router hands on to the MoE layer above, 0 for tokens that are not
+            routed; None: nothing. A model omits it from the routing that it returns.
     """
 
     expert_index: Array
@@ -59,6 +62,7 @@ class Routing:
     broken: Array
     smooth_load: Array | None = None
     needed_bias: Array | None = None
+    carry: Any = None
 
     @property
     def choices(self) -> Choices:
@@ -67,10 +71,16 @@ class Routing:
 
 
 def save_routing(path: str, routing: Routing | Choices) -> None:
-    """Write a routing, or choices, as an npz file with one array per attribute."""
-    arrays = {field.name: getattr(routing, field.name) for field in dataclasses.fields(routing)}
+    """Write a routing, or choices, as an npz file with one array per attribute; ``carry`` is not written."""
+    arrays = {name: getattr(routing, name) for name in _stored_fields(type(routing))}
     given: dict[str, Any] = {name: np.asarray(array) for name, array in arrays.items() if array is not None}
     write_arrays(Path(path), given)
+
+
+def _stored_fields(kind: type[Routing | Choices]) -> dict[str, bool]:
+    """Attribute → whether a file must have it."""
+    fields = (field for field in dataclasses.fields(kind) if field.name != "carry")
+    return {field.name: field.default is dataclasses.MISSING for field in fields}
 
 
 def load_routing(path: str) -> Routing | Choices:
@@ -82,9 +92,9 @@ def load_routing(path: str) -> Routing | Choices:
     arrays = read_arrays(path)
     where = f"{path}: not the arrays of a routing, or of choices"
     kind = Choices if arrays.keys() == {"expert_index", "chosen"} else Routing
-    fields = dataclasses.fields(kind)
-    needed = {field.name for field in fields if field.default is dataclasses.MISSING}
-    if wrong := sorted((needed - arrays.keys()) | (arrays.keys() - {field.name for field in fields})):
+    fields = _stored_fields(kind)
+    needed = {name for name, is_needed in fields.items() if is_needed}
+    if wrong := sorted((needed - arrays.keys()) | (arrays.keys() - fields.keys())):
         raise ConfigError(f"{where}: {wrong[0]} is {'not one of them' if wrong[0] in arrays else 'missing'}")
     experts, chosen = arrays["expert_index"], arrays["chosen"]
     if experts.dtype.kind not in "iu" or chosen.dtype.kind != "b" or experts.ndim not in (3, 4):
@@ -124,9 +134,10 @@ def route(
     recorded = None if replay is None else replay.expert_index
     inputs = dataclasses.replace(inputs, mask=valid, noise_logits=noise_logits, expert_index=recorded)
     if not is_own(gate):
-        return _routing(gate, gate.route(router_logits, inputs), router_logits, mask, finite, replay)
+        return _routing(gate, gate.route(router_logits, inputs), router_logits, mask, finite, replay, inputs.carry)
     with raised_as_errors(f"gate {type(gate).__name__}: route"):
-        routing = _routing(gate, gate.route(router_logits, inputs), router_logits, mask, finite, replay)
+        output = gate.route(router_logits, inputs)
+        routing = _routing(gate, output, router_logits, mask, finite, replay, inputs.carry)
         return routing if replay is not None else _without_wrong_choices(routing, mask)
 
 
@@ -153,13 +164,20 @@ def _without_wrong_choices(routing: Routing, mask: Array) -> Routing:
 
 
 def _routing(
-    gate: Gate, output: Any, router_logits: Array, mask: Array, finite: Array, replay: Choices | None
+    gate: Gate,
+    output: Any,
+    router_logits: Array,
+    mask: Array,
+    finite: Array,
+    replay: Choices | None,
+    carry: Any = None,
 ) -> Routing:
     """The routing of a gate's output, or of recorded choices with its weights; arguments are those of :func:`route`.
 
     Args:
         output: of the gate, perhaps something else.
         finite: [G,S], tokens whose logits are finite.
+        carry: that the gate read.
     """
     _check_output(gate, output, router_logits)
     valid = mask & finite
@@ -178,6 +196,7 @@ def _routing(
         broken=mask & ~finite,
         smooth_load=output.smooth_load,
         needed_bias=output.needed_bias,
+        carry=handed_on(gate, carry, output.carry, valid),
     )
 
 
@@ -246,10 +265,11 @@ def _probe(
         token_ids=ids,
         positions=jnp.full((groups, size), 8, jnp.int32) if generating else None,
         segment_ids=jnp.ones((groups, size), jnp.int32),
+        carry=of_tokens(first_carry([gate], columns), (groups, size)),
     )
 
     def apply(logits: Array) -> Routing:
-        return _routing(gate, gate.route(logits, inputs), logits, inputs.mask, inputs.mask, None)
+        return _routing(gate, gate.route(logits, inputs), logits, inputs.mask, inputs.mask, None, inputs.carry)
 
     with raised_as_errors(f"{name}: route"):
         for _ in range(2):  # a gate that keeps a tracer fails the second time

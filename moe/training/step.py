@@ -15,14 +15,14 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.typing import ArrayLike
 
-from moe.config import Config, ConfigError, ModelConfig
+from moe.config import Config, ConfigError, ModelConfig, stacks
 from moe.layers.mixers import table
 from moe.layers.moe_layer import SelectionBias, replace_gate
 from moe.models import pipeline
 from moe.models.adapters import initial_adapters
 from moe.models.decoder import Output
 from moe.models.factory import Model, abstract_model, create_model, variable_specs
-from moe.models.stack import map_routers, selection_biases
+from moe.models.stack import carry_of, map_routers, selection_biases
 from moe.models.stages import Schedule
 from moe.models.state import AdaptedState, TrainState, set_schedule_step, state_specs
 from moe.parallel import partition_specs, target
@@ -246,6 +246,8 @@ def _probe_own_gates(config: Config) -> None:
         groups = config.train.batch_size * length // size
         if fitting := min(groups, _PROBED // (size * columns)):
             shapes.append((fitting, size))
+    for layers in stacks(model).values():
+        carry_of(moe, layers)
     for gate in set(moe.gates):
         if is_own(gate):
             probe(gate, moe.num_experts, null_experts=moe.null_experts, shapes=shapes)

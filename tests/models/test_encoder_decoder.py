@@ -15,7 +15,7 @@ from moe.config import MeshConfig, layer_kinds
 from moe.config.model_section import RopeScalingConfig
 from moe.layers.attention.scoring import bias_of_rows, relative_bucket
 from moe.models import kv_cache, sampling
-from moe.models.block import Block
+from moe.models.block import Block, Stream
 from moe.models.decoder import make_rows
 from moe.models.factory import abstract_model
 from moe.models.stack import unstack_layers
@@ -301,7 +301,7 @@ def test_all_layers_of_both_stacks_draw_different_noise():
     for stack in (model.encoder, model.decoder):
         body = stack.body(rows, train=True, rng=key)
         block = mock.Mock(spec=Block, side_effect=lambda x, rows, **settings: (settings["rng"], None))
-        keys += [body(block, jnp.zeros(()), None, jnp.asarray(layer))[0] for layer in range(len(stack.kinds))]
+        keys += [body(block, Stream(jnp.zeros(())), None, jnp.asarray(layer))[0].x for layer in range(len(stack.kinds))]
         keys.append(stack.outer_dropout(train=True, rng=key).rng)
     # Three layers and two, and in each stack the dropout outside its layers.
     assert len({tuple(np.asarray(jax.random.key_data(key)).tolist()) for key in keys}) == len(keys) == 7

@@ -1,0 +1,82 @@
+"""What routers hand on to the MoE layer above them: a vector, or a decision (residual routers of MoE++ and ZAYA)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from moe.routing.interface import Gate
+from moe.system.fields import ConfigError
+
+
+def first_carry(gates: Iterable[Gate], num_experts: int) -> Any:
+    """What the lowest of these gates' layers reads, for one token; None: no gate hands anything on.
+
+    Args:
+        gates: of a model's MoE layers, the lowest first.
+        num_experts: E, columns of the router.
+
+    Raises:
+        ConfigError: an array is not float32, or two gates hand on different shapes.
+    """
+    first, owner = None, ""
+    for gate in gates:
+        carry = gate.first_carry(num_experts)
+        if carry is None:
+            continue
+        if any(jnp.asarray(leaf).dtype != jnp.float32 for leaf in jax.tree.leaves(carry)):
+            raise ConfigError(f"gate {gate.name}: first_carry returns {describe(carry)}: must be float32 arrays")
+        if first is None:
+            first, owner = jax.tree.map(jnp.asarray, carry), gate.name
+        elif not _same_shapes(carry, first):
+            raise ConfigError(
+                f"gate {gate.name}: first_carry returns {describe(carry)}: must have the shapes of gate {owner} of the "
+                f"same model, {describe(first)}"
+            )
+    return first
+
+
+def of_tokens(carry: Any, shape: tuple[int, int]) -> Any:
+    """Repeat what one token carries for tokens of this shape; None stays None."""
+    return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (*shape, *leaf.shape)), carry)
+
+
+def regrouped(carry: Any, shape: tuple[int, int]) -> Any:
+    """[B,T,...] as [G,S,...], or back: the first two axes get this shape."""
+    return jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[2:]), carry)
+
+
+def handed_on(gate: Gate, before: Any, after: Any, valid: Array) -> Any:
+    """What a gate hands on, 0 for tokens that are not routed.
+
+    Args:
+        before: ``GateInputs.carry``.
+        after: ``GateOutput.carry``.
+        valid: [G,S] bool.
+
+    Raises:
+        ConfigError: the two have different shapes.
+    """
+    after = before if after is None else after
+    if not _same_shapes(after, before):
+        raise ConfigError(
+            f"gate {type(gate).__name__}: carry is {describe(after)}, must be {describe(before)}, as first_carry says"
+        )
+    return jax.tree.map(lambda leaf: jnp.where(valid.reshape(*valid.shape, *(1,) * (leaf.ndim - 2)), leaf, 0.0), after)
+
+
+def _same_shapes(one: Any, other: Any) -> bool:
+    if jax.tree.structure(one) != jax.tree.structure(other):
+        return False
+    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    return all(jnp.shape(a) == jnp.shape(b) and jnp.asarray(a).dtype == jnp.asarray(b).dtype for a, b in pairs)
+
+
+def describe(carry: Any) -> str:
+    """Types and shapes of a pytree's arrays."""
+    leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(carry)]
+    return ", ".join(f"{leaf.dtype}{list(leaf.shape)}" for leaf in leaves) or "no arrays"
