@@ -121,6 +121,14 @@ def test_links_between_files_of_the_repository_resolve():
         assert not anchor or anchor in _anchors(target), f"{page}: {link}"
 
 
+def test_pictures_of_pages_are_not_stale():
+    command = [sys.executable, ROOT / "scripts" / "pictures.py", "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    shown = {name for page in (ROOT / "docs").glob("*.md") for name in re.findall(r"\((\w+)\.png\)", page.read_text())}
+    assert shown - json.loads((ROOT / "docs" / "pictures.json").read_text()).keys() <= {"diff", "plan_page"}
+
+
 def _messages() -> str:
     """All string literals of the package, one per line, without the values of f-strings."""
     found = []
