@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 from flax import nnx
 
 from moe.config import Config, ConfigError, ModelConfig
@@ -67,6 +68,7 @@ def write_folder(
     max_shard_bytes: int = 2 * 1024**3,
     fused: bool = False,
     encoders: Encoders | None = None,
+    copied: Sequence[epath.Path] = (),
 ) -> None:
     """Write a folder as :func:`save_huggingface` does, taking the parameters one by one.
 
@@ -78,6 +80,8 @@ def write_folder(
         max_shard_bytes: see there.
         fused: see there.
         encoders: of tensors that are quantised; each must be among those written.
+        copied: further files. ``config.json`` is written after all others: a folder that a kill left unfinished has
+            none.
 
     Raises:
         ConfigError: the folder holds files, a tensor with an encoder is not written, or one has numbers that are not
@@ -108,6 +112,8 @@ def write_folder(
     if not encoders:
         dtype = str(max(writer.sizes, key=writer.sizes.__getitem__))  # selection biases may have another dtype
         content = source | {"dtype" if "dtype" in source else "torch_dtype": dtype}
+    for path in copied:
+        write_atomic(directory / path.name, path.read_bytes())
     write_atomic(directory / CONFIG_FILE, json.dumps(content, indent=2) + "\n")
 
 

@@ -69,9 +69,9 @@ def import_checkpoint(
     files |= _companions(Path(source))
     stated = written | _bias_dtype(folder, parameters)
     files[SOURCE_FILE] = (json.dumps(stated, indent=2) + "\n").encode()
-    files[CONFIG_FILE] = json.dumps(to_dict(config), indent=2).encode()
     if isinstance(read_quantization(written), FP8Config):
         files[SCALES_FILE] = pack_scales(folder.scales())
+    files[CONFIG_FILE] = json.dumps(to_dict(config), indent=2).encode()  # last: with it a workdir is complete
     tree: dict[str, Any] = {}
     biases: dict[str, Any] = {}
     for parameter in parameters:
@@ -165,11 +165,9 @@ def export_checkpoint(
         tree = stored.read_parameters(workdir, config.model, dtype=dtype or None, only=path, step=step)
         return get_leaf(tree, path)
 
+    beside = [path for name in COMPANIONS if (path := epath.Path(workdir) / name).exists()]
     with new_folder(epath.Path(directory)):
-        write_folder(written, config.model, fetch, Path(directory), fused=fused, encoders=encoders)
-        for name in COMPANIONS:
-            if (epath.Path(workdir) / name).exists():
-                write_atomic(Path(directory) / name, (epath.Path(workdir) / name).read_bytes())
+        write_folder(written, config.model, fetch, Path(directory), fused=fused, encoders=encoders, copied=beside)
 
 
 def _as_imported(biases: Any, dtype: object) -> Any:

@@ -403,6 +403,19 @@ def test_nothing_is_overwritten(tmp_path):
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
+def test_the_last_file_of_an_import_and_of_an_export_is_config_json(tmp_path, monkeypatch):
+    """A folder that a kill left without a tokenizer, or without the scales of FP8 weights, is no complete model."""
+    names, replace = [], Path.replace
+    monkeypatch.setattr(Path, "replace", lambda path, target: names.append(target.name) or replace(path, target))
+    import_checkpoint(HERE / "deepseek_v3_fp8", tmp_path / "run")
+    assert {*names} >= {"huggingface_scales.safetensors", "generation_config.json"}
+    assert names[-1] == "config.json"
+    names.clear()
+    export_checkpoint(tmp_path / "run", tmp_path / "exported")
+    assert {*names} >= {"model.safetensors", "generation_config.json"}
+    assert names[-1] == "config.json"
+
+
 def test_a_failed_import_or_export_leaves_no_folders(tmp_path):
     import_checkpoint(HERE / "mixtral", tmp_path / "run")
     (tmp_path / "run" / "tokenizer.model").mkdir()  # cannot be copied, which fails after the weights
