@@ -23,7 +23,7 @@ import pydantic
 
 from moe.config import ConfigError
 from moe.lab import identity
-from moe.system.atomic_files import write_atomic
+from moe.system.atomic_files import sole_writer, write_atomic
 from moe.system.foreign_files import first_sentence
 from moe.system.reading import read_small_file
 
@@ -218,12 +218,13 @@ def update_table(path: Path, records: Sequence[Record]) -> None:
     Raises:
         ConfigError: see :func:`write_table` and :func:`read_table`.
     """
-    before = read_table(path) if path.exists() else []
-    known = {record.run: record.probes for record in before}  # a run with two names has a record under each
-    own = [dataclasses.replace(record, probes=known.get(record.run, {}) | record.probes) for record in records]
-    runs = {record.run for record in own}
-    others = [record for record in before if record.run not in runs]
-    write_table(path, [*own, *others])
+    with sole_writer(path):
+        before = read_table(path) if path.exists() else []
+        known = {record.run: record.probes for record in before}  # a run with two names has a record under each
+        own = [dataclasses.replace(record, probes=known.get(record.run, {}) | record.probes) for record in records]
+        runs = {record.run for record in own}
+        others = [record for record in before if record.run not in runs]
+        write_table(path, [*own, *others])
 
 
 def read_table(path: Path) -> list[Record]:

@@ -12,7 +12,7 @@ from moe.dispatch import quantized
 from moe.planner import calibration, network
 from moe.planner.plan import Plan, cost_words
 from moe.planner.topology import all_names, of_slices, tpu_name
-from moe.system.atomic_files import write_atomic
+from moe.system.atomic_files import sole_writer, write_atomic
 from moe.system.escaping import markdown_table, markdown_text
 from moe.system.foreign_files import Amount, Fields, Interval, Positive, kept_whole, read_rows
 
@@ -97,10 +97,11 @@ def read(path: Path) -> list[_Row]:
 def keep(path: Path, new: _Row) -> None:
     """Add a plan to the file, replacing one of the same config, slice and flags."""
     same = ("config", "topology", "flags")
-    rows = [old for old in read(path) if any(old[name] != json.loads(json.dumps(new))[name] for name in same)]
-    rows.append(new)
-    rows.sort(key=lambda each: (each["config"], each["topology"], -each["tokens_per_second_per_chip"]))
-    write_atomic(path, json.dumps(rows, indent=1) + "\n")
+    with sole_writer(path):
+        rows = [old for old in read(path) if any(old[name] != json.loads(json.dumps(new))[name] for name in same)]
+        rows.append(new)
+        rows.sort(key=lambda each: (each["config"], each["topology"], -each["tokens_per_second_per_chip"]))
+        write_atomic(path, json.dumps(rows, indent=1) + "\n")
 
 
 def rescaled(kept: _Row, known: list[_Row]) -> _Row:
@@ -131,7 +132,8 @@ def rescaled(kept: _Row, known: list[_Row]) -> _Row:
 def rescale(path: Path, page: Path) -> None:
     """Predict all kept plans of a file again, after the published steps have changed; ``page`` as in
     :func:`write_table`."""
-    write_atomic(path, json.dumps([rescaled(kept, calibration.rows()) for kept in read(path)], indent=1) + "\n")
+    with sole_writer(path):
+        write_atomic(path, json.dumps([rescaled(kept, calibration.rows()) for kept in read(path)], indent=1) + "\n")
     write_table(path, page)
 
 

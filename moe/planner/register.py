@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from moe.config import ConfigError
-from moe.system.atomic_files import write_atomic
+from moe.system.atomic_files import sole_writer, write_atomic
 from moe.system.foreign_files import Fields, Positive, kept_whole, parse
 from moe.system.reading import read_small_file
 
@@ -107,11 +107,12 @@ def add(path: Path, entry: _Json) -> None:
         ConfigError: the same one stands there already.
     """
     same = ("model", "topology", "tokens", "program", "prices")
-    known = read(path)
-    for old in known:
-        if all(old[name] == entry[name] for name in same):
-            raise ConfigError(f"{path}: this plan was registered on {old['date']}, stamp {old['stamp']}")
-    write_atomic(path, "".join(json.dumps(each) + "\n" for each in [*known, entry]))
+    with sole_writer(path):
+        known = read(path)
+        for old in known:
+            if all(old[name] == entry[name] for name in same):
+                raise ConfigError(f"{path}: this plan was registered on {old['date']}, stamp {old['stamp']}")
+        write_atomic(path, "".join(json.dumps(each) + "\n" for each in [*known, entry]))
 
 
 def scores(predictions: Sequence[_Json], outcomes: Sequence[_Json]) -> list[_Json]:

@@ -92,6 +92,18 @@ def lock(file: int, operation: int) -> None:
             raise
 
 
+@contextlib.contextmanager
+def sole_writer(path: Path) -> Iterator[None]:
+    """Wait for the lock of a file's folder, and hold it while the file is read, and written with what it held: another
+    program's change in between would be lost."""
+    descriptor = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        lock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def refuse_files(folder: str | os.PathLike[str]) -> None:
     """Refuse to write a folder that exists and is not empty: nothing is ever overwritten. Raises ConfigError."""
     scheme, bucket, _ = os.fspath(folder).partition("://")

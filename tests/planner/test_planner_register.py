@@ -2,6 +2,7 @@
 
 import json
 import math
+import threading
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,24 @@ def test_a_registered_prediction_cannot_be_changed(tmp_path):
     path.write_text("{}\n")
     with pytest.raises(ConfigError, match="line 1: not a prediction"):
         register.read(path)
+
+
+def test_predictions_of_two_programs_at_once_are_both_kept(tmp_path, monkeypatch):
+    """The second begins once the first has read the file, and would read it before the first writes."""
+    path, read, others = tmp_path / "predictions.jsonl", register.read, []
+
+    def slowly(given):
+        found = read(given)
+        if not others:
+            others.append(threading.Thread(target=register.add, args=(path, _entry(topology="v6e:16x16"))))
+            others[0].start()
+            others[0].join(timeout=0.5)
+        return found
+
+    monkeypatch.setattr(register, "read", slowly)
+    register.add(path, _entry())
+    others[0].join()
+    assert [entry["topology"] for entry in read(path)] == ["v5p:4x4x4", "v6e:16x16"]
 
 
 def test_scores_by_hand(tmp_path):
