@@ -31,7 +31,13 @@ from moe.checkpoints.integrity import (
     saved_checksums,
     unreadable_as_damaged,
 )
-from moe.checkpoints.manager import complete_steps, orbax_folder, refuse_special_files, refuse_unusable_path
+from moe.checkpoints.manager import (
+    complete_steps,
+    no_background_tracebacks,
+    orbax_folder,
+    refuse_special_files,
+    refuse_unusable_path,
+)
 from moe.checkpoints.pinned import base_step
 from moe.checkpoints.workdir import CONFIG, read_config, write_config
 from moe.config import Config, ConfigError, ModelConfig
@@ -129,7 +135,7 @@ def write_parameters(workdir: epath.Path, parameters: dict[str, Any], biases: di
         ConfigError: the workdir holds checkpoints, or its path cannot hold any.
     """
     refuse_unusable_path(workdir)
-    with quiet_orbax():
+    with quiet_orbax(), no_background_tracebacks():
         _write_parameters(workdir, {"parameters": parameters} | ({"biases": biases} if biases else {}))
 
 
@@ -345,7 +351,7 @@ def _read(workdir: epath.Path, branch: str, variables: nnx.State, **options: Unp
     step = chosen_step(workdir, options.get("step"))
     refuse_special_files(workdir / "checkpoints" / str(step))
     where = f"{workdir}: the checkpoint of step {step} to be read"
-    with quiet_orbax():
+    with quiet_orbax(), no_background_tracebacks():
         manager = ocp.CheckpointManager(
             orbax_folder(workdir),
             options=ocp.CheckpointManagerOptions(read_only=True),

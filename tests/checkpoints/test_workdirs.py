@@ -254,6 +254,22 @@ def test_a_workdir_of_parameters_is_written_completely_or_not_at_all(tmp_path, m
     assert not (tmp_path / "new").exists()
 
 
+def test_a_disk_that_fails_orbax_is_said_once(tmp_path, monkeypatch, caplog):
+    """Orbax's thread logs a traceback of the error that it raises."""
+    make = os.mkdir
+
+    def fail(path, *rest, **options):
+        if "state" in str(path):
+            raise OSError(28, "No space left on device")
+        make(path, *rest, **options)
+
+    monkeypatch.setattr(os, "mkdir", fail)
+    with pytest.raises(ConfigError, match=r"out: cannot be written, and nothing was left: .*No space left"):
+        parameters.write_workdir(str(tmp_path / "out"), Config(), {"table": np.ones(3, np.float32)}, {}, {})
+    assert not (tmp_path / "out").exists()
+    assert not [record for record in caplog.records if record.exc_info]
+
+
 def test_a_folder_that_fails_leaves_what_others_put_beside_it(tmp_path):
     """Two exports at once need the same new parent; the one that fails removes only its own folder."""
     exports = epath.Path(tmp_path) / "made" / "exports"
