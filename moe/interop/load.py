@@ -95,6 +95,7 @@ def open_folder(
         return renamed(name, family.inside)
 
     folder = TensorFolder(directory, read_quantization(source), dtype, rename)
+    family = family.as_stored(config.model, folder.names())
     if config.model.tie_embeddings or family.ties_by_file:
         folder.fill_originals(family.copies)
     config = dataclasses.replace(config, model=_by_copies(config.model, family, folder))

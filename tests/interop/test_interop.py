@@ -51,7 +51,7 @@ _OURS = (
     *("glm4_moe", "gpt_oss", "llama_dynamic", "llama_longrope"),
     *("qwen2", "qwen3", "kimi_k2", "dots1", "glm4_moe_lite", "minimax_m2", "ernie4_5_moe"),
     *("flex_olmo", "hunyuan_v1_moe", "granitemoe", "granitemoeshared"),
-    *("qwen3_next", "qwen3_5_moe_text", "phimoe"),
+    *("qwen3_next", "qwen3_5_moe_text", "phimoe", "solar_open", "sarvam_moe", "hy_v3", "sarvam_mla"),
 )
 OURS = [HERE / name for name in _OURS]
 _DENSE = ("mistral", "llama", "llama_dynamic", "llama_longrope", "qwen2", "qwen3")
@@ -280,6 +280,44 @@ def test_fused_experts_under_the_older_names_of_mixtral(prefix, tmp_path):
     save_file(renamed, tmp_path / "fused" / "model.safetensors")
     again, _ = load_huggingface(tmp_path / "fused")
     jax.tree.map(np.testing.assert_array_equal, again, model)
+
+
+def test_names_of_tensors_in_the_memory_of_the_library(tmp_path):
+    """Published files of Sarvam and Hunyuan 3 have other names, and Sarvam's one tensor of queries, keys and values."""
+    names = {
+        "sarvam_moe": {
+            "word_embeddings": "embed_tokens",
+            ".attention.": ".self_attn.",
+            "self_attn.dense": "self_attn.o_proj",
+            "query_layernorm": "q_norm",
+            "key_layernorm": "k_norm",
+            "gate.expert_bias": "gate.e_score_correction_bias",
+        },
+        "hy_v3": {
+            "mlp.router.gate": "mlp.gate",
+            "mlp.expert_bias": "mlp.e_score_correction_bias",
+            "shared_mlp": "shared_experts",
+        },
+    }
+    for kind, changes in names.items():
+        folder = tmp_path / kind
+        shutil.copytree(HERE / kind, folder)
+        tensors = {}
+        for name, tensor in load_file(folder / "model.safetensors").items():
+            for published, memory in changes.items():
+                name = name.replace(published, memory)
+            tensors[name] = tensor
+            if "query_key_value" in name:  # 4 heads of queries, 2 of keys and of values, of 8
+                tensors |= {
+                    name.replace("query_key_value", part): np.ascontiguousarray(rows)
+                    for part, rows in zip(
+                        ("q_proj", "k_proj", "v_proj"), np.split(tensors.pop(name), [32, 48]), strict=True
+                    )
+                }
+        assert tensors.keys() != load_file(folder / "model.safetensors").keys()
+        save_file(tensors, folder / "model.safetensors")
+        left, right = load_huggingface(folder)[0], load_huggingface(HERE / kind)[0]
+        jax.tree.map(np.testing.assert_array_equal, left, right)
 
 
 def test_multi_token_prediction_of_ernie_is_skipped(tmp_path, caplog):

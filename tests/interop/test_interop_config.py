@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from moe.configs import (
 from moe.interop import balance, families
 from moe.interop.config_json import keep_fields, write_config
 from moe.interop.config_json import read_config as read_open_config
-from moe.interop.families import FAMILIES
+from moe.interop.families import FAMILIES, MISSING
 from moe.models.flops import count_parameters
 from tests.helpers import moe_config
 from tests.interop.test_interop import HERE, OURS, THEIRS
@@ -175,6 +176,10 @@ def test_deepseek_without_experts_is_dense(experts):
         ("olmoe", "max_position_embeddings", 4096),
         ("gpt_oss", "router_aux_loss_coef", 0.001),
         ("qwen3_moe", "max_position_embeddings", 32_768),
+        ("solar_open", "head_dim", 128),
+        ("sarvam_moe", "moe_intermediate_size", 1024),
+        ("hy_v3", "router_scaling_factor", 2.826),
+        ("sarvam_mla", "q_lora_rank", None),
     ],
 )
 def test_an_absent_field_has_the_default_of_the_library(name, absent, value):
@@ -221,6 +226,9 @@ def test_absent_sizes_of_switch_have_the_defaults_of_the_library():
         ("flex_olmo", "num_experts", "num_local_experts"),
         ("hunyuan_v1_moe", "num_experts", "num_local_experts"),
         ("hunyuan_v1_moe", "moe_topk", "num_experts_per_tok"),
+        ("sarvam_moe", "n_routed_experts", "num_experts"),
+        ("sarvam_mla", "n_routed_experts", "num_experts"),
+        ("hy_v3", "num_experts", "num_local_experts"),
     ],
 )
 def test_alternative_field_names_of_the_library_are_read(name, own, other):
@@ -474,6 +482,20 @@ def test_the_field_finetuned_of_a_scaling_is_ignored():
     assert tuned == plain
 
 
+def test_yarn_under_the_name_of_sarvams_code():
+    source = json.loads((HERE / "sarvam_mla" / "config.json").read_text())
+    yarn = {"factor": 40.0, "original_max_position_embeddings": 64, "mscale": 1.0, "mscale_all_dim": 1.0}
+    scaled = (read_open_config(source | {"rope_scaling": yarn | {"type": kind}}) for kind in ("deepseek_yarn", "yarn"))
+    assert next(scaled) == next(scaled)
+
+
+@pytest.mark.parametrize("name", MISSING)
+def test_an_architecture_that_is_not_computed_is_refused_with_all_that_it_needs(name):
+    for kind in (name, f"{name}_text"):
+        with pytest.raises(ConfigError, match=re.escape(f"model_type={kind!r}: needs {MISSING[name]}, which no model")):
+            read_open_config({"model_type": kind})
+
+
 def test_every_family_has_a_case():
     assert {path.name for path in OURS + THEIRS + ENCODER_DECODERS} >= set(FAMILIES)
 
@@ -537,11 +559,11 @@ def test_a_model_that_no_family_expresses_is_refused(tmp_path):
 
 
 def test_only_the_tables_of_vendors_name_a_family():
-    """Besides the tables only the list of families names GLM, and the adapters of other libraries' blocks."""
+    """Besides the tables only the lists of families and of whole models name GLM, and adapters of other libraries."""
     package = Path(families.__file__).parents[2]
     ours = (path for path in package.rglob("*.py") if "peers" not in path.parts)
     naming = {path.name for path in ours if "glm4" in path.read_text().lower()}
-    assert naming == {"glm.py", "deepseek.py", "__init__.py"}
+    assert naming == {"glm.py", "deepseek.py", "__init__.py", "whole_models.py"}
 
 
 def test_the_family_of_contributing(monkeypatch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal
 
 import pydantic
@@ -82,6 +82,7 @@ class Family:
             prediction layer, without a number.
         inside: prefix of tensors within a larger model → that prefix in files of the text model alone.
         aliases: groups of prefixes of a block's tensors that mean the same; a file may have any of a group.
+        library: the same family with other names of tensors, read where a file has that one's embeddings.
         ties_by_file: embeddings are tied where the file has no other output matrix, whatever ``config.json`` says.
     """
 
@@ -106,6 +107,7 @@ class Family:
     prediction_prefixes: tuple[str, ...] = ()
     inside: Mapping[str, str] = dataclasses.field(default_factory=dict)
     aliases: tuple[tuple[str, ...], ...] = ()
+    library: Family | None = None
     ties_by_file: bool = False
 
     def renamed(
@@ -134,6 +136,11 @@ class Family:
             type_ = fields[name][0] if name in fields else shared[name]
             fields[name] = (type_, default)
         return pydantic.create_model(f"{self.model_type} config", __base__=self.base, **fields)
+
+    def as_stored(self, model: ModelConfig, names: Collection[str]) -> Family:
+        """The family with the names of tensors that a file has."""
+        other = self.library
+        return other if other and other.outside(model)["embedding.table"] in names else self
 
     def name(self, field: str) -> str:
         """Name in files of a field of the schema: of several names the first one."""

@@ -1,9 +1,20 @@
 """GLM-4-MoE, and families of other vendors with grouped-query attention and DeepSeek-V3's routing."""
 
+import dataclasses
 from typing import Annotated
 
+from moe.config import ModelConfig
 from moe.interop.families import groups
-from moe.interop.families.family import ATTENTION, DENSE, EXPERTS, SELECTION_BIAS, Family, shared_expert
+from moe.interop.families.family import (
+    ATTENTION,
+    DENSE,
+    EXPERTS,
+    OUTSIDE,
+    SELECTION_BIAS,
+    Family,
+    Tensor,
+    shared_expert,
+)
 from moe.interop.families.rows import Row, always
 from moe.interop.schema import NumExperts, Off, OptionalCount, Positive, Size, named
 
@@ -47,8 +58,7 @@ SOLAR_OPEN = GLM4_MOE.renamed(
     rope_theta=1e6,
     partial_rotary_factor=1.0,
 )
-#: Sarvam-30B: whole heads are rotated.
-SARVAM_MOE = GLM4_MOE.renamed(
+_SARVAM_LIBRARY = GLM4_MOE.renamed(
     "sarvam_moe",
     "Glm4MoeForCausalLM",
     *groups.SARVAM_NAMES,
@@ -63,6 +73,31 @@ SARVAM_MOE = GLM4_MOE.renamed(
     moe_intermediate_size=1024,
     routed_scaling_factor=2.5,
     num_nextn_predict_layers=0,
+)
+
+
+def _sarvam_tensors(model: ModelConfig, stack: str) -> dict[str, str | Tensor]:
+    """Queries, keys and values lie one after the other."""
+    del stack
+    keys = model.num_kv_heads * model.head_dim
+    turns = (model.num_heads * model.head_dim, keys, keys)
+    result: dict[str, str | Tensor] = {**TENSORS, "moe.router.bias": "mlp.gate.expert_bias"}
+    for part, name in enumerate(("query", "key", "value")):
+        result[f"attention.{name}"] = Tensor("attention.query_key_value.weight", part, turns=turns)
+        result[f"attention.{name}_bias"] = Tensor("attention.query_key_value.bias", part, turns=turns)
+    result["attention.out"] = "attention.dense.weight"
+    norms = {f"attention.{name}_norm.scale": f"attention.{name}_layernorm.weight" for name in ("query", "key")}
+    return result | norms
+
+
+_WORDS = "model.word_embeddings.weight"
+#: Sarvam-30B: whole heads are rotated; published files have other names of tensors than the library's memory.
+SARVAM_MOE = dataclasses.replace(
+    _SARVAM_LIBRARY,
+    tensors=_sarvam_tensors,
+    outside=lambda _: OUTSIDE | {"embedding.table": _WORDS},
+    copies={OUTSIDE["unembedding.kernel"]: _WORDS},
+    library=_SARVAM_LIBRARY,
 )
 #: Hunyuan 3: QK-norm per head, MoE layers listed one by one.
 HY_V3 = Family(
