@@ -32,6 +32,7 @@ from moe.interop import balance, families
 from moe.interop.config_json import keep_fields, write_config
 from moe.interop.config_json import read_config as read_open_config
 from moe.interop.families import FAMILIES, MISSING
+from moe.interop.whole_models import WHOLE_MODELS
 from moe.models.flops import count_parameters
 from tests.helpers import moe_config
 from tests.interop.test_interop import HERE, OURS, THEIRS
@@ -498,6 +499,13 @@ def test_an_architecture_that_is_not_computed_is_refused_with_all_that_it_needs(
 
 def test_every_family_has_a_case():
     assert {path.name for path in OURS + THEIRS + ENCODER_DECODERS} >= set(FAMILIES)
+
+
+def test_the_guide_lists_every_family_and_every_whole_model():
+    text = (Path(__file__).resolve().parents[2] / "docs" / "open_models.md").read_text()
+    table = text.partition("## Families")[2].partition("\n\n")[2].partition("\n\n")[0]
+    listed = {name for row in table.splitlines()[2:] for name in re.findall("`(.*?)`", row.split("|")[1])}
+    assert listed == {*FAMILIES, *WHOLE_MODELS}
 
 
 @pytest.mark.parametrize("path", [pytest.param(path, id=f"{path.parent.name}-{path.name}") for path in OURS + THEIRS])
