@@ -18,7 +18,7 @@ def get_config() -> Changes:
         d_ff=256, activation="relu", relative_buckets=32, tie_embeddings=True, scale_logits=True, norm_eps=1e-6,
         scan_layers=False,
     )  # fmt: skip
-    # Inputs of 128 tokens have targets of 29 (moe.data.objectives.span_lengths); groups are of whole rows of either.
+    # Inputs of 128 tokens have targets of 29 (moe.objectives.spans.span_lengths); groups are of whole rows of either.
     config.data.update(objective="span_corruption", input_length=128, sequence_length=32)
     config.model.moe.update(gate="switch", num_experts=8, every=2, group_size=512)
     config.train.update(batch_size=16, num_steps=400, eval_every=100, save_every=100)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from moe.layers.soft_moe import SoftMoE
     from moe.models.decoder import Transformer
     from moe.models.encoder_decoder import EncoderDecoder
+    from moe.objectives.text import NextToken
     from moe.parallel.mesh import mesh_roles
     from moe.routing.interface import Gate, GateInputs, GateOutput
     from moe.routing.routing import Routing
@@ -39,6 +40,7 @@ __all__ = [
     "MoEConfig",
     "MoELayer",
     "ModelConfig",
+    "NextToken",
     "Routing",
     "SoftMoE",
     "Transformer",
@@ -64,6 +66,7 @@ _MODULES = {
     "MoEConfig": "moe.config",
     "MoELayer": "moe.layers.moe_layer",
     "ModelConfig": "moe.config",
+    "NextToken": "moe.objectives.text",
     "Routing": "moe.routing.routing",
     "SoftMoE": "moe.layers.soft_moe",
     "Transformer": "moe.models.decoder",

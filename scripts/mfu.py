@@ -163,11 +163,11 @@ class Alternating:
         self._start = 0.0
 
     def make_program(self, *arguments: Any) -> Any:
-        """:func:`moe.posttraining.make_program`."""
-        from moe import posttraining
+        """:func:`moe.training.step.build`, with steps inserted."""
         from moe.benchmarks.train_steps import Stepper
+        from moe.training.step import build
 
-        program = posttraining.make_program(*arguments)
+        program = build(*arguments)
         self._stepper = Stepper(program)
         self._stepper()
         return dataclasses.replace(program, train_step=self._around(program.train_step))

@@ -95,10 +95,10 @@ def main() -> None:
     import numpy as np
 
     from moe.models.sampling import make_sampler
+    from moe.objectives.online import Engine, Rounds, train_online
     from moe.parallel.mesh import make_mesh
-    from moe.posttraining import make_program
-    from moe.posttraining.online import Engine, Rounds, train_online
     from moe.system.escaping import markdown_table
+    from moe.training.step import build
 
     mesh = make_mesh(make_config(0, True).mesh)
     served = dataclasses.replace(make_config(0, True).model, dtype=str(_DTYPE.value))
@@ -106,7 +106,7 @@ def main() -> None:
     found: dict[bool, list[dict[str, float]]] = {True: [], False: []}
     with jax.set_mesh(mesh):
         engine = Engine(make_sampler(served, COMPLETION), load)
-        programs = {replay: make_program(make_config(0, replay), mesh) for replay in found}
+        programs = {replay: build(make_config(0, replay), mesh) for replay in found}
         for seed in range(int(_SEEDS.value or 0)):
             for replay, program in programs.items():
                 program = dataclasses.replace(program, config=make_config(seed, replay))

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from moe.config import LARGEST, Config
+from moe.config.objectives import OBJECTIVES
 from moe.config.registry import LAYERS
 from moe.routing.gates import TopK
 
@@ -36,6 +37,8 @@ def fields(cls: Any = Config, path: str = "") -> Iterator[tuple[str, Any, Any]]:
             yield from fields(TopK, f"{path}{field.name}.")
         elif field.name == "mixer":
             yield path + field.name, str, "none"
+        elif field.name == "objective":
+            yield path + field.name, typing.Literal[tuple(OBJECTIVES)], field.default
         elif dataclasses.is_dataclass(hints[field.name]):
             yield from fields(hints[field.name], f"{path}{field.name}.")
         else:

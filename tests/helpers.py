@@ -108,7 +108,8 @@ def random_state(program: Program) -> TrainState:
 
 def step_gradients(program: Program, seed: int = 1) -> Any:
     """Jitted function of a state and a batch: ((loss, (cross-entropy, terms), reports), gradients) of a train step."""
-    parts = step._Parts(program.config, program.graphdef, program.graphdef, None, None)
+    config = program.config
+    parts = step._Parts(config, program.graphdef, program.graphdef, None, None, config.objective)
     return jax.jit(lambda state, batch: step._gradients(parts, state, batch, jax.random.key(seed), None))
 
 

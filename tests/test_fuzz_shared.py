@@ -16,10 +16,11 @@ from etils import epath
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe.config import ConfigError, PolicyConfig
+from moe.config import ConfigError
 from moe.conformance import equations, evidence
-from moe.data import chat, chat_rendering, documents, policy
+from moe.data import chat, chat_rendering, documents
 from moe.data.engines import EngineName, read_experts
+from moe.objectives.policy import Policy
 from moe.planner import differences, html
 from moe.playground import packed as weights
 from moe.playground import page
@@ -33,7 +34,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 # --- Conversations and rollouts --------------------------------------------------------------------------------------
 MODEL = tiny_model(num_layers=3, vocab_size=48, num_experts=5, layers=(1, 2), dispatch="dropless")
-READER = policy.Reader(MODEL, PolicyConfig(), 16)
+POLICY = Policy(model=MODEL, length=16)
 COMPLETION = {"tokens": [7, 2], "log_probs": [-0.3, -1.2], "reward": 1.0, "experts": [[[3, 1], [0, 2], [4, 1]]] * 3}
 GROUP = {"prompt_tokens": [5, 9], "engine": "vllm", "completions": [COMPLETION, COMPLETION | {"reward": 0.0}]}
 
@@ -46,7 +47,7 @@ def test_rollouts(case):
             text, _ = documents.parse_document(case[1], epath.Path("a.jsonl"))
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        for example in READER.examples(text):
+        for example in POLICY.completions(text):
             assert all(np.isfinite(values).all() for values in example.values())
             assert ((example["experts"] >= 0) & (example["experts"] < 5)).all()
 

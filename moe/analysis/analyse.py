@@ -179,7 +179,8 @@ def _why_no_syntax(recorder: Recorder, code_domain: str, domains: tuple[str, ...
 
 def _shows_rows(recorder: Recorder) -> bool:
     """Whether the model reads something other than held-out documents: an encoder's sources, rendered examples."""
-    return bool(recorder.stack) or recorder.program.config.data.whole_examples
+    config = recorder.program.config
+    return bool(recorder.stack) or bool(config.objective.lengths(config.data))
 
 
 def _passages(

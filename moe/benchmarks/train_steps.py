@@ -41,7 +41,7 @@ def random_rows(config: Config) -> dict[str, np.ndarray]:
 
 def refuse_more_than_the_model(config: Config) -> None:
     """Raise ConfigError for a run whose step does more than train the model on text: with a teacher, or on answers."""
-    if config.distill.teacher or config.data.is_posttraining:
+    if config.distill.teacher or config.objective.has_reference:
         raise ConfigError(
             f"distill.teacher={config.distill.teacher!r}, data.objective={config.data.objective!r}: a step is timed by "
             "itself only on text and without a teacher; use scripts/mfu.py --saves=N, which times the whole run"

@@ -111,7 +111,7 @@ def from_workdir_dict(tree: object) -> Config:
 
     The optimizer and the writers may name such modules, since reading a workdir creates neither.
     """
-    refuse_modules({name: value for name, value in code_fields(tree).items() if name.startswith("model.")})
+    refuse_modules({name: value for name, value in code_fields(tree).items() if name.startswith(("model.", "data."))})
     return from_config_dict(tree)
 
 

@@ -109,6 +109,7 @@ def code_fields(tree: object) -> dict[str, object]:
         "model.moe.gate": _name(_at(tree, "model", "moe", "gate")),
         "model.moe.layer_gates": [_name(gate) for gate in gates] if isinstance(gates, (list, tuple)) else gates,
         "model.mixer": _name(_at(tree, "model", "mixer")),
+        "data.objective": _at(tree, "data", "objective"),
         "optimizer.name": _at(tree, "optimizer", "name"),
         "train.writers": _at(tree, "train", "writers"),
     }

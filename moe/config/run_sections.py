@@ -6,6 +6,7 @@ import dataclasses
 import re
 from typing import Literal
 
+from moe.config.objectives import OBJECTIVES
 from moe.config.references import check_path
 from moe.system.fields import Section, require, setting
 
@@ -14,7 +15,6 @@ OptimizerState = Literal["reset", "carry"]
 Schedule = Literal["cosine", "constant", "wsd", "rsqrt"]
 MomentDType = Literal["float32", "bfloat16"]
 StateMemory = Literal["device", "host"]
-Objective = Literal["causal", "prefix_lm", "span_corruption", "pairs", "chat", "preferences", "policy"]
 #: How a policy's loss is averaged: over all tokens of a batch (DAPO); over the tokens of each completion, then over
 #: completions (GRPO); or over completions, each the sum over its tokens divided by a constant (Dr. GRPO).
 PolicyMean = Literal["tokens", "completions", "constant"]
@@ -40,8 +40,9 @@ class DataConfig(Section, path="data."):
     directory: str = setting("~/.cache/moe-data", resume="free")  # for prepared datasets, downloads and tokenizers
     tokenizer: str = ""  # a tokenizer.model, a tokenizer.json or "mixtral"; empty: one of model.vocab_size is trained
     chat_template: str = ""  # objective chat: a file with a Jinja template; empty: that of the tokenizer
-    #: what is predicted (moe.data.objectives); with an encoder span_corruption instead
-    objective: Objective = setting("causal", follows="model.encoder_layers")
+    #: what is predicted: causal, prefix_lm, span_corruption (with an encoder instead of causal), pairs, chat,
+    #: preferences, policy, or module:object (docs/own_objectives.md)
+    objective: str = setting("causal", follows="model.encoder_layers")
     sequence_length: int = setting(256, least=2, most=2**24, unit="tokens")  # T
     #: U, of an encoder's row; 0: sequence_length where there is an encoder
     input_length: int = setting(0, least=0, most=2**24, follows="data.sequence_length", unit="tokens")
@@ -69,26 +70,12 @@ class DataConfig(Section, path="data."):
         shares = len(self.weights) in (0, len(self.domains) or len(self.weights))
         allowed = f"must be empty or one positive share for each of the {len(self.domains)} domains"
         self._require("weights", shares and all(weight > 0 for weight in self.weights), allowed)
-        length, given = self.sequence_length, self.conversations or not self.chat_template
+        known = self.objective in OBJECTIVES or ":" in self.objective
+        self._require("objective", known, f"must be one of {', '.join(OBJECTIVES)}, or module:object")
+        length = self.sequence_length
         for name, most in (("shuffle_window", _MAX_BUFFERED_TOKENS), ("heldout_rows", _MAX_HELDOUT_TOKENS)):
             allowed = f"must be at most {most // length} with data.sequence_length={length}: rows are kept in memory"
             self._require(name, getattr(self, name) * length <= most, allowed)
-        self._require("chat_template", given, "must be empty unless data.objective is chat or preferences")
-
-    @property
-    def conversations(self) -> bool:
-        """Whether documents are conversations, rendered by a chat template."""
-        return self.objective in ("chat", "preferences")
-
-    @property
-    def is_posttraining(self) -> bool:
-        """Whether :mod:`moe.posttraining` makes the program; a second model is its reference, not a teacher."""
-        return self.objective in ("preferences", "policy")
-
-    @property
-    def whole_examples(self) -> bool:
-        """Whether rows hold whole examples and padding instead of texts that are cut at their ends."""
-        return self.input_length > 0 or self.conversations or self.objective == "policy"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,7 +243,7 @@ class PreferencesConfig(Section, path="preferences."):
 
 @dataclasses.dataclass(frozen=True)
 class PolicyConfig(Section, path="policy."):
-    """Reinforcement learning from rollouts (data.objective policy): GRPO and its variants (moe.posttraining.grpo)."""
+    """Reinforcement learning from rollouts (data.objective policy): GRPO and its variants (moe.objectives.grpo)."""
 
     #: a token's probability ratio is clipped from below at 1 - this
     clip_low: float = setting(0.2, above=0, most=1)

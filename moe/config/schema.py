@@ -7,8 +7,9 @@ import math
 import operator
 from collections.abc import Mapping
 
-from moe.config.mixers import FIELD
+from moe.config import mixers
 from moe.config.model_section import ModelConfig, layer_kinds, require_ability, unread_settings
+from moe.config.objectives import FIELD, Objective, find_objective
 from moe.config.run_sections import (
     DataConfig,
     DistillConfig,
@@ -23,9 +24,6 @@ from moe.config.run_sections import (
 from moe.system.fields import LARGEST, Section, facts_of, require, setting
 
 _MOE = "model.moe."
-
-#: Largest number of experts that batches of rollouts, in int16, can name.
-MOST_RECORDED = 2**15
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,16 +51,19 @@ class Config(Section):
     def __post_init__(self) -> None:
         object.__setattr__(self, "data", _filled(self.data, bool(self.model.encoder_layers)))
         super().__post_init__()
-        _check_objective(self.model, self.data)
+        _check_objective(self)
         _check_steps(self)
         _check_lora(self)
         _check_transfer(self)
-        _check_reference(self)
-        if self.data.objective == "policy":
-            _check_policy(self)
+        self.objective.check(self)
         if self.model.moe.gate is not None:
             _check_causality(self.model)
             _check_group_size(self)
+
+    @property
+    def objective(self) -> Objective:
+        """The objective that ``data.objective`` names."""
+        return find_objective(self.data.objective).bound(self.data, self)
 
     @property
     def tokens_per_step(self) -> int:
@@ -78,21 +79,25 @@ def _filled(data: DataConfig, encoder: bool) -> DataConfig:
     return dataclasses.replace(data, objective=objective, input_length=data.input_length or data.sequence_length)
 
 
-def _check_objective(model: ModelConfig, data: DataConfig) -> None:
-    encoder = model.encoder_layers
-    decoder_only = data.conversations or data.objective == "policy"
-    without = decoder_only or data.objective in ("causal", "prefix_lm")
-    if decoder_only:
-        require(encoder == 0, "data.objective", data.objective, "needs a decoder-only model (model.encoder_layers=0)")
-    require(encoder > 0 or without, "data.objective", data.objective, "needs model.encoder_layers above 0")
+def _check_objective(config: Config) -> None:
+    """Check what every objective asks of a config; :meth:`Objective.check` is the rest."""
+    model, data, objective = config.model, config.data, config.objective
+    encoder, name = model.encoder_layers, f"{FIELD}={data.objective!r}"
+    if objective.models == "decoder":
+        require(encoder == 0, FIELD, data.objective, "needs a decoder-only model (model.encoder_layers=0)")
+    if objective.models == "encoder-decoder":
+        require(encoder > 0, FIELD, data.objective, "needs model.encoder_layers above 0")
     require(
         data.input_length >= 2 if encoder else data.input_length == 0,
         "data.input_length",
         data.input_length,
         f"must be {'at least 2' if encoder else '0'} where model.encoder_layers={encoder}",
     )
-    if data.objective == "prefix_lm" and not encoder:
-        require_ability(model, "prefix", "where data.objective is prefix_lm")
+    allowed = "must be empty unless data.objective is chat or preferences"
+    require(objective.conversations or not data.chat_template, "data.chat_template", data.chat_template, allowed)
+    allowed = f"must be 0 with {name}, whose loss does not include them; start.checkpoint may have them"
+    predicts = "prediction" in objective.abilities or not model.prediction_layers
+    require(predicts, "model.prediction_layers", model.prediction_layers, allowed)
 
 
 def _check_steps(config: Config) -> None:
@@ -109,35 +114,6 @@ def _check_steps(config: Config) -> None:
     allowed = "must be at most train.num_steps - optimizer.warmup_steps; 0 is a tenth of train.num_steps"
     enough = decay <= train.num_steps - optimizer.warmup_steps
     require(enough, "optimizer.decay_steps", optimizer.decay_steps, allowed)
-
-
-def _check_reference(config: Config) -> None:
-    """Check that preferences have a reference model, and a policy has one exactly if policy.kl is above 0."""
-    teacher, objective, weight = config.distill.teacher, config.data.objective, config.policy.kl
-    needed = objective == "preferences"
-    require(bool(teacher) or not needed, "distill.teacher", teacher, "must be the reference model of the preferences")
-    if objective == "policy":
-        allowed = "must name the reference model with policy.kl above 0, and be empty with 0"
-        require(bool(teacher) == (weight > 0), "distill.teacher", teacher, allowed)
-
-
-def _check_policy(config: Config) -> None:
-    """Check that the step can run the policy as it was sampled: without drops, and with the recorded experts."""
-    moe = config.model.moe
-    if moe.gate is None:
-        return
-    allowed = "must be 'dropless' with data.objective='policy': rollouts drop no tokens"
-    require(moe.dispatch == "dropless", f"{_MOE}dispatch", moe.dispatch, allowed)
-    numbered = not config.policy.replay or moe.num_experts + moe.null_experts <= MOST_RECORDED
-    allowed = f"must be at most {MOST_RECORDED} with the experts without an FFN, or set policy.replay=False"
-    require(numbered, f"{_MOE}num_experts", moe.num_experts, allowed)
-    for gate in {kind.gate for kind in layer_kinds(config.model)} - {None} if config.policy.replay else ():
-        assert gate is not None
-        without = f"must be False with {moe.field_of(gate)}={gate.name!r}"
-        require(gate.reweighs, "policy.replay", True, f"{without}, which weighs only what it chooses")
-        # Where all experts are listed, K is a mean.
-        fixed = not (gate.lists_all and hasattr(gate, "k"))
-        require(fixed, "policy.replay", True, f"{without}, whose tokens have any number of experts: rollouts record K")
 
 
 def _check_transfer(config: Config) -> None:
@@ -220,7 +196,7 @@ def validate_mesh(config: Config, sizes: Mapping[str, int]) -> None:
             divides((axis,), field, operator.attrgetter(field)(config))
     for mixer in {kind.mixer for kind in layer_kinds(config.model)}:
         for field, axis in facts_of(type(mixer), "split").items():
-            divides((axis,), f"{FIELD}.{field}", getattr(mixer, field))
+            divides((axis,), f"{mixers.FIELD}.{field}", getattr(mixer, field))
     if config.model.prediction_layers:  # their projection from 2 D to D is split over its outputs
         divides(("tensor",), "model.d_model", config.model.d_model)
     if moe.gate is None:
@@ -253,8 +229,9 @@ def _check_context(config: Config, sizes: Mapping[str, int]) -> None:
     require_ability(config.model, "context", field)
     for name, value, allowed in (
         ("model.encoder_layers", config.model.encoder_layers, 0),
-        ("data.objective", config.data.objective, "causal"),
         ("model.dropout", config.model.dropout, 0.0),
         ("train.sample_tokens", train.sample_tokens, 0),
     ):
         require(value == allowed, name, value, f"must be {allowed} {field}")
+    allowed = f"must be causal {field}"
+    require("context" in config.objective.abilities, FIELD, config.data.objective, allowed)

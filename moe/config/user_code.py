@@ -1,4 +1,4 @@
-"""The source code of a user's gates, mixers, layers and optimizer, which decides a result as their fields do."""
+"""The source code of a user's gates, mixers, layers, objective and optimizer, which decides a result as fields do."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _INSTALLED = {"site-packages", "dist-packages"}
 
 
 def user_code(config: Config) -> str:
-    """Hash of the code of a user's gates, mixer, their layers and the optimizer; empty if the config names none.
+    """Hash of the code of a user's gates, mixer, layers, objective and optimizer; empty if the config names none.
 
     The code is what their definitions reach by name: in their modules, and in modules that these import. Comments,
     docstrings and formatting are not part of it, nor is any package that is installed.
@@ -33,10 +33,11 @@ def user_code(config: Config) -> str:
     model = config.model
     values = [value for value in (*model.moe.gates, model.mixer) if value is not None and ":" in value.name]
     start = [(type(value).__module__, type(value).__qualname__) for value in values]
-    if ":" in config.optimizer.name:
-        import_object("optimizer.name", config.optimizer.name)
-        module, _, name = config.optimizer.name.partition(":")
-        start.append((module, name))
+    for field, path in (("data.objective", config.data.objective), ("optimizer.name", config.optimizer.name)):
+        if ":" in path:
+            import_object(field, path)
+            module, _, name = path.partition(":")
+            start.append((module, name))
     text = "\n".join(f"{module}:{name}\n{code}" for (module, name), code in sorted(_reached(start).items()))
     return hashlib.sha256(text.encode()).hexdigest()[:16] if text else ""
 

@@ -271,20 +271,6 @@ def read_conversation(text: str, dataset: str) -> tuple[list[dict[str, Any]], To
     return turns(source, target), None
 
 
-def examples(text: str, length: int, tokenizer: Tokenizer, dataset: str) -> list[dict[str, np.ndarray]]:
-    """``tokens`` and ``targets`` [n], n ≤ length, of a document; targets are -1 outside answers.
-
-    A longer conversation is cut at ``length`` tokens. Texts without a target are left out.
-
-    Raises:
-        ConfigError: see :func:`chat_template`, :func:`rendered_answers` and :func:`read_conversation`.
-    """
-    messages, tools = read_conversation(text, dataset)
-    encoded = encoded_answers(messages, tokenizer, tools)
-    cut = [{key: values[:length] for key, values in one.items()} for one in encoded]
-    return [one for one in cut if (one["targets"] >= 0).any()]
-
-
 def encoded_answers(messages: Messages, tokenizer: Tokenizer, tools: Tools = None) -> list[dict[str, np.ndarray]]:
     """``tokens`` and ``targets`` [n] of the texts of a conversation (:func:`rendered_answers`), the whole one last.
 
@@ -308,13 +294,6 @@ def prompt_ids(tokenizer: Tokenizer, messages: Messages, tools: Tools = None, da
     return tokenizer.encode_rendered(template.render(messages, tools, add_generation_prompt=True, date=date)[0])[0]
 
 
-def first_prompt(tokenizer: Tokenizer, text: str, dataset: str) -> np.ndarray:
-    """Ids [n] int32 of a document up to its first answer, and the generation prompt of that answer."""
-    messages, tools = read_conversation(text, dataset)
-    answers = [i for i, message in enumerate(messages) if i and message.get("role") == "assistant"]
-    return prompt_ids(tokenizer, messages[: answers[0]] if answers else messages, tools)
-
-
 def stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
     """The first special token that the template writes after an answer, if any, and the end-of-text token."""
     template = chat_template(tokenizer)
@@ -325,15 +304,3 @@ def stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
     after = text[max(ends)[0] :].partition("x")[2]
     special = [int(i) for i in tokenizer.encode_rendered(after)[0] if int(i) in tokenizer.special_ids]
     return tuple(dict.fromkeys([*special[:1], tokenizer.eos_id]))
-
-
-def chat_row(packed: dict[str, np.ndarray], domain: int, pad_id: int) -> dict[str, np.ndarray]:
-    """The arrays of a batch (:mod:`moe.data.pipeline`) from packed examples, padding included."""
-    segments = packed["tokens_segment_ids"].astype(np.int32)
-    return {
-        "tokens": np.where(segments > 0, packed["tokens"], pad_id).astype(np.int32),
-        "targets": np.where(segments > 0, packed["targets"], -1).astype(np.int32),
-        "segment_ids": segments,
-        "positions": packed["tokens_positions"].astype(np.int32),
-        "domain": np.int32(domain),  # pyright: ignore[reportReturnType]
-    }

@@ -6,17 +6,12 @@ A batch is a dict of int32 arrays, for B rows of this process, T = sequence_leng
   segment_ids  [B,T]  1, 2, ... per document within the row; 0 = padding
   positions    [B,T]  0, 1, ... within the segment
   domain       [B]    index into Prepared.domains; a row is of one domain
-  prefix       [B,T]  1 where attention goes in both directions; only with data.objective "prefix_lm"
+and further arrays of the objective (:mod:`moe.config.objectives`), which says how rows are made:
 
-Documents are concatenated and cut into rows of T + 1 tokens; tokens = row[:-1] and targets = row[1:]. A document that
-a cut divides continues in the next row as a new segment with positions from 0.
+Of text, documents are concatenated and cut into rows of T + 1 tokens; tokens = row[:-1] and targets = row[1:]. A
+document that a cut divides continues in the next row as a new segment with positions from 0.
 
-With data.objective "chat" a row holds whole conversations and padding (:mod:`moe.data.chat`), with targets only in
-answers; with "preferences" pairs of them (:mod:`moe.data.preferences`); with "policy" completions with their
-advantages (:mod:`moe.data.policy`).
-
-With an encoder (data.input_length above 0) a row holds whole examples (:mod:`moe.data.objectives`) and padding:
-  encoder_tokens, encoder_segment_ids, encoder_positions  [B,U]; segment i is the input of segment i of the decoder
+Of examples, such as conversations, a row holds whole ones and padding.
 """
 
 from __future__ import annotations
@@ -33,11 +28,9 @@ import grain
 import numpy as np
 
 from moe.config import Config, ConfigError, DataConfig
-from moe.data import chat, objectives, policy, preferences, sizes, streams
-from moe.data.documents import CONVERSATION
+from moe.config.objectives import Arrays, Objective, find_objective
+from moe.data import own_objectives, sizes, streams
 from moe.data.preparation import Prepared, domain_weights, open_data, refuse_unseen, row_shares
-from moe.data.rollouts import ROLLOUTS
-from moe.data.sentinels import sentinel_ids
 from moe.data.tokenizer import Tokenizer
 
 HELDOUT_STRETCH = 16  # rows read for every held-out row that is kept
@@ -54,22 +47,24 @@ def prepare(
     *,
     tokenizer: Tokenizer | None = None,
     progress: Callable[[str], None] = print,
-    reader: policy.Reader | None = None,
+    objective: Objective | None = None,
 ) -> Prepared:
     """Open documents and tokenizer (:func:`moe.data.preparation.open_data`) and check the held-out splits.
 
     Args:
-      reader: of rollouts, for data.objective "policy"; all rollouts are read once, to refuse those that do not fit.
+      objective: of the run; None: the one that the data section names, for one that reads no other section.
 
     Raises:
-      ConfigError: also for rows longer than a held-out split.
+      ConfigError: also for rows longer than a held-out split, and for documents that the objective refuses.
     """
-    objectives.check_lengths(data)
-    prepared = dataclasses.replace(open_data(data, vocab_size, tokenizer, progress), reader=reader)
+    own = objective or find_objective(data.objective).bound(data)
+    own.check_rows(data)
+    opened = open_data(data, vocab_size, tokenizer, progress, own)
+    prepared = dataclasses.replace(opened, objective=objective)
+    own_objectives.probe(own, prepared, data)
     for domain in prepared.domains:
-        if reader is not None:
-            reader.check(prepared.train[domain])
-            reader.check(prepared.heldout[domain])
+        own.check_documents(prepared.train[domain])
+        own.check_documents(prepared.heldout[domain])
         _stretch(prepared, data, domain, 1)
     return prepared
 
@@ -82,13 +77,11 @@ def prepare_run(
     Raises:
       ConfigError: see :func:`prepare`; or the encoder's own embedding has too few rows.
     """
-    reader = None
-    if config.data.objective == "policy":
-        reader = policy.Reader(config.model, config.policy, config.data.sequence_length)
-    prepared = prepare(config.data, config.model.vocab_size, tokenizer=tokenizer, progress=progress, reader=reader)
-    ids = prepared.tokenizer.vocab_size
-    if config.data.objective == "span_corruption":
-        ids = max(ids, int(sentinel_ids(prepared.tokenizer).max()) + 1)
+    objective = config.objective
+    prepared = prepare(
+        config.data, config.model.vocab_size, tokenizer=tokenizer, progress=progress, objective=objective
+    )
+    ids = objective.ids(prepared.tokenizer)
     if 0 < config.model.encoder_vocab_size < ids:
         raise ConfigError(
             f"model.encoder_vocab_size={config.model.encoder_vocab_size}: the encoder's rows hold ids up to {ids - 1}; "
@@ -98,18 +91,14 @@ def prepare_run(
 
 
 # --- Rows ------------------------------------------------------------------------------------------------------------
-def _tokenise(text: str, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
-    """Encode a document as ``bos text eos``.
+def _objective(prepared: Prepared, data: DataConfig) -> Objective:
+    """The objective of a run, or of a data section."""
+    return prepared.objective or find_objective(data.objective).bound(data)
 
-    Raises:
-      ConfigError: it is a conversation, or rollouts.
-    """
-    if text.startswith(CONVERSATION):
-        raise ConfigError("data.dataset: holds conversations (messages); set data.objective=chat to train on them")
-    if text.startswith(ROLLOUTS):
-        raise ConfigError("data.dataset: holds rollouts (completions); set data.objective=policy to train on them")
-    bos = [tokenizer.bos_id] if tokenizer.bos_id >= 0 else []
-    return {"row": np.concatenate([bos, tokenizer.encode(text), [tokenizer.eos_id]]).astype(np.int32)}
+
+def _encode(text: str, objective: Objective, tokenizer: Tokenizer) -> Arrays:
+    """A document to cut rows from, under the name by which Grain joins them."""
+    return {"row": objective.encode(text, tokenizer)}
 
 
 def _shift(packed: dict[str, np.ndarray], domain_index: int, pad_id: int) -> Batch:
@@ -126,7 +115,7 @@ def _shift(packed: dict[str, np.ndarray], domain_index: int, pad_id: int) -> Bat
 
 
 class _Flat(grain.experimental.FlatMapTransform):
-    def flat_map(self, element: list[objectives.Example]) -> list[objectives.Example]:
+    def flat_map(self, element: list[Arrays]) -> list[Arrays]:
         """Return the examples of a document."""
         return element
 
@@ -149,54 +138,41 @@ def _rows(
     # No threads here: one thread in `streams.run` prefetches for all streams and domains.
     options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     tokenizer, index = prepared.tokenizer, prepared.domains.index(domain)
-    if data.input_length:
-        encode = functools.partial(objectives.examples, data=data, tokenizer=tokenizer)
-        found = documents.random_map(encode, seed=seed).to_iter_dataset(options)
-        packed = _pack(found, {"encoder": data.input_length, "decoder": data.sequence_length}, data)
-        rows = packed.map(functools.partial(objectives.encoder_decoder_row, tokenizer=tokenizer))
+    objective = _objective(prepared, data)
+    if lengths := objective.lengths(data):
+        if objective.draws:
+            read = functools.partial(objective.examples, data=data, tokenizer=tokenizer)
+            found = documents.random_map(read, seed=seed)
+        else:
+            found = documents.map(functools.partial(_examples, prepared=prepared, data=data))
+        packed = _pack(found.to_iter_dataset(options), lengths, data)
+        rows = packed.map(functools.partial(objective.row, pad_id=tokenizer.pad_id))
         return rows.map(lambda row: {**row, "domain": np.int32(index)})
-    if data.conversations:
-        names, row = ["tokens", "targets"], chat.chat_row
-        if data.objective == "preferences":
-            names, row = [*names, "rejected"], preferences.row
-        found = documents.map(_conversation_encoder(prepared, data)).to_iter_dataset(options)
-        packed = _pack(found, dict.fromkeys(names, data.sequence_length), data)
-        return packed.map(functools.partial(row, domain=index, pad_id=tokenizer.pad_id))
-    if prepared.reader is not None:
-        reader = prepared.reader
-        packed = _pack(
-            documents.map(reader.examples).to_iter_dataset(options), dict.fromkeys(reader.keys, reader.length), data
-        )
-        return packed.map(functools.partial(policy.row, domain=index, pad_id=tokenizer.pad_id))
-    tokens = documents.map(functools.partial(_tokenise, tokenizer=tokenizer)).to_iter_dataset(options)
+    encode = functools.partial(_encode, objective=objective, tokenizer=tokenizer)
+    tokens = documents.map(encode).to_iter_dataset(options)
     packed = grain.experimental.ConcatThenSplitIterDataset(tokens, length_struct={"row": data.sequence_length + 1})
     rows = streams.ExactState(packed).map(functools.partial(_shift, domain_index=index, pad_id=tokenizer.pad_id))
-    return rows.random_map(objectives.prefix_row, seed=seed) if data.objective == "prefix_lm" else rows
+    return rows.random_map(objective.divide, seed=seed) if objective.draws else rows
 
 
-def _conversation_encoder(prepared: Prepared, data: DataConfig) -> Callable[[str], list[Batch]]:
-    """Function from a document to its examples."""
-    examples = preferences.example if data.objective == "preferences" else chat.examples
-    return functools.partial(examples, length=data.sequence_length, tokenizer=prepared.tokenizer, dataset=data.dataset)
+def _examples(text: str, prepared: Prepared, data: DataConfig, rng: np.random.Generator | None = None) -> list[Arrays]:
+    """Examples of a document; without a generator, with draws that are the same in every call."""
+    rng = np.random.default_rng(0) if rng is None else rng
+    return _objective(prepared, data).examples(text, rng, data, prepared.tokenizer)
 
 
 def _refuse_no_examples(prepared: Prepared, data: DataConfig) -> None:
     """Refuse a domain without an example, since packing its first row would never end. Raises ConfigError."""
-    rng = np.random.default_rng(0)
-    for domain in prepared.domains if data.input_length or data.conversations else ():
-        if data.input_length:
-            found = (objectives.examples(text, rng, data, prepared.tokenizer) for text in prepared.train[domain])
-        else:
-            found = map(_conversation_encoder(prepared, data), prepared.train[domain])
-        if not any(found):
-            raise ConfigError(_no_example(data, domain, "training"))
+    objective, rng = _objective(prepared, data), np.random.default_rng(0)
+    for domain in prepared.domains if objective.lengths(data) else ():
+        if not any(_examples(text, prepared, data, rng) for text in prepared.train[domain]):
+            raise _no_example(objective, data, domain, "training")
 
 
-def _no_example(data: DataConfig, domain: str, split: str) -> str:
-    answer = " with an answer of the role assistant" if data.conversations else ""
-    return (
+def _no_example(objective: Objective, data: DataConfig, domain: str, split: str) -> ConfigError:
+    return ConfigError(
         f"data.sequence_length={data.sequence_length}: no document of the {split} split of {domain!r} has an example "
-        f"that fits{answer}"
+        f"that fits{objective.answers}"
     )
 
 
@@ -278,39 +254,33 @@ def epochs_per_step(prepared: Prepared, config: Config) -> dict[str, float]:
 
     Empty where rows hold examples and padding.
     """
-    if config.data.whole_examples:
+    objective = _objective(prepared, config.data)
+    if objective.lengths(config.data):
         return {}
     epochs, read = {}, config.train.batch_size * (config.data.sequence_length + 1)  # a row is cut from T + 1 tokens
     for domain, share in row_shares(config.data, prepared.domains).items():
         documents = prepared.train[domain]
         count = min(len(documents), max(EPOCH_SAMPLE // len(prepared.domains), 1))
         sample = [documents[int(i)] for i in np.linspace(0, len(documents) - 1, count)]
-        tokens = np.mean([len(_tokenise(text, prepared.tokenizer)["row"]) for text in sample]) * len(documents)
+        tokens = np.mean([len(objective.encode(text, prepared.tokenizer)) for text in sample]) * len(documents)
         epochs[domain] = float(read * share / tokens)
     return epochs
 
 
 def describe_sizes(prepared: Prepared, data: DataConfig) -> Iterator[str]:
     """Lines on the size of the data, and on what is left out of it (:mod:`moe.data.sizes`)."""
-    rng = np.random.default_rng(0)
+    objective, rng = _objective(prepared, data), np.random.default_rng(0)
 
     def count(text: str) -> tuple[int, int]:
-        if not data.whole_examples:
-            size = len(_tokenise(text, prepared.tokenizer)["row"])
+        if not objective.lengths(data):
+            size = len(objective.encode(text, prepared.tokenizer))
             return size, size
-        if data.input_length:
-            found = objectives.examples(text, rng, data, prepared.tokenizer)
-            lengths = [
-                (len(example["encoder"]) + len(example["decoder"]), len(example["decoder"])) for example in found
-            ]
-        else:
-            read = prepared.reader.examples if prepared.reader is not None else _conversation_encoder(prepared, data)
-            lengths = [(len(example["tokens"]), int((example["targets"] >= 0).sum())) for example in read(text)]
-        return sum(tokens for tokens, _ in lengths), sum(targets for _, targets in lengths)
+        found = _examples(text, prepared, data, rng)
+        return sum(map(objective.tokens, found)), sum(len(objective.targets(example)) for example in found)
 
     train = [prepared.train[domain] for domain in prepared.domains]
     heldout = [prepared.heldout[domain] for domain in prepared.domains]
-    return sizes.describe(data, train, heldout, count)
+    return sizes.describe(data, objective, train, heldout, count)
 
 
 # --- Held-out rows ---------------------------------------------------------------------------------------------------
@@ -321,9 +291,11 @@ def _stretch(prepared: Prepared, data: DataConfig, domain: str, length: int) -> 
     documents = grain.MapDataset.source(prepared.heldout[domain])
     rows = list(itertools.islice(_rows(documents, prepared, data, domain, seed=0), length))
     # If the first row ends in padding, the split has no more tokens than this row. Examples may be shorter than a row.
-    if not rows and data.whole_examples:
-        raise ConfigError(_no_example(data, domain, "held-out"))
-    if not rows or (rows[0]["segment_ids"][-1] == 0 and not data.whole_examples):
+    objective = _objective(prepared, data)
+    whole = bool(objective.lengths(data))
+    if not rows and whole:
+        raise _no_example(objective, data, domain, "held-out")
+    if not rows or (rows[0]["segment_ids"][-1] == 0 and not whole):
         tokens = int((rows[0]["segment_ids"] > 0).sum()) if rows else 0
         raise ConfigError(
             f"data.sequence_length={data.sequence_length}: the held-out split of {domain!r} has only {tokens} "
@@ -339,8 +311,8 @@ def _heldout_rows(prepared: Prepared, data: DataConfig, domain: str) -> list[Bat
     most = max(MAX_STRETCH_TOKENS // data.sequence_length, data.heldout_rows)
     rows = _stretch(prepared, data, domain, min(HELDOUT_STRETCH * data.heldout_rows, most))
     chosen = np.linspace(0, len(rows) - 1, min(len(rows), data.heldout_rows)).astype(int)
-    rows = [rows[index] for index in chosen]
-    return [preferences.without_rejected(row) for row in rows] if data.objective == "preferences" else rows
+    objective = _objective(prepared, data)
+    return [objective.heldout_row(rows[index]) for index in chosen]
 
 
 def heldout_batches(prepared: Prepared, data: DataConfig, *, domain: str, batch_size: int) -> list[Batch]:
@@ -383,32 +355,13 @@ def unigram_nll(prepared: Prepared, data: DataConfig, domain: str | None = None)
 def _unigram_counts(prepared: Prepared, data: DataConfig, domain: str) -> np.ndarray:
     """Count the possible targets of a train split, [V] int64."""
     if domain not in prepared._unigram_counts:
-        tokenizer, rng = prepared.tokenizer, np.random.default_rng(0)
-        size = tokenizer.vocab_size
-        if data.objective == "span_corruption":
-            size = max(size, int(sentinel_ids(tokenizer).max()) + 1)
-        elif prepared.reader is not None:  # a model may have sampled ids that its tokenizer does not use
-            size = prepared.reader.model.vocab_size
-        counts, read = np.zeros(size, np.int64), 0
+        objective, tokenizer, rng = _objective(prepared, data), prepared.tokenizer, np.random.default_rng(0)
+        counts, read = np.zeros(objective.ids(tokenizer), np.int64), 0
         for text in prepared.train[domain]:
-            for ids in _targets(text, prepared, data, rng):
+            for ids in objective.unigram_targets(text, rng, data, tokenizer):
                 counts += np.bincount(ids, minlength=len(counts))
                 read += len(ids)
             if read >= UNIGRAM_TOKENS:
                 break
         prepared._unigram_counts[domain] = counts
     return prepared._unigram_counts[domain]
-
-
-def _targets(text: str, prepared: Prepared, data: DataConfig, rng: np.random.Generator) -> list[np.ndarray]:
-    """Return the possible targets of a document, by example."""
-    tokenizer = prepared.tokenizer
-    if data.input_length:
-        return [example["decoder"] for example in objectives.examples(text, rng, data, tokenizer)]
-    if data.conversations:
-        examples = chat.examples(text, data.sequence_length, tokenizer, data.dataset)
-    elif prepared.reader is not None:
-        examples = prepared.reader.examples(text)
-    else:
-        return [_tokenise(text, tokenizer)["row"][int(tokenizer.bos_id >= 0) :]]  # bos is no target
-    return [example["targets"][example["targets"] >= 0] for example in examples]

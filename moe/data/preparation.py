@@ -14,11 +14,12 @@ import numpy as np
 from etils import epath
 
 from moe.config import EMBEDDED_DOMAINS, ConfigError, DataConfig
-from moe.data import chat, corpora, folders, policy, tfds_datasets
+from moe.config.objectives import Objective
+from moe.data import chat, corpora, folders, tfds_datasets
 from moe.data.directory import LOCK, disk_errors, locked_directory
 from moe.data.documents import PAIR
 from moe.data.json_tokenizer import JsonTokenizer
-from moe.data.sentinels import SENTINELS, check_sentinels
+from moe.data.sentinels import check_sentinels
 from moe.data.tokenizer import TRAINER_VERSION, Tokenizer, train_tokenizer
 from moe.data.tokenizer_files import named_tokenizer
 from moe.system.atomic_files import in_bucket, write_atomic
@@ -37,7 +38,7 @@ class Prepared:
     train: dict[str, Sequence[str]]
     heldout: dict[str, Sequence[str]]
     versions: dict[str, str] = dataclasses.field(default_factory=dict)  # version of each domain's documents
-    reader: policy.Reader | None = None  # of rollouts, with data.objective "policy"
+    objective: Objective | None = None  # of the run; None: the one that the data section names
     _unigram_counts: dict[str, np.ndarray] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
 
@@ -65,15 +66,20 @@ def describe_shares(data: DataConfig, domains: tuple[str, ...]) -> str:
 
 
 def open_data(
-    data: DataConfig, vocab_size: int, tokenizer: Tokenizer | None, progress: Callable[[str], None]
+    data: DataConfig,
+    vocab_size: int,
+    tokenizer: Tokenizer | None,
+    progress: Callable[[str], None],
+    objective: Objective,
 ) -> Prepared:
     """Open documents and tokenizer, after downloading, building and training what is missing.
 
     Args:
       data: settings; the domain of a TFDS dataset is its name; for folders see :mod:`moe.data.folders`.
-      vocab_size: V; a tokenizer of that size, less the sentinels of span corruption, is trained unless one is cached.
+      vocab_size: V; a tokenizer of that size, less the objective's sentinels, is trained unless one is cached.
       tokenizer: replaces data.tokenizer and the trained one, for example by a checkpoint's.
       progress: called with a line before each slow step.
+      objective: of the run.
 
     Raises:
       ConfigError: invalid domains, weights, dataset or tokenizer.
@@ -88,10 +94,10 @@ def open_data(
             locked_directory(Path(directory), shared=True),
             disk_errors(directory),
         ):
-            return _open_all(data, vocab_size, tokenizer, directory, _refuse_to_prepare)
+            return _open_all(data, vocab_size, tokenizer, directory, _refuse_to_prepare, objective)
     lock = locked_directory(Path(directory)) if local else contextlib.nullcontext()
     with lock, disk_errors(directory):
-        return _open_all(data, vocab_size, tokenizer, directory, progress)
+        return _open_all(data, vocab_size, tokenizer, directory, progress, objective)
 
 
 class _NotPreparedError(Exception):
@@ -109,6 +115,7 @@ def _open_all(
     tokenizer: Tokenizer | None,
     directory: epath.Path,
     progress: Callable[[str], None],
+    objective: Objective,
 ) -> Prepared:
     """See :func:`open_data`."""
     found = _open(data, directory, progress)
@@ -118,23 +125,22 @@ def _open_all(
     domain_weights(data, domains)
     if tokenizer is None and data.tokenizer:
         tokenizer = named_tokenizer(data.tokenizer, directory, progress)
-    if data.conversations:
+    if objective.conversations:
         tokenizer = _chat_tokenizer(tokenizer, data.chat_template)
-    if tokenizer is None and data.objective == "policy":
+    if tokenizer is None and objective.holds_ids:
         raise ConfigError("data.tokenizer='': must name that of the rollouts, or start from a checkpoint with it")
     if tokenizer is None:
         refuse_unseen(train)
         text = hashlib.sha256(json.dumps([data.dataset, versions]).encode()).hexdigest()[:12]
         readable = re.sub(r"[^a-zA-Z0-9_.-]", "_", "-".join([data.dataset, *domains]))[:80]
-        size = vocab_size - SENTINELS if data.objective == "span_corruption" else vocab_size
+        size = vocab_size - objective.sentinels
         path = directory / "tokenizers" / f"{readable}-{text}-v{size}-{TRAINER_VERSION}.model"
         tokenizer = _cached_tokenizer(path, train, size, progress)
     if tokenizer.vocab_size > vocab_size:
         raise ConfigError(
             f"model.vocab_size={vocab_size}: the tokenizer has {tokenizer.vocab_size} tokens; use at least that"
         )
-    if data.objective == "span_corruption":
-        check_sentinels(tokenizer, vocab_size)
+    check_sentinels(tokenizer, vocab_size, objective)
     return Prepared(tokenizer, domains, train, heldout, versions)
 
 

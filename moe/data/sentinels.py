@@ -1,4 +1,4 @@
-"""Sentinels of span corruption: ids that stand for removed text, written ``<extra_id_0>``, ``<extra_id_1>``, …"""
+"""Sentinels: ids that stand for no text, or for text that was removed, written ``<extra_id_0>``, ``<extra_id_1>``, …"""
 
 from __future__ import annotations
 
@@ -9,45 +9,54 @@ from collections.abc import Iterable
 import numpy as np
 
 from moe.config import ConfigError
+from moe.config.objectives import Objective
 from moe.data.tokenizer import Tokenizer
 
 SENTINELS = 100  # as in T5
 _NAME = re.compile(r"<extra_id_(\d\d?)>")
 
 
-def sentinel_ids(tokenizer: Tokenizer) -> np.ndarray:
-    """Return the ids [SENTINELS] int32, the first sentinel's first.
+def sentinel_ids(tokenizer: Tokenizer, count: int = SENTINELS) -> np.ndarray:
+    """Return the ids [count] int32 of an objective's sentinels, the first one's first.
 
     They are the pieces ``<extra_id_i>`` of the tokenizer, or, where it has none, the ids after its vocabulary, counted
     down from the last (T5: 32,000 pieces, so that sentinel 0 is 32,099).
     """
-    named = [tokenizer.piece_id(f"<extra_id_{i}>") for i in range(SENTINELS)]
+    named = [tokenizer.piece_id(f"<extra_id_{i}>") for i in range(count)]
     if min(named) >= 0:
         return np.asarray(named, np.int32)
-    return np.arange(SENTINELS - 1, -1, -1, dtype=np.int32) + tokenizer.vocab_size
+    return np.arange(count - 1, -1, -1, dtype=np.int32) + tokenizer.vocab_size
 
 
-def check_sentinels(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Refuse a vocabulary without room for the sentinels. Raises ConfigError."""
-    if (needed := int(sentinel_ids(tokenizer).max()) + 1) > vocab_size:
+def check_sentinels(tokenizer: Tokenizer, vocab_size: int, objective: Objective) -> None:
+    """Refuse a vocabulary without room for an objective's sentinels. Raises ConfigError."""
+    if not objective.sentinels:
+        return
+    if (needed := int(sentinel_ids(tokenizer, objective.sentinels).max()) + 1) > vocab_size:
         raise ConfigError(
-            f"model.vocab_size={vocab_size}: data.objective='span_corruption' needs {SENTINELS} sentinels after the "
-            f"tokenizer's {tokenizer.vocab_size} tokens; use at least {needed}"
+            f"model.vocab_size={vocab_size}: data.objective={objective.name!r} needs {objective.sentinels} sentinels "
+            f"after the tokenizer's {tokenizer.vocab_size} tokens; use at least {needed}"
         )
 
 
-def encode_blanks(tokenizer: Tokenizer, text: str) -> np.ndarray:
-    """Return the ids [n] int32 of a text in which ``<extra_id_i>`` stands for sentinel i; no eos."""
-    sentinels = sentinel_ids(tokenizer)
+def encode_blanks(tokenizer: Tokenizer, text: str, count: int = SENTINELS) -> np.ndarray:
+    """Return the ids [n] int32 of a text in which ``<extra_id_i>`` stands for sentinel i; no eos.
+
+    Raises:
+      ConfigError: there are fewer sentinels.
+    """
+    sentinels = sentinel_ids(tokenizer, count)
     parts: list[np.ndarray] = []
     for number, part in enumerate(_NAME.split(text)):  # text, i, text, i, …
+        if number % 2 and int(part) >= count:
+            raise ConfigError(f"<extra_id_{part}>: must be below <extra_id_{count}>, since there are {count} sentinels")
         parts.append(sentinels[[int(part)]] if number % 2 else tokenizer.encode(part))
     return np.concatenate(parts).astype(np.int32)
 
 
-def decode_blanks(tokenizer: Tokenizer, ids: Iterable[int] | np.ndarray) -> str:
+def decode_blanks(tokenizer: Tokenizer, ids: Iterable[int] | np.ndarray, count: int = SENTINELS) -> str:
     """Return the text of ids [n], with sentinel i as ``<extra_id_i>``."""
-    numbers = {int(sentinel): i for i, sentinel in enumerate(sentinel_ids(tokenizer))}
+    numbers = {int(sentinel): i for i, sentinel in enumerate(sentinel_ids(tokenizer, count))}
     text, part = "", []
     for token in map(int, ids):
         if token in numbers:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from moe.config import ConfigError, DataConfig
+from moe.config.objectives import Objective
 from moe.data import folders
 from moe.data.folders import FolderDocuments
 from moe.system.escaping import terminal
@@ -89,6 +90,7 @@ def _where(documents: Sequence[str], place: int) -> str:
 
 def describe(
     data: DataConfig,
+    objective: Objective,
     train: Sequence[Sequence[str]],
     heldout: Sequence[Sequence[str]],
     count: Callable[[str], tuple[int, int]],
@@ -97,11 +99,12 @@ def describe(
 
     Args:
         data: settings.
+        objective: of the run.
         train: documents of the training split of each domain.
         heldout: of the held-out split.
         count: tokens and targets of a document; (0, 0): it has no example.
     """
-    kind = "conversations" if data.conversations else "documents"
+    kind = "conversations" if objective.conversations else "documents"
     sizes = []
     for split in (train, heldout):
         size = Size()
@@ -111,15 +114,14 @@ def describe(
     parts = []
     for size, name in zip(sizes, ("", "held out: "), strict=True):
         distinct = f" ({size.distinct:,} different)" if size.distinct is not None else ""
-        targets = f", {size.number(size.targets)} of them with a loss" if data.whole_examples else ""
+        targets = f", {size.number(size.targets)} of them with a loss" if objective.lengths(data) else ""
         parts.append(f"{name}{size.documents:,} {kind}{distinct}, {size.number(size.tokens)} tokens{targets}")
     yield f"data: {'; '.join(parts)}"
     for size in sizes:
         if size.left_out:
-            what = "no answer of the role assistant to learn" if data.conversations else "no example"
             yield terminal(
-                f"left out: {size.number(size.left_out)} of {size.documents:,} {kind} have {what} within "
-                f"data.sequence_length={data.sequence_length} tokens, such as {size.example}"
+                f"left out: {size.number(size.left_out)} of {size.documents:,} {kind} have no example"
+                f"{objective.answers} within data.sequence_length={data.sequence_length} tokens, such as {size.example}"
             )
     for line in folders.describe_left_out_of(data.dataset, data.text_suffixes):
         yield terminal(line.replace("\n", "\\n"))

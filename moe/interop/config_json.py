@@ -202,8 +202,10 @@ def _read_back(written: Json, model: ModelConfig) -> ModelConfig:
 
 def _write_as(config: Config, family: Family) -> Json:
     model = config.model
-    if config.data.objective == "prefix_lm" and not model.encoder_layers:
-        raise ConfigError("data.objective='prefix_lm': no open architecture attends to a prompt in both directions")
+    if config.objective.prefix and not model.encoder_layers:
+        raise ConfigError(
+            f"data.objective={config.data.objective!r}: no open architecture attends to a prompt in both directions"
+        )
     result: Json = {"architectures": [family.architecture], "model_type": family.model_type}
     for row in _COMMON:
         result |= row.write(model)

@@ -76,7 +76,7 @@ class WorkdirLM(TemplateLM):
                 f"--batch_size={batch_size}: must be a positive multiple of the {self._mesh.size} devices"
             )
         self._variables = parameters.read_variables(workdir, config.model, mesh=self._mesh, step=step)
-        self._model, self._prefix = sampling.without_drops(config.model), config.data.objective == "prefix_lm"
+        self._model, self._prefix = sampling.without_drops(config.model), config.objective.prefix
         graphdef = nnx.graphdef(abstract_model(self._model))
 
         @jax.jit

@@ -108,8 +108,9 @@ def canonical(config: Config) -> Canonical:
     form["optimizer_state"] = config.start.optimizer if form["start"] else "reset"
     form["teacher"] = _of_workdir(config.distill.teacher)
     form["lora"] = dataclasses.asdict(config.lora) if config.lora.rank else _NEUTRAL["lora"]
-    form["preference_beta"] = config.preferences.beta if config.data.objective == "preferences" else 0.0
-    form["policy"] = dataclasses.asdict(config.policy) if config.data.objective == "policy" else _NEUTRAL["policy"]
+    own = config.objective.section
+    form["preference_beta"] = config.preferences.beta if own == "preferences" else 0.0
+    form["policy"] = dataclasses.asdict(config.policy) if own == "policy" else _NEUTRAL["policy"]
     form["soft_share"] = config.distill.soft_share if form["teacher"] else _NEUTRAL["soft_share"]
     if not all(sparse_layers(config.model)):
         form["dense_dim"] = config.model.d_ff

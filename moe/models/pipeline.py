@@ -77,11 +77,10 @@ def check(config: Config, sizes: Mapping[str, int]) -> None:
         ("lora.rank", config.lora.rank, 0),
     ):
         require(value == only, name, value, f"must be {only!r} {field}")
-    for name, value, refused in (
-        ("data.objective", config.data.objective, "policy"),
-        ("model.moe.losses.scope", config.model.moe.losses.scope, "step"),
-    ):
-        require(value != refused, name, value, f"must not be {refused!r} {field}")
+    able, objective = "pipeline" in config.objective.abilities, config.data.objective
+    require(able, "data.objective", objective, f"must not be {objective!r} {field}")
+    scope = config.model.moe.losses.scope
+    require(scope != "step", "model.moe.losses.scope", scope, f"must not be 'step' {field}")
 
 
 def _shift(tree: Any, by: int) -> Any:

@@ -37,7 +37,7 @@ def make(opened: Workdir, step: int, *, title: str, tokens: int) -> Packed:
     """
     config = opened.program.config
     supported.check(config.model)
-    if config.data.objective != "causal":  # which the page's text, attention and examples are
+    if "page" not in config.objective.abilities:
         raise ConfigError(f"data.objective={config.data.objective!r}: the page supports only 'causal'")
     words = supported.vocabulary(opened.prepared.tokenizer)
     if len(words["pieces"]) > config.model.vocab_size:

@@ -134,7 +134,7 @@ def _options(config: Any, tokenizer: Any) -> Any:
         stop_tokens=(*ends, *(_STOP.value or [])),
         seed=_SEED.value or 0,
         start_token=_start_token(str(_WORKDIR.value), tokenizer.pad_id, vocab_size),
-        prefix=config.data.objective == "prefix_lm",
+        prefix=config.objective.prefix,
     )
 
 
@@ -153,9 +153,9 @@ class _Texts:
         self.prompts, self.reads = prompts, config.model.encoder_layers > 0
         start = [tokenizer.bos_id] if tokenizer.bos_id >= 0 and not self.reads else []
         end = [tokenizer.eos_id] * self.reads
-        blanks = config.data.objective == "span_corruption"
-        encode = functools.partial(encode_blanks, tokenizer) if blanks else tokenizer.encode
-        self._decode = functools.partial(decode_blanks, tokenizer) if blanks else tokenizer.decode
+        count = config.objective.sentinels
+        encode = functools.partial(encode_blanks, tokenizer, count=count) if count else tokenizer.encode
+        self._decode = functools.partial(decode_blanks, tokenizer, count=count) if count else tokenizer.decode
         self.rows: list[list[int]] = [start + encode(prompt).tolist() + end for prompt in prompts]
 
     def shown(self, index: int) -> str:
@@ -200,7 +200,7 @@ def _roll_out(config: Any, tokenizer: Any, prompts: Sequence[str], variables: di
     from moe.config.references import import_object
     from moe.data import chat
     from moe.models.sampling import make_sampler
-    from moe.posttraining import sampling as rollouts
+    from moe.objectives import sampling as rollouts
 
     reward = import_object("reward", str(_REWARD.value))
     start = [tokenizer.bos_id] if tokenizer.bos_id >= 0 else []
@@ -227,7 +227,7 @@ def _roll_out(config: Any, tokenizer: Any, prompts: Sequence[str], variables: di
 def _prompts() -> list[str]:
     """Prompts of the flags, checked with the flags that read them."""
     from moe.config import ConfigError
-    from moe.posttraining.sampling import read_prompts
+    from moe.objectives.sampling import read_prompts
 
     prompts = list(_PROMPT.value or [])
     cli.only_with(_ROLLOUTS.value is not None, "is read only with --rollouts", _PROMPTS, _SAMPLES, _REWARD)
@@ -255,7 +255,7 @@ def main() -> None:
     from moe.checkpoints.workdir import read_config
     from moe.data.tokenizer_files import find_tokenizer
     from moe.models import sampling, speculation
-    from moe.posttraining.sampling import check
+    from moe.objectives.sampling import check
 
     workdir, prompts = str(_WORKDIR.value), _prompts()
     cli.only_with(bool(_CHAT.value), "is read only with --chat", _SYSTEM)

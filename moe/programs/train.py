@@ -15,7 +15,6 @@ _PROFILE = flags.DEFINE_string("profile", None, "STEP:COUNT: trace COUNT steps f
 
 def main() -> None:
     """Parse flags and train."""
-    from moe import posttraining
     from moe.parallel.mesh import join_processes
     from moe.system import compilation_cache, signals, supervisor
     from moe.training import profiling
@@ -28,7 +27,7 @@ def main() -> None:
     with signals.ended_together(config.train.host_timeout):
         compilation_cache.use(config.train.compilation_cache, str(_WORKDIR.value))
         steps = profiling.parse(_PROFILE.value, config.train.num_steps) if _PROFILE.value is not None else None
-        with profiling.profiled(steps, str(_WORKDIR.value), posttraining.make_program) as make_program:
+        with profiling.profiled(steps, str(_WORKDIR.value)) as make_program:
             train(config, str(_WORKDIR.value), make_program=make_program, allow_changes=_CHANGE.value)
 
 

@@ -19,9 +19,9 @@ def main() -> None:
     import numpy as np
 
     from moe.config import ConfigError
-    from moe.data import objectives
     from moe.data.documents import PAIR
     from moe.models import sampling
+    from moe.objectives.pairs import Pairs
     from moe.training.open_workdir import open_workdir
 
     try:
@@ -30,7 +30,8 @@ def main() -> None:
         raise ConfigError("moe translate needs sacrebleu; install it with pip install sacrebleu") from error
     opened = open_workdir(_WORKDIR.path, _WORKDIR.instead)
     config, tokenizer = opened.program.config, opened.prepared.tokenizer
-    if config.data.objective != "pairs":
+    objective = config.objective
+    if not isinstance(objective, Pairs):
         raise ConfigError(f"data.objective={config.data.objective!r}: must be pairs")
     options = sampling.Sampling(temperature=0, stop_tokens=(tokenizer.eos_id,), start_token=tokenizer.pad_id)
     with jax.set_mesh(opened.program.mesh):
@@ -39,7 +40,7 @@ def main() -> None:
             documents = opened.prepared.heldout[domain]
             texts = [documents[i] for i in range(min(int(_ROWS.value or 0), len(documents)))]
             rng = np.random.default_rng(0)  # pairs need none
-            prompts = [objectives.examples(text, rng, config.data, tokenizer)[0]["encoder"] for text in texts]
+            prompts = [objective.examples(text, rng, config.data, tokenizer)[0]["encoder"] for text in texts]
             length = config.data.sequence_length
             written = sampling.sample(config.model, variables, prompts, length, options)
             sources, references = zip(*(text.split(PAIR) for text in texts), strict=True)

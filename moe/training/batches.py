@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh
 
-from moe.config import Config, sparse_layers
+from moe.config import Config
 from moe.models.decoder import Output
 from moe.models.factory import Model
 from moe.parallel import partition_specs
@@ -22,24 +22,19 @@ Batch = dict[str, Array]
 TOKEN_KEYS = ("tokens", "targets", "segment_ids", "positions")
 ENCODER_KEYS = ("encoder_tokens", "encoder_segment_ids", "encoder_positions")
 PREFIX_KEY = "prefix"  # [B,T] of a decoder-only prefix LM
-POLICY_KEYS = ("log_probs", "advantages")  # [B,T] float32 of rollouts
 EXPERTS_KEY = "experts"  # [B,T,L,K] int16 of rollouts whose experts are replayed
+#: Arrays of a batch that stay on the host.
+_HOST_KEYS = ("domain",)
 
 
 def batch_shapes(config: Config) -> dict[str, tuple[tuple[int, ...], Any]]:
     """Name of each array of a batch → (shape of one row, dtype); the shape begins with T, or with U for arrays of the
     encoder."""
-    length, model, objective = config.data.sequence_length, config.model, config.data.objective
+    length = config.data.sequence_length
     shapes: dict[str, tuple[tuple[int, ...], Any]] = dict.fromkeys(TOKEN_KEYS, ((length,), jnp.int32))
-    if model.encoder_layers:
+    if config.model.encoder_layers:
         shapes |= dict.fromkeys(ENCODER_KEYS, ((config.data.input_length,), jnp.int32))
-    elif objective == "prefix_lm":
-        shapes[PREFIX_KEY] = (length,), jnp.int32
-    elif objective == "policy":
-        shapes |= dict.fromkeys(POLICY_KEYS, ((length,), jnp.float32))
-        if config.policy.replay and any(layers := sparse_layers(model)):
-            shapes[EXPERTS_KEY] = (length, sum(layers), model.moe.experts_per_token), jnp.int16
-    return shapes
+    return shapes | config.objective.arrays(config)
 
 
 def forward(model: Model, batch: Batch, **settings: Any) -> Output:
@@ -59,9 +54,11 @@ def _recorded_choices(experts: Array, group_size: int) -> Choices:
 
 
 def place(batch: dict[str, Any], mesh: Mesh) -> Batch:
-    """Assemble each process's rows of a batch (NumPy) into global arrays [B,T] on the mesh; drop keys that the step
-    does not use."""
+    """Assemble each process's rows of a batch (NumPy) into global arrays [B,T,...] on the mesh, without those that the
+    step does not use."""
     sharding = partition_specs.shardings(mesh, partition_specs.BATCH)
-    further = (*ENCODER_KEYS, PREFIX_KEY, *POLICY_KEYS, EXPERTS_KEY)
-    keys = [*TOKEN_KEYS, *(key for key in further if key in batch)]
-    return {key: jax.make_array_from_process_local_data(sharding, batch[key]) for key in keys}
+    return {
+        key: jax.make_array_from_process_local_data(sharding, values)
+        for key, values in batch.items()
+        if key not in _HOST_KEYS
+    }

@@ -60,11 +60,11 @@ def load_heldout(program: Program, prepared: pipeline.Prepared) -> Heldout:
 
 def token_bytes(program: Program, prepared: pipeline.Prepared) -> np.ndarray:
     """[V] int32, UTF-8 bytes of each token's text; 0 for rows of the embedding that the tokenizer does not use, and for
-    the sentinels of span corruption, which stand for no text."""
+    the objective's sentinels, which stand for no text."""
     sizes = np.zeros(program.config.model.vocab_size, np.int32)
     sizes[: prepared.tokenizer.vocab_size] = prepared.tokenizer.token_bytes
-    if program.config.data.objective == "span_corruption":
-        sizes[sentinel_ids(prepared.tokenizer)] = 0
+    if count := program.config.objective.sentinels:
+        sizes[sentinel_ids(prepared.tokenizer, count)] = 0
     return sizes
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +10,7 @@ import optax
 from jax import Array
 from jaxtyping import Float, Int
 
-from moe.config import Config, ConfigError, MoEConfig
-from moe.models.decoder import Output
-from moe.models.factory import Model
-from moe.models.prediction import further_targets
+from moe.config import MoEConfig
 from moe.parallel import partition_specs, target
 from moe.parallel.mesh import TOKEN_AXES, axis_size, constrain
 from moe.parallel.parameters import read_as
@@ -179,7 +175,8 @@ def soft_cross_entropy(
 
 @dataclasses.dataclass(frozen=True)
 class Sums:
-    """Sums of an objective over a batch; the step divides each by :meth:`Objective.count`.
+    """Sums of an objective over a batch; the step divides each by
+    :meth:`moe.config.objectives.Objective.count`.
 
     Attributes:
         loss: minimised, without auxiliary terms.
@@ -190,71 +187,6 @@ class Sums:
     loss: Array
     cross_entropy: Array
     terms: dict[str, Array] = dataclasses.field(default_factory=dict)
-
-
-class Objective(Protocol):
-    """A training loss.
-
-    Attributes:
-        noise: whether the model is run with jitter, dropout and the gate's draws.
-    """
-
-    noise: bool
-
-    def count(self, batch: dict[str, Array]) -> Array:
-        """Number of units of a batch, such as targets, over which the loss is a mean."""
-        ...
-
-    def sums(
-        self,
-        config: Config,
-        model: Model,
-        output: Output,
-        batch: dict[str, Array],
-        teacher: tuple[Model, Output] | None,
-    ) -> Sums:
-        """Sums over the units of a batch."""
-        ...
-
-
-class TextObjective:
-    """Prediction of the next token of a text, with a teacher also of its probabilities, and with multi-token prediction
-    also of later tokens."""
-
-    noise = True
-
-    def count(self, batch: dict[str, Array]) -> Array:
-        """Number of targets."""
-        return jnp.sum(batch["targets"] >= 0)
-
-    def sums(
-        self,
-        config: Config,
-        model: Model,
-        output: Output,
-        batch: dict[str, Array],
-        teacher: tuple[Model, Output] | None,
-    ) -> Sums:
-        """Sums over the targets, in nats."""
-        if config.data.is_posttraining:
-            raise ConfigError(
-                f"data.objective={config.data.objective!r}: build the program by moe.posttraining.make_program"
-            )
-        matrix = model.output_matrix()
-        nll, _ = linear_cross_entropy(output.hidden, matrix, batch["targets"])
-        loss, terms = nll, {}
-        if teacher is not None:
-            soft = soft_cross_entropy(output.logits, teacher[1].logits, batch["targets"])
-            loss = loss + config.distill.soft_share * (soft - nll)
-        for depth, hidden in enumerate(output.further, start=1):  # DeepSeek-V3, equations 24 and 25
-            targets = further_targets(batch["targets"], batch["segment_ids"], depth)
-            further, _ = linear_cross_entropy(hidden, matrix, targets)
-            loss = loss + config.model.prediction_weight / len(output.further) * further
-            terms[f"cross_entropy_{depth}_further"] = further
-        return Sums(loss, nll, terms)
-
-
-TEXT = TextObjective()
 
 
 def describe_auxiliary(moe: MoEConfig) -> str:

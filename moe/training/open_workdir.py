@@ -104,6 +104,6 @@ def open_workdir(path: str, instead: dict[tuple[str, str], Any]) -> Workdir:
     config = dataclasses.replace(from_config_dict(tree), mesh=MeshConfig(data=1, fsdp=-1))
     mesh = make_mesh(config.mesh)
     validate_mesh(config, mesh.shape)
-    prepared = pipeline.prepare_run(config, tokenizer=find_tokenizer(path, chat=config.data.conversations))
+    prepared = pipeline.prepare_run(config, tokenizer=find_tokenizer(path, chat=config.objective.conversations))
     with jax.set_mesh(mesh):
         return Workdir(path, build(config, mesh), prepared)

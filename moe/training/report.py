@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -15,8 +14,7 @@ from etils import epath
 from matplotlib.figure import Figure
 
 from moe.config import Config, ConfigError
-from moe.data import chat, objectives, pipeline, rollouts
-from moe.data.tokenizer import Tokenizer
+from moe.data import pipeline
 from moe.models import sampling
 from moe.models.state import TrainState
 from moe.system import process
@@ -92,7 +90,7 @@ def _shown(row: dict[str, Any], last: int) -> dict[str, Any]:
 
 
 def prompts(config: Config, prepared: pipeline.Prepared) -> dict[str, Any]:
-    """Domain → what the report continues: the first tokens of a held-out document, or an encoder-decoder's example.
+    """Domain → what the report continues of a held-out document (:meth:`Objective.prompt`).
 
     Each is from the first of :data:`_FIRST_DOCUMENTS` documents that has one; a domain without one is left out. Also
     called at the start of a run, to refuse a run whose report would fail.
@@ -100,61 +98,32 @@ def prompts(config: Config, prepared: pipeline.Prepared) -> dict[str, Any]:
     Raises:
         ConfigError: a document is not of the objective's kind, or has a token that the model lacks.
     """
+    objective = config.objective
     found: dict[str, Any] = {}
     for domain in prepared.domains:
         texts = itertools.islice(prepared.heldout[domain], _FIRST_DOCUMENTS)
-        if first := next(filter(None, (_prompt(config, prepared.tokenizer, text) for text in texts)), None):
-            found[domain] = first[0]
+        examples = (objective.prompt(text, config.data, prepared.tokenizer) for text in texts)
+        if (first := next((one for one in examples if one is not None), None)) is not None:
+            found[domain] = first
     if found:
-        sampling.check_tokens(config.model, [_source_ids(prompt) for prompt in found.values()])
+        sampling.check_tokens(config.model, [objective.prompt_ids(prompt) for prompt in found.values()])
     return found
 
 
-def _prompt(config: Config, tokenizer: Tokenizer, text: str) -> list[Any]:
-    """List with the prompt of a document, empty if the document is too short to have one."""
-    if config.model.encoder_layers:
-        return objectives.examples(text, np.random.default_rng(0), config.data, tokenizer)[:1]
-    if config.data.conversations:
-        return [chat.first_prompt(tokenizer, text, config.data.dataset)]
-    if config.data.objective == "policy":
-        return [np.array(rollouts.read(text).prompt_tokens, np.int32)]
-    start = [tokenizer.bos_id] if tokenizer.bos_id >= 0 else []
-    ids = np.concatenate([start, tokenizer.encode(text[:2000])[:31]]).astype(np.int32)
-    return [ids] if len(ids) else []
-
-
-def _source_ids(prompt: Any) -> np.ndarray:
-    return prompt["encoder"] if isinstance(prompt, dict) else prompt
-
-
 def _sampled(program: Program, state: TrainState, prepared: pipeline.Prepared) -> str:
-    """Continuations of :func:`prompts`, or the likeliest targets of an encoder-decoder's examples."""
+    """Continuations of :func:`prompts`."""
     config, tokenizer = program.config, prepared.tokenizer
+    objective = config.objective
     if why := sampling.looks_ahead(config.model):
         return f"no text was sampled: {why}"
     examples = prompts(config, prepared)
     if not examples:
         return "no text was sampled: the first held-out documents are too short"
-    if config.model.encoder_layers:
-        title = "blanks as [written|removed]" if config.data.objective == "span_corruption" else "a target"
-        options = sampling.Sampling(temperature=0, stop_tokens=(tokenizer.eos_id,), start_token=tokenizer.pad_id)
-
-        def show(prompt: Any, written: np.ndarray) -> str:
-            return objectives.show_example(prompt, written, config.data, tokenizer)
-
-    else:
-        title = "a continuation"
-        options = sampling.Sampling(seed=config.seed, prefix=config.data.objective == "prefix_lm")
-        if config.data.conversations:
-            options = dataclasses.replace(options, stop_tokens=chat.stop_ids(tokenizer))
-
-        def show(prompt: Any, written: np.ndarray) -> str:
-            return f"{tokenizer.decode(prompt)} >>> {tokenizer.decode(written)}"
-
-    ids = [_source_ids(prompt) for prompt in examples.values()]
+    ids = [objective.prompt_ids(prompt) for prompt in examples.values()]
+    options = objective.sampling(config, tokenizer)
     written = sampling.sample(config.model, state.variables, ids, config.train.sample_tokens, options)
     return "\n\n".join(
-        f"{title}, {domain}:\n{show(prompt, ids)}"
+        f"{objective.title()}, {domain}:\n{objective.show(prompt, ids, tokenizer)}"
         for (domain, prompt), ids in zip(examples.items(), written, strict=True)
     )
 

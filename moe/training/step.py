@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.typing import ArrayLike
 
 from moe.config import Config, ConfigError, ModelConfig, stacks
+from moe.config.objectives import Objective, naming_objective
 from moe.layers.mixers import table
 from moe.layers.moe_layer import SelectionBias, replace_gate
 from moe.models import pipeline
@@ -38,7 +39,7 @@ from moe.routing.balancing_rules import restored, stored
 from moe.routing.interface import Gate
 from moe.routing.routing import is_own, probe
 from moe.training.batches import Batch, batch_shapes, forward
-from moe.training.losses import TEXT, Objective, auxiliary_loss, mean_reports, row_cross_entropy
+from moe.training.losses import auxiliary_loss, describe_auxiliary, mean_reports, row_cross_entropy
 from moe.training.optimizer import gradient_norm, learning_rate_schedule, make_optimizer, probe_own
 
 #: A teacher's model config and variables.
@@ -99,7 +100,7 @@ class Program:
         eval_step: (variables, Batch, token_bytes [V] int32) → EvalMetrics; deterministic.
         state: TrainState of ShapeDtypeStructs with shardings.
         batch: Batch of ShapeDtypeStructs with shardings.
-        about: line about the objective, printed when a run begins; empty for next-token prediction.
+        about: line about the objective, printed when a run begins; empty: none.
     """
 
     config: Config
@@ -131,7 +132,7 @@ class _Parts:
     teacher_graphdef: nnx.GraphDef[Model]
     optimizer: optax.GradientTransformationExtraArgs
     schedule: optax.Schedule
-    objective: Objective = TEXT
+    objective: Objective
 
 
 def compiler_options(config: Config, mesh: Mesh) -> dict[str, str | bool | int]:
@@ -147,14 +148,13 @@ def build(
     teacher: Teacher | None = None,
     *,
     gate: Gate | None = None,
-    objective: Objective = TEXT,
 ) -> Program:
     """Build the programs of a run; nothing is compiled yet.
 
     Args:
         config: validated against the mesh (:func:`moe.config.validate_mesh`).
         mesh: from :func:`moe.parallel.mesh.make_mesh`.
-        teacher: model whose probabilities serve as soft targets (``config.distill``).
+        teacher: model of ``config.distill``, whose probabilities are soft targets, or the objective's reference model.
         gate: replaces the gate that ``config.model.moe.gate`` names in every MoE layer.
     """
     _probe_own_gates(config)
@@ -168,7 +168,7 @@ def build(
         _graphdef(teacher_model),
         make_optimizer(config.optimizer, config.train.num_steps, None if config.lora.rank else config.model),
         learning_rate_schedule(config.optimizer, config.train.num_steps),
-        objective,
+        config.objective,
     )
     init = functools.partial(_init, parts)
     shapes = jax.eval_shape(init, 0)
@@ -214,7 +214,14 @@ def build(
             key: jax.ShapeDtypeStruct((config.train.batch_size, *shape), dtype, sharding=batch_sharding)
             for key, (shape, dtype) in batch_shapes(config).items()
         },
+        about=_about(config),
     )
+
+
+def _about(config: Config) -> str:
+    """Line about the objective and the auxiliary losses."""
+    about = config.objective.about(config)
+    return f"objective: {about}; auxiliary losses: {describe_auxiliary(config.model.moe)}" if about else ""
 
 
 def _in_host_memory(shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> NamedSharding:
@@ -374,7 +381,8 @@ def _loss(
     """A microbatch's share of the batch's loss, and (its shares of cross-entropy and terms, layer reports); with the
     totals of the step, its load-balancing loss is over the step."""
     config = parts.config
-    sums = parts.objective.sums(config, model, output, batch, teacher)
+    with naming_objective(parts.objective, "sums"):
+        sums = parts.objective.sums(config, model, output, batch, teacher)
     loss, *shown = jax.tree.map(lambda x: x / jnp.maximum(count, 1), (sums.loss, sums.cross_entropy, sums.terms))
     layers, microbatches = output.layers, config.train.accumulation_steps
     if layers is not None and totals is not None:

@@ -38,11 +38,12 @@ def read_teacher(
     if model.encoder_vocab_size != config.model.encoder_vocab_size:
         raise ConfigError(f"model.encoder_vocab_size: must be the teacher's {model.encoder_vocab_size}")
     if tokenizer is not None:
-        theirs = find_tokenizer(workdir, chat=config.data.conversations)
+        theirs = find_tokenizer(workdir, chat=config.objective.conversations)
         if theirs.model_bytes != tokenizer.model_bytes:
             raise ConfigError(f"distill.teacher={workdir!r}: has another tokenizer, so its ids mean other texts")
-    if config.data.is_posttraining and config.model.moe.dispatch == "dropless":
+    if config.objective.has_reference and config.model.moe.dispatch == "dropless":
         model = without_drops(model)  # else the reference would differ from the same model here
+    config.objective.check_reference(config, model)
     _check_fit(config, model, mesh)
     return model, stored.read_variables(workdir, model, mesh=mesh, step=step)
 
@@ -50,7 +51,7 @@ def read_teacher(
 def _check_fit(config: Config, model: ModelConfig, mesh: Mesh) -> None:
     """Check that a teacher fits the mesh and the rows of the run. Raises ConfigError."""
     data = config.data
-    if data.is_posttraining:
+    if config.objective.has_reference:
         data = dataclasses.replace(data, objective="causal", chat_template="")
     model = dataclasses.replace(model, moe=dataclasses.replace(model.moe, accept_future_leak=True))
     rows, parts = config.train.batch_size, config.train.accumulation_steps

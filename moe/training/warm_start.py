@@ -22,6 +22,7 @@ from moe.checkpoints import parameters as stored
 from moe.checkpoints.pinned import agreed
 from moe.checkpoints.workdir import CONFIG, differing_settings, read_config
 from moe.config import Config, ConfigError, DistillConfig, ModelConfig, StartConfig
+from moe.config.objectives import OBJECTIVES, find_objective
 from moe.data.tokenizer import Tokenizer
 from moe.data.tokenizer_files import find_tokenizer
 from moe.models.adapters import initial_adapters
@@ -70,12 +71,17 @@ def _refuse_unread(config: Config) -> None:
             sections = ({name: dataclasses.asdict(each)} for each in (default, section))
             changed = ", ".join(differing_settings(*sections))
             raise ConfigError(f"{name}.{key}={value!r}: {allowed} to use {changed}; set it, or unset that")
-    data, share = config.data, config.distill.soft_share
-    objective = f"data.objective={data.objective!r}"
-    allowed = f"is not read with {objective}, whose teacher is the reference model; unset it"
-    require(not data.is_posttraining or share == DistillConfig().soft_share, "distill.soft_share", share, allowed)
-    allowed = f"must be True with {objective}, whose rows are cut from documents one after the other"
-    require(data.pack or data.whole_examples, "data.pack", data.pack, allowed)
+    objective, data, share = config.objective, config.data, config.distill.soft_share
+    name = f"data.objective={data.objective!r}"
+    for one in map(find_objective, OBJECTIVES):
+        if one.section and one.section != objective.section:
+            section = getattr(config, one.section)
+            if section != type(section)():
+                raise ConfigError(f"{section}: is read only with data.objective={one.name!r}, not {data.objective!r}")
+    allowed = f"is not read with {name}, whose teacher is the reference model; unset it"
+    require(not objective.has_reference or share == DistillConfig().soft_share, "distill.soft_share", share, allowed)
+    allowed = f"must be True with {name}, whose rows are cut from documents one after the other"
+    require(data.pack or bool(objective.lengths(data)), "data.pack", data.pack, allowed)
 
 
 def tokenizer(config: Config, directory: epath.Path) -> Tokenizer | None:
@@ -92,7 +98,7 @@ def tokenizer(config: Config, directory: epath.Path) -> Tokenizer | None:
     if not (epath.Path(workdir) / CONFIG).exists() and (directory / CONFIG).exists():
         workdir = directory
     try:
-        return find_tokenizer(workdir, chat=config.data.conversations)
+        return find_tokenizer(workdir, chat=config.objective.conversations)
     except ConfigError as error:
         raise ConfigError(f"{error}, or set data.tokenizer") from error
 

@@ -16,8 +16,10 @@ import pytest
 from etils import epath
 
 from moe.config import ConfigError, DataConfig, to_dict
-from moe.data import chat, chat_rendering, columns, documents, pipeline, preferences
+from moe.data import chat, chat_rendering, columns, documents, pipeline
 from moe.data.json_tokenizer import JsonTokenizer
+from moe.objectives import preferences
+from moe.objectives.chat import Chat, examples
 from moe.parallel.mesh import make_mesh
 from moe.training import open_workdir
 from moe.training.step import build
@@ -58,24 +60,24 @@ def test_a_row_by_hand():
         "[INST]{{ m.content }}[/INST]{% else %}{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}")  # fmt: skip
     ids = {text: tokens.piece_id(text) for text in ("<s>", "[INST]", "a", "[/INST]", "b", "</s>")}
     pair = documents.join_texts("a", "b")
-    (example,) = chat.examples(pair, 16, tokens, "texts")
+    (example,) = examples(pair, 16, tokens, "texts")
     assert example["tokens"].tolist() == [ids[text] for text in ("<s>", "[INST]", "a", "[/INST]", "b")]
     assert example["targets"].tolist() == [-1, -1, -1, ids["b"], ids["</s>"]]
     assert chat.stop_ids(tokens) == (ids["</s>"],)
     # Cut after four tokens, the end of the answer is lost; after three, all of it.
-    (cut,) = chat.examples(pair, 4, tokens, "texts")
+    (cut,) = examples(pair, 4, tokens, "texts")
     assert cut["targets"].tolist() == [-1, -1, -1, ids["b"]]
-    assert chat.examples(pair, 3, tokens, "texts") == []
+    assert examples(pair, 3, tokens, "texts") == []
     packed = {
         "tokens": np.asarray([5, 6, 7, 0]),
         "targets": np.asarray([-1, 7, 9, 0]),
         "tokens_segment_ids": np.asarray([1, 1, 2, 0]),
         "tokens_positions": np.asarray([0, 1, 0, 0]),
     }
-    row = chat.chat_row(packed, domain=3, pad_id=1)
+    row = Chat().row(packed, pad_id=1)
     assert row["tokens"].tolist() == [5, 6, 7, 1]
     assert row["targets"].tolist() == [-1, 7, 9, -1]
-    assert (row["segment_ids"].tolist(), row["positions"].tolist(), row["domain"]) == ([1, 1, 2, 0], [0, 1, 0, 0], 3)
+    assert (row["segment_ids"].tolist(), row["positions"].tolist()) == ([1, 1, 2, 0], [0, 1, 0, 0])
 
 
 def test_an_answer_that_later_turns_render_differently_is_learnt_from_a_separate_text():
@@ -385,7 +387,7 @@ def test_conversations_of_a_folder_are_packed_whole_and_resumed_exactly(config):
         assert (next_token[same] == batch["tokens"][:, 1:][same]).all()
     assert pipeline.unigram_nll(prepared, config) > 0
     texts = [prepared.heldout[domain][0] for domain in prepared.domains]
-    assert all(len(chat.first_prompt(prepared.tokenizer, text, "")) for text in texts)
+    assert all(len(Chat().prompt(text, config, prepared.tokenizer)) for text in texts)
 
 
 def test_a_start_says_how_much_there_is_to_learn_and_what_is_left_out(config, tmp_path):
@@ -417,8 +419,8 @@ def test_a_start_says_how_much_there_is_to_learn_and_what_is_left_out(config, tm
     assert list(pipeline.describe_sizes(prepared, config)) == [
         f"data: 5 conversations (4 different), {2 * short + long} tokens, {4 * answer} of them with a loss; "
         f"held out: 1 conversations (1 different), {short} tokens, {answer} of them with a loss",
-        "left out: 2 of 5 conversations have no answer of the role assistant to learn within data.sequence_length=192 "
-        f"tokens, such as {prepared.train['four'].where(4)}",
+        "left out: 2 of 5 conversations have no example with an answer of the role assistant within "
+        f"data.sequence_length=192 tokens, such as {prepared.train['four'].where(4)}",
         f"left out of {folder}, since their suffixes are not read: 1 .csv (\\x1b[31m\\nc.csv), "
         "2 .jsonl.gz (a.jsonl.gz), 1 without a suffix (LICENSE)",
     ]

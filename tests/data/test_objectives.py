@@ -14,8 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe.config import Config, ConfigError, DataConfig, ModelConfig
-from moe.data import objectives, pipeline, preparation, sentinels
+from moe.config.objectives import find_objective
+from moe.data import pipeline, preparation, sentinels
 from moe.data.documents import PAIR
+from moe.objectives import spans as span_corruption
+from moe.objectives.prefix import PrefixLM
 from tests.helpers import slow_case
 from tests.text_fixtures import VOCAB, assert_equal, data, prepared  # noqa: F401
 from tests.tiny_text import random_text
@@ -49,6 +52,11 @@ def letters(*texts):
     return preparation.Prepared(LetterTokenizer(), ("x",), documents, documents)
 
 
+def examples(text, rng, config, tokenizer):
+    """Examples of a document under a data section."""
+    return find_objective(config.objective).bound(config).examples(text, rng, config, tokenizer)
+
+
 def spans(**changes):
     """3 of 10 tokens removed in 2 spans."""
     return DataConfig(objective="span_corruption", corruption_rate=0.3, mean_span=1.5, **changes)
@@ -56,12 +64,12 @@ def spans(**changes):
 
 def test_span_lengths_are_found_once(monkeypatch):
     """They take a step for each removed token, and every document asks for them."""
-    counted = mock.Mock(wraps=objectives.span_counts)
-    monkeypatch.setattr(objectives, "span_counts", counted)
-    assert objectives.span_lengths(4321, 0.15, 3.0) == objectives.span_lengths(4321, 0.15, 3.0)
+    counted = mock.Mock(wraps=span_corruption.span_counts)
+    monkeypatch.setattr(span_corruption, "span_counts", counted)
+    assert span_corruption.span_lengths(4321, 0.15, 3.0) == span_corruption.span_lengths(4321, 0.15, 3.0)
     steps = counted.call_count
     assert steps > 100
-    objectives.span_lengths(4321, 0.15, 3.0)
+    span_corruption.span_lengths(4321, 0.15, 3.0)
     assert counted.call_count == steps
 
 
@@ -76,21 +84,21 @@ def test_span_lengths_are_found_once(monkeypatch):
     ],
 )
 def test_span_lengths_by_hand(inputs, expected):
-    assert objectives.span_lengths(inputs, 0.15, 3.0) == expected
-    assert objectives.span_counts(18, 0.15, 1.75) == (3, 2)  # 2.7 and 3 / 1.75 = 1.71, both to the nearest integer
+    assert span_corruption.span_lengths(inputs, 0.15, 3.0) == expected
+    assert span_corruption.span_counts(18, 0.15, 1.75) == (3, 2)  # 2.7 and 3 / 1.75 = 1.71, both to the nearest integer
 
 
 def test_noise_mask_by_hand():
     # 10 · 0.3 = 3 tokens removed in 3 / 1.5 = 2 spans. Reversed, [1,0] of the removed becomes [0,1]: lengths 2 and 1;
     # [1,0,0,0,0,0] of the 7 kept becomes [0,0,0,0,0,1]: lengths 6 and 1. Kept 6, removed 2, kept 1, removed 1.
-    mask = objectives.noise_mask(10, Reversing(), 0.3, 1.5)
+    mask = span_corruption.noise_mask(10, Reversing(), 0.3, 1.5)
     np.testing.assert_array_equal(mask, [0, 0, 0, 0, 0, 0, 1, 1, 0, 1])
 
 
 @pytest.mark.parametrize(("length", "removed"), [(1, 0), (2, 1), (3, 1), (568, 85)])
 def test_noise_mask_of_extreme_lengths(length, removed):
     # At least one token is removed and one kept; a single token counts as two, of which the absent second is removed.
-    mask = objectives.noise_mask(length, np.random.default_rng(0), 0.15, 3.0)
+    mask = span_corruption.noise_mask(length, np.random.default_rng(0), 0.15, 3.0)
     assert (len(mask), mask.sum(), mask[0]) == (length, removed, False)
 
 
@@ -98,7 +106,7 @@ def test_masks_are_equally_likely():
     # 6 tokens, 3 removed in 2 spans: {1,2} or {2,1} kept times {1,2} or {2,1} removed, 4 masks.
     rng = np.random.default_rng(0)
     masks, counts = np.unique(
-        [objectives.noise_mask(6, rng, 0.5, 1.5) for _ in range(4000)], axis=0, return_counts=True
+        [span_corruption.noise_mask(6, rng, 0.5, 1.5) for _ in range(4000)], axis=0, return_counts=True
     )
     assert len(masks) == 4
     assert abs(counts - 1000).max() < 140  # 5 standard deviations of 27
@@ -107,9 +115,7 @@ def test_masks_are_equally_likely():
 def test_spans_by_hand():
     # a b c d e f g h i j with the mask above: "g h" and "j" are removed. Sentinels are 128, 127, …; eos is 2.
     # Shifting completes its one row: the decoder starts with padding.
-    (example,) = objectives.examples(
-        "abcdefghij", Reversing(), spans(input_length=10, sequence_length=8), LetterTokenizer()
-    )
+    (example,) = examples("abcdefghij", Reversing(), spans(input_length=10, sequence_length=8), LetterTokenizer())
     np.testing.assert_array_equal(example["encoder"], [3, 4, 5, 6, 7, 8, 128, 11, 127, 2])
     np.testing.assert_array_equal(example["decoder"], [128, 9, 10, 127, 12, 2])
 
@@ -158,14 +164,14 @@ def test_prefix_of_a_decoder_by_hand():
         "positions": np.array([0, 1, 2, 3, 0, 1, 2, 0]),
         "targets": np.array([3, 4, 2, -1, 5, 2, -1, -1]),
     }
-    divided = objectives.prefix_row(row, Reversing())
+    divided = PrefixLM().divide(row, Reversing())
     np.testing.assert_array_equal(divided["prefix"], [1, 1, 1, 0, 1, 1, 0, 0])
     np.testing.assert_array_equal(divided["targets"], [-1, -1, 2, -1, -1, 2, -1, -1])
 
 
 def test_prefix_of_an_encoder(prepared, data):
     config = dataclasses.replace(data, objective="prefix_lm", input_length=24)
-    found = objectives.examples(random_text(3), np.random.default_rng(0), config, prepared.tokenizer)
+    found = examples(random_text(3), np.random.default_rng(0), config, prepared.tokenizer)
     joined = np.concatenate([part[:-1] for example in found for part in (example["encoder"], example["decoder"])])
     assert prepared.tokenizer.decode(joined) == random_text(3)
     assert all(len(example["encoder"]) <= 24 and len(example["decoder"]) <= 32 for example in found)
@@ -179,8 +185,8 @@ def test_input_and_target_reproduce_the_tokens(length, rate, mean_span, seed):
     rng = np.random.default_rng(seed)
     ids = rng.integers(3, 29, length)
     names = np.arange(1000, 1000 - length, -1)
-    mask = objectives.noise_mask(length, rng, rate, mean_span)
-    inputs, targets = (objectives.replace_spans(ids, where, names) for where in (mask, ~mask))
+    mask = span_corruption.noise_mask(length, rng, rate, mean_span)
+    inputs, targets = (span_corruption.replace_spans(ids, where, names) for where in (mask, ~mask))
     assert sentinels.fill_blanks([*inputs, 2], [*targets, 2], names, eos_id=2) == ids.tolist()
     assert np.isin(inputs, names).sum() == (np.diff(mask, prepend=False) & mask).sum()
     if length > 1 and 1 <= round(length * rate) < length:
@@ -190,13 +196,13 @@ def test_input_and_target_reproduce_the_tokens(length, rate, mean_span, seed):
 @settings(max_examples=30, deadline=None)
 @given(inputs=st.integers(8, 600), rate=st.floats(0.05, 0.6), mean_span=st.floats(1, 6), seed=st.integers(0, 99))
 def test_a_full_piece_of_text_fills_its_rows(inputs, rate, mean_span, seed):
-    text, targets = objectives.span_lengths(inputs, rate, mean_span)
-    removed, count = objectives.span_counts(text, rate, mean_span)
+    text, targets = span_corruption.span_lengths(inputs, rate, mean_span)
+    removed, count = span_corruption.span_counts(text, rate, mean_span)
     if not (1 <= count <= text - removed):
         return  # the mask avoids such extremes
-    mask = objectives.noise_mask(text, np.random.default_rng(seed), rate, mean_span)
+    mask = span_corruption.noise_mask(text, np.random.default_rng(seed), rate, mean_span)
     ids, names = np.zeros(text, int), np.arange(text)
-    lengths = [len(objectives.replace_spans(ids, where, names)) + 1 for where in (mask, ~mask)]
+    lengths = [len(span_corruption.replace_spans(ids, where, names)) + 1 for where in (mask, ~mask)]
     assert lengths[1] == targets or (rate == 0.5 and lengths[1] < targets)  # T5 shortens the text by one token there
     assert lengths[0] <= inputs  # the input does not always grow by one token with one more token of text
 
@@ -204,7 +210,7 @@ def test_a_full_piece_of_text_fills_its_rows(inputs, rate, mean_span, seed):
 def test_examples_reproduce_the_text(prepared, data):
     config = dataclasses.replace(data, objective="span_corruption", input_length=40)
     tokenizer, names = prepared.tokenizer, sentinels.sentinel_ids(prepared.tokenizer)
-    found = objectives.examples(random_text(7), np.random.default_rng(0), config, tokenizer)
+    found = examples(random_text(7), np.random.default_rng(0), config, tokenizer)
     pieces = [sentinels.fill_blanks(e["encoder"], e["decoder"], names, tokenizer.eos_id) for e in found]
     assert len(pieces) > 1
     assert tokenizer.decode(np.concatenate(pieces)) == random_text(7)

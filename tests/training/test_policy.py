@@ -24,14 +24,16 @@ from moe.config import (
     PolicyConfig,
     TrainConfig,
 )
-from moe.data import folders, pipeline, policy, rollouts
+from moe.data import folders, pipeline, rollouts
 from moe.data.engines import EngineName
 from moe.data.tokenizer import train_tokenizer
 from moe.data.tokenizer_files import find_tokenizer
 from moe.models.sampling import make_sampler
+from moe.objectives import sampling
+from moe.objectives.grpo import divergence, token_terms, token_weights
+from moe.objectives.policy import Policy, advantages
 from moe.parallel.mesh import make_mesh
-from moe.posttraining import make_program, sampling
-from moe.posttraining.grpo import PolicyObjective, divergence, token_terms, token_weights
+from moe.training import warm_start
 from moe.training.batches import forward, place
 from moe.training.losses import token_cross_entropy
 from moe.training.step import _noise_key, build
@@ -46,9 +48,9 @@ def test_advantages_of_four_completions_by_hand():
     """Rewards 1, 0, 0, 1: mean 1/2, variance 4 · 1/4 / 3 = 1/3, so ±1/2 · √3."""
     rewards = np.array([1.0, 0.0, 0.0, 1.0])
     by_hand = np.sqrt(3) / 2 * np.array([1, -1, -1, 1])
-    np.testing.assert_allclose(policy.advantages(rewards, divide=True), by_hand, rtol=1e-5)
-    np.testing.assert_allclose(policy.advantages(rewards, divide=False), [0.5, -0.5, -0.5, 0.5])
-    assert not policy.advantages(np.full(4, 0.3), divide=True).any()
+    np.testing.assert_allclose(advantages(rewards, divide=True), by_hand, rtol=1e-5)
+    np.testing.assert_allclose(advantages(rewards, divide=False), [0.5, -0.5, -0.5, 0.5])
+    assert not advantages(np.full(4, 0.3), divide=True).any()
 
 
 def test_losses_and_gradients_of_tokens_by_hand():
@@ -113,7 +115,7 @@ def test_means_over_tokens_completions_and_a_constant():
         ("completions", 3, 1 + 2 + 4),
         ("constant", 3, (1 + 3 * 2 + 2 * 4) / 8),
     ):
-        objective = PolicyObjective(PolicyConfig(mean=mean))
+        objective = Policy(policy=PolicyConfig(mean=mean))
         assert objective.count(batch) == count
         with jax.set_mesh(make_mesh(MeshConfig(), ONE)):
             found = jax.jit(lambda batch, of=objective: vars(of.sums(config, model, output, batch, None)))(batch)
@@ -158,8 +160,8 @@ def model():
 
 
 def examples(model, engine="vllm", **settings):
-    reader = policy.Reader(model.config, PolicyConfig(**settings), 16)
-    return reader.examples(rollouts.document(group(np.random.default_rng(0), engine)))
+    reader = Policy(model=model.config, policy=PolicyConfig(**settings), length=16)
+    return reader.completions(rollouts.document(group(np.random.default_rng(0), engine)))
 
 
 @pytest.mark.parametrize("engine", EngineName.__args__)
@@ -174,12 +176,12 @@ def test_an_example_by_hand_in_every_layout(model, engine):
     np.testing.assert_allclose(first["advantages"], [0, 0, -1, -1], rtol=1e-5)  # rewards 0, 1, 2: deviation 1
     np.testing.assert_array_equal(first["experts"], np.array(one["completions"][0]["experts"])[:, 1:])
     # The longest completion has seven tokens with its prompt, of which six are read: it fits a row of six.
-    reader = policy.Reader(model.config, PolicyConfig(), 6)
-    assert len(reader.examples(rollouts.document(group(np.random.default_rng(0), engine)))) == 3
+    reader = Policy(model=model.config, length=6)
+    assert len(reader.completions(rollouts.document(group(np.random.default_rng(0), engine)))) == 3
 
 
 def _batch(model, mesh, **settings):
-    return place(policy.batch(examples(model, **settings), 8, pad_id=0), mesh)
+    return place(Policy(length=8).batch(examples(model, **settings)), mesh)
 
 
 def test_replay_makes_the_ratio_exactly_one(model):
@@ -202,7 +204,7 @@ def test_replay_makes_the_ratio_exactly_one(model):
 
 
 def test_the_policy_runs_without_routing_noise():
-    parts = SimpleNamespace(objective=PolicyObjective(PolicyConfig()))
+    parts = SimpleNamespace(objective=Policy())
     assert _noise_key(parts, jax.random.key(0)) is None
 
 
@@ -210,7 +212,7 @@ def test_the_policy_runs_without_routing_noise():
 def test_gradients_are_those_of_a_loop_over_tokens(rng, mean):
     """Completions of 2 and 3 tokens in one row, and of 4 in another; some ratios are clipped."""
     settings = PolicyConfig(mean=mean, clip_low=0.1, clip_high=0.15, kl=0.3)
-    objective, config = PolicyObjective(settings), SimpleNamespace(data=SimpleNamespace(sequence_length=8))
+    objective, config = Policy(policy=settings), SimpleNamespace(data=SimpleNamespace(sequence_length=8))
     targets = np.array([[-1, 3, 1, -1, 2, 4, 0, -1], [-1, -1, 1, 2, 3, 4, -1, -1]])
     segments = np.array([[1, 1, 1, 2, 2, 2, 2, 0], [1, 1, 1, 1, 1, 1, 0, 0]])
     logits, reference = (jnp.asarray(rng.normal(size=(2, 8, 5)), jnp.float32) for _ in range(2))
@@ -266,11 +268,11 @@ def test_replay_on_eight_devices_equals_one_device():
             policy=PolicyConfig(mean="completions"),
         )
         mesh, rng = make_mesh(config.mesh, devices), np.random.default_rng(0)
-        reader = policy.Reader(config.model, config.policy, 16)
-        parts = [one for _ in range(6) for one in reader.examples(rollouts.document(group(rng)))][:16]
+        reader = Policy(model=config.model, policy=config.policy, length=16)
+        parts = [one for _ in range(6) for one in reader.completions(rollouts.document(group(rng)))][:16]
         with jax.set_mesh(mesh):
-            program = make_program(config, mesh)
-            state, batch = program.init(), place(policy.batch(parts, 16, pad_id=0), mesh)
+            program = build(config, mesh)
+            state, batch = program.init(), place(reader.batch(parts), mesh)
             for _ in range(2):
                 state, metrics = program.train_step(state, batch)
                 found.append((metrics.loss, metrics.gradient_norm, *metrics.terms.values()))
@@ -298,7 +300,7 @@ def open_all(folder):
 
 def check_all(folder, reader):
     for split in open_all(folder):
-        reader.check(split)
+        reader.check_documents(split)
 
 
 @pytest.fixture(scope="module")
@@ -328,7 +330,7 @@ def start(place_of_run):
 
 
 def test_a_run_from_a_file_learns_and_resumes_bit_for_bit(start, place_of_run, tmp_path, capsys):
-    program = compile_once(make_program)
+    program = compile_once(build)
     config = tiny(place_of_run / "cache", **start)
     train(config, str(tmp_path / "run"), ONE, make_program=program)
     said = capsys.readouterr().out
@@ -409,7 +411,7 @@ def test_bad_rollouts_are_refused_by_line_and_field(tmp_path, model, change, mes
     lines = [group(rng) for _ in range(12)]
     change(lines[6])
     write_lines(tmp_path / "text", lines)
-    reader = policy.Reader(model.config, PolicyConfig(), 16)
+    reader = Policy(model=model.config, length=16)
     with pytest.raises(ConfigError, match=rf"a.jsonl, line 7: .*{message}"):
         check_all(tmp_path / "text", reader)
 
@@ -421,7 +423,7 @@ def test_rows_of_single_completions_are_refused(tmp_path, model, suffix):
     if suffix == "parquet":
         (tmp_path / "text" / "sums" / "a.jsonl").unlink()
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "text" / "sums" / "a.parquet")
-    reader = policy.Reader(model.config, PolicyConfig(), 16)
+    reader = Policy(model=model.config, length=16)
     with pytest.raises(ConfigError, match=rf"a.{suffix}, .* holds one completion; .* rows of each group id"):
         check_all(tmp_path / "text", reader)
 
@@ -431,11 +433,11 @@ def _flat(number):
 
 
 def test_recorded_experts_are_refused_for_a_model_without_moe_layers():
-    dense = policy.Reader(tiny_model(vocab_size=48, gate="none"), PolicyConfig(), 16)
+    dense = Policy(model=tiny_model(vocab_size=48, gate="none"), length=16)
     text = rollouts.document(group(np.random.default_rng(0)))
     with pytest.raises(ConfigError, match=r"engine='vllm': belongs to a model with MoE layers; set policy.replay"):
-        dense.examples(text)
-    assert len(dataclasses.replace(dense, policy=PolicyConfig(replay=False)).examples(text)) == 3
+        dense.completions(text)
+    assert len(dataclasses.replace(dense, policy=PolicyConfig(replay=False)).completions(text)) == 3
 
 
 def test_impossible_settings_of_a_policy_run_are_refused(start, place_of_run):
@@ -452,10 +454,10 @@ def test_impossible_settings_of_a_policy_run_are_refused(start, place_of_run):
         with pytest.raises(ConfigError, match=message):
             tiny(place_of_run / "cache", **start | changes)
     dense = tiny(place_of_run / "cache", **start | {"model.moe.gate": "none"})
-    assert "experts" not in make_program(dense, make_mesh(dense.mesh, ONE)).about
+    assert "experts" not in build(dense, make_mesh(dense.mesh, ONE)).about
     texts = tiny(place_of_run / "cache", **start | {"data.objective": "causal"})
     with pytest.raises(ConfigError, match=r"kl=0.1.*: is read only with data.objective='policy'"):
-        make_program(texts, make_mesh(texts.mesh, ONE))
+        warm_start.check(texts)
     with pytest.raises(ConfigError, match="holds rollouts"):
         pipeline.prepare_run(texts, tokenizer=find_tokenizer(start["start.checkpoint"]), progress=lambda _: None)
 
@@ -478,12 +480,12 @@ def test_sampled_and_scored_prompts_are_rollouts_that_train(model, tmp_path, mon
     groups = list(sampling.sample_groups(sampler, variables, prompts, task, samples=2, seed=5))
     sampling.write_groups(str(tmp_path / "rollouts" / "a.jsonl"), groups)
     assert [prompt for prompt, _ in seen] == ["the cat"] * 2 + ["on"] * 2
-    reader = policy.Reader(model.config, PolicyConfig(), 16)
+    reader = Policy(model=model.config, length=16)
     lines = (tmp_path / "rollouts" / "a.jsonl").read_text().splitlines()
     assert len(lines) == 2
     for line, prompt in zip(lines, prompts, strict=True):
         fields = json.loads(line)
-        for one, example in zip(fields["completions"], reader.examples(rollouts.document(fields)), strict=True):
+        for one, example in zip(fields["completions"], reader.completions(rollouts.document(fields)), strict=True):
             assert example["tokens"].tolist() == (prompt + one["tokens"])[:-1]
             np.testing.assert_allclose(example["log_probs"][len(prompt) - 1 :], one["log_probs"], rtol=1e-6)
             assert example["experts"].shape == (len(example["tokens"]), 2, 2)

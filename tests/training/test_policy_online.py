@@ -15,10 +15,11 @@ from moe.checkpoints.pinned import pinned_steps
 from moe.config import Config, ConfigError, DataConfig, DistillConfig, LoraConfig, MeshConfig, StartConfig, TrainConfig
 from moe.config.run_sections import OptimizerConfig
 from moe.models.sampling import Rollout, check_prompts, make_sampler
+from moe.objectives import online
+from moe.objectives.online import Engine, Rounds, make_groups, own_engine, train_online
 from moe.parallel.mesh import make_mesh
-from moe.posttraining import make_program, online
-from moe.posttraining.online import Engine, Rounds, make_groups, own_engine, train_online
 from moe.training.batches import EXPERTS_KEY
+from moe.training.step import build
 from moe.training.teacher import read_teacher
 from tests.helpers import random_parameters, tiny_model
 from tests.run_helpers import ONE, Interrupted, state_of, write_run
@@ -106,7 +107,7 @@ def test_rounds_of_other_prompts_share_a_program(monkeypatch):
 def test_a_run_on_its_own_samples_resumes_bit_for_bit(tmp_path):
     mesh = make_mesh(MeshConfig(), ONE)
     with jax.set_mesh(mesh):
-        program, engine = make_program(CONFIG, mesh), own_engine(CONFIG.model, 6, (2,))
+        program, engine = build(CONFIG, mesh), own_engine(CONFIG.model, 6, (2,))
         rounds = Rounds(group_size=4, updates=2, save_every=1)
         whole = train_online(program, str(tmp_path / "whole"), Evens(), engine, rounds)
         shutil.copytree(tmp_path / "whole", tmp_path / "parts")
@@ -253,7 +254,7 @@ def test_a_run_begins_with_its_checkpoint(tmp_path, monkeypatch, rank):
     config = dataclasses.replace(CONFIG, start=start, lora=LoraConfig(rank=rank), train=train)
     config = dataclasses.replace(config, distill=reference, policy=dataclasses.replace(CONFIG.policy, kl=0.1))
     with jax.set_mesh(mesh := make_mesh(MeshConfig(), ONE)):
-        program = make_program(config, mesh, read_teacher(config, mesh))
+        program = build(config, mesh, read_teacher(config, mesh))
         for _ in range(2):
             with pytest.raises(Interrupted):
                 train_online(program, str(tmp_path / "run"), Evens(), Engine(None, load), Rounds())
@@ -269,7 +270,7 @@ def test_a_run_begins_with_its_checkpoint(tmp_path, monkeypatch, rank):
 def test_sizes_that_do_not_divide_are_refused(tmp_path):
     mesh = make_mesh(MeshConfig(), ONE)
     with jax.set_mesh(mesh):
-        program = make_program(CONFIG, mesh)
+        program = build(CONFIG, mesh)
         for rounds in (Rounds(group_size=3), Rounds(updates=4)):
             with pytest.raises(ConfigError, match="must be divisible by"):
                 train_online(program, str(tmp_path), Evens(), own_engine(CONFIG.model, 4), rounds)

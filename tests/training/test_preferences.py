@@ -22,11 +22,11 @@ from moe.config import (
     to_dict,
     validate_mesh,
 )
-from moe.data import documents, pipeline, preferences
+from moe.data import documents, pipeline
 from moe.data.tokenizer import train_tokenizer
+from moe.objectives import preferences
+from moe.objectives.preferences import Preferences, margins
 from moe.parallel.mesh import make_mesh
-from moe.posttraining import make_program
-from moe.posttraining.dpo import PreferenceObjective, margins
 from moe.training import open_workdir, teacher, warm_start
 from moe.training.step import build
 from moe.training.train import train
@@ -63,7 +63,7 @@ def test_a_pair_is_two_segments_with_targets_in_the_answers():
     size = len(example["tokens"])
     packed["tokens_segment_ids"] = np.repeat([1, 2, 0], [size, size, 1])
     packed["tokens_positions"] = np.concatenate([np.arange(size), np.arange(size), [0]])
-    row = preferences.row(packed, 0, tokens.pad_id)
+    row = Preferences().row(packed, tokens.pad_id)
     first = int((example["rejected"] == 0).sum())
     np.testing.assert_array_equal(
         row["segment_ids"], np.repeat([1, 2, 3, 4, 0], [first, size - first, first, size - first, 1])
@@ -75,7 +75,7 @@ def test_a_pair_is_two_segments_with_targets_in_the_answers():
         tokens.decode(example["targets"][(example["rejected"] == n) & (example["targets"] >= 0)]) for n in (0, 1)
     ]
     assert [answer.strip() for answer in answers] == ["ab ab", "b"]
-    assert (preferences.without_rejected(row)["targets"][row["segment_ids"] % 2 == 0] == -1).all()
+    assert (Preferences().heldout_row(row)["targets"][row["segment_ids"] % 2 == 0] == -1).all()
     assert not preferences.example(pair(rejected="ab ab"), 64, tokens, "")
     assert not preferences.example(pair(chosen="ab " * 40 + "a", rejected="ab " * 40 + "b"), 64, tokens, "")
     (cut,) = preferences.example(pair(chosen="ab " * 40, rejected="b " * 40), 64, tokens, "")
@@ -113,13 +113,13 @@ def test_loss_and_gradient_by_hand():
 
     def sums(logits):
         output, reference = (SimpleNamespace(hidden=hidden) for hidden in (logits, jnp.zeros((2, 6, 2))))
-        return PreferenceObjective().sums(config, model, output, batch, (model, reference))
+        return Preferences().sums(config, model, output, batch, (model, reference))
 
     run = jax.jit(jax.value_and_grad(lambda logits: ((found := sums(logits)).loss, found.terms), has_aux=True))
     with jax.set_mesh(make_mesh(MeshConfig(), ONE)):
         (loss, terms), gradient = run(logits)
         (equal, of_equal), _ = run(jnp.zeros((2, 6, 2)))
-    assert PreferenceObjective().count(batch) == 1
+    assert Preferences().count(batch) == 1
     assert float(loss) == pytest.approx(np.log(1 + 3**-0.5), rel=1e-6)
     assert float(terms["preference_margin"]) == pytest.approx(log3, rel=1e-6)
     assert float(terms["preference_accuracy"]) == 1
@@ -163,7 +163,7 @@ def start(tmp_path):
 
 def test_a_run_begins_at_the_reference_learns_and_resumes_bit_for_bit(start, tmp_path, capsys):
     _, settings = start
-    program = compile_once(make_program)
+    program = compile_once(build)
     config = tiny(tmp_path / "cache", **settings)
     train(config, str(tmp_path / "run"), ONE, make_program=program)
     assert "preferences (DPO), beta 0.1, against" in (said := capsys.readouterr().out)
@@ -186,9 +186,8 @@ def test_a_run_begins_at_the_reference_learns_and_resumes_bit_for_bit(start, tmp
 @pytest.mark.parametrize("objective", ["preferences", "policy"])
 def test_prediction_layers_without_a_loss_are_refused(objective, tmp_path):
     data = {"data.objective": objective, "distill.teacher": str(tmp_path) if objective == "preferences" else ""}
-    config = tiny(tmp_path, **data, **{"model.prediction_layers": 1, "model.moe.dispatch": "dropless"})
     with pytest.raises(ConfigError, match=r"model.prediction_layers=1: must be 0 with data.objective="):
-        make_program(config, make_mesh(config.mesh, ONE))
+        tiny(tmp_path, **data, **{"model.prediction_layers": 1, "model.moe.dispatch": "dropless"})
 
 
 def test_the_reference_may_have_two_tokenizers(tmp_path, monkeypatch):

@@ -46,10 +46,11 @@ from moe.configs import base, upcycle
 from moe.data.tokenizer import train_tokenizer
 from moe.interop import import_checkpoint, load_huggingface
 from moe.models.state import set_schedule_step
+from moe.objectives.text import Causal
 from moe.parallel.mesh import make_mesh
 from moe.training import averaging, profiling, start_run, warm_start
 from moe.training.batches import place
-from moe.training.losses import TEXT, soft_cross_entropy
+from moe.training.losses import soft_cross_entropy
 from moe.training.optimizer import WeightAverage, averaged_weights
 from moe.training.step import build
 from moe.training.teacher import read_teacher
@@ -168,7 +169,7 @@ def test_soft_targets_replace_their_share_of_the_hard_targets():
     logits, targets = jnp.log(jnp.asarray([[[0.25, 0.75]]])), jnp.zeros((1, 1), jnp.int32)
     output, taught = (SimpleNamespace(hidden=x, logits=x, further=()) for x in (logits, jnp.zeros((1, 1, 2))))
     model, config = SimpleNamespace(output_matrix=lambda: jnp.eye(2)), Config(distill=DistillConfig("other", 0.25))
-    sums = TEXT.sums(config, model, output, {"targets": targets}, (None, taught))
+    sums = Causal().sums(config, model, output, {"targets": targets}, (None, taught))
     hard, soft = -math.log(0.25), -(math.log(0.25) + math.log(0.75)) / 2
     np.testing.assert_allclose((sums.loss, sums.cross_entropy), (0.75 * hard + 0.25 * soft, hard), rtol=1e-6)
 

@@ -171,7 +171,8 @@ def test_a_non_finite_gradient_skips_the_update(monkeypatch):
     """Even if the loss is finite."""
     config = Config(model=tiny_model(gate="none"), optimizer=OptimizerConfig(schedule="constant", warmup_steps=0))
     optimizer, parameters = make_optimizer(config.optimizer, 10), {"dense": {"up": jnp.ones((2, 2))}}
-    parts = step._Parts(config, None, None, optimizer, learning_rate_schedule(config.optimizer, 10))
+    schedule = learning_rate_schedule(config.optimizer, 10)
+    parts = step._Parts(config, None, None, optimizer, schedule, config.objective)
     key = jax.random.key_data(jax.random.key(0))
     state = TrainState(jnp.zeros((), jnp.int32), parameters, {}, optimizer.init(parameters), key)
     for value, skipped in ((jnp.inf, 1), (1.0, 0)):

@@ -16,6 +16,7 @@ import pytest
 from etils import epath
 
 from moe.config import Config, ConfigError, MeshConfig, TrainConfig
+from moe.config.objectives import find_objective
 from moe.data.preparation import Prepared
 from moe.models import flops
 from moe.parallel import target
@@ -124,9 +125,7 @@ def test_sentinels_that_are_pieces_of_a_tokenizer_have_no_bytes(objective, senti
     tokenizer = types.SimpleNamespace(
         vocab_size=102, token_bytes=np.asarray([0, 5] + 100 * [12]), piece_id=lambda piece: 2 + int(piece[10:-1])
     )
-    settings = types.SimpleNamespace(
-        model=types.SimpleNamespace(vocab_size=103), data=types.SimpleNamespace(objective=objective)
-    )
+    settings = types.SimpleNamespace(model=types.SimpleNamespace(vocab_size=103), objective=find_objective(objective))
     sizes = evaluation.token_bytes(types.SimpleNamespace(config=settings), types.SimpleNamespace(tokenizer=tokenizer))
     assert sizes.tolist() == [0, 5, *100 * [sentinels], 0]
 

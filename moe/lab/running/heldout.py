@@ -73,13 +73,20 @@ def with_unseen(prepared: pipeline.Prepared, config: Config, unseen: Sequence[st
     if not unseen:
         return prepared
     data = dataclasses.replace(config.data, dataset="embedded", domains=tuple(unseen), weights=())
-    further = pipeline.prepare(data, config.model.vocab_size, tokenizer=prepared.tokenizer, progress=lambda _: None)
+    further = pipeline.prepare(
+        data,
+        config.model.vocab_size,
+        tokenizer=prepared.tokenizer,
+        progress=lambda _: None,
+        objective=prepared.objective,
+    )
     return pipeline.Prepared(
         prepared.tokenizer,
         prepared.domains + further.domains,
         prepared.train | further.train,
         prepared.heldout | further.heldout,
         prepared.versions | further.versions,
+        prepared.objective,
     )
 
 

@@ -13,7 +13,7 @@ from moe.config import ConfigError, ModelConfig
 from moe.data.rollouts import Group
 from moe.data.tokenizer import Tokenizer
 from moe.models.sampling import Rollout, Sampler
-from moe.posttraining.online import make_groups
+from moe.objectives.online import make_groups
 from moe.system.atomic_files import write_atomic
 from moe.system.foreign_files import dumps, loads
 

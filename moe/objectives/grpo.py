@@ -14,65 +14,16 @@ arXiv 2510.11370): weights and gradients are its own router's.
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from moe.config import Config, PolicyConfig
-from moe.models.decoder import Output
-from moe.models.factory import Model
-from moe.training.losses import Sums, token_cross_entropy
+from moe.config import PolicyConfig
 
 #: Bound of ln r and ln ρ: exp of more is useless in float32 (Tunix has the same).
 _LARGEST_LOG_RATIO = 20.0
 #: A ratio above this, or below its inverse, counts as extreme (Ma et al. 2025).
 EXTREME = 2.0
-
-
-@dataclasses.dataclass(frozen=True)
-class PolicyObjective:
-    """The loss of a batch of rollouts; a program's teacher is the reference model."""
-
-    policy: PolicyConfig
-
-    noise = False
-
-    def count(self, batch: dict[str, Array]) -> Array:
-        """Number of sampled tokens, or of completions."""
-        if self.policy.mean == "tokens":
-            return jnp.sum(batch["targets"] >= 0)
-        return jnp.sum(jnp.max(batch["segment_ids"], axis=1))
-
-    def sums(
-        self,
-        config: Config,
-        model: Model,
-        output: Output,
-        batch: dict[str, Array],
-        teacher: tuple[Model, Output] | None,
-    ) -> Sums:
-        """Losses of tokens, weighted as ``mean`` says, and under ``policy_``:
-
-        ``ratio``: r. ``clipped``: tokens whose loss is clipped. ``extreme``: tokens with r above 2 or below 1/2.
-        ``old_kl``, ``kl``: estimated KL(π_old ‖ π), without bias since π_old sampled the tokens, and KL(π ‖ reference),
-        nats.
-        """
-        targets = batch["targets"]
-        log_probs = -token_cross_entropy(output.hidden, model.output_matrix(), targets)
-        reference = None
-        if teacher is not None:
-            reference = -token_cross_entropy(teacher[1].hidden, teacher[0].output_matrix(), targets)
-            reference = jax.lax.stop_gradient(reference)
-        terms = token_terms(self.policy, log_probs, batch["log_probs"], batch["advantages"], reference)
-        weights = token_weights(targets >= 0, batch["segment_ids"], per_completion=self.policy.mean != "tokens")
-        # Where the loss is divided by a constant, logged numbers are still means over completions of means over tokens.
-        means = {f"policy_{name}": jnp.sum(weights * values) for name, values in terms.items()}
-        loss = means.pop("policy_loss")
-        if self.policy.mean == "constant":
-            loss = jnp.sum(terms["loss"]) / config.data.sequence_length
-        return Sums(loss, loss, means)
 
 
 def token_terms(
@@ -82,8 +33,9 @@ def token_terms(
     advantages: Float[Array, "B T"],
     reference: Float[Array, "B T"] | None,
 ) -> dict[str, Float[Array, "B T"]]:
-    """Loss of each token and the numbers that :meth:`PolicyObjective.sums` logs; log-probabilities are 0, and so is the
-    advantage, where there is no target.
+    """Loss of each token, and the numbers that :meth:`moe.objectives.policy.Policy.sums` logs.
+
+    Log-probabilities are 0, and so is the advantage, where there is no target.
 
     Args:
         policy: settings.

@@ -22,9 +22,10 @@ from moe.checkpoints.manager import Checkpoints, no_background_tracebacks
 from moe.checkpoints.pinned import pinned_steps
 from moe.checkpoints.workdir import CONFIG, locked_workdir, refuse_other_run, write_run_files
 from moe.config import ConfigError, ModelConfig, from_config_dict, to_dict
-from moe.data import policy, rollouts
+from moe.data import rollouts
 from moe.models.sampling import Rollout, Sampler, make_sampler
 from moe.models.state import TrainState
+from moe.objectives.policy import Policy
 from moe.system.atomic_files import write_atomic
 from moe.system.fields import check_fields, raised_as_errors, require, setting
 from moe.system.foreign_files import read_object, refuse
@@ -124,7 +125,7 @@ def train_online(program: Program, workdir: str, task: Task, engine: Engine, rou
     A run begins with random parameters, or as ``start`` and ``lora`` of its config say.
 
     Args:
-        program: from :func:`moe.posttraining.make_program` with data.objective "policy". Its reference model must be
+        program: from :func:`moe.training.step.build` with data.objective "policy". Its reference model must be
             read at the step that the run has pinned: ``read_teacher(config, mesh, step=pinned_steps(config,
             directory).teacher)``, with directory None for a new run.
         workdir: receives config.json, rounds.json, ``metrics.jsonl`` with a row a round, what ``train.writers`` make
@@ -154,7 +155,8 @@ def train_online(program: Program, workdir: str, task: Task, engine: Engine, rou
     if new:
         warm_start.check(config)
     directory.mkdir(parents=True, exist_ok=True)
-    reader = policy.Reader(config.model, config.policy, config.data.sequence_length)
+    objective = config.objective
+    assert isinstance(objective, Policy)
     rows = []
     with contextlib.ExitStack() as stack:
         stack.enter_context(locked_workdir(directory))
@@ -184,7 +186,7 @@ def train_online(program: Program, workdir: str, task: Task, engine: Engine, rou
             samples = engine.sample(variables, [prompt for prompt in prompts for _ in range(count)], key)
             require(len(samples) == batch_size, "the engine's samples", len(samples), f"must be {batch_size}")
             groups = make_groups(prompts, samples, task, count)
-            state, metrics = _updates(program, state, reader, groups, rounds.updates)
+            state, metrics = _updates(program, state, objective, groups, rounds.updates)
             step = (number + 1) * rounds.updates
             reward = np.mean([one.reward for group in groups for one in group.completions])
             rows.append({"reward": float(reward)} | metrics)
@@ -216,14 +218,14 @@ def _pin_sizes(rounds: Rounds, directory: epath.Path, *, new: bool) -> None:
 
 
 def _updates(
-    program: Program, state: TrainState, reader: policy.Reader, groups: Sequence[rollouts.Group], updates: int
+    program: Program, state: TrainState, objective: Policy, groups: Sequence[rollouts.Group], updates: int
 ) -> tuple[TrainState, dict[str, Any]]:
     """Train ``updates`` steps on a round.
 
     The row is that of the first step, whose parameters sampled the round; ``skipped`` counts all updates.
     """
-    examples = [example for group in groups for example in reader.of_group(group)]
-    batch = place(policy.batch(examples, reader.length, pad_id=0), program.mesh)
+    examples = [example for group in groups for example in objective.of_group(group)]
+    batch = place(objective.batch(examples), program.mesh)
     steps = []
     for _ in range(updates):
         state, metrics = program.train_step(state, batch)

@@ -1,0 +1,58 @@
+"""Checks of a user's objective on the first documents of a run, before anything is compiled or written."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+
+from moe.config import ConfigError, DataConfig
+from moe.config.objectives import FIELD, Arrays, Objective, naming_objective, of_user
+from moe.data.preparation import Prepared
+
+_DOCUMENTS = 8  # of each split of a domain
+
+
+def probe(objective: Objective, prepared: Prepared, data: DataConfig) -> None:
+    """Refuse examples of other arrays, lengths or ids than the objective's methods say.
+
+    Raises:
+        ConfigError: the method is named, and the array.
+    """
+    if not of_user(objective):
+        return
+    with naming_objective(objective, "lengths"):
+        lengths = objective.lengths(data)
+    for domain in prepared.domains:
+        for documents in (prepared.train[domain], prepared.heldout[domain]):
+            rng = np.random.default_rng(0)
+            for text in itertools.islice(documents, _DOCUMENTS):
+                if not lengths:
+                    with naming_objective(objective, "encode"):
+                        ids = objective.encode(text, prepared.tokenizer)
+                    _check_ids(objective, "encode", ids, prepared)
+                    continue
+                with naming_objective(objective, "examples"):
+                    examples = objective.examples(text, rng, data, prepared.tokenizer)
+                for example in examples:
+                    _check_example(objective, example, lengths, prepared)
+
+
+def _check_example(objective: Objective, example: Arrays, lengths: dict[str, int], prepared: Prepared) -> None:
+    where = f"{FIELD}={objective.name!r}: examples"
+    if example.keys() != lengths.keys():
+        raise ConfigError(f"{where}: has arrays {sorted(example)}, and lengths has {sorted(lengths)}")
+    for name, values in example.items():
+        if len(values) > lengths[name]:
+            raise ConfigError(f"{where}: {name} has {len(values)} elements, and lengths allows {lengths[name]}")
+    _check_ids(objective, "examples", example.get("tokens", np.zeros(0, np.int32)), prepared)
+    _check_ids(objective, "examples", objective.targets(example), prepared)
+
+
+def _check_ids(objective: Objective, method: str, ids: np.ndarray, prepared: Prepared) -> None:
+    most = objective.ids(prepared.tokenizer)
+    if not np.issubdtype(np.asarray(ids).dtype, np.integer) or (len(ids) and not 0 <= ids.min() <= ids.max() < most):
+        raise ConfigError(
+            f"{FIELD}={objective.name!r}: {method}: must give token ids from 0 to {most - 1}, those of the tokenizer "
+            f"and of {objective.sentinels} sentinels"
+        )
