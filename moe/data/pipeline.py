@@ -140,11 +140,11 @@ def _rows(
     tokenizer, index = prepared.tokenizer, prepared.domains.index(domain)
     objective = _objective(prepared, data)
     if lengths := objective.lengths(data):
+        read = functools.partial(objective.examples, data=data, tokenizer=tokenizer)
         if objective.draws:
-            read = functools.partial(objective.examples, data=data, tokenizer=tokenizer)
             found = documents.random_map(read, seed=seed)
         else:
-            found = documents.map(functools.partial(_examples, prepared=prepared, data=data))
+            found = documents.map(lambda text: read(text, np.random.default_rng(0)))
         packed = _pack(found.to_iter_dataset(options), lengths, data)
         rows = packed.map(functools.partial(objective.row, pad_id=tokenizer.pad_id))
         return rows.map(lambda row: {**row, "domain": np.int32(index)})
@@ -155,17 +155,11 @@ def _rows(
     return rows.random_map(objective.divide, seed=seed) if objective.draws else rows
 
 
-def _examples(text: str, prepared: Prepared, data: DataConfig, rng: np.random.Generator | None = None) -> list[Arrays]:
-    """Examples of a document; without a generator, with draws that are the same in every call."""
-    rng = np.random.default_rng(0) if rng is None else rng
-    return _objective(prepared, data).examples(text, rng, data, prepared.tokenizer)
-
-
 def _refuse_no_examples(prepared: Prepared, data: DataConfig) -> None:
     """Refuse a domain without an example, since packing its first row would never end. Raises ConfigError."""
     objective, rng = _objective(prepared, data), np.random.default_rng(0)
     for domain in prepared.domains if objective.lengths(data) else ():
-        if not any(_examples(text, prepared, data, rng) for text in prepared.train[domain]):
+        if not any(objective.examples(text, rng, data, prepared.tokenizer) for text in prepared.train[domain]):
             raise _no_example(objective, data, domain, "training")
 
 
@@ -275,7 +269,7 @@ def describe_sizes(prepared: Prepared, data: DataConfig) -> Iterator[str]:
         if not objective.lengths(data):
             size = len(objective.encode(text, prepared.tokenizer))
             return size, size
-        found = _examples(text, prepared, data, rng)
+        found = objective.examples(text, rng, data, prepared.tokenizer)
         return sum(map(objective.tokens, found)), sum(len(objective.targets(example)) for example in found)
 
     train = [prepared.train[domain] for domain in prepared.domains]
