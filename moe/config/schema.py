@@ -80,7 +80,7 @@ def _filled(data: DataConfig, encoder: bool) -> DataConfig:
 
 
 def _check_objective(config: Config) -> None:
-    """Check what every objective asks of a config; :meth:`Objective.check` is the rest."""
+    """Check what every objective asks of a config; :meth:`moe.config.objectives.Objective.check` is the rest."""
     model, data, objective = config.model, config.data, config.objective
     encoder, name = model.encoder_layers, f"{FIELD}={data.objective!r}"
     if objective.models == "decoder":

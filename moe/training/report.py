@@ -90,7 +90,7 @@ def _shown(row: dict[str, Any], last: int) -> dict[str, Any]:
 
 
 def prompts(config: Config, prepared: pipeline.Prepared) -> dict[str, Any]:
-    """Domain → what the report continues of a held-out document (:meth:`Objective.prompt`).
+    """Domain → what the report continues of a held-out document (:meth:`moe.config.objectives.Objective.prompt`).
 
     Each is from the first of :data:`_FIRST_DOCUMENTS` documents that has one; a domain without one is left out. Also
     called at the start of a run, to refuse a run whose report would fail.
