@@ -6,7 +6,6 @@ import dataclasses
 import io
 import json
 import math
-import types
 from pathlib import Path
 from typing import ClassVar
 
@@ -17,9 +16,10 @@ import orbax.checkpoint as ocp
 import pytest
 import sentencepiece
 
-from moe.config import Config, ConfigError, DataConfig, TrainConfig
+from moe.config import Config, ConfigError, DataConfig, ModelConfig, TrainConfig
 from moe.data import pipeline, preparation, streams
 from moe.data.tokenizer import Tokenizer, train_tokenizer
+from moe.objectives.policy import Policy
 from tests.text_fixtures import VOCAB, assert_equal, data, prepared  # noqa: F401
 from tests.tiny_text import random_text
 
@@ -154,9 +154,11 @@ def test_a_tokenizer_with_one_id_for_bos_and_eos_counts_every_end(letters):
 
 
 def test_sampled_ids_beyond_the_tokenizer_are_counted(letters):
-    targets, model = np.array([-1, 35, 3]), types.SimpleNamespace(vocab_size=40)
-    reader = types.SimpleNamespace(model=model, examples=lambda text: [{"targets": targets}])
-    sampled = dataclasses.replace(letters, reader=reader, _unigram_counts={})
+    class Sampled(Policy):
+        def completions(self, text):
+            return [{"targets": np.array([-1, 35, 3])}]
+
+    sampled = dataclasses.replace(letters, objective=Sampled(model=ModelConfig(vocab_size=40)), _unigram_counts={})
     counts = pipeline._unigram_counts(sampled, DataConfig(objective="policy"), "x")
     assert (len(counts), counts[3], counts[35]) == (40, len(letters.train["x"]), len(letters.train["x"]))
 
