@@ -70,7 +70,8 @@ class Parameter:
     @property
     def file_shape(self) -> tuple[int, ...]:
         """Shape of one tensor in the file."""
-        sizes = [int(np.prod([self.slot_shape[axis] for axis in axes])) for axes in self._file_axes]
+        axes_sizes = ([self.slot_shape[axis] for axis in axes] for axes in self._file_axes)
+        sizes = [int(np.prod(each)) if each else self.tensor.rows for each in axes_sizes]
         _, size, period = self._turn
         sizes[self._shared_axis] *= period
         sizes[self._shared_axis] //= size

@@ -89,7 +89,7 @@ def open_folder(
     source, whole = text_fields(stated), whole_model(stated)
     config = read_config(source)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
-    family = whole.text_model(family_of(source)) if whole else family_of(source)
+    family = whole.text_model(family_of(source), stated) if whole else family_of(source)
 
     def rename(name: str) -> str:
         return renamed(name, family.inside)

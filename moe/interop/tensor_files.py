@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -176,10 +177,11 @@ class TensorFolder:
         """Ignore the layers with these numbers: multi-token prediction (DeepSeek-V3) that was not asked for."""
         self._skip([name for name in self._headers if _layer_number(name) in after], "multi-token prediction")
 
-    def skip_parts(self, parts: Mapping[str, str]) -> None:
-        """Ignore parts that no model here has: prefix of their tensors → what they are."""
-        for prefix, what in parts.items():
-            self._skip([name for name in self._headers if name.startswith(prefix)], what)
+    def skip_parts(self, parts: Mapping[str | re.Pattern[str], str]) -> None:
+        """Ignore parts that no model here has: prefix of their tensors, or pattern of the names → what they are."""
+        for part, what in parts.items():
+            found = part if isinstance(part, re.Pattern) else re.compile(re.escape(part))
+            self._skip([name for name in self._headers if found.match(name)], what)
 
     def _skip(self, names: Sequence[str], what: str) -> None:
         for name in names:

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from moe.config import ConfigError, MeshConfig
 from moe.interop import export_checkpoint, import_checkpoint, load_huggingface, save_huggingface, workdirs
 from moe.interop.config_json import keep_fields, read_config
+from moe.interop.whole_models import text_fields
 from moe.parallel.mesh import make_mesh
 from tests.interop.test_interop import HERE, _tensors
 
@@ -141,6 +142,24 @@ def test_the_text_model_of_a_multimodal_checkpoint_is_read(kind, path, sections,
     assert _tensors(tmp_path / "out") == _tensors(tmp_path / "alone")
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert {name: written[name] for name in source} == source
+
+
+def test_the_text_model_of_ernie_beside_experts_of_images(tmp_path, caplog):
+    """Logits are transformers' of a text, by a folder as it saves the whole model."""
+    path = HERE.parent / "whole_models" / "ernie4_5_vl_moe"
+    with caplog.at_level("WARNING"):
+        model, config = load_huggingface(path)
+    assert "38 tensors of experts of images are skipped" in caplog.text
+    with np.load(path / "expected.npz") as expected:
+        logits = model(expected["input_ids"].astype(np.int32)).logits
+        assert np.abs(logits - expected["logits"]).max() < 2e-5 * np.abs(expected["logits"]).max()
+    save_huggingface(model, config, tmp_path / "text")
+    assert json.loads((tmp_path / "text" / "config.json").read_text())["model_type"] == "ernie4_5_moe"
+    _equal(load_huggingface(tmp_path / "text")[0], model)
+    source = json.loads((path / "config.json").read_text())
+    source["text_config"]["mlp_layer_types"] = ["sparse", "dense", "sparse"]
+    with pytest.raises(ConfigError, match="mlp_layer_types: must list each layer, and the MoE layers must be"):
+        text_fields(source)
 
 
 def test_an_export_of_the_text_model_names_its_architecture_and_modules():

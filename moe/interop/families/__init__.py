@@ -47,7 +47,6 @@ MISSING = {
     "afmoe": f"{_WITHOUT_POSITIONS}, norms before and after each half",
     "deepseek_v32": "attention to tokens that an indexer chooses",
     "deepseek_v4": "compressed attention and hyper-connections",
-    "ernie4_5_vl_moe": "experts of texts and of images with other sizes in one layer",
     "exaone_moe": _WITHOUT_POSITIONS,
     "flint": _WITHOUT_POSITIONS,
     "gemma4": "norms before and after each half, dense FFN and experts side by side, a router with a norm and a scale "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 import typing
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal
@@ -30,6 +31,7 @@ class Tensor:
         parts: number of equal shares, one after the other.
         turns: instead of ``parts``, for interleaved shares: outputs of each share in one turn; turns repeat.
         inputs_first: matrices are [inputs, outputs] instead of [outputs, inputs].
+        rows: size of the axes of the tensor that the parameter does not have; it is the first row of them.
         axes: for each axis of the tensor, the axes of the parameter that are flattened into it; empty: [outputs,
             inputs] for a matrix, one axis for a bias, else the parameter's own.
     """
@@ -39,6 +41,7 @@ class Tensor:
     parts: int = 1
     turns: tuple[int, ...] = ()
     inputs_first: bool = False
+    rows: int = 1
     axes: tuple[tuple[int, ...], ...] = ()
 
     @property
@@ -76,7 +79,7 @@ class Family:
         fused: tensors of the experts where a layer's lie together, in families that also allow three for each expert.
         copies: copy → original, for tensors that a file may also hold and that must equal the original.
         unread: tensors to ignore.
-        skipped: prefixes of tensors to ignore with a warning, and what they are.
+        skipped: prefixes of tensors to ignore with a warning, or patterns of their names, and what they are.
         prediction: parameter of multi-token prediction outside its block → its tensor, under the prefix of the block.
         prediction_prefixes: prefixes of these tensors and of the block's, in families whose files have a single
             prediction layer, without a number.
@@ -102,7 +105,7 @@ class Family:
         default_factory=lambda: {OUTSIDE["unembedding.kernel"]: OUTSIDE["embedding.table"]}
     )
     unread: tuple[str, ...] = ()
-    skipped: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    skipped: Mapping[str | re.Pattern[str], str] = dataclasses.field(default_factory=dict)
     prediction: Mapping[str, str] = dataclasses.field(default_factory=lambda: PREDICTION_TENSORS)
     prediction_prefixes: tuple[str, ...] = ()
     inside: Mapping[str, str] = dataclasses.field(default_factory=dict)
