@@ -196,7 +196,7 @@ def _check_parts(model: ModelConfig, parts: int, name: str, value: int) -> None:
         raise ConfigError(f"{name}={value}: must be divisible by {parts}")
     if ":" in gate.name:
         raise ConfigError(f"model.moe.gate={gate.name!r}: a gate of your own may not choose an expert's parts together")
-    if model.moe.null_experts or getattr(gate, "groups", 1) > 1 or not gate.sets_k or gate.lists_all:
+    if model.moe.null_experts or gate.expert_groups > 1 or not gate.sets_k or gate.lists_all:
         raise ConfigError(f"model.moe.gate={gate.name!r}: needs tokens that choose K of all experts, each with an FFN")
 
 

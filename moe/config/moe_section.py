@@ -200,7 +200,7 @@ class MoEConfig(Section, path=_MOE):
             self._require("bias", self.bias != "router", no_router)
             self._require("drop_policy", self.drop_policy != "probability", f"must not be probability: {no_router}")
             self._require("overflow_to_next", not self.overflow_to_next, f"must be False: {no_router}")
-        slots = gate.router == "slots"
+        slots = gate.slots_per_expert > 0
         self._require("bias", self.bias == "none" or not slots, "must be none with the gate soft_moe")
         for name in ("train", "eval") if slots else ():
             factor = getattr(self.capacity, name)
@@ -215,11 +215,11 @@ class MoEConfig(Section, path=_MOE):
                 value = getattr(losses, name)
                 require(value == 0, f"{where}{name}", value, f"must be 0: the gate {gate.name!r} has no router")
         constant = f"must be 0: with the gate {gate.name!r} every token goes to every expert and the loss is constant"
-        require(hasattr(gate, "k") or losses.balance == 0, f"{where}balance", losses.balance, constant)
+        require(losses.balance == 0 or not gate.sends_to_all, f"{where}balance", losses.balance, constant)
         ranked = not gate.lists_all or losses.counts == "assignments"
         no_ranks = f"must be assignments: the gate {gate.name!r} does not rank a token's experts"
         require(ranked, f"{where}counts", losses.counts, no_ranks)
-        grouped = getattr(gate, "groups", 1) > 1
+        grouped = gate.expert_groups > 1
         require(grouped or losses.device == 0, f"{where}device", losses.device, "needs a gate with groups above 1")
         self._check_load(gate)
         read = self.null_experts > 0 or losses.null == 1
@@ -245,7 +245,7 @@ class MoEConfig(Section, path=_MOE):
         self._require("exchange", dropless or routed, "must be all_to_all unless dispatch is dropless")
         allowed = "must be 1 with exchange=all_gather, which sends a token once to each device"
         self._require("exchange_hosts", routed or self.exchange_hosts == 1, allowed)
-        fixed, slots = self.capacity.fixed, gate.router == "slots"
+        fixed, slots = self.capacity.fixed, gate.slots_per_expert > 0
         allowed = "needs a dispatch with a capacity (gather or einsum) and a gate other than soft_moe"
         require(fixed == 0 or not (slots or dropless), f"{_MOE}capacity.fixed", fixed, allowed)
         if not self.overflow_to_next:
@@ -264,7 +264,7 @@ class MoEConfig(Section, path=_MOE):
 
 
 def _keeps_all_groups(gate: Gate) -> bool:
-    return getattr(gate, "kept_groups", 1) == getattr(gate, "groups", 1)
+    return getattr(gate, "kept_groups", 1) == gate.expert_groups
 
 
 @contextlib.contextmanager

@@ -89,13 +89,13 @@ def _fields(layer: MoEConfig) -> dict[str, Any]:
 
 
 def _fields_with(gate: Gate, balance: float) -> dict[str, Any]:
-    slots: Any = {"capacity": _WHOLE, "dispatch": "einsum"} if gate.router == "slots" else {}
+    slots: Any = {"capacity": _WHOLE, "dispatch": "einsum"} if gate.slots_per_expert else {}
     return {"gate": gate, "losses": Losses(balance=balance if is_balanced(gate) else 0.0), **slots}
 
 
 def is_balanced(gate: Gate) -> bool:
     """Return True if a balance loss can move what the gate chooses."""
-    return hasattr(gate, "k") and gate.chooses and gate.router != "none"
+    return not gate.sends_to_all and gate.chooses and gate.router != "none"
 
 
 def _import_layer(name: str) -> MoEConfig:
@@ -115,8 +115,7 @@ def _import_layer(name: str) -> MoEConfig:
 
 
 _FLAGS = ("looks_ahead", "chooses", "experts_choose", "lists_all", "reweighs", "generates")
-#: Routers of gates that assign tokens to experts; "slots" is Soft MoE's.
-_ROUTERS = tuple(kind for kind in get_args(RouterKind) if kind != "slots")
+_ROUTERS = get_args(RouterKind)
 
 
 def _check_facts(where: str, gate: Gate) -> None:
@@ -124,8 +123,7 @@ def _check_facts(where: str, gate: Gate) -> None:
     if type(gate).route is Gate.route:
         raise ConfigError(f"{where}: has no method route(router_logits, inputs)")
     k, rule = gate.experts_per_token(1 << 20), gate.balancing
-    routes = gate.router in _ROUTERS or isinstance(gate, gates.SoftMoE)
-    require(routes, f"{where}: its router", gate.router, f"must be one of {', '.join(_ROUTERS)}")
+    require(gate.router in _ROUTERS, f"{where}: its router", gate.router, f"must be one of {', '.join(_ROUTERS)}")
     require(type(k) is int, f"{where}: its K", k, "must be an integer")
     allowed = "must be a BalancingRule (moe.routing.balancing_rules), or None"
     require(rule is None or isinstance(rule, BalancingRule), f"{where}: its balancing", rule, allowed)

@@ -120,10 +120,10 @@ def edges() -> Iterator[Case]:
     for gate in LAYERS:
         own = find_gate(gate)
         fields: dict[str, Any] = dict(LEAK) if own.looks_ahead else {}
-        fields |= ONE_GROUP if getattr(own, "groups", 1) > 1 else {}
+        fields |= ONE_GROUP if own.expert_groups > 1 else {}
         renormalise, scale = getattr(own, "renormalise", False), getattr(own, "scale", 1.0)
         rule = reference.Rule(renormalise=renormalise, scale=scale, null=null_of(gate, {}))
-        every = not hasattr(own, "k")  # K = E is the rule
+        every = own.sends_to_all  # K = E is the rule
         quantile = isinstance(own.balancing, Quantile)
         draws = gate == "random"
         pairs = gate in ("gshard", "sparse_mixer")  # K is 2
@@ -290,7 +290,8 @@ def against_oracle(case: Case, seed: int, d: int = 6, f: int = 5) -> Iterator[Ro
     rng = np.random.default_rng(seed)
     soft, gate, tau = case.gate == "soft_moe", find_gate(case.gate), LAYERS[case.gate].losses.null
     section = {"name": case.gate, **case.fields.get("gate", {})} | ({"k": case.k} if gate.sets_k else {})
-    slots, latent = section.get("slots", 1) if soft else 0, case.fields.get("latent_dim", 0)
+    slots = dataclasses.replace(gate, **case.fields.get("gate", {})).slots_per_expert
+    latent = case.fields.get("latent_dim", 0)
     weights = weights_of(d, f, case.e, seed, slots, case.rule.null, latent)
     # Numbers that are exact in bfloat16, so that both precisions route alike.
     x = jnp.asarray(rng.normal(size=(case.g, case.s, d)), jnp.bfloat16).astype(jnp.float32)
@@ -374,12 +375,12 @@ def device_counts(gate: str, latent: int) -> Iterator[Row]:
     section: dict[str, Any] = {"name": gate}
     if rule.sets_k:
         section["k"] = 1 if gate.startswith("switch") else 3
-    if getattr(rule, "groups", 1) > 1:
+    if rule.expert_groups > 1:
         section |= {"groups": 4, "kept_groups": 2}
     fields: dict[str, Any] = {"capacity": {"train": 1.0}} | (LEAK if rule.looks_ahead else {})
     if gate == "mixtral":
         fields |= LEAK | {"drop_policy": "random"}
-    slots = 1 if rule.router == "slots" else 0
+    slots = rule.slots_per_expert
     given = read_by(gate, weights_of(8, 8, 8, 11, slots, null_of(gate, {}), latent))
     for mode in CONFIG_MODES:
         if (gate, mode) in REFUSED_MODES:

@@ -19,8 +19,7 @@ from moe.config.model_section import Activation
 from moe.config.parse import build
 from moe.config.registry import find_gate
 from moe.dispatch.buffers import make_plan
-from moe.layers.moe_layer import MoELayer
-from moe.layers.soft_moe import create_layer
+from moe.layers.moe_layer import MoELayer, create_layer
 from moe.routing.interface import Gate
 
 Arrays = Mapping[str, np.ndarray]

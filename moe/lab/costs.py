@@ -5,7 +5,6 @@ from __future__ import annotations
 from moe.config import Config, stacks
 from moe.dispatch.buffers import layer_capacity
 from moe.models import flops
-from moe.routing.gates import SoftMoE
 
 
 def executed_flops(config: Config, dropped_share: float) -> float:
@@ -24,7 +23,7 @@ def executed_flops(config: Config, dropped_share: float) -> float:
     tokens = config.train.num_steps * config.tokens_per_step
     per_token = flops.train_flops_per_token(model, *lengths)
     per_token -= dropped_share * flops.expert_flops_per_token(model, *lengths)
-    if moe.gate is not None and moe.dispatch == "einsum" and not isinstance(moe.gate, SoftMoE):
+    if moe.gate is not None and moe.dispatch == "einsum" and not moe.gate.slots_per_expert:
         for stack, kinds in stacks(model).items():
             kinds = (*kinds, *kinds[-1:] * model.prediction_layers)
             length = flops.row_lengths(*lengths)[stack]

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from moe.config import ConfigError, ModelConfig
 from moe.config.parse import layer_config
+from moe.config.references import import_object
 from moe.dispatch import modes
 from moe.dispatch.buffers import layer_capacity, plan_assignments
 from moe.dispatch.ffn import ExpertDropout, ExpertWeights
@@ -26,7 +27,6 @@ from moe.parallel.parameters import gather_for_matmul
 from moe.routing import balancing
 from moe.routing.balancing_rules import BalancingRule, restored, stored
 from moe.routing.carry import first_carry, of_tokens, regrouped
-from moe.routing.gates import SoftMoE
 from moe.routing.interface import Gate, GateInputs, RouterKind
 from moe.routing.routing import Choices, Routing, route
 
@@ -40,8 +40,7 @@ class Router(nnx.Module):
 
     With ``moe.router_dtype="bfloat16"``, x, W_g and the logits are rounded to bfloat16, for ablations. The gate says
     which further parameters there are (``kind``): W_noise (W_g and W_noise start at zero,
-    Shazeer 2017, section 4 and appendix A), the state of its balancing rule, or one column per slot. Deviation from
-    Soft MoE (2023, section 2.3): x and W_g are not L2-normalised, because x is the output of an RMSNorm.
+    Shazeer 2017, section 4 and appendix A) and the state of its balancing rule.
     """
 
     def __init__(self, config: ModelConfig, *, kind: RouterKind = "linear", rngs: nnx.Rngs):
@@ -55,14 +54,20 @@ class Router(nnx.Module):
         if kind == "noisy":
             self.kernel = zeros((d, e), inputs=1)
         else:
-            shape = (d, e, gate.slots) if isinstance(gate, SoftMoE) else (d, e)
-            self.kernel = matrix(rngs, shape, partition_specs.REPLICATED, fan_in=d, scale=config.init_scale)
+            self.kernel = matrix(
+                rngs, self.kernel_shape(config), partition_specs.REPLICATED, fan_in=d, scale=config.init_scale
+            )
+
+    @staticmethod
+    def kernel_shape(config: ModelConfig) -> tuple[int, ...]:
+        """Shape of W_g, [D,E]; a derived router may have further axes."""
+        return config.d_model, config.moe.num_experts + config.moe.null_experts
 
     def __call__(
         self, x: Float[Array, "G S D"], *, jitter: float = 0.0, rng: Array | None = None, carry: Any = None
-    ) -> Float[Array, "G S E"] | Float[Array, "G S E P"]:
-        """Router logits in float32, per slot (P) for a gate with slots. A derived router that hands a vector on
-        returns a pair, the logits and the new carry.
+    ) -> Float[Array, "G S *columns"]:
+        """Router logits [G,S,E] in float32. A derived router that hands a vector on returns a pair, the logits and the
+        new carry.
 
         Args:
             x: activations; jitter multiplies a copy that only the router sees.
@@ -135,7 +140,7 @@ class MoELayer(nnx.Module):
         y, report, routing = layer(x)
     """
 
-    has_slots: ClassVar[bool] = False  # router logits are per slot, as in Soft MoE
+    gate_class: ClassVar[type[Gate]] = Gate  # of the gates that the layer can have
     router_class: ClassVar[type[Router]] = Router
     #: Defaults of the settings of a stand-alone layer.
     defaults: ClassVar[Mapping[str, Any]] = types.MappingProxyType({"gate": "mixtral"})
@@ -161,11 +166,8 @@ class MoELayer(nnx.Module):
         if moe.gate is None:
             raise ConfigError("MoELayer: a dense model (model.moe.gate=none) has no MoE layer")
         self.gate = moe.gate
-        if (self.gate.router == "slots") != self.has_slots:
-            other = "moe.MoELayer" if self.has_slots else "moe.SoftMoE"
-            raise ConfigError(f"gate={self.gate.name!r}: needs a {other}, not a {type(self).__name__}")
-        own = self.gate.layer
-        if own is not None and not isinstance(self, own):
+        own = layer_class(self.gate)
+        if not isinstance(self, own) or not isinstance(self.gate, self.gate_class):
             raise ConfigError(f"gate={self.gate.name!r}: needs a {own.__name__}, not a {type(self).__name__}")
         kind = self.gate.router
         self.router = None if kind == "none" else self.router_class(config, kind=kind, rngs=rngs)
@@ -241,8 +243,7 @@ class MoELayer(nnx.Module):
         return self.config.num_experts + self.config.null_experts
 
     def _logits(self, tokens: Tokens, keys: Keys) -> tuple[Float[Array, "G S *columns"], Tokens]:
-        """Router logits, per slot for a gate with slots and zeros without a router; and the tokens, with what the
-        router hands on."""
+        """Router logits, zeros without a router; and the tokens, with what the router hands on."""
         if self.router is None:
             return jnp.zeros((*tokens.mask.shape, self._num_columns), jnp.float32), tokens
         carry = {} if tokens.carry is None else {"carry": tokens.carry}
@@ -325,7 +326,8 @@ class MoELayer(nnx.Module):
     ) -> balancing.LayerReport:
         parts = {"batch": 1, "step": 1, "group": mask.shape[0], "sequence": rows}[self.config.losses.scope]
         router, rule, state = self.router, self._rule, self._state()
-        moe, groups = self.config, getattr(self.config.gate, "groups", 1)
+        moe, gate = self.config, self.config.gate
+        groups = 1 if gate is None else gate.expert_groups
         report = balancing.report(
             routing,
             mask,
@@ -344,6 +346,28 @@ class MoELayer(nnx.Module):
             return report if groups > 1 else dataclasses.replace(report, device_balance_loss=jnp.zeros(()))
         sums = dataclasses.replace(report.sums, counts=0 * report.sums.counts, probs=0 * report.sums.probs)
         return dataclasses.replace(report, sums=sums, **dict.fromkeys(balancing.AUXILIARY, jnp.zeros(())))
+
+
+def layer_class(gate: Gate) -> type[MoELayer]:
+    """Class of a gate's layer.
+
+    Raises:
+        ConfigError: the gate names a layer that is not an MoELayer.
+    """
+    own = gate.layer
+    if isinstance(own, str):
+        own = import_object(f"gate {type(gate).__name__}: its layer", own)
+    kind = MoELayer if own is None else own
+    if not (isinstance(kind, type) and issubclass(kind, MoELayer)):
+        raise ConfigError(f"gate {type(gate).__name__}: its layer={kind!r}: must be a class derived from moe.MoELayer")
+    return kind
+
+
+def create_layer(config: ModelConfig, *, gate: Gate | None = None, rngs: nnx.Rngs) -> MoELayer:
+    """Create the MoE layer for a model's gate, or for a layer's own gate; see :func:`layer_class`."""
+    rule = config.moe.gate if gate is None else gate
+    kind = MoELayer if rule is None else layer_class(rule)
+    return kind(config, gate=gate, rngs=rngs)
 
 
 def replace_gate(model: nnx.Module, gate: Gate) -> None:

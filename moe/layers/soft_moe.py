@@ -7,19 +7,28 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from moe.config import ConfigError, ModelConfig
+from moe.config import ModelConfig
 from moe.config.registry import find_layer
 from moe.dispatch.modes import mix
-from moe.layers.moe_layer import Keys, MoELayer
-from moe.routing import balancing
-from moe.routing.interface import Gate
+from moe.layers.moe_layer import Keys, MoELayer, Router
+from moe.routing import balancing, gates
 from moe.routing.routing import Choices, Routing, route
 
 _LAYER = find_layer("soft_moe")
+
+
+class SlotRouter(Router):
+    """A column of W_g for every slot of every expert. Deviation from Soft MoE (2023, section 2.3): x and W_g are not
+    L2-normalised, because x is the output of an RMSNorm."""
+
+    @staticmethod
+    def kernel_shape(config: ModelConfig) -> tuple[int, ...]:
+        """[D,E,P] for P slots of every expert."""
+        assert config.moe.gate is not None
+        return *Router.kernel_shape(config), config.moe.gate.slots_per_expert
 
 
 class SoftMoE(MoELayer):
@@ -30,7 +39,8 @@ class SoftMoE(MoELayer):
         layer = SoftMoE(d_model=512, d_ff=1024, num_experts=8, gate=gates.SoftMoE(slots=2), rngs=nnx.Rngs(0))
     """
 
-    has_slots = True
+    gate_class = gates.SoftMoE
+    router_class = SlotRouter
     #: Settings of the paper's layer, which also hold where the gate is given as a value.
     defaults = types.MappingProxyType(
         {"gate": "soft_moe"} | {name: getattr(_LAYER, name) for name in ("dispatch", "capacity", "losses")}
@@ -67,20 +77,6 @@ class SoftMoE(MoELayer):
             return mix(rows, *weights, self._experts(keys, train=train)), routing.chosen
 
         return self._finish(x, tokens, routing, experts)
-
-
-def create_layer(config: ModelConfig, *, gate: Gate | None = None, rngs: nnx.Rngs) -> MoELayer:
-    """Create the MoE layer for a model's gate, or for a layer's own gate.
-
-    Raises:
-        ConfigError: the gate names a layer that is not an MoELayer.
-    """
-    rule = config.moe.gate if gate is None else gate
-    own, has_slots = (None, False) if rule is None else (rule.layer, rule.router == "slots")
-    kind = own or (SoftMoE if has_slots else MoELayer)
-    if not (isinstance(kind, type) and issubclass(kind, MoELayer)):
-        raise ConfigError(f"gate {type(rule).__name__}: its layer={kind!r}: must be a class derived from moe.MoELayer")
-    return kind(config, gate=gate, rngs=rngs)
 
 
 def expert_logits(slot_logits: Float[Array, "G S E C"]) -> Float[Array, "G S E"]:

@@ -17,7 +17,7 @@ from moe.layers.basic import KEEP_ALL, DenseFFN, Dropout, RMSNorm, Rows, Site
 from moe.layers.mixers.attention import Attention
 from moe.layers.mixers.interface import MixerLayer
 from moe.layers.mixers.table import layer_class
-from moe.layers.soft_moe import create_layer
+from moe.layers.moe_layer import create_layer
 from moe.parallel import partition_specs
 from moe.parallel.mesh import constrain
 from moe.parallel.parameters import times

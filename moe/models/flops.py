@@ -16,7 +16,6 @@ from moe.config.mixers import GroupedQuery
 from moe.dispatch.buffers import layer_capacity
 from moe.models.factory import abstract_model
 from moe.parallel.parameters import flat_variables
-from moe.routing.gates import SoftMoE
 
 
 def count_parameters(config: ModelConfig) -> tuple[int, int]:
@@ -39,8 +38,8 @@ def expert_rows_per_token(config: ModelConfig, sequence_length: int) -> float:
     Soft MoE and expert choice, slots (or capacity) per token."""
     moe = config.moe
     gate, group_size = moe.gate, moe.group_size or sequence_length
-    if isinstance(gate, SoftMoE):
-        return moe.num_experts * gate.slots / group_size
+    if gate is not None and gate.slots_per_expert:
+        return moe.num_experts * gate.slots_per_expert / group_size
     if gate is not None and gate.experts_choose:
         return buffer_rows_per_token(config, sequence_length)
     return moe.experts_per_token * moe.ffn_share
@@ -78,7 +77,7 @@ def train_flops_per_token(config: ModelConfig, sequence_length: int, input_lengt
     if not config.tie_embeddings:
         multiplied -= config.vocab_size * config.d_model
     multiplied -= config.encoder_vocab_size * config.d_model * share["encoder"]
-    slots = config.moe.num_experts * config.moe.gate.slots if isinstance(config.moe.gate, SoftMoE) else 0
+    slots = 0 if config.moe.gate is None else config.moe.num_experts * config.moe.gate.slots_per_expert
     mixing = 0.0
     for stack, kinds in stacks(config).items():
         kinds = (*kinds, *kinds[-1:] * config.prediction_layers)  # each depth has a layer of the last one's kind

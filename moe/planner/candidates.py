@@ -139,7 +139,7 @@ def guess_seconds(config: Config, chip: Chip | Gpu) -> float:
     into = 2 if model.activation in GATED_ACTIVATIONS else 1
     expert_parameters = moe_layers * (into + 1) * model.expert_dim * moe.d_ff
     needed = flops.expert_rows_per_token(model, length)
-    slots = moe.gate is not None and moe.gate.router == "slots"
+    slots = moe.gate is not None and moe.gate.slots_per_expert > 0
     buffers = moe_layers and not slots and moe.dispatch != "dropless"
     rows = flops.buffer_rows_per_token(model, length) if buffers else needed
     per_token, total = _of_model(fit.same_parameters(model), length, inputs)

@@ -162,7 +162,7 @@ def _of_no_stage(config: Config, mesh: AbstractMesh, shapes: Any, specs: Any) ->
 def same_parameters(model: ModelConfig) -> ModelConfig:
     """Map models that differ only in how they are computed to the same value, as a cache key."""
     gate = model.moe.gate
-    mode = "einsum" if gate is not None and gate.router == "slots" else "gather"
+    mode = "einsum" if gate is not None and gate.slots_per_expert else "gather"
     return dataclasses.replace(model, remat="none", moe=model.moe.with_dispatch(mode))
 
 
@@ -282,7 +282,7 @@ def _in_row_blocks(config: Config, sizes: Mapping[str, int], arrays: _Arrays, to
 def _expert_rows(config: Config, sizes: Mapping[str, int]) -> float:
     """Rows of expert buffers per token of a device, filled or not."""
     moe = config.model.moe
-    if moe.gate is None or moe.gate.router == "slots":
+    if moe.gate is None or moe.gate.slots_per_expert:
         return 0.0
     if moe.dispatch == "dropless":
         return moe.experts_per_token * (ROUND_SIZE if sizes["expert"] > 1 else 1.0)

@@ -115,7 +115,7 @@ def _levers(config: Config) -> list[str]:
     if model.attention != "blocked" and config.data.sequence_length > 1024:
         levers.append(f"model.attention=blocked (now {model.attention}), which never holds T x T")
     gate = model.moe.gate
-    if gate is not None and gate.router != "slots" and model.moe.dispatch == "einsum":
+    if gate is not None and not gate.slots_per_expert and model.moe.dispatch == "einsum":
         levers.append("model.moe.dispatch=gather, which makes no one-hot tensors")
     levers.append(f"train.accumulation_steps above {train.accumulation_steps}, or a smaller train.batch_size")
     optimizer = config.optimizer

@@ -190,11 +190,16 @@ class SoftMoE(Gate):
     """Every slot of every expert is a mix of all tokens (Soft MoE 2023, equations 1-3). The layer does the mixing; the
     rule computes the weights that the layer reports."""
 
-    router: ClassVar[RouterKind] = "slots"
+    layer: ClassVar[str] = "moe.layers.soft_moe:SoftMoE"
     looks_ahead: ClassVar[bool] = True
     lists_all: ClassVar[bool] = True
 
     slots: int = setting(1, least=1, most=2**16)  # of every expert
+
+    @property
+    def slots_per_expert(self) -> int:
+        """The slots."""
+        return self.slots
 
     def route(self, router_logits: Float[Array, "G S E"], inputs: GateInputs) -> GateOutput:
         """Weigh all experts by the softmax."""

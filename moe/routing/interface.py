@@ -18,7 +18,7 @@ from moe.system.fields import check_fields, require, setting
 #: ``jax.ad_checkpoint.checkpoint_name`` of indices of experts and rows, a few bytes per assignment.
 ROUTES = "routes"
 
-RouterKind = Literal["linear", "noisy", "slots", "none"]
+RouterKind = Literal["linear", "noisy", "none"]
 BalanceScope = Literal["batch", "group", "sequence", "step"]
 BalanceCounts = Literal["assignments", "first_choice", "top_scores"]
 ScoreFunction = Literal["softmax", "sigmoid", "sqrt_softplus"]
@@ -88,15 +88,14 @@ class Gate:
     rule. K is its field ``k``, or a class attribute of that name; without one every token goes to every expert.
 
     Attributes:
-        router: router parameters: linear (W_g), noisy (W_g and W_noise, initialised to zero), slots (a W_g per slot of
-            every expert) or none.
+        router: router parameters: linear (W_g), noisy (W_g and W_noise, initialised to zero) or none.
         looks_ahead: the experts of a token depend on later tokens, in training at least.
         chooses: the router's logits, if there are any, decide where a token goes, and not only its weights.
         experts_choose: each expert takes C tokens, so K is an average.
         lists_all: the output has a column for every expert, whatever K is.
         reweighs: the rule reads ``GateInputs.expert_index``.
-        layer: class of the layer that models have for the gate, derived from :class:`moe.layers.moe_layer.MoELayer`;
-            None: the package's.
+        layer: class of the layer that models have for the gate, derived from :class:`moe.layers.moe_layer.MoELayer`,
+            or its ``module:class``; None: MoELayer itself.
     """
 
     router: ClassVar[RouterKind] = "linear"
@@ -105,7 +104,7 @@ class Gate:
     experts_choose: ClassVar[bool] = False
     lists_all: ClassVar[bool] = False
     reweighs: ClassVar[bool] = False
-    layer: ClassVar[type[Any] | None] = None
+    layer: ClassVar[type[Any] | str | None] = None
 
     #: Name in configs, messages and records: that of the layer it was taken from, or module:class.
     name: str = ""
@@ -122,6 +121,21 @@ class Gate:
     def experts_per_token(self, num_experts: int) -> int:
         """K for a layer with this many experts."""
         return getattr(self, "k", num_experts)
+
+    @property
+    def expert_groups(self) -> int:
+        """Number of equal groups of consecutive experts within which the gate chooses."""
+        return getattr(self, "groups", 1)
+
+    @property
+    def slots_per_expert(self) -> int:
+        """Number of mixes of tokens that each expert sees instead of tokens (Soft MoE); 0: tokens are assigned."""
+        return 0
+
+    @property
+    def sends_to_all(self) -> bool:
+        """Whether every token goes to every expert, so that no balance loss can move it."""
+        return not hasattr(self, "k")
 
     @property
     def sets_k(self) -> bool:
@@ -162,7 +176,7 @@ class Gate:
     @property
     def routes_by_logits(self) -> bool:
         """Whether a router's logits decide to which experts a token goes."""
-        return self.chooses and self.router not in ("none", "slots")
+        return self.chooses and self.router != "none" and not self.slots_per_expert
 
     @property
     def generates(self) -> bool:

@@ -137,7 +137,7 @@ def check_gate(model: ModelConfig) -> None:
         ConfigError: it is dense, or the gate also reads a bias, groups, token ids or other tokens.
     """
     gate = model.moe.gate
-    plain = isinstance(gate, TopK) and gate.balancing is None and getattr(gate, "groups", 1) == 1
+    plain = isinstance(gate, TopK) and gate.balancing is None and gate.expert_groups == 1
     if not plain:
         raise ConfigError(f"model.moe.gate={gate}: diverge compares gates that take the K highest logits")
     if model.encoder_layers:

@@ -95,7 +95,7 @@ def dropless(config: Config) -> Config | None:
     moe = config.model.moe
     if moe.gate is None:
         return config
-    if any(gate.experts_choose or gate.router == "slots" for gate in moe.gates):
+    if any(gate.experts_choose or gate.slots_per_expert for gate in moe.gates):
         return None
     return probes.dropless(config)
 
