@@ -16,7 +16,7 @@ from moe.config import ModelConfig, MoEConfig
 from moe.config.parse import build
 from moe.config.registry import find_gate
 from moe.dispatch.backends import grouped_ffn
-from moe.layers.basic import Experts
+from moe.layers.ffn import Experts
 from moe.layers.moe_layer import MoELayer
 from moe.parallel import partition_specs, target
 from moe.parallel.mesh import AXES, ROW_AXES, TOKEN_AXES, axis_size

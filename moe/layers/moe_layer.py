@@ -20,7 +20,9 @@ from moe.config.references import import_object
 from moe.dispatch import modes
 from moe.dispatch.buffers import layer_capacity, plan_assignments
 from moe.dispatch.ffn import ExpertDropout, ExpertWeights
-from moe.layers.basic import Experts, Latent, NullExperts, RunExperts, SharedExpert, matrix, parameter, zeros
+from moe.layers.extras import Latent, NullExperts, RunExperts
+from moe.layers.ffn import Experts, SharedExpert
+from moe.layers.parameter import matrix, parameter, zeros
 from moe.parallel import partition_specs
 from moe.parallel.mesh import constrain
 from moe.parallel.parameters import gather_for_matmul

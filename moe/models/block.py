@@ -13,11 +13,13 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from moe.config import ModelConfig
 from moe.config.mixers import GroupedQuery
 from moe.config.model_section import LayerKind
-from moe.layers.basic import KEEP_ALL, DenseFFN, Dropout, RMSNorm, Rows, Site
+from moe.layers.ffn import DenseFFN
+from moe.layers.inputs import KEEP_ALL, Dropout, Rows, Site
 from moe.layers.mixers.attention import Attention
 from moe.layers.mixers.interface import MixerLayer
 from moe.layers.mixers.table import layer_class
 from moe.layers.moe_layer import create_layer
+from moe.layers.norms import RMSNorm
 from moe.parallel import partition_specs
 from moe.parallel.mesh import constrain
 from moe.parallel.parameters import times

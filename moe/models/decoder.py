@@ -13,7 +13,8 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from moe.config import ModelConfig
 from moe.config.model_section import check_is_model
-from moe.layers.basic import Embedding, Rows, Unembedding, with_one
+from moe.layers.embedding import Embedding, Unembedding, with_one
+from moe.layers.inputs import Rows
 from moe.models.prediction import PredictionLayer, predict
 from moe.models.stack import Stack
 from moe.parallel import partition_specs

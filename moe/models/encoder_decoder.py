@@ -13,7 +13,8 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from moe.config import ConfigError, ModelConfig
 from moe.config.model_section import check_is_model
-from moe.layers.basic import Embedding, Rows, Unembedding
+from moe.layers.embedding import Embedding, Unembedding
+from moe.layers.inputs import Rows
 from moe.models.decoder import LanguageModel, Output, join_reports, make_rows
 from moe.models.stack import Stack
 from moe.routing.balancing import LayerReport

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moe.config import ModelConfig, stacks
 from moe.config.model_section import LayerKind
-from moe.layers.basic import KEEP_ALL, Rows
+from moe.layers.inputs import KEEP_ALL, Rows
 from moe.layers.mixers.table import layer_class
 from moe.models.block import Block, Stream
 from moe.models.encoder_decoder import EncoderDecoder, encoder_rows

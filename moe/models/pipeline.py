@@ -27,7 +27,7 @@ from jax.sharding import PartitionSpec as P
 
 from moe.config import Config
 from moe.config.model_section import layer_kinds
-from moe.layers.basic import Rows, StackSite
+from moe.layers.inputs import Rows, StackSite
 from moe.models.block import Stream
 from moe.models.decoder import Output, Transformer
 from moe.models.factory import variable_specs

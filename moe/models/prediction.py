@@ -12,7 +12,9 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from moe.config import ModelConfig
 from moe.config.model_section import stacks
-from moe.layers.basic import RMSNorm, Rows, matrix
+from moe.layers.inputs import Rows
+from moe.layers.norms import RMSNorm
+from moe.layers.parameter import matrix
 from moe.models.block import Block, Record
 from moe.parallel.parameters import gather_for_matmul
 from moe.parallel.partition_specs import IN, REMAT_POLICIES

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moe.config import ConfigError, ModelConfig, layer_kinds
 from moe.config.model_section import require_ability
-from moe.layers.basic import Rows
+from moe.layers.inputs import Rows
 from moe.models import kv_cache
 from moe.models.decoder import Transformer
 from moe.models.factory import abstract_model

@@ -24,7 +24,9 @@ from moe.config import ModelConfig, MoEConfig
 from moe.config.mixers import PATHS
 from moe.config.model_section import LayerKind, layer_kinds, stacks
 from moe.layers.attention.scoring import RelativeBias
-from moe.layers.basic import Dropout, Embedding, RMSNorm, Rows, StackSite
+from moe.layers.embedding import Embedding
+from moe.layers.inputs import Dropout, Rows, StackSite
+from moe.layers.norms import RMSNorm
 from moe.models.block import Block, Stream
 from moe.parallel.mesh import axis_size
 from moe.parallel.parameters import stacked, take_layer

@@ -76,7 +76,7 @@ def spec_of(variable: nnx.Variable[Any], name: str = "a parameter") -> P:
     """
     entries = variable.get_metadata("spec", None)
     if entries is None:
-        raise ValueError(f"{name}: made without a PartitionSpec; use moe.layers.basic.parameter")
+        raise ValueError(f"{name}: made without a PartitionSpec; use moe.layers.parameter.parameter")
     rank = variable.ndim
     return P(*(None,) * (rank - len(entries)), *entries[max(0, len(entries) - rank) :])
 

@@ -26,7 +26,7 @@ from moe.dispatch.buffers import (
 )
 from moe.dispatch.ffn import ExpertWeights
 from moe.dispatch.modes import dispatch
-from moe.layers.basic import Experts
+from moe.layers.ffn import Experts
 from moe.layers.moe_layer import MoELayer, Router
 from moe.models import sampling
 from moe.parallel import target

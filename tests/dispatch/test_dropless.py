@@ -21,7 +21,7 @@ from moe.dispatch.buffers import make_plan, plan_in_chunks
 from moe.dispatch.ffn import ExpertDropout, ExpertWeights
 from moe.dispatch.modes import dispatch
 from moe.dispatch.peers import Peers
-from moe.layers.basic import Experts
+from moe.layers.ffn import Experts
 from moe.parallel import partition_specs, target
 from moe.parallel.mesh import make_mesh
 from moe.parallel.parameters import parameter_specs

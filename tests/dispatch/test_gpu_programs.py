@@ -28,7 +28,7 @@ from moe.dispatch.ffn import ExpertWeights
 from moe.dispatch.modes import dispatch
 from moe.layers.attention.attend import attend, checked_for_target
 from moe.layers.attention.scoring import Scoring
-from moe.layers.basic import Experts
+from moe.layers.ffn import Experts
 from moe.layers.moe_layer import MoELayer
 from moe.parallel import target
 from moe.parallel.mesh import make_mesh

@@ -15,7 +15,7 @@ from moe.config import Config, ConfigError, MeshConfig, ModelConfig, MoEConfig, 
 from moe.config.mixers import MultiHeadLatent
 from moe.interop import load_huggingface, save_huggingface
 from moe.layers.attention.scoring import attention_factor, inverse_frequencies
-from moe.layers.basic import Rows
+from moe.layers.inputs import Rows
 from moe.layers.mixers.latent import LATENT_NORM_EPS, LatentAttention
 from moe.models.decoder import Transformer
 from moe.models.kv_cache import empty, prompt_logits, run_prompt

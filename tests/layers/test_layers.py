@@ -17,8 +17,12 @@ from moe.config.mixers import GroupedQuery
 from moe.conformance import reference
 from moe.dispatch.ffn import ExpertDropout, activate
 from moe.layers.attention.scoring import rotate
-from moe.layers.basic import DenseFFN, Dropout, Embedding, LayerNorm, RMSNorm, Rows, SharedExpert, Site, matrix
+from moe.layers.embedding import Embedding
+from moe.layers.ffn import DenseFFN, SharedExpert
+from moe.layers.inputs import Dropout, Rows, Site
 from moe.layers.mixers.attention import Attention
+from moe.layers.norms import LayerNorm, RMSNorm
+from moe.layers.parameter import matrix
 from moe.models.decoder import Transformer
 from moe.parallel.parameters import matmul, times
 from tests import reference_attention

@@ -11,7 +11,7 @@ from flax import nnx
 from moe.checkpoints import parameters
 from moe.checkpoints.parameters import read_parameters, read_variables
 from moe.config import ConfigError, LoraConfig, MeshConfig, StartConfig, validate_mesh
-from moe.layers.basic import parameter
+from moe.layers.parameter import parameter
 from moe.models.adapters import initial_adapters, merge
 from moe.parallel.mesh import make_mesh
 from moe.parallel.parameters import parameter_shardings

@@ -33,7 +33,7 @@ from moe.config.registry import find_mixer
 from moe.config.user_code import user_code
 from moe.interop.config_json import write_config
 from moe.lab import identity
-from moe.layers.basic import Rows
+from moe.layers.inputs import Rows
 from moe.layers.mixers.table import probe
 from moe.models import flops, sampling, speculation
 from moe.models.factory import abstract_parameters

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from moe.config import MeshConfig, layer_kinds, sparse_layers
-from moe.layers.basic import Rows
+from moe.layers.inputs import Rows
 from moe.models.block import Block
 from moe.models.decoder import Transformer
 from moe.models.factory import abstract_model

@@ -20,8 +20,8 @@ from flax import nnx
 from moe.benchmarks import layer_programs
 from moe.config import ConfigError, MeshConfig
 from moe.dispatch.buffers import expert_capacity
-from moe.layers.basic import parameter, zeros
 from moe.layers.moe_layer import MoELayer
+from moe.layers.parameter import parameter, zeros
 from moe.models.factory import abstract_model
 from moe.parallel import mesh as mesh_module
 from moe.parallel import parameters as weights

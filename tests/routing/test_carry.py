@@ -17,8 +17,8 @@ from flax import nnx
 
 from moe.config import ConfigError, MeshConfig, ModelConfig
 from moe.config.model_section import layer_kinds
-from moe.layers.basic import matrix, zeros
 from moe.layers.moe_layer import MoELayer, Router
+from moe.layers.parameter import matrix, zeros
 from moe.models import sampling
 from moe.models.block import Block
 from moe.models.decoder import make_rows

@@ -23,7 +23,7 @@ from moe.config import ConfigError
 from moe.layers.attention.cpu import causal_attention
 from moe.layers.attention.scoring import ADDED, Scoring, append_sink, bias_of_rows, sees
 from moe.layers.attention.tpu import runs_splash, splash_attention
-from moe.layers.basic import Dropout
+from moe.layers.inputs import Dropout
 from moe.parallel import partition_specs, target
 from moe.parallel.mesh import axis_of, axis_size, in_pipeline, on_mesh
 from moe.parallel.partition_specs import ATTENTION

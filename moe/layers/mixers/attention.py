@@ -18,8 +18,10 @@ from moe.dispatch import quantized
 from moe.layers.attention.attend import attend
 from moe.layers.attention.cache import LayerCache, slots
 from moe.layers.attention.scoring import Scoring, append_sink, rotate
-from moe.layers.basic import KEEP_ALL, Dropout, RMSNorm, Rows, matrix, zeros
+from moe.layers.inputs import KEEP_ALL, Dropout, Rows
 from moe.layers.mixers.interface import MixerLayer
+from moe.layers.norms import RMSNorm
+from moe.layers.parameter import matrix, zeros
 from moe.parallel import partition_specs
 from moe.parallel.mesh import constrain
 from moe.parallel.parameters import project, project_joined

@@ -23,8 +23,10 @@ from jaxtyping import Array, Float, Int
 
 from moe.config import ModelConfig
 from moe.config.mixers import GatedDelta
-from moe.layers.basic import KEEP_ALL, Dropout, RMSNorm, Rows, matrix, parameter
+from moe.layers.inputs import KEEP_ALL, Dropout, Rows
 from moe.layers.mixers.interface import MixerLayer
+from moe.layers.norms import RMSNorm
+from moe.layers.parameter import matrix, parameter
 from moe.parallel import partition_specs
 from moe.parallel.mesh import ROW_AXES, constrain
 from moe.parallel.parameters import gather_for_matmul, project

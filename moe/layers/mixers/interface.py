@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from moe.config import ModelConfig
-from moe.layers.basic import KEEP_ALL, Dropout, Rows
+from moe.layers.inputs import KEEP_ALL, Dropout, Rows
 
 
 class MixerLayer(nnx.Module):

@@ -14,9 +14,11 @@ from moe.dispatch import quantized
 from moe.layers.attention.attend import attend
 from moe.layers.attention.cache import LayerCache, slots
 from moe.layers.attention.scoring import Scoring, rotate, yarn_mscale
-from moe.layers.basic import KEEP_ALL, Dropout, RMSNorm, Rows, matrix
+from moe.layers.inputs import KEEP_ALL, Dropout, Rows
 from moe.layers.mixers.attention import project_in
 from moe.layers.mixers.interface import MixerLayer
+from moe.layers.norms import RMSNorm
+from moe.layers.parameter import matrix
 from moe.parallel import partition_specs
 from moe.parallel.mesh import constrain
 from moe.parallel.parameters import gather_for_matmul

@@ -12,7 +12,7 @@ from flax import nnx
 
 from moe.config import ModelConfig
 from moe.config.mixers import FIELD, GatedDelta, GroupedQuery, Mixer, MultiHeadLatent
-from moe.layers.basic import Rows
+from moe.layers.inputs import Rows
 from moe.layers.mixers.attention import Attention
 from moe.layers.mixers.delta_net import GatedDeltaNet
 from moe.layers.mixers.interface import MixerLayer

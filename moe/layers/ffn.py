@@ -1,0 +1,99 @@
+"""Feed-forward networks: dense, stacked experts, and the shared expert."""
+
+from __future__ import annotations
+
+import jax
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
+
+from moe.config import ModelConfig
+from moe.dispatch import quantized
+from moe.dispatch.ffn import GATED_ACTIVATIONS, ExpertWeights, activate
+from moe.layers.inputs import KEEP_ALL, Dropout
+from moe.layers.parameter import matrix, zeros
+from moe.parallel.parameters import gather_for_matmul, matmul
+from moe.parallel.partition_specs import (
+    EXPERT_BIASES,
+    EXPERTS_IN,
+    EXPERTS_OUT,
+    HIDDEN,
+    IN,
+    KEEP_HIDDEN,
+    KEEP_OUTPUTS,
+    OUT,
+    REPLICATED,
+)
+
+
+class DenseFFN(nnx.Module):
+    """down(act(gate(x))·up(x)), or down(act(up(x))) for a plain activation. No biases."""
+
+    def __init__(self, config: ModelConfig, d_ff: int, *, rngs: nnx.Rngs):
+        d, f = config.d_model, d_ff
+        self.activation, self.precision = config.activation, config.low_precision
+        gated = self.activation in GATED_ACTIVATIONS
+        self.up = matrix(rngs, (d, f), IN, fan_in=d, scale=config.init_scale)
+        self.down = matrix(rngs, (f, d), OUT, fan_in=f, scale=config.init_scale)
+        self.gate = matrix(rngs, (d, f), IN, fan_in=d, scale=config.init_scale) if gated else None
+
+    def __call__(self, x: Float[Array, "*batch D"], drop: Dropout = KEEP_ALL) -> Float[Array, "*batch D"]:
+        """Apply the FFN to every token; hidden activations are dropped."""
+        up = checkpoint_name(self._matmul(x, self.up), HIDDEN)
+        gate = None if self.gate is None else checkpoint_name(self._matmul(x, self.gate), HIDDEN)
+        hidden = drop(activate(self.activation, up, gate))
+        return self._matmul(hidden, self.down)
+
+    def _matmul(self, x: Array, weight: nnx.Param[Array]) -> Array:
+        return quantized.matmul_in(self.precision, matmul)(x, gather_for_matmul(weight, x.dtype))
+
+
+class Experts(nnx.Module):
+    """E FFNs of one shape, as three stacked matrices."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        e, d, f = config.moe.num_experts, config.expert_dim, config.moe.d_ff
+        self.activation, self.precision, self.remat = config.activation, config.low_precision, config.remat
+        self.sent_precision = config.sent_precision
+        self.up = matrix(rngs, (e, d, f), EXPERTS_IN, fan_in=d, scale=config.init_scale)
+        self.down = matrix(rngs, (e, f, d), EXPERTS_OUT, fan_in=f, scale=config.init_scale)
+        gated, biased = self.activation in GATED_ACTIVATIONS, config.moe.bias == "all"
+        self.gate = matrix(rngs, (e, d, f), EXPERTS_IN, fan_in=d, scale=config.init_scale) if gated else None
+        self.up_bias = zeros((e, f), EXPERT_BIASES) if biased else None
+        self.gate_bias = zeros((e, f), EXPERT_BIASES) if biased and gated else None
+        # The layer adds it: what a device computes is a partial sum.
+        self.down_bias = zeros((e, d), P(None, "fsdp")) if biased else None
+
+    @property
+    def weights(self) -> ExpertWeights:
+        """The parameters but ``down_bias``, as they are stored."""
+        gate = None if self.gate is None else self.gate[...]
+        gate_bias = None if self.gate_bias is None else self.gate_bias[...]
+        biases = None if self.up_bias is None else (self.up_bias[...], gate_bias)
+        return ExpertWeights(
+            self.up[...],
+            gate,
+            self.down[...],
+            biases,
+            activation=self.activation,
+            precision=self.precision,
+            sent_precision=self.sent_precision,
+            keeps_hidden=self.remat in KEEP_HIDDEN,
+            keeps_outputs=self.remat in KEEP_OUTPUTS,
+        )
+
+
+class SharedExpert(nnx.Module):
+    """FFN applied to every token beside its K experts (DeepSeekMoE 2024, equation 9), optionally weighted by
+    sigmoid(x·w) (Qwen2-MoE), which is float32 as the weights of the others."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.dense = DenseFFN(config, config.moe.shared_d_ff, rngs=rngs)
+        d, scale = config.d_model, config.init_scale
+        self.gate = matrix(rngs, (d, 1), REPLICATED, fan_in=d, scale=scale) if config.moe.shared_gate else None
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Apply the FFN and its weight."""
+        y = self.dense(x)
+        return y if self.gate is None else (y * jax.nn.sigmoid(x @ self.gate[...])).astype(x.dtype)
