@@ -40,7 +40,6 @@ _GPT_OSS = {
 }
 #: Gated DeltaNet in three of four layers.
 _DELTA_NET = {
-    "layers": tuple(layer for layer in range(48) if (layer + 1) % 4),
     **{"key_heads": 16, "value_heads": 32, "key_dim": 128, "value_dim": 128, "conv_width": 4},
 }
 #: Other settings of the model that differ from the defaults.
@@ -50,8 +49,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "deepseek_v2": _LATENT | {"q_lora_rank": 1536},
     "deepseek_v3": _LATENT | {"q_lora_rank": 1536},
     "kimi_k2": _LATENT | {"q_lora_rank": 1536, "rope_theta": 5e4},
-    "gpt_oss_20b": _GPT_OSS | {"sliding_window_layers": tuple(range(0, 24, 2))},
-    "gpt_oss_120b": _GPT_OSS | {"sliding_window_layers": tuple(range(0, 36, 2))},
+    "gpt_oss_20b": _GPT_OSS | {"pattern": "sliding attention"},
+    "gpt_oss_120b": _GPT_OSS | {"pattern": "sliding attention"},
     "mistral_7b": {"sliding_window": 4096},
     "mixtral_8x7b": {"rope_theta": 1e6},
     "mixtral_8x22b": {"rope_theta": 1e6},
@@ -60,7 +59,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3_30b_a3b": {"rope_theta": 1e6, "norm_eps": 1e-6, "qk_norm": "head"},
     "qwen3_next_80b_a3b": {
         **{"rope_theta": 1e7, "rope_dim": 64, "norm_eps": 1e-6, "qk_norm": "head", "delta_net": _DELTA_NET},
-        **{"gated_attention": True, "zero_centred_norms": True},
+        **{"pattern": "delta x 3 attention", "gated_attention": True, "zero_centred_norms": True},
     },
 }
 

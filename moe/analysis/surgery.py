@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from moe.config import ConfigError, ModelConfig
-from moe.config.model_section import layer_kinds
+from moe.config.layer_kinds import layer_kinds
 from moe.models.factory import abstract_parameters
 from moe.models.stack import restack_layers, unstack_layers
 

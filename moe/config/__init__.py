@@ -4,15 +4,8 @@ from moe.config import command_line
 from moe.config.changes import Changes, changes_of
 from moe.config.command_line import build_layers
 from moe.config.files import inherited, read_run
-from moe.config.model_section import (
-    DeltaNetConfig,
-    LayerKind,
-    ModelConfig,
-    RopeScalingConfig,
-    layer_kinds,
-    sparse_layers,
-    stacks,
-)
+from moe.config.layer_kinds import LayerKind, layer_kinds, stacks
+from moe.config.model_section import DeltaNetConfig, ModelConfig, RopeScalingConfig, sparse_layers
 from moe.config.moe_section import Capacity, Losses, MoEConfig
 from moe.config.names import check_field
 from moe.config.parse import from_config_dict, to_dict

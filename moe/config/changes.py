@@ -12,6 +12,7 @@ from moe.config.mixers import Mixer
 from moe.config.moe_section import MoEConfig
 from moe.config.names import GATE, MIXER, NAMED, field_type, is_section, leaves, named_field_type
 from moe.config.registry import find_layer, find_mixer, layer_fields
+from moe.config.renamed import RENAMED
 from moe.config.schema import Config
 from moe.routing.interface import Gate
 from moe.system.fields import ConfigError, facts_of
@@ -94,6 +95,8 @@ class Changes:
 
 def _default(path: str, settings: Mapping[str, typing.Any]) -> typing.Any:
     """Value of a setting that is not set, in a config whose gate and mixer are those of other settings."""
+    if path in RENAMED:
+        return ()
     section, _, name = path.rpartition(".")
     if section == MIXER:
         mixer = settings.get(MIXER)

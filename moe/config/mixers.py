@@ -1,6 +1,6 @@
 """Token mixers as values: what a layer of each kind reads, what it supports and what it costs.
 
-:func:`moe.config.model_section.stacks` gives every layer its mixer; :mod:`moe.layers.mixers` has their layers. What
+:func:`moe.config.layer_kinds.stacks` gives every layer its mixer; :mod:`moe.layers.mixers` has their layers. What
 depends on the kind of a mixer asks its value: generation, FLOPs, memory estimates, plans, checks of configs.
 """
 
@@ -214,7 +214,7 @@ class GatedDelta(Mixer):
     def lacks(self, ability: Ability) -> str:
         """Every ability is lacking: its memory runs over whole rows in order, and keeps rejected tokens."""
         del ability
-        return "delta_net.layers"
+        return "pattern"
 
     def flops(self, length: int) -> float:
         """3 products with the H x V memory of each of the N heads, whatever the length: to read what is replaced, to

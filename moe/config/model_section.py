@@ -1,27 +1,20 @@
-"""Section ``model``: the settings of a Transformer, the rules across them, and the kind of each layer."""
+"""Section ``model``: the settings of a Transformer, and the rules across them."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import math
-import operator
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from moe.config.mixers import (
-    BUILT_IN,
     FIELD,
-    Ability,
     AttentionBias,
-    GatedDelta,
-    GroupedQuery,
     Mixer,
-    MultiHeadLatent,
     QKNorm,
 )
 from moe.config.moe_section import DType, MoEConfig
-from moe.routing.interface import Gate
+from moe.config.pattern import Word, parse
 from moe.system.fields import ConfigError, Section, require, setting
 
 Activation = Literal["swiglu", "swiglu_clamped", "geglu", "geglu_exact", "reglu", "gelu", "relu"]
@@ -31,8 +24,6 @@ RopeScaling = Literal["none", "linear", "dynamic", "yarn", "longrope", "llama3"]
 Remat = Literal["none", "hidden", "outputs", "attention", "offload", "dots", "routes", "full"]
 LowPrecision = Literal["none", "int8", "float8"]
 LowPrecisionIn = Literal["ffn", "all"]
-#: Encoder layers attend in both directions; decoder layers of an encoder-decoder also attend to the encoder's output.
-Role = Literal["decoder", "encoder", "cross"]
 
 _MODEL, _MOE, _ROPE, _DELTA = "model.", "model.moe.", "model.rope_scaling.", "model.delta_net."
 
@@ -75,9 +66,9 @@ class RopeScalingConfig(Section, path=_ROPE):
 
 @dataclasses.dataclass(frozen=True)
 class DeltaNetConfig(Section, path=_DELTA):
-    """Gated DeltaNet (Yang et al. 2024): layers with a memory of fixed size in place of attention."""
+    """Gated DeltaNet (Yang et al. 2024): the layers that ``model.pattern`` calls delta have a memory of fixed size in
+    place of attention."""
 
-    layers: tuple[int, ...] = setting((), switch=True, page=True)  # layers that have it, from 0; empty: none
     key_heads: int = setting(4, least=1, most=2**16, split="tensor")  # M, heads of queries and of keys
     value_heads: int = setting(8, least=1, most=2**16, split="tensor")  # N, heads of values; key_heads divides them
     key_dim: int = setting(32, least=1, most=2**16)  # H of queries and keys
@@ -97,6 +88,9 @@ class ModelConfig(Section, path=_MODEL):
     vocab_size: int = setting(4096, least=1, most=2**24, split="tensor", neutral=None)  # V, rows of the embedding
     d_model: int = setting(256, least=1, most=2**20, split="fsdp", neutral=None)  # D
     num_layers: int = setting(4, least=1, most=10_000, neutral=None)  # L, of the decoder
+    #: token mixer of each layer, as "(delta x 3 attention) x 12", of attention, sliding, delta, mixer; repeated until
+    #: all layers have one; empty: `mixer` if there is one, else attention, sliding if there is a window
+    pattern: str = setting("", page=True)
     #: L of the encoder, which the decoder attends to; 0: decoder-only
     encoder_layers: int = setting(0, least=0, most=10_000, page=True)
     #: V of a separate embedding for the encoder; 0: encoder and decoder share one
@@ -135,7 +129,6 @@ class ModelConfig(Section, path=_MODEL):
     value_dim: int = setting(0, least=0, most=2**16)  # latent attention: H of the values
     #: number that a query attends to, with its own; 0: all
     sliding_window: int = setting(0, least=0, unit="tokens", page=True)
-    sliding_window_layers: tuple[int, ...] = ()  # layers with the window, from 0; empty: all
     #: RMSNorm of queries, keys: head (over H, Qwen3), full (N*H, OLMoE), rotated (H; Hunyuan)
     qk_norm: QKNorm = setting("none", page=True)
     #: full: all scores at once; blocked: without a T x T array, for TPUs and long rows
@@ -147,7 +140,6 @@ class ModelConfig(Section, path=_MODEL):
     delta_net: DeltaNetConfig = DeltaNetConfig()
     #: module:object, a token mixer in place of attention (docs/own_mixers.md); None: attention
     mixer: Mixer | None = setting(None, page=True)
-    mixer_layers: tuple[int, ...] = ()  # layers that have `mixer`, from 0; empty: all without gated DeltaNet
     #: clip queries, keys and values to [-c, c] before the rotation (OLMoE); 0: no clipping
     clip_qkv: float = setting(0.0, least=0, page=True)
     tie_embeddings: bool = False  # logits = x E^T
@@ -196,8 +188,7 @@ class ModelConfig(Section, path=_MODEL):
         self._check_stacks()
         self._check_attention()
         self._check_latent_attention()
-        self._check_delta_net()
-        self._check_mixer()
+        self._check_pattern()
         if self.moe.gate is not None:
             self._check_moe_layers()
             count = sum(sparse_layers(self))
@@ -305,10 +296,6 @@ class ModelConfig(Section, path=_MODEL):
             require(right, f"{_ROPE}{name}", value, allowed)
         divides = self.num_heads % self.num_kv_heads == 0
         self._require("num_kv_heads", divides, f"must divide model.num_heads={self.num_heads}")
-        layers = self.sliding_window_layers
-        _require_layers("model.sliding_window_layers", layers, self.num_layers)
-        windowed = self.sliding_window > 0 or not layers
-        self._require("sliding_window_layers", windowed, "needs model.sliding_window above 0")
 
     def _check_latent_attention(self) -> None:
         if not self.kv_lora_rank:
@@ -327,27 +314,32 @@ class ModelConfig(Section, path=_MODEL):
         none |= {"gated_attention": False, "zero_centred_norms": False}
         self._require_defaults("model.kv_lora_rank", **none, attention_scale=0.0)
 
-    def _check_delta_net(self) -> None:
-        field, layers = f"{_DELTA}layers", self.delta_net.layers
-        _require_layers(field, layers, self.num_layers)
-        if not layers:
-            return
-        decoder = not (self.encoder_layers or self.relative_buckets)
-        require(decoder, field, layers, "must be () with model.encoder_layers or model.relative_buckets")
-        apart = not set(layers) & set(self.sliding_window_layers)
-        self._require("sliding_window_layers", apart, f"must list none of {field}, which have no window")
+    @property
+    def mixer_words(self) -> tuple[Word, ...]:
+        """Word of each layer of a decoder-only model in :attr:`pattern`."""
+        words = parse(self.pattern)
+        if not words:
+            words = ("mixer",) if self.mixer is not None else ("sliding",) if self.sliding_window else ("attention",)
+        return words * (self.num_layers // len(words))
 
-    def _check_mixer(self) -> None:
-        mixer, layers, own = self.mixer, self.mixer_layers, "must list none of"
-        _require_layers("model.mixer_layers", layers, self.num_layers)
-        if mixer is None:
-            self._require("mixer_layers", not layers, "must be () without model.mixer")
+    def _check_pattern(self) -> None:
+        words, text = parse(self.pattern), self.pattern
+        count = len(words)
+        fits = not count or self.num_layers % count == 0
+        self._require("pattern", fits, f"has {count} layers, must divide model.num_layers={self.num_layers}")
+        one_stack = not (self.encoder_layers or self.relative_buckets)
+        allowed = "must be '' with model.encoder_layers or model.relative_buckets"
+        self._require("pattern", not count or one_stack, allowed)
+        windowed = self.sliding_window > 0
+        self._require("pattern", windowed or "sliding" not in words, "needs model.sliding_window above 0")
+        if self.mixer is None:
+            self._require("pattern", "mixer" not in words, "needs model.mixer")
             return
-        where = f"{FIELD}={mixer.name!r}"
+        where = f"{FIELD}={self.mixer.name!r}"
         self._require_defaults(where, encoder_layers=0, relative_buckets=0)
-        for name, others in ((f"{_DELTA}layers", self.delta_net.layers), ("window's", self.sliding_window_layers)):
-            self._require("mixer_layers", not set(layers) & set(others), f"{own} {name}")
-        if not layers:
+        used = self.mixer_words
+        require("mixer" in used, FIELD, self.mixer.name, f"is in no layer of model.pattern={text!r}")
+        if {*used} <= {"mixer", "delta"}:
             self._require_defaults(f"{where} is in all layers and", kv_lora_rank=0, sliding_window=0)
 
     def _check_moe_layers(self) -> None:
@@ -381,39 +373,6 @@ def _require_layers(field: str, layers: tuple[int, ...], num_layers: int) -> Non
     require(increasing and inside, field, layers, f"must be increasing layer numbers from 0 to {num_layers - 1}")
 
 
-class LayerKind(NamedTuple):
-    """Properties in which layers of one model differ."""
-
-    sparse: bool  # MoE
-    mixer: Mixer
-    role: Role = "decoder"
-    gate: Gate | None = None  # of an MoE layer
-
-    @property
-    def window(self) -> int:
-        """Tokens that a query attends to, including its own; 0: all, or no attention."""
-        return getattr(self.mixer, "window", 0)
-
-
-def require_ability(config: ModelConfig, ability: Ability, where: str) -> None:
-    """Raise a ConfigError that names the setting because of which a layer's mixer lacks an ability.
-
-    Args:
-        where: end of the message: what needs the ability.
-    """
-    for kind in layer_kinds(config):
-        if setting := kind.mixer.lacks(ability):
-            value, default = (operator.attrgetter(setting)(model) for model in (config, type(config)()))
-            value = value.name if isinstance(value, Mixer) else value
-            require(False, f"{_MODEL}{setting}", value, f"must be {default!r} {where}")
-
-
-def unread_settings(config: ModelConfig) -> set[str]:
-    """Paths of the settings of mixers that no layer reads."""
-    read = {name for kind in layer_kinds(config) for name in kind.mixer.settings.values()}
-    return {f"{_MODEL}{name}" for cls in BUILT_IN for name in cls.settings.values() if name not in read}
-
-
 def sparse_layers(config: ModelConfig) -> tuple[bool, ...]:
     """True for each MoE layer, in layer order: an encoder's layers come before the decoder's."""
     moe = config.moe
@@ -424,38 +383,3 @@ def sparse_layers(config: ModelConfig) -> tuple[bool, ...]:
         for stack in (config.encoder_layers, config.num_layers)
         for layer in range(stack)
     )
-
-
-def layer_kinds(config: ModelConfig) -> tuple[LayerKind, ...]:
-    """Kind of each layer, in layer order."""
-    return tuple(kind for kinds in stacks(config).values() for kind in kinds)
-
-
-@functools.lru_cache
-def stacks(config: ModelConfig) -> dict[str, tuple[LayerKind, ...]]:
-    """Kinds of the layers of each stack, by the stack's name in the tree of parameters; a decoder-only model has one
-    stack, named ""."""
-    sparse = sparse_layers(config)
-    own = iter((*config.moe.layer_gates, *(config.moe.gate,) * len(sparse)))
-    gates = [next(own) if is_sparse else None for is_sparse in sparse]
-    if config.encoder_layers:
-        kinds = list(zip(sparse, gates, strict=True))
-        encoder, decoder = kinds[: config.encoder_layers], kinds[config.encoder_layers :]
-        causal, of_source = GroupedQuery.of(config), GroupedQuery.of(config, causal=False)
-        return {
-            "encoder": tuple(LayerKind(is_sparse, of_source, "encoder", gate) for is_sparse, gate in encoder),
-            "decoder": tuple(LayerKind(is_sparse, causal, "cross", gate) for is_sparse, gate in decoder),
-        }
-    layers = enumerate(zip(sparse, gates, strict=True))
-    return {"": tuple(LayerKind(is_sparse, _mixer(config, layer), gate=gate) for layer, (is_sparse, gate) in layers)}
-
-
-def _mixer(config: ModelConfig, layer: int) -> Mixer:
-    """Token mixer of a layer of a decoder-only model."""
-    if layer in config.delta_net.layers:
-        return GatedDelta.of(config)
-    if config.mixer is not None and layer in (config.mixer_layers or range(config.num_layers)):
-        return config.mixer
-    windowed = not config.sliding_window_layers or layer in config.sliding_window_layers
-    attention = MultiHeadLatent if config.kv_lora_rank else GroupedQuery
-    return attention.of(config, window=config.sliding_window if windowed else 0)

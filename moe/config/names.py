@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from moe.config import flat
 from moe.config.mixers import FIELD, Mixer
 from moe.config.registry import LAYERS
+from moe.config.renamed import RENAMED
 from moe.config.schema import Config
 from moe.routing.interface import Gate
 from moe.system.fields import ConfigError, item_name, type_hints
@@ -71,6 +72,8 @@ def field_type(path: str) -> typing.Any:
     Raises:
         ConfigError: there is no such field; the message has the nearest name.
     """
+    if path in RENAMED:
+        return RENAMED[path][0]
     hint: typing.Any = Config
     names = path.split(".")
     for depth, name in enumerate(names):

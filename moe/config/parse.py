@@ -6,7 +6,7 @@ import dataclasses
 import typing
 from collections.abc import Mapping
 
-from moe.config import flat
+from moe.config import flat, renamed
 from moe.config.changes import Changes, with_value
 from moe.config.mixers import Mixer
 from moe.config.model_section import ModelConfig, check_is_model
@@ -38,6 +38,8 @@ def build(cls: type, tree: dict[str, typing.Any], path: str, base: typing.Any = 
     values = {} if base is None else {field.name: getattr(base, field.name) for field in dataclasses.fields(cls)}
     if cls is Config:
         tree = flat.present(tree)
+    if cls is ModelConfig:
+        tree = renamed.present(tree, (ModelConfig() if base is None else base).num_layers)
     if cls is MoEConfig:
         tree, values = _with_gate(tree, path)
     for name, value in tree.items():

@@ -8,7 +8,8 @@ import operator
 from collections.abc import Mapping
 
 from moe.config import mixers
-from moe.config.model_section import ModelConfig, layer_kinds, require_ability, unread_settings
+from moe.config.layer_kinds import layer_kinds, require_ability, unread_settings
+from moe.config.model_section import ModelConfig
 from moe.config.objectives import FIELD, Objective, find_objective
 from moe.config.run_sections import (
     DataConfig,

@@ -10,6 +10,7 @@ import dataclasses
 import pydantic
 
 from moe.config import Config, ConfigError, DataConfig, ModelConfig, MoEConfig, layer_kinds, sparse_layers, to_dict
+from moe.config.mixers import GatedDelta
 from moe.config.parse import build, from_config_dict
 from moe.config.registry import find_layer
 from moe.interop import balance
@@ -224,7 +225,7 @@ _MODEL_FACTS = tuple(
     field.name
     for field in dataclasses.fields(ModelConfig)
     if "result" not in field.metadata
-    and field.name not in ("rope_dim", "logit_scale", "sliding_window", "sliding_window_layers", "d_ff", "moe")
+    and field.name not in ("rope_dim", "logit_scale", "sliding_window", "pattern", "delta_net", "d_ff", "moe")
 )
 _MOE_FACTS = (
     *("num_experts", "experts_per_token", "d_ff", "bias", "shared_d_ff", "shared_gate", "layer_gates", "latent_dim"),
@@ -250,6 +251,8 @@ def _facts(model: ModelConfig) -> Json:
     facts["model.rope_dim"] = model.rope_dim or model.head_dim
     facts["model.logit_scale"] = float(f"{model.logit_scale:.12g}")  # files hold its reciprocal
     facts |= {"model.moe.layers": sparse, "model.sliding_window": tuple(kind.window for kind in layer_kinds(model))}
+    has_delta = [isinstance(kind.mixer, GatedDelta) for kind in layer_kinds(model)]
+    facts["model.delta_net"] = (model.delta_net, has_delta) if any(has_delta) else None
     if not all(sparse):
         facts["model.d_ff"] = model.d_ff
     if any(sparse):

@@ -13,7 +13,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 from etils import epath
 
@@ -21,6 +21,7 @@ from moe.checkpoints.manager import complete_steps
 from moe.checkpoints.pinned import digest as digest_of_checkpoint
 from moe.checkpoints.workdir import CONFIG
 from moe.config import Config, DataConfig, ModelConfig, MoEConfig, layer_kinds, sparse_layers
+from moe.config.pattern import Word
 from moe.config.registry import find_gate, find_layer
 from moe.config.user_code import user_code
 from moe.data.corpora import EmbeddedCorpus
@@ -37,7 +38,7 @@ VERSION = 1
 Canonical = dict[str, Any]
 
 #: Fields of the model that the canonical form has under another name: ``dense_dim``, and those of MoE layers.
-_MODEL_OTHERWISE = ("d_ff", "moe")
+_MODEL_OTHERWISE = ("d_ff", "moe", "pattern")
 
 #: Settings that are left out where they have these values; those of the model stand in its fields' metadata.
 _NEUTRAL: Canonical = {
@@ -68,7 +69,9 @@ _MODEL: Canonical = {
     field.name: field.metadata.get("neutral", field.default)
     for field in dataclasses.fields(ModelConfig)
     if field.metadata.get("result") != "none" and field.name not in _MODEL_OTHERWISE
-}
+} | dict.fromkeys(("sliding_window_layers", "mixer_layers"), ())
+#: Of these, those that follow from ``model.pattern``.
+_LISTS = ("delta_net", "sliding_window_layers", "mixer_layers")
 #: The same, of other sections.
 _DATA = (
     "dataset", "domains", "weights", "text_suffixes", "tokenizer", "chat_template",
@@ -122,14 +125,31 @@ def canonical(config: Config) -> Canonical:
 
 def _model(model: ModelConfig) -> Canonical:
     """The settings of the model, without those that are neutral and those of its FFNs."""
-    form: Canonical = {}
+    form: Canonical = _lists_of_layers(model)
     for name, neutral in _MODEL.items():
+        if name in _LISTS:
+            continue
         value: Any = getattr(model, name)
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             if not is_off(value):
                 form[name] = dataclasses.asdict(value)
         elif value != neutral:
             form[name] = value
+    return form
+
+
+def _lists_of_layers(model: ModelConfig) -> Canonical:
+    """The layers of each mixer, under the names that settings of earlier versions had, without those that are neutral:
+    a window, or a mixer of one's own, in all layers but those of gated DeltaNet."""
+    words = () if model.encoder_layers else model.mixer_words
+    layers = {word: [layer for layer, own in enumerate(words) if own == word] for word in get_args(Word)}
+    form: Canonical = {}
+    if layers["delta"]:
+        form["delta_net"] = {"layers": layers["delta"], **dataclasses.asdict(model.delta_net)}
+    if layers["sliding"] and layers["attention"]:
+        form["sliding_window_layers"] = layers["sliding"]
+    if layers["mixer"] and (layers["attention"] or layers["sliding"]):
+        form["mixer_layers"] = layers["mixer"]
     return form
 
 

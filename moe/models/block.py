@@ -11,8 +11,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from moe.config import ModelConfig
+from moe.config.layer_kinds import LayerKind
 from moe.config.mixers import GroupedQuery
-from moe.config.model_section import LayerKind
 from moe.layers.ffn import DenseFFN
 from moe.layers.inputs import KEEP_ALL, Dropout, Rows, Site
 from moe.layers.mixers.attention import Attention

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from moe.config import ModelConfig, stacks
-from moe.config.model_section import LayerKind
+from moe.config.layer_kinds import LayerKind
 from moe.layers.inputs import KEEP_ALL, Rows
 from moe.layers.mixers.table import layer_class
 from moe.models.block import Block, Stream

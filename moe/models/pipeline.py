@@ -26,7 +26,7 @@ from jax import Array, lax
 from jax.sharding import PartitionSpec as P
 
 from moe.config import Config
-from moe.config.model_section import layer_kinds
+from moe.config.layer_kinds import layer_kinds
 from moe.layers.inputs import Rows, StackSite
 from moe.models.block import Stream
 from moe.models.decoder import Output, Transformer

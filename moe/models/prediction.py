@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from moe.config import ModelConfig
-from moe.config.model_section import stacks
+from moe.config.layer_kinds import stacks
 from moe.layers.inputs import Rows
 from moe.layers.norms import RMSNorm
 from moe.layers.parameter import matrix

@@ -19,7 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from moe.config import ConfigError, ModelConfig, layer_kinds
-from moe.config.model_section import require_ability
+from moe.config.layer_kinds import require_ability
 from moe.layers.inputs import Rows
 from moe.models import kv_cache
 from moe.models.decoder import Transformer

@@ -21,8 +21,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from moe.config import ModelConfig, MoEConfig
+from moe.config.layer_kinds import LayerKind, layer_kinds, stacks
 from moe.config.mixers import PATHS
-from moe.config.model_section import LayerKind, layer_kinds, stacks
 from moe.layers.attention.scoring import RelativeBias
 from moe.layers.embedding import Embedding
 from moe.layers.inputs import Dropout, Rows, StackSite
@@ -98,7 +98,7 @@ class Stack(nnx.Module):
         """Draw the parameters.
 
         Args:
-            name: of the stack (:func:`moe.config.model_section.stacks`).
+            name: of the stack (:func:`moe.config.layer_kinds.stacks`).
         """
         self.config = config
         self.name = name
@@ -355,7 +355,7 @@ def _has_bias(kind: LayerKind) -> bool:
 def stacked_layers(config: ModelConfig, path: Sequence[str]) -> tuple[range, tuple[str, ...]] | None:
     """The layers whose arrays a parameter stacks, in the order of its leading axis, and its path within each block.
 
-    Layers are numbered as in :func:`moe.config.model_section.layer_kinds`, an encoder's first.
+    Layers are numbered as in :func:`moe.config.layer_kinds.layer_kinds`, an encoder's first.
 
     Args:
         path: keys of the parameter in the nested dict of all parameters.

@@ -12,7 +12,7 @@ from jax import Array, lax
 from jax.sharding import PartitionSpec as P
 
 from moe.config import Config, ModelConfig
-from moe.config.model_section import layer_kinds
+from moe.config.layer_kinds import layer_kinds
 from moe.models.stack import segments
 from moe.parallel.mesh import axis_of, on_mesh
 from moe.parallel.parameters import WEIGHTS_SCOPE

@@ -13,7 +13,7 @@ import numpy as np
 
 from moe.analysis.passages import colours
 from moe.config import ConfigError
-from moe.config.model_section import layer_kinds
+from moe.config.layer_kinds import layer_kinds
 from moe.playground import supported
 from moe.playground.packed import Packed
 from moe.system.escaping import terminal

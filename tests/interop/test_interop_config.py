@@ -547,13 +547,13 @@ def test_models_scaled_from_a_base_width_are_exported(base):
 
 
 def test_a_model_that_no_family_expresses_is_refused(tmp_path):
-    def refused(pattern: str, **changes):
+    def refused(message: str, **changes):
         moe = changes.pop("moe", {})
         model = ModelConfig(**{"num_layers": 2, **changes}, moe=moe_config(**moe))
-        with pytest.raises(ConfigError, match=pattern):
+        with pytest.raises(ConfigError, match=message):
             write_config(Config(model=model))
 
-    refused(r"mixtral lacks model\.sliding_window", sliding_window=8, sliding_window_layers=(1,))
+    refused(r"mixtral lacks model\.sliding_window", sliding_window=8, pattern="attention sliding")
     refused(
         r"qwen3_moe lacks model\.moe\.shared_d_ff; .* others are further away$", qk_norm="head", moe={"shared_d_ff": 8}
     )

@@ -543,6 +543,7 @@ def test_the_canonical_form_names_every_setting():
         "train.keep_checkpoints", "train.keep_every", "train.max_skipped_steps", "train.on_skipped_steps",
         "train.pipeline_rounds", "train.spike_sigmas", "train.sample_tokens", "train.compilation_cache",
         "train.writers", "model.attention", "model.scan_layers", "model.scan_unroll", "model.remat", "model.d_ff",
+        "model.pattern",
         "optimizer.name", "optimizer.final_learning_rate_fraction", "optimizer.memory",
     }  # fmt: skip
     config = from_config_dict(defaults.get_config())

@@ -16,7 +16,7 @@ from moe.parallel.mesh import make_mesh
 from moe.parallel.partition_specs import BATCH, HEADS, shardings
 from tests.helpers import slow_case
 
-CONFIG = ModelConfig(d_model=12, delta_net=DeltaNetConfig((0,), 2, 6, 4, 5, 3))
+CONFIG = ModelConfig(d_model=12, pattern="delta", delta_net=DeltaNetConfig(2, 6, 4, 5, 3))
 
 
 def _arrays(rng, length, rows=2, heads=(2, 3), dims=(4, 5), steps=8.0):
@@ -192,13 +192,8 @@ def test_decay_starts_between_its_bounds(layer):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"delta_net": DeltaNetConfig(layers=(4,))}, r"model.delta_net.layers=\(4,\): must be increasing"),
-        ({"delta_net": DeltaNetConfig((0,)), "encoder_layers": 1}, "model.delta_net.layers=.*encoder_layers"),
-        ({"delta_net": DeltaNetConfig((0,)), "relative_buckets": 8}, "model.delta_net.layers=.*relative_buckets"),
-        (
-            {"delta_net": DeltaNetConfig((0,)), "sliding_window": 4, "sliding_window_layers": (0, 1)},
-            "sliding_window_layers=.*must list none of model.delta_net.layers",
-        ),
+        ({"pattern": "delta", "encoder_layers": 1}, "model.pattern='delta': must be '' with model.encoder_layers"),
+        ({"pattern": "delta", "relative_buckets": 8}, "model.pattern='delta': must be '' .*relative_buckets"),
     ],
 )
 def test_impossible_settings(changes, message):

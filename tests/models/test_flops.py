@@ -72,8 +72,8 @@ def test_a_delta_net_counts_its_matrices_and_its_memory():
     """M 2, N 4 heads of H 3 and V 5: 16·(2·2·3 + 2·4·5 + 2·4) in, 4·5·16 out, 3 taps of 2·2·3 + 4·5 channels, two
     numbers per head, a norm of 5; 3 products with 4·3·5 numbers, 2 FLOPs each, three times. There are no scores at any
     length."""
-    delta = DeltaNetConfig(layers=(0,), key_heads=2, value_heads=4, key_dim=3, value_dim=5, conv_width=3)
-    config = tiny_model(num_layers=1, gate="mixtral", delta_net=delta)
+    delta = DeltaNetConfig(key_heads=2, value_heads=4, key_dim=3, value_dim=5, conv_width=3)
+    config = tiny_model(num_layers=1, gate="mixtral", pattern="delta", delta_net=delta)
     mixer = 16 * (12 + 40 + 8) + 4 * 5 * 16 + 3 * (12 + 20) + 2 * 4 + 5
     parameters = mixer + NORMS + 16 * 4 + EXPERT * 2 + 16 + TABLE
     for length in (8, 800):

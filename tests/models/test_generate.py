@@ -65,7 +65,7 @@ PROMPTS = [[5, 9, 2, 30, 11, 7, 8], [3], [40, 41, 2, 1]]
 @pytest.mark.parametrize(
     "changes",
     [
-        slow_case({"sliding_window": 3, "sliding_window_layers": (1,), "moe": {"layers": (0,)}}),
+        slow_case({"sliding_window": 3, "pattern": "attention sliding", "moe": {"layers": (0,)}}),
         slow_case(
             {"moe": {"dispatch": "gather", "shared_d_ff": 8, "gate": "switch"}, "num_kv_heads": 1, "qk_norm": "head"}
         ),

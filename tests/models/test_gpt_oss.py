@@ -25,7 +25,7 @@ from tests.helpers import moe_config, random_model, slow_case
 
 MODEL = ModelConfig(
     **{"vocab_size": 48, "d_model": 16, "num_layers": 2, "num_heads": 8, "num_kv_heads": 4, "head_dim": 4},
-    **{"sliding_window": 3, "sliding_window_layers": (0,), "attention_bias": "all", "attention_sinks": True},
+    **{"sliding_window": 3, "pattern": "sliding attention", "attention_bias": "all", "attention_sinks": True},
     activation="swiglu_clamped",
     moe=MoEConfig(num_experts=4, d_ff=12, bias="all", dispatch="dropless"),
 )

@@ -34,8 +34,9 @@ from moe.training.optimizer import decay_mask, make_optimizer
 from tests.helpers import random_parameters, tiny_model
 from tests.models.test_generate import GREEDY, PROMPTS, _without_cache
 
-DELTA = DeltaNetConfig(layers=(0, 2), key_heads=2, value_heads=4, key_dim=4, value_dim=5, conv_width=3)
-NEW = {"delta_net": DELTA, "gated_attention": True, "zero_centred_norms": True, "rope_dim": 2, "qk_norm": "head"}
+DELTA = DeltaNetConfig(key_heads=2, value_heads=4, key_dim=4, value_dim=5, conv_width=3)
+NEW = {"pattern": "delta attention", "delta_net": DELTA, "gated_attention": True, "zero_centred_norms": True}
+NEW |= {"rope_dim": 2, "qk_norm": "head"}
 
 
 def _hybrid(**changes):
@@ -79,7 +80,7 @@ def test_packed_documents_are_as_if_alone(rng):
 
 
 def test_greedy_text_with_state_equals_that_without():
-    config = _hybrid(num_layers=2, delta_net=dataclasses.replace(DELTA, layers=(0,)), dispatch="einsum")
+    config = _hybrid(num_layers=2, dispatch="einsum")
     _, parameters = random_parameters(config)
     texts = sampling.sample(config, parameters, PROMPTS, 6, GREEDY)
     np.testing.assert_array_equal(texts, _without_cache(config, parameters, PROMPTS, 6))
@@ -149,7 +150,7 @@ def test_parts_adapters_and_optimizers_cover_delta_net_parameters():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data": DataConfig(objective="prefix_lm")}, r"model.delta_net.layers=\(0, 2\): must be \(\) where data"),
+        ({"data": DataConfig(objective="prefix_lm")}, r"model.pattern='delta attention': must be '' where data"),
     ],
 )
 def test_impossible_runs(changes, message):
@@ -159,18 +160,18 @@ def test_impossible_runs(changes, message):
 
 def test_meshes_that_cannot_split_a_delta_net_are_refused():
     config = Config(model=_hybrid(group_size=64), train=TrainConfig(batch_size=2, sample_tokens=0, num_steps=200))
-    with pytest.raises(ConfigError, match=r"model.delta_net.layers=\(0, 2\): must be \(\) with mesh.context=4"):
+    with pytest.raises(ConfigError, match=r"model.pattern='delta attention': must be '' with mesh.context=4"):
         validate_mesh(config, {"data": 2, "fsdp": 1, "expert": 1, "tensor": 1, "context": 4})
     wide = dataclasses.replace(config, model=_hybrid(delta_net=dataclasses.replace(DELTA, key_heads=1)))
     sizes = {"data": 2, "fsdp": 1, "expert": 1, "tensor": 2}
     with pytest.raises(ConfigError, match=r"model.delta_net.key_heads=1: must be divisible by mesh.tensor = 2"):
         validate_mesh(wide, sizes)
-    unused = dataclasses.replace(wide.model, delta_net=DeltaNetConfig(key_heads=1))
+    unused = dataclasses.replace(wide.model, pattern="")
     validate_mesh(dataclasses.replace(config, model=unused), sizes)
 
 
 def test_a_multi_token_prediction_layer_has_the_mixer_of_the_last_layer():
-    config = _hybrid(num_layers=3, prediction_layers=1)
+    config = _hybrid(num_layers=3, pattern="delta attention delta", prediction_layers=1)
     graphdef, state = nnx.split(abstract_model(config))
     variables, tokens = nnx.to_pure_dict(state), jax.ShapeDtypeStruct((2, 6), jnp.int32)
     assert "delta_net" in variables["prediction"]["block"]
@@ -180,5 +181,5 @@ def test_a_multi_token_prediction_layer_has_the_mixer_of_the_last_layer():
 
 def test_drafts_are_refused():
     config = _hybrid(prediction_layers=1)
-    with pytest.raises(ConfigError, match=r"model.delta_net.layers=.*must be \(\) to draft tokens"):
+    with pytest.raises(ConfigError, match=r"model.pattern=.*must be '' to draft tokens"):
         speculation.sample(config, {}, [[1]], 2)

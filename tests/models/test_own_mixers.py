@@ -165,7 +165,7 @@ def test_the_layer_is_the_recurrence_within_each_document(guide, small, rng):
 
 def test_greedy_text_with_its_state_equals_that_without(small):
     """Layers of the mixer and of attention in one model."""
-    config = _model(small, vocab_size=48, mixer_layers=(0, 2), num_layers=4)
+    config = _model(small, vocab_size=48, pattern="mixer attention", num_layers=4)
     _, variables = random_parameters(config)
     variables = jax.tree.map(lambda leaf: 2 * leaf, variables)
     texts = sampling.sample(config, variables, PROMPTS, 6, GREEDY)
@@ -244,9 +244,8 @@ def test_its_parameters_belong_to_attention(small):
         ({"encoder_layers": 1}, "model.encoder_layers=1: must be 0 where model.mixer="),
         ({"relative_buckets": 8}, "model.relative_buckets=8: must be 0 where model.mixer="),
         ({"sliding_window": 4}, "model.sliding_window=4: must be 0 where model.mixer=.* is in all layers"),
-        ({"mixer_layers": (9,)}, "model.mixer_layers=.*must be increasing layer numbers"),
-        ({"mixer_layers": (0,), "sliding_window": 4, "sliding_window_layers": (0,)}, "mixer_layers=.*none of"),
-        ({"mixer": None, "mixer_layers": (0,)}, r"model.mixer_layers=\(0,\): must be \(\) without model.mixer"),
+        ({"pattern": "attention"}, "model.mixer=.*: is in no layer of model.pattern='attention'"),
+        ({"mixer": None, "pattern": "mixer"}, "model.pattern='mixer': needs model.mixer"),
     ],
 )
 def test_impossible_settings(small, changes, message):

@@ -113,7 +113,7 @@ def _check_equal(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> No
             {"data": 4, "pipeline": 2},
             1,
             DEEPSEEK
-            | {"num_layers": 6, "first_dense": 1, "sliding_window": 3, "sliding_window_layers": (1, 2, 3, 4)}
+            | {"num_layers": 6, "first_dense": 1, "sliding_window": 3, "pattern": "attention sliding x 4 attention"}
             | {"prediction_layers": 1, "dispatch": "einsum", "dropout": 0.1, "remat": "full"},
         ),
         slow_case({"expert": 2, "pipeline": 4}, 1, {"gate": "noisy_topk", "dispatch": "dropless"}),

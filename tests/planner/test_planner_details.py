@@ -328,7 +328,7 @@ def test_times_of_attention_by_hand():
     assert of_window[0] == pytest.approx(512 / 4096 * shorter[0] / shorter[3])
     assert of_window[2] / of_window[1] > shorter[2] / shorter[1]
     # The mean of the layers.
-    some = dataclasses.replace(model, sliding_window=128, sliding_window_layers=tuple(range(0, 32, 2)))
+    some = dataclasses.replace(model, sliding_window=128, pattern="sliding attention")
     assert attention.factor("v5p", some, 4096, "forward")[0] == pytest.approx((of_window[0] + v5p[0]) / 2)
     # One of a TPU v7x's two devices has half of the chip's peak: 2 matmuls x 2 FLOPs x 8 heads x 256 of the half of the
     # scores that counts are 1.1 TFLOPs, .953 ms, and took 2.175 ms.

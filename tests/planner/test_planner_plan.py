@@ -377,7 +377,7 @@ def test_a_plan_has_two_exchanges_forward_four_backward_and_gathers_no_tokens():
 def test_gpt_oss_gathers_only_weights():
     """With sinks, biases and windows by layer, 4 layers in 2 repeats gather nothing but weights, however small."""
     flags = ["--config.mesh.expert=8", "--config.train.batch_size=16", "--config.model.moe.d_ff=256"]
-    flags += ["--config.model.num_layers=4", "--config.model.sliding_window_layers=(0, 2)"]
+    flags += ["--config.model.num_layers=4"]
     plan = json.loads(_plan_pod("--topology=v5p:2x2x4", *flags, "--json", config="gpt_oss_20b"))
     assert {e["purpose"] for e in plan["exchanges"] if e["kind"] == "all-gather"} == {"weights"}
 

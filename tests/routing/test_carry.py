@@ -16,7 +16,7 @@ import pytest
 from flax import nnx
 
 from moe.config import ConfigError, MeshConfig, ModelConfig
-from moe.config.model_section import layer_kinds
+from moe.config.layer_kinds import layer_kinds
 from moe.layers.moe_layer import MoELayer, Router
 from moe.layers.parameter import matrix, zeros
 from moe.models import sampling

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 
-from moe.config import ConfigError, ModelConfig, layer_kinds, sparse_layers
+from moe.config import ConfigError, ModelConfig, layer_kinds, pattern, sparse_layers
 from moe.interop.families.rows import Row, always, selection_rule
 from moe.interop.schema import Count, Fraction, OptionalCount, Positive, RoutedExperts, Size, Window, named
 
@@ -62,9 +62,11 @@ def windows(
             return [layer for layer in numbers if file.layer_types[layer] == "sliding_attention"]
         return [layer for layer in numbers if has_window(layer, file)]
 
-    def listed(file: Any) -> tuple[int, ...]:
-        found = layers(file)
-        return () if len(found) == file.num_hidden_layers else tuple(found)
+    def words(file: Any) -> str | None:
+        windowed, numbers = {*layers(file)}, range(file.num_hidden_layers)
+        if len(windowed) in (0, len(numbers)):
+            return None
+        return pattern.write(["sliding" if layer in windowed else "attention" for layer in numbers])
 
     return (
         Row(
@@ -75,7 +77,7 @@ def windows(
             here=lambda file: window(file) if layers(file) else 0,
             there=lambda m: window_of(m) or None,
         ),
-        Row("layer_types", "sliding_window_layers", here=listed, there=write_kinds),
+        Row("layer_types", "pattern", here=words, there=write_kinds),
     )
 
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar
 
 import pydantic
 
-from moe.config import ModelConfig, layer_kinds, sparse_layers
+from moe.config import ModelConfig, layer_kinds, pattern, sparse_layers
 from moe.config.mixers import GatedDelta
 from moe.interop.families import groups
 from moe.interop.families.family import ATTENTION, DENSE, EXPERTS, Family, Tensor, shared_expert
@@ -117,12 +117,13 @@ class HybridConfig(OpenConfig):
     hidden_act: Annotated[HiddenAct, pydantic.AfterValidator(_is_silu)] = "silu"
 
 
-def _linear_layers(file: Any) -> tuple[int, ...]:
-    interval = file.full_attention_interval
-    numbers = range(file.num_hidden_layers)
+def _words(file: Any) -> str:
+    interval, numbers = file.full_attention_interval, range(file.num_hidden_layers)
     if file.layer_types:
-        return tuple(layer for layer in numbers if file.layer_types[layer] == "linear_attention")
-    return tuple(layer for layer in numbers if (layer + 1) % interval)
+        linear = [file.layer_types[layer] == "linear_attention" for layer in numbers]
+    else:
+        linear = [(layer + 1) % interval > 0 for layer in numbers]
+    return pattern.write(["delta" if is_linear else "attention" for is_linear in linear])
 
 
 def _kinds(model: ModelConfig) -> list[str]:
@@ -138,7 +139,7 @@ _HYBRID = (
     groups.ALL_BIASES,
     groups.PARTIAL_ROTATION,
     Row("full_attention_interval", type=Count, default=4),
-    Row("layer_types", "delta_net.layers", here=_linear_layers, there=_kinds),
+    Row("layer_types", "pattern", here=_words, there=_kinds),
     Row("linear_num_key_heads", "delta_net.key_heads", Count, 16),
     Row("linear_num_value_heads", "delta_net.value_heads", Count, 32),
     Row("linear_key_head_dim", "delta_net.key_dim", Count, 128),
