@@ -10,7 +10,7 @@ import pytest
 from etils import epath
 
 from moe.checkpoints import manager
-from moe.checkpoints.parameters import streamed, write_parameters
+from moe.checkpoints.streamed import streamed, write_parameters
 from moe.config import to_dict
 from moe.config.parse import from_config_dict
 from moe.configs import base

@@ -14,6 +14,7 @@ import numpy as np
 from etils import epath
 
 from moe.checkpoints import parameters as stored
+from moe.checkpoints import streamed
 from moe.checkpoints.manager import refuse_unusable_path
 from moe.checkpoints.workdir import read_config as read_run_config
 from moe.config import Config, ConfigError, to_dict
@@ -77,7 +78,7 @@ def import_checkpoint(
     for parameter in parameters:
         set_leaf(biases if parameter.selection_bias else tree, parameter.path, _streamed(folder, parameter))
     with new_folder(workdir):
-        stored.write_parameters(workdir, tree, biases)
+        streamed.write_parameters(workdir, tree, biases)
         for name, content in files.items():
             write_atomic(workdir / name, content)
     return config
@@ -99,10 +100,10 @@ def _companions(source: Path) -> dict[str, bytes]:
     return found
 
 
-def _streamed(folder: TensorFolder, parameter: Parameter) -> stored.Streamed:
+def _streamed(folder: TensorFolder, parameter: Parameter) -> streamed.Streamed:
     dtype, everything = parameter_dtype(folder, parameter), (slice(None),) * len(parameter.slot_shape)
     leading = len(parameter.pieces[0].slot)
-    rows = 0 if leading else stored.rows_of_a_part(parameter.shape)
+    rows = 0 if leading else streamed.rows_of_a_part(parameter.shape)
 
     def read(piece: Piece, index: tuple[slice, ...]) -> np.ndarray:
         values = parameter.read(folder, piece, index).astype(dtype, copy=False)
@@ -118,7 +119,7 @@ def _streamed(folder: TensorFolder, parameter: Parameter) -> stored.Streamed:
                 block = slice(start, start + rows)
                 yield (block,), read(piece, (block, *everything[1:]))
 
-    return stored.Streamed(parameter.shape, dtype, leading, parts, rows)
+    return streamed.Streamed(parameter.shape, dtype, leading, parts, rows)
 
 
 def export_checkpoint(

@@ -49,6 +49,7 @@ def main() -> None:
     from moe.analysis.analyse import heldout_rows
     from moe.analysis.record import Recorder
     from moe.checkpoints import parameters as stored
+    from moe.checkpoints import streamed
     from moe.checkpoints.workdir import read_config
     from moe.config import ConfigError, LoraConfig
     from moe.data.tokenizer_files import companions
@@ -94,7 +95,7 @@ def main() -> None:
     (total, active), (new_total, new_active) = count_parameters(model), count_parameters(changed)
     print(f"parameters {total:,} → {new_total:,}, active {active:,} → {new_active:,}")
     written = dataclasses.replace(read_config(opened.path), model=changed, lora=LoraConfig())
-    stored.write_workdir(out, written, after, new_biases, companions(opened.path))
+    streamed.write_workdir(out, written, after, new_biases, companions(opened.path))
     print(f"Written to {out}")
     if _TOPOLOGY.value:
         header = str(_TOPOLOGY.value), "memory per chip, MiB", "train step, ms"

@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from moe.checkpoints import parameters as stored
+from moe.checkpoints import streamed
 from moe.checkpoints.pinned import base_step
 from moe.checkpoints.workdir import read_config
 from moe.config import Config, ConfigError, LoraConfig
@@ -46,7 +47,7 @@ def write_average(workdir: str, out: str, steps: Sequence[int], *, ema: bool) ->
     chosen, newest = sorted(set(steps)) or there, there[-1]  # the run may save further ones meanwhile
     weights = _moving_average(workdir, config, newest) if ema else _mean(workdir, config, chosen)
     biases = stored.read_biases(workdir, config.model, step=newest)
-    stored.write_workdir(out, dataclasses.replace(config, lora=LoraConfig()), weights, biases, companions(workdir))
+    streamed.write_workdir(out, dataclasses.replace(config, lora=LoraConfig()), weights, biases, companions(workdir))
     what = f"the moving average at step {newest}" if ema else f"the mean of steps {', '.join(map(str, chosen))}"
     return f"{out}: {what} of {workdir}"
 
@@ -105,8 +106,8 @@ def _with_base(workdir: str, config: Config, adapters: Any) -> Any:
 def _one_by_one(config: Config, compute: Callable[[tuple[str, ...]], np.ndarray]) -> Any:
     """A model's parameters, each computed from its key path when it is written, so that only one is in memory."""
 
-    def written(path: Any, parameter: jax.ShapeDtypeStruct) -> stored.Streamed:
+    def written(path: Any, parameter: jax.ShapeDtypeStruct) -> streamed.Streamed:
         names = tuple(key.key for key in path)
-        return stored.in_parts(parameter.shape, np.dtype(np.float32), lambda: compute(names))
+        return streamed.in_parts(parameter.shape, np.dtype(np.float32), lambda: compute(names))
 
     return jax.tree_util.tree_map_with_path(written, nnx.to_pure_dict(abstract_parameters(config.model)))

@@ -21,7 +21,7 @@ from flax import nnx
 from orbax.checkpoint._src.futures import future
 from orbax.checkpoint._src.handlers import pytree_checkpoint_handler
 
-from moe.checkpoints import integrity, parameters
+from moe.checkpoints import integrity, parameters, streamed
 from moe.checkpoints import workdir as workdirs
 from moe.checkpoints.manager import Checkpoints, no_background_tracebacks
 from moe.checkpoints.retention import LowestLoss
@@ -246,11 +246,11 @@ def test_a_workdir_of_parameters_is_written_completely_or_not_at_all(tmp_path, m
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(parameters, "write_atomic", fail)
+    monkeypatch.setattr(streamed, "write_atomic", fail)
     files = {"tokenizer.json": b"{}"}
     out = tmp_path / "new" / "out"
     with pytest.raises(ConfigError, match=r"out: cannot be written, and nothing was left: .*No space left"):
-        parameters.write_workdir(str(out), Config(), {"table": np.ones(3, np.float32)}, {}, files)
+        streamed.write_workdir(str(out), Config(), {"table": np.ones(3, np.float32)}, {}, files)
     assert not (tmp_path / "new").exists()
 
 
@@ -310,7 +310,7 @@ def test_arrays_that_go_to_no_mesh_are_read_into_the_memory_of_the_host(tmp_path
     """A device lacks room for the experts of all layers: 60 GB in Mixtral 8x7B."""
     model = tiny_model(num_layers=1)
     expected = nnx.to_pure_dict(nnx.state(random_model(model), nnx.Param))
-    parameters.write_workdir(str(tmp_path / "run"), Config(model=model), expected, {}, {})
+    streamed.write_workdir(str(tmp_path / "run"), Config(model=model), expected, {}, {})
     host, used = jax.devices()[5], set()
     monkeypatch.setattr(parameters, "host_device", lambda: host)
     monkeypatch.setattr(
@@ -326,7 +326,7 @@ def test_an_array_for_the_host_may_exceed_what_orbax_reads_at_once(tmp_path, mon
     """Orbax refuses an array above 96 GB, here above 100 bytes, which was reported as damage."""
     model = tiny_model(num_layers=1)
     expected = nnx.to_pure_dict(nnx.state(random_model(model), nnx.Param))
-    parameters.write_workdir(str(tmp_path / "run"), Config(model=model), expected, {}, {})
+    streamed.write_workdir(str(tmp_path / "run"), Config(model=model), expected, {}, {})
 
     def limit(size, *, use_default_if_none=True):
         return size * 10**9 if size else 100 if use_default_if_none else None
@@ -340,10 +340,10 @@ def test_a_large_array_is_written_in_parts(tmp_path, monkeypatch):
     """A device that reads its shard of an array reads every part that it touches: one of the experts of all layers
     would have 60 GB in Mixtral 8x7B. With at most 50 elements, [2,3,4,5] is written as matrices [4,5], [2,4,5] whole,
     the table [10,6] (60 elements) as five rows each."""
-    monkeypatch.setattr(parameters, "PART_ELEMENTS", 50)
+    monkeypatch.setattr(streamed, "PART_ELEMENTS", 50)
     shapes = {"experts": (2, 3, 4, 5), "attention": (2, 4, 5), "table": (10, 6), "scale": (6,), "number": ()}
     tree = {name: np.arange(math.prod(shape), dtype=np.float32).reshape(shape) for name, shape in shapes.items()}
-    written = parameters.streamed(tree)
+    written = streamed.streamed(tree)
     found = {name: each.part_shape for name, each in written.items()}
     assert found == shapes | {"experts": (1, 1, 4, 5), "table": (5, 6)}
     assert {name: len(list(each.parts())) for name, each in written.items()} == {
@@ -351,7 +351,7 @@ def test_a_large_array_is_written_in_parts(tmp_path, monkeypatch):
     }  # fmt: skip
     model = tiny_model(num_layers=2)
     expected = nnx.to_pure_dict(nnx.state(random_model(model), nnx.Param))
-    parameters.write_workdir(str(tmp_path / "run"), Config(model=model), expected, {}, {})
+    streamed.write_workdir(str(tmp_path / "run"), Config(model=model), expected, {}, {})
     jax.tree.map(np.testing.assert_array_equal, parameters.read_parameters(tmp_path / "run", model), expected)
     sums = integrity.checksums({"parameters": expected})
     saved = integrity.saved_checksums(epath.Path(tmp_path / "run"), 0)
@@ -371,7 +371,7 @@ def test_the_checksum_of_an_array_that_is_written_in_parts(monkeypatch, dtype):
 def test_a_flipped_bit_of_a_model_without_a_run_is_found(tmp_path, dtype):
     model = tiny_model(num_layers=1)
     tree = nnx.to_pure_dict(nnx.state(random_model(model), nnx.Param))
-    parameters.write_workdir(str(tmp_path / "run"), Config(model=model), tree, {}, {})
+    streamed.write_workdir(str(tmp_path / "run"), Config(model=model), tree, {}, {})
     files = (tmp_path / "run" / "checkpoints" / "0" / "state").rglob("d/*")
     path = max(files, key=lambda file: file.stat().st_size)
     content = bytearray(path.read_bytes())
@@ -385,7 +385,7 @@ def test_a_checkpoint_without_checksums_is_said_once(tmp_path, capsys):
     """Earlier versions wrote none for imports and averages."""
     model = tiny_model(num_layers=1)
     tree = nnx.to_pure_dict(nnx.state(random_model(model), nnx.Param))
-    parameters.write_workdir(str(tmp_path / "run"), Config(model=model), tree, {}, {})
+    streamed.write_workdir(str(tmp_path / "run"), Config(model=model), tree, {}, {})
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "0" / "memory")
     for _ in range(2):
         jax.tree.map(np.testing.assert_array_equal, parameters.read_parameters(tmp_path / "run", model), tree)

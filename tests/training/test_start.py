@@ -23,8 +23,9 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 from moe.checkpoints import integrity, manager
-from moe.checkpoints.parameters import read_base, read_parameters, write_workdir
+from moe.checkpoints.parameters import read_base, read_parameters
 from moe.checkpoints.pinned import pinned_steps
+from moe.checkpoints.streamed import write_workdir
 from moe.checkpoints.workdir import read_config
 from moe.config import (
     Changes,
