@@ -12,9 +12,7 @@ import itertools
 import logging as standard_logging
 import math
 import os
-import shutil
 import sys
-import textwrap
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from absl import app, flags, logging
 
 import moe
+from moe.programs.help_text import help_text
 from moe.system import process, shipped
 from moe.system.escaping import terminal
 from moe.system.fields import ConfigError
@@ -35,13 +34,6 @@ _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show the traceback of an err
 # Read by _parse from the command line, since a run's config.json is checked while the other flags are parsed.
 flags.DEFINE_list("allow_module", [], "Modules with gates and other objects that a workdir's config may name.")
 flags.disclaim_key_flags()  # what the functions below define belongs to the program that calls them
-
-_EXIT_CODES = """exit codes
-  0    done
-  1    an error, in one sentence on standard error
-  75   stopped by SIGTERM or preempted: the same command continues
-  130  stopped by Ctrl-C: the same command continues
-"""
 
 
 def define_config(default: os.PathLike[str] | None = None) -> flags.FlagHolder:
@@ -256,42 +248,6 @@ def _shorter_warm_up(file: Settings, own: Settings) -> dict[str, Any]:
         return {}
     print(f"{name}={steps // 10} instead of the config's {file[name]}, for train.num_steps={steps}", file=sys.stderr)
     return {name: steps // 10}
-
-
-def help_text(module: str, required: Sequence[str], examples: Sequence[str]) -> str:
-    """Text of --help: what the program of a module does and needs, its options, examples, exit codes."""
-    name = sys.argv[0] if module == "__main__" else module
-    defined = sorted(flags.FLAGS.get_key_flags_for_module(name), key=lambda flag: flag.name)
-    listed = {flag.name: flag for flag in defined}
-    width = min(max(shutil.get_terminal_size().columns, 60), 110)
-
-    def describe(flag: flags.Flag) -> str:
-        kind = "" if flag.boolean else "=FILE" if flag.name == "config" else "=..."
-        default = "" if flag.default in (None, False, "", []) else f" Default: {flag.default}."
-        explanation = str(flag.help).partition(";\n")[0]  # absl adds a line on repeated options
-        text = textwrap.fill(f"{explanation}{default}", width - 22)
-        name = f"--{flag.name}{kind}"
-        if len(name) > 18:
-            return f"  {name}\n{textwrap.indent(text, ' ' * 22)}"
-        return f"  {name:<20}{textwrap.indent(text, ' ' * 22).strip()}"
-
-    options = [flag for flag in defined if flag.name not in required] + [
-        flags.FLAGS[name] for name in ("allow_module", "traceback")
-    ]
-    sections = [
-        _wrapped((sys.modules[module].__doc__ or "").strip(), width),
-        "\n".join(["needed", *(describe(listed[name]) for name in required)]) if required else "",
-        "\n".join(["options", *map(describe, options)]),
-        "\n".join(["examples", *(f"  {example}" for example in examples)]) if examples else "",
-        _EXIT_CODES,
-    ]
-    return "\n\n".join(filter(None, sections))
-
-
-def _wrapped(text: str, width: int) -> str:
-    """Paragraphs of a docstring in lines of this width; those with indented lines stay as they are."""
-    paragraphs = text.split("\n\n")
-    return "\n\n".join(each if "\n " in f"\n{each}" else textwrap.fill(each, width) for each in paragraphs)
 
 
 def _value_of(argv: list[str], name: str) -> str | None:
