@@ -18,7 +18,7 @@ from moe.interop.families import FAMILIES
 from moe.interop.layout import Parameter, by_tensor, get_leaf, layout
 from moe.interop.schema import Json
 from moe.interop.tensor_files import CONFIG_FILE, TensorWriter
-from moe.layers.moe_layer import SelectionBias
+from moe.layers.router import SelectionBias
 from moe.models.factory import Model
 from moe.system.atomic_files import refuse_files, write_atomic
 

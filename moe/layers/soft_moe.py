@@ -13,7 +13,8 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from moe.config import ModelConfig
 from moe.config.registry import find_layer
 from moe.dispatch.modes import mix
-from moe.layers.moe_layer import Keys, MoELayer, Router
+from moe.layers.moe_layer import Keys, MoELayer
+from moe.layers.router import Router
 from moe.routing import balancing, gates
 from moe.routing.routing import Choices, Routing, route
 

@@ -9,7 +9,7 @@ import jax
 from flax import nnx
 
 from moe.config import LoraConfig, ModelConfig
-from moe.layers.moe_layer import SelectionBias
+from moe.layers.router import SelectionBias
 from moe.models.adapters import initial_adapters
 from moe.models.decoder import Transformer
 from moe.models.encoder_decoder import EncoderDecoder

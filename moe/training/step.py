@@ -18,7 +18,8 @@ from jax.typing import ArrayLike
 from moe.config import Config, ConfigError, ModelConfig, stacks
 from moe.config.objectives import Objective, naming_objective
 from moe.layers.mixers import table
-from moe.layers.moe_layer import SelectionBias, replace_gate
+from moe.layers.moe_layer import replace_gate
+from moe.layers.router import SelectionBias
 from moe.models import pipeline
 from moe.models.adapters import initial_adapters
 from moe.models.decoder import Output

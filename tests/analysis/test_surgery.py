@@ -28,7 +28,7 @@ ROOM = {"dispatch": "einsum", "eval_capacity_factor": 8.0}
 def _parts(program, variables):
     from flax import nnx
 
-    from moe.layers.moe_layer import SelectionBias
+    from moe.layers.router import SelectionBias
 
     model = program.model(variables)
     return [jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(model, kind))) for kind in (nnx.Param, SelectionBias)]

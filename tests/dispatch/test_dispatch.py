@@ -27,7 +27,8 @@ from moe.dispatch.buffers import (
 from moe.dispatch.ffn import ExpertWeights
 from moe.dispatch.modes import dispatch
 from moe.layers.ffn import Experts
-from moe.layers.moe_layer import MoELayer, Router
+from moe.layers.moe_layer import MoELayer
+from moe.layers.router import Router
 from moe.models import sampling
 from moe.parallel import target
 from moe.routing.interface import GateInputs

@@ -15,7 +15,7 @@ from moe.analysis import surgery
 from moe.config import Config, ConfigError, DataConfig, MeshConfig, TrainConfig
 from moe.data.tokenizer import train_tokenizer
 from moe.dispatch.buffers import layer_capacity, make_plan
-from moe.layers.moe_layer import SelectionBias
+from moe.layers.router import SelectionBias
 from moe.models.state import join
 from moe.parallel.mesh import make_mesh
 from moe.playground import packed as weights

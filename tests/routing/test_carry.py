@@ -17,8 +17,9 @@ from flax import nnx
 
 from moe.config import ConfigError, MeshConfig, ModelConfig
 from moe.config.layer_kinds import layer_kinds
-from moe.layers.moe_layer import MoELayer, Router
+from moe.layers.moe_layer import MoELayer
 from moe.layers.parameter import matrix, zeros
+from moe.layers.router import Router
 from moe.models import sampling
 from moe.models.block import Block
 from moe.models.decoder import make_rows

@@ -13,7 +13,8 @@ from flax import nnx
 from moe.config import Config, Losses, ModelConfig, MoEConfig, changes_of, validate_mesh
 from moe.config.parse import from_config_dict
 from moe.config.registry import LAYERS
-from moe.layers.moe_layer import MoELayer, SelectionBias
+from moe.layers.moe_layer import MoELayer
+from moe.layers.router import SelectionBias
 from moe.models.stack import selection_biases
 from moe.parallel.mesh import make_mesh
 from moe.routing import balancing

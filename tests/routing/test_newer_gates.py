@@ -13,7 +13,8 @@ from flax import nnx
 from moe.config import Capacity, MeshConfig, layer_kinds
 from moe.conformance import oracle, reference
 from moe.interop.layers import single_layer
-from moe.layers.moe_layer import MoELayer, SelectionBias
+from moe.layers.moe_layer import MoELayer
+from moe.layers.router import SelectionBias
 from moe.parallel import partition_specs
 from moe.parallel.mesh import make_mesh
 from moe.routing import balancing, interface

@@ -8,7 +8,8 @@ from flax import nnx
 
 from moe.config import ConfigError
 from moe.config.registry import LAYERS
-from moe.layers.moe_layer import MoELayer, Router
+from moe.layers.moe_layer import MoELayer
+from moe.layers.router import Router
 from moe.routing.gates import TopK
 from moe.routing.interface import GateInputs, top_k
 from moe.routing.routing import route

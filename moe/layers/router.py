@@ -1,0 +1,91 @@
+"""The router of an MoE layer: its parameters, the state of its balancing rule, and the logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
+
+from moe.config import ModelConfig
+from moe.layers.parameter import matrix, parameter, zeros
+from moe.parallel import partition_specs
+from moe.routing.balancing_rules import stored
+from moe.routing.interface import Gate, RouterKind
+
+
+class SelectionBias(nnx.Variable):
+    """[E] float32 without a gradient, which the train step updates: the state of ``Gate.balancing``, or part of it."""
+
+
+class Router(nnx.Module):
+    """Linear router, x·W_g in float32 whatever the compute dtype ("selective precision", Switch 2021, section 2.4).
+
+    With ``moe.router_dtype="bfloat16"``, x, W_g and the logits are rounded to bfloat16, for ablations. The gate says
+    which further parameters there are (``kind``): W_noise (W_g and W_noise start at zero,
+    Shazeer 2017, section 4 and appendix A) and the state of its balancing rule.
+    """
+
+    def __init__(self, config: ModelConfig, *, kind: RouterKind = "linear", rngs: nnx.Rngs):
+        gate = config.moe.gate
+        d = config.d_model
+        e = config.moe.num_experts + config.moe.null_experts
+        self.dtype = config.moe.router_dtype
+        self.bias = None if gate is None else _state_variables(gate, e)
+        self.logit_bias = zeros((e,)) if config.moe.bias != "none" else None
+        self.noise = zeros((d, e)) if kind == "noisy" else None
+        if kind == "noisy":
+            self.kernel = zeros((d, e), inputs=1)
+        else:
+            self.kernel = matrix(
+                rngs, self.kernel_shape(config), partition_specs.REPLICATED, fan_in=d, scale=config.init_scale
+            )
+
+    @staticmethod
+    def kernel_shape(config: ModelConfig) -> tuple[int, ...]:
+        """Shape of W_g, [D,E]; a derived router may have further axes."""
+        return config.d_model, config.moe.num_experts + config.moe.null_experts
+
+    def __call__(
+        self, x: Float[Array, "G S D"], *, jitter: float = 0.0, rng: Array | None = None, carry: Any = None
+    ) -> Float[Array, "G S *columns"]:
+        """Router logits [G,S,E] in float32. A derived router that hands a vector on returns a pair, the logits and the
+        new carry.
+
+        Args:
+            x: activations; jitter multiplies a copy that only the router sees.
+            jitter: the factors are uniform in [1 − jitter, 1 + jitter].
+            rng: key of the jitter; None: no jitter.
+            carry: ``GateInputs.carry``; not read here.
+        """
+        del carry
+        x = x.astype(jnp.float32)
+        if rng is not None and jitter > 0.0:
+            x = x * jax.random.uniform(rng, x.shape, minval=1.0 - jitter, maxval=1.0 + jitter)
+        x = checkpoint_name(x, partition_specs.ROUTER_INPUT)
+        logits = _matmul(x.astype(self.dtype), self.kernel[...].astype(self.dtype)).astype(jnp.float32)
+        return logits if self.logit_bias is None else logits + self.logit_bias[...]
+
+    def noise_logits(self, x: Float[Array, "G S D"]) -> Float[Array, "G S E"] | None:
+        """x·W_noise in float32; None for a gate without noise."""
+        return None if self.noise is None else _matmul(x.astype(jnp.float32), self.noise[...])
+
+
+def _state_variables(gate: Gate, num_experts: int) -> SelectionBias | nnx.Dict | None:
+    """Variables of the first state of a gate's balancing rule: one, or one of each array; None without a rule."""
+    if gate.balancing is None:
+        return None
+    state = stored(gate.balancing.first_state(num_experts))
+    if not isinstance(state, dict):
+        return parameter(state, partition_specs.REPLICATED, kind=SelectionBias)
+    return nnx.Dict(
+        {name: parameter(array, partition_specs.REPLICATED, kind=SelectionBias) for name, array in state.items()}
+    )
+
+
+def _matmul(x: Array, kernel: Array) -> Array:
+    # By default TPUs multiply float32 matrices in bfloat16 passes.
+    return jnp.einsum("gsd,d...->gs...", x, kernel, precision=jax.lax.Precision.HIGHEST)
