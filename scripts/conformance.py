@@ -234,7 +234,7 @@ def bad_input() -> Iterator[Row]:
             own |= {"groups": 2, "kept_groups": 2}
         fields: dict[str, Any] = {"capacity": {"eval": 1.0}, "dispatch": "einsum"}
         fields |= LEAK if rule.looks_ahead else {}
-        slots = 1 if rule.router == "slots" else 0
+        slots = rule.slots_per_expert
         weights = read_by(gate, weights_of(6, 5, 4, seed=5, slots=slots, null=null_of(gate, {})))
         layer = single_layer(own, **weights, **fields)
         call = jax.jit(lambda x, mask, layer=layer: layer(x, mask, token_ids=tokens)[:2])
