@@ -265,7 +265,7 @@ def test_a_disk_that_fails_orbax_is_said_once(tmp_path, monkeypatch, caplog):
 
     monkeypatch.setattr(os, "mkdir", fail)
     with pytest.raises(ConfigError, match=r"out: cannot be written, and nothing was left: .*No space left"):
-        parameters.write_workdir(str(tmp_path / "out"), Config(), {"table": np.ones(3, np.float32)}, {}, {})
+        streamed.write_workdir(str(tmp_path / "out"), Config(), {"table": np.ones(3, np.float32)}, {}, {})
     assert not (tmp_path / "out").exists()
     assert not [record for record in caplog.records if record.exc_info]
 
