@@ -332,6 +332,8 @@ class ModelConfig(Section, path=_MODEL):
         self._require("pattern", not count or one_stack, allowed)
         windowed = self.sliding_window > 0
         self._require("pattern", windowed or "sliding" not in words, "needs model.sliding_window above 0")
+        read = not windowed or not words or "sliding" in words
+        self._require("sliding_window", read, f"must be 0: model.pattern={text!r} has no sliding layer")
         if self.mixer is None:
             self._require("pattern", "mixer" not in words, "needs model.mixer")
             return

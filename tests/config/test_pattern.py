@@ -70,6 +70,8 @@ def test_settings_of_earlier_versions_become_a_pattern(former, present):
 
 
 def test_former_settings_are_refused_by_name():
+    with pytest.raises(ConfigError, match=r"model\.sliding_window=3: must be 0: .* has no sliding layer"):
+        _model(sliding_window=3, pattern="delta attention")
     for former, message in (
         ({"sliding_window": 3, "sliding_window_layers": (7,)}, "sliding_window_layers=.*from 0 to 3"),
         ({"delta_net": {"layers": (0,)}, "pattern": "delta"}, "model.pattern='delta': replaces model.delta_net.layers"),

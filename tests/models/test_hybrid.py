@@ -60,7 +60,7 @@ def test_layers_are_stacked_in_pairs():
     kinds = layer_kinds(_case()[0])
     assert [type(kind.mixer) for kind in kinds] == [GatedDelta, GroupedQuery] * 2
     assert [(len(unit), repeats) for unit, repeats in segments(kinds)] == [(2, 2)]
-    windowed = layer_kinds(_hybrid(sliding_window=3))
+    windowed = layer_kinds(_hybrid(pattern="delta sliding", sliding_window=3))
     assert [kind.window for kind in windowed] == [0, 3, 0, 3]
 
 
