@@ -87,7 +87,7 @@ class Policy(NextToken):
             allowed = f"{without}, which weighs only what it chooses"
             require(gate.reweighs, "policy.replay", True, allowed)
             # Where all experts are listed, K is a mean.
-            fixed = not (gate.lists_all and hasattr(gate, "k"))
+            fixed = not gate.lists_all or gate.sends_to_all
             allowed = f"{without}, whose tokens have any number of experts: rollouts record K"
             require(fixed, "policy.replay", True, allowed)
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe.config import Config, DataConfig
-from moe.config.model_section import require_ability
+from moe.config.layer_kinds import require_ability
 from moe.config.objectives import Ability, Arrays, Models, Objective
 from moe.data.tokenizer import Tokenizer
 from moe.objectives.encoder_decoder import EncoderDecoder, pieces
