@@ -27,6 +27,7 @@ class Environment:
         worker: file of workers/.
         folder: where it is.
         options: further options of ``uv pip install``.
+        alone: requirements that are installed without what they ask for, after ``packages``, which have what is needed.
         control: holds known bugs, which must deviate.
     """
 
@@ -36,6 +37,7 @@ class Environment:
     worker: str
     folder: Path
     options: tuple[str, ...] = ()
+    alone: tuple[str, ...] = ()
     control: bool = False
 
     @property
@@ -53,12 +55,14 @@ class Environment:
         uv = shutil.which("uv", path=beside)
         if uv is None:
             raise ConfigError("--suite=peers needs uv on PATH or in this environment (pip install 'moe-jax[judge]')")
-        stamp, pins = self.folder / "pins.txt", "\n".join((self.python, *self.packages, *self.options))
+        stamp, pins = self.folder / "pins.txt", "\n".join((self.python, *self.packages, *self.options, *self.alone))
         if stamp.exists() and stamp.read_text() == pins:
             return
         _run([uv, "venv", "--clear", "--quiet", "--python", self.python, str(self.folder)], self.name)
-        install = [uv, "pip", "install", "--quiet", "--python", str(self.interpreter), *self.options, *self.packages]
-        _run(install, self.name)
+        install = [uv, "pip", "install", "--quiet", "--python", str(self.interpreter), *self.options]
+        _run([*install, *self.packages], self.name)
+        if self.alone:
+            _run([*install, "--no-deps", *self.alone], self.name)
         write_atomic(stamp, pins)
 
     def run(self, worker: Path, argument: str) -> str:
@@ -89,6 +93,7 @@ def read(folder: Path) -> dict[str, Environment]:
             table["worker"],
             folder / name,
             tuple(table.get("options", ())),
+            tuple(table.get("alone", ())),
             table.get("control", False),
         )
         for name, table in tables.items()

@@ -1,22 +1,19 @@
 """Run a JAX library's MoE blocks on prepared cases; runs in the library's own environment, without this project.
 
-The command line and the files are those of ``torch_blocks.py``.
+The command line is that of ``jobs.py``.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
-import sys
-import traceback
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jobs import Arrays, run
 
-Arrays = dict[str, np.ndarray]
 #: E, D, F of every case.
 NUM_EXPERTS, D, F = 8, 16, 24
 #: Arrays of a case that are not differentiated.
@@ -92,20 +89,4 @@ def measure(adapter: Block, job: dict[str, Any], arrays: Arrays) -> Arrays:
 
 def main(version: str, adapters: dict[str, Block]) -> None:
     """The program of a library's worker."""
-    if sys.argv[1] == "--list":
-        claims = {name: adapter.claims() for name, adapter in adapters.items()}
-        print(json.dumps({"version": f"{version}, jax {jax.__version__}", "blocks": claims}))
-        return
-    with open(sys.argv[1]) as file:
-        jobs = json.load(file)
-    for job in jobs:
-        adapter = adapters[job["block"]]
-        with np.load(job["arrays"]) as archive:
-            arrays = dict(archive)
-        try:
-            np.savez(job["out"] + ".npz", **measure(adapter, job, arrays))
-            with open(job["out"] + ".code", "w") as file:
-                file.write(adapter.code(job["k"]))
-        except Exception as error:
-            with open(job["out"] + ".txt", "w") as file:
-                file.write(f"{type(error).__name__}: {error}\n\n{traceback.format_exc()}")
+    run(f"{version}, jax {jax.__version__}", adapters, measure)

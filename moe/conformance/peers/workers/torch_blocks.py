@@ -1,25 +1,17 @@
 """Run a PyTorch library's MoE blocks on prepared cases; runs in the library's own environment, without this project.
 
-    python transformers_blocks.py --list
-    python transformers_blocks.py JOBS.json
-
-``--list`` prints the library's version and what each block claims. A job names a block, a file of arrays to read and
-one to write (:mod:`moe.conformance.peers.suite`).
+The command line is that of ``jobs.py``.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import sys
-import traceback
 from typing import Any
 
-import numpy as np
 import torch
+from jobs import Arrays, run
 from torch import nn
 
-Arrays = dict[str, np.ndarray]
 #: E, D, F of every case.
 NUM_EXPERTS, D, F = 8, 16, 24
 
@@ -113,20 +105,4 @@ def measure(adapter: Block, job: dict[str, Any], arrays: Arrays) -> Arrays:
 def main(version: str, adapters: dict[str, Block]) -> None:
     """The program of a library's worker."""
     torch.set_num_threads(1)
-    if sys.argv[1] == "--list":
-        claims = {name: adapter.claims() for name, adapter in adapters.items()}
-        print(json.dumps({"version": f"{version}, torch {torch.__version__}", "blocks": claims}))
-        return
-    with open(sys.argv[1]) as file:
-        jobs = json.load(file)
-    for job in jobs:
-        adapter = adapters[job["block"]]
-        with np.load(job["arrays"]) as archive:
-            arrays = dict(archive)
-        try:
-            np.savez(job["out"] + ".npz", **measure(adapter, job, arrays))
-            with open(job["out"] + ".code", "w") as file:
-                file.write(adapter.code(job["k"]))
-        except Exception as error:
-            with open(job["out"] + ".txt", "w") as file:
-                file.write(f"{type(error).__name__}: {error}\n\n{traceback.format_exc()}")
+    run(f"{version}, torch {torch.__version__}", adapters, measure)

@@ -1,0 +1,47 @@
+"""The program of a worker: list its blocks, or run the jobs of a file; needs NumPy alone.
+
+    python transformers_blocks.py --list
+    python transformers_blocks.py JOBS.json
+
+``--list`` prints the library's version and what each block claims. A job names a block, a file of arrays to read and
+one to write (:mod:`moe.conformance.peers.suite`).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+Arrays = dict[str, np.ndarray]
+
+
+def run(version: str, adapters: Mapping[str, Any], measure: Callable[[Any, dict[str, Any], Arrays], Arrays]) -> None:
+    """Answer the command line.
+
+    Args:
+        version: of the library and of its framework.
+        adapters: block → an object with ``claims()`` and ``code(k)``.
+        measure: adapter, job and arrays of a case → results.
+    """
+    if sys.argv[1] == "--list":
+        claims = {name: adapter.claims() for name, adapter in adapters.items()}
+        print(json.dumps({"version": version, "blocks": claims}))
+        return
+    with open(sys.argv[1]) as file:
+        jobs = json.load(file)
+    for job in jobs:
+        adapter = adapters[job["block"]]
+        with np.load(job["arrays"]) as archive:
+            arrays = dict(archive)
+        try:
+            np.savez(job["out"] + ".npz", **measure(adapter, job, arrays))
+            with open(job["out"] + ".code", "w") as file:
+                file.write(adapter.code(job["k"]))
+        except Exception as error:
+            with open(job["out"] + ".txt", "w") as file:
+                file.write(f"{type(error).__name__}: {error}\n\n{traceback.format_exc()}")
