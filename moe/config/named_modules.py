@@ -30,8 +30,11 @@ class NamedModules(MetaPathFinder):
             sys.meta_path.append(self)
 
     def name(self, module: str) -> None:
-        """Allow a module to be found, with its package."""
-        self._named.add(module.partition(".")[0])
+        """Allow a module to be found, with its package. This package is found without, and what it imports if it is
+        installed must not be looked for in these folders."""
+        package = module.partition(".")[0]
+        if package != __name__.partition(".")[0]:
+            self._named.add(package)
 
     def find_spec(self, fullname: str, path: object = None, target: object = None) -> ModuleSpec | None:
         """See :class:`importlib.abc.MetaPathFinder`; submodules are found by their packages' own paths."""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from moe.config import named_modules
 from moe.config.parse import from_config_dict
 from moe.config.user_code import user_code
 from moe.configs import base
@@ -249,3 +250,17 @@ def test_a_run_is_identified_by_the_code_that_was_imported(write):
     assert canonical(config_with()) == form
     write("POWER = 2.0", "POWER = 3.0")
     assert canonical(config_with()) == {**form, "code": user_code(config_with())} != form
+
+
+@pytest.mark.parametrize(
+    ("named", "importer", "is_found"), [("mine.gates", "mine", True), ("moe.layers", "moe", False)]
+)
+def test_only_a_users_modules_import_from_a_users_folders(tmp_path, monkeypatch, named, importer, is_found):
+    """A module of this package may be named too, which must not make a torch.py of the folder run."""
+    (tmp_path / "not_installed.py").write_text("")
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    monkeypatch.setattr(named_modules, "_importer", lambda: importer)
+    finder = named_modules.NamedModules()
+    finder.search(tmp_path)
+    finder.name(named)
+    assert (finder.find_spec("not_installed") is not None) == is_found
