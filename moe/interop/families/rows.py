@@ -15,7 +15,7 @@ from moe.interop.schema import Json
 from moe.routing.gates import GShard, TopK
 
 _GATE = "moe.gate."
-#: Result of :attr:`Row.there` for a model of which the field is not written.
+#: Result of ``Row.there`` for a model of which the field is not written.
 ABSENT = object()
 
 
