@@ -196,8 +196,8 @@ def _sections(source: Json, whole: WholeModel) -> list[Json]:
     """The sections on the path to the text model; empty if one of them is missing."""
     found: list[Json] = []
     for name in whole.sections:
-        source = source.get(name)
-        if not isinstance(source, dict):
+        section = (found or [source])[-1].get(name)
+        if not isinstance(section, dict):
             return []
-        found.append(source)
+        found.append(section)
     return found

@@ -173,7 +173,7 @@ def export_checkpoint(
 
 def _as_imported(biases: Any, dtype: object) -> Any:
     """Selection biases in the dtype of the import, unless training has given them values that it does not have."""
-    if dtype not in _NARROW:
+    if not isinstance(dtype, str) or dtype not in _NARROW:
         return biases
     narrow = np.asarray(biases).astype(_NARROW[dtype])
     return narrow if np.array_equal(narrow.astype(np.float32), biases) else biases

@@ -80,7 +80,7 @@ def _outside(model: ModelConfig) -> dict[str, str]:
 
 
 #: Tensors that some files hold twice, and the one that they must equal.
-_COPIES = dict.fromkeys(
+_COPIES: dict[str, str] = dict.fromkeys(
     ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"), "shared.weight"
 )
 #: A table of the first T5 checkpoints that no code reads.

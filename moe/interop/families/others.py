@@ -53,8 +53,13 @@ FLEX_OLMO = Family(
     ATTENTION
     | {"attention_norm.scale": "post_attention_layernorm.weight", "ffn_norm.scale": "post_feedforward_layernorm.weight"}
     | EXPERTS,
-    defaults=OLMOE.defaults
-    | {"rms_norm_eps": 1e-6, "rope_theta": 500_000.0, "num_experts": 7, "num_experts_per_tok": 5},
+    defaults={
+        **OLMOE.defaults,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 500_000.0,
+        "num_experts": 7,
+        "num_experts_per_tok": 5,
+    },
 )
 
 # --- OpenAI ----------------------------------------------------------------------------------------------------------
@@ -244,6 +249,13 @@ def _reciprocal(model: ModelConfig) -> float:
     return short if short and 1 / short == scale else 1 / scale
 
 
+_GRANITE_TENSORS: dict[str, str | Tensor] = {
+    **ATTENTION,
+    "moe.router.kernel": "block_sparse_moe.router.layer.weight",
+    "moe.experts.gate": Tensor("block_sparse_moe.input_linear.weight", 0, 2),
+    "moe.experts.up": Tensor("block_sparse_moe.input_linear.weight", 1, 2),
+    "moe.experts.down": Tensor("block_sparse_moe.output_linear.weight"),
+}
 #: Granite-MoE: factors of embeddings, attention, residuals and logits, experts in two tensors.
 GRANITEMOE = Family(
     "granitemoe",
@@ -267,13 +279,7 @@ GRANITEMOE = Family(
         groups.EXPERT_SIZE,
         Row("num_local_experts", "moe.num_experts", Experts, 8),
     ),
-    ATTENTION
-    | {
-        "moe.router.kernel": "block_sparse_moe.router.layer.weight",
-        "moe.experts.gate": Tensor("block_sparse_moe.input_linear.weight", 0, 2),
-        "moe.experts.up": Tensor("block_sparse_moe.input_linear.weight", 1, 2),
-        "moe.experts.down": Tensor("block_sparse_moe.output_linear.weight"),
-    },
+    _GRANITE_TENSORS,
     # Names in the files, and in the library's memory.
     aliases=(
         ("block_sparse_moe.router.layer.weight", "block_sparse_moe.router.weight"),
@@ -288,7 +294,7 @@ GRANITEMOESHARED = dataclasses.replace(
     architecture="GraniteMoeSharedForCausalLM",
     rows=(*GRANITEMOE.rows, Row("shared_intermediate_size", "moe.shared_d_ff", OptionalCount, 0)),
     tensors={
-        **GRANITEMOE.tensors,
+        **_GRANITE_TENSORS,
         "moe.shared.dense.gate": Tensor("shared_mlp.input_linear.weight", 0, 2),
         "moe.shared.dense.up": Tensor("shared_mlp.input_linear.weight", 1, 2),
         "moe.shared.dense.down": Tensor("shared_mlp.output_linear.weight"),

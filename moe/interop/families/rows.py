@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from moe.config import ModelConfig, MoEConfig
@@ -38,7 +38,7 @@ class Row:
     ours: str = ""
     type: Any = None
     default: Any = ...
-    names: Mapping[Hashable, Any] = dataclasses.field(default_factory=dict)
+    names: Mapping[Any, Any] = dataclasses.field(default_factory=dict)
     here: Callable[[Any], Any] | None = None
     there: Callable[[ModelConfig], Any] | None = None
 
