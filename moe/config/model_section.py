@@ -24,6 +24,7 @@ RopeScaling = Literal["none", "linear", "dynamic", "yarn", "longrope", "llama3"]
 Remat = Literal["none", "hidden", "outputs", "attention", "offload", "dots", "routes", "full"]
 LowPrecision = Literal["none", "int8", "float8"]
 LowPrecisionIn = Literal["ffn", "all"]
+FakeQuantize = Literal["none", "mxfp4", "int4"]
 
 _MODEL, _MOE, _ROPE, _DELTA = "model.", "model.moe.", "model.rope_scaling.", "model.delta_net."
 
@@ -168,6 +169,8 @@ class ModelConfig(Section, path=_MODEL):
     low_precision: LowPrecision = setting("none", page=True, result="training")
     #: all: in attention's projections too, and in float8 for rows sent to experts on other hosts (exchange_hosts)
     low_precision_in: LowPrecisionIn = setting("ffn", result="training")
+    #: 4 bits to which the experts' matrices are rounded, with a straight-through gradient (moe.dispatch.fake_quantized)
+    fake_quantize: FakeQuantize = setting("none", page=True)
     scan_layers: bool = setting(True, resume="free", result="none")  # compile one block for all equal layers
     #: equal layers per iteration of the loop over them; weights of a later one are gathered while an earlier one runs
     scan_unroll: int = setting(1, least=1, resume="free", unit="layers", result="none")
@@ -184,6 +187,7 @@ class ModelConfig(Section, path=_MODEL):
         self._require("scan_unroll", unrolls, "must be 1 with model.scan_layers=False, which writes out all layers")
         low = self.low_precision != "none" or self.low_precision_in == "ffn"
         self._require("low_precision_in", low, "must be ffn with model.low_precision=none")
+        self._check_fake_quantize()
         self._require("logit_bias", not (self.logit_bias and self.tie_embeddings), "needs model.tie_embeddings=False")
         self._check_stacks()
         self._check_attention()
@@ -260,6 +264,15 @@ class ModelConfig(Section, path=_MODEL):
         """Refuse other than default values of fields that are unused where ``where`` is set."""
         for name, default in defaults.items():
             self._require(name, getattr(self, name) == default, f"must be {default} where {where} is set")
+
+    def _check_fake_quantize(self) -> None:
+        if self.fake_quantize == "none":
+            return
+        self._require("fake_quantize", self.moe.gate is not None, "must be none without experts")
+        inputs = "moe.latent_dim" if self.moe.latent_dim else "d_model"
+        for name, size in (("moe.d_ff", self.moe.d_ff), (inputs, self.expert_dim)):
+            allowed = f"needs model.{name}={size} divisible by 32, the inputs of one scale"
+            self._require("fake_quantize", size % 32 == 0, allowed)
 
     def _check_stacks(self) -> None:
         encoder, buckets, distance = self.encoder_layers, self.relative_buckets, self.relative_max_distance

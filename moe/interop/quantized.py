@@ -16,6 +16,7 @@ import numpy as np
 from safetensors.numpy import load, save
 
 from moe.config import ConfigError
+from moe.dispatch.fake_quantized import INT4_STEP
 from moe.interop.layout import Reader
 
 FP8_MAX = 448.0
@@ -241,6 +242,19 @@ class MXFP4:
         values = values.reshape(*values.shape[:-2], -1)[..., first : first + inputs[1] - inputs[0]]
         return values.swapaxes(-1, -2).astype(dtype)
 
+    def write(self, tensor: np.ndarray) -> dict[str, np.ndarray]:
+        """Encode a tensor of floats whose inputs are divisible by 32, as :mod:`moe.dispatch.fake_quantized` rounds it:
+        with the exponent ⌊log2(largest)⌋ − 2 of a block (OCP Microscaling 1.0, section 6.3), ties to the even code."""
+        outputs_first = np.ascontiguousarray(tensor.swapaxes(-1, -2), np.float32)
+        blocks = outputs_first.reshape(*outputs_first.shape[:-1], -1, MXFP4_BLOCK)
+        largest = np.abs(blocks).max(axis=-1)
+        exponents = np.maximum((largest.view(np.int32) >> 23) - 2, 1)
+        sizes = np.minimum(np.abs(np.ldexp(blocks, 127 - exponents[..., None])), FP4_VALUES[7])
+        steps = np.select([sizes < 2, sizes < 4], [0.5, 1.0], 2.0).astype(np.float32)
+        codes = np.searchsorted(FP4_VALUES[:8], np.round(sizes / steps) * steps) + 8 * np.signbit(blocks)
+        codes = codes.astype(np.uint8)
+        return {self.blocks: codes[..., 0::2] | codes[..., 1::2] << 4, self.scales: exponents.astype(np.uint8)}
+
 
 @dataclasses.dataclass(frozen=True)
 class PackedInt4:
@@ -283,3 +297,14 @@ class PackedInt4:
         first = columns[0] % self.group
         values *= np.repeat(_as_scales(scales, self.scales), self.group, 1)[:, first : first + values.shape[1]]
         return values.astype(scales.dtype).astype(dtype)
+
+    def write(self, tensor: np.ndarray) -> dict[str, np.ndarray]:
+        """Encode a matrix of floats whose columns are divisible by the group and by 8, as
+        :mod:`moe.dispatch.fake_quantized` rounds it: with bfloat16 scales of 2/15 of a group's largest number."""
+        groups = tensor.astype(np.float32).reshape(len(tensor), -1, self.group)
+        scales = (np.abs(groups).max(axis=-1) * INT4_STEP).astype(ml_dtypes.bfloat16)
+        wide = scales.astype(np.float32)[..., None]
+        integers = np.clip(np.round(groups / np.where(wide > 0, wide, 1)), -8, 7)
+        octets = (integers + 8).astype(np.uint8).reshape(len(tensor), -1)
+        pairs = np.ascontiguousarray(octets[:, 0::2] | octets[:, 1::2] << 4)
+        return {self.packed: pairs.view("<i4"), self.scales: scales, self.sizes: np.array(self.shape, np.int32)}

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from moe.config import ModelConfig
 from moe.dispatch import quantized
+from moe.dispatch.fake_quantized import fake_quantize
 from moe.dispatch.ffn import GATED_ACTIVATIONS, ExpertWeights, activate
 from moe.layers.inputs import KEEP_ALL, Dropout
 from moe.layers.parameter import matrix, zeros
@@ -55,7 +56,7 @@ class Experts(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         e, d, f = config.moe.num_experts, config.expert_dim, config.moe.d_ff
         self.activation, self.precision, self.remat = config.activation, config.low_precision, config.remat
-        self.sent_precision = config.sent_precision
+        self.sent_precision, self.fake_quantize = config.sent_precision, config.fake_quantize
         self.up = matrix(rngs, (e, d, f), EXPERTS_IN, fan_in=d, scale=config.init_scale)
         self.down = matrix(rngs, (e, f, d), EXPERTS_OUT, fan_in=f, scale=config.init_scale)
         gated, biased = self.activation in GATED_ACTIVATIONS, config.moe.bias == "all"
@@ -67,14 +68,14 @@ class Experts(nnx.Module):
 
     @property
     def weights(self) -> ExpertWeights:
-        """The parameters but ``down_bias``, as they are stored."""
-        gate = None if self.gate is None else self.gate[...]
+        """The parameters but ``down_bias``, as they are stored, or rounded to ``model.fake_quantize``."""
+        gate = None if self.gate is None else fake_quantize(self.gate[...], self.fake_quantize)
         gate_bias = None if self.gate_bias is None else self.gate_bias[...]
         biases = None if self.up_bias is None else (self.up_bias[...], gate_bias)
         return ExpertWeights(
-            self.up[...],
+            fake_quantize(self.up[...], self.fake_quantize),
             gate,
-            self.down[...],
+            fake_quantize(self.down[...], self.fake_quantize),
             biases,
             activation=self.activation,
             precision=self.precision,

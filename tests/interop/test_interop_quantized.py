@@ -6,6 +6,7 @@ transformers for the weights as that library dequantises them, in float32.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Mapping
@@ -13,17 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from flax import nnx
 from safetensors.numpy import save_file
 
 from moe.config import ConfigError
+from moe.dispatch.fake_quantized import fake_quantize
 from moe.interop import export_checkpoint, import_checkpoint, load_huggingface
 from moe.interop.quantization_config import read_quantization
 from moe.interop.quantized import MXFP4, FP8Blocks, PackedInt4, pack_scales, unpack_scales
 from moe.interop.tensor_files import StoredTensors
-from tests.helpers import slow_case
+from moe.layers.moe_layer import MoELayer
+from tests.helpers import slow_case, tiny_model
 from tests.interop.test_interop import HERE, check_parity
 
 FP8, BF16, E8M0 = ml_dtypes.float8_e4m3fn, ml_dtypes.bfloat16, ml_dtypes.float8_e8m0fnu
@@ -140,6 +145,71 @@ def test_int4_by_hand():
     arrays["n"] = np.array([8, 1])
     with pytest.raises(ConfigError, match=r"n: is \[8, 1\], must be \[1, 8\] as s says"):
         form.read(arrays, (), FLOAT32)
+
+
+def test_rounding_to_4_bits_by_hand():
+    """Largest 5: exponent ⌊log2 5⌋ − 2 = 0, values 0, 0.5, 1, 1.5, 2, 3, 4, 6, ties to the even code. Largest 15: a
+    scale of 15·2/15 = 2, integers from −8 to 7, ties to even."""
+    numbers = np.zeros((1, 32, 2), np.float32)
+    numbers[0, :7, 0] = [5, 0.75, -2.5, 0.2, 3.4, -0.25, 1.75]
+    numbers[0, :5, 1] = np.array([5, 0.75, -2.5, 0.2, 3.4]) * 2**-9
+    got = np.asarray(fake_quantize(jnp.asarray(numbers), "mxfp4"))
+    np.testing.assert_array_equal(got[0, :7, 0], [4, 1, -2, 0, 3, 0, 2])
+    np.testing.assert_array_equal(got[0, :5, 1], np.array([4, 1, -2, 0, 3]) * 2**-9)
+    numbers[0, :6, 0] = [15, -15, 3, 1, -5, 0]
+    got = np.asarray(fake_quantize(jnp.asarray(numbers), "int4"))
+    np.testing.assert_array_equal(got[0, :7, 0], [14, -16, 4, 0, -4, 0, 2])
+    for fields, message in (
+        ({"moe_d_ff": 40}, r"needs model\.moe\.d_ff=40 divisible by 32"),
+        ({"moe_d_ff": 32, "d_model": 40}, r"needs model\.d_model=40 divisible by 32"),
+        ({"gate": "none"}, "must be none without experts"),
+    ):
+        with pytest.raises(ConfigError, match=f"model.fake_quantize='int4': {message}"):
+            tiny_model(fake_quantize="int4", **fields)
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [("mxfp4", "dropless"), ("int4", "gather"), *(slow_case(kind, "einsum") for kind in ("mxfp4", "int4"))],
+)
+def test_experts_trained_for_4_bits_compute_what_their_packed_export_does(kind, mode, rng):
+    """Bit for bit in y and in gradients: of a layer that rounds, and of one with the weights that were packed and read
+    back."""
+    config = tiny_model(d_model=32, moe_d_ff=64, fake_quantize=kind)
+    experts = {name: rng.normal(size=(4, *shape)).astype(np.float32) for name, shape in _SHAPES.items()}
+    experts["up"][0, :32, 0] = 0  # a block of zeros
+    packed = {name: _packed_and_read(kind, array) for name, array in experts.items()}
+    assert all((packed[name] != experts[name]).mean() > 0.9 for name in experts)
+    x, cotangent = rng.normal(size=(2, 2, 6, 32)).astype(np.float32)
+    results = []
+    for form, matrices in ((kind, experts), ("none", packed)):
+        moe = config.moe.with_dispatch(mode)
+        layer = MoELayer(dataclasses.replace(config, fake_quantize=form, moe=moe), rngs=nnx.Rngs(0))
+        for name, matrix in matrices.items():
+            getattr(layer.experts, name)[...] = jnp.asarray(matrix)
+        graphdef, parameters = nnx.split(layer)
+
+        def loss(parameters, x, graphdef=graphdef):
+            y = nnx.merge(graphdef, parameters)(x)[0]
+            return jnp.sum(y * cotangent), y
+
+        (_, y), gradients = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(parameters, jnp.asarray(x))
+        results.append((y, gradients))
+    jax.tree.map(np.testing.assert_array_equal, *results)
+
+
+#: [inputs, outputs] of an expert of 64 hidden units at D = 32.
+_SHAPES = {"up": (32, 64), "gate": (32, 64), "down": (64, 32)}
+
+
+def _packed_and_read(kind: str, array: np.ndarray) -> np.ndarray:
+    """Experts [E, inputs, outputs] as tensors of codes and scales hold them."""
+    if kind == "mxfp4":
+        form = MXFP4("b", "s", array.shape)
+        return form.read(Arrays(form.write(array)), (), FLOAT32)
+    forms = [PackedInt4("p", "s", "n", matrix.T.shape, 32) for matrix in array]
+    read = [form.read(Arrays(form.write(matrix.T)), (), FLOAT32) for form, matrix in zip(forms, array, strict=True)]
+    return np.stack([matrix.T for matrix in read])
 
 
 def _random_forms(rng) -> list[tuple[Any, Arrays]]:
