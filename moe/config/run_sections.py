@@ -129,9 +129,14 @@ class OptimizerConfig(Section, path="optimizer."):
     frozen: tuple[Part, ...] = ()  # parts that are not trained
     #: decay per step of a moving average of the weights, which is evaluated too; 0: no average
     ema_decay: float = setting(0.0, share=True)
+    #: standard deviations above the mean of the last 128 steps from which a loss or gradient norm is a spike, whose
+    #: update is skipped (OLMo-core: 6); 0: none is
+    skip_sigmas: float = setting(0.0, least=0, most=1e6)
+    muon_heads: bool = False  # muon: each head of attention is a matrix of its own (GLM-5), instead of all heads
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._require("muon_heads", self.name == "muon" or not self.muon_heads, "needs optimizer.name=muon")
         wsd = self.decay_steps == 0 or self.schedule == "wsd"
         averages = self.memory == "device" or not self.ema_decay
         self._require("memory", averages, "must be device with optimizer.ema_decay, whose average is evaluated")
@@ -168,7 +173,7 @@ class TrainConfig(Section, path="train."):
     keep_checkpoints: int = setting(2, least=1, most=10_000, resume="free")
     #: checkpoints at its multiples are never deleted; 0: none
     keep_every: int = setting(0, least=0, resume="free", unit="steps")
-    #: consecutive skipped updates (loss or gradients not finite) at which on_skipped_steps applies
+    #: consecutive skipped updates (loss or gradients not finite, or a spike) at which on_skipped_steps applies
     max_skipped_steps: int = setting(8, least=1, resume="free")
     #: after that many: return to the last good checkpoint, or stop
     on_skipped_steps: OnSkippedSteps = setting("rollback", resume="free")

@@ -55,7 +55,8 @@ _NEUTRAL: Canonical = {
     "objective": "causal", "input_length": 0, "pack": True, "corruption_rate": 0.15,
     "mean_span": 3.0, "streams": 0, "shuffle_window": 512, "optimizer": "adamw", "schedule": "cosine",
     "final_rate_fraction": 0.1, "decay_steps": 0, "b1": 0.9, "b2": 0.95, "eps": 1e-8, "weight_decay": 0.1,
-    "gradient_clip": 1.0, "moment_dtype": "float32", "frozen": [], "ema_decay": 0.0, "accumulation_steps": 1,
+    "gradient_clip": 1.0, "moment_dtype": "float32", "frozen": [], "ema_decay": 0.0, "skip_sigmas": 0.0,
+    "muon_heads": False, "accumulation_steps": 1,
     # start, distillation
     "start": "", "expert_noise": 0.0, "virtual_groups": False, "expert_scale": 1.0, "drop_share": 0.0, "fresh": [],
     "optimizer_state": "reset", "teacher": "", "soft_share": 0.25, "lora": 0, "preference_beta": 0.0,
@@ -80,7 +81,7 @@ _DATA = (
 )  # fmt: skip
 _OPTIMIZER = (
     "learning_rate", "schedule", "warmup_steps", "decay_steps", "b1", "b2", "eps", "weight_decay", "gradient_clip",
-    "moment_dtype", "frozen", "ema_decay",
+    "moment_dtype", "frozen", "ema_decay", "skip_sigmas", "muon_heads",
 )  # fmt: skip
 _TRAIN = ("num_steps", "batch_size", "accumulation_steps")
 _LOSSES = {

@@ -18,6 +18,7 @@ from moe.config import ConfigError, ModelConfig, OptimizerConfig
 from moe.config.references import import_object
 from moe.models.stack import part_of
 from moe.system.fields import raised_as_errors
+from moe.training import spikes
 from moe.training.rates import gains, is_matrix, matrix_axes, rates
 
 
@@ -103,7 +104,8 @@ def make_optimizer(
         optimizer = _without_frozen(config, optimizer)
     if config.ema_decay:
         optimizer = optax.chain(optimizer, _averaging(config.ema_decay))
-    return optax.with_extra_args_support(optimizer)
+    optimizer = optax.with_extra_args_support(optimizer)
+    return spikes.watched(optimizer) if config.skip_sigmas else optimizer
 
 
 def _stored_in(dtype: jnp.dtype, optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -252,12 +254,13 @@ def adafactor(config: OptimizerConfig, schedule: optax.Schedule) -> optax.Gradie
 def muon(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
     """Muon on the matrices of attention, FFNs and experts, each layer and expert separately; AdamW on the rest.
 
+    With ``muon_heads`` each head of attention is separate too ("Muon Split": GLM-5 2026, arXiv 2602.15763).
     Updates have an RMS of 0.2, so that AdamW's learning rate and weight decay serve both (Liu et al. 2025, section
     2.2). The roles are those of :mod:`moe.training.rates`.
     """
 
     def axes(parameters: Any) -> Any:
-        return jax.tree_util.tree_map_with_path(lambda path, _: matrix_axes(path), parameters)
+        return jax.tree_util.tree_map_with_path(lambda path, _: matrix_axes(path, config.muon_heads), parameters)
 
     def labels(parameters: Any) -> Any:
         return jax.tree_util.tree_map_with_path(

@@ -133,16 +133,19 @@ def is_matrix(path: Any) -> bool:
     return not any(key.key.endswith(_VECTORS) for key in path[-2:])
 
 
-def matrix_axes(path: Any) -> optax.contrib.MuonDimensionNumbers | None:
-    """Input and output axes of a matrix by the last two names of its path; None if Muon does not update it."""
+def matrix_axes(path: Any, heads: bool = False) -> optax.contrib.MuonDimensionNumbers | None:
+    """Input and output axes of a matrix by the last two names of its path; None if Muon does not update it.
+
+    ``heads``: each head of attention is a matrix; else all heads of a projection are one.
+    """
     if [key.key for key in path[-2:]] == [PREDICTION, "project"]:  # [2D,D]
         return optax.contrib.MuonDimensionNumbers(reduction_axis=(-2,), output_axis=(-1,))
     owner, name = path[-2].key if len(path) > 1 else "", path[-1].key
     mixer = owner in BUILT_IN_PATHS
     if mixer and name in ("query", "key", "value", "gate", "query_up", "kv_up"):  # [D,N,H]
-        return optax.contrib.MuonDimensionNumbers(reduction_axis=(-3,), output_axis=(-2, -1))
+        return optax.contrib.MuonDimensionNumbers(reduction_axis=(-3,), output_axis=(-1,) if heads else (-2, -1))
     if mixer and name == "out":  # [N,H,D]
-        return optax.contrib.MuonDimensionNumbers(reduction_axis=(-3, -2), output_axis=(-1,))
+        return optax.contrib.MuonDimensionNumbers(reduction_axis=(-2,) if heads else (-3, -2), output_axis=(-1,))
     ffn = owner in ("dense", "experts", "latent") and name in ("gate", "up", "down")
     if ffn or (mixer and name in ("query_down", "kv_down")):  # [D,F], [F,D]
         return optax.contrib.MuonDimensionNumbers(reduction_axis=(-2,), output_axis=(-1,))

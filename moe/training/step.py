@@ -39,6 +39,7 @@ from moe.routing.balancing import (
 from moe.routing.balancing_rules import restored, stored
 from moe.routing.interface import Gate
 from moe.routing.routing import is_own, probe
+from moe.training import spikes
 from moe.training.batches import Batch, batch_shapes, forward
 from moe.training.losses import auxiliary_loss, describe_auxiliary, mean_reports, row_cross_entropy
 from moe.training.optimizer import gradient_norm, learning_rate_schedule, make_optimizer, probe_own
@@ -58,7 +59,7 @@ class TrainMetrics:
         cross_entropy: [] nats per target; of an objective on answers, its loss.
         gradient_norm: [] L2 norm over all trained parameters, before clipping and the factors of a base model.
         learning_rate: [] of the schedule, before the factors of a base model.
-        skipped: [] float32, 1 if the loss or a gradient was not finite and nothing was updated, else 0.
+        skipped: [] float32, 1 if the loss or a gradient was not finite or a spike and nothing was updated, else 0.
         layers: LayerReport with leading axis [L], or None in a dense model.
         terms: further numbers of the objective by name, [] each.
     """
@@ -288,22 +289,24 @@ def _init(parts: _Parts, seed: ArrayLike) -> TrainState:
 def train_step(
     parts: _Parts, state: TrainState, batch: Batch, teacher_variables: dict[str, Any] | None = None
 ) -> tuple[TrainState, TrainMetrics]:
-    """Compute gradients, then update unless the loss or a gradient is not finite."""
+    """Compute gradients, then update unless the loss or a gradient is not finite, or a spike."""
     rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
     (loss, (cross_entropy, terms), layers), gradients = _gradients(parts, state, batch, rng, teacher_variables)
     norm = gradient_norm(parts.config.optimizer, gradients)
-    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     learning_rate = jnp.asarray(parts.schedule(state.step))
-    metrics = TrainMetrics(loss, cross_entropy, norm, learning_rate, 1.0 - finite.astype(jnp.float32), layers, terms)
     biases = _next_biases(parts.config, state.biases, layers)
     if parts.config.optimizer.memory == "host":
         # After the gradients: fetched earlier, it would be in memory together with the activations.
         stored, norm = jax.lax.optimization_barrier((state.optimizer, norm))
         state = dataclasses.replace(state, optimizer=jax.device_put(stored, jax.memory.Space.Device))
+    spike = spikes.is_spike(state.optimizer, parts.config.optimizer.skip_sigmas, loss, norm)
+    sound = jnp.isfinite(loss) & jnp.isfinite(norm) & ~spike
+    metrics = TrainMetrics(loss, cross_entropy, norm, learning_rate, 1.0 - sound.astype(jnp.float32), layers, terms)
     # A select joins the loop that writes the update; a branch would keep old and new state side by side.
     updated = (*_update(parts, gradients, norm, state), biases)
     kept = state.parameters, set_schedule_step(state.optimizer, state.step + 1), state.biases
-    parameters, optimizer_state, biases = jax.tree.map(functools.partial(jnp.where, finite), updated, kept)
+    parameters, optimizer_state, biases = jax.tree.map(functools.partial(jnp.where, sound), updated, kept)
+    optimizer_state = spikes.recorded(optimizer_state, loss, norm)
     following = TrainState(state.step + 1, parameters, biases, optimizer_state, state.rng)
     return state.restored(following), metrics
 

@@ -250,18 +250,32 @@ def test_which_parameters_muon_updates_and_which_decay():
         np.testing.assert_allclose(update, 0.0 if spared else -0.05, rtol=1e-4, atol=1e-9, err_msg=str(path))
 
 
-def test_muon_moves_stacked_experts_as_it_would_each_alone(rng):
-    """Two layers of three experts in one array equal six separate matrices."""
-    gradient = jnp.asarray(rng.normal(size=(2, 3, 5, 4)), jnp.float32)
+@pytest.mark.parametrize(
+    ("path", "heads"),
+    [
+        (("experts", "up"), -3),  # [layers, experts, D, F]
+        (("attention", "query"), -2),  # [layers, D, heads, H], each head with muon_heads
+        (("attention", "out"), -3),  # [layers, heads, H, D]
+    ],
+)
+def test_muon_moves_stacked_matrices_as_it_would_each_alone(path, heads, rng):
+    """Two layers of three experts, or heads, in one array equal six separate matrices."""
+    owner, name = path
+    axis, size = heads + 4, [2, 5, 4]
+    size.insert(axis, 3)
+    gradient = jnp.asarray(rng.normal(size=size), jnp.float32)
 
-    def updated(gradient):
-        tree = {"experts": {"up": gradient}}
-        optimizer = make_optimizer(dataclasses.replace(CONFIG, name="muon"), 10)
+    def updated(gradient, owner=owner, name=name):
+        tree = {owner: {name: gradient}}
+        optimizer = make_optimizer(dataclasses.replace(CONFIG, name="muon", muon_heads=owner == "attention"), 10)
         zeros = jax.tree.map(jnp.zeros_like, tree)
-        return optimizer.update(tree, optimizer.init(zeros), zeros, norm=jnp.ones(()))[0]["experts"]["up"]
+        return optimizer.update(tree, optimizer.init(zeros), zeros, norm=jnp.ones(()))[0][owner][name]
 
-    alone = jnp.stack([jnp.stack([updated(expert) for expert in layer]) for layer in gradient])
-    np.testing.assert_allclose(updated(gradient), alone, rtol=1e-4, atol=1e-7)
+    matrices = jnp.moveaxis(gradient, axis, 1)  # [2,3,5,4]
+    alone = jnp.stack([jnp.stack([updated(matrix, "experts", "up") for matrix in layer]) for layer in matrices])
+    np.testing.assert_allclose(jnp.moveaxis(updated(gradient), axis, 1), alone, rtol=1e-4, atol=1e-7)
+    with pytest.raises(ConfigError, match=r"muon_heads=True: needs optimizer\.name=muon"):
+        dataclasses.replace(CONFIG, muon_heads=True)
 
 
 def test_optimizer_state_is_sharded_like_its_parameter():

@@ -13,7 +13,7 @@ import pytest
 from moe.config import Config, DataConfig, LoraConfig, MeshConfig, OptimizerConfig, StartConfig, TrainConfig
 from moe.models.state import TrainState
 from moe.parallel.mesh import make_mesh
-from moe.training import losses, step
+from moe.training import losses, spikes, step
 from moe.training.optimizer import gradient_norm, learning_rate_schedule, make_optimizer
 from moe.training.step import build
 from tests.helpers import tiny_model
@@ -182,3 +182,34 @@ def test_a_non_finite_gradient_skips_the_update(monkeypatch):
         after, metrics = step.train_step(parts, state, {})
         assert metrics.skipped == skipped
         assert bool((after.parameters["dense"]["up"] == 1).all()) == bool(skipped)
+
+
+def test_a_spike_skips_the_update(monkeypatch):
+    """64 steps of losses 1 and 3: mean 2, variance 64/63, so 6 deviations end at 2 + 6·(64/63)^½ = 8.047. Skipped steps
+    are recorded too, unless they are not finite."""
+    settings = OptimizerConfig(schedule="constant", warmup_steps=0, skip_sigmas=6.0)
+    config = Config(model=tiny_model(gate="none"), optimizer=settings)
+    optimizer, parameters = make_optimizer(settings, 10), {"dense": {"up": jnp.ones((2, 2))}}
+    parts = step._Parts(config, None, None, optimizer, learning_rate_schedule(settings, 10))
+    key = jax.random.key_data(jax.random.key(0))
+    state = TrainState(jnp.zeros((), jnp.int32), parameters, {}, optimizer.init(parameters), key)
+    seen = jnp.asarray([1.0, 3.0] * 64)  # the last 64 are not of this run until 128 steps are recorded
+    for norms, number, loss, skipped in (
+        (seen, 64, 8.04, 0),
+        (seen, 64, 8.05, 1),
+        (seen, 63, 8.05, 0),  # half of the window is needed
+        (jnp.full(128, 1.9), 64, 2.0, 1),  # a norm of 2 above equal ones of 1.9
+        (seen, 64, jnp.nan, 1),
+        (seen, 130, 8.05, 1),
+    ):
+        found = (jnp.asarray(loss), (jnp.ones(()), {}), None), {"dense": {"up": jnp.ones((2, 2))}}
+        monkeypatch.setattr(step, "_gradients", lambda *_, found=found: found)
+        history = spikes.History(jnp.asarray(number), seen, norms)
+        before = dataclasses.replace(state, optimizer=state.optimizer._replace(history=history))
+        after, metrics = step.train_step(parts, before, {})
+        assert metrics.skipped == skipped
+        assert bool((after.parameters["dense"]["up"] == 1).all()) == bool(skipped)
+        recorded = after.optimizer.history
+        assert int(recorded.steps) == number + bool(np.isfinite(loss))
+        if np.isfinite(loss):
+            assert (recorded.losses[number % 128], recorded.norms[number % 128]) == (np.float32(loss), 2.0)

@@ -1,0 +1,84 @@
+"""Spikes: steps whose loss or gradient norm is far above those of the steps before (OLMo-core's SkipStepOptimizer).
+
+The train step applies no update of such a step. The losses and norms of the last steps are part of the optimizer's
+state, so a continued run decides as an uninterrupted one. Values that are not finite are left out of them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float
+
+#: Last steps that a step is compared with; there is no spike before half of them.
+WINDOW = 128
+
+
+class History(NamedTuple):
+    """Losses and gradient norms of the last steps, in a ring.
+
+    Attributes:
+        steps: [] int32, number of steps recorded so far.
+        losses: [WINDOW] float32.
+        norms: [WINDOW] float32.
+    """
+
+    steps: Array
+    losses: Array
+    norms: Array
+
+    def is_spike(self, deviations: float, loss: Float[Array, ""], norm: Float[Array, ""]) -> Bool[Array, ""]:
+        """Whether the loss or the norm is more than this many standard deviations above its mean over the window."""
+        return (self.steps >= WINDOW // 2) & (
+            self._is_above(self.losses, deviations, loss) | self._is_above(self.norms, deviations, norm)
+        )
+
+    def recorded(self, loss: Float[Array, ""], norm: Float[Array, ""]) -> History:
+        """With one more step."""
+        place = self.steps % WINDOW
+        return History(self.steps + 1, self.losses.at[place].set(loss), self.norms.at[place].set(norm))
+
+    def _is_above(self, values: Float[Array, " W"], deviations: float, value: Float[Array, ""]) -> Bool[Array, ""]:
+        inside = jnp.arange(WINDOW) < self.steps
+        mean = jnp.mean(values, where=inside)
+        return value > mean + deviations * jnp.std(values, where=inside, ddof=1)
+
+
+class Watched(NamedTuple):
+    """State of an optimizer, and the history of its steps."""
+
+    history: History
+    optimizer: Any
+
+
+def watched(optimizer: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
+    """The optimizer with room for the history in its state; its updates are unchanged."""
+
+    def init(params: Any) -> Watched:
+        empty = History(jnp.zeros((), jnp.int32), jnp.zeros(WINDOW), jnp.zeros(WINDOW))
+        return Watched(empty, optimizer.init(params))
+
+    def update(updates: Any, state: Watched, params: Any = None, **more: Any) -> tuple[Any, Watched]:
+        updates, inner = optimizer.update(updates, state.optimizer, params, **more)
+        return updates, Watched(state.history, inner)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def is_spike(state: Any, deviations: float, loss: Float[Array, ""], norm: Float[Array, ""]) -> Bool[Array, ""]:
+    """Whether a step is a spike by an optimizer's state; False unless the optimizer is :func:`watched`."""
+    return state.history.is_spike(deviations, loss, norm) if isinstance(state, Watched) else jnp.zeros((), bool)
+
+
+def recorded(state: Any, loss: Float[Array, ""], norm: Float[Array, ""]) -> Any:
+    """The state of a watched optimizer with the loss and the norm of a step, if both are finite."""
+    if not isinstance(state, Watched):
+        return state
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    history = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old), state.history.recorded(loss, norm), state.history
+    )
+    return state._replace(history=history)
