@@ -68,7 +68,7 @@ def edge_cases() -> list[tuple[str, Any]]:
 #: Values of gates' fields; each gate gets those that it has.
 GATE_FIELDS: dict[str, tuple[Any, ...]] = {
     "k": (1, 2, 4),
-    "bias": ("none", "sign", "quantile"),
+    "bias": ("none", "sign", "quantile", "momentum"),
     "bias_rate": (0.0, 1.0),
     "groups": (1, 2),
     "kept_groups": (1, 2),

@@ -26,7 +26,7 @@ from moe.checkpoints.integrity import checksums
 from moe.config import Config, ConfigError, OptimizerConfig
 from moe.config.parse import from_config_dict
 from moe.configs import base
-from moe.routing.balancing_rules import Penalty, Quantile, Sign, Threshold
+from moe.routing.balancing_rules import Momentum, Penalty, Quantile, Sign, Threshold
 from moe.routing.interface import Gate, GateInputs, GateOutput, top_k
 from moe.routing.routing import probe, route
 from moe.training.metric_writers import find_writers
@@ -115,7 +115,7 @@ ARRAY_EDITS = {
     "nan": lambda array: array * jnp.nan,
     "infinite": lambda array: array / 0,
 }
-RULES = (Sign, Quantile, Threshold, Penalty)
+RULES = (Sign, Quantile, Momentum, Threshold, Penalty)
 FACTS = {
     "k": st.one_of(st.integers(-1, E + 1), JSON),
     "router": st.one_of(st.sampled_from(["linear", "noisy", "slots", "none"]), JSON),

@@ -16,6 +16,7 @@ from moe.config import ConfigError, ModelConfig
 from moe.config.layer_kinds import layer_kinds
 from moe.models.factory import abstract_parameters
 from moe.models.stack import restack_layers, unstack_layers
+from moe.routing.newer_gates import Cosine
 
 #: Arrays whose last axis is the hidden units; in ``down`` it is the one before the last.
 _INTO = ("up", "gate", "up_bias", "gate_bias")
@@ -97,7 +98,7 @@ def split(model: ModelConfig, parameters: dict[str, Any], biases: dict[str, Any]
         del layer
         if path[:2] == ("moe", "router"):
             repeated = np.repeat(array, parts, axis=-1)
-            return repeated / np.float32(of_bias) if path[-1] == "bias" else repeated
+            return repeated / np.float32(of_bias) if path[2] == "bias" else repeated
         if path[-1] == "down_bias":
             return np.repeat(array * np.float32(factor / parts), parts, axis=0)
         axis = -1 if path[-1] in _INTO else 1
@@ -125,7 +126,7 @@ def merge(model: ModelConfig, parameters: dict[str, Any], biases: dict[str, Any]
         del layer
         if path[:2] == ("moe", "router"):
             mean = array.reshape(*array.shape[:-1], -1, parts).mean(-1, dtype=np.float64)
-            return (mean * (of_bias if path[-1] == "bias" else 1)).astype(array.dtype)
+            return (mean * (of_bias if path[2] == "bias" else 1)).astype(array.dtype)
         groups = array.reshape(-1, parts, *array.shape[1:])
         if path[-1] == "down_bias":
             return groups.sum(1) / np.float32(factor)
@@ -183,6 +184,8 @@ def check(model: ModelConfig) -> None:
     if gate is None or not gate.routes_by_logits or model.moe.layer_gates:
         needed = "surgery needs one gate in all layers, whose router chooses the experts"
         raise ConfigError(f"model.moe.gate={model.moe.gate_name!r}: {needed}")
+    if isinstance(gate, Cosine):
+        raise ConfigError(f"model.moe.gate={gate.name!r}: surgery does not know the projection of a cosine router")
     if gate.layer is not None:
         own = f"surgery does not know the parameters of a layer of your own, {gate.layer.__name__}"
         raise ConfigError(f"model.moe.gate={gate.name!r}: {own}")

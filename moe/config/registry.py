@@ -11,7 +11,7 @@ from typing import Any, get_args
 from moe.config.mixers import FIELD, Mixer
 from moe.config.moe_section import Capacity, Losses, MoEConfig
 from moe.config.references import import_object
-from moe.routing import gates
+from moe.routing import gates, newer_gates
 from moe.routing.balancing_rules import BalancingRule
 from moe.routing.interface import Gate, RouterKind
 from moe.system.fields import ConfigError, raised_as_errors, require
@@ -181,6 +181,13 @@ _LAYERS = {
         num_experts=16,
         losses=Losses(),
     ),
+    # SMEBU: Trinity Large 2026 (arXiv 2602.17004), whose sigmoid gate has K = 4 of 256; its scale of the weights and
+    # its sequence-wise loss are left out
+    "smebu": MoEConfig(
+        gate=gates.TopK(k=4, score="sigmoid", renormalise=True, bias="momentum", bias_rate=5e-4),
+        num_experts=16,
+        losses=Losses(),
+    ),
     # MoE++ 2024, section 3
     "moe_plus_plus": MoEConfig(
         gate=gates.TopK(k=2),
@@ -196,6 +203,21 @@ _LAYERS = {
     "expert_choice": MoEConfig(gate=gates.ExpertChoice(), capacity=_WHOLE, losses=Losses()),
     # thresholds: Expert Threshold Routing 2026
     "expert_threshold": MoEConfig(gate=gates.ExpertThreshold(), capacity=Capacity(train=1.0), losses=Losses()),
+    "running_thresholds": MoEConfig(gate=newer_gates.RunningThresholds(), losses=Losses(), dispatch="dropless"),
+    # S-BASE: Clark et al. 2022, section 3.3 and appendix B
+    "sinkhorn": MoEConfig(gate=newer_gates.Sinkhorn(), losses=Losses()),
+    # X-MoE 2022 (arXiv 2204.09179): top-1, τ = 0.07, Switch's balance loss
+    "cosine": MoEConfig(gate=newer_gates.Cosine(), losses=Losses(balance=0.01)),
+    # ERC 2025 (arXiv 2512.23447): α = 1 of 64 experts; OLMoE's other losses
+    "coupled": MoEConfig(gate=newer_gates.Coupled(), num_experts=64, losses=Losses(balance=0.01, z=1e-3)),
+    # EMO 2026 (arXiv 2605.06663), released code: 7 of 128 experts beside a shared one, which is shared_d_ff here. Its
+    # weight of the balance loss, 0.1, is that of its code, whose loss is 1 at balance as here.
+    "emo": MoEConfig(
+        gate=newer_gates.DocumentPools(),
+        num_experts=128,
+        losses=Losses(balance=0.1, z=1e-3),
+        dispatch="dropless",
+    ),
     # Soft MoE 2023, equations 1-3
     "soft_moe": MoEConfig(gate=gates.SoftMoE(), capacity=_WHOLE, losses=Losses(), dispatch="einsum"),
     # Hash Layers 2021, section 3

@@ -89,6 +89,12 @@ CASES = (
     Case("deepseek_v4", 2, 7, 6, 3, 2, 0.2, GROUPED, reference.Rule(3, 2, True, 1.5)),
     Case("deepseek_v4_hash", 2, 7, 5, 2, 2, 0.2, rule=reference.Rule(renormalise=True, scale=1.5)),
     Case("quantile_balancing", 2, 7, 5, 2, 2, 0.2, rule=reference.Rule(renormalise=True)),
+    Case("smebu", 2, 7, 5, 2, 2, 0.2, rule=reference.Rule(renormalise=True)),
+    Case("sinkhorn", 2, 7, 5, 2, 2, 0.2, LEAK),
+    Case("coupled", 2, 7, 5, 2, 2, 0.2),
+    Case("cosine", 2, 7, 5, 2, 2, 0.2, full=False),
+    Case("running_thresholds", 2, 7, 3, 2, 3, 0.3),
+    Case("emo", 2, 7, 5, 2, 2, 0.2, LEAK | {"gate": {"pool": 0.5}}, reference.Rule(pool=3), full=False),
     Case("moe_plus_plus", 2, 7, 3, 3, 2, 0.2, rule=NULL, full=False),
     Case("moe_plus_plus", 2, 7, 3, 2, 2, 0.2, {"constant_experts": 0}, reference.Rule(null=(1, 1, 0, 0)), full=False),
     Case("remoe", 2, 7, 5, 2, 3, 0.2),
@@ -135,6 +141,8 @@ def edges() -> Iterator[Case]:
         k = e if every else 2 if pairs else int(rng.integers(2, min(e, 5) + 1))
         k = min(k, e - quantile)
         g, c = int(rng.integers(1, 4)), int(rng.integers(1, s + 1))
+        if gate == "emo":
+            rule = dataclasses.replace(rule, pool=max(k, -(-e // 4)))
         yield Case(gate, g, s, e, k, c, round(float(rng.uniform(0, 0.5)), 1), fields, rule, draws, full=False)
 
 
@@ -148,7 +156,14 @@ def refused(case: Case, mode: str) -> bool:
 
 
 def weights_of(
-    d: int, f: int, e: int, seed: int, slots: int = 0, null: tuple[int, ...] = (0, 0, 0, 0), latent: int = 0
+    d: int,
+    f: int,
+    e: int,
+    seed: int,
+    slots: int = 0,
+    null: tuple[int, ...] = (0, 0, 0, 0),
+    latent: int = 0,
+    router_dim: int = 0,
 ) -> dict[str, np.ndarray]:
     """Random matrices, large enough that nothing is nearly uniform or nearly linear."""
     rng = np.random.default_rng(seed)
@@ -159,12 +174,14 @@ def weights_of(
         return (rng.normal(size=shape) * scale).astype(np.float32)
 
     weights = {
-        "router": draw(d, columns, *([slots] if slots else []), scale=2 / d**0.5),
+        "router": draw(router_dim or d, columns, *([slots] if slots else []), scale=2 / d**0.5),
         "up": draw(e, inner, f, scale=2 / inner**0.5),
         "gate_matrix": draw(e, inner, f, scale=2 / inner**0.5),
         "down": draw(e, f, inner, scale=2 / f**0.5),
         "noise": draw(d, e, scale=1 / d**0.5),
     }
+    if router_dim:
+        weights |= {"project": draw(d, router_dim, scale=2 / d**0.5), "log_scale": np.full(1, 0.7, np.float32)}
     if latent:
         weights |= {"latent_down": draw(d, latent, scale=2 / d**0.5), "latent_up": draw(latent, d, scale=1.0)}
     if constant:
@@ -192,6 +209,8 @@ def read_by(gate: str, weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 GRADIENTS = {
     "router": ("router", "kernel"),
     "noise": ("router", "noise"),
+    "project": ("router", "project"),
+    "log_scale": ("router", "log_scale"),
     "up": ("experts", "up"),
     "gate_matrix": ("experts", "gate"),
     "down": ("experts", "down"),
@@ -263,6 +282,8 @@ def oracle(case: Case, rule: reference.Rule, weights: Any, mask: np.ndarray, dec
             y = reference.soft_output(*arrays, mask)
         else:
             given: dict[str, Any] = {"noise": weights["noise"]} if noise else {}
+            if "project" in weights:
+                given["cosine"] = weights["project"], weights["log_scale"]
             if "latent_down" in weights:
                 given["latent"] = weights["latent_down"], weights["latent_up"]
             y = reference.moe_output(*arrays, gate=case.gate, decisions=decisions, rule=rule, null=weights, **given)
@@ -291,11 +312,12 @@ def against_oracle(case: Case, seed: int, d: int = 6, f: int = 5) -> Iterator[Ro
     soft, gate, tau = case.gate == "soft_moe", find_gate(case.gate), LAYERS[case.gate].losses.null
     section = {"name": case.gate, **case.fields.get("gate", {})} | ({"k": case.k} if gate.sets_k else {})
     slots = dataclasses.replace(gate, **case.fields.get("gate", {})).slots_per_expert
-    latent = case.fields.get("latent_dim", 0)
-    weights = weights_of(d, f, case.e, seed, slots, case.rule.null, latent)
+    latent, router_dim = case.fields.get("latent_dim", 0), 3 if case.gate == "cosine" else 0
+    section |= {"router_dim": router_dim} if router_dim else {}
+    weights = weights_of(d, f, case.e, seed, slots, case.rule.null, latent, router_dim)
     # Numbers that are exact in bfloat16, so that both precisions route alike.
     x = jnp.asarray(rng.normal(size=(case.g, case.s, d)), jnp.bfloat16).astype(jnp.float32)
-    x = x if soft else unsaturated(x, weights["router"])
+    x = x if soft or router_dim else unsaturated(x, weights["router"])
     mask = rng.random((case.g, case.s)) >= case.padding
     mask[:, rng.integers(case.s)] = True
     cotangent = jnp.asarray(rng.normal(size=x.shape), jnp.float32)
@@ -306,7 +328,13 @@ def against_oracle(case: Case, seed: int, d: int = 6, f: int = 5) -> Iterator[Ro
         given["selection_bias"] = (rng.normal(size=case.e) * 0.3).astype(np.float32)
         rule = dataclasses.replace(rule, bias=given["selection_bias"])
     wide = np.asarray(x, np.float64)
-    logits = np.zeros((case.g, case.s, case.e)) if soft else wide @ weights["router"]
+    if soft:
+        logits = np.zeros((case.g, case.s, case.e))
+    elif router_dim:
+        parts = weights["router"], weights["project"], weights["log_scale"]
+        logits = np.stack([[reference.cosine_logits(token, *parts) for token in group] for group in wide])
+    else:
+        logits = wide @ weights["router"]
     if case.gate == "noisy_topk" and rule.draws is not None:
         logits = reference.noisy(logits, wide @ weights["noise"], rule.draws)
     masks = {"": mask}
@@ -380,8 +408,9 @@ def device_counts(gate: str, latent: int) -> Iterator[Row]:
     fields: dict[str, Any] = {"capacity": {"train": 1.0}} | (LEAK if rule.looks_ahead else {})
     if gate == "mixtral":
         fields |= LEAK | {"drop_policy": "random"}
-    slots = rule.slots_per_expert
-    given = read_by(gate, weights_of(8, 8, 8, 11, slots, null_of(gate, {}), latent))
+    slots, router_dim = rule.slots_per_expert, 4 if gate == "cosine" else 0
+    section |= {"router_dim": router_dim} if router_dim else {}
+    given = read_by(gate, weights_of(8, 8, 8, 11, slots, null_of(gate, {}), latent, router_dim))
     for mode in CONFIG_MODES:
         if (gate, mode) in REFUSED_MODES:
             continue

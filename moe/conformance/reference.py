@@ -25,6 +25,7 @@ class Decisions:
         position: [G,S,K] int, position in the expert's buffer of that group.
         kept: [G,S,K] bool, chosen and not dropped.
         original: [G,S,K] int, the gate's choice; differs from ``expert`` only after an overflow.
+        pools: [G,E] bool, experts of the pool of each group, which is one document (EMO 2026); None: all.
     """
 
     expert: np.ndarray
@@ -57,6 +58,7 @@ class Rule:
             normal: [G,S,E] of noisy_topk; standard Gumbel: [G,S,E] of switch_sampled. None: none are drawn.
         priorities: [G,S], of the policy random.
         null: numbers of zero, copy, constant and novice experts: the router's last columns, without a capacity.
+        pool: number of experts in a group's pool, of the gate emo; 0: all.
     """
 
     groups: int = 1
@@ -70,9 +72,12 @@ class Rule:
     draws: np.ndarray | None = None
     priorities: np.ndarray | None = None
     null: tuple[int, int, int, int] = (0, 0, 0, 0)
+    pool: int = 0
 
 
 PLAIN = Rule()
+#: Gates whose tokens go, outside training, to every expert whose threshold their probability exceeds.
+THRESHOLDS = ("expert_threshold", "running_thresholds")
 
 
 def hashed(token_id: int, num_experts: int, k: int) -> list[int]:
@@ -94,9 +99,10 @@ def sigmoid(z: Any) -> Any:
 
 
 def scores_of(gate: str, logits: Any) -> Any:
-    """Scores of one token: DeepSeek-V3's and Kimi K3's sigmoids, DeepSeek-V4's sqrt(ln(1 + e^z)), or the softmax."""
+    """Scores of one token: the sigmoids of DeepSeek-V3, Kimi K3 and Trinity, DeepSeek-V4's sqrt(ln(1 + e^z)), or the
+    softmax."""
     xp = jnp if isinstance(logits, jax.Array) else np
-    if gate in ("deepseek_v3", "quantile_balancing"):
+    if gate in ("deepseek_v3", "quantile_balancing", "smebu"):
         return sigmoid(logits)
     return xp.sqrt(xp.log1p(xp.exp(logits))) if gate.startswith("deepseek_v4") else softmax(logits)
 
@@ -108,9 +114,9 @@ def choose(gate: str, logits: np.ndarray, k: int, rule: Rule = PLAIN) -> list[in
     DeepSeek-V2 2024, section 2.2.2: from the groups of the best experts.
     """
     num_experts = len(logits)
-    if gate in ("dense_mixture", "expert_choice", "expert_threshold", "remoe"):
+    if gate in ("dense_mixture", "expert_choice", *THRESHOLDS, "remoe"):
         return list(range(num_experts))
-    biased = gate in ("deepseek_v3", "deepseek_v4", "quantile_balancing")
+    biased = gate in ("deepseek_v3", "deepseek_v4", "quantile_balancing", "smebu")
     scores, best = scores_of(gate, logits) + rule.bias if biased else logits, 2 if gate == "deepseek_v3" else 1
     size = num_experts // rule.groups
     by_group = [list(range(g * size, (g + 1) * size)) for g in range(rule.groups)]
@@ -168,6 +174,15 @@ def sparse_mixer(logits: Any, experts: list[int]) -> list[Any]:
     return result
 
 
+def cosine_logits(x: Any, router: Any, project: Any, log_scale: Any) -> Any:
+    """Logits [E] of one token x [D]: cosines of its projection with the columns of the router [P,E], over τ = exp of
+    −log_scale (X-MoE 2022, equations 5 and 6)."""
+    xp = jnp if isinstance(router, jax.Array) else np
+    inner = project.T @ x
+    cosines = [inner @ column / xp.sqrt((inner @ inner) * (column @ column)) for column in router.T]
+    return xp.stack(cosines) * xp.exp(log_scale[0])
+
+
 def noisy(logits: Any, noise_logits: Any, draws: Any) -> Any:
     """Noisy logits [E] of one token: x·W_g + N(0,1)·softplus(x·W_noise) (Shazeer 2017, equation 4)."""
     xp = jnp if isinstance(logits, jax.Array) else np
@@ -196,6 +211,8 @@ def decide(gate: str, logits: np.ndarray, mask: np.ndarray, k: int, capacity: in
         rule: of the gate.
     """
     groups, tokens, num_experts = logits.shape
+    pools = pools_of(logits, mask, rule.pool) if rule.pool else None
+    logits = logits if pools is None else np.where(pools[:, None], logits, -np.inf)
     expert = np.zeros((groups, tokens, k), int)
     chosen = np.zeros((groups, tokens, k), bool)
     position, kept = np.zeros_like(expert), np.zeros_like(chosen)
@@ -232,7 +249,16 @@ def decide(gate: str, logits: np.ndarray, mask: np.ndarray, k: int, capacity: in
                         position[g, s, choice] = taken[e]
                         kept[g, s, choice] = taken[e] < capacity
                         taken[e] += 1
-    return Decisions(expert, chosen, position, kept, original)
+    return Decisions(expert, chosen, position, kept, original, pools)
+
+
+def pools_of(logits: np.ndarray, mask: np.ndarray, size: int) -> np.ndarray:
+    """[G,E] bool, the experts with the largest sums of probabilities over a group's tokens (EMO 2026)."""
+    pools = np.zeros((logits.shape[0], logits.shape[2]), bool)
+    for group, real in zip(range(len(logits)), mask, strict=True):
+        sums = sum((softmax(logits[group, s]) for s in np.flatnonzero(real)), start=np.zeros(logits.shape[2]))
+        pools[group, sorted(range(len(sums)), key=lambda e: (-sums[e], e))[:size]] = True
+    return pools
 
 
 def _experts_of(gate: str, logits: np.ndarray, k: int, rule: Rule, token: tuple[int, int], number: int) -> list[int]:
@@ -255,7 +281,7 @@ def _sent(gate: str, logits: np.ndarray, experts: list[int], rule: Rule, token: 
     """Whether each of these assignments of a token (group, position) is sent at all, [K] bool."""
     if gate == "remoe":
         return logits > 0
-    if gate == "expert_threshold":
+    if gate in THRESHOLDS:
         return softmax(logits) + rule.bias > 0
     sent = np.ones(len(experts), bool)
     if gate == "gshard" and rule.draws is not None:
@@ -320,6 +346,7 @@ def moe_output(
     noise: jax.Array | None = None,
     null: Mapping[str, jax.Array] | None = None,
     latent: tuple[jax.Array, jax.Array] | None = None,
+    cosine: tuple[jax.Array, jax.Array] | None = None,
 ) -> jax.Array:
     """y_t = sum of weight·expert(x_t) over the kept choices of t; differentiable in every array.
 
@@ -334,13 +361,16 @@ def moe_output(
         noise: [D,E], W_noise of noisy_topk where the rule has its draws.
         null: null_vectors [n,D] and null_mix W [n,D,2] of the constant experts; novices [n,D].
         latent: [D,P] and [P,D], around the FFNs.
+        cosine: projection [D,P] and log_scale [1] of a cosine router, which is [P,E].
     """
     rows = []
     for g in range(x.shape[0]):
         for s in range(x.shape[1]):
             named = [int(e) for e in decisions.original[g, s]]
             placed = [int(e) for e in decisions.expert[g, s]]
-            logits = router.T @ x[g, s]
+            logits = router.T @ x[g, s] if cosine is None else cosine_logits(x[g, s], router, *cosine)
+            if decisions.pools is not None:
+                logits = jnp.where(decisions.pools[g], logits, -jnp.inf)
             if noise is not None and rule.draws is not None:
                 logits = noisy(logits, noise.T @ x[g, s], rule.draws[g, s])
             y = jnp.zeros_like(x[g, s])

@@ -20,6 +20,7 @@ from moe.config.parse import build
 from moe.config.registry import find_gate
 from moe.dispatch.buffers import make_plan
 from moe.layers.moe_layer import MoELayer, create_layer
+from moe.routing.balancing_rules import stored
 from moe.routing.interface import Gate
 
 Arrays = Mapping[str, np.ndarray]
@@ -37,6 +38,8 @@ def single_layer(
     shared_gate_matrix: Any = None,
     selection_bias: Any = None,
     noise: Any = None,
+    project: Any = None,
+    log_scale: Any = None,
     latent_down: Any = None,
     latent_up: Any = None,
     null_vectors: Any = None,
@@ -50,7 +53,7 @@ def single_layer(
     Args:
         gate: a gate; or a paper's layer, by its name in moe.config.registry.LAYERS or by that ``name`` and fields of
             its gate.
-        router: [D,E]; [D,E,P] for soft_moe; None for gates without a router.
+        router: [D,E]; [D,E,P] for soft_moe; [P,E] for cosine; None for gates without a router.
         up: [E,D,F].
         down: [E,F,D].
         gate_matrix: [E,D,F] for swiglu and geglu.
@@ -59,6 +62,8 @@ def single_layer(
         shared_gate_matrix: [D,F'].
         selection_bias: [E] of a gate with one; None: zeros.
         noise: [D,E] of noisy_topk; None: zeros.
+        project: [D,P] of cosine.
+        log_scale: [1] of cosine, the logarithm of 1 over its temperature.
         latent_down: [D,P] before the experts, whose matrices then have P in place of D.
         latent_up: [P,D] after them.
         null_vectors: [n,D] of constant experts.
@@ -82,10 +87,17 @@ def single_layer(
     # As a layer of a run, which is causal.
     config = Config(model=ModelConfig(d_model=d_model, activation=activation, moe=moe)).model
     layer = nnx.eval_shape(lambda: create_layer(config, rngs=nnx.Rngs(0)))  # nothing is drawn
+    biases: Any = layer.router
+    if layer.router is not None and isinstance(layer.router.bias, nnx.Dict):  # a rule with several arrays
+        biases = layer.router.bias
+        for name, array in stored(moe.gate.balancing.first_state(num_experts + moe.null_experts)).items():
+            biases[name].set_value(array)
     given = {
         "router": (layer.router, "kernel", router),
-        "selection_bias": (layer.router, "bias", selection_bias),
+        "selection_bias": (biases, "bias", selection_bias),
         "noise": (layer.router, "noise", noise),
+        "project": (layer.router, "project", project),
+        "log_scale": (layer.router, "log_scale", log_scale),
         "up": (layer.experts, "up", up),
         "down": (layer.experts, "down", down),
         "gate_matrix": (layer.experts, "gate", gate_matrix),

@@ -146,7 +146,17 @@ class MoELayer(nnx.Module):
             y = modes.dispatch(self.config.dispatch, rows, routing, plan, self._experts(keys, train=train))
             return self._add_output_biases(y, routing, plan.kept, rows.dtype), plan.kept
 
-        return self._finish(x, tokens, routing, experts)
+        y, report, routing = self._finish(x, tokens, routing, experts)
+        return y, self._with_parameter_loss(report, keys.gate) if train else report, routing
+
+    def _with_parameter_loss(self, report: balancing.LayerReport, rng: Array | None) -> balancing.LayerReport:
+        """The report with the gate's loss of the parameters, if it has one; latent experts see W_g projected."""
+        if self.router is None or type(self.gate).parameter_loss is Gate.parameter_loss:
+            return report
+        columns = self.router.kernel[...] if self.latent is None else self.latent.down[...].T @ self.router.kernel[...]
+        matrices = self.experts.up if self.experts.gate is None else self.experts.gate
+        loss = self.gate.parameter_loss(columns, matrices[...], rng)
+        return dataclasses.replace(report, sparsity_penalty=report.sparsity_penalty + loss)
 
     def _group(self, x: Array, mask: ArrayLike | None, *read: ArrayLike | None, carry: Any = None) -> Tokens:
         """Split the batch into groups, runs of S tokens in row order, whatever the mesh."""

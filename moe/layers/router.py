@@ -66,12 +66,21 @@ class Router(nnx.Module):
         if rng is not None and jitter > 0.0:
             x = x * jax.random.uniform(rng, x.shape, minval=1.0 - jitter, maxval=1.0 + jitter)
         x = checkpoint_name(x, partition_specs.ROUTER_INPUT)
-        logits = _matmul(x.astype(self.dtype), self.kernel[...].astype(self.dtype)).astype(jnp.float32)
+        features, columns = self.features(x), self.columns()
+        logits = matmul(features.astype(self.dtype), columns.astype(self.dtype)).astype(jnp.float32)
         return logits if self.logit_bias is None else logits + self.logit_bias[...]
+
+    def features(self, x: Float[Array, "G S D"]) -> Float[Array, "G S inputs"]:
+        """What W_g multiplies: x, unless a derived router changes it."""
+        return x
+
+    def columns(self) -> Array:
+        """W_g, unless a derived router changes it."""
+        return self.kernel[...]
 
     def noise_logits(self, x: Float[Array, "G S D"]) -> Float[Array, "G S E"] | None:
         """x·W_noise in float32; None for a gate without noise."""
-        return None if self.noise is None else _matmul(x.astype(jnp.float32), self.noise[...])
+        return None if self.noise is None else matmul(x.astype(jnp.float32), self.noise[...])
 
 
 def _state_variables(gate: Gate, num_experts: int) -> SelectionBias | nnx.Dict | None:
@@ -86,6 +95,7 @@ def _state_variables(gate: Gate, num_experts: int) -> SelectionBias | nnx.Dict |
     )
 
 
-def _matmul(x: Array, kernel: Array) -> Array:
+def matmul(x: Array, kernel: Array) -> Array:
+    """x·W in the highest precision."""
     # By default TPUs multiply float32 matrices in bfloat16 passes.
     return jnp.einsum("gsd,d...->gs...", x, kernel, precision=jax.lax.Precision.HIGHEST)

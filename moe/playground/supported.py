@@ -43,6 +43,8 @@ def check(model: ModelConfig) -> Selecting:
             f"model.moe.gate={model.moe.gate_name!r}: the page needs a gate that chooses the top k of all experts' "
             "scores without a noise matrix, such as mixtral"
         )
+    if gate.bias == "momentum":
+        raise ConfigError("model.moe.gate.bias='momentum': the page supports only none, sign and quantile")
     default = ModelConfig()
     for name in facts_of(ModelConfig, "page"):
         value, computed = (operator.attrgetter(name)(each) for each in (model, default))

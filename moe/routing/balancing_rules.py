@@ -119,6 +119,61 @@ class Quantile(Threshold):
 
 
 @dataclasses.dataclass(frozen=True)
+class RunningThreshold(Threshold):
+    """The same average, corrected for its start as Adam's: weights (1 − u)^i of the steps divided by their sum w, so
+    b ← b + u/w·(target − b), w ← w + u·(1 − w)."""
+
+    short = "running_threshold"
+
+    def first_state(self, num_experts: int) -> dict[str, Float[Array, " E"]]:
+        """b and w, zeros."""
+        zeros = jnp.zeros((num_experts,), jnp.float32)
+        return {"bias": zeros, "weight": zeros}
+
+    def next_state(self, state: dict[str, Array], report: Float[Array, "*layers E"]) -> dict[str, Array]:
+        """Average."""
+        weight = state["weight"] + self.rate * (1 - state["weight"])
+        share = self.rate / jnp.maximum(weight, jnp.finfo(jnp.float32).tiny)
+        return {"bias": state["bias"] + share * (report - state["bias"]), "weight": weight}
+
+    def selection_bias(self, state: dict[str, Array]) -> Float[Array, " E"]:
+        """b."""
+        return state["bias"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Momentum(BalancingRule):
+    """A selection bias that moves by a soft-clamped momentum of the loads' relative errors (SMEBU: Trinity 2026, arXiv
+    2602.17004): Δ_e = u·tanh(κ·(mean load − load_e) / mean load), less its mean over experts; m ← β·m + (1 − β)·Δ;
+    b ← b + m."""
+
+    rate: float = setting(0.0, least=0)  # u
+    decay: float = setting(0.5, share=True)  # β
+    clamp: float = setting(2.0, above=0)  # κ
+    short = "momentum"
+
+    def first_state(self, num_experts: int) -> dict[str, Float[Array, " E"]]:
+        """b and m, zeros."""
+        zeros = jnp.zeros((num_experts,), jnp.float32)
+        return {"bias": zeros, "momentum": zeros}
+
+    def signal(self, layers: LayerReport, experts_per_token: int) -> Float[Array, "*layers E"]:
+        """Errors of the loads, relative to their mean."""
+        return 1 - layers.expert_load / jnp.mean(layers.expert_load, axis=-1, keepdims=True)
+
+    def next_state(self, state: dict[str, Array], report: Float[Array, "*layers E"]) -> dict[str, Array]:
+        """Update the momentum, and move by it."""
+        clamped = jnp.tanh(self.clamp * report)
+        step = self.rate * (clamped - jnp.mean(clamped, axis=-1, keepdims=True))
+        momentum = self.decay * state["momentum"] + (1 - self.decay) * step
+        return {"bias": state["bias"] + momentum, "momentum": momentum}
+
+    def selection_bias(self, state: dict[str, Array]) -> Float[Array, " E"]:
+        """b."""
+        return state["bias"]
+
+
+@dataclasses.dataclass(frozen=True)
 class Penalty(BalancingRule):
     """λ·(1 + u)^sign(mean number of active experts − K), the strength of a sparsity penalty, one for all layers (ReMoE
     2024, equation 8); at least float32's smallest normal number, since 0 would never grow again."""

@@ -25,7 +25,7 @@ from moe.routing.interface import (
 from moe.system.fields import require, setting
 
 
-def _require_weights_that_differ(k: int, renormalise: bool) -> None:
+def require_weights_that_differ(k: int, renormalise: bool) -> None:
     """Refuse to divide a token's only weight by itself."""
     always_one = "the only weight is then always 1 and the router gets no gradient; use False or a k above 1"
     require(k > 1 or not renormalise, "model.moe.gate.k=1, renormalise", renormalise, always_one)
@@ -45,7 +45,7 @@ class TopK(Selecting):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require_weights_that_differ(self.k, self.renormalise)
+        require_weights_that_differ(self.k, self.renormalise)
 
     def route(self, router_logits: Float[Array, "G S E"], inputs: GateInputs) -> GateOutput:
         """Select by score, bias and groups."""
@@ -181,7 +181,7 @@ class DenseMixture(Gate):
 
     def route(self, router_logits: Float[Array, "G S E"], inputs: GateInputs) -> GateOutput:
         """Weigh all experts."""
-        index = _every_expert(router_logits, inputs)
+        index = every_expert(router_logits, inputs)
         return GateOutput(index, pick(jax.nn.softmax(router_logits, axis=-1), index))
 
 
@@ -203,7 +203,7 @@ class SoftMoE(Gate):
 
     def route(self, router_logits: Float[Array, "G S E"], inputs: GateInputs) -> GateOutput:
         """Weigh all experts by the softmax."""
-        return GateOutput(_every_expert(router_logits, inputs), jax.nn.softmax(router_logits, axis=-1))
+        return GateOutput(every_expert(router_logits, inputs), jax.nn.softmax(router_logits, axis=-1))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -218,7 +218,7 @@ class ReLU(Gate):
 
     def route(self, router_logits: Float[Array, "G S E"], inputs: GateInputs) -> GateOutput:
         """Weigh by the logits above 0."""
-        positive, index = jax.nn.relu(router_logits), _every_expert(router_logits, inputs)
+        positive, index = jax.nn.relu(router_logits), every_expert(router_logits, inputs)
         weights = pick(positive, index)
         return GateOutput(index, weights, weights > 0, normalised(positive))
 
@@ -250,7 +250,7 @@ class ExpertChoice(Gate):
         # Padding ranks last: [G,S,E] → [G,E,S], ranked over S → [G,S,E]
         eligible = jnp.where(inputs.mask[..., None], jax.lax.stop_gradient(probs), -1.0)
         taken = jnp.swapaxes(rank(jnp.swapaxes(eligible, 1, 2)), 1, 2) < capacity
-        index = _every_expert(router_logits, inputs)
+        index = every_expert(router_logits, inputs)
         return GateOutput(index, pick(probs, index), jnp.take_along_axis(taken, index, axis=-1))
 
 
@@ -277,7 +277,7 @@ class ExpertThreshold(ExpertChoice):
         return Threshold(self.threshold_rate)
 
 
-def _every_expert(router_logits: Float[Array, "G S E"], inputs: GateInputs) -> Int[Array, "G S E"]:
+def every_expert(router_logits: Float[Array, "G S E"], inputs: GateInputs) -> Int[Array, "G S E"]:
     """All experts of a token, in the recorded order if there is one."""
     if inputs.expert_index is not None:
         return inputs.expert_index
@@ -316,7 +316,7 @@ class ScoredHash(Scored):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require_weights_that_differ(self.k, self.renormalise)
+        require_weights_that_differ(self.k, self.renormalise)
 
     def route(self, router_logits: Float[Array, "G S E"], inputs: GateInputs) -> GateOutput:
         """Look up the experts of each id and weigh them."""

@@ -12,7 +12,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Bool, Float, Int
 
-from moe.routing.balancing_rules import BalancingRule, Quantile, Sign, Threshold
+from moe.routing.balancing_rules import BalancingRule, Momentum, Quantile, Sign, Threshold
 from moe.system.fields import check_fields, require, setting
 
 #: ``jax.ad_checkpoint.checkpoint_name`` of indices of experts and rows, a few bytes per assignment.
@@ -22,6 +22,7 @@ RouterKind = Literal["linear", "noisy", "none"]
 BalanceScope = Literal["batch", "group", "sequence", "step"]
 BalanceCounts = Literal["assignments", "first_choice", "top_scores"]
 ScoreFunction = Literal["softmax", "sigmoid", "sqrt_softplus"]
+BiasRule = Literal["none", "sign", "quantile", "momentum"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +142,17 @@ class Gate:
     def sets_k(self) -> bool:
         """Whether the number of experts per token is a setting; GShard's is fixed."""
         return "k" in {field.name for field in dataclasses.fields(self)}
+
+    def parameter_loss(self, router: Array, experts: Array, rng: Array | None) -> Array | None:
+        """Weighted loss of a layer's parameters in a training step, which is added to the objective; None: there is
+        none.
+
+        Args:
+            router: [D,E] float32, W_g of a linear router.
+            experts: [E,D,F] float32, the experts' gate matrices, or up matrices for a plain activation.
+            rng: key of its draws; None: deterministic.
+        """
+        del router, experts, rng
 
     def with_k(self, k: int) -> Gate:
         """The gate with this K, where K is a setting. Raises ConfigError for a K that its other fields exclude."""
@@ -303,7 +315,7 @@ class Selecting(Scored):
 
     biases_logits: ClassVar[bool] = False
 
-    bias: Literal["none", "sign", "quantile"] = "none"  # added to the scores for selection only, and how it moves
+    bias: BiasRule = "none"  # added to the scores for selection only, and how it moves
     bias_rate: float = setting(0.0, least=0, most=1e6)  # step of that bias, per optimizer step
     groups: int = setting(1, least=1)  # equal groups of consecutive experts; divides num_experts
     kept_groups: int = setting(1, least=1)  # groups that one token may choose from
@@ -316,7 +328,7 @@ class Selecting(Scored):
         ranks = self.groups > 1 or self.scores_per_group == 1
         require(ranks, "model.moe.gate.scores_per_group", self.scores_per_group, "needs groups above 1")
         moves = self.bias != "none" or self.bias_rate == 0
-        require(moves, "model.moe.gate.bias_rate", self.bias_rate, "needs a bias of sign or quantile")
+        require(moves, "model.moe.gate.bias_rate", self.bias_rate, "needs a bias of sign, quantile or momentum")
         whole = self.bias != "quantile" or self.kept_groups == self.groups
         require(whole, "model.moe.gate.bias", self.bias, "needs kept_groups equal to groups")
 
@@ -358,5 +370,5 @@ class Selecting(Scored):
     @property
     def balancing(self) -> BalancingRule | None:
         """The rule of the selection bias."""
-        rules = {"sign": Sign, "quantile": Quantile}
+        rules = {"sign": Sign, "quantile": Quantile, "momentum": Momentum}
         return None if self.bias == "none" else rules[self.bias](self.bias_rate)

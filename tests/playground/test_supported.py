@@ -21,6 +21,7 @@ from tests.helpers import tiny_model
         ({"gate": "expert_choice"}, r"model.moe.gate='expert_choice': the page needs a gate"),
         ({"gate": "noisy_topk", "experts_per_token": 2}, r"model.moe.gate='noisy_topk': the page needs a gate"),
         ({"gate": "switch_sampled", "bias_update": "sign"}, r"='switch_sampled': the page needs .* experts' scores"),
+        ({"bias_update": "momentum"}, r"gate.bias='momentum': the page supports only none, sign and quantile"),
         ({"expert_capacity": 3}, r"model.moe.capacity.fixed=3: the page supports only 0"),
         ({"group_size": 4}, r"model.moe.group_size=4: the page supports only 0, .* is dropless"),
         ({"sliding_window": 4}, r"model.sliding_window=4: the page supports only 0"),

@@ -77,7 +77,7 @@ REFUSED = [
         {"gate": {"name": "noisy_topk", "k": 2}, "layer_gates": ["mixtral"]},
         "layer_gates='mixtral': model.moe.losses.load=0.1: needs the gate noisy_topk",
     ),
-    ({"gate": {"name": "mixtral", "bias_rate": 0.1}}, "needs a bias of sign or quantile"),
+    ({"gate": {"name": "mixtral", "bias_rate": 0.1}}, "needs a bias of sign, quantile or momentum"),
     ({"gate": "switch", "capacity": {"train": 0.0}}, "must be positive"),
     ({"gate": "switch", "losses": {"scope": "world"}}, "must be one of batch, group, sequence, step"),
     ({"gate": "switch", "drop_policy": "luck"}, "must be one of position, probability, random"),

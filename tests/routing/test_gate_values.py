@@ -84,7 +84,22 @@ HAND_COMPUTED = [
     ("deepseek_v4", SOFTPLUS_LOGITS, {}, [[3, 2]], [[1.5 * 4 / 7, 1.5 * 3 / 7]]),
     ("deepseek_v4", SOFTPLUS_LOGITS, RAW | {"groups": 2, "kept_groups": 1}, [[3, 2]], [[4.0, 3.0]]),
     ("quantile_balancing", SIGMOID_LOGITS, {}, [[0, 2], [3, 2]], [[8 / 14, 6 / 14], [9 / 13, 4 / 13]]),
+    ("smebu", SIGMOID_LOGITS, {}, [[0, 2], [3, 2]], [[8 / 14, 6 / 14], [9 / 13, 4 / 13]]),
+    ("cosine", LOGITS, {}, [[0, 1], [2, 3]], [[6 / 12, 3 / 12], [9 / 16, 4 / 16]]),
+    ("coupled", LOGITS, {}, [[0, 1], [2, 3]], [[6 / 12, 3 / 12], [9 / 16, 4 / 16]]),
+    ("sinkhorn", LOGITS, {}, [[0, 1], [2, 3]], [[6 / 12, 3 / 12], [9 / 16, 4 / 16]]),
     ("moe_plus_plus", LOGITS, {}, [[0, 1], [2, 3]], [[6 / 12, 3 / 12], [9 / 16, 4 / 16]]),
+    # The sums of the two tokens, of (6, 3, 1, 2)/12 and (1, 2, 9, 4)/16: 27, 18, 31, 20 of 48. Half of the experts are
+    # the pool (0, 2), and the weights are of it: 6/7 and 1/7, 9/10 and 1/10.
+    ("emo", LOGITS, {"pool": 0.5}, [[0, 2], [2, 0]], [[6 / 7, 1 / 7], [9 / 10, 1 / 10]]),
+    # Two documents of one token: each has its own pool, (0, 1) and (2, 3).
+    (
+        "emo",
+        LOGITS,
+        {"pool": 0.5, "segment_ids": jnp.asarray([[1, 2]])},
+        [[0, 1], [2, 3]],
+        [[6 / 9, 3 / 9], [9 / 13, 4 / 13]],
+    ),
     # Near: logits at most 2·0.01·max(|logit|, best) below the best remaining one, in each round separately. Token 0: 10
     # and 9.9 (within 0.2), not 9.7; then 9.9 alone, since 9.7 is not within 0.198. Token 1: −1 and −1.02 (within
     # 0.0204), not −1.04; then −1.02 and −1.04 (within 0.0208).
@@ -120,6 +135,7 @@ def test_every_gate_has_a_hand_computed_value_or_a_separate_test():
     own = {
         "expert_choice",
         "expert_threshold",
+        "running_thresholds",
         "soft_moe",
         "hash",
         "deepseek_v4_hash",

@@ -3,6 +3,8 @@ layer."""
 
 import dataclasses
 import functools
+import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -10,16 +12,19 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moe.config import Capacity, MeshConfig, layer_kinds
+from moe.config import Capacity, ConfigError, MeshConfig, layer_kinds
+from moe.config.registry import LAYERS
 from moe.conformance import oracle, reference
 from moe.interop.layers import single_layer
+from moe.layers.cosine import CosineMoE
 from moe.layers.moe_layer import MoELayer
 from moe.layers.router import SelectionBias
 from moe.parallel import partition_specs
 from moe.parallel.mesh import make_mesh
 from moe.routing import balancing, interface
-from moe.routing.balancing_rules import Penalty, Quantile, Threshold
+from moe.routing.balancing_rules import Momentum, Penalty, Quantile, Threshold
 from moe.routing.gates import TopK
+from moe.routing.newer_gates import column_potentials, coupling_loss
 from tests.gate_helpers import LOGITS, SOFTPLUS_LOGITS
 from tests.helpers import random_model, routed, slow_case, tiny_model
 
@@ -115,6 +120,29 @@ def test_quantiles_of_sampled_experts_are_of_what_ranks_them(rng):
     assert float(balancing.max_violation(load)) < 0.15
 
 
+def test_momentum_of_clamped_errors_by_hand():
+    """SMEBU: two steps of u = 0.1, β = 0.5, κ = 2, for two layers at once."""
+    rule = LAYERS["smebu"].gate.balancing
+    assert (rule.rate, rule.decay, rule.clamp) == (5e-4, 0.5, 2.0)
+    rule = Momentum(0.1)
+    # Loads (3/4, 1/4) of mean 1/2: errors −1/2 and 1/2, clamped ∓tanh 1, of mean 0. Equal loads: nothing moves.
+    report = types.SimpleNamespace(expert_load=jnp.asarray([[0.75, 0.25], [0.5, 0.5]]))
+    state = jax.tree.map(lambda array: jnp.stack([array] * 2), rule.first_state(2))
+    state = rule.next_state(state, rule.signal(report, 1))
+    step = 0.1 * math.tanh(1)
+    np.testing.assert_allclose(state["momentum"], [[-step / 2, step / 2], [0, 0]], rtol=1e-6)
+    np.testing.assert_allclose(state["bias"], state["momentum"])
+    # The second step has the momentum (1/2 + 1/4)·Δ, the bias (1/2 + 3/4)·Δ.
+    state = rule.next_state(state, rule.signal(report, 1))
+    np.testing.assert_allclose(state["momentum"][0], [-0.75 * step, 0.75 * step], rtol=1e-6)
+    np.testing.assert_allclose(state["bias"][0], [-1.25 * step, 1.25 * step], rtol=1e-6)
+    # All to one of four experts, of mean 1/4: errors −3, 1, 1, 1, clamped −tanh 6 and tanh 2, less their mean.
+    report = types.SimpleNamespace(expert_load=jnp.asarray([1.0, 0.0, 0.0, 0.0]))
+    moved = rule.next_state(rule.first_state(4), rule.signal(report, 1))["momentum"]
+    mean = (3 * math.tanh(2) - math.tanh(6)) / 4
+    np.testing.assert_allclose(moved, 0.05 * np.array([-math.tanh(6) - mean, *[math.tanh(2) - mean] * 3]), rtol=1e-5)
+
+
 def test_remoe_by_hand():
     # Two tokens, three experts: ReLU gives (2, 0, 1) and (0, 0, 3).
     routing = routed("remoe", [[[2.0, -1.0, 1.0], [-0.5, -2.0, 3.0]]], 1)
@@ -167,6 +195,114 @@ def test_thresholds_route_single_tokens_as_training_routed_the_batch():
     equal = jnp.zeros((1, 1, 2))
     assert not routed("expert_threshold", equal, 1, selection_bias=jnp.asarray([-0.5, -0.5])).chosen.any()
     assert routed("expert_threshold", np.log(probs), 1, expert_capacity=1).chosen.all()
+
+
+def test_thresholds_of_training_by_hand():
+    # As above: half of the tokens' probabilities exceed 0.4 for both experts, which are the thresholds after a step.
+    probs = np.array([[[0.9, 0.1], [0.6, 0.4], [0.2, 0.8], [0.4, 0.6]]])
+    rule = LAYERS["running_thresholds"].gate.with_k(1).balancing
+    start = rule.first_state(2)
+    given = {"train": True, "selection_bias": rule.selection_bias(start)}
+    routing = routed("running_thresholds", np.log(probs), 1, **given)
+    assert routing.chosen.all(), "without thresholds every expert takes every token"
+    report = report_of(routing, gate="running_thresholds", experts_per_token=1)
+    state = rule.next_state(start, rule.signal(report, 1))
+    np.testing.assert_allclose(state["bias"], [-0.4, -0.4], atol=1e-6)
+    np.testing.assert_allclose(state["weight"], [0.05, 0.05], rtol=1e-6)
+    # In the second step the target is −0.8: (0.95·0.05·(−0.4) + 0.05·(−0.8)) / (0.95·0.05 + 0.05) = −0.059 / 0.0975.
+    second = rule.next_state(state, jnp.full(2, -0.8))
+    np.testing.assert_allclose(second["bias"], [-0.059 / 0.0975] * 2, rtol=1e-5)
+    # A token's experts do not depend on the others, in training neither.
+    given["selection_bias"] = rule.selection_bias(state) - 1e-5
+    together = routed("running_thresholds", np.log(probs), 1, **given)
+    np.testing.assert_array_equal(together.chosen[0], [[True, False], [True, False], [False, True], [False, True]])
+    alone = [routed("running_thresholds", np.log(probs[:, i : i + 1]), 1, **given) for i in range(4)]
+    np.testing.assert_array_equal(np.concatenate([r.chosen[0] for r in alone]), together.chosen[0])
+
+
+def test_sinkhorn_by_hand():
+    # Expert 0 is ahead by 1, 2, 3 and 4. Its shares of the tokens are sigmoids of these + ln v_0 − ln v_1, and sum to
+    # half of the tokens at −2.5, since ±1.5 and ±0.5 cancel. The fifth token is padding.
+    ahead = jnp.asarray([[[1.0, 0.0], [2.0, 0.0], [3.0, 0.0], [4.0, 0.0], [9.0, 0.0]]])
+    mask = jnp.asarray([[True] * 4 + [False]])
+    np.testing.assert_allclose(column_potentials(ahead, mask, 100), [-1.25, 1.25], atol=1e-5)
+    training = routed("sinkhorn", ahead, 1, mask, train=True)
+    np.testing.assert_array_equal(training.expert_index[0, :4, 0], [1, 1, 0, 0])
+    # The weight is the softmax's, without the plan.
+    np.testing.assert_allclose(training.combine_weights[0, 0, 0], 1 / (1 + math.e), rtol=1e-6)
+    np.testing.assert_array_equal(routed("sinkhorn", ahead, 1, mask).expert_index[0, :, 0], [0] * 5)
+    nothing = column_potentials(ahead, jnp.zeros((1, 5), bool), 16)
+    np.testing.assert_array_equal(nothing, [0.0, 0.0])
+    assert LAYERS["sinkhorn"].gate.generates
+    assert LAYERS["sinkhorn"].gate.looks_ahead
+
+
+def test_cosines_by_hand(rng):
+    # x = (3, 4) projected to (3, 4), (4, 3) in turn; centroids (2, 0), (0, 5): cosines 0.6 and 0.8, then 0.8 and 0.6.
+    # τ = 1/2: twice that, whatever the lengths of x and the centroids. ln(1/τ) is at most ln 100.
+    router = np.array([[2.0, 0.0], [0.0, 5.0]])
+    section = {"name": "cosine", "k": 1, "router_dim": 2}
+    expected = np.array([[1.2, 1.6], [1.6, 1.2]])
+    for log_scale, scale in ((np.log(2), 1.0), (np.log(1e4), 50.0)):
+        layer = single_layer(
+            section,
+            router=router,
+            project=np.eye(2),
+            log_scale=np.array([log_scale]),
+            up=rng.normal(size=(2, 2, 3)),
+            down=rng.normal(size=(2, 3, 2)),
+            activation="relu",
+        )
+        x = jnp.asarray([[[3.0, 4.0], [40.0, 30.0]]])
+        np.testing.assert_allclose(layer.router(x)[0], scale * expected, rtol=1e-5)
+    fresh = CosineMoE(d_model=4, d_ff=4, num_experts=3, gate="cosine", rngs=nnx.Rngs(0)).router
+    assert (fresh.kernel.shape, fresh.project.shape) == ((64, 3), (4, 64))
+    np.testing.assert_allclose(np.exp(fresh.log_scale[...]), [1 / 0.07], rtol=1e-6)
+
+
+def test_coupling_loss_by_hand(rng):
+    # Columns (1, 0) and (0, 2); the experts' matrices are diag(3, 4)·1 and diag(6, 1). Norms M: 3, 6; 8, 2.
+    columns = jnp.asarray([[1.0, 0.0], [0.0, 2.0]])
+    experts = jnp.asarray([[[3.0, 0.0], [0.0, 4.0]], [[6.0, 0.0], [0.0, 1.0]]])
+    # i = 0: 6 − 3 and 8 − 3; i = 1: 8 − 2 and 6 − 2; over 4.
+    assert float(coupling_loss(columns, experts, 1.0, None)) == pytest.approx((3 + 5 + 6 + 4) / 4)
+    # α = 2: 6 − 6 and 8 − 6; 8 − 4 and 6 − 4.
+    assert float(coupling_loss(columns, experts, 2.0, None)) == pytest.approx((0 + 2 + 4 + 2) / 4)
+    # The columns are √5 apart: factors of column 0 are within 1 ± √5/2, of column 1 within 1 ± √5/4.
+    key = jax.random.key(0)
+    draws = jax.random.uniform(key, (2, 2), minval=-1.0, maxval=1.0) * jnp.asarray([[5**0.5 / 2], [5**0.5 / 4]])
+    moved = (columns.T * (1 + draws)).T
+    noisy = coupling_loss(columns, experts, 1.0, key)
+    assert float(noisy) == pytest.approx(float(coupling_loss(moved, experts, 1.0, None)), rel=1e-6)
+    assert float(coupling_loss(columns[:, :1], experts[:1], 1.0, key)) == 0
+    # In training it is part of the report, with a gradient of both; in evaluation it is not.
+    weights = {"router": rng.normal(size=(4, 3)), "up": rng.normal(size=(3, 4, 5)), "down": rng.normal(size=(3, 5, 4))}
+    section = {"name": "coupled", "k": 2, "coupling": 0.5}
+    layer = single_layer(section, **weights, activation="relu", dispatch="dropless")
+    x = jnp.asarray(rng.normal(size=(1, 6, 4)), jnp.float32)
+    report = jax.jit(lambda x: layer(x, train=True)[1])(x)
+    expected = 0.5 * coupling_loss(*(jnp.asarray(weights[name], jnp.float32) for name in ("router", "up")), 1.0, None)
+    np.testing.assert_allclose(report.sparsity_penalty, expected, rtol=1e-6)
+    assert float(layer(x)[1].sparsity_penalty) == 0
+
+
+def test_sizes_of_pools_are_drawn_by_document(rng):
+    segments = jnp.asarray(np.repeat([[1, 2, 3, 0]], 16, axis=1).reshape(1, 64))
+    given = {"least_pool": 0.25, "most_pool": 0.75, "segment_ids": segments}
+    logits = rng.normal(size=(1, 64, 8))
+    routing = routed("emo", logits, 1, segments > 0, rng=jax.random.key(2), **given)
+    inside = np.asarray(routing.router_probs[0, :48] > 0).reshape(3, 16, 8)
+    assert (inside == inside[:, :1]).all(), "the tokens of a document have one pool"
+    sizes = inside[:, 0].sum(-1)
+    assert len(set(sizes)) > 1
+    assert sizes.min() >= 2
+    assert sizes.max() <= 6
+    for message, fields in (
+        ("least_pool=0.5: must be at most most_pool=0.25", {"least_pool": 0.5, "most_pool": 0.25}),
+        ("bias='sign': must be none with pools", {"bias": "sign"}),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            dataclasses.replace(LAYERS["emo"].gate, **fields)
 
 
 @pytest.mark.parametrize("full", [False, slow_case(True)])
