@@ -21,7 +21,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from moe.config import Config, ConfigError, MoEConfig
-from moe.routing.balancing_rules import BalancingRule, Penalty, Threshold
+from moe.routing.balancing_rules import BalancingRule, Penalty, RunningThreshold, Threshold
 from moe.routing.interface import Gate, GateInputs, GateOutput, Scored, top_k
 from moe.training.evaluation import Heldout, evaluate
 from moe.training.step import Program, build
@@ -148,7 +148,7 @@ def _with_k(moe: MoEConfig, k: int) -> Gate:
     """
     gate = moe.gate
     # ReMoE's k is the target of its penalty, that of expert thresholds the target of their updates: no choice reads it.
-    if gate is None or not gate.sets_k or isinstance(gate.balancing, (Penalty, Threshold)):
+    if gate is None or not gate.sets_k or isinstance(gate.balancing, (Penalty, Threshold, RunningThreshold)):
         raise ConfigError(f"model.moe.gate={moe.gate_name!r}: its number of experts per token cannot be changed")
     return dataclasses.replace(gate, k=k)
 

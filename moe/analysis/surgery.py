@@ -189,6 +189,8 @@ def check(model: ModelConfig) -> None:
     if gate.layer is not None:
         own = f"surgery does not know the parameters of a layer of your own, {gate.layer.__name__}"
         raise ConfigError(f"model.moe.gate={gate.name!r}: {own}")
+    if rank := model.moe.expert_rank:
+        raise ConfigError(f"model.moe.expert_rank={rank}: surgery needs experts with matrices of their own")
     if model.encoder_layers or model.prediction_layers:
         raise ConfigError("surgery takes decoder-only models without prediction layers")
 

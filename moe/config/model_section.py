@@ -225,6 +225,10 @@ class ModelConfig(Section, path=_MODEL):
             return
         none = {"encoder_layers": 0, "relative_buckets": 0, "scale_logits": False, "logit_bias": False}
         self._require_defaults("model.base_*", **none)
+        rank = self.moe.expert_rank
+        require(
+            rank == 0, f"{_MOE}expert_rank", rank, "must be 0 with model.base_*: a rank does not grow with the width"
+        )
         root, factors = self.width_growth**0.5, {}
         if self.base_d_model:
             factors |= {"embedding_scale": root, "logit_scale": 1 / root}

@@ -58,6 +58,8 @@ class MoEConfig(Section, path=_MOE):
     num_experts: int = setting(8, least=1, most=2**17, split="expert")  # E, without shared experts
     #: F, hidden dim of one expert; 0: model.d_ff
     d_ff: int = setting(0, least=0, most=2**22, split="tensor", follows="model.d_ff")
+    #: r of experts that share their matrices but for a product of this rank, W + A_e B_e; 0: matrices of their own
+    expert_rank: int = setting(0, least=0, most=2**16, page=True)
     #: hidden dim of the shared expert, which sees every token; 0: none. n experts of F equal one of n*F
     shared_d_ff: int = setting(0, least=0, most=2**22, split="tensor")
     #: of the router's logits (router), and of the experts' matrices too (all; gpt-oss)
@@ -100,6 +102,8 @@ class MoEConfig(Section, path=_MOE):
         if self.gate is None:  # a dense model reads none of the other fields
             return
         self._require("shared_gate", self.shared_d_ff > 0 or not self.shared_gate, "needs shared_d_ff above 0")
+        alike = self.expert_rank == 0 or self.bias != "all"
+        self._require("expert_rank", alike, "must be 0 with bias=all: biases are not shared")
         self.gate.check_experts(self.num_experts, self.null_experts)
         self._check_router(self.gate)
         self._check_losses(self.gate)

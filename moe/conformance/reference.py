@@ -33,6 +33,7 @@ class Decisions:
     position: np.ndarray
     kept: np.ndarray
     original: np.ndarray
+    pools: np.ndarray | None = None
 
 
 def softmax(z: Any) -> Any:

@@ -229,6 +229,7 @@ _MODEL_FACTS = tuple(
 )
 _MOE_FACTS = (
     *("num_experts", "experts_per_token", "d_ff", "bias", "shared_d_ff", "shared_gate", "layer_gates", "latent_dim"),
+    "expert_rank",
     *("zero_experts", "copy_experts", "constant_experts", "novice_experts"),
 )
 #: Fields of gates that change nothing in evaluation.

@@ -44,7 +44,8 @@ _MODEL_OTHERWISE = ("d_ff", "moe", "pattern")
 _NEUTRAL: Canonical = {
     # MoE
     "shared_dim": 0, "bias": "none", "latent_dim": 0, "zero_experts": 0, "copy_experts": 0, "constant_experts": 0,
-    "novice_experts": 0, "null_balance": 1.0, "shared_gate": False, "expert_capacity": 0, "route_padding": False,
+    "novice_experts": 0, "expert_rank": 0, "null_balance": 1.0, "shared_gate": False, "expert_capacity": 0,
+    "route_padding": False,
     "jitter": 0.0, "balance_weight": 0.0, "router_dtype": "float32", "z_loss_weight": 0.0, "importance_weight": 0.0,
     "load_weight": 0.0, "device_balance_weight": 0.0, "balance_scope": "batch", "score": "softmax",
     "bias_update": "none", "bias_update_rate": 0.0, "expert_groups": 1, "kept_expert_groups": 1,
@@ -193,7 +194,7 @@ def _moe(config: Config) -> Canonical:
     }
     same = (
         "bias", "latent_dim", "zero_experts", "copy_experts", "constant_experts", "novice_experts", "shared_gate",
-        "route_padding", "jitter", "router_dtype", "expert_dropout",
+        "expert_rank", "route_padding", "jitter", "router_dtype", "expert_dropout",
     )  # fmt: skip
     form |= {name: getattr(moe, name) for name in same}
     form |= {name: getattr(moe.losses, field) for field, name in _LOSSES.items()}

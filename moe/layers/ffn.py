@@ -55,8 +55,7 @@ class Experts(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         e, d, f = config.moe.num_experts, config.expert_dim, config.moe.d_ff
-        self.activation, self.precision, self.remat = config.activation, config.low_precision, config.remat
-        self.sent_precision, self.fake_quantize = config.sent_precision, config.fake_quantize
+        self.take_settings(config)
         self.up = matrix(rngs, (e, d, f), EXPERTS_IN, fan_in=d, scale=config.init_scale)
         self.down = matrix(rngs, (e, f, d), EXPERTS_OUT, fan_in=f, scale=config.init_scale)
         gated, biased = self.activation in GATED_ACTIVATIONS, config.moe.bias == "all"
@@ -66,16 +65,31 @@ class Experts(nnx.Module):
         # The layer adds it: what a device computes is a partial sum.
         self.down_bias = zeros((e, d), P(None, "fsdp")) if biased else None
 
+    def take_settings(self, config: ModelConfig) -> None:
+        """Keep the settings that decide how the weights are applied."""
+        self.activation, self.precision, self.remat = config.activation, config.low_precision, config.remat
+        self.sent_precision, self.fake_quantize = config.sent_precision, config.fake_quantize
+
+    def matrices(self, name: str) -> Array | None:
+        """[E, inputs, outputs] of ``up``, ``gate`` or ``down``; None for an absent gate."""
+        stored = getattr(self, name)
+        return None if stored is None else stored[...]
+
     @property
     def weights(self) -> ExpertWeights:
         """The parameters but ``down_bias``, as they are stored, or rounded to ``model.fake_quantize``."""
-        gate = None if self.gate is None else fake_quantize(self.gate[...], self.fake_quantize)
+        up, gate, down = (
+            None if array is None else fake_quantize(array, self.fake_quantize)
+            for array in map(self.matrices, ("up", "gate", "down"))
+        )
+        assert up is not None
+        assert down is not None
         gate_bias = None if self.gate_bias is None else self.gate_bias[...]
         biases = None if self.up_bias is None else (self.up_bias[...], gate_bias)
         return ExpertWeights(
-            fake_quantize(self.up[...], self.fake_quantize),
+            up,
             gate,
-            fake_quantize(self.down[...], self.fake_quantize),
+            down,
             biases,
             activation=self.activation,
             precision=self.precision,

@@ -21,6 +21,7 @@ from moe.dispatch.buffers import layer_capacity, plan_assignments
 from moe.dispatch.ffn import ExpertDropout, ExpertWeights
 from moe.layers.extras import Latent, NullExperts, RunExperts
 from moe.layers.ffn import Experts, SharedExpert
+from moe.layers.low_rank import LowRankExperts
 from moe.layers.router import Router
 from moe.parallel import partition_specs
 from moe.parallel.mesh import constrain
@@ -100,7 +101,7 @@ class MoELayer(nnx.Module):
         self.router = None if kind == "none" else self.router_class(config, kind=kind, rngs=rngs)
         self.latent = Latent(config, rngs=rngs) if moe.latent_dim else None
         self.null = NullExperts(config, rngs=rngs) if moe.null_experts else None
-        self.experts = Experts(config, rngs=rngs)
+        self.experts = (LowRankExperts if moe.expert_rank else Experts)(config, rngs=rngs)
         self.shared = SharedExpert(config, rngs=rngs) if config.moe.shared_d_ff else None
 
     def __call__(
@@ -154,9 +155,10 @@ class MoELayer(nnx.Module):
         if self.router is None or type(self.gate).parameter_loss is Gate.parameter_loss:
             return report
         columns = self.router.kernel[...] if self.latent is None else self.latent.down[...].T @ self.router.kernel[...]
-        matrices = self.experts.up if self.experts.gate is None else self.experts.gate
-        loss = self.gate.parameter_loss(columns, matrices[...], rng)
-        return dataclasses.replace(report, sparsity_penalty=report.sparsity_penalty + loss)
+        matrices = self.experts.matrices("up" if self.experts.gate is None else "gate")
+        assert matrices is not None
+        loss = self.gate.parameter_loss(columns, matrices, rng)
+        return report if loss is None else dataclasses.replace(report, sparsity_penalty=report.sparsity_penalty + loss)
 
     def _group(self, x: Array, mask: ArrayLike | None, *read: ArrayLike | None, carry: Any = None) -> Tokens:
         """Split the batch into groups, runs of S tokens in row order, whatever the mesh."""

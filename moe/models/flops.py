@@ -21,8 +21,8 @@ from moe.parallel.parameters import flat_variables
 def count_parameters(config: ModelConfig) -> tuple[int, int]:
     """(total, active): active leaves out the experts that a token does not visit; both count all embeddings, and
     selection biases, as the published counts do."""
-    others = sum(size for path, size in _sizes(config) if "experts" not in path)
-    experts = sum(size for path, size in _sizes(config) if "experts" in path)
+    others = sum(size for path, size in _sizes(config) if not _is_of_one_expert(config, path))
+    experts = sum(size for path, size in _sizes(config) if _is_of_one_expert(config, path))
     return others + experts, others + experts * config.moe.experts_per_token // config.moe.num_experts
 
 
@@ -66,7 +66,8 @@ def train_flops_per_token(config: ModelConfig, sequence_length: int, input_lengt
     nothing; an expert's parameters count once for each row it computes (:func:`expert_rows_per_token`). Plus what each
     layer's mixer computes (:meth:`moe.config.mixers.Mixer.flops`), such as the scores of all keys that a query sees:
     (T+1)/2 on average if causal; all U in an encoder and from decoder to encoder. Document boundaries inside a row
-    are not subtracted. Soft MoE's mixing of tokens into slots and back is 2 matmuls of D for every slot. What an
+    are not subtracted. Experts of low rank compute as much as others of their size; the products of their factors, once
+    a call, are not counted. Soft MoE's mixing of tokens into slots and back is 2 matmuls of D for every slot. What an
     encoder computes, for U tokens a row, is divided by T.
     """
     lengths = row_lengths(sequence_length, input_length)
@@ -100,12 +101,21 @@ def row_lengths(sequence_length: int, input_length: int) -> dict[str, int]:
     return {"": sequence_length, "decoder": sequence_length, "encoder": input_length}
 
 
+def _is_of_one_expert(config: ModelConfig, path: tuple[str, ...]) -> bool:
+    """Whether a parameter has a part for each expert; experts of low rank share the matrices of an FFN."""
+    return "experts" in path and (config.moe.expert_rank == 0 or "pairs" in path)
+
+
 def _multiplied(config: ModelConfig, lengths: dict[str, int]) -> dict[tuple[str, ...], float]:
     """Parameters that multiply a token of the decoder and its share of the encoder's tokens, by path."""
     found = {}
     for path, size in _sizes(config):
         stack = path[0] if path[0] in lengths else ""
-        rows = expert_rows_per_token(config, lengths[stack]) / config.moe.num_experts if "experts" in path else 1.0
+        rows = expert_rows_per_token(config, lengths[stack]) if "experts" in path else 1.0
+        if config.moe.expert_rank:  # a row is multiplied by the sum of the shared matrix and the expert's product
+            rows *= "pairs" not in path
+        elif "experts" in path:
+            rows /= config.moe.num_experts
         of_source = "cross" in path and path[-1].startswith(("key", "value"))
         found[path] = size * rows * lengths["encoder" if of_source else stack] / lengths["decoder"]
     return found

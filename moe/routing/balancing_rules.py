@@ -119,16 +119,21 @@ class Quantile(Threshold):
 
 
 @dataclasses.dataclass(frozen=True)
-class RunningThreshold(Threshold):
-    """The same average, corrected for its start as Adam's: weights (1 − u)^i of the steps divided by their sum w, so
-    b ← b + u/w·(target − b), w ← w + u·(1 − w)."""
+class RunningThreshold(BalancingRule):
+    """The average of :class:`Threshold`, corrected for its start as Adam's: weights (1 − u)^i of the steps divided by
+    their sum w, so b ← b + u/w·(target − b), w ← w + u·(1 − w)."""
 
+    rate: float = setting(0.0, least=0)  # u, share of the way in a step
     short = "running_threshold"
 
     def first_state(self, num_experts: int) -> dict[str, Float[Array, " E"]]:
         """b and w, zeros."""
         zeros = jnp.zeros((num_experts,), jnp.float32)
         return {"bias": zeros, "weight": zeros}
+
+    def signal(self, layers: LayerReport, experts_per_token: int) -> Float[Array, "*layers E"]:
+        """Selection biases that would have balanced the step."""
+        return layers.sums.bias_target
 
     def next_state(self, state: dict[str, Array], report: Float[Array, "*layers E"]) -> dict[str, Array]:
         """Average."""
