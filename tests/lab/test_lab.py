@@ -542,6 +542,7 @@ def test_the_canonical_form_names_every_setting():
         "distill.teacher", "distill.soft_share", "train.log_every", "train.eval_every", "train.save_every",
         "train.keep_checkpoints", "train.keep_every", "train.max_skipped_steps", "train.on_skipped_steps",
         "train.pipeline_rounds", "train.spike_sigmas", "train.sample_tokens", "train.compilation_cache",
+        "train.host_timeout",
         "train.writers", "model.attention", "model.scan_layers", "model.scan_unroll", "model.remat", "model.d_ff",
         "model.pattern",
         "optimizer.name", "optimizer.final_learning_rate_fraction", "optimizer.memory",
