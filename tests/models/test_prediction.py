@@ -21,9 +21,9 @@ from moe.models import sampling, speculation
 from moe.models.decoder import make_rows
 from moe.models.prediction import further_targets
 from moe.models.stack import part_of, selection_biases, stacked_layers
+from moe.objectives.text import NextToken
 from moe.parallel.mesh import make_mesh
 from moe.training.batches import forward, place
-from moe.training.losses import TextObjective
 from moe.training.step import build
 from tests.helpers import random_model, random_parameters, set_moe, slow_case
 from tests.run_helpers import ONE, tiny
@@ -111,7 +111,7 @@ def test_losses_equal_those_of_a_loop(tmp_path):
             merged = nnx.merge(nnx.graphdef(model), variables)
             output = forward(merged, placed, train=True)
             assert output.layers.expert_load.shape[0] == config.model.num_layers + 2
-            found = TextObjective().sums(config, merged, output, placed, None)
+            found = NextToken().sums(config, merged, output, placed, None)
             return found.loss, found.cross_entropy, found.terms
 
         loss, cross_entropy, found = sums(nnx.state(model))

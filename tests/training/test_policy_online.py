@@ -188,13 +188,13 @@ def test_groups_have_the_samples_of_their_prompt_and_no_positive_log_probabiliti
 
 def test_every_skipped_update_of_a_round_is_counted(monkeypatch):
     monkeypatch.setattr(online, "place", lambda batch, mesh: batch)
-    monkeypatch.setattr(online.policy, "batch", lambda *_, **__: {})
     steps = iter([{"skipped": 0.0, "loss": 1.0}, {"skipped": 1.0, "loss": np.nan}, {"skipped": 1.0, "loss": np.nan}])
     program = SimpleNamespace(train_step=lambda state, _: (state + 1, next(steps)), mesh=None)
-    assert online._updates(program, 5, SimpleNamespace(length=8), [], 3) == (8, {"skipped": 2, "loss": 1.0})
+    objective = SimpleNamespace(batch=lambda examples: {})
+    assert online._updates(program, 5, objective, [], 3) == (8, {"skipped": 2, "loss": 1.0})
     # The row is of the first step, whose parameters sampled.
     steps = iter([{"skipped": 0.0, "loss": 1.0}, {"skipped": 0.0, "loss": 3.0}])
-    assert online._updates(program, 5, SimpleNamespace(length=8), [], 2) == (7, {"skipped": 0, "loss": 1.0})
+    assert online._updates(program, 5, objective, [], 2) == (7, {"skipped": 0, "loss": 1.0})
 
 
 class Odd(Evens):
