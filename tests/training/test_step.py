@@ -190,7 +190,8 @@ def test_a_spike_skips_the_update(monkeypatch):
     settings = OptimizerConfig(schedule="constant", warmup_steps=0, skip_sigmas=6.0)
     config = Config(model=tiny_model(gate="none"), optimizer=settings)
     optimizer, parameters = make_optimizer(settings, 10), {"dense": {"up": jnp.ones((2, 2))}}
-    parts = step._Parts(config, None, None, optimizer, learning_rate_schedule(settings, 10))
+    schedule = learning_rate_schedule(settings, 10)
+    parts = step._Parts(config, None, None, optimizer, schedule, config.objective)
     key = jax.random.key_data(jax.random.key(0))
     state = TrainState(jnp.zeros((), jnp.int32), parameters, {}, optimizer.init(parameters), key)
     seen = jnp.asarray([1.0, 3.0] * 64)  # the last 64 are not of this run until 128 steps are recorded
