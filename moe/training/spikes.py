@@ -47,6 +47,11 @@ class History(NamedTuple):
         return value > mean + deviations * jnp.std(values, where=inside, ddof=1)
 
 
+def is_history(node: Any) -> bool:
+    """Whether a node of an optimizer's state is the history of its steps."""
+    return isinstance(node, History)
+
+
 class Watched(NamedTuple):
     """State of an optimizer, and the history of its steps."""
 

@@ -32,6 +32,7 @@ from moe.models.state import AdaptedState, TrainState, join, set_schedule_step
 from moe.system.fields import require
 from moe.training.optimizer import is_average
 from moe.training.optimizer_files import read_optimizer
+from moe.training.spikes import is_history
 from moe.training.step import Program
 from moe.training.upcycling import copy_shards, diversify, granularity, group_columns
 
@@ -244,11 +245,13 @@ def _carry(program: Program, source: Config, fresh: Any, step: int) -> Any:
     if len(names) == 1 and same and next(shapes) == next(shapes):
         decays = {config.optimizer.ema_decay for config in (source, program.config)}
         # The factors of an average sum to 1 only with its own decay: with another it begins anew.
-        return carried if len(decays) == 1 else jax.tree.map(_keep_average, fresh, carried, is_leaf=is_average)
+        anew = is_history if len(decays) == 1 else _begins_anew
+        return jax.tree.map(lambda own, old: own if anew(own) else old, fresh, carried, is_leaf=anew)
     if jax.tree.structure(carried, is_leaf=_is_tree) != jax.tree.structure(fresh, is_leaf=_is_tree) or len(names) > 1:
         raise ConfigError(
             f"start.optimizer='carry': the optimizer of {start.checkpoint} has another kind of state; set "
-            "optimizer.name, frozen, and whether gradient_clip and ema_decay are 0 as there, or use 'reset'"
+            "optimizer.name, frozen, and whether gradient_clip, skip_sigmas and ema_decay are 0 as there, or use "
+            "'reset'"
         )
     if names != {"adamw"} or source.optimizer.frozen:
         raise ConfigError(
@@ -258,13 +261,17 @@ def _carry(program: Program, source: Config, fresh: Any, step: int) -> Any:
 
     def move(own: Any, old: Any) -> Any:
         # An average begins anew: the source has no weights of the fresh parameters.
-        return _transplant(program, source.model, _host(old), own) if _is_tree(own) else _keep_average(own, old)
+        if _begins_anew(own):
+            return own
+        return _transplant(program, source.model, _host(old), own) if _is_tree(own) else old
 
-    return jax.tree.map(move, fresh, carried, is_leaf=lambda node: _is_tree(node) or is_average(node))
+    return jax.tree.map(move, fresh, carried, is_leaf=lambda node: _is_tree(node) or _begins_anew(node))
 
 
-def _keep_average(own: Any, old: Any) -> Any:
-    return own if is_average(own) else old
+def _begins_anew(node: Any) -> bool:
+    """Whether a new run has its own value of a node of the optimizer's state. Losses are of its own data: above those
+    of another run, its first steps would be skipped as spikes."""
+    return is_average(node) or is_history(node)
 
 
 def _is_tree(node: Any) -> bool:

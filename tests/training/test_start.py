@@ -388,9 +388,9 @@ def test_adapters_share_no_array_with_their_base(tmp_path):
     assert len(set(buffers)) == len(buffers)
 
 
-def _trained(folder, optimizer, ema_decay=0.0, **changes):
+def _trained(folder, optimizer, ema_decay=0.0, skip_sigmas=0.0, **changes):
     """A run of one step of the dense model, and its state, which is drawn so that no train step is compiled."""
-    settings = {"name": optimizer, "ema_decay": ema_decay}
+    settings = {"name": optimizer, "ema_decay": ema_decay, "skip_sigmas": skip_sigmas}
     config = _config((HERE / "mistral", folder / "open"), optimizer=settings, **changes)
     mesh, make = _program(config)
     generator = np.random.default_rng(1)
@@ -527,7 +527,7 @@ def test_the_average_of_weights_restarts_in_another_model(tmp_path):
 
 def test_the_average_of_weights_restarts_under_another_decay(tmp_path):
     """The average is divided by the sum of its factors, 1 - decay^steps, which depends on the decay."""
-    _, config = _trained(tmp_path, "adamw", ema_decay=0.9)
+    _, config = _trained(tmp_path, "adamw", ema_decay=0.9, skip_sigmas=6.0)
     config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, ema_decay=0.999))
     mesh, make = _program(config)
     with jax.set_mesh(mesh):
@@ -537,6 +537,19 @@ def test_the_average_of_weights_restarts_under_another_decay(tmp_path):
     assert int(average.steps) == 0
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(average.total))
     assert any(np.any(leaf) for leaf in jax.tree.leaves(optax.tree_utils.tree_get(state.optimizer, "mu")))
+    assert not any(np.any(leaf) for leaf in state.optimizer.history)
+
+
+def test_losses_of_another_run_are_not_carried(tmp_path):
+    """Those of this run's data may be above them, and would be skipped as spikes."""
+    trained, config = _trained(tmp_path, "adamw", skip_sigmas=6.0)
+    mesh, make = _program(config)
+    with jax.set_mesh(mesh):
+        state = warm_start.first_state(make())
+    moments = (optax.tree_utils.tree_get(each.optimizer, "mu") for each in (state, trained))
+    jax.tree.map(np.testing.assert_array_equal, *moments)
+    assert np.any(trained.optimizer.history.losses)
+    assert not any(np.any(leaf) for leaf in state.optimizer.history)
 
 
 def test_settings_of_a_start_need_a_checkpoint():
