@@ -187,7 +187,8 @@ def check(model: ModelConfig) -> None:
     if isinstance(gate, Cosine):
         raise ConfigError(f"model.moe.gate={gate.name!r}: surgery does not know the projection of a cosine router")
     if gate.layer is not None:
-        own = f"surgery does not know the parameters of a layer of your own, {gate.layer.__name__}"
+        name = gate.layer if isinstance(gate.layer, str) else gate.layer.__name__
+        own = f"surgery does not know the parameters of a layer of your own, {name}"
         raise ConfigError(f"model.moe.gate={gate.name!r}: {own}")
     if rank := model.moe.expert_rank:
         raise ConfigError(f"model.moe.expert_rank={rank}: surgery needs experts with matrices of their own")

@@ -6,7 +6,7 @@ import functools
 import itertools
 import re
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 from moe.system.fields import ConfigError
 
@@ -53,7 +53,7 @@ def _sequence(text: str, tokens: list[str], start: int) -> tuple[tuple[Word, ...
                 raise _error(text, "has a ( without its )")
             words += last
         elif token in _WORDS:
-            last = (token,)
+            last = (cast(Word, token),)
             words += last
         else:
             raise _error(text, f"{token!r} is none of {', '.join(_WORDS)}")

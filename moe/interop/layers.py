@@ -90,7 +90,8 @@ def single_layer(
     biases: Any = layer.router
     if layer.router is not None and isinstance(layer.router.bias, nnx.Dict):  # a rule with several arrays
         biases = layer.router.bias
-        for name, array in stored(moe.gate.balancing.first_state(num_experts + moe.null_experts)).items():
+        arrays: Any = stored(moe.gate.balancing.first_state(num_experts + moe.null_experts))
+        for name, array in arrays.items():
             biases[name].set_value(array)
     given = {
         "router": (layer.router, "kernel", router),

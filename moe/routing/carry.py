@@ -40,12 +40,12 @@ def first_carry(gates: Iterable[Gate], num_experts: int) -> Any:
     return first
 
 
-def of_tokens(carry: Any, shape: tuple[int, int]) -> Any:
+def of_tokens(carry: Any, shape: tuple[int, ...]) -> Any:
     """Repeat what one token carries for tokens of this shape; None stays None."""
     return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (*shape, *leaf.shape)), carry)
 
 
-def regrouped(carry: Any, shape: tuple[int, int]) -> Any:
+def regrouped(carry: Any, shape: tuple[int, ...]) -> Any:
     """[B,T,...] as [G,S,...], or back: the first two axes get this shape."""
     return jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[2:]), carry)
 

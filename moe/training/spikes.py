@@ -66,7 +66,7 @@ def watched(optimizer: optax.GradientTransformationExtraArgs) -> optax.GradientT
         empty = History(jnp.zeros((), jnp.int32), jnp.zeros(WINDOW), jnp.zeros(WINDOW))
         return Watched(empty, optimizer.init(params))
 
-    def update(updates: Any, state: Watched, params: Any = None, **more: Any) -> tuple[Any, Watched]:
+    def update(updates: Any, state: Any, params: Any = None, **more: Any) -> tuple[Any, Watched]:
         updates, inner = optimizer.update(updates, state.optimizer, params, **more)
         return updates, Watched(state.history, inner)
 

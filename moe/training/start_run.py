@@ -105,6 +105,7 @@ def start_run(
             console.say(f"resuming {directory} at step {step} of {config.train.num_steps}")
         _apply_changes(config, run.changes | edited_code(config, directory), step, directory, console.say)
         note_code(config, directory)
+    assert state is not None  # made above, or restored
     heldout = functools.cache(lambda: load_heldout(program, prepared))  # at the first evaluation
     return Start(program, prepared, iterator, heldout, checkpoints, directory, step, state, saved)
 
