@@ -83,6 +83,8 @@ class Hosts:
             f"--workdir={workdir}",
             *sizes,
         ]
+        if modules := flags.FLAGS["allow_module"].value:
+            command.append(f"--allow_module={','.join(modules)}")
         with self._log.open("a") as log:
             self._processes = [
                 subprocess.Popen(
