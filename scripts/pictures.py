@@ -81,7 +81,7 @@ class Picture:
         page = self.page().replace("</body>", f"<script>{self.script}</script></body>")
         with tempfile.TemporaryDirectory() as folder:
             html = Path(folder, "page.html")
-            html.write_text(page)
+            write_atomic(html, page)
             command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars"]
             command += ["--allow-file-access-from-files", f"--user-data-dir={folder}/profile"]
             command += [f"--window-size={self.width},{self.height}", "--virtual-time-budget=20000"]

@@ -140,10 +140,11 @@ def rehearse(rehearsal: "Rehearsal", folder: Path, shrink: float) -> int:
     """
     from moe.config import to_dict
     from moe.planner import rehearsal as rehearsals
+    from moe.system.atomic_files import write_atomic
 
     alone, disturbed = folder / "alone", folder / "disturbed"
     for workdir in (alone, disturbed):
-        Path(f"{workdir}.json").write_text(json.dumps(to_dict(rehearsal.config)))
+        write_atomic(Path(f"{workdir}.json"), json.dumps(to_dict(rehearsal.config)))
     count = _PROCESSES.value
     Hosts(rehearsal, alone, rehearsal.mesh, count).wait({}, 0)
     print(f"undisturbed: {rehearsals.STEPS} steps", flush=True)
@@ -187,6 +188,7 @@ def main() -> None:
     """Parse flags and run."""
     from moe.config import ConfigError
     from moe.planner import rehearsal, topology
+    from moe.system.atomic_files import write_atomic
 
     pod = topology.get_topology(str(_TOPOLOGY.value), compiles=False)
     share = _SHRINK.value / _hosts(pod) if _SHRINK.value else 1.0
@@ -196,7 +198,7 @@ def main() -> None:
         folder = Path(_FOLDER.value or temporary)
         (folder / "text").mkdir(parents=True, exist_ok=True)
         for path in (*_ROOT.glob("docs/*.md"), _ROOT / "README.md"):
-            (folder / "text" / f"{path.stem}.txt").write_text(path.read_text())
+            write_atomic(folder / "text" / f"{path.stem}.txt", path.read_text())
         made = rehearsal.make(cli.load_config(_CONFIG), pod.num_chips, _DEVICES.value, folder / "text")
         if made.devices % _PROCESSES.value:
             raise ConfigError(f"--processes={_PROCESSES.value}: must divide the {made.devices} fake devices")

@@ -157,7 +157,7 @@ def test_the_guide_has_what_policies_keep_of_a_row():
     split = [kept(remat, 8) for remat in ("full", "attention", "outputs", "hidden")]
     assert split == [1, 1 + 2.5, 3.5 + 2, 5.5 + 2 * 2 * 3.5 * 5 / 4]
     full, attention, outputs, hidden = (f"{number:g}" for number in split)
-    assert f"{full} GiB with `full`, {attention} with `attention`, {outputs} with `outputs`, {hidden} with" in guide
+    assert f"{full} GiB with `full`, {attention} with `attention`, {outputs} with `outputs` and {hidden} with" in guide
     assert (kept("outputs", 1), kept("hidden", 1)) == (3.5, 3.5 + 2 * 2 * 3.5)
     assert f"`hidden` keeps {kept('hidden', 1):g} GiB" in guide
 
