@@ -35,6 +35,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 from moe.system import process  # noqa: E402
+from moe.system.stop_watch import STOP_WATCH  # noqa: E402
 from moe.training import profiling  # noqa: E402
 from tests.run_helpers import compilation_cache, directory, programs, whole  # noqa: E402, F401
 
@@ -55,6 +56,14 @@ def pytest_xdist_setupnodes() -> None:
 def pytest_collection_finish() -> None:
     """Exempt modules and collected tests from later garbage collections, which would traverse them in vain."""
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_stop_watch():
+    """Keep the watch for stop signals off, which would end this process after a signal that a test sends to it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(STOP_WATCH, "start", lambda: None)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -180,7 +180,12 @@ def test_every_command_is_a_program_and_an_entry_point():
     for name, target in scripts.items():
         program, _ = commands.COMMANDS[name.removeprefix("moe-")]
         assert getattr(commands, target.partition(":")[2]).args == (program,)
-    programs = {path.stem for path in (ROOT / "moe" / "programs").glob("*.py")} - {"__init__", "cli", "commands", "help_text"}
+    programs = {path.stem for path in (ROOT / "moe" / "programs").glob("*.py")} - {
+        "__init__",
+        "cli",
+        "commands",
+        "help_text",
+    }
     assert {program for program, _ in commands.COMMANDS.values()} == programs
     shown = subprocess.run([sys.executable, "-m", "moe", "trian"], cwd=ROOT, capture_output=True, text=True)
     assert (shown.returncode, shown.stderr) == (1, "error: moe trian: no such command; did you mean train?\n")
