@@ -6,7 +6,8 @@ A batch is a dict of int32 arrays, for B rows of this process, T = sequence_leng
   segment_ids  [B,T]  1, 2, ... per document within the row; 0 = padding
   positions    [B,T]  0, 1, ... within the segment
   domain       [B]    index into Prepared.domains; a row is of one domain
-and further arrays of the objective (:mod:`moe.config.objectives`), which says how rows are made:
+
+An objective (:mod:`moe.config.objectives`) adds arrays, and says how rows are made:
 
 Of text, documents are concatenated and cut into rows of T + 1 tokens; tokens = row[:-1] and targets = row[1:]. A
 document that a cut divides continues in the next row as a new segment with positions from 0.
