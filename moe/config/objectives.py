@@ -16,8 +16,8 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from moe.config.references import import_object
-from moe.system.fields import ConfigError, check_fields, raised_as_errors
+from moe.config.references import import_named
+from moe.system.fields import check_fields, raised_as_errors
 
 #: Setting that names the objective.
 FIELD = "data.objective"
@@ -164,7 +164,7 @@ class Objective:
 
     # --- Report ------------------------------------------------------------------------------------------------------
     def prompt(self, text: str, data: Any, tokenizer: Any) -> Any:
-        """What the report lets the model continue of a document; None: the document has nothing."""
+        """Part of a document that the model continues in the report; None: the document has none."""
         raise NotImplementedError
 
     def prompt_ids(self, prompt: Any) -> np.ndarray:
@@ -221,10 +221,4 @@ def find_objective(name: str) -> Objective:
     """
     if name in OBJECTIVES:
         return pkgutil.resolve_name(OBJECTIVES[name])(name=name)
-    value, where = import_object(FIELD, name), f"{FIELD}={name!r}"
-    if isinstance(value, type) and issubclass(value, Objective):
-        with raised_as_errors(f"{where}: {value.__name__}()"):  # such as a field without a default
-            value = value()
-    if not isinstance(value, Objective):
-        raise ConfigError(f"{where}: must be an Objective, not {type(value).__name__}")
-    return dataclasses.replace(value, name=name)
+    return import_named(FIELD, name, Objective)

@@ -7,6 +7,7 @@ may name only modules that the user also named, in a config of this process or o
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import difflib
 import importlib
 import importlib.machinery
@@ -20,7 +21,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from moe.config.named_modules import NAMED_MODULES
-from moe.system.fields import ConfigError, exits_as_errors, require
+from moe.system.fields import ConfigError, exits_as_errors, raised_as_errors, require
 
 #: Modules that the user named, and the one of the package's gates.
 _allowed: set[str] = {"moe.routing.gates"}
@@ -100,6 +101,32 @@ def import_object(field: str, name: str) -> typing.Any:
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ConfigError(f"{where}: module {module_name!r} has no {attribute!r}{hint}")
     return found
+
+
+def import_instance(field: str, name: str, kind: type) -> typing.Any:
+    """Import an object as :func:`import_object` does; of a subclass of ``kind``, make an instance with its defaults.
+
+    Raises:
+        ConfigError: it cannot be imported, or a field of the class has no default.
+    """
+    value = import_object(field, name)
+    if isinstance(value, type) and issubclass(value, kind):
+        with raised_as_errors(f"{field}={name!r}: {value.__name__}()"):
+            value = value()
+    return value
+
+
+def import_named(field: str, name: str, kind: type) -> typing.Any:
+    """Import an instance of a dataclass that has a field ``name``, and set that to the given name.
+
+    Raises:
+        ConfigError: see :func:`import_instance`, or the object is no instance of ``kind``.
+    """
+    value = import_instance(field, name, kind)
+    if not isinstance(value, kind):
+        article = "an" if kind.__name__[0] in "AEIOU" else "a"
+        raise ConfigError(f"{field}={name!r}: must be {article} {kind.__name__}, not {type(value).__name__}")
+    return dataclasses.replace(value, name=name)
 
 
 def code_fields(tree: object) -> dict[str, object]:

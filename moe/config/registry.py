@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 from moe.config.mixers import FIELD, Mixer
 from moe.config.moe_section import Capacity, Losses, MoEConfig
-from moe.config.references import import_object
+from moe.config.references import import_instance, import_named
 from moe.routing import gates, newer_gates
 from moe.routing.balancing_rules import BalancingRule
 from moe.routing.interface import Gate, RouterKind
@@ -62,13 +62,7 @@ def find_mixer(name: str) -> Mixer | None:
     """
     if name == "none":
         return None
-    value, where = import_object(FIELD, name), f"{FIELD}={name!r}"
-    if isinstance(value, type) and issubclass(value, Mixer):
-        with raised_as_errors(f"{where}: {value.__name__}()"):  # such as a field without a default
-            value = value()
-    if not isinstance(value, Mixer):
-        raise ConfigError(f"{where}: must be a Mixer, not {type(value).__name__}")
-    return dataclasses.replace(value, name=name)
+    return import_named(FIELD, name, Mixer)
 
 
 def layer_fields(gate: str | Gate | None) -> dict[str, Any]:
@@ -99,11 +93,8 @@ def is_balanced(gate: Gate) -> bool:
 
 
 def _import_layer(name: str) -> MoEConfig:
-    value = import_object("model.moe.gate", name)
+    value = import_instance("model.moe.gate", name, Gate)
     where = f"model.moe.gate={name!r}"
-    if isinstance(value, type) and issubclass(value, Gate):
-        with raised_as_errors(f"{where}: {value.__name__}()"):  # such as a field without a default
-            value = value()
     gate = value.gate if isinstance(value, MoEConfig) else value
     if not isinstance(gate, Gate):
         raise ConfigError(f"{where}: must be a Gate, not {type(value).__name__}")
