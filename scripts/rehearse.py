@@ -95,8 +95,10 @@ class Hosts:
 
     def wait_for_step(self, step: int) -> None:
         """Wait until the run has logged this step."""
+        from moe.planner.rehearsal import losses
+
         deadline = time.monotonic() + _TIMEOUT
-        while _step(self._workdir) < step:
+        while len(losses(self._workdir)) < step:
             codes = [each.poll() for each in self._processes]
             if any(code is not None for code in codes) or time.monotonic() > deadline:
                 raise SystemExit(f"error: the run ended before step {step}, with {codes}; see {self._log}")
@@ -122,12 +124,6 @@ class Hosts:
                 each.kill()
         if ended != expected:
             raise SystemExit(f"error: exit codes {ended}, expected {expected}; see {self._log}")
-
-
-def _step(workdir: Path) -> int:
-    """Newest step in the run's metrics."""
-    file = workdir / "metrics.jsonl"
-    return file.read_text().count('"kind": "train"') if file.exists() else 0
 
 
 def rehearse(rehearsal: "Rehearsal", folder: Path, shrink: float) -> int:
@@ -160,7 +156,7 @@ def rehearse(rehearsal: "Rehearsal", folder: Path, shrink: float) -> int:
         hosts.wait_for_step(last)
         hosts.stop()
         mesh = rehearsal.shrunk(shrink)
-        print(f"goes on with {_described(mesh)} after step {_step(disturbed)}", flush=True)
+        print(f"goes on with {_described(mesh)} after step {len(rehearsals.losses(disturbed))}", flush=True)
         Hosts(rehearsal, disturbed, mesh, max(2, count // 2)).wait({}, 0)
     else:
         Hosts(rehearsal, disturbed, rehearsal.mesh, count).wait({}, 0)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import dataclasses
 import math
 import os
 import types
@@ -117,6 +118,13 @@ def parse_sizes(entries: Sequence[str], *, remaining: bool = False) -> dict[str,
     return sizes
 
 
+def axis_sizes(config: MeshConfig, count: int) -> dict[str, int]:
+    """Devices per axis of a mesh of ``count`` devices, with -1 replaced; sizes that do not fit remain as they are."""
+    sizes = dataclasses.asdict(config)
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    return {axis: count // fixed if size == -1 else size for axis, size in sizes.items()}
+
+
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """Build the mesh over all devices, with -1 replaced.
 
@@ -125,15 +133,15 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """
     devices = list(jax.devices() if devices is None else devices)
     axes = tuple(axis for axis in AXES if axis not in _ONLY_WHERE_SPLIT or getattr(config, axis) != 1)
-    sizes = [getattr(config, axis) for axis in axes]
-    fixed = int(np.prod([size for size in sizes if size != -1]))
-    sizes = [len(devices) // fixed if size == -1 else size for size in sizes]
-    if int(np.prod(sizes)) != len(devices):
+    filled = axis_sizes(config, len(devices))
+    sizes = [filled[axis] for axis in axes]
+    if math.prod(sizes) != len(devices):
+        least = math.prod(max(size, 1) for size in sizes)  # -1 became 0 where the others need more devices
         settings = ", ".join(f"mesh.{axis}={getattr(config, axis)}" for axis in axes)
         more = ""
-        if devices[0].platform == "cpu" and fixed > len(devices):
-            flag = f"--xla_force_host_platform_device_count={fixed}"
-            more = f"; XLA_FLAGS={flag} in front of the command makes {fixed} devices of this computer's CPU"
+        if devices[0].platform == "cpu" and least > len(devices):
+            flag = f"--xla_force_host_platform_device_count={least}"
+            more = f"; XLA_FLAGS={flag} in front of the command makes {least} devices of this computer's CPU"
         raise ConfigError(
             f"{settings}: the sizes must multiply to the number of devices, {len(devices)}; "
             f"set one of them to -1 to use all remaining devices{more}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import Any
 
 from moe.config import Config, ConfigError, to_dict
 from moe.config.parse import from_config_dict
+from moe.parallel.mesh import axis_sizes
+from moe.system.metrics_files import METRICS, iterate_rows
 
 #: Widths of the toy, by dotted name; a width that is 0 in the config stays 0.
 _WIDTHS = {
@@ -84,7 +85,7 @@ def make(config: Config, chips: int, devices: int, dataset: Path) -> Rehearsal:
     Raises:
         ConfigError: the mesh does not fit the chips, or the config cannot be made small.
     """
-    pod_mesh = _filled(dataclasses.asdict(config.mesh), chips)
+    pod_mesh = _pod_mesh(config, chips)
     mesh = _reduced(pod_mesh, devices)
     tree = to_dict(config)
     model, moe = tree["model"], tree["model"]["moe"]
@@ -140,12 +141,11 @@ def _place(model: dict[str, Any], name: str) -> tuple[dict[str, Any], str]:
     return (model[section] if section else model), field
 
 
-def _filled(sizes: Mapping[str, int], chips: int) -> dict[str, int]:
-    """The sizes with -1 replaced by all remaining chips."""
-    fixed = math.prod(size for size in sizes.values() if size != -1)
-    filled = {axis: chips // fixed if size == -1 else size for axis, size in sizes.items()}
+def _pod_mesh(config: Config, chips: int) -> dict[str, int]:
+    """The pod's mesh. Raises ConfigError if it does not fit the chips."""
+    filled = axis_sizes(config.mesh, chips)
     if math.prod(filled.values()) != chips:
-        described = ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
+        described = ", ".join(f"mesh.{axis}={size}" for axis, size in dataclasses.asdict(config.mesh).items())
         raise ConfigError(f"{described}: the sizes must multiply to the topology's {chips} chips")
     return filled
 
@@ -179,14 +179,13 @@ class Difference:
 
 def compare(one: Path, other: Path) -> Difference:
     """Difference of the training losses of two workdirs."""
-    ours, theirs = _losses(one), _losses(other)
+    ours, theirs = losses(one), losses(other)
     steps = min(len(ours), len(theirs))
     pairs = [(ours[step], theirs[step]) for step in range(1, steps + 1)]
     equal = next((number for number, (a, b) in enumerate(pairs) if a != b), steps)
     return Difference(steps, equal, max((abs(a - b) / abs(b) for a, b in pairs), default=0.0))
 
 
-def _losses(workdir: Path) -> dict[int, float]:
-    """Training loss by step, from a workdir's metrics.jsonl."""
-    rows = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
-    return {row["step"]: row["loss"] for row in rows if row["kind"] == "train"}
+def losses(workdir: Path) -> dict[int, float]:
+    """Training loss by step, as far as a run has logged it."""
+    return {row["step"]: row["loss"] for row in iterate_rows(workdir / METRICS, "train")}
