@@ -152,6 +152,15 @@ def _t5_tensors(model: ModelConfig, stack: str) -> dict[str, str]:
     return _block_tensors(stack, {f"dense.{ours}": f"DenseReluDense.{name}.weight" for ours, name in names.items()})
 
 
+#: Both stacks of an encoder-decoder, and what T5's files hold besides.
+_STACKS: dict[str, Any] = {
+    "block": "{stack}.block.{layer}.",
+    "outside": _outside,
+    "unwritten": _UNWRITTEN,
+    "copies": _COPIES,
+    "unread": _UNREAD,
+}
+
 T5 = Family(
     "t5",
     "T5ForConditionalGeneration",
@@ -165,12 +174,8 @@ T5 = Family(
     ),
     _t5_tensors,
     base=EncoderDecoderConfig,
-    block="{stack}.block.{layer}.",
-    outside=_outside,
-    unwritten=_UNWRITTEN,
-    copies=_COPIES,
-    unread=_UNREAD,
     ties_by_file=True,
+    **_STACKS,
 )
 
 # --- Switch ----------------------------------------------------------------------------------------------------------
@@ -288,10 +293,6 @@ SWITCH_TRANSFORMERS = Family(
     _switch_tensors,
     defaults={"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "num_layers": 12},
     base=SwitchConfig,
-    block="{stack}.block.{layer}.",
-    outside=_outside,
-    unwritten=_UNWRITTEN,
-    copies=_COPIES,
-    unread=_UNREAD,
     balance_scale="per stack",
+    **_STACKS,
 )
