@@ -76,7 +76,7 @@ def locked_workdir(workdir: epath.Path) -> Iterator[None]:
 
 
 class Contents(enum.IntEnum):
-    """What a workdir holds; each value includes those before it."""
+    """Contents of a workdir; each value includes those before it."""
 
     NOTHING = 0
     #: config.json of a start that never trained a step: any config may reuse the workdir.
@@ -92,7 +92,7 @@ class Contents(enum.IntEnum):
 
 
 def contents(workdir: epath.Path) -> Contents:
-    """What a workdir holds.
+    """Return the contents of a workdir.
 
     Raises:
         ConfigError: there are checkpoints without a config, the config is not a run's, or a run's checkpoints are gone.

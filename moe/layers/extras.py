@@ -1,4 +1,4 @@
-"""What an MoE layer may have around its FFN experts: experts without an FFN, and latent projections."""
+"""Optional parts of an MoE layer around its FFN experts: experts without an FFN, and latent projections."""
 
 from __future__ import annotations
 

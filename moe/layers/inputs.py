@@ -1,4 +1,4 @@
-"""What the parts of a block are given beside activations: the rows of tokens, and dropout."""
+"""Inputs of the parts of a block other than activations: the rows of tokens, and dropout."""
 
 from __future__ import annotations
 

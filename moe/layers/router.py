@@ -71,7 +71,7 @@ class Router(nnx.Module):
         return logits if self.logit_bias is None else logits + self.logit_bias[...]
 
     def features(self, x: Float[Array, "G S D"]) -> Float[Array, "G S inputs"]:
-        """What W_g multiplies: x, unless a derived router changes it."""
+        """Inputs of W_g: x, unless a derived router changes it."""
         return x
 
     def columns(self) -> Array:

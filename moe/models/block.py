@@ -32,7 +32,7 @@ Record = tuple[LayerReport, Routing] | None
 
 
 class Stream(NamedTuple):
-    """What passes from layer to layer.
+    """Activations and carry that pass from layer to layer.
 
     Attributes:
         x: [B,T,D] activations.

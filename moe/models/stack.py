@@ -71,7 +71,7 @@ def segments(layers: tuple[LayerKind, ...]) -> tuple[tuple[tuple[LayerKind, ...]
 
 
 def carry_of(moe: MoEConfig, layers: tuple[LayerKind, ...]) -> Any:
-    """What the lowest router of a stack reads, for one token (:func:`moe.routing.carry.first_carry`)."""
+    """Initial carry of one token for the routers of a stack (:func:`moe.routing.carry.first_carry`)."""
     gates = [kind.gate for kind in layers if kind.gate is not None]
     return first_carry(gates, moe.num_experts + moe.null_experts)
 
@@ -145,7 +145,7 @@ class Stack(nnx.Module):
         return drop.at(StackSite.OUTPUT)(self.final_norm(stream.x)), layers, recorded
 
     def begin(self, x: Float[Array, "B T D"]) -> Stream:
-        """What the first layer reads. Raises ConfigError if routers hand on different shapes."""
+        """Input of the first layer. Raises ConfigError if routers hand on different shapes."""
         return Stream(x, of_tokens(carry_of(self.config.moe, self.kinds), x.shape[:2]))
 
     @property

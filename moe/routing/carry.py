@@ -1,4 +1,4 @@
-"""What routers hand on to the MoE layer above them: a vector, or a decision (residual routers of MoE++ and ZAYA)."""
+"""Carry from a router to that of the next MoE layer: a vector or a decision (residual routers of MoE++ and ZAYA)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moe.system.fields import ConfigError
 
 
 def first_carry(gates: Iterable[Gate], num_experts: int) -> Any:
-    """What the lowest of these gates' layers reads, for one token; None: no gate hands anything on.
+    """Initial carry of one token, for the lowest of these gates' layers; None: no gate hands anything on.
 
     Args:
         gates: of a model's MoE layers, the lowest first.
@@ -51,7 +51,7 @@ def regrouped(carry: Any, shape: tuple[int, ...]) -> Any:
 
 
 def handed_on(gate: Gate, before: Any, after: Any, valid: Array) -> Any:
-    """What a gate hands on, 0 for tokens that are not routed.
+    """Carry after a gate, 0 for tokens that are not routed.
 
     Args:
         before: ``GateInputs.carry``.

@@ -176,8 +176,8 @@ class Gate:
         return None
 
     def first_carry(self, num_experts: int) -> Any:
-        """What the lowest MoE layer reads as ``GateInputs.carry``, for one token: a pytree of float32 arrays, which
-        also sets the shapes of what every layer hands on; None: nothing is handed on.
+        """Initial ``GateInputs.carry`` of one token, read by the lowest MoE layer: a pytree of float32 arrays, whose
+        shapes every layer keeps; None: nothing is handed on.
 
         Args:
             num_experts: E, columns of the router.
