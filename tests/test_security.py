@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import errno
 import hashlib
 import io
 import json
 import os
 import pickle
 import resource
+import signal
 import subprocess
 import sys
+import threading
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -356,10 +359,10 @@ def test_reading_a_workdir_needs_no_optimizer(tmp_path, planted_module, monkeypa
 
 # --- Links, full disks, text -----------------------------------------------------------------------------------------
 def test_a_planted_link_is_replaced_and_not_followed(tmp_path):
-    """PATH.tmp, which a writer creates first, and the file itself are links to one of the user's files."""
+    """A temporary file of the report, and the report itself, are links to one of the user's files."""
     target = tmp_path / "precious"
     target.write_text("mine")
-    for name in ("report.txt", "report.txt.tmp"):
+    for name in ("report.txt", "report.txt.0123abcd.tmp"):
         (tmp_path / name).symlink_to(target)
     write_atomic(tmp_path / "report.txt", "ours")
     report.figure(tmp_path / "training.png", [], {"all": 1.0})
@@ -368,7 +371,7 @@ def test_a_planted_link_is_replaced_and_not_followed(tmp_path):
     report.figure(tmp_path / "training.png", [], {"all": 1.0})
     assert target.read_text() == "mine"
     assert (tmp_path / "report.txt").read_text() == "ours"
-    assert not any(path.is_symlink() for path in tmp_path.iterdir())
+    assert not any((tmp_path / name).is_symlink() for name in ("report.txt", "training.png"))
 
 
 @contextlib.contextmanager
@@ -393,6 +396,66 @@ def test_lines_are_appended_to_regular_files_only(tmp_path):
     for line in ("1 é\n", "2\n"):
         atomic_files.append(tmp_path / "new", line)
     assert (tmp_path / "new").read_bytes() == "1 é\n2\n".encode()
+
+
+def test_two_programs_write_one_path(tmp_path):
+    """The first one ends while the second one has written half: no reader sees that half."""
+    path, half, finished = tmp_path / "report.txt", threading.Event(), threading.Event()
+
+    def parts():
+        yield b"second, "
+        half.set()
+        finished.wait(10)
+        yield b"whole"
+
+    second = threading.Thread(target=write_atomic, args=(path, parts()))
+
+    def first():
+        yield b"first, "
+        second.start()
+        half.wait(10)
+        yield b"whole"
+
+    write_atomic(path, first())
+    between = path.read_text()
+    finished.set()
+    second.join()
+    assert (between, path.read_text()) == ("first, whole", "second, whole")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_writer_has_left_is_removed_by_the_next_one(tmp_path):
+    path = tmp_path / "report.txt"
+    killed = f"""
+import os, signal
+from pathlib import Path
+from moe.system.atomic_files import write_atomic
+def parts():
+    yield b"x" * 100_000
+    os.kill(os.getpid(), signal.SIGKILL)
+write_atomic(Path({str(path)!r}), parts())
+"""
+    write_atomic(path, "good")
+    assert subprocess.run([sys.executable, "-c", killed], cwd=ROOT, check=False).returncode == -signal.SIGKILL
+    assert (path.read_text(), len(list(tmp_path.iterdir()))) == ("good", 2)
+    write_atomic(path.with_name("report.txt.html"), "another file's writer leaves it")
+    assert len(list(tmp_path.iterdir())) == 3
+    write_atomic(path, "better")
+    assert (path.read_text(), len(list(tmp_path.iterdir()))) == ("better", 2)
+
+
+def test_a_file_is_renamed_once_the_disk_has_it(tmp_path, monkeypatch):
+    """Some file systems, such as a full quota over a network, refuse what was written only then."""
+    path = tmp_path / "report.txt"
+    write_atomic(path, "good")
+
+    def refuse(file):
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(OSError, match=rf"Disk quota exceeded: '{path}'"):
+        write_atomic(path, "better")
+    assert (path.read_text(), list(tmp_path.iterdir())) == ("good", [path])
 
 
 def test_a_device_is_not_replaced_by_a_file(tmp_path):

@@ -9,11 +9,12 @@ import io
 import json
 import os
 import re
+import secrets
 import stat
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from etils import epath
 
@@ -37,8 +38,9 @@ def is_bucket_error(error: BaseException) -> bool:
 def write_atomic(path: epath.Path | Path, content: bytes | str | Iterable[bytes]) -> None:
     """Create or replace a file in one step: a reader, or a crash, sees the old content or the new, never a part.
 
-    The content goes to ``PATH.tmp`` first, which is then renamed; only one process may write a path at a time. In a
-    bucket an object appears whole, or not at all. A link at either path is replaced, never followed.
+    The content goes to a new file beside it, ``PATH.XXXXXXXX.tmp``, which is renamed once the disk has it. Of several
+    programs that write a path at once the last one to rename decides. What a killed program has left, the next one
+    removes. In a bucket an object appears whole, or not at all. A link at the path is replaced, never followed.
 
     Args:
         path: of the file.
@@ -55,18 +57,52 @@ def write_atomic(path: epath.Path | Path, content: bytes | str | Iterable[bytes]
     mode = os.stat(path).st_mode if os.path.exists(path) else 0
     if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
         raise ConfigError(f"{path}: is a device, and must be a file")
-    temporary = Path(path).with_name(f"{path.name}.tmp")
     with STOP_WATCH.unfinished():
-        temporary.unlink(missing_ok=True)  # left by a kill, or a planted link
+        _remove_abandoned(Path(path))
         try:
-            with open(temporary, "xb", opener=_new) as file:
+            with _temporary(Path(path)) as file:
                 file.writelines([content] if isinstance(content, bytes) else content)
-            temporary.replace(path)
-        except BaseException as error:
-            temporary.unlink(missing_ok=True)
-            if isinstance(error, OSError) and error.filename is None:  # as of a full disk
-                error.filename = os.fspath(path)
+                file.flush()
+                os.fsync(file.fileno())
+                Path(file.name).replace(path)
+        except OSError as error:  # of a full disk it names no file
+            if error.filename is None or _TEMPORARY.search(os.fspath(error.filename)):
+                error.filename, error.filename2 = os.fspath(path), None
             raise
+
+
+#: End of the name of a temporary file.
+_TEMPORARY = re.compile(r"\.[0-9a-f]{8}\.tmp$")
+
+
+@contextlib.contextmanager
+def _temporary(path: Path) -> Iterator[BinaryIO]:
+    """A new file beside ``path``, whose lock is held while it is open, and which is removed if the block fails."""
+    while True:
+        temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+        with open(temporary, "xb", opener=_new) as file:
+            lock(file.fileno(), fcntl.LOCK_EX)
+            if not os.fstat(file.fileno()).st_nlink:  # not locked yet, another program took it for an abandoned one
+                continue
+            try:
+                yield file
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+            return
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove the temporary files of a path whose writers were killed: nobody holds their locks."""
+    try:
+        names = os.listdir(path.parent)
+    except OSError:
+        return  # the writer says what is wrong with the folder
+    for name in names:
+        if name.startswith(f"{path.name}.") and _TEMPORARY.fullmatch(name, len(path.name)):
+            with contextlib.suppress(OSError), open(path.with_name(name), "r+b", opener=_new) as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails, also where a file system has no locks
+                os.unlink(path.with_name(name))
 
 
 def write_figure(path: epath.Path | Path, figure: Any, dpi: int, **options: Any) -> None:
