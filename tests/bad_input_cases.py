@@ -87,7 +87,7 @@ CASES = [
     value("model.pattern", "mixer", "needs model.mixer"),
     value("model.activation", "silu", "swiglu, swiglu_clamped"),
     value("model.dtype", "float16", "float32, bfloat16"),
-    value("model.remat", "always", "none, hidden, outputs, attention, offload, dots, routes, full"),
+    value("model.remat", "always", "none, hidden, outputs, attention, offload, offload_inputs, dots, routes, full"),
     value("model.attention", "flash", "full, blocked"),
     value("model.moe.gate", "mixtrall", "must be one of none"),
     value("model.moe.gate", "expert_choice", "accept_future_leak"),

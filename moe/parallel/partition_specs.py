@@ -76,24 +76,31 @@ INNER_INPUT = "inner_input"
 
 _keep_only = jax.checkpoint_policies.save_only_these_names
 
+
+def _in_host_memory(*names: str) -> Any:
+    """Policy that keeps where tokens go on the device, and these activations in host memory."""
+    return jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[ROUTES],
+        names_which_can_be_offloaded=list(names),
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
+
+
 #: Checkpoint policies: what the backward pass recomputes. "none": nothing; "full": the layer; "dots": all but matmuls
 #: without a batch axis. The others, in this order, each keep more than the one before: "routes" where tokens go, a few
 #: integers for each, so that gradients travel to the experts while attention is recomputed; "attention" also the heads,
 #: so that neither they nor their projections are recomputed; "outputs" also what experts return, where it is read
 #: (their last matmul and exchange); "hidden" also hidden activations, so that only cheap work is left to recompute.
-#: "offload" keeps what "attention" does, and the layers' inputs, in host memory: the least device memory, for two
-#: transfers.
+#: "offload" keeps what "attention" does, and the layers' inputs, in host memory, for two transfers; "offload_inputs"
+#: the inputs alone, and recomputes what "routes" does: the least device memory, for a transfer of one array a layer.
 REMAT_POLICIES: dict[str, Any] = {
     "none": jax.checkpoint_policies.everything_saveable,
     "hidden": _keep_only(ROUTES, INNER_INPUT, ATTENTION, EXPERT_OUTPUTS, HIDDEN),
     "outputs": _keep_only(ROUTES, INNER_INPUT, ATTENTION, EXPERT_OUTPUTS),
     "attention": _keep_only(ROUTES, INNER_INPUT, ATTENTION),
-    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[ROUTES],
-        names_which_can_be_offloaded=[ATTENTION, LAYER_INPUT],
-        offload_src="device",
-        offload_dst="pinned_host",
-    ),
+    "offload": _in_host_memory(ATTENTION, LAYER_INPUT),
+    "offload_inputs": _in_host_memory(LAYER_INPUT),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "routes": _keep_only(ROUTES, INNER_INPUT),
     "full": jax.checkpoint_policies.nothing_saveable,

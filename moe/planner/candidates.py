@@ -23,9 +23,10 @@ from moe.planner.chips import Chip
 from moe.planner.gpus import Gpu
 from moe.planner.topology import Topology
 
-#: Remat policies to try. ``offload`` is left out because its transfers are priced by an assumed link to the host,
-#: ``routes`` because it needs as much memory and arithmetic as ``full``.
-SEARCHED_POLICIES = tuple(policy for policy in REMAT_POLICIES if policy not in ("offload", "routes"))
+#: Remat policies to try. Those with arrays in the host's memory are left out because their transfers are priced by an
+#: assumed link to it, ``routes`` because it needs as much memory and arithmetic as ``full``.
+_NOT_SEARCHED = "offload", "offload_inputs", "routes"
+SEARCHED_POLICIES = tuple(policy for policy in REMAT_POLICIES if policy not in _NOT_SEARCHED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,8 +186,8 @@ _MATMUL_SHARE = 0.8
 
 #: Share of the forward pass that a remat policy recomputes, roughly.
 _RECOMPUTED = {
-    "none": 0.0, "hidden": 0.05, "outputs": 0.6, "attention": 0.9, "offload": 0.9, "dots": 0.9, "routes": 1.0,
-    "full": 1.0,
+    "none": 0.0, "hidden": 0.05, "outputs": 0.6, "attention": 0.9, "offload": 0.9, "offload_inputs": 1.0,
+    "dots": 0.9, "routes": 1.0, "full": 1.0,
 }  # fmt: skip
 
 

@@ -212,7 +212,7 @@ def _layers(config: Config, sizes: Mapping[str, int], arrays: _Arrays, rows: int
         length //= sizes.get("context", 1)  # of a row, on one device
         for unit, repeats in segments(kinds):
             layers = [_layer(config, sizes, arrays, kind, rows * length) for kind in unit]
-            kept_inputs = {"offload": 0, "none": 1, "dots": 1, "full": 1}.get(remat, len(unit))
+            kept_inputs = {"offload": 0, "offload_inputs": 0, "none": 1, "dots": 1, "full": 1}.get(remat, len(unit))
             inputs = float(kept_inputs * config.model.d_model)
             kept += repeats * length * (inputs + sum(layer.kept for layer in layers))
             alive = max(alive, length * sum(layer.alive for layer in layers))
@@ -250,6 +250,7 @@ def _layer(config: Config, sizes: Mapping[str, int], arrays: _Arrays, kind: Laye
         "outputs": attention + outputs,
         "attention": attention,
         "offload": 0.0,
+        "offload_inputs": 0.0,
         "dots": mixers * (projections + model.d_model) + (0.0 if kind.sparse else matmuls_into * hidden),
         "routes": 0.0,
         "full": 0.0,

@@ -107,7 +107,7 @@ def make(config: Config, chips: int, devices: int, dataset: Path) -> Rehearsal:
     microbatches = max(mesh["pipeline"], min(config.train.accumulation_steps, 2))
     model |= {
         "dtype": "float32",  # so that another mesh changes no more than the last digits
-        "remat": "full" if model["remat"] == "offload" else model["remat"],
+        "remat": "full" if model["remat"].startswith("offload") else model["remat"],
         "rope_scaling": {"kind": "none"},
     }
     tree["data"] = {

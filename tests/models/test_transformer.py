@@ -123,7 +123,7 @@ def test_layers_of_one_trip_change_nothing(unroll, written_out, rng):
     assert [scan.params["unroll"] for scan in scans] == [written_out] * 2  # forward, backward
 
 
-@pytest.mark.parametrize("policies", [("full",), slow_case(("hidden", "offload", "dots", "routes"))])
+@pytest.mark.parametrize("policies", [("full",), slow_case(("hidden", "offload", "offload_inputs", "dots", "routes"))])
 def test_remat_changes_neither_value_nor_gradient(policies, rng):
     config = tiny_model(**EVERY_2)
     tokens = _tokens(rng, config)
@@ -136,8 +136,10 @@ def test_remat_changes_neither_value_nor_gradient(policies, rng):
         _assert_trees_close(results[policy], results["none"])
 
 
-def test_offload_keeps_inputs_and_heads_in_host_memory():
-    config = tiny_model(num_layers=2, remat="offload")
+# A layer's input; or that and queries, keys, values and heads.
+@pytest.mark.parametrize(("policy", "arrays"), [("offload_inputs", 1), ("offload", 5)])
+def test_offloaded_arrays_are_in_host_memory(policy, arrays):
+    config = tiny_model(num_layers=2, remat=policy)
     graphdef, parameters = _build(config)
 
     def loss(parameters):
@@ -145,8 +147,7 @@ def test_offload_keeps_inputs_and_heads_in_host_memory():
 
     (forward,) = [e for e in jax.make_jaxpr(jax.grad(loss))(parameters).eqns if e.primitive.name == "scan"][:1]
     moved = [e for e in forward.params["jaxpr"].eqns if e.primitive.name == "device_put"]
-    # A layer's input, queries, keys, values and heads.
-    assert len(moved) == 5
+    assert len(moved) == arrays
     assert {e.outvars[0].aval.memory_space for e in moved} == {jax.memory.Space.Host}
 
 
