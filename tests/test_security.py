@@ -444,6 +444,18 @@ write_atomic(Path({str(path)!r}), parts())
     assert (path.read_text(), len(list(tmp_path.iterdir()))) == ("better", 2)
 
 
+@pytest.mark.parametrize("name", ["a" * 255, "é" * 127, "*", "(a+)+$"])
+def test_a_file_may_have_any_name(tmp_path, name):
+    """The temporary file's name is not too long, and of what others have left only its own is removed."""
+    (tmp_path / "b.0123abcd.tmp").write_text("of another file")
+    (tmp_path / f"{name[:60]}.0123abcd.tmp").write_text("abandoned")
+    write_atomic(tmp_path / name, "new")
+    assert {path.name for path in tmp_path.iterdir()} == {name, "b.0123abcd.tmp"}
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(IsADirectoryError, match=r"folder'$"):  # not the temporary file's name
+        write_atomic(tmp_path / "folder", "new")
+
+
 def test_a_file_is_renamed_once_the_disk_has_it(tmp_path, monkeypatch):
     """Some file systems, such as a full quota over a network, refuse what was written only then."""
     path = tmp_path / "report.txt"

@@ -67,19 +67,19 @@ def write_atomic(path: epath.Path | Path, content: bytes | str | Iterable[bytes]
                 Path(file.name).replace(path)
         except OSError as error:  # of a full disk it names no file
             if error.filename is None or _TEMPORARY.search(os.fspath(error.filename)):
-                error.filename, error.filename2 = os.fspath(path), None
+                raise OSError(error.errno, error.strerror, os.fspath(path)) from None
             raise
 
 
-#: End of the name of a temporary file.
-_TEMPORARY = re.compile(r"\.[0-9a-f]{8}\.tmp$")
+#: End of the name of a temporary file, and characters of the path's own name before it: a name has at most 255 bytes.
+_TEMPORARY, _STEM = re.compile(r"\.[0-9a-f]{8}\.tmp$"), 60
 
 
 @contextlib.contextmanager
 def _temporary(path: Path) -> Iterator[BinaryIO]:
     """A new file beside ``path``, whose lock is held while it is open, and which is removed if the block fails."""
     while True:
-        temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+        temporary = path.with_name(f"{path.name[:_STEM]}.{secrets.token_hex(4)}.tmp")
         with open(temporary, "xb", opener=_new) as file:
             lock(file.fileno(), fcntl.LOCK_EX)
             if not os.fstat(file.fileno()).st_nlink:  # not locked yet, another program took it for an abandoned one
@@ -98,8 +98,9 @@ def _remove_abandoned(path: Path) -> None:
         names = os.listdir(path.parent)
     except OSError:
         return  # the writer says what is wrong with the folder
+    stem = path.name[:_STEM]
     for name in names:
-        if name.startswith(f"{path.name}.") and _TEMPORARY.fullmatch(name, len(path.name)):
+        if name.startswith(f"{stem}.") and _TEMPORARY.fullmatch(name, len(stem)):
             with contextlib.suppress(OSError), open(path.with_name(name), "r+b", opener=_new) as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails, also where a file system has no locks
                 os.unlink(path.with_name(name))
