@@ -15,6 +15,7 @@ import numpy as np
 from moe.benchmarks import timing
 from moe.benchmarks.gpu_sizes import Sizes
 from moe.dispatch.backends import gpu, row_blocks, tpu
+from moe.dispatch.backends.packed import PackedWeights
 from moe.dispatch.ffn import ExpertWeights
 
 
@@ -38,7 +39,7 @@ def large_groups(sizes: Sizes, calls: int) -> Iterator[str]:
         shapes = ((num_rows, d), (num_rows, d), (experts, d, f), (experts, d, f), (experts, f, d))
         arrays = [jax.random.normal(key, shape, sizes.dtype) for key, shape in zip(keys, shapes, strict=True)]
         rows, gradient, up, gate, down = (array / math.sqrt(array.shape[-2]) for array in arrays)
-        weights = ExpertWeights(up, gate, down, activation="swiglu", keeps_hidden=False)
+        weights = gpu.pack(ExpertWeights(up, gate, down, activation="swiglu", keeps_hidden=False))
         chosen = gpu.large_blocks(rows.shape[0], weights) or row_blocks.RowBlocks((num_rows,))
 
         arguments = rows, weights, counts, gradient
@@ -57,14 +58,14 @@ def large_groups(sizes: Sizes, calls: int) -> Iterator[str]:
             yield f"| {experts} | {int(counts.sum())} | {name} | {worst:.1e} | {1e3 * median:.2f} | {rate:.0f} |"
 
 
-def _in_blocks(blocks: row_blocks.RowBlocks, rows: jax.Array, weights: ExpertWeights, counts: jax.Array) -> jax.Array:
-    return row_blocks.grouped_ffn(blocks, rows, counts, weights.joined())
+def _in_blocks(blocks: row_blocks.RowBlocks, rows: jax.Array, weights: PackedWeights, counts: jax.Array) -> jax.Array:
+    return row_blocks.grouped_ffn(blocks, rows, counts, weights)
 
 
-def _with_gradients(ffn: Callable[[jax.Array, ExpertWeights, jax.Array], jax.Array]) -> Callable[..., list[jax.Array]]:
+def _with_gradients(ffn: Callable[[jax.Array, PackedWeights, jax.Array], jax.Array]) -> Callable[..., list[jax.Array]]:
     """Outputs and gradients of an FFN of grouped rows, 0 for rows of no group."""
 
-    def both(rows: jax.Array, weights: ExpertWeights, counts: jax.Array, gradient: jax.Array) -> list[jax.Array]:
+    def both(rows: jax.Array, weights: PackedWeights, counts: jax.Array, gradient: jax.Array) -> list[jax.Array]:
         y, pull = jax.vjp(lambda rows, weights: ffn(rows, weights, counts), rows, weights)
         inside = jnp.arange(len(rows))[:, None] < jnp.sum(counts)
         d_rows, d_weights = pull(jnp.where(inside, gradient, 0))

@@ -15,7 +15,7 @@ from flax import nnx
 from moe.config import ModelConfig, MoEConfig
 from moe.config.parse import build
 from moe.config.registry import find_gate
-from moe.dispatch.backends import grouped_ffn
+from moe.dispatch.backends import backend, grouped_ffn
 from moe.layers.ffn import Experts
 from moe.layers.moe_layer import MoELayer
 from moe.parallel import partition_specs, target
@@ -141,7 +141,7 @@ def experts_alone(case: Case) -> dict[str, Callable[[], Any]]:
 
     def forward(parameters, rows, sizes):
         experts = nnx.merge(graphdef, parameters)
-        return grouped_ffn(rows, sizes, experts.weights.gathered(rows.dtype))
+        return grouped_ffn(rows, sizes, backend().pack(experts.weights.gathered(rows.dtype)))
 
     def loss(parameters, rows, sizes):
         return jnp.sum(forward(parameters, rows, sizes).astype(jnp.float32) * rows)

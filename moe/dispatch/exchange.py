@@ -23,7 +23,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
-from moe.dispatch.backends import cpu, grouped_ffn, whole_tiles
+from moe.dispatch.backends import backend, cpu, grouped_ffn, whole_tiles
 from moe.dispatch.buffers import Tables, combine_rows, fill_rows, sum_rows, take_rows, weights_of_rows, with_inverse
 from moe.dispatch.ffn import ExpertDropout, ExpertWeights
 from moe.dispatch.peers import Peers, Route
@@ -64,7 +64,7 @@ def weighted_outputs(
     rows = fill_rows(x, *tables)
     if weights.dropout is not None:
         weights = weights.at(take_rows(weights.dropout.assignments.reshape(-1), tables[0]))
-    if target.is_cpu() or (peers.size > 1 and weights.keeps_outputs):
+    if not backend().SCALES_HIDDEN or (peers.size > 1 and weights.keeps_outputs):
         outputs = _exchanged(rows, None, sizes, weights, peers)
         return combine_rows(checkpoint_name(outputs, EXPERT_OUTPUTS), combine_weights, *tables)
     # Combine weights are applied before the last matmul, so that the backward pass needs no outputs: for the gradients
@@ -83,7 +83,7 @@ def _exchanged(
     """The experts' outputs for rows, times the rows' factors ``scale`` if given."""
     if peers.size == 1:
         return grouped_ffn(rows, sizes, weights, scale)
-    if target.is_cpu():
+    if not target.current().has_ragged_exchange:
         return _exchange_in_slots(rows, sizes, weights, peers)
     with jax.named_scope(LOAD_SCOPE):
         loads = peers.gather(sizes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +14,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int, PRNGKeyArray
 
 from moe.dispatch import quantized
-from moe.parallel import target
-from moe.parallel.mesh import axis_of, axis_size
-from moe.parallel.parameters import gather_array, gather_shard, times
+from moe.parallel.mesh import axis_of
+from moe.parallel.parameters import gather_array, times
 from moe.parallel.partition_specs import EXPERT_BIASES, EXPERTS_IN, EXPERTS_OUT, GROUPS, HIDDEN, REPLICATED
 
 #: Slope of the sigmoid, and bound of both inputs, in gpt-oss.
@@ -28,6 +27,9 @@ def _clamped_swiglu(gate: Array, up: Array) -> Array:
     return gate * jax.nn.sigmoid(times(gate, SWIGLU_SLOPE)) * (up + 1)
 
 
+#: (rows, matrices) → rows times their experts' matrices; takes ``transposed=True`` where ``down`` may be transposed.
+Matmul = Callable[..., Array]
+
 #: (gate, up) → hidden activation. geglu uses the tanh approximation, as T5 does; geglu_exact the error function.
 GATED_ACTIVATIONS: dict[str, Callable[[Array, Array], Array]] = {
     "swiglu": lambda gate, up: jax.nn.silu(gate) * up,
@@ -36,10 +38,6 @@ GATED_ACTIVATIONS: dict[str, Callable[[Array, Array], Array]] = {
     "geglu_exact": lambda gate, up: jax.nn.gelu(gate, approximate=False) * up,
     "reglu": lambda gate, up: jax.nn.relu(gate) * up,
 }
-
-
-#: Those that the TPU kernels compute (:mod:`moe.dispatch.backends.gated`): Pallas lacks the error function on TPUs.
-ACTIVATIONS_OF_KERNELS = "swiglu", "swiglu_clamped", "geglu", "reglu"
 
 
 PLAIN_ACTIVATIONS = {"gelu": jax.nn.gelu, "relu": jax.nn.relu}
@@ -98,7 +96,8 @@ class ExpertDropout:
 class ExpertWeights:
     """E FFNs of one shape: their weights, and how they are applied.
 
-    The bias of ``down`` is not among them: what a device computes may be a partial sum, so the layer adds it.
+    The bias of ``down`` is not among them: what a device computes may be a partial sum, so the layer adds it. A backend
+    packs the weights in the form that its products read (:func:`moe.dispatch.backends.pack`).
 
     Attributes:
         up: [E,D,F].
@@ -107,11 +106,6 @@ class ExpertWeights:
         biases: [E,F] of up and of gate; None: without biases.
         dropout: of the hidden activations; None: none.
         activation: a value of ``model.activation``, static.
-        is_joined: ``up`` holds gate too, [E,D,2F], static.
-        is_interleaved: ``up`` holds up and gate in alternating blocks of LANES columns, [E,D,2F'] with F' a multiple of
-            LANES; biases likewise, [E,2F']; down is padded to F' too. Static.
-        is_turned: ``down`` is [E,D,F], static.
-        are_shards: the matrices have one device's part of D, over ``fsdp``, which products gather in 8 bits. Static.
         precision: of the factors, a value of ``model.low_precision``, static.
         sent_precision: of rows, and of gradients of outputs, on their way to other hosts, likewise.
         keeps_hidden: hidden activations are kept for the backward pass; else row blocks recompute them in it, static.
@@ -124,19 +118,38 @@ class ExpertWeights:
     biases: tuple[Array, Array | None] | None = None
     dropout: ExpertDropout | None = None
     activation: str = dataclasses.field(kw_only=True, metadata={"static": True})
-    is_joined: bool = dataclasses.field(default=False, metadata={"static": True})
-    is_interleaved: bool = dataclasses.field(default=False, metadata={"static": True})
-    is_turned: bool = dataclasses.field(default=False, metadata={"static": True})
-    are_shards: bool = dataclasses.field(default=False, metadata={"static": True})
     precision: str = dataclasses.field(default="none", metadata={"static": True})
     sent_precision: str = dataclasses.field(default="none", metadata={"static": True})
     keeps_hidden: bool = dataclasses.field(default=True, metadata={"static": True})
     keeps_outputs: bool = dataclasses.field(default=True, metadata={"static": True})
 
+    #: ``down`` is [E,D,F].
+    down_transposed: ClassVar[bool] = False
+
     @property
     def into(self) -> tuple[Any, Any]:
-        """Matrices and biases that :func:`into_hidden` takes."""
+        """Matrices and biases that :meth:`into_hidden` takes."""
         return (self.up, self.gate), self.biases
+
+    def split(self, products: tuple[Array, Array | None]) -> tuple[Array, Array | None]:
+        """The products of rows with up and with gate, of those with the matrices of :attr:`into`."""
+        return products
+
+    def into_hidden(self, rows: Array, into: tuple[Any, Any], matmul: Matmul) -> tuple[Array, Array | None]:
+        """First half of an FFN: inputs of the nonlinearity, from up and from gate.
+
+        Args:
+            into: :attr:`into`, or one expert's.
+        """
+        matrices, biases = into
+        products = jax.tree.map(lambda matrix: matmul(rows, matrix), matrices)
+        if biases is None:
+            return self.split(checkpoint_name(products, HIDDEN))
+        # A bias is a matrix whose input is 1, so that each row gets its own expert's bias in every form of dispatch.
+        # The biases of up and gate are added separately: XLA for TPUs then adds one together with the nonlinearity.
+        ones = jnp.ones_like(rows[..., :1])
+        hidden = jax.tree.map(lambda x, bias: x + matmul(ones, jnp.expand_dims(bias, -2)), self.split(products), biases)
+        return checkpoint_name(hidden, HIDDEN)
 
     def quantizes(self, matrices: Array) -> bool:
         """Whether the product with these matrices has quantised factors; not with a bias, a matrix of one row."""
@@ -176,98 +189,6 @@ class ExpertWeights:
             specs["dropout"] = dataclasses.replace(self.dropout, key=REPLICATED, rows=GROUPS)
         return dataclasses.replace(self, **specs)
 
-    def gathered_shards(self) -> ExpertWeights:
-        """One device's experts, within ``shard_map``, gathered over ``fsdp`` from shards.
-
-        On accelerators up and gate are joined, and down is transposed, while they are shards, so that no whole matrix
-        is copied, as gradients scattered over the last dimension would be. Shards that products gather themselves
-        (``are_gathered_in_products``) are not gathered here.
-        """
-        if target.is_cpu():
-            gate = None if self.gate is None else gather_shard(self.gate, 1)
-            return dataclasses.replace(self, up=gather_shard(self.up, 1), gate=gate, down=gather_shard(self.down, 2))
-        down = dataclasses.replace(self, down=self.down.swapaxes(1, 2), is_turned=True)
-        weights = down.joined()
-        if self.are_gathered_in_products:
-            return dataclasses.replace(weights, are_shards=True)
-        return dataclasses.replace(weights, up=gather_shard(weights.up, 1), down=gather_shard(weights.down, 1))
-
-    @property
-    def are_gathered_in_products(self) -> bool:
-        """Whether products quantise one device's shards and gather the quantised ones, as TPU kernels do in a layer
-        without exchange, where each matrix is in few products."""
-        return self.precision != "none" and target.current().platform == "tpu" and axis_size("expert") == 1
-
-    @property
-    def are_activated_by_kernels(self) -> bool:
-        """Whether the target's grouped matmuls also compute the nonlinearity, from interleaved up and gate."""
-        is_plain = self.dropout is None and self.up.dtype == jnp.bfloat16
-        return target.current().has_gated_kernels and is_plain and self.activation in ACTIVATIONS_OF_KERNELS
-
-    def joined(self) -> ExpertWeights:
-        """Up and gate as one matrix: rows are read once, and their gradient is one product instead of a sum of two."""
-        if self.gate is None:
-            return self
-        if self.are_activated_by_kernels:
-            return self._interleaved(self.gate)
-        up = jnp.concatenate([self.up, self.gate], axis=-1)
-        return dataclasses.replace(self, up=up, gate=None, is_joined=True)
-
-    def _interleaved(self, gate: Array) -> ExpertWeights:
-        missing = -gate.shape[-1] % target.LANES
-
-        def pad(array: Array, dim: int = -1) -> Array:
-            widths = [(0, 0)] * array.ndim
-            widths[dim] = (0, missing)
-            # XLA for TPUs would fuse the gradient, a slice, with the reduce-scatter before it, and get its shape wrong.
-            return jax.lax.optimization_barrier(jnp.pad(array, widths)) if missing else array
-
-        def alternate(up: Array, gate: Array) -> Array:
-            # 2 x [...,F] → [...,F/LANES,2,LANES] → [...,2F]
-            parts = [pad(array).reshape(*array.shape[:-1], -1, target.LANES) for array in (up, gate)]
-            return jnp.stack(parts, axis=-2).reshape(*up.shape[:-1], -1)
-
-        biases = None
-        if self.biases is not None and self.biases[1] is not None:
-            biases = alternate(self.biases[0], self.biases[1]), None
-        down = pad(self.down, -1 if self.is_turned else -2)
-        return dataclasses.replace(
-            self, up=alternate(self.up, gate), gate=None, down=down, biases=biases, is_interleaved=True
-        )
-
-    def separated(self) -> ExpertWeights:
-        """Split interleaved up and gate into two matrices, still padded."""
-
-        # [...,2F] → [...,F/LANES,2,LANES] → 2 x [...,F]
-        def part(array: Array, index: int) -> Array:
-            lanes = array.reshape(*array.shape[:-1], -1, 2, target.LANES)
-            return lanes[..., index, :].reshape(*array.shape[:-1], -1)
-
-        biases = None if self.biases is None else (part(self.biases[0], 0), part(self.biases[0], 1))
-        up, gate = part(self.up, 0), part(self.up, 1)
-        return dataclasses.replace(self, up=up, gate=gate, biases=biases, is_interleaved=False)
-
-
-#: (rows, matrices) → rows times their experts' matrices; takes ``transposed=True`` where ``down`` may be turned.
-Matmul = Callable[..., Array]
-
-
-def into_hidden(
-    rows: Array, into: tuple[Any, Any], matmul: Matmul, *, is_joined: bool = False
-) -> tuple[Array, Array | None]:
-    """First half of an FFN: inputs of the nonlinearity, from up and from gate; ``is_joined``: matrices are joined."""
-    matrices, biases = into
-    hidden = jax.tree.map(lambda matrix: matmul(rows, matrix), matrices)
-    if biases is None:
-        hidden = checkpoint_name(hidden, HIDDEN)
-        return halves(hidden[0]) if is_joined else hidden
-    # A bias is a matrix whose input is 1, so that each row gets its own expert's bias in every form of dispatch. The
-    # biases of up and gate are added separately: XLA for TPUs then adds one of them together with the nonlinearity.
-    ones = jnp.ones_like(rows[..., :1])
-    hidden = halves(hidden[0]) if is_joined else hidden
-    hidden = jax.tree.map(lambda x, bias: x + matmul(ones, jnp.expand_dims(bias, -2)), hidden, biases)
-    return checkpoint_name(hidden, HIDDEN)
-
 
 def out_of_hidden(
     hidden: tuple[Array, Array | None],
@@ -288,28 +209,10 @@ def out_of_hidden(
 
 def ffn(rows: Array, weights: ExpertWeights, matmul: Matmul, scale: Array | None = None) -> Array:
     """Both halves; ``scale``: factors of the rows' outputs."""
-    hidden = into_hidden(rows, weights.into, matmul, is_joined=weights.is_joined)
-    if weights.is_turned:
+    hidden = weights.into_hidden(rows, weights.into, matmul)
+    if weights.down_transposed:
         matmul = functools.partial(matmul, transposed=True)
     return out_of_hidden(hidden, weights.down, weights.activation, weights.dropout, matmul, scale)
-
-
-@jax.custom_vjp
-def halves(joined: Float[Array, "R J"]) -> tuple[Float[Array, "R F"], Float[Array, "R F"]]:
-    """Split joined columns into up and gate. Both gradients are written straight into one array: XLA would write them
-    twice, separately and then concatenated."""
-    up, gate = jnp.split(joined, 2, axis=-1)
-    return up, gate
-
-
-def _halves_bwd(_: None, gradients: tuple[Array, Array]) -> tuple[Array]:
-    up, gate = gradients
-    joined = jax.lax.empty((*up.shape[:-1], 2 * up.shape[-1]), up.dtype)
-    joined = jax.lax.dynamic_update_slice_in_dim(joined, up, 0, axis=-1)
-    return (jax.lax.dynamic_update_slice_in_dim(joined, gate, up.shape[-1], axis=-1),)
-
-
-halves.defvjp(lambda joined: (halves(joined), None), _halves_bwd)
 
 
 def batched_ffn(rows: Float[Array, "E R D"], weights: ExpertWeights) -> Float[Array, "E R D"]:

@@ -152,10 +152,10 @@ def _routes(host: Int[Array, "H S K"], peers: Peers) -> tuple[Route, Route, Tabl
     counts = jnp.sum(visits, axis=1, dtype=jnp.int32)  # [H,H], rows of each device for each host
     place = jnp.cumsum(visits, axis=1, dtype=jnp.int32) - visits  # [H,S,H]
     slots = jnp.arange(hosts, dtype=jnp.int32) * tokens
-    if target.is_cpu():
-        num_rows, starts = hosts * tokens, jnp.broadcast_to(slots, counts.shape)
-    else:
+    if target.current().has_ragged_exchange:
         num_rows, starts = min(hosts, choices) * tokens, jnp.cumsum(counts, axis=1) - counts
+    else:
+        num_rows, starts = hosts * tokens, jnp.broadcast_to(slots, counts.shape)
     me = peers.me
     mine, to_me = functools.partial(jnp.take, indices=me, axis=0), functools.partial(jnp.take, indices=me, axis=-1)
     row = jnp.where(mine(visits), mine(starts) + mine(place), num_rows)  # [S,H]
@@ -190,7 +190,7 @@ def _to_slots(network: _Network, x: Float[Array, "S D"], routes: Any) -> Float[A
     tables, there, _ = routes
     # Packed before tokens are copied to a row for every visit.
     rows = fill_rows(quantized.pack(x, network.precision), *tables)
-    arrived = network.peers.swap(rows) if target.is_cpu() else network.peers.send(rows, network.num_slots, there)
+    arrived = network.peers.deliver(rows, network.num_slots, there)
     return quantized.unpack(arrived, network.precision, x.dtype)
 
 
@@ -198,7 +198,7 @@ def _to_slots(network: _Network, x: Float[Array, "S D"], routes: Any) -> Float[A
 def _from_slots(network: _Network, y: Float[Array, "N D"], routes: Any) -> Float[Array, "S D"]:
     """Sum over each token's slots, in float32."""
     tables, _, back = routes
-    rows = network.peers.swap(y) if target.is_cpu() else network.peers.send(y, tables[0].shape[0], back)
+    rows = network.peers.deliver(y, tables[0].shape[0], back)
     return sum_rows(rows, *tables)
 
 

@@ -157,10 +157,10 @@ def by_sorting(
     if weights.dropout is not None:
         weights = weights.at(_numbers(routing))
     if axis_size(*AXES) == 1:
-        return _sort_and_apply(x, routing, plan, weights.gathered(x.dtype))
+        return _sort_and_apply(x, routing, plan, backend().pack(weights.gathered(x.dtype)))
 
     def local(x: Array, routing: Routing, plan: BufferPlan, shards: ExpertWeights) -> Array:
-        weights, size = shards.gathered_shards(), x.shape[1] // plan.chunks
+        weights, size = backend().pack_shards(shards), x.shape[1] // plan.chunks
 
         def chunk(start: int) -> Array:
             tokens = slice(start, start + size)
@@ -227,15 +227,15 @@ _DESCRIPTIONS: dict[Implementation, str] = {
 
 def _implementation(mode: str) -> Implementation:
     """Implementation of a dispatch in the program being traced."""
-    if mode == "gather" and target.is_cpu() and axis_size(*AXES) == 1:
-        return by_sorting  # without an exchange it moves as much as filling buffers does, and computes no empty rows
+    if mode == "gather" and backend().SORTS_WITH_CAPACITY and axis_size(*AXES) == 1:
+        return by_sorting
     return _IMPLEMENTATIONS[mode]
 
 
 def describe(mode: str) -> str:
     """Describe in words how the program being traced computes a dispatch."""
     chosen = _implementation(mode)
-    kernel = f"grouped FFN of {backend().__name__.rpartition('.')[2]}" if chosen is by_sorting else "batched FFN"
+    kernel = f"grouped FFN of {target.current().platform}" if chosen is by_sorting else "batched FFN"
     limit = "without" if mode == "dropless" else "with"
     return f"{mode}: {limit} a capacity, {_DESCRIPTIONS[chosen]}, {kernel}"
 

@@ -60,23 +60,28 @@ class Peers:
 
     def gather(self, tree: Any) -> Any:
         """All peers' arrays: [...] → [peers,...]."""
-        if target.current().platform != "gpu":
+        if not target.current().gathers_ahead:
             return jax.lax.all_gather(tree, **self._over)
-        # On GPUs XLA gathers a layer ahead, and also recomputes, a layer ahead, all that these numbers depend on.
         return jax.tree.map(lambda x: self.swap(jnp.broadcast_to(x, (self.size, *x.shape))), tree)
 
     def swap(self, parts: Array) -> Array:
         """Send the d-th part of [peers·R,...] to peer d; the part from peer s arrives as the s-th."""
         return jax.lax.all_to_all(parts, split_axis=0, concat_axis=0, tiled=True, **self._over)
 
+    def deliver(self, rows: Shaped[Array, "R D"], num_rows: int, route: Route) -> Shaped[Array, "N D"]:
+        """Send rows over a route onto a new buffer of N rows; on CPUs by :meth:`swap`, for which rows to one peer, and
+        those from one, have a part of equal size."""
+        if not target.current().has_ragged_exchange:
+            return self.swap(rows)
+        return self.send(rows, num_rows, route)
+
     def send(self, rows: Shaped[Array, "R D"], onto: Shaped[Array, "N D"] | int, route: Route) -> Shaped[Array, "N D"]:
         """Send rows over a route onto a buffer, or onto a new one of N rows, undefined where nothing arrives; not on
         CPUs."""
         if isinstance(onto, int):
             new = functools.partial(jax.lax.empty, (onto, rows.shape[1]), rows.dtype)
-            # JAX hoists an array that depends on nothing out of a loop over layers, and XLA then copies it in every
-            # layer, slowly on TPUs: there a branch prevents it. On GPUs a branch would wait for the host.
-            onto = jax.lax.cond(route[1][0] >= 0, new, new) if target.current().platform == "tpu" else new()
+            # JAX hoists an array that depends on nothing out of a loop over layers; a branch prevents it.
+            onto = jax.lax.cond(route[1][0] >= 0, new, new) if target.current().copies_hoisted_buffers else new()
         return jax.lax.ragged_all_to_all(rows, onto, *route, **self._over)
 
 

@@ -29,13 +29,6 @@ TYPES: dict[str, tuple[Any, Any]] = {
 #: Vectors without a larger number than this become zeros, as qwix's do.
 _SMALLEST = 1e-17
 
-#: Types that the matrix units of TPUs multiply, by prefix of the device kind; the first match counts. libtpu converts
-#: others to float32 first.
-_NATIVE = {"TPU v5": "int8", "TPU v6": "int8", "TPU7": "float8"}
-
-#: Compute capabilities of GPUs with kernels for float8 (:mod:`moe.dispatch.backends.gpu`).
-_FLOAT8_GPUS = 9, 10
-
 
 def check_target(precision: str) -> None:
     """Refuse a precision that the hardware of the program being traced would not make faster.
@@ -45,11 +38,8 @@ def check_target(precision: str) -> None:
     """
     where = f"model.low_precision={precision}"
     device = target.current()
-    native = [name for kind, name in _NATIVE.items() if device.device_kind.startswith(kind)][:1]
-    if device.compute_capability in _FLOAT8_GPUS and device.num_cores:
-        native = ["float8"]
-    if device.platform != "cpu" and precision not in native:
-        allowed = " or ".join([*native, "none"])
+    if precision not in device.low_precisions:
+        allowed = " or ".join([*device.low_precisions, "none"])
         raise ConfigError(f"{where}: must be {allowed} on {device.device_kind}, where {precision} is not faster")
     try:
         import qwix  # noqa: F401, PLC0415
@@ -114,10 +104,10 @@ def _product(rows: Array, matrices: Array, precision: str) -> Array:
     factors, factor_scales = quantize(matrices, -2, precision)
     batch = tuple(range(matrices.ndim - 2))
     contracted = (rows.ndim - 1,), (matrices.ndim - 2,)
-    # On GPUs, by default, sums of float8 have fewer bits than their type.
-    exact = lax.Precision.HIGHEST if target.current().platform == "gpu" else None
+    device = target.current()
+    exact = lax.Precision.HIGHEST if device.sums_float8_coarsely else None
     sums_dtype = TYPES[precision][1]
-    if target.is_cpu():  # no 8-bit products there; these sums are exact too, up to 1,000 terms of int8
+    if not device.has_low_precision_products:  # these sums are exact too, up to 1,000 terms of int8
         values, factors, sums_dtype = values.astype(jnp.float32), factors.astype(jnp.float32), jnp.float32
     sums = lax.dot_general(values, factors, (contracted, (batch, batch)), exact, preferred_element_type=sums_dtype)
     return (sums * scales * factor_scales).astype(rows.dtype)

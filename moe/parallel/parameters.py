@@ -289,7 +289,7 @@ def _hops(size: int, rows: int = 16, tile_rows: int = 16) -> list[list[list[int]
     """
     if size < 2:
         return []
-    if size < 16 or not target.current().has_3d_torus or size * axis_size("data") < axis_size(*AXES):
+    if size < 16 or not target.current().kind.has_3d_torus or size * axis_size("data") < axis_size(*AXES):
         return [None]
     side = 2 ** math.ceil(math.log2(size) / 3)
     if size % side:

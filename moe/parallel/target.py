@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import types
-from collections.abc import Mapping
 from typing import Any
 
 import jax
+
+from moe.parallel.device_kinds import DeviceKind, device_kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +30,11 @@ class Target:
     num_cores: int = 0
 
     @property
+    def kind(self) -> DeviceKind:
+        """Rates, memory and abilities of the device."""
+        return device_kind(self.device_kind)
+
+    @property
     def compute_capability(self) -> int:
         """Major CUDA compute capability; 0 for unknown devices and for anything but NVIDIA GPUs."""
         if self.platform != "gpu":
@@ -38,73 +43,79 @@ class Target:
         if device.device_kind == self.device_kind:
             major = str(getattr(device, "compute_capability", "")).partition(".")[0]  # AMD's is "gfx90a"
             return int(major) if major.isdigit() else 0
-        return next((major for name, major in _CAPABILITIES.items() if name in self.device_kind), 0)
-
-    @property
-    def has_3d_torus(self) -> bool:
-        """True for TPUs whose chips form a three-dimensional torus."""
-        return self.device_kind in ("TPU v4", "TPU v5", "TPU7x")
+        return self.kind.capability
 
     @property
     def peak_flops(self) -> float | None:
         """Datasheet FLOP/s of one device in bfloat16, without sparsity; None for CPUs and unknown devices."""
-        return next((peak for name, peak in PEAK_FLOPS.items() if name in self.device_kind), None)
+        return self.kind.peak
 
     @property
-    def memory_bandwidth(self) -> float | None:
-        """Datasheet bytes/s of one device's memory; None for anything but TPUs with grouped matmuls in bfloat16."""
-        return next((rate for name, rate in MEMORY_BANDWIDTH.items() if name in self.device_kind), None)
+    def runs_tpu_kernels(self) -> bool:
+        """Whether grouped matmuls in bfloat16, and this project's kernels (:mod:`moe.dispatch.backends.gated`), run on
+        it with tiles of our choice: TPUs from v4 on."""
+        return self.platform == "tpu" and self.kind.peak is not None and self.kind.runs_kernels
 
     @property
-    def tensor_cores(self) -> int:
-        """Number of TensorCores that one TPU device has, which share every kernel."""
-        return next((cores for name, cores in TENSOR_CORES.items() if name in self.device_kind), 1)
-
-    @property
-    def has_gated_kernels(self) -> bool:
-        """Whether this project's kernels for TPUs (:mod:`moe.dispatch.backends.gated`) run on it."""
-        return self.platform == "tpu" and self.memory_bandwidth is not None
+    def runs_splash_attention(self) -> bool:
+        """Whether JAX's attention kernel for TPUs runs on it; v2 and v3 lack its bfloat16 products."""
+        return self.platform == "tpu" and self.kind.runs_kernels
 
     @property
     def kernel_memory(self) -> int:
         """Bytes of vector memory that a kernel on a TPU gets with :func:`compiler_options`."""
-        kibibytes = (size for kind, size in _SCOPED_VMEM_KIB.items() if self.device_kind.startswith(kind))
-        return next(kibibytes, _DEFAULT_VMEM_KIB) * 1024
+        return self.kind.vector_memory * 1024
+
+    @property
+    def low_precisions(self) -> tuple[str, ...]:
+        """Values of ``model.low_precision`` that make products faster, and on CPUs all of them, for tests; float8 needs
+        this project's kernels for Hopper or Blackwell."""
+        if self.platform == "cpu":
+            return ("int8", "float8")
+        if self.platform == "gpu":
+            return ("float8",) if self.compute_capability in (9, 10) and self.num_cores else ()
+        return self.kind.low_precisions
+
+    @property
+    def has_low_precision_products(self) -> bool:
+        """Whether XLA multiplies 8-bit factors without converting them first; not on CPUs."""
+        return self.platform != "cpu"
+
+    @property
+    def sums_float8_coarsely(self) -> bool:
+        """Whether sums of float8 products have, by default, fewer bits than their type: on GPUs."""
+        return self.platform == "gpu"
+
+    @property
+    def has_ragged_exchange(self) -> bool:
+        """Whether XLA has a ragged all-to-all; not on CPUs."""
+        return self.platform != "cpu"
+
+    @property
+    def has_unwritten_buffers(self) -> bool:
+        """Whether XLA can make a buffer without writing to it; not on CPUs."""
+        return self.platform != "cpu"
+
+    @property
+    def copies_hoisted_buffers(self) -> bool:
+        """Whether a buffer that JAX hoists out of a loop is copied, slowly, in every iteration: on TPUs. On GPUs a
+        branch, which would prevent it, waits for the host."""
+        return self.platform == "tpu"
+
+    @property
+    def gathers_ahead(self) -> bool:
+        """Whether XLA gathers a layer ahead, and recomputes a layer ahead all that the gathered numbers depend on: on
+        GPUs."""
+        return self.platform == "gpu"
+
+    @property
+    def scatters_in_passes(self) -> bool:
+        """Whether a scatter takes passes of its own over the whole array: on GPUs."""
+        return self.platform == "gpu"
 
 
 #: Vector lanes of a TPU; an array's last dimension runs along them, and one that is no multiple leaves some empty.
 LANES = 128
-
-#: Datasheet FLOP/s of one JAX device in bfloat16, without sparsity, by a substring of the device kind; the first match
-#: counts. Half a chip for TPU v2, v3 and 7x, whose two cores are devices of their own. Sources: the Cloud TPU
-#: documentation's page of each generation, and NVIDIA's datasheets (A100 and H100, SXM unless named PCIe; H200; B200).
-PEAK_FLOPS: Mapping[str, float] = types.MappingProxyType(
-    {
-        "TPU v2": 23e12,
-        "TPU v3": 61.5e12,
-        "TPU v4": 275e12,
-        "TPU v5 lite": 197e12,
-        "TPU v5": 459e12,
-        "TPU v6": 918e12,
-        "TPU7": 1153.5e12,
-        "A100": 312e12,
-        "H100 PCIe": 756e12,
-        "H100": 989e12,
-        "H200": 989e12,
-        "B200": 2250e12,
-    }
-)
-
-#: Datasheet bytes/s of the memory of one TPU device, from v4 on; half a chip for 7x. Sources as above.
-MEMORY_BANDWIDTH: Mapping[str, float] = types.MappingProxyType(
-    {"TPU v4": 1200e9, "TPU v5 lite": 819e9, "TPU v5": 2765e9, "TPU v6": 1638e9, "TPU7": 3685e9}
-)
-
-#: TensorCores that share one TPU device, where JAX has more than one in a device ("megacore").
-TENSOR_CORES: Mapping[str, int] = types.MappingProxyType({"TPU v4": 2, "TPU v5 lite": 1, "TPU v5": 2})
-
-#: Major compute capability by a substring of the device kind, for devices that are absent.
-_CAPABILITIES = {"A100": 8, "A30": 8, "A10": 8, "L40": 8, "L4": 8, "H100": 9, "H200": 9, "B200": 10, "B300": 10}
 
 
 def current() -> Target:
@@ -124,6 +135,11 @@ def host_device() -> Any:
         return jax.local_devices()[0]
 
 
+def is_host(device: Any) -> bool:
+    """Whether a device's memory is the host's: a CPU's."""
+    return device.platform == "cpu"
+
+
 def device_memory(device: Any) -> float:
     """Bytes of its memory that a device gives to this process; infinite where it does not say."""
     return (device.memory_stats() or {}).get("bytes_limit", math.inf)
@@ -139,11 +155,6 @@ def is_cpu() -> bool:
     return current().platform == "cpu"
 
 
-#: Vector memory of a core that one fusion or kernel may use, KiB, by prefix of the device kind; the first match counts.
-_DEFAULT_VMEM_KIB = 16384
-_SCOPED_VMEM_KIB = {"TPU v5 lite": 65536, "TPU v5": 32768, "TPU v6": 98304, "TPU7": 49152}
-
-
 #: Options for all-gathers and reduce-scatters on the SparseCores, beside the work of the TensorCores; without
 #: them XLA for v6e writes a reduce-scatter as an all-reduce and a slice. MaxText's recipes for v5p use those for
 #: all-gathers (src/maxtext/configs/tpu/v5p). On v7 they are the default.
@@ -155,8 +166,6 @@ _SPARSE_CORE_EXCHANGES = (
     "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter",
     "xla_tpu_enable_sparse_core_collective_offload_nd_reduce_scatter",
 )
-_KINDS_WITH_SPARSE_CORES = ("TPU v5", "TPU v6 lite")
-
 
 #: The latency-hiding scheduler, off by default, starts exchanges early; without it programs wait for nearly all.
 #: By default it runs one exchange at a time, although NVLink and the network between hosts are separate. Level O1
@@ -184,10 +193,11 @@ _NVIDIA_PIPELINE = {
 _NVIDIA_NESTED = {"xla_gpu_enable_while_loop_unrolling": "WHILE_LOOP_UNROLLING_NO_UNROLL"}
 
 
-def compiler_options(device_kind: str, *, stages: int = 1, nested: bool = False) -> dict[str, str | bool | int]:
-    """XLA options for a kind of device, by JAX's name of it; none except for TPUs and NVIDIA GPUs.
+def compiler_options(name: str, *, stages: int = 1, nested: bool = False) -> dict[str, str | bool | int]:
+    """XLA options for a kind of device; none except for TPUs and NVIDIA GPUs.
 
     Args:
+        name: JAX's of the kind.
         stages: of the pipeline.
         nested: the loop over layers is inside the pipeline's loop over turns.
 
@@ -195,14 +205,14 @@ def compiler_options(device_kind: str, *, stages: int = 1, nested: bool = False)
     inputs computed, several times. Asynchronous exchanges overlap with independent work. docs/log/accelerator_code.md
     has the estimated gains.
     """
-    if device_kind.startswith("NVIDIA"):
+    if name.startswith("NVIDIA"):
         return _NVIDIA_OPTIONS | (_NVIDIA_PIPELINE if stages > 1 else {}) | (_NVIDIA_NESTED if nested else {})
-    if not device_kind.startswith("TPU"):
+    if not name.startswith("TPU"):
         return {}
+    kind = device_kind(name)
     options: dict[str, str | bool | int] = {"xla_tpu_enable_async_all_to_all": "true"}
-    if device_kind in _KINDS_WITH_SPARSE_CORES:
+    if kind.sparse_core_exchanges:
         options |= dict.fromkeys(_SPARSE_CORE_EXCHANGES, "true")
-    for prefix, kibibytes in _SCOPED_VMEM_KIB.items():
-        if device_kind.startswith(prefix):
-            return options | {"xla_tpu_scoped_vmem_limit_kib": str(kibibytes)}
+    if kind.vector_memory != DeviceKind.vector_memory:  # XLA's default
+        options["xla_tpu_scoped_vmem_limit_kib"] = str(kind.vector_memory)
     return options

@@ -13,7 +13,7 @@ import dataclasses
 import math
 from typing import Any
 
-from moe.parallel.target import PEAK_FLOPS, TENSOR_CORES
+from moe.parallel.device_kinds import DEVICE_KINDS
 
 GiB = 2**30
 
@@ -81,36 +81,42 @@ class Chip:
 _MXU = 2 * 128 * 128  # FLOP a cycle of one 128 x 128 matrix unit
 
 
+def _chip(kind: str, devices: int = 1, **network: Any) -> Chip:
+    """A chip of JAX devices of a kind (:mod:`moe.parallel.device_kinds`), with its memory and network."""
+    device = DEVICE_KINDS[kind]
+    rates = {"peak": devices * device.known_peak, "memory_bandwidth": devices * device.known_bandwidth}
+    return Chip(devices=devices, cores=device.cores, **rates, **network)
+
+
 #: Keys are the prefixes of libtpu's topology names. Where no page gives a DCN figure, v5e's is assumed.
 CHIPS: dict[str, Chip] = {
-    "v2": Chip(
-        memory=16 * GiB, peak=2 * PEAK_FLOPS["TPU v2"], memory_bandwidth=700e9, link=62e9, wraps_at=16, dcn=25e9 / 8,
-        devices=2, flops_per_cycle=2 * _MXU, example="v2:16x16", source="[v2]; DCN assumed",
+    "v2": _chip(
+        "TPU v2", 2, memory=16 * GiB, link=62e9, wraps_at=16, dcn=25e9 / 8,
+        flops_per_cycle=2 * _MXU, example="v2:16x16", source="[v2]; DCN assumed",
     ),
-    "v3": Chip(
-        memory=32 * GiB, peak=2 * PEAK_FLOPS["TPU v3"], memory_bandwidth=900e9, link=70e9, wraps_at=32, dcn=25e9 / 8,
-        devices=2, flops_per_cycle=4 * _MXU, example="v3:32x32", source="[cloud], [v4]; DCN assumed",
+    "v3": _chip(
+        "TPU v3", 2, memory=32 * GiB, link=70e9, wraps_at=32, dcn=25e9 / 8,
+        flops_per_cycle=4 * _MXU, example="v3:32x32", source="[cloud], [v4]; DCN assumed",
     ),
-    "v4": Chip(
-        memory=32 * GiB, peak=PEAK_FLOPS["TPU v4"], memory_bandwidth=1200e9, link=50e9, wraps_at=4, dcn=25e9 / 8,
-        devices=1, flops_per_cycle=8 * _MXU, example="v4:4x4x4", source="[cloud], [v4]; DCN assumed",
-        options=(("chip_config_name", "megacore"),), cores=TENSOR_CORES["TPU v4"],
+    "v4": _chip(
+        "TPU v4", memory=32 * GiB, link=50e9, wraps_at=4, dcn=25e9 / 8,
+        flops_per_cycle=8 * _MXU, example="v4:4x4x4", source="[cloud], [v4]; DCN assumed",
+        options=(("chip_config_name", "megacore"),),
     ),
-    "v5e": Chip(
-        memory=16 * GiB, peak=PEAK_FLOPS["TPU v5 lite"], memory_bandwidth=819e9, link=50e9, wraps_at=16, dcn=25e9 / 8,
-        devices=1, flops_per_cycle=4 * _MXU, example="v5e:16x16", source="[cloud]: 400 GB/s on 4 ports",
+    "v5e": _chip(
+        "TPU v5 lite", memory=16 * GiB, link=50e9, wraps_at=16, dcn=25e9 / 8,
+        flops_per_cycle=4 * _MXU, example="v5e:16x16", source="[cloud]: 400 GB/s on 4 ports",
     ),
-    "v5p": Chip(
-        memory=95 * GiB, peak=PEAK_FLOPS["TPU v5"], memory_bandwidth=2765e9, link=100e9, wraps_at=4, dcn=50e9 / 8,
-        devices=1, flops_per_cycle=8 * _MXU, example="v5p:4x4x4", source="[cloud]: 1200 GB/s, 3D torus",
-        cores=TENSOR_CORES["TPU v5"],
+    "v5p": _chip(
+        "TPU v5", memory=95 * GiB, link=100e9, wraps_at=4, dcn=50e9 / 8,
+        flops_per_cycle=8 * _MXU, example="v5p:4x4x4", source="[cloud]: 1200 GB/s, 3D torus",
     ),
-    "v6e": Chip(
-        memory=32 * GiB, peak=PEAK_FLOPS["TPU v6"], memory_bandwidth=1638e9, link=100e9, wraps_at=16, dcn=100e9 / 8,
-        devices=1, flops_per_cycle=16 * _MXU, example="v6e:16x16", source="[cloud]: 800 GB/s on 4 ports", host=32e9,
+    "v6e": _chip(
+        "TPU v6", memory=32 * GiB, link=100e9, wraps_at=16, dcn=100e9 / 8,
+        flops_per_cycle=16 * _MXU, example="v6e:16x16", source="[cloud]: 800 GB/s on 4 ports", host=32e9,
     ),
-    "tpu7x": Chip(
-        memory=192 * GiB, peak=2 * PEAK_FLOPS["TPU7"], memory_bandwidth=7370e9, link=100e9, wraps_at=4, dcn=100e9 / 8,
-        devices=2, flops_per_cycle=32 * _MXU, example="tpu7x:4x4x4", source="[cloud], [v7]",
+    "tpu7x": _chip(
+        "TPU7", 2, memory=192 * GiB, link=100e9, wraps_at=4, dcn=100e9 / 8,
+        flops_per_cycle=32 * _MXU, example="tpu7x:4x4x4", source="[cloud], [v7]",
     ),
 }  # fmt: skip

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
-from moe.parallel.target import PEAK_FLOPS
+from moe.parallel.device_kinds import DEVICE_KINDS
 
 TARGETS = Path(__file__).parent / "targets"
 
@@ -66,14 +67,22 @@ class Gpu:
 #: XLA's TFLOP/s in bfloat16 over the peak.
 _H100, _B200 = 780 / 989, 1417 / 2250
 
+
+def _gpu(kind: str, memory: int, nvlink: float, source: str, matmuls: str, matmul_share: float, **more: Any) -> Gpu:
+    """A GPU of a kind (:mod:`moe.parallel.device_kinds`), with its memory and network; hosts of eight on 400 Gb/s each,
+    unless ``more`` says otherwise."""
+    device = DEVICE_KINDS[kind]
+    rates = {"peak": device.known_peak, "memory_bandwidth": device.known_bandwidth}
+    more = {"network": 50e9, "domain": 8, **more}
+    return Gpu(memory, nvlink=nvlink, source=source, matmuls=matmuls, matmul_share=matmul_share, **rates, **more)
+
+
 GPUS: dict[str, Gpu] = {
-    "a100": Gpu(
-        85_100_068_864, PEAK_FLOPS["A100"], 2039e9, 300e9, 25e9, 8, "[A100]", "0.8 of the peak (assumed)", 0.8, 32e9
-    ),
-    "h100": Gpu(84_942_979_072, PEAK_FLOPS["H100"], 3352e9, 450e9, 50e9, 8, "[H100]", "rates measured on H100", _H100),
-    "h200": Gpu(151_397_597_184, PEAK_FLOPS["H200"], 4800e9, 450e9, 50e9, 8, "[H200]", "rates measured on H100", _H100),
-    "b200": Gpu(191_514_411_008, PEAK_FLOPS["B200"], 7700e9, 900e9, 50e9, 8, "[B200]", "rates measured on B200", _B200),
-    "gb200": Gpu(197_897_748_480, 2500e12, 7900e9, 900e9, 50e9, 72, "[NVL72]", "rates measured on B200", _B200, 225e9),
+    "a100": _gpu("A100", 85_100_068_864, 300e9, "[A100]", "0.8 of the peak (assumed)", 0.8, network=25e9, host=32e9),
+    "h100": _gpu("H100", 84_942_979_072, 450e9, "[H100]", "rates measured on H100", _H100),
+    "h200": _gpu("H200", 151_397_597_184, 450e9, "[H200]", "rates measured on H100", _H100),
+    "b200": _gpu("B200", 191_514_411_008, 900e9, "[B200]", "rates measured on B200", _B200),
+    "gb200": _gpu("GB200", 197_897_748_480, 900e9, "[NVL72]", "rates measured on B200", _B200, domain=72, host=225e9),
 }
 
 

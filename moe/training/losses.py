@@ -36,8 +36,7 @@ def _token_losses(logits: Array, targets: Array) -> Array:
     """−log p(target) [B,T] in float32, 0 without a target."""
     has_target = targets >= 0
     logits = logits.astype(jnp.float32)
-    if target.current().platform == "gpu":
-        # The gradient of a look-up is a scatter, which on GPUs takes passes of its own over all logits.
+    if target.current().scatters_in_passes:  # as the gradient of a look-up is
         is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
         losses = jax.nn.logsumexp(logits, axis=-1) - jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
     else:

@@ -75,7 +75,7 @@ def refuse_too_large(program: Program, teacher: Any = None) -> None:
 
     # Activations [B,T,D] of a microbatch and their gradient.
     activations = 2 * shard_bytes(program.batch["tokens"]) * config.model.d_model // config.train.accumulation_steps
-    on_cpu = devices[0].platform == "cpu"  # which is its own host
+    on_cpu = target.is_host(devices[0])
     needed = shard_bytes((program.state, teacher), host=on_cpu) + activations
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if on_cpu:

@@ -16,7 +16,19 @@ from jax.sharding import PartitionSpec as P
 
 from moe.config import MeshConfig
 from moe.dispatch import backends, ffn
-from moe.dispatch.backends import cpu, gated, gpu, grouped_ffn, row_blocks, tpu, tpu_tiles, whole_tiles
+from moe.dispatch.backends import (
+    backend,
+    cpu,
+    gated,
+    gpu,
+    grouped_ffn,
+    packed,
+    row_blocks,
+    tpu,
+    tpu_tiles,
+    tpu_weights,
+    whole_tiles,
+)
 from moe.dispatch.buffers import make_plan, plan_in_chunks
 from moe.dispatch.ffn import ExpertDropout, ExpertWeights
 from moe.dispatch.modes import dispatch
@@ -26,7 +38,7 @@ from moe.parallel import partition_specs, target
 from moe.parallel.mesh import make_mesh
 from moe.parallel.parameters import parameter_specs
 from moe.planner import arithmetic, program
-from tests.helpers import routed, slow_case, tiny_model
+from tests.helpers import routed, slow_case, tiny_model, trace_for_accelerators
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 3e-2}
 
@@ -122,7 +134,8 @@ def test_kernels_are_one_function(kernel, sizes, rng, monkeypatch):
 
     Uninitialised buffers are filled with NaN: values that no row block wrote must not reach a result.
     """
-    monkeypatch.setattr(target, "is_cpu", lambda: kernel == "row_blocks")
+    if kernel == "ragged_dot":
+        trace_for_accelerators(monkeypatch)
     garbage = functools.partial(jax.tree.map, lambda leaf: jnp.full(leaf.shape, jnp.nan, leaf.dtype))
     monkeypatch.setattr(row_blocks, "_unwritten", lambda tree, sizes, dtype=None: garbage(tree))
     total, ends = sum(sizes), np.cumsum(sizes)
@@ -131,7 +144,7 @@ def test_kernels_are_one_function(kernel, sizes, rng, monkeypatch):
     biases = tuple(jnp.asarray(rng.normal(size=(4, 8)), jnp.float32) for _ in range(2))
 
     def ours(rows, weights):
-        return grouped_ffn(rows, jnp.asarray(sizes, jnp.int32), weights)[:total]
+        return grouped_ffn(rows, jnp.asarray(sizes, jnp.int32), backend().pack(weights))[:total]
 
     def plain(rows, weights):
         parts = []
@@ -153,8 +166,8 @@ def _in_row_blocks(rng, sizes, num_experts, keeps_hidden):
     as on accelerators)."""
     up, gate, down = (jnp.asarray(rng.normal(size=(num_experts, *s)), jnp.float32) for s in ((6, 8), (6, 8), (8, 6)))
     biases = tuple(jnp.asarray(rng.normal(size=(num_experts, 8)), jnp.float32) for _ in range(2))
-    weights = ExpertWeights(up, gate, down, biases, activation="swiglu", keeps_hidden=keeps_hidden).joined()
-    weights = dataclasses.replace(weights, down=down.swapaxes(1, 2), is_turned=True)
+    weights = ExpertWeights(up, gate, down, biases, activation="swiglu", keeps_hidden=keeps_hidden)
+    weights = packed.pack(packed.with_transposed_down(weights))
     return functools.partial(row_blocks.grouped_ffn, row_blocks.RowBlocks(sizes)), weights
 
 
@@ -441,7 +454,7 @@ def _emulated(
 
 def _exchange_as_accelerators_do(monkeypatch):
     """Trace for accelerators, with the ragged exchange emulated and uninitialised memory filled with 1000."""
-    monkeypatch.setattr(target, "is_cpu", lambda: False)
+    trace_for_accelerators(monkeypatch)
     monkeypatch.setattr(jax.lax, "ragged_all_to_all", _emulated)
     monkeypatch.setattr(jax.lax, "empty", lambda shape, dtype: jnp.full(shape, 1000, dtype))
 
@@ -479,7 +492,7 @@ def test_row_blocks_behind_the_exchange_of_accelerators(remat, load, rng, monkey
     alone = _value_and_gradients("einsum", config, routing, x)
     _exchange_as_accelerators_do(monkeypatch)
     monkeypatch.setattr(gpu, "large_blocks", lambda *_: row_blocks.RowBlocks((16, 32, 48)))
-    monkeypatch.setattr(backends, "backend", lambda: gpu)
+    monkeypatch.setitem(backends._BACKENDS, "tpu", gpu)
     _assert_close(_on_mesh(MESHES[1], config, routing, x, f"row blocks, {remat}"), alone, 1e-5)
 
 
@@ -542,7 +555,7 @@ def test_weights_before_the_last_matmul_on_accelerators(mesh, variant, load, rng
     routing = _case(rng, 8, 10, 8, 2, load)
     x = jnp.asarray(rng.normal(size=(8, 10, config.d_model)), jnp.float32)
     expected = _value_and_gradients("einsum", config, routing, x, variant)
-    monkeypatch.setattr(target, "is_cpu", lambda: False)
+    trace_for_accelerators(monkeypatch)
     run = _value_and_gradients if mesh is None else functools.partial(_on_mesh, mesh)
     modes = ("dropless",) if mesh is None else ()
     _assert_close(run(*modes, config, routing, x, f"{variant} on accelerators"), expected, 1e-5)
@@ -556,7 +569,7 @@ def test_kernels_with_the_nonlinearity_on_meshes(mesh, rng, monkeypatch):
     x = jnp.asarray(rng.normal(size=(8, 10, config.d_model)), jnp.float32)
     expected = _value_and_gradients("einsum", config, routing, x)
     _exchange_as_accelerators_do(monkeypatch)
-    monkeypatch.setattr(ExpertWeights, "are_activated_by_kernels", property(lambda self: self.gate is not None))
+    monkeypatch.setattr(tpu_weights, "are_activated_by_kernels", lambda _: True)
     calls = []
     for name in ("activated", "activation_gradients"):
         kernel = functools.partial(getattr(gated, name), interpret=True)
@@ -580,7 +593,7 @@ def test_expert_dropout_depends_on_assignments_alone(rng, monkeypatch):
     _assert_close(_value_and_gradients("dropless", config, routing, x, "dropout"), expected, 1e-5)
     mesh = MESHES[2]
     _assert_close(_on_mesh(mesh, config, routing, x, "dropout on a mesh"), expected, 1e-5)
-    monkeypatch.setattr(target, "is_cpu", lambda: False)
+    trace_for_accelerators(monkeypatch)
     _assert_close(_value_and_gradients("gather", config, routing, x, "dropout by index"), expected, 1e-5)
 
 

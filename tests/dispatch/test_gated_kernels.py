@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe.dispatch.backends import gated, tpu, tpu_tiles
+from moe.dispatch.backends import gated, packed, tpu, tpu_tiles
 from moe.dispatch.backends.tpu_kernel import Factors
+from moe.dispatch.backends.tpu_weights import Interleaved
 from moe.dispatch.ffn import GATED_ACTIVATIONS, ExpertWeights, activate
 from moe.parallel import target
 from moe.planner import arithmetic
@@ -25,17 +26,20 @@ def interpreted(monkeypatch):
         monkeypatch.setattr(module, name, functools.partial(getattr(module, name), interpret=True))
     tiles = {"activated": (128, 256, 256), "gradients": (128, 256, 128), "rows": (128, 128, 128)}
     monkeypatch.setattr(tpu, "_tiles", lambda kind, *_: tiles.get(kind))
-    monkeypatch.setattr(target.Target, "has_gated_kernels", True)
+    monkeypatch.setattr(target.Target, "runs_tpu_kernels", True)
 
 
-def _weights(rng, *, hidden, biases, turned, activation):
+def _weights(rng, *, hidden, biases, activation):
     """Weights of three experts [256,hidden] in bfloat16, and the same in float32."""
     up, gate, down = (rng.normal(size=(3, 256, hidden)) / 16 for _ in range(3))
     both = tuple(rng.normal(size=(3, hidden)) for _ in range(2)) if biases else None
-    down = down if turned else down.swapaxes(1, 2)
-    arrays = jax.tree.map(lambda array: jnp.asarray(array, jnp.bfloat16), (up, gate, down, both))
+    arrays = jax.tree.map(lambda array: jnp.asarray(array, jnp.bfloat16), (up, gate, down.swapaxes(1, 2), both))
     exact = jax.tree.map(lambda array: array.astype(jnp.float32), arrays)
-    return tuple(ExpertWeights(*each, activation=activation, is_turned=turned) for each in (arrays, exact))
+    return tuple(ExpertWeights(*each, activation=activation) for each in (arrays, exact))
+
+
+def _packed(weights, *, transposed):
+    return tpu.pack(packed.with_transposed_down(weights) if transposed else weights)
 
 
 def _oracle(rows, weights, scale):
@@ -47,13 +51,12 @@ def _oracle(rows, weights, scale):
         if weights.biases is not None:
             up, gate = (half + bias[expert] for half, bias in zip((up, gate), weights.biases, strict=True))
         hidden = activate(weights.activation, up, gate)
-        down = weights.down[expert].T if weights.is_turned else weights.down[expert]
-        outputs.append((hidden @ down) * scale[end - size : end, None])
+        outputs.append((hidden @ weights.down[expert]) * scale[end - size : end, None])
     return jnp.concatenate(outputs)
 
 
 @pytest.mark.parametrize(
-    ("activation", "hidden", "biases", "turned", "scaled"),
+    ("activation", "hidden", "biases", "transposed", "scaled"),
     [
         ("swiglu_clamped", 200, True, True, True),  # padded to 256
         ("geglu", 256, False, False, False),
@@ -62,15 +65,15 @@ def _oracle(rows, weights, scale):
         slow_case("reglu", 384, False, True, False),
     ],
 )
-def test_values_and_gradients(activation, hidden, biases, turned, scaled, rng, interpreted):
-    weights, exact = _weights(rng, hidden=hidden, biases=biases, turned=turned, activation=activation)
+def test_values_and_gradients(activation, hidden, biases, transposed, scaled, rng, interpreted):
+    weights, exact = _weights(rng, hidden=hidden, biases=biases, activation=activation)
     filled = SIZES.sum()
     rows = jnp.asarray(rng.normal(size=(512, 256)), jnp.bfloat16).at[filled:].set(jnp.nan)
     gradient = jnp.asarray(rng.normal(size=(filled, 256)), jnp.bfloat16)
     scale = jnp.asarray(rng.uniform(0.5, 1.5, size=512), jnp.float32) if scaled else None
 
     def ours(rows, weights, scale):
-        return tpu.grouped_ffn(rows, jnp.asarray(SIZES), weights, scale)[:filled]
+        return tpu.grouped_ffn(rows, jnp.asarray(SIZES), _packed(weights, transposed=transposed), scale)[:filled]
 
     def expected(rows, weights, scale):
         return _oracle(rows.astype(jnp.float32), weights, jnp.ones(512) if scale is None else scale)
@@ -90,9 +93,13 @@ def test_values_and_gradients(activation, hidden, biases, turned, scaled, rng, i
 
 def test_the_nonlinearity_is_in_the_kernels(rng, interpreted):
     """Outside the kernels no logistic function is applied to an array of all rows."""
-    weights, _ = _weights(rng, hidden=256, biases=False, turned=True, activation="swiglu")
+    weights, _ = _weights(rng, hidden=256, biases=False, activation="swiglu")
     rows = jnp.ones((512, 256), jnp.bfloat16)
-    loss = jax.grad(lambda rows, weights: jnp.sum(tpu.grouped_ffn(rows, jnp.asarray(SIZES), weights)), (0, 1))
+
+    def ours(rows, weights):
+        return jnp.sum(tpu.grouped_ffn(rows, jnp.asarray(SIZES), _packed(weights, transposed=True)))
+
+    loss = jax.grad(ours, (0, 1))
     text = str(jax.make_jaxpr(loss)(rows, weights))
     outside = [line for line in text.splitlines() if "logistic" in line and "bf16[512" in line]
     assert text.count("pallas_call") >= 2
@@ -104,8 +111,8 @@ def test_the_nonlinearity_is_in_the_kernels(rng, interpreted):
 
 @pytest.mark.parametrize("hidden", [128, 200, 384])
 def test_lanes_of_up_and_gate_alternate(hidden, rng, interpreted):
-    weights, _ = _weights(rng, hidden=hidden, biases=True, turned=False, activation="swiglu")
-    joined = weights.joined()
+    weights, _ = _weights(rng, hidden=hidden, biases=True, activation="swiglu")
+    joined = tpu.pack(weights)
     padded = -(-hidden // 128) * 128
     assert joined.up.shape == (3, 256, 2 * padded)
     assert joined.down.shape == (3, padded, 256)
@@ -120,10 +127,10 @@ def test_lanes_of_up_and_gate_alternate(hidden, rng, interpreted):
 
 
 def test_shapes_that_fit_no_tiles_take_other_kernels(rng, interpreted, monkeypatch):
-    weights, exact = _weights(rng, hidden=200, biases=True, turned=True, activation="swiglu")
+    weights, exact = _weights(rng, hidden=200, biases=True, activation="swiglu")
     monkeypatch.setattr(tpu, "_tiles", lambda *_: None)
     rows = jnp.asarray(rng.normal(size=(512, 256)), jnp.bfloat16)
-    y = tpu.grouped_ffn(rows, jnp.asarray(SIZES), weights)[: SIZES.sum()]
+    y = tpu.grouped_ffn(rows, jnp.asarray(SIZES), _packed(weights, transposed=True))[: SIZES.sum()]
     right = _oracle(rows.astype(jnp.float32), exact, jnp.ones(512))
     np.testing.assert_allclose(np.asarray(y, np.float32), right, atol=2e-2 * np.abs(right).max())
 
@@ -131,9 +138,9 @@ def test_shapes_that_fit_no_tiles_take_other_kernels(rng, interpreted, monkeypat
 @pytest.mark.parametrize("activation", GATED_ACTIVATIONS)
 def test_kernels_take_the_activations_that_pallas_lowers_for_tpus(activation, rng, monkeypatch):
     """Lowering needs no TPU. Pallas has no error function for TPUs, so that geglu_exact stays outside the kernels."""
-    monkeypatch.setattr(target.Target, "has_gated_kernels", True)
-    weights, _ = _weights(rng, hidden=256, biases=True, turned=True, activation=activation)
-    is_fused = weights.joined().is_interleaved
+    monkeypatch.setattr(target.Target, "runs_tpu_kernels", True)
+    weights, _ = _weights(rng, hidden=256, biases=True, activation=activation)
+    is_fused = isinstance(_packed(weights, transposed=True), Interleaved)
 
     def lower():
         weights, sizes, scale = jnp.ones((3, 256, 512), jnp.bfloat16), jnp.asarray(SIZES), jnp.ones(512)

@@ -142,6 +142,7 @@ def test_products_of_float8_and_their_gradients(capability, sides, transposed, c
     NaN. The gradient of the matrices is another kernel's, of unrounded factors."""
     pytest.importorskip("qwix")
     device = types.SimpleNamespace(platform="gpu", device_kind="", compute_capability=capability, num_cores=cores)
+    device.low_precisions = ("float8",)
     each = [50, 0, 97, 3, 64]
     groups, total = np.repeat(np.arange(5), each), sum(each)
     rows, gradient = (np.full((256, side), np.nan) for side in sides)
@@ -297,7 +298,7 @@ def test_large_groups_are_plain_matmuls(name):
 
         def loss(rows, up, gate, down, keeps_hidden=keeps_hidden):
             weights = ExpertWeights(up, gate, down, activation="swiglu", keeps_hidden=keeps_hidden)
-            return jnp.sum(gpu.grouped_ffn(rows, jnp.full(1, 50_000), weights).astype(jnp.float32))
+            return jnp.sum(gpu.grouped_ffn(rows, jnp.full(1, 50_000), gpu.pack(weights)).astype(jnp.float32))
 
         shapes = (num_rows, d), (1, d, f), (1, d, f), (1, f, d)
         arrays = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes)

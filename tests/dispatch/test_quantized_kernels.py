@@ -11,7 +11,8 @@ from flax import nnx
 
 from moe.config import MeshConfig
 from moe.dispatch import quantized
-from moe.dispatch.backends import gated, tpu, tpu_tiles
+from moe.dispatch.backends import gated, tpu, tpu_tiles, tpu_weights
+from moe.dispatch.backends.packed import PackedWeights
 from moe.dispatch.backends.tpu_kernel import Factors, grouped_products
 from moe.dispatch.ffn import ExpertWeights, activate
 from moe.layers.moe_layer import MoELayer
@@ -72,21 +73,21 @@ def test_the_nonlinearity_in_kernels(precision, biases, turned, scaled, rng, mon
     """Values and gradients are those of rounded factors, with results rounded to bfloat16 where kernels write them."""
     for module, name in ((gated, "activated"), (gated, "activation_gradients"), (tpu, "grouped_products")):
         monkeypatch.setattr(module, name, functools.partial(getattr(module, name), interpret=True))
-    monkeypatch.setattr(target.Target, "has_gated_kernels", True)
+    monkeypatch.setattr(target.Target, "runs_tpu_kernels", True)
     # 200 columns are padded to 256, whole lanes that alternate between the two halves.
     tiles = {"activated": (128, 256, 256), "gradients": (128, 256, 128), "rows": (128, 256, 128)}
     monkeypatch.setattr(tpu, "_tiles", lambda kind, *_: tiles.get(kind))
     up, gate, down = (jnp.asarray(rng.normal(size=(3, 256, 200)) / 16, jnp.bfloat16) for _ in range(3))
     both = tuple(jnp.asarray(rng.normal(size=(3, 200)), jnp.bfloat16) for _ in range(2)) if biases else None
-    options = {"activation": "swiglu", "is_turned": turned, "precision": precision}
-    weights = ExpertWeights(up, gate, down if turned else down.swapaxes(1, 2), both, **options)
+    weights = ExpertWeights(up, gate, down, both, activation="swiglu", precision=precision)
+    weights = PackedWeights(**vars(weights) | {"down": down if turned else down.swapaxes(1, 2)}, down_transposed=turned)
     filled, groups = SIZES.sum(), np.repeat(np.arange(3), SIZES)
     rows = jnp.asarray(rng.normal(size=(512, 256)), jnp.bfloat16)
     gradient = jnp.asarray(rng.normal(size=(filled, 256)), jnp.bfloat16)
     scale = jnp.asarray(rng.uniform(0.5, 1.5, size=512), jnp.float32) if scaled else None
 
     def product(rows, weights, scale):
-        return tpu.grouped_ffn(rows, jnp.asarray(SIZES), weights, scale)[:filled]
+        return tpu.grouped_ffn(rows, jnp.asarray(SIZES), tpu.pack(weights), scale)[:filled]
 
     @jax.jit
     def run(rows, weights, scale, gradient):
@@ -184,7 +185,9 @@ def test_what_kernels_with_the_nonlinearity_write(precision, rng):
 def test_shards_are_quantised_before_they_are_gathered(precision, mesh, rng, monkeypatch):
     """Outputs and gradients are those of matrices quantised as a whole, and gathers move at most one byte per
     number."""
-    monkeypatch.setattr(target, "is_cpu", lambda: False)
+    kind = {"int8": "TPU v5 lite", "float8": "TPU7x"}[precision]
+    monkeypatch.setattr(target, "current", lambda: target.Target("tpu", kind))
+    monkeypatch.setattr(tpu, "_tiles", lambda *_: None)
     config = tiny_model(dispatch="dropless", low_precision=precision, gate="mixtral", activation="swiglu", d_model=32)
     graphdef, parameters = nnx.split(MoELayer(config, rngs=nnx.Rngs(0)))
     x, target_of_x = (jnp.asarray(rng.normal(size=(8, 12, 32)), jnp.float32) for _ in range(2))
@@ -194,8 +197,7 @@ def test_shards_are_quantised_before_they_are_gathered(precision, mesh, rng, mon
         return jnp.sum(y * target_of_x), y
 
     def run(is_gathered_in_products):
-        where = property(lambda self: is_gathered_in_products and self.precision != "none")
-        monkeypatch.setattr(ExpertWeights, "are_gathered_in_products", where)
+        monkeypatch.setattr(tpu_weights, "are_gathered_in_products", lambda _: is_gathered_in_products)
         gradients = jax.grad(loss, argnums=(0, 1), has_aux=True)
         with jax.set_mesh(make_mesh(mesh)):
             arguments = nnx.to_pure_dict(parameters), x

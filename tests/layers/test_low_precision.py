@@ -15,7 +15,7 @@ from flax import nnx
 
 from moe.config import ConfigError, MeshConfig
 from moe.dispatch import quantized
-from moe.dispatch.backends import gpu, grouped_ffn, tpu
+from moe.dispatch.backends import backend, gpu, grouped_ffn, tpu
 from moe.dispatch.ffn import ExpertWeights, batched_ffn
 from moe.layers.moe_layer import MoELayer
 from moe.models.factory import abstract_model
@@ -93,7 +93,7 @@ def test_experts_in_buffers_and_sorted_rows_are_one_function(rng):
     rows = jnp.asarray(rng.normal(size=(4, 6, 16)), jnp.float32)
     sizes = jnp.full(4, 6, jnp.int32)
     batched = batched_ffn(rows, weights)
-    grouped = grouped_ffn(rows.reshape(24, 16), sizes, weights).reshape(4, 6, 16)
+    grouped = grouped_ffn(rows.reshape(24, 16), sizes, backend().pack(weights)).reshape(4, 6, 16)
     same = np.isclose(grouped, batched, rtol=1e-5, atol=1e-4).all(axis=-1)
     assert np.mean(same) > 0.8
     np.testing.assert_allclose(grouped, batched, atol=0.01 * np.abs(batched).max())
@@ -268,7 +268,7 @@ process.use_tpu_compiler()
 import jax
 from jax import numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
-from moe.dispatch.backends import grouped_ffn
+from moe.dispatch.backends import backend, grouped_ffn
 from moe.dispatch.ffn import ExpertWeights
 from moe.planner.topology import get_topology
 
@@ -279,7 +279,7 @@ def array(*shape, dtype=jnp.bfloat16):
 matrix = array(4, 256, 256)
 weights = ExpertWeights(matrix, matrix, matrix, activation="swiglu", precision=sys.argv[2])
 def gradients(rows, sizes, weights):
-    return jax.grad(lambda *a: jnp.sum(grouped_ffn(a[0], sizes, a[1]) ** 2), (0, 1))(rows, weights)
+    return jax.grad(lambda *a: jnp.sum(grouped_ffn(a[0], sizes, backend().pack(a[1])) ** 2), (0, 1))(rows, weights)
 with jax.set_mesh(mesh):
     print(jax.jit(gradients).lower(array(1024, 256), array(4, dtype=jnp.int32), weights).compile().as_text())
 """

@@ -8,8 +8,9 @@ import pytest
 
 from moe.config import Config, DataConfig, DeltaNetConfig, MeshConfig, TrainConfig
 from moe.models.flops import count_parameters, expert_rows_per_token, train_flops, train_flops_per_token
+from moe.parallel.device_kinds import DEVICE_KINDS
 from moe.parallel.mesh import make_mesh
-from moe.parallel.target import PEAK_FLOPS, Target
+from moe.parallel.target import Target
 from moe.planner.chips import CHIPS
 from moe.training import profiling
 from moe.training.metrics import Throughput
@@ -165,8 +166,8 @@ def test_datasheet_peaks(kind, peak):
 
 
 def test_the_planners_chips_have_the_same_peaks():
-    assert CHIPS["v5e"].peak == PEAK_FLOPS["TPU v5 lite"] == 197e12
-    assert CHIPS["tpu7x"].peak == 2 * PEAK_FLOPS["TPU7"] == 2307e12
+    assert CHIPS["v5e"].peak == DEVICE_KINDS["TPU v5 lite"].peak == 197e12
+    assert CHIPS["tpu7x"].peak == 2 * DEVICE_KINDS["TPU7"].known_peak == 2307e12
 
 
 def test_the_rate_of_a_mesh_is_that_of_all_its_devices(monkeypatch):

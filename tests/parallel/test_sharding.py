@@ -26,6 +26,7 @@ from moe.models.factory import abstract_model
 from moe.parallel import mesh as mesh_module
 from moe.parallel import parameters as weights
 from moe.parallel import partition_specs, target
+from moe.parallel.device_kinds import DeviceKind
 from moe.parallel.mesh import ROW_AXES, constrain, make_mesh
 from tests.helpers import axis_groups, collectives, random_parameters, slow_case, tiny_model
 
@@ -468,7 +469,7 @@ def test_projections_onto_heads_and_back(inputs, form, rng, monkeypatch):
 
 def test_weights_are_gathered_in_two_hops_where_an_axis_spans_a_3d_torus(monkeypatch):
     class Torus:
-        has_3d_torus = True
+        kind = DeviceKind(has_3d_torus=True)
 
     monkeypatch.setattr(weights, "axis_size", lambda *axes: 64 if "fsdp" in axes else 1)
     assert weights._hops(64) == [None]  # CPUs have no torus

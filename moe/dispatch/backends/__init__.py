@@ -3,21 +3,51 @@
 from __future__ import annotations
 
 import math
-import types
+from typing import Any, Protocol
 
 from jax import Array
 from jaxtyping import Float, Int
 
-from moe.dispatch.backends import cpu, gpu, tpu, tpu_tiles
+from moe.dispatch.backends import cpu, gpu, tpu
 from moe.dispatch.ffn import ExpertWeights
 from moe.parallel import target
 
 
-def backend() -> types.ModuleType:
+class Backend(Protocol):
+    """The experts' products on one platform: a module of this package.
+
+    Attributes:
+        TILE: rows in the smallest tile of its kernels.
+        SORTS_WITH_CAPACITY: rows of experts with a capacity are sorted too where nothing is exchanged.
+        SCALES_HIDDEN: combine weights are factors of the experts' hidden activations, instead of their outputs.
+    """
+
+    @property
+    def TILE(self) -> int: ...  # noqa: D102
+    @property
+    def SORTS_WITH_CAPACITY(self) -> bool: ...  # noqa: D102
+    @property
+    def SCALES_HIDDEN(self) -> bool: ...  # noqa: D102
+
+    def pack(self, weights: ExpertWeights, /) -> ExpertWeights:
+        """Gathered weights in the form that :meth:`grouped_ffn` takes."""
+        ...
+
+    def pack_shards(self, shards: ExpertWeights, /) -> ExpertWeights:
+        """One device's experts in that form, within ``shard_map``, gathered over ``fsdp`` from shards."""
+        ...
+
+    def grouped_ffn(self, rows: Array, group_sizes: Array, weights: Any, scale: Array | None = None) -> Array:
+        """See :func:`grouped_ffn`."""
+        ...
+
+
+_BACKENDS: dict[str, Backend] = {"cpu": cpu, "gpu": gpu, "tpu": tpu}
+
+
+def backend() -> Backend:
     """The kernels of the target: a loop over row blocks on CPUs, grouped matmuls on accelerators."""
-    if target.is_cpu():
-        return cpu
-    return gpu if target.current().platform == "gpu" else tpu
+    return _BACKENDS[target.current().platform]
 
 
 def grouped_ffn(
@@ -31,13 +61,13 @@ def grouped_ffn(
     Args:
         rows: sorted by expert; R comes from :func:`whole_tiles`.
         group_sizes: rows of each expert. The output of rows beyond their sum is undefined.
-        weights: of the experts, gathered, with the dropout of these rows.
-        scale: factors of the outputs; not on CPUs.
+        weights: of the experts, packed by the backend, with the dropout of these rows.
+        scale: factors of the outputs.
     """
-    factors = () if scale is None else (scale,)
-    return backend().grouped_ffn(rows, group_sizes, weights, *factors)
+    return backend().grouped_ffn(rows, group_sizes, weights, scale)
 
 
 def whole_tiles(num_rows: int) -> int:
-    """R rounded up to whole tiles of accelerators' kernels; on CPU R."""
-    return num_rows if target.is_cpu() else math.ceil(num_rows / tpu_tiles.TILE) * tpu_tiles.TILE
+    """R rounded up to whole tiles of the target's kernels."""
+    tile = backend().TILE
+    return math.ceil(num_rows / tile) * tile

@@ -4,8 +4,8 @@ XLA reads both products, or writes both gradients, in separate passes over the r
 Mixtral-8x7B on v5p. Here a tile of products is still in vector memory when the nonlinearity, or its gradient, is
 applied; the compiler schedules that beside the matmul of the same tile.
 
-Up and gate are one matrix whose lanes alternate (:meth:`moe.dispatch.ffn.ExpertWeights.joined`), so that a tile has
-both numbers of each pair.
+Up and gate are one matrix whose lanes alternate (:class:`moe.dispatch.backends.tpu_weights.Interleaved`), so that
+a tile has both numbers of each pair.
 """
 
 from __future__ import annotations
@@ -36,6 +36,9 @@ from moe.dispatch.backends.tpu_kernel import (
 from moe.dispatch.backends.tpu_tiles import Tiles
 from moe.dispatch.ffn import activate
 from moe.parallel.target import LANES
+
+#: Gated activations that the kernels compute: Pallas lacks the error function on TPUs.
+ACTIVATIONS = ("swiglu", "swiglu_clamped", "geglu", "reglu")
 
 
 def activated(

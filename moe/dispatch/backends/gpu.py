@@ -19,11 +19,18 @@ from jaxtyping import Float, Int
 from moe.config import ConfigError
 from moe.dispatch import quantized
 from moe.dispatch.backends import row_blocks, tpu, triton
+from moe.dispatch.backends.packed import PackedWeights, pack, pack_shards
 from moe.dispatch.backends.row_blocks import RowBlocks
 from moe.dispatch.backends.tiles import tile_rows
 from moe.dispatch.backends.tpu_tiles import TILE
 from moe.dispatch.ffn import ExpertWeights, ffn
 from moe.parallel import target
+
+__all__ = ["SCALES_HIDDEN", "SORTS_WITH_CAPACITY", "TILE", "grouped_ffn", "pack", "pack_shards"]
+
+#: As of :mod:`moe.dispatch.backends.cpu`.
+SORTS_WITH_CAPACITY = False
+SCALES_HIDDEN = True
 
 #: Tiles of JAX's Hopper kernel: two operands of 128 x 64 bfloat16 are 32 KiB a step, four steps and the output tile fit
 #: 227 KiB of shared memory.
@@ -52,20 +59,20 @@ _BLOCK_ROWS = 4096
 def grouped_ffn(
     rows: Float[Array, "R D"],
     group_sizes: Int[Array, " E"],
-    weights: ExpertWeights,
+    weights: PackedWeights,
     scale: Float[Array, " R"] | None = None,
 ) -> Float[Array, "R D"]:
     """:func:`moe.dispatch.backends.grouped_ffn`, large groups by plain matmuls in row blocks, all others by
     kernels."""
     if weights.precision == "none" and (blocks := large_blocks(rows.shape[0], weights)):
-        return row_blocks.grouped_ffn(blocks, rows, group_sizes, weights.joined(), scale)
+        return row_blocks.grouped_ffn(blocks, rows, group_sizes, weights, scale)
     return by_kernels(rows, group_sizes, weights, scale)
 
 
 def by_kernels(
     rows: Float[Array, "R D"],
     group_sizes: Int[Array, " E"],
-    weights: ExpertWeights,
+    weights: PackedWeights,
     scale: Float[Array, " R"] | None = None,
 ) -> Float[Array, "R D"]:
     """:func:`grouped_ffn` as grouped matmuls, by ``lax.ragged_dot`` where these kernels do not take the shapes."""
@@ -76,7 +83,7 @@ def by_kernels(
             return grouped_matmul(rows, matrices, group_sizes, False, transposed, precision)
         return tpu.multiply(rows, matrices, group_sizes, transposed=transposed)
 
-    return ffn(rows, weights.joined(), matmul, scale)
+    return ffn(rows, weights, matmul, scale)
 
 
 def large_blocks(num_rows: int, weights: ExpertWeights) -> RowBlocks | None:

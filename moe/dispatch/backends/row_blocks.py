@@ -22,7 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
 from moe.dispatch import quantized
-from moe.dispatch.ffn import ExpertDropout, ExpertWeights, into_hidden, out_of_hidden
+from moe.dispatch.ffn import ExpertDropout, ExpertWeights, out_of_hidden
 from moe.parallel import target
 from moe.parallel.parameters import matmul
 from moe.parallel.partition_specs import HIDDEN
@@ -97,7 +97,7 @@ def _unwritten(tree: Any, sizes: Array, dtype: Any = None) -> Any:
 
     def buffer(i: int, leaf: Any) -> Array:
         result = jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype)
-        if not target.is_cpu():
+        if target.current().has_unwritten_buffers:
             return lax.empty(result.shape, result.dtype)
         return jax.ffi.ffi_call("dce_sink", result, vmap_method="broadcast_all")(sizes[0] + i)
 
@@ -248,13 +248,13 @@ def _halves(weights: ExpertWeights) -> tuple[Callable[..., Any], Callable[..., A
         return matmul(rows, matrix)
 
     def down_matmul(hidden: Array, down: Array) -> Array:
-        return product(hidden, down.T if weights.is_turned else down)
+        return product(hidden, down.T if weights.down_transposed else down)
 
     def second(hidden: Any, down: Array, scale: Array | None, dropout: ExpertDropout | None) -> Array:
         factors = None if scale is None else scale[:, 0]
         return out_of_hidden(hidden, down, weights.activation, dropout, down_matmul, factors)
 
-    return functools.partial(into_hidden, matmul=product, is_joined=weights.is_joined), second
+    return functools.partial(weights.into_hidden, matmul=product), second
 
 
 def _grouped_ffn_bwd(row_blocks, residuals, gradient):

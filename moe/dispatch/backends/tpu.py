@@ -19,9 +19,16 @@ from moe.dispatch import quantized
 from moe.dispatch.backends import gated
 from moe.dispatch.backends.tpu_kernel import Factors, grouped_products
 from moe.dispatch.backends.tpu_tiles import TILE, Device, Kind, Tiles, fastest_tiles
-from moe.dispatch.ffn import ExpertWeights, ffn
+from moe.dispatch.backends.tpu_weights import Interleaved, TpuWeights, pack, pack_shards
+from moe.dispatch.ffn import ffn
 from moe.parallel.parameters import gather_shard
 from moe.parallel.partition_specs import HIDDEN
+
+__all__ = ["SCALES_HIDDEN", "SORTS_WITH_CAPACITY", "TILE", "grouped_ffn", "pack", "pack_shards"]
+
+#: As of :mod:`moe.dispatch.backends.cpu`.
+SORTS_WITH_CAPACITY = False
+SCALES_HIDDEN = True
 
 _ROWS_CONTRACTED = lax.RaggedDotDimensionNumbers(
     dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
@@ -31,12 +38,11 @@ _ROWS_CONTRACTED = lax.RaggedDotDimensionNumbers(
 def grouped_ffn(
     rows: Float[Array, "R D"],
     group_sizes: Int[Array, " E"],
-    weights: ExpertWeights,
+    weights: TpuWeights,
     scale: Float[Array, " R"] | None = None,
 ) -> Float[Array, "R D"]:
     """:func:`moe.dispatch.backends.grouped_ffn` as grouped matmuls, which include a gated FFN's nonlinearity."""
-    weights = weights.joined()
-    if weights.is_interleaved:
+    if isinstance(weights, Interleaved):
         if kernels := _gated_kernels(rows, weights):
             biases = None if weights.biases is None else weights.biases[0]
             return _gated_ffn(kernels, rows, weights.up, biases, weights.down, scale, group_sizes)
@@ -44,7 +50,7 @@ def grouped_ffn(
 
     def matmul(rows: Array, matrices: Array, *, transposed: bool = False) -> Array:
         if weights.quantizes(matrices):
-            return quantized_matmul(rows, matrices, group_sizes, weights.precision, transposed, weights.are_shards)
+            return quantized_matmul(rows, matrices, group_sizes, weights.precision, transposed, weights.fsdp_sharded)
         return multiply(rows, matrices, group_sizes, transposed=transposed)
 
     return ffn(rows, weights, matmul, scale)
@@ -92,17 +98,17 @@ def quantized_matmul(
     sizes: Int[Array, " E"],
     precision: str,
     transposed: bool = False,
-    are_shards: bool = False,
+    fsdp_sharded: bool = False,
 ) -> Float[Array, "R F"]:
     """:func:`grouped_matmul` of quantised factors (:mod:`moe.dispatch.quantized`).
 
     Args:
         precision: of the factors, a value of ``model.low_precision`` other than ``none``.
         rows, matrices, sizes, transposed: as there.
-        are_shards: ``matrices`` are one device's shards of the second dimension, within ``shard_map``, which are
+        fsdp_sharded: ``matrices`` are one device's shards of the second dimension, within ``shard_map``, which are
             quantised and then gathered over ``fsdp``, which sends fewer bytes. Their gradient is scattered.
     """
-    both = _factors(rows, matrices, precision, transposed=transposed, are_shards=are_shards)
+    both = _factors(rows, matrices, precision, transposed=transposed, fsdp_sharded=fsdp_sharded)
     return _multiply_quantized(both, sizes, rows.dtype)
 
 
@@ -112,7 +118,7 @@ def _factors(
     precision: str,
     *,
     transposed: bool,
-    are_shards: bool,
+    fsdp_sharded: bool,
     largest: Float[Array, " R"] | None = None,
 ) -> Factors:
     """Factors of a kernel, quantised unless the precision is ``none``; ``largest``: each row's absolute maximum."""
@@ -121,9 +127,9 @@ def _factors(
     quantized.check_target(precision)
     largest = None if largest is None else largest[:, None]
     numbers, of_rows = quantized.quantize(rows, -1, precision, largest=largest)
-    split_over = "fsdp" if are_shards and not transposed else None
+    split_over = "fsdp" if fsdp_sharded and not transposed else None
     matrices, of_matrices = quantized.quantize(matrices, 2 if transposed else 1, precision, split_over=split_over)
-    if are_shards:
+    if fsdp_sharded:
         matrices = gather_shard(matrices, 1)
         of_matrices = gather_shard(of_matrices, 1) if transposed else of_matrices
     return Factors(numbers, matrices, transposed, (of_rows, of_matrices), quantized.TYPES[precision][1])
@@ -171,10 +177,12 @@ def _grouped_matmul_bwd(transposed, residuals, gradient):
 grouped_matmul.defvjp(_grouped_matmul_fwd, _grouped_matmul_bwd)
 
 
-def _outer_products(rows: Array, gradient: Array, sizes: Array, matrices: Array, *, are_shards: bool = False) -> Array:
+def _outer_products(
+    rows: Array, gradient: Array, sizes: Array, matrices: Array, *, fsdp_sharded: bool = False
+) -> Array:
     """Transposed rows [R,D] of each group by its gradient rows [R,F] → [E,D,F], the gradient of the matrices,
     scattered over ``fsdp`` if they are shards."""
-    gather = functools.partial(gather_shard, dim=1) if are_shards else lambda matrices: matrices
+    gather = functools.partial(gather_shard, dim=1) if fsdp_sharded else lambda matrices: matrices
     shape = jax.eval_shape(gather, matrices).shape
     with _tiling(_tiles("weights", rows, shape)):
         found = lax.ragged_dot_general(rows, gradient, sizes, _ROWS_CONTRACTED, preferred_element_type=matrices.dtype)
@@ -182,16 +190,16 @@ def _outer_products(rows: Array, gradient: Array, sizes: Array, matrices: Array,
     return found
 
 
-def _quantized_matmul_fwd(rows, matrices, sizes, precision, transposed, are_shards):
-    y = quantized_matmul(rows, matrices, sizes, precision, transposed, are_shards)
+def _quantized_matmul_fwd(rows, matrices, sizes, precision, transposed, fsdp_sharded):
+    y = quantized_matmul(rows, matrices, sizes, precision, transposed, fsdp_sharded)
     return y, (rows, matrices, sizes)
 
 
-def _quantized_matmul_bwd(precision, transposed, are_shards, residuals, gradient):
+def _quantized_matmul_bwd(precision, transposed, fsdp_sharded, residuals, gradient):
     rows, matrices, sizes = residuals
-    d_rows = quantized_matmul(gradient, matrices, sizes, precision, not transposed, are_shards)
+    d_rows = quantized_matmul(gradient, matrices, sizes, precision, not transposed, fsdp_sharded)
     left, right = (gradient, rows) if transposed else (rows, gradient)
-    d_matrices = _outer_products(left, right, sizes, matrices, are_shards=are_shards)
+    d_matrices = _outer_products(left, right, sizes, matrices, fsdp_sharded=fsdp_sharded)
     return d_rows, d_matrices, None
 
 
@@ -204,25 +212,25 @@ class _GatedKernels:
 
     Attributes:
         activation: a gated value of ``model.activation``.
-        is_turned: down is [E,D,F] instead of [E,F,D].
+        down_transposed: down is [E,D,F] instead of [E,F,D].
         forward, backward: tiles of the kernels with the nonlinearity and with its gradient.
         precision: of the factors, a value of ``model.low_precision``.
-        are_shards: as of :func:`quantized_matmul`.
+        fsdp_sharded: as of :func:`quantized_matmul`.
     """
 
     activation: str
-    is_turned: bool
+    down_transposed: bool
     forward: Tiles
     backward: Tiles
     precision: str
-    are_shards: bool
+    fsdp_sharded: bool
 
     def factors(
         self, rows: Array, matrices: Array, *, transposed: bool = False, largest: Array | None = None
     ) -> Factors:
         """Factors of a kernel; ``largest``: largest absolute value of each row, if it is known."""
         return _factors(
-            rows, matrices, self.precision, transposed=transposed, are_shards=self.are_shards, largest=largest
+            rows, matrices, self.precision, transposed=transposed, fsdp_sharded=self.fsdp_sharded, largest=largest
         )
 
     def multiply(
@@ -235,7 +243,7 @@ class _GatedKernels:
         return _multiply_quantized(both, sizes, rows.dtype)
 
 
-def _gated_kernels(rows: Array, weights: ExpertWeights) -> _GatedKernels | None:
+def _gated_kernels(rows: Array, weights: Interleaved) -> _GatedKernels | None:
     """Kernels for interleaved weights; None: no tiles fit."""
     (num_groups, _, columns), width = weights.up.shape, rows.shape[1]
     dtype = rows.dtype if weights.precision == "none" else quantized.TYPES[weights.precision][0]
@@ -244,8 +252,9 @@ def _gated_kernels(rows: Array, weights: ExpertWeights) -> _GatedKernels | None:
     backward = _tiles("gradients", rows_type, (num_groups, width, columns // 2))
     if forward is None or backward is None:
         return None
-    is_turned, precision = weights.is_turned, weights.precision
-    return _GatedKernels(weights.activation, is_turned, forward, backward, precision, weights.are_shards)
+    return _GatedKernels(
+        weights.activation, weights.down_transposed, forward, backward, weights.precision, weights.fsdp_sharded
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -274,20 +283,20 @@ def _gated_ffn_fwd(kernels, rows, joined, biases, down, scale, sizes):
             both, biases, scale, sizes, kernels.activation, rows.dtype, kernels.forward
         )
     products = checkpoint_name(products, HIDDEN)
-    y = kernels.multiply(hidden, down, sizes, transposed=kernels.is_turned, largest=largest)
+    y = kernels.multiply(hidden, down, sizes, transposed=kernels.down_transposed, largest=largest)
     return y, (rows, joined, biases, down, scale, sizes, products)
 
 
 def _gated_ffn_bwd(kernels, residuals, gradient):
     rows, joined, biases, down, scale, sizes, products = residuals
-    both = kernels.factors(gradient, down, transposed=not kernels.is_turned)
+    both = kernels.factors(gradient, down, transposed=not kernels.down_transposed)
     with _tiling(kernels.backward, kernel_kind="gradients"):
         d_products, hidden, d_scale, largest = gated.activation_gradients(
             both, products, scale, sizes, kernels.activation, kernels.backward
         )
-    left, right = (gradient, hidden) if kernels.is_turned else (hidden, gradient)
-    d_down = _outer_products(left, right, sizes, down, are_shards=kernels.are_shards)
-    d_joined = _outer_products(rows, d_products, sizes, joined, are_shards=kernels.are_shards)
+    left, right = (gradient, hidden) if kernels.down_transposed else (hidden, gradient)
+    d_down = _outer_products(left, right, sizes, down, fsdp_sharded=kernels.fsdp_sharded)
+    d_joined = _outer_products(rows, d_products, sizes, joined, fsdp_sharded=kernels.fsdp_sharded)
     d_rows = kernels.multiply(d_products, joined, sizes, transposed=True, largest=largest)
     d_biases = None
     if biases is not None:

@@ -63,12 +63,11 @@ class Device:
     @classmethod
     def current(cls) -> Device | None:
         """The target of the program being traced; None for v2 and v3, whose matrix units lack XLA's kernel."""
-        device = target.current()
-        peak, bandwidth = device.peak_flops, device.memory_bandwidth
-        if peak is None or bandwidth is None:
+        device, kind = target.current(), target.current().kind
+        if not device.runs_tpu_kernels:
             return None
         memory = min(device.kernel_memory - _OTHER_MEMORY, _LARGEST_TILES)
-        return cls(peak, bandwidth, memory, device.tensor_cores)
+        return cls(kind.known_peak, kind.known_bandwidth, memory, kind.cores)
 
 
 @functools.lru_cache

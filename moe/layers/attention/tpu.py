@@ -34,10 +34,8 @@ _MOST_PARTIALS = 16
 
 
 def runs_splash(query: Float[Array, "B T N H"], value: Float[Array, "B U M V"]) -> bool:
-    """Whether this program is for a TPU that has the kernel, and the kernel takes these shapes; v2 and v3 lack its
-    bfloat16 products."""
-    device = target.current()
-    if device.platform != "tpu" or device.device_kind in ("TPU v2", "TPU v3"):
+    """Whether this program is for a TPU that has the kernel, and the kernel takes these shapes."""
+    if not target.current().runs_splash_attention:
         return False
     heads = query.shape[-1], value.shape[-1]
     return query.shape[1] % target.LANES == 0 and all(
