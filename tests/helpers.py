@@ -27,7 +27,7 @@ from moe.parallel import target
 from moe.routing.gates import TopK
 from moe.routing.interface import Gate, GateInputs
 from moe.routing.routing import Routing, route
-from moe.training import step
+from moe.training import update
 from moe.training.step import Program
 
 _MOE_FIELDS = {field.name for field in dataclasses.fields(MoEConfig)} - {"d_ff"} | flat.PLACES.keys()
@@ -115,8 +115,8 @@ def random_state(program: Program) -> TrainState:
 def step_gradients(program: Program, seed: int = 1) -> Any:
     """Jitted function of a state and a batch: ((loss, (cross-entropy, terms), reports), gradients) of a train step."""
     config = program.config
-    parts = step._Parts(config, program.graphdef, program.graphdef, None, None, config.objective)
-    return jax.jit(lambda state, batch: step._gradients(parts, state, batch, jax.random.key(seed), None))
+    parts = update.Parts(config, program.graphdef, program.graphdef, None, None, config.objective)
+    return jax.jit(lambda state, batch: update._gradients(parts, state, batch, jax.random.key(seed), None))
 
 
 def random_model(config: ModelConfig) -> Model:

@@ -21,7 +21,7 @@ from moe.routing.balancing import LayerReport
 from moe.training import evaluation
 from moe.training.metrics import Throughput, mean_row
 from moe.training.progress import Progress
-from moe.training.step import TrainMetrics
+from moe.training.update import TrainMetrics
 from tests.helpers import tiny_model
 
 ROOT = Path(__file__).parents[1]

@@ -27,7 +27,8 @@ from moe.training.metric_writers import find_writers
 from moe.training.metrics import StepClock, Throughput, mean_row, step_metrics
 from moe.training.optimizer import averaged_weights
 from moe.training.recovery import DivergedError, Health, Recovery, next_batch
-from moe.training.step import Program, TrainMetrics
+from moe.training.step import Program
+from moe.training.update import TrainMetrics
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ from moe.parallel.mesh import AXES, axis_size
 from moe.routing import balancing
 from moe.system.metrics_files import to_python
 from moe.training import profiling
-from moe.training.step import TrainMetrics
+from moe.training.update import TrainMetrics
 
 #: Numbers of an objective on answers: name in rows → (name on the terminal and in the report, format).
 TERMS = {

@@ -1,4 +1,4 @@
-"""The train step and the evaluation step, jitted with their shardings."""
+"""The programs of a run: the train step and the evaluation step, jitted with their shardings."""
 
 from __future__ import annotations
 
@@ -9,86 +9,31 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
-from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.typing import ArrayLike
 
 from moe.config import Config, ConfigError, ModelConfig, stacks
-from moe.config.objectives import Objective, naming_objective
 from moe.layers.mixers import table
 from moe.layers.moe_layer import replace_gate
 from moe.layers.router import SelectionBias
 from moe.models import pipeline
 from moe.models.adapters import initial_adapters
-from moe.models.decoder import Output
 from moe.models.factory import Model, abstract_model, create_model, variable_specs
-from moe.models.stack import carry_of, map_routers, selection_biases
+from moe.models.stack import carry_of
 from moe.models.stages import Schedule
-from moe.models.state import AdaptedState, TrainState, set_schedule_step, state_specs
+from moe.models.state import AdaptedState, TrainState, state_specs
 from moe.parallel import partition_specs, target
-from moe.parallel.mesh import axis_size, constrain
-from moe.routing.balancing import (
-    BalanceSums,
-    LayerReport,
-    balance_weights,
-    over_step,
-    probe_rule,
-)
-from moe.routing.balancing_rules import restored, stored
+from moe.routing.balancing import probe_rule
 from moe.routing.interface import Gate
 from moe.routing.routing import is_own, probe
-from moe.training import spikes
-from moe.training.batches import Batch, batch_shapes, forward
-from moe.training.losses import auxiliary_loss, describe_auxiliary, mean_reports, row_cross_entropy
-from moe.training.optimizer import gradient_norm, learning_rate_schedule, make_optimizer, probe_own
+from moe.training.batches import Batch, batch_shapes
+from moe.training.losses import describe_auxiliary
+from moe.training.optimizer import learning_rate_schedule, make_optimizer, probe_own
+from moe.training.update import EvalMetrics, Parts, TrainMetrics, eval_step, train_step
 
 #: A teacher's model config and variables.
 Teacher = tuple[ModelConfig, dict[str, Any]]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TrainMetrics:
-    """Metrics of one step over its whole batch.
-
-    Attributes:
-        loss: [] the objective plus weighted auxiliary terms; the objective is the cross_entropy, or with a teacher or
-            prediction layers their weighted sum with it.
-        cross_entropy: [] nats per target; of an objective on answers, its loss.
-        gradient_norm: [] L2 norm over all trained parameters, before clipping and the factors of a base model.
-        learning_rate: [] of the schedule, before the factors of a base model.
-        skipped: [] float32, 1 if the loss or a gradient was not finite or a spike and nothing was updated, else 0.
-        layers: LayerReport with leading axis [L], or None in a dense model.
-        terms: further numbers of the objective by name, [] each.
-    """
-
-    loss: Array
-    cross_entropy: Array
-    gradient_norm: Array
-    learning_rate: Array
-    skipped: Array
-    layers: LayerReport | None
-    terms: dict[str, Array]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class EvalMetrics:
-    """Sums over the rows of one held-out batch.
-
-    Attributes:
-        nll: [B] nats.
-        targets: [B] int32, number of targets.
-        target_bytes: [] int32, UTF-8 bytes of the targets' text.
-        layers: LayerReport with leading axis [L], or None in a dense model.
-    """
-
-    nll: Array
-    targets: Array
-    target_bytes: Array
-    layers: LayerReport | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,18 +70,6 @@ class Program:
         return nnx.merge(self.graphdef, variables)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Parts:
-    """Static parts of a run that the traced functions share."""
-
-    config: Config
-    graphdef: nnx.GraphDef[Model]
-    teacher_graphdef: nnx.GraphDef[Model]
-    optimizer: optax.GradientTransformationExtraArgs
-    schedule: optax.Schedule
-    objective: Objective
-
-
 def compiler_options(config: Config, mesh: Mesh) -> dict[str, str | bool | int]:
     """XLA options of a run's programs on these devices."""
     stages = mesh.shape.get("pipeline", 1)
@@ -164,7 +97,7 @@ def build(
         table.probe(config.model, config.model.mixer)
     pipeline.check(config, mesh.shape)
     teacher_model, teacher_variables = teacher or (config.model, None)
-    parts = _Parts(
+    parts = Parts(
         config,
         _graphdef(config.model, gate),
         _graphdef(teacher_model),
@@ -270,7 +203,7 @@ def _graphdef(model: ModelConfig, gate: Gate | None = None) -> nnx.GraphDef[Mode
     return nnx.graphdef(abstract)
 
 
-def _init(parts: _Parts, seed: ArrayLike) -> TrainState:
+def _init(parts: Parts, seed: ArrayLike) -> TrainState:
     """Random state at step 0. The seed is an argument so that runs of several seeds share one compiled program."""
     parameter_key, noise_key = jax.random.split(jax.random.key(seed))
     model = create_model(parts.config.model, rngs=nnx.Rngs(params=parameter_key))
@@ -284,148 +217,3 @@ def _init(parts: _Parts, seed: ArrayLike) -> TrainState:
     if not lora.rank:
         return state
     return AdaptedState(**vars(state), base=nnx.to_pure_dict(base), scale=lora.alpha / lora.rank)
-
-
-def train_step(
-    parts: _Parts, state: TrainState, batch: Batch, teacher_variables: dict[str, Any] | None = None
-) -> tuple[TrainState, TrainMetrics]:
-    """Compute gradients, then update unless the loss or a gradient is not finite, or a spike."""
-    rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-    (loss, (cross_entropy, terms), layers), gradients = _gradients(parts, state, batch, rng, teacher_variables)
-    norm = gradient_norm(parts.config.optimizer, gradients)
-    learning_rate = jnp.asarray(parts.schedule(state.step))
-    biases = _next_biases(parts.config, state.biases, layers)
-    if parts.config.optimizer.memory == "host":
-        # After the gradients: fetched earlier, it would be in memory together with the activations.
-        stored, norm = jax.lax.optimization_barrier((state.optimizer, norm))
-        state = dataclasses.replace(state, optimizer=jax.device_put(stored, jax.memory.Space.Device))
-    spike = spikes.is_spike(state.optimizer, parts.config.optimizer.skip_sigmas, loss, norm)
-    sound = jnp.isfinite(loss) & jnp.isfinite(norm) & ~spike
-    metrics = TrainMetrics(loss, cross_entropy, norm, learning_rate, 1.0 - sound.astype(jnp.float32), layers, terms)
-    # A select joins the loop that writes the update; a branch would keep old and new state side by side.
-    updated = (*_update(parts, gradients, norm, state), biases)
-    kept = state.parameters, set_schedule_step(state.optimizer, state.step + 1), state.biases
-    parameters, optimizer_state, biases = jax.tree.map(functools.partial(jnp.where, sound), updated, kept)
-    optimizer_state = spikes.recorded(optimizer_state, loss, norm)
-    following = TrainState(state.step + 1, parameters, biases, optimizer_state, state.rng)
-    return state.restored(following), metrics
-
-
-def _gradients(
-    parts: _Parts, state: TrainState, batch: Batch, rng: Array, teacher_variables: dict[str, Any] | None
-) -> tuple[tuple[Array, tuple[Array, dict[str, Array]], LayerReport | None], Any]:
-    """(loss, cross-entropy and terms, reports) and gradients of a batch, in ``accumulation_steps`` microbatches."""
-    microbatches = parts.config.train.accumulation_steps
-    count = parts.objective.count(batch)
-
-    def loss_of(parameters, microbatch, key, totals=None):
-        model = nnx.merge(parts.graphdef, dataclasses.replace(state, parameters=parameters).variables)
-        output = forward(model, microbatch, train=True, rng=_noise_key(parts, key))
-        teacher = None
-        if teacher_variables is not None:
-            taught_by = nnx.merge(parts.teacher_graphdef, teacher_variables)
-            teacher = taught_by, forward(taught_by, microbatch)
-        return _loss(parts, model, output, microbatch, count, teacher, totals)
-
-    value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
-    if microbatches == 1:
-        (loss, (shown, layers)), gradients = value_and_grad(state.parameters, batch, rng)
-        return (loss, shown, layers), gradients
-
-    def accumulate(sums, inputs):
-        microbatch, index = inputs
-        result = value_and_grad(state.parameters, microbatch, jax.random.fold_in(rng, index), totals)
-        (loss, ((nll, terms), layers)), gradients = result
-        return jax.tree.map(jnp.add, sums, (loss, nll, gradients)), (terms, layers)
-
-    # [B,T,...] → [B/A,A,T,...] → [A,B/A,T,...]: microbatch i takes every A-th row, so that each device keeps its rows.
-    split = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
-    if axis_size("pipeline") > 1:
-        loss = functools.partial(_loss, parts)
-        (loss, shown, layers), gradients = pipeline.gradients(
-            parts.config, parts.graphdef, loss, state, split, rng, count
-        )
-        return (loss, shown, layers if layers is None else mean_reports(layers)), gradients
-    split = jax.tree.map(lambda x: constrain(x, partition_specs.MICROBATCHES), split)
-    totals = _balance_totals(parts, state, split, rng) if parts.config.model.moe.losses.scope == "step" else None
-    zeros = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.parameters))
-    (loss, nll, gradients), (terms, layers) = jax.lax.scan(accumulate, zeros, (split, jnp.arange(microbatches)))
-    terms = jax.tree.map(lambda values: jnp.sum(values, axis=0), terms)
-    return (loss, (nll, terms), layers if layers is None else mean_reports(layers)), gradients
-
-
-def _noise_key(parts: _Parts, rng: Array) -> Array | None:
-    """The key of routing noise and dropout, None for an objective without them."""
-    return rng if parts.objective.noise else None
-
-
-def _balance_totals(parts: _Parts, state: TrainState, split: Batch, rng: Array) -> BalanceSums | None:
-    """Sums of every layer over all microbatches, by a forward pass of each with the same noise as its gradient."""
-
-    def measure(_, inputs):
-        microbatch, index = inputs
-        model = nnx.merge(parts.graphdef, state.variables)
-        key = _noise_key(parts, jax.random.fold_in(rng, index))
-        layers = forward(model, microbatch, train=True, rng=key).layers
-        return None, None if layers is None else layers.sums
-
-    _, sums = jax.lax.scan(measure, None, (split, jnp.arange(parts.config.train.accumulation_steps)))
-    return jax.tree.map(lambda values: jnp.sum(values, axis=0), sums)
-
-
-def _loss(
-    parts: _Parts,
-    model: Model,
-    output: Output,
-    batch: Batch,
-    count: Array,
-    teacher: tuple[Model, Output] | None = None,
-    totals: BalanceSums | None = None,
-) -> tuple[Array, tuple[tuple[Array, dict[str, Array]], LayerReport | None]]:
-    """A microbatch's share of the batch's loss, and (its shares of cross-entropy and terms, layer reports); with the
-    totals of the step, its load-balancing loss is over the step."""
-    config = parts.config
-    with naming_objective(parts.objective, "sums"):
-        sums = parts.objective.sums(config, model, output, batch, teacher)
-    loss, *shown = jax.tree.map(lambda x: x / jnp.maximum(count, 1), (sums.loss, sums.cross_entropy, sums.terms))
-    layers, microbatches = output.layers, config.train.accumulation_steps
-    if layers is not None and totals is not None:
-        moe = config.model.moe
-        weights = balance_weights(moe.num_experts, moe.null_experts, moe.losses.null)
-        layers = over_step(layers, totals, weights, microbatches)
-    return loss + auxiliary_loss(layers, config.model.moe) / microbatches, (tuple(shown), layers)
-
-
-def _update(parts: _Parts, gradients: Any, norm: Array, state: TrainState) -> tuple[Any, Any]:
-    """(parameters, optimizer state) after an update, at the learning rate of ``state.step``."""
-    optimizer_state = set_schedule_step(state.optimizer, state.step)
-    updates, optimizer_state = parts.optimizer.update(gradients, optimizer_state, state.parameters, norm=norm)
-    return optax.apply_updates(state.parameters, updates), optimizer_state
-
-
-def _next_biases(config: Config, biases: dict[str, Any], layers: LayerReport | None) -> dict[str, Any]:
-    """States of the routers after a step, from the step's reports; no gradient is involved.
-
-    ``optimizer.frozen`` with "router", and adapters without a trained router, keep them as they are.
-    """
-    fixed = "router" not in config.lora.trained if config.lora.rank else "router" in config.optimizer.frozen
-    if not biases or layers is None or fixed:
-        return biases
-    moe = config.model.moe
-    assert moe.gate is not None
-    rule = moe.gate.balancing
-    assert rule is not None
-    signals = selection_biases(config.model, rule.signal(layers, moe.experts_per_token))
-    return map_routers(lambda kept, signal: stored(rule.next_state(restored(rule, kept), signal)), biases, signals)
-
-
-def eval_step(
-    graphdef: nnx.GraphDef[Model], variables: dict[str, Any], batch: Batch, token_bytes: ArrayLike
-) -> EvalMetrics:
-    """Sums over a held-out batch; no routing noise, no dropout."""
-    model = nnx.merge(graphdef, variables)
-    output = forward(model, batch)
-    nll, num_targets = row_cross_entropy(output.hidden, model.output_matrix(), batch["targets"])
-    has_target = batch["targets"] >= 0
-    sizes = jnp.where(has_target, jnp.asarray(token_bytes)[jnp.where(has_target, batch["targets"], 0)], 0)
-    return EvalMetrics(nll, num_targets, jnp.sum(sizes), output.layers)

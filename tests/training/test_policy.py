@@ -36,9 +36,10 @@ from moe.parallel.mesh import make_mesh
 from moe.training import warm_start
 from moe.training.batches import forward, place
 from moe.training.losses import token_cross_entropy
-from moe.training.step import _noise_key, build
+from moe.training.step import build
 from moe.training.teacher import read_teacher
 from moe.training.train import train
+from moe.training.update import _noise_key
 from tests.data.test_chat import EXPECTED, HERE
 from tests.helpers import random_parameters, random_state, slow_case, tiny_model
 from tests.run_helpers import ONE, compile_once, rows, state_of, tiny, write_run

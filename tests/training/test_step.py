@@ -13,7 +13,7 @@ import pytest
 from moe.config import Config, DataConfig, LoraConfig, MeshConfig, OptimizerConfig, StartConfig, TrainConfig
 from moe.models.state import TrainState
 from moe.parallel.mesh import make_mesh
-from moe.training import losses, spikes, step
+from moe.training import losses, spikes, update
 from moe.training.optimizer import gradient_norm, learning_rate_schedule, make_optimizer
 from moe.training.step import build
 from tests.helpers import tiny_model
@@ -127,11 +127,11 @@ def test_each_step_has_its_own_noise_key(monkeypatch):
         keys.append(jax.random.key_data(rng))
         raise Interrupted
 
-    monkeypatch.setattr(step, "_gradients", gradients)
+    monkeypatch.setattr(update, "_gradients", gradients)
     for number in (3, 4):
         state = TrainState(jnp.asarray(number), {}, {}, None, jax.random.key_data(run))
         with pytest.raises(Interrupted):
-            step.train_step(None, state, {})
+            update.train_step(None, state, {})
         np.testing.assert_array_equal(keys[-1], jax.random.key_data(jax.random.fold_in(run, number)))
 
 
@@ -142,20 +142,20 @@ def test_evaluation_uses_neither_training_mode_nor_noise(monkeypatch):
         asked.append(settings)
         raise Interrupted
 
-    monkeypatch.setattr(step, "forward", forward)
-    monkeypatch.setattr(step.nnx, "merge", lambda *_: None)
+    monkeypatch.setattr(update, "forward", forward)
+    monkeypatch.setattr(update.nnx, "merge", lambda *_: None)
     with pytest.raises(Interrupted):
-        step.eval_step(None, {}, {}, np.zeros(3, np.int32))
+        update.eval_step(None, {}, {}, np.zeros(3, np.int32))
     assert not any(asked[0].values())
 
 
 def test_only_targets_count_as_text_in_evaluation(monkeypatch):
     """Tokens 0 and 2 of 5 and 1 bytes are targets; the last position has none."""
-    monkeypatch.setattr(step.nnx, "merge", lambda *_: SimpleNamespace(output_matrix=lambda: None))
-    monkeypatch.setattr(step, "forward", lambda *_: SimpleNamespace(hidden=None, layers=None))
-    monkeypatch.setattr(step, "row_cross_entropy", lambda hidden, matrix, targets: (jnp.zeros(1), jnp.zeros(1)))
+    monkeypatch.setattr(update.nnx, "merge", lambda *_: SimpleNamespace(output_matrix=lambda: None))
+    monkeypatch.setattr(update, "forward", lambda *_: SimpleNamespace(hidden=None, layers=None))
+    monkeypatch.setattr(update, "row_cross_entropy", lambda hidden, matrix, targets: (jnp.zeros(1), jnp.zeros(1)))
     batch = {"targets": jnp.asarray([[0, 2, -1]])}
-    assert step.eval_step(None, {}, batch, np.asarray([5, 7, 1], np.int32)).target_bytes == 6
+    assert update.eval_step(None, {}, batch, np.asarray([5, 7, 1], np.int32)).target_bytes == 6
 
 
 def test_a_router_that_is_not_trained_keeps_its_biases():
@@ -164,7 +164,7 @@ def test_a_router_that_is_not_trained_keeps_its_biases():
     lora = LoraConfig(rank=2, trained=("embedding",))
     adapted = Config(model=tiny_model(**gate), lora=lora, start=StartConfig(checkpoint="base"))
     biases = {"bias": jnp.ones(8)}
-    assert all(step._next_biases(config, biases, object()) is biases for config in (frozen, adapted))
+    assert all(update._next_biases(config, biases, object()) is biases for config in (frozen, adapted))
 
 
 def test_a_non_finite_gradient_skips_the_update(monkeypatch):
@@ -172,14 +172,14 @@ def test_a_non_finite_gradient_skips_the_update(monkeypatch):
     config = Config(model=tiny_model(gate="none"), optimizer=OptimizerConfig(schedule="constant", warmup_steps=0))
     optimizer, parameters = make_optimizer(config.optimizer, 10), {"dense": {"up": jnp.ones((2, 2))}}
     schedule = learning_rate_schedule(config.optimizer, 10)
-    parts = step._Parts(config, None, None, optimizer, schedule, config.objective)
+    parts = update.Parts(config, None, None, optimizer, schedule, config.objective)
     key = jax.random.key_data(jax.random.key(0))
     state = TrainState(jnp.zeros((), jnp.int32), parameters, {}, optimizer.init(parameters), key)
     for value, skipped in ((jnp.inf, 1), (1.0, 0)):
         gradients = {"dense": {"up": jnp.ones((2, 2)).at[0, 0].set(value)}}
         found = (jnp.ones(()), (jnp.ones(()), {}), None), gradients
-        monkeypatch.setattr(step, "_gradients", lambda *_, found=found: found)
-        after, metrics = step.train_step(parts, state, {})
+        monkeypatch.setattr(update, "_gradients", lambda *_, found=found: found)
+        after, metrics = update.train_step(parts, state, {})
         assert metrics.skipped == skipped
         assert bool((after.parameters["dense"]["up"] == 1).all()) == bool(skipped)
 
@@ -191,7 +191,7 @@ def test_a_spike_skips_the_update(monkeypatch):
     config = Config(model=tiny_model(gate="none"), optimizer=settings)
     optimizer, parameters = make_optimizer(settings, 10), {"dense": {"up": jnp.ones((2, 2))}}
     schedule = learning_rate_schedule(settings, 10)
-    parts = step._Parts(config, None, None, optimizer, schedule, config.objective)
+    parts = update.Parts(config, None, None, optimizer, schedule, config.objective)
     key = jax.random.key_data(jax.random.key(0))
     state = TrainState(jnp.zeros((), jnp.int32), parameters, {}, optimizer.init(parameters), key)
     seen = jnp.asarray([1.0, 3.0] * 64)  # the last 64 are not of this run until 128 steps are recorded
@@ -204,10 +204,10 @@ def test_a_spike_skips_the_update(monkeypatch):
         (seen, 130, 8.05, 1),
     ):
         found = (jnp.asarray(loss), (jnp.ones(()), {}), None), {"dense": {"up": jnp.ones((2, 2))}}
-        monkeypatch.setattr(step, "_gradients", lambda *_, found=found: found)
+        monkeypatch.setattr(update, "_gradients", lambda *_, found=found: found)
         history = spikes.History(jnp.asarray(number), seen, norms)
         before = dataclasses.replace(state, optimizer=state.optimizer._replace(history=history))
-        after, metrics = step.train_step(parts, before, {})
+        after, metrics = update.train_step(parts, before, {})
         assert metrics.skipped == skipped
         assert bool((after.parameters["dense"]["up"] == 1).all()) == bool(skipped)
         recorded = after.optimizer.history

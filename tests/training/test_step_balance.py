@@ -12,7 +12,7 @@ from moe.config import Changes, Config, TrainConfig
 from moe.config.parse import from_config_dict
 from moe.models.state import TrainState
 from moe.parallel.mesh import make_mesh
-from moe.training import step
+from moe.training import update
 from moe.training.batches import place
 from moe.training.step import build
 from tests.helpers import random_state, set_moe, slow_case, step_gradients, tiny_model
@@ -121,13 +121,13 @@ def test_microbatches_draw_separately_and_the_balance_of_the_step_uses_the_same_
     def loss(parts, model, output, batch, count, teacher, totals):
         return totals, ((output.drawn, {}), None)
 
-    monkeypatch.setattr(step, "forward", forward)
-    monkeypatch.setattr(step, "_loss", loss)
-    monkeypatch.setattr(step.nnx, "merge", lambda *_: None)
+    monkeypatch.setattr(update, "forward", forward)
+    monkeypatch.setattr(update, "_loss", loss)
+    monkeypatch.setattr(update.nnx, "merge", lambda *_: None)
     config = Config(model=tiny_model(balance_scope="step"), train=TrainConfig(batch_size=4, accumulation_steps=2))
-    parts = step._Parts(config, None, None, None, None, SimpleNamespace(noise=True, count=lambda batch: 1))
+    parts = update.Parts(config, None, None, None, None, SimpleNamespace(noise=True, count=lambda batch: 1))
     state, key = TrainState(jnp.zeros((), jnp.int32), {"w": jnp.ones(())}, {}, None, None), jax.random.key(0)
-    (totals, (nll, _), _), _ = step._gradients(parts, state, {"tokens": jnp.zeros((4, 8), jnp.int32)}, key, None)
+    (totals, (nll, _), _), _ = update._gradients(parts, state, {"tokens": jnp.zeros((4, 8), jnp.int32)}, key, None)
     draws = [float(jax.random.uniform(jax.random.fold_in(key, i))) for i in (0, 1)]
     assert draws[0] != draws[1]
     np.testing.assert_allclose(nll, sum(draws), rtol=1e-6)

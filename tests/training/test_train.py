@@ -27,8 +27,8 @@ from moe.training import agreement, evaluation, metrics, open_run, profiling
 from moe.training import train as train_module
 from moe.training.evaluation import Heldout, _summary, check_domains, evaluate, sum_variance
 from moe.training.metrics import Throughput
-from moe.training.step import EvalMetrics
 from moe.training.train import train
+from moe.training.update import EvalMetrics
 from tests.helpers import slow_case, tiny_model
 from tests.run_helpers import ONE, SETTINGS, Interrupted, interrupted, state_of, tiny
 

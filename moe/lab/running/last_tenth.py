@@ -10,7 +10,8 @@ from pathlib import Path
 from moe.models.state import TrainState
 from moe.system.atomic_files import append, write_atomic
 from moe.training.batches import Batch
-from moe.training.step import Program, TrainMetrics
+from moe.training.step import Program
+from moe.training.update import TrainMetrics
 
 #: In a run's workdir.
 FILE = "last_losses.txt"
