@@ -9,7 +9,7 @@ from scipy import optimize
 
 from moe.analysis import surgery
 from moe.config import ModelConfig
-from moe.models.stack import restack_layers, unstack_layers
+from moe.models.segments import restack_layers, unstack_layers
 
 #: Axis of the hidden units in one expert's arrays; ``down_bias`` has none.
 _HIDDEN = {"up": 1, "gate": 1, "up_bias": 0, "gate_bias": 0, "down": 0}

@@ -17,7 +17,7 @@ from moe.dispatch.ffn import ffn
 from moe.layers.moe_layer import MoELayer
 from moe.models.block import Block, Stream
 from moe.models.decoder import make_rows
-from moe.models.stack import join_moe_layers, restack_layers, unstack_layers
+from moe.models.segments import join_moe_layers, restack_layers, unstack_layers
 from moe.training.batches import PREFIX_KEY, Batch, place
 from moe.training.step import Program
 

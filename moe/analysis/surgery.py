@@ -15,7 +15,7 @@ from flax import nnx
 from moe.config import ConfigError, ModelConfig
 from moe.config.layer_kinds import layer_kinds
 from moe.models.factory import abstract_parameters
-from moe.models.stack import restack_layers, unstack_layers
+from moe.models.segments import restack_layers, unstack_layers
 from moe.routing.newer_gates import Cosine
 
 #: Arrays whose last axis is the hidden units; in ``down`` it is the one before the last.

@@ -37,7 +37,7 @@ from moe.checkpoints.workdir import CONFIG, read_config
 from moe.config import Config, ConfigError, ModelConfig
 from moe.models.adapters import merge
 from moe.models.factory import abstract_parameters, abstract_selection_biases, abstract_trained
-from moe.models.stack import PREDICTION
+from moe.models.segments import PREDICTION
 from moe.models.state import join
 from moe.parallel.parameters import parameter_shardings
 from moe.parallel.target import host_device

@@ -15,7 +15,7 @@ from flax import nnx
 from moe.config import ConfigError, ModelConfig
 from moe.interop.families.family import Family, Tensor
 from moe.models.factory import abstract_model
-from moe.models.stack import PREDICTION, stacked_layers
+from moe.models.segments import PREDICTION, stacked_layers
 from moe.parallel.parameters import flat_variables
 
 

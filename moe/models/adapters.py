@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from moe.config import LoraConfig
 from moe.config.mixers import PATHS
 from moe.layers.parameter import parameter
-from moe.models.stack import part_of
+from moe.models.segments import part_of
 from moe.parallel.parameters import LAYERS, flat_variables, spec_of
 from moe.system.fields import require
 

@@ -21,7 +21,8 @@ from moe.layers.mixers.table import layer_class
 from moe.models.block import Block, Stream
 from moe.models.encoder_decoder import EncoderDecoder, encoder_rows
 from moe.models.factory import Model
-from moe.models.stack import LayerStates, Stack, create_states, join_moe_layers
+from moe.models.segments import LayerStates, create_states, join_moe_layers
+from moe.models.stack import Stack
 from moe.routing.routing import Choices
 
 

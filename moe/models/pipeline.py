@@ -31,7 +31,8 @@ from moe.layers.inputs import Rows, StackSite
 from moe.models.block import Stream
 from moe.models.decoder import Output, Transformer
 from moe.models.factory import variable_specs
-from moe.models.stack import LayerStates, Segment, join_moe_layers, scan_segment, segments
+from moe.models.segments import LayerStates, join_moe_layers, segments
+from moe.models.stack import Segment, scan_segment
 from moe.models.stages import TAKEN_SCOPE, Schedule, pipelined_segment
 from moe.models.state import TrainState
 from moe.parallel import partition_specs

@@ -27,7 +27,7 @@ from moe.models.factory import abstract_model
 from moe.models.kv_cache import Cache, Mix
 from moe.models.prediction import PredictionLayer, shift
 from moe.models.sampling import check_prompts, pad_prompts, without_drops
-from moe.models.stack import LayerStates
+from moe.models.segments import LayerStates
 
 #: Tokens that a step of the model reads beyond the certain one.
 AHEAD = 1

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from moe.config import Config, ModelConfig
 from moe.config.layer_kinds import layer_kinds
-from moe.models.stack import segments
+from moe.models.segments import segments
 from moe.parallel.mesh import axis_of, on_mesh
 from moe.parallel.parameters import WEIGHTS_SCOPE
 

@@ -27,7 +27,7 @@ from moe.dispatch.ffn import GATED_ACTIVATIONS, ExpertWeights
 from moe.models import flops
 from moe.models.adapters import LORA_B
 from moe.models.factory import abstract_parameters, abstract_trained
-from moe.models.stack import segments
+from moe.models.segments import segments
 from moe.models.stages import Schedule, pipelined_segment
 from moe.parallel.parameters import flat_variables, optimizer_specs, parameter_specs
 from moe.parallel.partition_specs import KEEP_HIDDEN, shard_bytes

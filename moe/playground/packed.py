@@ -15,7 +15,7 @@ from flax import nnx
 from moe.config import Config, ConfigError, ModelConfig, to_dict
 from moe.config.parse import from_workdir_dict
 from moe.models.factory import abstract_parameters, abstract_selection_biases
-from moe.models.stack import restack_layers, unstack_layers
+from moe.models.segments import restack_layers, unstack_layers
 from moe.playground import supported
 from moe.system.foreign_files import Amount, Fields, kept_whole, parse
 from moe.system.npz_files import read_arrays, write_arrays

@@ -16,7 +16,7 @@ from jax import Array
 
 from moe.config import ConfigError, ModelConfig, OptimizerConfig
 from moe.config.references import import_object
-from moe.models.stack import part_of
+from moe.models.segments import part_of
 from moe.system.fields import raised_as_errors
 from moe.training import spikes
 from moe.training.rates import gains, is_matrix, matrix_axes, rates

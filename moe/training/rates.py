@@ -59,7 +59,7 @@ import optax
 
 from moe.config import ModelConfig
 from moe.config.mixers import BUILT_IN_PATHS
-from moe.models.stack import PREDICTION, part_of
+from moe.models.segments import PREDICTION, part_of
 
 #: Ends of the names of vectors, or of their owners, as of a table of relative biases.
 _VECTORS = ("scale", "bias", "sinks", "vectors", "novices", "conv")

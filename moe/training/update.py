@@ -18,7 +18,7 @@ from moe.config.objectives import Objective, naming_objective
 from moe.models import pipeline
 from moe.models.decoder import Output
 from moe.models.factory import Model
-from moe.models.stack import map_routers, selection_biases
+from moe.models.segments import map_routers, selection_biases
 from moe.models.state import TrainState, set_schedule_step
 from moe.parallel import partition_specs
 from moe.parallel.mesh import axis_size, constrain

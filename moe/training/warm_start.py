@@ -27,7 +27,7 @@ from moe.data.tokenizer import Tokenizer
 from moe.data.tokenizer_files import find_tokenizer
 from moe.models.adapters import initial_adapters
 from moe.models.factory import abstract_parameters
-from moe.models.stack import part_of, restack_layers, unstack_layers
+from moe.models.segments import part_of, restack_layers, unstack_layers
 from moe.models.state import AdaptedState, TrainState, join, set_schedule_step
 from moe.system.fields import require
 from moe.training.optimizer import is_average

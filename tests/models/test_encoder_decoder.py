@@ -18,7 +18,7 @@ from moe.models import kv_cache, sampling
 from moe.models.block import Block, Stream
 from moe.models.decoder import make_rows
 from moe.models.factory import abstract_model
-from moe.models.stack import unstack_layers
+from moe.models.segments import unstack_layers
 from moe.parallel import partition_specs
 from moe.parallel.mesh import make_mesh
 from moe.parallel.parameters import parameter_specs

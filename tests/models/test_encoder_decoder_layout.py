@@ -13,7 +13,7 @@ from moe.config import Config, ConfigError, DataConfig, TrainConfig, layer_kinds
 from moe.models.encoder_decoder import ENCODER_SCOPE, EncoderDecoder
 from moe.models.factory import create_model
 from moe.models.flops import count_parameters, train_flops_per_token
-from moe.models.stack import restack_layers, selection_biases, unstack_layers
+from moe.models.segments import restack_layers, selection_biases, unstack_layers
 from tests.helpers import random_parameters, tiny_encoder_decoder, tiny_model
 
 

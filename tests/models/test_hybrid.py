@@ -26,7 +26,7 @@ from moe.config.mixers import GatedDelta, GroupedQuery
 from moe.models import sampling, speculation
 from moe.models.adapters import initial_adapters
 from moe.models.factory import abstract_model
-from moe.models.stack import part_of, segments
+from moe.models.segments import part_of, segments
 from moe.parallel import partition_specs
 from moe.parallel.mesh import make_mesh
 from moe.parallel.parameters import parameter_shardings

@@ -37,7 +37,7 @@ from moe.layers.inputs import Rows
 from moe.layers.mixers.table import probe
 from moe.models import flops, sampling, speculation
 from moe.models.factory import abstract_parameters
-from moe.models.stack import part_of
+from moe.models.segments import part_of
 from moe.parallel import partition_specs
 from moe.parallel.mesh import make_mesh
 from moe.parallel.parameters import parameter_shardings

@@ -20,7 +20,7 @@ from moe.interop.load import load_huggingface
 from moe.models import sampling, speculation
 from moe.models.decoder import make_rows
 from moe.models.prediction import further_targets
-from moe.models.stack import part_of, selection_biases, stacked_layers
+from moe.models.segments import part_of, selection_biases, stacked_layers
 from moe.objectives.text import NextToken
 from moe.parallel.mesh import make_mesh
 from moe.training.batches import forward, place

@@ -14,7 +14,7 @@ from moe.layers.inputs import Rows
 from moe.models.block import Block
 from moe.models.decoder import Transformer
 from moe.models.factory import abstract_model
-from moe.models.stack import restack_layers, segments, unstack_layers
+from moe.models.segments import restack_layers, segments, unstack_layers
 from moe.parallel.mesh import make_mesh
 from moe.parallel.parameters import parameter_shardings
 from moe.training.losses import linear_cross_entropy

@@ -23,7 +23,7 @@ from moe.layers.router import Router
 from moe.models import sampling
 from moe.models.block import Block
 from moe.models.decoder import make_rows
-from moe.models.stack import unstack_layers
+from moe.models.segments import unstack_layers
 from moe.parallel import partition_specs
 from moe.parallel.mesh import make_mesh
 from moe.routing.carry import first_carry

@@ -15,7 +15,7 @@ from moe.config.parse import from_config_dict
 from moe.config.registry import LAYERS
 from moe.layers.moe_layer import MoELayer
 from moe.layers.router import SelectionBias
-from moe.models.stack import selection_biases
+from moe.models.segments import selection_biases
 from moe.parallel.mesh import make_mesh
 from moe.routing import balancing
 from moe.routing.balancing_rules import Sign

@@ -17,7 +17,7 @@ from moe.config import ConfigError, OptimizerConfig
 from moe.config.parse import from_config_dict
 from moe.config.run_sections import Part
 from moe.models.factory import abstract_parameters
-from moe.models.stack import part_of
+from moe.models.segments import part_of
 from moe.models.state import set_schedule_step
 from moe.parallel import partition_specs
 from moe.parallel.parameters import optimizer_specs
