@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator
 from typing import Any, Literal
 
+from moe.config.exchange import AllGather, AllToAll
 from moe.routing.gates import TopK
 from moe.routing.interface import BalanceCounts, BalanceScope, Gate
 from moe.system.fields import ConfigError, Section, require, setting
@@ -175,6 +176,13 @@ class MoEConfig(Section, path=_MOE):
         """Number of hosts to which a token is sent once, which divides ``exchange_hosts`` and the number of devices
         that experts are split over: a run may be evaluated on a smaller mesh."""
         return math.gcd(self.exchange_hosts, expert_devices)
+
+    def exchange_of(self, tokens: int, expert_devices: int) -> AllToAll | AllGather:
+        """The exchange of a group of ``tokens`` tokens by dropless dispatch."""
+        chunks = self.chunks(tokens, expert_devices)
+        if expert_devices > 1 and self.exchange == "all_gather":
+            return AllGather(chunks)
+        return AllToAll(chunks, self.hosts(expert_devices))
 
     def _layer_gate(self, gate: Gate) -> Gate:
         """The gate with the K of the model."""

@@ -11,6 +11,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int, Shaped
 
 from moe.config import MoEConfig
+from moe.config.exchange import AllGather, AllToAll
 from moe.parallel.mesh import axis_size
 from moe.routing.interface import pick, top_k
 from moe.routing.routing import Routing
@@ -29,19 +30,14 @@ class BufferPlan:
         kept: [G,S,K] bool, chosen assignments whose position is below the capacity.
         capacity: C, static.
         num_experts: E, static.
-        chunks: parts of each group's tokens that are dispatched one after the other; positions count within a part.
-            Static.
-        hosts: number that the expert axis spans; above 1, a token is sent at most once to each. Static.
-        gathered: every device of the expert axis gathers the tokens of all of them. Static.
+        exchange: of dropless dispatch; positions count within one of its chunks. Static.
     """
 
     position_in_expert: Array
     kept: Array
     capacity: int = dataclasses.field(metadata={"static": True})
     num_experts: int = dataclasses.field(metadata={"static": True})
-    chunks: int = dataclasses.field(default=1, metadata={"static": True})
-    hosts: int = dataclasses.field(default=1, metadata={"static": True})
-    gathered: bool = dataclasses.field(default=False, metadata={"static": True})
+    exchange: AllToAll | AllGather = dataclasses.field(default=AllToAll(), metadata={"static": True})
 
 
 def expert_capacity(capacity_factor: float, experts_per_token: int, group_size: int, num_experts: int) -> int:
@@ -78,11 +74,8 @@ def plan_assignments(
     """
     _, tokens, choices = routing.chosen.shape
     if config.dispatch == "dropless":
-        capacity = tokens * choices
-        devices = axis_size("expert")
-        plan = plan_in_chunks(routing, capacity, config.chunks(tokens, devices))
-        gathered = devices > 1 and config.exchange == "all_gather"
-        return routing, dataclasses.replace(plan, hosts=config.hosts(devices), gathered=gathered)
+        exchange = config.exchange_of(tokens, axis_size("expert"))
+        return routing, plan_in_chunks(routing, tokens * choices, exchange)
     # The order of assignments matters only if some can be dropped.
     drop_policy = config.drop_policy if capacity < tokens else "position"
     plan = make_plan(routing, capacity, drop_policy=drop_policy, rng=rng)
@@ -114,13 +107,13 @@ def make_plan(
     return BufferPlan(position, routing.chosen & (position < capacity), capacity, num_experts)
 
 
-def plan_in_chunks(routing: Routing, capacity: int, chunks: int) -> BufferPlan:
-    """Plan each of the parts of a group's tokens as a group of its own."""
+def plan_in_chunks(routing: Routing, capacity: int, exchange: AllToAll | AllGather) -> BufferPlan:
+    """Plan each chunk of a group's tokens as a group of its own."""
     # [G,S,·] → [G·n,S/n,·]
-    parts = jax.tree.map(lambda array: array.reshape(array.shape[0] * chunks, -1, *array.shape[2:]), routing)
+    parts = jax.tree.map(lambda array: array.reshape(array.shape[0] * exchange.chunks, -1, *array.shape[2:]), routing)
     plan = make_plan(parts, capacity)
     whole = jax.tree.map(lambda array: array.reshape(routing.chosen.shape), plan)
-    return dataclasses.replace(whole, chunks=chunks)
+    return dataclasses.replace(whole, exchange=exchange)
 
 
 def _token_order(routing: Routing, drop_policy: str, rng: Array | None) -> Int[Array, "G S"] | None:

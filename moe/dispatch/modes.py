@@ -17,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Int
 
+from moe.config.exchange import AllGather, AllToAll
 from moe.dispatch.backends import backend, whole_tiles
 from moe.dispatch.buffers import (
     BufferPlan,
@@ -160,7 +161,7 @@ def by_sorting(
         return _sort_and_apply(x, routing, plan, backend().pack(weights.gathered(x.dtype)))
 
     def local(x: Array, routing: Routing, plan: BufferPlan, shards: ExpertWeights) -> Array:
-        weights, size = backend().pack_shards(shards), x.shape[1] // plan.chunks
+        weights, size = backend().pack_shards(shards), x.shape[1] // plan.exchange.chunks
 
         def chunk(start: int) -> Array:
             tokens = slice(start, start + size)
@@ -180,8 +181,13 @@ def _sort_and_apply(
 ) -> Float[Array, "G S D"]:
     """One device's part of the experts, applied to its kept assignments."""
     groups, tokens, _ = x.shape
-    if plan.hosts > 1 or plan.gathered:
-        return _summed(_apply_once_sent(x, routing, plan, weights))
+    match plan.exchange:
+        case AllGather():
+            flat, chosen = _assignments(x, routing, plan, weights)
+            return _summed(apply_to_gathered(flat, chosen, plan.num_experts, weights).reshape(x.shape))
+        case AllToAll(hosts=hosts) if hosts > 1:
+            flat, chosen = _assignments(x, routing, plan, weights)
+            return _summed(apply_by_host(flat, chosen, plan.num_experts, hosts, weights).reshape(x.shape))
     load = load_per_group(routing, plan)
     sizes = jnp.sum(load, axis=0)
     num_rows = whole_tiles(min(routing.expert_index.size, plan.num_experts * groups * plan.capacity))
@@ -193,18 +199,15 @@ def _sort_and_apply(
     return _summed(y.reshape(x.shape))
 
 
-def _apply_once_sent(
+def _assignments(
     x: Float[Array, "G S D"], routing: Routing, plan: BufferPlan, weights: ExpertWeights
-) -> Float[Array, "G S D"]:
-    """:func:`_sort_and_apply` where a token goes once to each host, or to each device, that the expert axis spans."""
+) -> tuple[Float[Array, "N D"], Assignments]:
+    """Tokens of all groups and their assignments, for exchanges that send a token once."""
     numbers = None if weights.dropout is None else weights.dropout.assignments
     expert = jnp.where(plan.kept, routing.expert_index, plan.num_experts)
     chosen = Assignments(expert, routing.combine_weights, numbers)
-    # [G,S,·] → [G·S,·] and back
-    flat, chosen = jax.tree.map(lambda array: array.reshape(-1, array.shape[-1]), (x, chosen))
-    if plan.gathered:
-        return apply_to_gathered(flat, chosen, plan.num_experts, weights).reshape(x.shape)
-    return apply_by_host(flat, chosen, plan.num_experts, plan.hosts, weights).reshape(x.shape)
+    # [G,S,·] → [G·S,·]
+    return jax.tree.map(lambda array: array.reshape(-1, array.shape[-1]), (x, chosen))
 
 
 def _summed(y: Float[Array, "G S D"]) -> Float[Array, "G S D"]:

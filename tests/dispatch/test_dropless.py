@@ -15,6 +15,7 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from moe.config import MeshConfig
+from moe.config.exchange import AllGather, AllToAll
 from moe.dispatch import backends, ffn
 from moe.dispatch.backends import (
     backend,
@@ -65,11 +66,11 @@ def _program(mode, config, variant):
     def loss(x, parameters, weights, routing):
         sent = dataclasses.replace(routing, combine_weights=weights)
         capacity = weights.shape[1] * weights.shape[2]
-        plan = plan_in_chunks(sent, capacity, 3) if "chunks" in variant else make_plan(sent, capacity)
+        chunks = 3 if "chunks" in variant else 1
+        exchange = AllGather(chunks) if "gathered" in variant else AllToAll(chunks)
         if "hosts" in variant:
-            plan = dataclasses.replace(plan, hosts=int(variant[-1]))
-        if "gathered" in variant:
-            plan = dataclasses.replace(plan, gathered=True)
+            exchange = dataclasses.replace(exchange, hosts=int(variant[-1]))
+        plan = plan_in_chunks(sent, capacity, exchange)
         experts = nnx.merge(graphdef, parameters)
         weights = dataclasses.replace(experts.weights, dropout=_DROPOUT["dropout" in variant])
         y = dispatch(mode, x, sent, plan, weights)
