@@ -1,9 +1,10 @@
-"""Optional parts of an MoE layer around its FFN experts: experts without an FFN, and latent projections."""
+"""Parts of an MoE layer around its FFN experts: experts without an FFN, and latent projections."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -12,26 +13,47 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from moe.config import ModelConfig
+from moe.config import ModelConfig, MoEConfig
 from moe.layers.parameter import matrix
 from moe.parallel.parameters import gather_for_matmul
-from moe.parallel.partition_specs import (
-    REPLICATED,
-    STORED,
-)
+from moe.parallel.partition_specs import REPLICATED, STORED
 from moe.routing.routing import Routing
 
 #: (rows [G,S,D], routing) → (weighted sum of the experts' outputs, assignments [G,S,K] that were not dropped).
 RunExperts = Callable[[Array, Routing], tuple[Array, Array]]
 
 
-class NullExperts(nnx.Module):
+class Wrapper(nnx.Module):
+    """Part of an MoE layer around its FFN experts; a layer class lists those that it can have.
+
+    Attributes:
+        name: of the part, and of its parameters, in the layer.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        """Draw the parameters."""
+
+    @classmethod
+    def is_in(cls, moe: MoEConfig) -> bool:
+        """Whether the layers of this config have the part."""
+        raise NotImplementedError
+
+    def around(self, experts: RunExperts) -> RunExperts:
+        """Wrap the experts in the part."""
+        raise NotImplementedError
+
+
+class NullExperts(Wrapper):
     """Experts without an FFN, computed where their tokens are: no dispatch and no capacity (MoE++ 2024, section 3.1).
 
     Their columns follow those of the E FFNs: zero experts return 0, copy experts x, constant experts
     α_1·x + α_2·v with α = softmax(W·x), and novices v alone (MoNE 2025, section 3.3). Deviations from MoE++: the
     router does not see the previous layer's logits, and these experts drop nothing.
     """
+
+    name = "null"
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         moe = config.moe
@@ -47,6 +69,11 @@ class NullExperts(nnx.Module):
             self.mix = matrix(rngs, (constant, d, 2), REPLICATED, fan_in=d, scale=config.init_scale, inputs=0)
         if novice:
             self.novices = matrix(rngs, (novice, d), REPLICATED, fan_in=1, scale=1.0, inputs=0)
+
+    @classmethod
+    def is_in(cls, moe: MoEConfig) -> bool:
+        """With any expert without an FFN."""
+        return moe.null_experts > 0
 
     def without(self, routing: Routing) -> Routing:
         """The assignments to FFNs, for dispatch."""
@@ -90,14 +117,21 @@ class NullExperts(nnx.Module):
         return of_x[..., None] * x + vectors
 
 
-class Latent(nnx.Module):
+class Latent(Wrapper):
     """Projections of tokens to ``moe.latent_dim`` before they are dispatched and back after they are combined, so that
     exchanges and experts are smaller; router and shared expert see D (LatentMoE: Nemotron 3 2025, section 2.2)."""
+
+    name = "latent"
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         d, latent = config.d_model, config.moe.latent_dim
         self.down = matrix(rngs, (d, latent), P(STORED, None), fan_in=d, scale=config.init_scale)
         self.up = matrix(rngs, (latent, d), P(None, STORED), fan_in=latent, scale=config.init_scale)
+
+    @classmethod
+    def is_in(cls, moe: MoEConfig) -> bool:
+        """With ``moe.latent_dim``."""
+        return moe.latent_dim > 0
 
     def around(self, experts: RunExperts) -> RunExperts:
         """Wrap the experts in both projections."""

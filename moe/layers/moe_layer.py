@@ -19,7 +19,7 @@ from moe.config.references import import_object
 from moe.dispatch import modes
 from moe.dispatch.buffers import layer_capacity, plan_assignments
 from moe.dispatch.ffn import ExpertDropout, ExpertWeights
-from moe.layers.extras import Latent, NullExperts, RunExperts
+from moe.layers.extras import Latent, NullExperts, RunExperts, Wrapper
 from moe.layers.ffn import Experts, SharedExpert
 from moe.layers.low_rank import LowRankExperts
 from moe.layers.router import Router
@@ -70,8 +70,13 @@ class MoELayer(nnx.Module):
 
     gate_class: ClassVar[type[Gate]] = Gate  # of the gates that the layer can have
     router_class: ClassVar[type[Router]] = Router
+    #: Parts around the FFN experts that the config may ask for, the innermost first.
+    wrappers: ClassVar[tuple[type[Wrapper], ...]] = (Latent, NullExperts)
     #: Defaults of the settings of a stand-alone layer.
     defaults: ClassVar[Mapping[str, Any]] = types.MappingProxyType({"gate": "mixtral"})
+
+    latent: Latent | None
+    null: NullExperts | None
 
     def __init__(
         self, config: ModelConfig | None = None, *, gate: str | Gate | None = None, rngs: nnx.Rngs, **settings: Any
@@ -99,8 +104,8 @@ class MoELayer(nnx.Module):
             raise ConfigError(f"gate={self.gate.name!r}: needs a {own.__name__}, not a {type(self).__name__}")
         kind = self.gate.router
         self.router = None if kind == "none" else self.router_class(config, kind=kind, rngs=rngs)
-        self.latent = Latent(config, rngs=rngs) if moe.latent_dim else None
-        self.null = NullExperts(config, rngs=rngs) if moe.null_experts else None
+        for wrapper in self.wrappers:
+            setattr(self, wrapper.name, wrapper(config, rngs=rngs) if wrapper.is_in(moe) else None)
         self.experts = (LowRankExperts if moe.expert_rank else Experts)(config, rngs=rngs)
         self.shared = SharedExpert(config, rngs=rngs) if config.moe.shared_d_ff else None
 
@@ -228,8 +233,8 @@ class MoELayer(nnx.Module):
         self, x: Float[Array, "B T D"], tokens: Tokens, routing: Routing, experts: RunExperts
     ) -> tuple[Float[Array, "B T D"], balancing.LayerReport, Routing]:
         """Wrap the FFN experts and run them, add the shared expert, report."""
-        for wrapper in (self.latent, self.null):
-            experts = experts if wrapper is None else wrapper.around(experts)
+        for part in (getattr(self, wrapper.name) for wrapper in self.wrappers):
+            experts = experts if part is None else part.around(experts)
         y, kept = experts(jnp.where(routing.broken[..., None], 0, tokens.x), routing)  # zeroed as padding is
         y = constrain(y.astype(x.dtype).reshape(x.shape), partition_specs.BATCH)
         if self.shared is not None:

@@ -24,6 +24,7 @@ from moe.config import Config, ConfigError, DataConfig, Losses, ModelConfig, MoE
 from moe.config.parse import from_config_dict
 from moe.config.registry import find_layer
 from moe.configs import base
+from moe.layers.extras import Wrapper
 from moe.layers.moe_layer import MoELayer
 from moe.models import sampling
 from moe.models.decoder import Transformer
@@ -322,6 +323,29 @@ def test_a_layer_of_the_guide_adds_experts_that_groups_share(guide):
         ffn = [(h / (1 + np.exp(-h)) * (x[0, token] @ up[i])) @ down[i] for i, h in enumerate(hidden)]
         expected = sum(weights[0, token, k] * ffn[experts[0, token, k] // 2] for k in range(2))
         np.testing.assert_allclose(added[0, token], expected, rtol=1e-3, atol=1e-5)
+
+
+def test_a_layer_class_lists_the_parts_around_its_experts():
+    class Doubled(Wrapper):
+        name = "doubled"
+
+        @classmethod
+        def is_in(cls, moe):
+            return moe.num_experts == 4
+
+        def around(self, experts):
+            def run(x, routing):
+                y, kept = experts(x, routing)
+                return 2 * y, kept
+
+            return run
+
+    class DoubledMoE(MoELayer):
+        wrappers = (*MoELayer.wrappers, Doubled)
+
+    x = jax.random.normal(jax.random.key(1), (1, 6, 8))
+    y, plain = (jax.jit(kind(**SIZES, rngs=nnx.Rngs(0)).__call__)(x)[0] for kind in (DoubledMoE, MoELayer))
+    np.testing.assert_array_equal(y, 2 * plain)
 
 
 def test_models_have_the_layer_that_a_gate_names(guide):
