@@ -6,7 +6,7 @@ import functools
 import operator
 from typing import Literal, NamedTuple
 
-from moe.config.mixers import BUILT_IN, Ability, GatedDelta, GroupedQuery, Mixer, MultiHeadLatent
+from moe.config.mixers import BUILT_IN, Ability, GatedDelta, GroupedQuery, Mixer, attention_of
 from moe.config.model_section import ModelConfig, sparse_layers
 from moe.config.pattern import Word
 from moe.routing.interface import Gate
@@ -82,5 +82,4 @@ def _mixer(config: ModelConfig, word: Word) -> Mixer:
     if word == "mixer":
         assert config.mixer is not None
         return config.mixer
-    attention = MultiHeadLatent if config.kv_lora_rank else GroupedQuery
-    return attention.of(config, window=config.sliding_window if word == "sliding" else 0)
+    return attention_of(config, windowed=word == "sliding")

@@ -235,3 +235,9 @@ BUILT_IN: tuple[type[Mixer], ...] = (GroupedQuery, MultiHeadLatent, GatedDelta)
 #: Names of mixers' layers in their blocks: the package's, and all.
 BUILT_IN_PATHS = frozenset(cls.path for cls in BUILT_IN)
 PATHS = BUILT_IN_PATHS | {Mixer.path}
+
+
+def attention_of(config: Any, *, windowed: bool) -> Mixer:
+    """Attention of a decoder-only model (:class:`moe.config.ModelConfig`), within its window or to all keys."""
+    kind = MultiHeadLatent if config.kv_lora_rank else GroupedQuery
+    return kind.of(config, window=config.sliding_window if windowed else 0)

@@ -10,7 +10,7 @@ from typing import Literal, cast, get_args
 
 from moe.system.fields import ConfigError
 
-#: Attention to all keys, attention within ``model.sliding_window``, gated DeltaNet, and ``model.mixer``.
+#: Attention to all keys, attention within the model's window, gated DeltaNet, and ``model.mixer``.
 Word = Literal["attention", "sliding", "delta", "mixer"]
 
 _WORDS = get_args(Word)

@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from moe.config import ModelConfig
+from moe.config.mixers import GroupedQuery
 from moe.config.model_section import RopeScalingConfig
 from moe.layers.inputs import KEEP_ALL, Dropout
 from moe.layers.parameter import matrix
@@ -214,12 +215,13 @@ class RelativeBias(nnx.Module):
     @classmethod
     def of(cls, config: ModelConfig, *, bidirectional: bool, rngs: nnx.Rngs) -> RelativeBias | None:
         """The table of a model with relative positions; None for one without."""
-        return cls(config, bidirectional=bidirectional, rngs=rngs) if config.relative_buckets else None
+        buckets = GroupedQuery.of(config).buckets
+        return cls(config, buckets, bidirectional=bidirectional, rngs=rngs) if buckets else None
 
-    def __init__(self, config: ModelConfig, *, bidirectional: bool, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, buckets: int, *, bidirectional: bool, rngs: nnx.Rngs):
         self.bidirectional = bidirectional
         self.max_distance = config.relative_max_distance
-        shape = config.relative_buckets, config.num_heads
+        shape = buckets, config.num_heads
         self.table = matrix(rngs, shape, REPLICATED, fan_in=config.d_model, scale=config.init_scale, inputs=0)
 
     def __call__(self, distance: Int[Array | np.ndarray, "*batch"]) -> Float[Array, "*batch N"]:
