@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from jax import Array
 from jaxtyping import Float, Int
@@ -13,6 +13,7 @@ from moe.dispatch.ffn import ExpertWeights
 from moe.parallel import target
 
 
+@runtime_checkable
 class Backend(Protocol):
     """The experts' products on one platform: a module of this package.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +36,8 @@ class PackedWeights(ExpertWeights):
 
 def with_transposed_down(weights: ExpertWeights) -> PackedWeights:
     """Separate matrices, with down as [E,D,F]."""
-    return PackedWeights(**vars(weights) | {"down": weights.down.swapaxes(1, 2)}, down_transposed=True)
+    fields: dict[str, Any] = vars(weights) | {"down": weights.down.swapaxes(1, 2), "down_transposed": True}
+    return PackedWeights(**fields)
 
 
 def pack(weights: ExpertWeights) -> PackedWeights:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,8 +49,8 @@ class Interleaved(TpuWeights):
             return lanes[..., index, :].reshape(*array.shape[:-1], -1)
 
         biases = None if self.biases is None else (part(self.biases[0], 0), part(self.biases[0], 1))
-        matrices = {"up": part(self.up, 0), "gate": part(self.up, 1)}
-        return TpuWeights(**vars(self) | matrices | {"biases": biases})
+        fields: dict[str, Any] = vars(self) | {"up": part(self.up, 0), "gate": part(self.up, 1), "biases": biases}
+        return TpuWeights(**fields)
 
 
 def pack(weights: ExpertWeights) -> TpuWeights:
@@ -97,5 +98,5 @@ def _interleaved(weights: ExpertWeights, gate: Array) -> Interleaved:
     if weights.biases is not None and weights.biases[1] is not None:
         biases = alternate(weights.biases[0], weights.biases[1]), None
     down = pad(weights.down, -1 if weights.down_transposed else -2)
-    changed = {"up": alternate(weights.up, gate), "gate": None, "down": down, "biases": biases}
+    changed: dict[str, Any] = {"up": alternate(weights.up, gate), "gate": None, "down": down, "biases": biases}
     return Interleaved(**vars(weights) | changed)
