@@ -7,7 +7,9 @@ keep it as one array, or as a dict of arrays, beside the router's parameters.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+import types
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -205,6 +207,17 @@ class Penalty(BalancingRule):
     def penalty(self, state: Float[Array, " E"]) -> Float[Array, ""]:
         """λ."""
         return state[0]
+
+
+#: How the selection bias of a top-k gate moves, by the value of its field ``bias``; each rule's first field is u.
+BiasRule = Literal["none", "sign", "quantile", "momentum"]
+BIAS_RULES: Mapping[str, Callable[[float], BalancingRule]] = types.MappingProxyType(
+    {
+        "sign": Sign,
+        "quantile": Quantile,
+        "momentum": Momentum,
+    }
+)
 
 
 def stored(state: State) -> Array | dict[str, Array]:

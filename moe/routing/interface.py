@@ -12,7 +12,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Bool, Float, Int
 
-from moe.routing.balancing_rules import BalancingRule, Momentum, Quantile, Sign, Threshold
+from moe.routing.balancing_rules import BIAS_RULES, BalancingRule, BiasRule, Threshold
 from moe.system.fields import check_fields, require, setting
 
 #: ``jax.ad_checkpoint.checkpoint_name`` of indices of experts and rows, a few bytes per assignment.
@@ -22,7 +22,6 @@ RouterKind = Literal["linear", "noisy", "none"]
 BalanceScope = Literal["batch", "group", "sequence", "step"]
 BalanceCounts = Literal["assignments", "first_choice", "top_scores"]
 ScoreFunction = Literal["softmax", "sigmoid", "sqrt_softplus"]
-BiasRule = Literal["none", "sign", "quantile", "momentum"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -370,5 +369,4 @@ class Selecting(Scored):
     @property
     def balancing(self) -> BalancingRule | None:
         """The rule of the selection bias."""
-        rules = {"sign": Sign, "quantile": Quantile, "momentum": Momentum}
-        return None if self.bias == "none" else rules[self.bias](self.bias_rate)
+        return None if self.bias == "none" else BIAS_RULES[self.bias](self.bias_rate)

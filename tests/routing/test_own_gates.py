@@ -32,6 +32,7 @@ from moe.models.factory import abstract_parameters
 from moe.parallel.mesh import make_mesh
 from moe.routing import balancing
 from moe.routing.balancing import probe_rule
+from moe.routing.balancing_rules import BalancingRule
 from moe.routing.interface import Gate, GateInputs, GateOutput, top_k
 from moe.routing.routing import probe, route
 from moe.system.fields import setting
@@ -211,6 +212,21 @@ def test_the_recipe_of_the_guide_for_contributors():
     np.testing.assert_allclose(routing.combine_weights, [[[0.9, 0.1]]], rtol=1e-5)
     with pytest.raises(ConfigError, match="temperature=0: must be positive"):
         names["Nearest"](temperature=0)
+
+
+def test_the_recipe_of_a_balancing_rule():
+    """The class and the line of the table in CONTRIBUTING.md work as written."""
+    text = (Path(__file__).resolve().parents[2] / "CONTRIBUTING.md").read_text()
+    recipe, line = re.findall(r"```python\n(.*?)```", text.partition("## Adding a balancing rule")[2], re.DOTALL)[:2]
+    names = {"dataclasses": dataclasses, "jnp": jnp, "setting": setting, "BalancingRule": BalancingRule}
+    exec(recipe, names)
+    rule = eval(f"{{{line}}}", names)["proportional"](0.5)
+    report = types.SimpleNamespace(expert_load=jnp.asarray([[0.75, 0.25], [0.5, 0.5]]))  # of two layers
+    state = jnp.broadcast_to(rule.first_state(2), (2, 2))
+    # 1/2 · (1/2 − 3/4) = −1/8, and nothing at balance.
+    np.testing.assert_array_equal(rule.next_state(state, report), [[-0.125, 0.125], [0.0, 0.0]])
+    with pytest.raises(ConfigError, match="rate=-1"):
+        names["Proportional"](-1)
 
 
 @pytest.fixture
