@@ -131,16 +131,22 @@ def measure(
     recorder: Recorder, variables: dict[str, Any], prepared: pipeline.Prepared, **options: Unpack[MeasureOptions]
 ) -> dict[str, Any]:
     """All measures of a checkpoint and of its controls: :func:`analyse` without the coloured text."""
-    tokens, shuffles, seed = options["tokens"], options["shuffles"], options["seed"]
+    tokens = options["tokens"]
+    shuffles = options["shuffles"]
+    seed = options["seed"]
     _check("tokens", tokens)
     _check("shuffles", shuffles)
     if seed < 0:
         raise ConfigError(f"seed={seed}: must be at least 0")
-    code_domain, step, earlier = options.get("code_domain", "python"), options.get("step", 0), options.get("earlier")
+    code_domain = options.get("code_domain", "python")
+    step = options.get("step", 0)
+    earlier = options.get("earlier")
     length, batch_size = recorder.program.config.data.sequence_length, recorder.program.config.train.batch_size
     rows = heldout_rows(recorder, prepared, tokens)
     records = recorder(variables, rows)
-    code, code_rows, skipped = None, None, 0
+    code = None
+    code_rows = None
+    skipped = 0
     if code_domain in prepared.domains and not recorder.stack:  # a document is not an input of an encoder-decoder
         documents = first_documents(prepared.heldout[code_domain], prepared.tokenizer, _STRETCH * tokens)
         batches, skipped = summary.code_batches(documents, length, batch_size, keep=-(-tokens // length))

@@ -54,7 +54,9 @@ class TokenLosses:
 
 def places(batches: Mapping[str, Sequence[Mapping[str, np.ndarray]]]) -> tuple[np.ndarray, np.ndarray]:
     """Domain number of every real token, and its row number over all domains: two [n] in the order of Records."""
-    domains, rows, first = [], [], 0
+    domains = []
+    rows = []
+    first = 0
     for number, of_domain in enumerate(batches.values()):
         for batch in of_domain:
             lengths = (batch["segment_ids"] > 0).sum(axis=1)
@@ -134,7 +136,9 @@ def _agreement(one: Records, other: Records, layer: int, shuffles: int, seed: in
         raise ConfigError("cannot compare: the text has a single row; give more --tokens")
     first, second = one.first_choice[layer], other.first_choice[layer]
     _, permutation = optimize.linear_sum_assignment(_counts(first[even], second[even], size), maximize=True)
-    renamed, seen, row = permutation[first[~even]], second[~even], one.row[~even]
+    renamed = permutation[first[~even]]
+    seen = second[~even]
+    row = one.row[~even]
     loads = [np.bincount(choices, minlength=size) / len(choices) for choices in (renamed, seen)]
     same = renamed == seen
     rng = np.random.default_rng(seed)

@@ -12,7 +12,9 @@ from moe.system.escaping import markdown_table, markdown_text
 
 def markdown(summary: dict[str, Any], title: str) -> str:
     """Formats a summary as a document of tables."""
-    domains, k, size = summary["domains"], f"{summary['mean_experts']:.3g}", summary["num_experts"]
+    domains = summary["domains"]
+    k = f"{summary['mean_experts']:.3g}"
+    size = summary["num_experts"]
     tokens = ", ".join(f"{markdown_text(domain)} {n:,}" for domain, n in zip(domains, summary["tokens"], strict=True))
     sections = [
         [

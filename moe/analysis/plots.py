@@ -54,7 +54,9 @@ def _load(summary: dict[str, Any]) -> Any:
 
 def _depth(summary: dict[str, Any]) -> Any:
     """Repetition and dependence per layer, with their chance values."""
-    layers, repetition, dependence = summary["layers"], summary["repetition"], summary["dependence"]
+    layers = summary["layers"]
+    repetition = summary["repetition"]
+    dependence = summary["dependence"]
     fig = Figure(figsize=(4.4 * (len(repetition) + 2), 5), layout="constrained")
     axes = fig.subplots(1, len(repetition) + 2)
     for ax, (name, by_domain) in zip(axes, repetition.items(), strict=False):

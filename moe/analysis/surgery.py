@@ -50,7 +50,9 @@ def prune(
         ConfigError: too few experts for the gate, or a model that cannot be cut.
     """
     check(model)
-    moe, size, count = model.moe, model.moe.num_experts, kept.shape[1]
+    moe = model.moe
+    size = model.moe.num_experts
+    count = kept.shape[1]
     zero, novice = (size - count if of_kind else 0 for of_kind in (null and novices is None, novices is not None))
     nulls = {"zero_experts": moe.zero_experts + zero, "novice_experts": moe.novice_experts + novice}
     smaller = dataclasses.replace(model, moe=dataclasses.replace(moe, num_experts=count, **nulls))

@@ -29,7 +29,9 @@ def grouped_matmuls(sizes: Sizes, calls: int) -> Iterator[str]:
 
 def large_groups(sizes: Sizes, calls: int) -> Iterator[str]:
     """Large groups of uneven size: an FFN and its gradients by plain matmuls in row blocks, and by the kernels."""
-    num_rows, d, f = 8 * sizes.tokens, sizes.d_model, sizes.d_ff
+    num_rows = 8 * sizes.tokens
+    d = sizes.d_model
+    f = sizes.d_ff
     yield "| experts | rows | form | largest difference, of the largest value | ms | TFLOP/s |"
     yield "|---|---|---|---|---|---|"
     for experts in (1, sizes.experts // 2):

@@ -52,7 +52,10 @@ class Case:
 
 def reference(case: Case) -> dict[str, Callable[[], Any]]:
     """Plain batched matmuls with as many FLOPs as the active ones: forward, and forward and backward."""
-    e, d, f, rows = case.experts, case.d_model, case.d_ff, -(-case.tokens * case.k // case.experts)
+    e = case.experts
+    d = case.d_model
+    f = case.d_ff
+    rows = -(-case.tokens * case.k // case.experts)
     gated = case.activation == "swiglu"
     key = jax.random.key(0)
     x = jax.random.normal(key, (e, rows, d), case.dtype)

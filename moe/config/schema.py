@@ -82,7 +82,9 @@ def _filled(data: DataConfig, encoder: bool) -> DataConfig:
 
 def _check_objective(config: Config) -> None:
     """Check what every objective asks of a config; :meth:`moe.config.objectives.Objective.check` is the rest."""
-    model, data, objective = config.model, config.data, config.objective
+    model = config.model
+    data = config.data
+    objective = config.objective
     encoder, name = model.encoder_layers, f"{FIELD}={data.objective!r}"
     if objective.models == "decoder":
         require(encoder == 0, FIELD, data.objective, "needs a decoder-only model (model.encoder_layers=0)")
@@ -103,7 +105,9 @@ def _check_objective(config: Config) -> None:
 
 def _check_steps(config: Config) -> None:
     """Check rows, tokens and steps of the schedule."""
-    data, train, optimizer = config.data, config.train, config.optimizer
+    data = config.data
+    train = config.train
+    optimizer = config.optimizer
     tokens = config.tokens_per_step
     require(tokens <= LARGEST, "train.batch_size * data.sequence_length", tokens, f"must be at most {LARGEST}")
     divides = data.streams == 0 or train.batch_size % data.streams == 0
@@ -124,7 +128,9 @@ def _check_transfer(config: Config) -> None:
 
 
 def _check_lora(config: Config) -> None:
-    start, rank, frozen = config.start, config.lora.rank, config.optimizer.frozen
+    start = config.start
+    rank = config.lora.rank
+    frozen = config.optimizer.frozen
     if not rank:
         return
     require(bool(start.checkpoint), "lora.rank", rank, "needs start.checkpoint, the base of the adapters")
@@ -212,7 +218,9 @@ def validate_mesh(config: Config, sizes: Mapping[str, int]) -> None:
 
 def _check_context(config: Config, sizes: Mapping[str, int]) -> None:
     """Check a mesh that splits rows: whole groups on each device, and nothing that needs a whole row on one device."""
-    context, train, length = sizes["context"], config.train, config.data.sequence_length
+    context = sizes["context"]
+    train = config.train
+    length = config.data.sequence_length
     field = f"with mesh.context={context}"
     rows = sizes["data"] * sizes["fsdp"] * sizes["expert"]
     given = train.microbatch_rows

@@ -144,7 +144,9 @@ def deviations(rule: Rule, layer: Layer, devices: tuple[int, ...]) -> list[Devia
 
 def factors(rule: Rule, layer: Layer, devices: tuple[int, ...]) -> dict[str, float]:
     """Known factors by which values and gradients of implementations are off, by name."""
-    k, e, tokens = rule.k, layer.num_experts, int(layer.mask.sum())
+    k = rule.k
+    e = layer.num_experts
+    tokens = int(layer.mask.sum())
     pairs = [("K", "1/K", k), ("E", "1/E", e), ("E/K", "K/E", e / k)]
     pairs += [("the routing scale", "1/the routing scale", rule.scale)]
     pairs += [("the number of tokens", "1/the number of tokens", tokens)]

@@ -309,7 +309,9 @@ def unsaturated(x: jax.Array, router: np.ndarray) -> jax.Array:
 def against_oracle(case: Case, seed: int, d: int = 6, f: int = 5) -> Iterator[Row]:
     """Every mode against the per-token oracle, values and gradients."""
     rng = np.random.default_rng(seed)
-    soft, gate, tau = case.gate == "soft_moe", find_gate(case.gate), LAYERS[case.gate].losses.null
+    soft = case.gate == "soft_moe"
+    gate = find_gate(case.gate)
+    tau = LAYERS[case.gate].losses.null
     section = {"name": case.gate, **case.fields.get("gate", {})} | ({"k": case.k} if gate.sets_k else {})
     slots = dataclasses.replace(gate, **case.fields.get("gate", {})).slots_per_expert
     latent, router_dim = case.fields.get("latent_dim", 0), 3 if case.gate == "cosine" else 0

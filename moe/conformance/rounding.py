@@ -135,7 +135,9 @@ def sparse(
     def layer(store: Store) -> Arrays:
         experts = _Experts(store, expert, matrices)
         outputs = experts.forward(x[token])
-        y, d_x, d_logits = np.zeros_like(x), np.zeros_like(x), np.zeros_like(logits)
+        y = np.zeros_like(x)
+        d_x = np.zeros_like(x)
+        d_logits = np.zeros_like(logits)
         np.add.at(y, token, weight * outputs)
         d_y = store(cotangent)
         d_rows, gradients = experts.backward(store(weight * d_y[token]))

@@ -54,7 +54,9 @@ class ChatTemplate:
         Raises:
             ConfigError: it cannot be compiled.
         """
-        self._source, self._special_tokens, self._name = source, special_tokens, name
+        self._source = source
+        self._special_tokens = special_tokens
+        self._name = name
         self._lock = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
         #: Whether the template itself marks what the model writes, and whether it reads the tools.

@@ -32,7 +32,9 @@ import jinja2.utils
 Span = tuple[int, int]
 
 #: Limits: processor time of one rendering, bytes of the process, and characters of one rendering.
-SECONDS, MEMORY, CHARACTERS = 10.0, 1 << 30, 1 << 26
+SECONDS = 10.0
+MEMORY = 1 << 30
+CHARACTERS = 1 << 26
 #: Characters to mark the ends of an answer with: Unicode's noncharacters, which texts should not have.
 _MARKS = tuple(map(chr, range(0xFDD0, 0xFDF0)))
 

@@ -174,7 +174,9 @@ DOMAINS = {
 
 def read_documents(domain: str, wheel: Path) -> tuple[dict[str, str], dict[str, str]]:
     """Return (train, heldout), each document id -> text, without blank and repeated texts."""
-    spec, documents, seen = DOMAINS[domain], {}, set()
+    spec = DOMAINS[domain]
+    documents = {}
+    seen = set()
     with zipfile.ZipFile(wheel) as archive:
         for name, text in spec.read(archive):
             for number, part in enumerate(sections(text, spec.target, spec.limit)):

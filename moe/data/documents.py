@@ -17,7 +17,10 @@ CONVERSATION = "\x1d"  # begins a document that is a list of messages, or a chos
 PAIR = "\x1e"  # between source and target of a pair, which is one document
 HELDOUT_FRACTION = 0.05  # share of a domain's documents that is held out
 MAX_DOMAIN_NAME = 100  # characters
-SECTION_TARGET, SECTION_LIMIT, SECTION_TAIL = 10_000, 18_000, 2_000  # characters of a text, bytes of a file
+# characters of a text, bytes of a file
+SECTION_TARGET = 10_000
+SECTION_LIMIT = 18_000
+SECTION_TAIL = 2_000
 
 
 def sections(text: str, target: int, limit: int) -> list[str]:
@@ -25,7 +28,9 @@ def sections(text: str, target: int, limit: int) -> list[str]:
 
     The sections joined give the text. A tail shorter than 2,000 characters stays with the section before it.
     """
-    parts, current, size = [], [], 0
+    parts = []
+    current = []
+    size = 0
     for line in text.splitlines(keepends=True):
         current.append(line)
         size += len(line)
@@ -218,14 +223,18 @@ def file_documents(path: epath.Path, digest: Any) -> Iterator[tuple[int, bytes, 
 
 def file_sections(file: Any) -> Iterator[bytes]:
     """Cut a binary file by the rule of :func:`sections`, reading it as a stream."""
-    before, current, size = b"", [], 0
+    before = b""
+    current = []
+    size = 0
     while line := _line(file):
         current.append(line)
         size += len(line)
         if size >= SECTION_LIMIT or (size >= SECTION_TARGET and not line.strip()):
             if before:
                 yield before
-            before, current, size = b"".join(current), [], 0
+            before = b"".join(current)
+            current = []
+            size = 0
     tail = b"".join(current)
     if len(tail) < SECTION_TAIL:
         before, tail = before + tail, b""

@@ -22,7 +22,9 @@ SUFFIXES = (*TEXT_SUFFIXES, ".jsonl", ".parquet", ".arrow")
 _COMPRESSED = (".gz", ".zst", ".bz2", ".xz", ".lz4")
 _SHOWN = 6  # kinds of files in a message
 #: Split of a file: none (its documents are divided by a hash), or that of a Hugging Face dataset.
-UNSPLIT, TRAIN, HELDOUT = 0, 1, 2
+UNSPLIT = 0
+TRAIN = 1
+HELDOUT = 2
 SPLITS_FILE = "dataset_dict.json"  # its presence makes folders splits
 _ABOUT = {SPLITS_FILE, "dataset_info.json", "state.json"}  # of datasets on disk
 _CARD = "README.md"  # the description of a dataset of the hub

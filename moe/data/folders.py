@@ -60,7 +60,9 @@ class FolderDocuments(Sequence[str]):
 
     def __init__(self, files: list[epath.Path | columns.TextTable], places: np.ndarray, chosen: np.ndarray):
         """Select the documents `chosen` (indices) of `places` [n] PLACE."""
-        self._files, self._places, self._chosen = files, places, chosen
+        self._files = files
+        self._places = places
+        self._chosen = chosen
 
     def __len__(self) -> int:
         return len(self._chosen)
@@ -69,7 +71,9 @@ class FolderDocuments(Sequence[str]):
         if not 0 <= index < len(self):  # ends iteration over a Sequence
             raise IndexError(index)
         place = self._places[self._chosen[index]]
-        source, start, length = self._files[place["file"]], int(place["start"]), int(place["length"])
+        source = self._files[place["file"]]
+        start = int(place["start"])
+        length = int(place["length"])
         try:
             if isinstance(source, columns.TextTable):
                 return source[start]
@@ -176,7 +180,9 @@ def _find_index(
     """Return the folder, the content and the places of the index that matches the files; write it if none does."""
     kind = [os.fspath(root), *sorted(suffixes), *([SPLITS_FILE] if (root / SPLITS_FILE).exists() else [])]
     key = hashlib.sha256(os.fsencode("\0".join(kind))).hexdigest()[:16]
-    folder, change, newest = directory / "folders", "", -1
+    folder = directory / "folders"
+    change = ""
+    newest = -1
     sources = find_sources(root, suffixes)
     if not sources:
         left_out = describe_left_out(root, suffixes)

@@ -16,7 +16,9 @@ from tokenizers import pre_tokenizers
 from moe.config import ConfigError
 from moe.data.tokenizer import Tokenizer
 
-JSON_FILE, JSON_CONFIG_FILE, TEMPLATE_FILE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
+JSON_FILE = "tokenizer.json"
+JSON_CONFIG_FILE = "tokenizer_config.json"
+TEMPLATE_FILE = "chat_template.jinja"
 #: Usual names of the end and the beginning of a text, tried where no tokenizer_config.json gives them.
 _END_NAMES = ("</s>", "<|endoftext|>", "<｜end▁of▁sentence｜>", "<|im_end|>", "<eos>")
 _BEGIN_NAMES = ("<s>", "<｜begin▁of▁sentence｜>", "<bos>")
@@ -57,7 +59,9 @@ class JsonTokenizer(Tokenizer):
         Raises:
           ConfigError: the file is not a tokenizer.json, has no end-of-text token, or makes special tokens of text.
         """
-        self.model_bytes, self._settings, self._template = model_bytes, settings, template
+        self.model_bytes = model_bytes
+        self._settings = settings
+        self._template = template
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(model_bytes)
             named = json.loads(settings) if settings else {}

@@ -350,7 +350,9 @@ def unigram_nll(prepared: Prepared, data: DataConfig, domain: str | None = None)
 def _unigram_counts(prepared: Prepared, data: DataConfig, domain: str) -> np.ndarray:
     """Count the possible targets of a train split, [V] int64."""
     if domain not in prepared._unigram_counts:
-        objective, tokenizer, rng = _objective(prepared, data), prepared.tokenizer, np.random.default_rng(0)
+        objective = _objective(prepared, data)
+        tokenizer = prepared.tokenizer
+        rng = np.random.default_rng(0)
         counts, read = np.zeros(objective.ids(tokenizer), np.int64), 0
         for text in prepared.train[domain]:
             for ids in objective.unigram_targets(text, rng, data, tokenizer):

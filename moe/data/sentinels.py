@@ -81,7 +81,9 @@ def show_blanks(tokenizer: Tokenizer, inputs: Iterable[int], written: Iterable[i
     """Return the text of the inputs with [written|removed] in the place of each sentinel."""
     sentinels = sentinel_ids(tokenizer)
     mine, theirs = (_spans(ids, sentinels, tokenizer.eos_id) for ids in (written, removed))
-    text, part, blanks = "", [], {int(i) for i in sentinels}
+    text = ""
+    part = []
+    blanks = {int(i) for i in sentinels}
     for token in _until(inputs, tokenizer.eos_id):
         if token in blanks:
             shown = "|".join(tokenizer.decode(spans.get(token, [])) for spans in (mine, theirs))

@@ -137,7 +137,9 @@ class _WindowShuffleIterator(grain.DatasetIterator):
     def __init__(self, parent: grain.DatasetIterator, window: int, seed: int):
         super().__init__(parent)
         self._window, self._seed = window, seed
-        self._number, self._taken, self._rows = -1, window, []
+        self._number = -1
+        self._taken = window
+        self._rows = []
         self._start = parent.get_state()  # state of the parent before the window's first row
 
     def __next__(self) -> Any:
@@ -156,7 +158,9 @@ class _WindowShuffleIterator(grain.DatasetIterator):
         return {"start": self._start, "window": self._number, "taken": self._taken}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        self._start, self._number, self._taken = state["start"], state["window"], state["taken"]
+        self._start = state["start"]
+        self._number = state["window"]
+        self._taken = state["taken"]
         self._parent.set_state(self._start)
         if self._number >= 0:
             self._fill()

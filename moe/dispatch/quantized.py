@@ -108,7 +108,9 @@ def _product(rows: Array, matrices: Array, precision: str) -> Array:
     exact = lax.Precision.HIGHEST if device.sums_float8_coarsely else None
     sums_dtype = TYPES[precision][1]
     if not device.has_low_precision_products:  # these sums are exact too, up to 1,000 terms of int8
-        values, factors, sums_dtype = values.astype(jnp.float32), factors.astype(jnp.float32), jnp.float32
+        values = values.astype(jnp.float32)
+        factors = factors.astype(jnp.float32)
+        sums_dtype = jnp.float32
     sums = lax.dot_general(values, factors, (contracted, (batch, batch)), exact, preferred_element_type=sums_dtype)
     return (sums * scales * factor_scales).astype(rows.dtype)
 

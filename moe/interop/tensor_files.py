@@ -26,7 +26,9 @@ from moe.interop.schema import parse_index
 from moe.system.atomic_files import write_atomic
 from moe.system.foreign_files import read_object
 
-CONFIG_FILE, INDEX_FILE, SINGLE_FILE = "config.json", "model.safetensors.index.json", "model.safetensors"
+CONFIG_FILE = "config.json"
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 _PICKLED = (
     "; pickled weights (*.bin) can run code and are not read: if you trust them, convert them once with "

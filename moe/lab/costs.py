@@ -18,7 +18,9 @@ def executed_flops(config: Config, dropped_share: float) -> float:
         config: of the run.
         dropped_share: share of assignments dropped in training, mean over MoE layers and steps.
     """
-    model, moe, data = config.model, config.model.moe, config.data
+    model = config.model
+    moe = config.model.moe
+    data = config.data
     lengths = data.sequence_length, data.input_length
     tokens = config.train.num_steps * config.tokens_per_step
     per_token = flops.train_flops_per_token(model, *lengths)

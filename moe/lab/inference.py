@@ -81,7 +81,9 @@ def share(values: ArrayLike, wholes: ArrayLike) -> Effect:
     ``values`` against zero.
     """
     a, b = np.asarray(values, np.float64), np.asarray(wholes, np.float64)
-    n, of_values, whole = len(a), effect(a), float(b.mean()) if len(b) else math.nan
+    n = len(a)
+    of_values = effect(a)
+    whole = float(b.mean()) if len(b) else math.nan
     mean = of_values.mean / whole if whole else math.nan
     unbounded = Effect(mean, -math.inf, math.inf, of_values.p, n)
     if n < 2 or not (np.isfinite(a).all() and np.isfinite(b).all()):

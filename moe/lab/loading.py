@@ -205,7 +205,9 @@ def _text_settings(config: Config) -> dict[str, Any]:
 def _check_different(suite: Suite) -> None:
     """Refuse two arms that would be one run, whose difference would be reported as 0, or one rule under two names of a
     gate, whose difference would be that of rounding."""
-    plan, arms, rules = PlannedRuns(suite, []), {}, {}
+    plan = PlannedRuns(suite, [])
+    arms = {}
+    rules = {}
     for name, variant in suite.variants.items():
         # Arms of equal settings still differ where their learning rates come from different sweeps.
         sources = (name, variant.rate_from or name) if suite.sweep else (name,)

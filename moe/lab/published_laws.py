@@ -33,7 +33,9 @@ class FittedTo:
 # --- Krajewski et al. 2024, "Scaling Laws for Fine-Grained Mixture of Experts" (arXiv 2402.07871) ---------------------
 KRAJEWSKI_RANGE = FittedTo({"parameters": (129e6, 3.7e9), "tokens": (16e9, 130e9), "granularity": (1, 16)})
 #: Total over active FFN size in all of the paper's runs; FLOPs of a routing decision, and of a parameter (section 5.3).
-EXPANSION, _ROUTING_FLOPS, _FLOPS = 64, 14, 6
+EXPANSION = 64
+_ROUTING_FLOPS = 14
+_FLOPS = 6
 
 
 def krajewski_loss(parameters: float, tokens: float, granularity: float) -> float:

@@ -54,7 +54,9 @@ class Experts(nnx.Module):
     """E FFNs of one shape, as three stacked matrices."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        e, d, f = config.moe.num_experts, config.expert_dim, config.moe.d_ff
+        e = config.moe.num_experts
+        d = config.expert_dim
+        f = config.moe.d_ff
         self.take_settings(config)
         self.up = matrix(rngs, (e, d, f), EXPERTS_IN, fan_in=d, scale=config.init_scale)
         self.down = matrix(rngs, (e, f, d), EXPERTS_OUT, fan_in=f, scale=config.init_scale)
@@ -67,7 +69,9 @@ class Experts(nnx.Module):
 
     def take_settings(self, config: ModelConfig) -> None:
         """Keep the settings that decide how the weights are applied."""
-        self.activation, self.precision, self.remat = config.activation, config.low_precision, config.remat
+        self.activation = config.activation
+        self.precision = config.low_precision
+        self.remat = config.remat
         self.sent_precision, self.fake_quantize = config.sent_precision, config.fake_quantize
 
     def matrices(self, name: str) -> Array | None:

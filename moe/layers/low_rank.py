@@ -24,7 +24,10 @@ class LowRankExperts(Experts):
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        d, f, e, r = config.expert_dim, config.moe.d_ff, config.moe.num_experts, config.moe.expert_rank
+        d = config.expert_dim
+        f = config.moe.d_ff
+        e = config.moe.num_experts
+        r = config.moe.expert_rank
         self.take_settings(config)
         gated = self.activation in GATED_ACTIVATIONS
         self.up = matrix(rngs, (d, f), IN, fan_in=d, scale=config.init_scale)

@@ -196,7 +196,9 @@ class MoELayer(nnx.Module):
 
     def _inputs(self, tokens: Tokens, keys: Keys, *, train: bool, expert_capacity: int = 0) -> GateInputs:
         """Inputs of the gate beside the logits."""
-        router, rule, state = self.router, self._rule, self._state()
+        router = self.router
+        rule = self._rule
+        state = self._state()
         return GateInputs(
             tokens.mask,
             rng=keys.gate,
@@ -269,7 +271,9 @@ class MoELayer(nnx.Module):
         self, routing: Routing, mask: Bool[Array, "G S"], kept: Bool[Array, "G S K"], *, rows: int
     ) -> balancing.LayerReport:
         parts = {"batch": 1, "step": 1, "group": mask.shape[0], "sequence": rows}[self.config.losses.scope]
-        router, rule, state = self.router, self._rule, self._state()
+        router = self.router
+        rule = self._rule
+        state = self._state()
         moe, gate = self.config, self.config.gate
         groups = 1 if gate is None else gate.expert_groups
         report = balancing.report(

@@ -34,7 +34,9 @@ class TextTask:
     """
 
     def __init__(self, tokenizer: Tokenizer, reward: Reward, texts: dict[tuple[int, ...], str]) -> None:
-        self._tokenizer, self._reward, self._texts = tokenizer, reward, texts
+        self._tokenizer = tokenizer
+        self._reward = reward
+        self._texts = texts
 
     def prompts(self, rng: np.random.Generator, count: int) -> list[np.ndarray]:
         """Token ids of the prompts, in their order."""

@@ -187,7 +187,9 @@ def gather_for_matmul(weights: nnx.Variable[Array], dtype: Any) -> Array:
 def project(x: Float[Array, "*batch inputs"], weights: nnx.Variable[Array]) -> Float[Array, "*batch outputs"]:
     """Multiply by a gathered matrix onto heads or from them: [B,T,D] by [D,N,H] → [B,T,N,H], [B,T,N,H] by [N,H,D] →
     [B,T,D]."""
-    shape, inputs, on_cpu = weights.shape, weights.get_metadata("inputs"), target.is_cpu()
+    shape = weights.shape
+    inputs = weights.get_metadata("inputs")
+    on_cpu = target.is_cpu()
     head_dim = shape[1] if inputs == 2 else shape[2]
     if head_dim >= target.LANES and not on_cpu:
         return jnp.tensordot(x, gather_for_matmul(weights, x.dtype), inputs)
@@ -199,7 +201,9 @@ def project_joined(
     x: Float[Array, "*batch inputs"], weights: nnx.Variable[Array], by: Callable[[Array, Array], Array]
 ) -> Float[Array, "*batch outputs"]:
     """:func:`project` by a product with a matrix [D,N·H] or [N·H,D], whose result is shaped as the heads."""
-    shape, spec, inputs = weights.shape, spec_of(weights), weights.get_metadata("inputs")
+    shape = weights.shape
+    spec = spec_of(weights)
+    inputs = weights.get_metadata("inputs")
     batch, outputs = x.shape[: x.ndim - inputs], shape[inputs:]
     # Of N and H, only N is split over devices.
     joined = P(spec[0], spec[inputs])

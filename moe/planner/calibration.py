@@ -74,7 +74,9 @@ _ASSUMED, _ASSUMED_STEPS = 0.26, 3
 #: Further width of the interval, in the logarithm, for a chip of which no published step was compared, and for one of
 #: which no kernel was timed either, a quarter of it after one step; and for a pipeline, of which none was compared.
 #: Assumed.
-_NEW_CHIP, _UNKNOWN_CHIP, _PIPELINE = 0.25, 0.45, 0.2
+_NEW_CHIP = 0.25
+_UNKNOWN_CHIP = 0.45
+_PIPELINE = 0.2
 
 
 def spread(residuals: list[float]) -> float:

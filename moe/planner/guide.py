@@ -27,11 +27,17 @@ from moe.planner.candidates import Candidate
 
 #: Prior standard deviations of time, in the logarithm: of the error common to all guesses, of a policy or mode, of a
 #: doubling of an axis or of the rows; and of the residual.
-_COMMON, _CHOICE, _DOUBLING, _NOISE = 1.0, 0.2, 0.1, 0.03
+_COMMON = 1.0
+_CHOICE = 0.2
+_DOUBLING = 0.1
+_NOISE = 0.03
 
 #: Prior standard deviations of memory's factors: of what does not depend on the rows, of all activations, of those of a
 #: policy or mode or with an exchange; and of the residual, in units of the estimate.
-_FIXED_FACTOR, _COMMON_FACTOR, _CHOSEN_FACTOR, _NOISE_OF_MEMORY = 0.1, 0.1, 0.05, 0.02
+_FIXED_FACTOR = 0.1
+_COMMON_FACTOR = 0.1
+_CHOSEN_FACTOR = 0.05
+_NOISE_OF_MEMORY = 0.02
 
 #: Assumed need over available memory of a program that does not fit, where the compiler does not state it.
 _OVER = 1.15

@@ -94,7 +94,9 @@ def _meter(share: float, colour: str) -> str:
 
 def _summary(plan: _Json) -> str:
     low, high = plan["step_interval"]
-    step, rate, memory = plan["step_seconds"], plan["tokens_per_second_per_chip"], plan["memory"]
+    step = plan["step_seconds"]
+    rate = plan["tokens_per_second_per_chip"]
+    memory = plan["memory"]
     unit = "GPU" if plan["platform"] == "gpu" else "chip"
     return (
         f"<p class=big>step {step:.3g} s <span class=mild>({low:.3g} to {high:.3g})</span></p><p>MFU "

@@ -237,7 +237,9 @@ def table(rows: Sequence[_Row]) -> str:
     head = ("config", "devices", "settings", "memory, GiB", "step, s", "MFU", "tokens/s per chip", "commit")
     cells = []
     for kept in rows:
-        (low, high), step, mfu = kept["step_interval"], kept["step_seconds"], 100 * kept["mfu"]
+        (low, high) = kept["step_interval"]
+        step = kept["step_seconds"]
+        mfu = 100 * kept["mfu"]
         config, topology, commit = (markdown_text(kept[name]) for name in ("config", "topology", "commit"))
         flags = [f"{name}={value}".replace("`", "'") for name, value in kept["flags"].items()]
         cells.append((

@@ -57,7 +57,11 @@ _ONE_CORE = {("tpu_v5", "pallas_mosaic_tpu_ragged_dot")}
 #: Scales of log K, log N, log min(K, N), log rows per expert, log E, "K or N is no multiple of 256", and the logarithm
 #: of the FLOPs' time over the bytes': a difference of 1/scale counts as much as one of 1/scale in any other.
 _SCALES = np.array([1.0, 1.0, 1.0, 0.5, 1.0, 2.0, 1.0])
-_LENGTH, _SMOOTH, _LINEAR, _CONSTANT, _NOISE = 2.0, 0.3, 0.02, 1.0, 0.045
+_LENGTH = 2.0
+_SMOOTH = 0.3
+_LINEAR = 0.02
+_CONSTANT = 1.0
+_NOISE = 0.045
 
 #: Largest share taken as measured: some timings of small matrices are above the bandwidth, from caches.
 _LARGEST_SHARE = 0.97

@@ -154,8 +154,13 @@ class _Reader:
         attention_prices: Mapping[str, Price],
         trips: _Trips,
     ):
-        self.module, self._mesh, self._clock, self._kernel_price = module, mesh, clock, kernel_price
-        self._rates, self._attention_prices, self._balanced_trips = rates, attention_prices, trips
+        self.module = module
+        self._mesh = mesh
+        self._clock = clock
+        self._kernel_price = kernel_price
+        self._rates = rates
+        self._attention_prices = attention_prices
+        self._balanced_trips = trips
         self.items: list[Item] = []
         self.loops: list[tuple[str, str, int, float]] = []
         self.collectives: list[Collective] = []

@@ -67,7 +67,9 @@ def render(packed: Packed) -> str:
 
 def _joined(arrays: dict[str, np.ndarray]) -> tuple[dict[str, Any], bytes]:
     """Offsets and shapes of the tensors, and their bytes: the scales of an int8 one, then its rows; 4-byte aligned."""
-    places, parts, offset = {}, [], 0
+    places = {}
+    parts = []
+    offset = 0
     for name, array in arrays.items():
         if name.endswith(".scales"):
             continue

@@ -173,7 +173,9 @@ def _write(texts: _Texts, columns: Iterable[Any]) -> None:
     import numpy as np
 
     found: list[list[int]] = [[] for _ in texts.rows]
-    alone, screen, times = len(found) == 1, _Screen(), list[float]()
+    alone = len(found) == 1
+    screen = _Screen()
+    times = list[float]()
     if alone:
         print(texts.shown(0), end="", flush=True)
     for column in columns:
@@ -264,7 +266,9 @@ def main() -> None:
     if _ROLLOUTS.value is not None:
         check(config.model, str(_ROLLOUTS.value), int(_SAMPLES.value or 0))
     tokenizer = find_tokenizer(workdir, chat=bool(_CHAT.value))
-    mesh, options, limit = _mesh(config), _options(config, tokenizer), int(_TOKENS.value or 0)
+    mesh = _mesh(config)
+    options = _options(config, tokenizer)
+    limit = int(_TOKENS.value or 0)
     texts = _Texts(prompts, config, tokenizer)
     with jax.set_mesh(mesh):
         variables = parameters.read_variables(workdir, config.model, mesh=mesh, step=_STEP.value)

@@ -268,7 +268,9 @@ def _kept_plans() -> dict[str, Any]:
     path, _, argument = str(_CONFIG.value).partition(":")
     if any(flag.present for flag in (*needs_program, *what_if, _SLICES)) or not shipped.is_config(path):
         return {}
-    rows, name, where = kept_plans.read(shipped.PLANS), Path(path).stem, topology.tpu_name(str(_TOPOLOGY.value))
+    rows = kept_plans.read(shipped.PLANS)
+    name = Path(path).stem
+    where = topology.tpu_name(str(_TOPOLOGY.value))
     known = kept_plans.best_of_precisions(rows, name, where)
     if not argument:
         return known

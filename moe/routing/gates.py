@@ -150,7 +150,9 @@ class SparseMixer(Gate):
 
     def route(self, router_logits: Float[Array, "G S E"], inputs: GateInputs) -> GateOutput:
         """Sample from the near experts; without a key take the best."""
-        left, index, weights = router_logits, [], []
+        left = router_logits
+        index = []
+        weights = []
         keys = (None, None) if inputs.rng is None else jax.random.split(inputs.rng)
         for i, key in enumerate(keys):
             near = jnp.where(self._is_far(router_logits, left), -jnp.inf, left)

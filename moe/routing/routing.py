@@ -123,7 +123,9 @@ def route(
     Raises:
         ConfigError: the gate returns something other than assignments of these tokens to these experts.
     """
-    router_logits, mask, noise_logits = router_logits.astype(jnp.float32), inputs.mask, inputs.noise_logits
+    router_logits = router_logits.astype(jnp.float32)
+    mask = inputs.mask
+    noise_logits = inputs.noise_logits
     finite = jnp.all(jnp.isfinite(router_logits), axis=-1)
     if noise_logits is not None:
         finite &= jnp.all(jnp.isfinite(noise_logits), axis=-1)

@@ -176,7 +176,9 @@ class _Appended:
     def __init__(self, path: epath.Path, kept: Iterable[bytes]):
         write_atomic(path, kept)
         self._file = path.open("a")
-        self.write, self.flush, self.close = self._file.write, self._file.flush, self._file.close
+        self.write = self._file.write
+        self.flush = self._file.flush
+        self.close = self._file.close
 
     def sync(self) -> None:
         os.fsync(self._file.fileno())

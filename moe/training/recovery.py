@@ -147,7 +147,9 @@ class Recovery:
             except DamagedError as error:
                 self._checkpoints.start_again(saved, error)
                 continue
-            self._tried, self._handled, self._at = saved, skipped, step
+            self._tried = saved
+            self._handled = skipped
+            self._at = step
             text = f"{trouble}: parameters and optimizer are those of step {saved} again"
             return continue_at(state.restored(good), step), [{"what": "rollback", "to": saved, "text": text}]
         raise DivergedError(f"{trouble}, and no checkpoint is left to roll back to: {remedy}")

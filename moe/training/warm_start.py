@@ -72,7 +72,9 @@ def _refuse_unread(config: Config) -> None:
             sections = ({name: dataclasses.asdict(each)} for each in (default, section))
             changed = ", ".join(differing_settings(*sections))
             raise ConfigError(f"{name}.{key}={value!r}: {allowed} to use {changed}; set it, or unset that")
-    objective, data, share = config.objective, config.data, config.distill.soft_share
+    objective = config.objective
+    data = config.data
+    share = config.distill.soft_share
     name = f"data.objective={data.objective!r}"
     for one in map(find_objective, OBJECTIVES):
         if one.section and one.section != objective.section:

@@ -175,7 +175,9 @@ class _Evaluation:
         params, body = equation.params, equation.params["jaxpr"]
         carried = sum(_same_rank(*pair) for pair in zip(equation.outvars, body.jaxpr.outvars, strict=True))
         whole = sum(_same_rank(*pair) for pair in zip(equation.invars, body.jaxpr.invars, strict=True))
-        fixed, state, rows = inputs[: whole - carried], inputs[whole - carried : whole], inputs[whole:]
+        fixed = inputs[: whole - carried]
+        state = inputs[whole - carried : whole]
+        rows = inputs[whole:]
         order = range(params["length"])
         stacked: list[list[Any]] = []
         for i in reversed(order) if params["reverse"] else order:

@@ -12,7 +12,9 @@ from moe.conformance import evidence
 from moe.conformance.equations import GATED, Layer, Rule
 
 #: E, D, F of every case.
-NUM_EXPERTS, D, F = 8, 16, 24
+NUM_EXPERTS = 8
+D = 16
+F = 24
 #: Weight of the balance loss in what is differentiated.
 BALANCE_WEIGHT = 10.0
 

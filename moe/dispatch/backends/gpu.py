@@ -34,7 +34,10 @@ SCALES_HIDDEN = True
 
 #: Tiles of JAX's Hopper kernel: two operands of 128 x 64 bfloat16 are 32 KiB a step, four steps and the output tile fit
 #: 227 KiB of shared memory.
-_HOPPER_COLUMNS, _HOPPER_CONTRACTED, _HOPPER_STEPS, _HOPPER_GRID = 128, 64, 4, 8
+_HOPPER_COLUMNS = 128
+_HOPPER_CONTRACTED = 64
+_HOPPER_STEPS = 4
+_HOPPER_GRID = 8
 
 #: Fewest groups that Blackwell's kernel is used for. In published timings of a B200 (moe/planner/grouped_matmuls.csv)
 #: such a kernel is 1.1 to 19 times as fast as Triton's with 128 and 256 groups, and half as fast with 8; between

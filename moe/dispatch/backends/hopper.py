@@ -19,7 +19,9 @@ from moe.dispatch.backends.mosaic import load_ahead, scaled
 from moe.dispatch.backends.tiles import SUPERTILE, Scales, schedule
 
 #: Rows of a tile, half of them for each warpgroup; its columns; terms that are loaded at a time, a byte each.
-TILE_ROWS, TILE_COLUMNS, TERMS = 128, 128, 128
+TILE_ROWS = 128
+TILE_COLUMNS = 128
+TERMS = 128
 
 #: Steps that are loaded ahead, 32 KiB each, beside 32 KiB for results: 192 of 227 KiB.
 _STEPS = 5

@@ -133,7 +133,9 @@ def run(
         transcendentals: number of transcendental functions that ``finish`` computes.
         interpret: run in Pallas' interpreter, on any device.
     """
-    (num_rows, contracted), columns, (tile_rows, tile_k, tile_n) = both.rows.shape, both.shape[2], tiles
+    (num_rows, contracted) = both.rows.shape
+    columns = both.shape[2]
+    (tile_rows, tile_k, tile_n) = tiles
     steps_k = contracted // tile_k
     assert steps_k * tile_k == contracted
     metadata, steps = make_group_metadata(

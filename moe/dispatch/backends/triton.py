@@ -16,7 +16,10 @@ from moe.dispatch.backends.tiles import SUPERTILE, schedule, tile_rows, tiles_of
 #: Output tile, bytes of a contraction step, stages and warps of the Triton kernels. 128 x 128 x 64 in bfloat16 does 64
 #: FLOPs for each byte it loads, about what an A100's L2 cache needs (312 TFLOP/s over about 5 TB/s), and three stages
 #: of 32 KiB fit the shared memory of every GPU from Ampere on (99 KiB at least).
-_TILE, _STEP_BYTES, _STAGES, _WARPS = 128, 128, 3, 8
+_TILE = 128
+_STEP_BYTES = 128
+_STAGES = 3
+_WARPS = 8
 
 
 def multiply(rows: Array, matrices: Array, sizes: Array, *, transposed: bool, interpret: bool) -> Array:

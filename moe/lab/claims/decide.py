@@ -23,8 +23,12 @@ from moe.lab.records import Record
 from moe.lab.suite import MAX_DROP_DIFFERENCE
 from moe.lab.table import MissingError, Table
 
-SUPPORTED, CONTRADICTED, UNDECIDED = "supported", "contradicted", "undecided"
-FOR, AGAINST, OPEN = "exploratory: for it", "exploratory: against it", "exploratory: open"
+SUPPORTED = "supported"
+CONTRADICTED = "contradicted"
+UNDECIDED = "undecided"
+FOR = "exploratory: for it"
+AGAINST = "exploratory: against it"
+OPEN = "exploratory: open"
 TRIAL = "exploratory: a trial"
 TOO_SHORT, NOT_TESTED = "too few steps", "not tested"
 #: Number of seeds below which an exploratory claim is a trial.

@@ -200,7 +200,9 @@ def _several(findings: Sequence[Finding], tables: Mapping[str, Table]) -> list[t
 
     A run is found by its hash, since an arm has other names in other suites.
     """
-    arms, numbers, runs = {}, {}, dict[str, Record]()
+    arms = {}
+    numbers = {}
+    runs = dict[str, Record]()
     for finding in findings:
         if not finding.outcomes:
             continue

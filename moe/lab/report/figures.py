@@ -70,7 +70,11 @@ def forest(
     horizons = [s for s in table.horizons if any(table.seeds(s, arm, comparison.baseline) for arm in arms)]
     fig = Figure(figsize=(7.2, 1.2 + 0.3 * len(arms) * len(horizons)))
     axis = fig.subplots()
-    color, ticks, labels, y, note = colors(table), [], [], 0.0, ""
+    color = colors(table)
+    ticks = []
+    labels = []
+    y = 0.0
+    note = ""
     for arm in arms:
         for steps in horizons:
             e = loss_effect(table, arm, comparison.baseline, steps)

@@ -248,7 +248,9 @@ def _domains(found: Table) -> list[str]:
 
 def domain_effects_section(found: Table, comparison: Comparison) -> str:
     """Each arm's difference to the baseline per domain, unseen text included; empty without a pair of arms."""
-    base, domains, rows = comparison.baseline, _domains(found), []
+    base = comparison.baseline
+    domains = _domains(found)
+    rows = []
     for arm in comparison.variants:
         if steps := found.longest(arm, base):
             cells = [_interval(effect_of(found, arm, base, steps, "loss", domain)) for domain in domains]

@@ -118,7 +118,10 @@ class Worker:
         only: Callable[[Key], bool] = lambda _: True,
     ):
         """``sweep``: see :meth:`moe.lab.schedule.PlannedRuns.runs`; ``only``: the runs that this process trains."""
-        self._suite, self._workdir, self._sweep, self._only = suite, workdir, sweep, only
+        self._suite = suite
+        self._workdir = workdir
+        self._sweep = sweep
+        self._only = only
         self._claims = claims
         self._programs = Programs()
         self._evaluators: dict[str, tuple[RowLosses, RowLosses | None]] = {}
@@ -223,7 +226,9 @@ class Worker:
         hashes = hashes_at_start(self._workdir / RUNS / f"{found.run(key)}.claims.json", self._claims)
         rate, path = key.learning_rate, directory / last_tenth.FILE
         config = suite.config(key.variant, key.seed, steps=key.steps, learning_rate=rate, **folders)
-        status, reason, evaluated = FINISHED, "", ""
+        status = FINISHED
+        reason = ""
+        evaluated = ""
         losses: list[float] = []
         domains: list[str] = []
         with self._progress.following(key, directory):

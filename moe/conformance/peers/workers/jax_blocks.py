@@ -15,7 +15,9 @@ import numpy as np
 from jobs import Arrays, run
 
 #: E, D, F of every case.
-NUM_EXPERTS, D, F = 8, 16, 24
+NUM_EXPERTS = 8
+D = 16
+F = 24
 #: Arrays of a case that are not differentiated.
 FIXED = ("x", "mask", "cotangent", "bias")
 
@@ -58,7 +60,9 @@ def measure(adapter: Block, job: dict[str, Any], arrays: Arrays) -> Arrays:
     dtype = jnp.dtype(job["dtype"])
     weights = {name: jnp.asarray(array, dtype) for name, array in arrays.items() if name not in FIXED}
     fixed = {"bias": jnp.asarray(arrays["bias"], jnp.float32)} if "bias" in arrays else {}
-    x, mask, cotangent = jnp.asarray(arrays["x"], dtype), arrays["mask"], arrays["cotangent"]
+    x = jnp.asarray(arrays["x"], dtype)
+    mask = arrays["mask"]
+    cotangent = arrays["cotangent"]
 
     def objective(weights: Any, x: Any, rows: slice) -> tuple[Any, Any]:
         output = scope["layer"](weights | fixed, x, mask[rows])

@@ -13,7 +13,9 @@ from jobs import Arrays, run
 from torch import nn
 
 #: E, D, F of every case.
-NUM_EXPERTS, D, F = 8, 16, 24
+NUM_EXPERTS = 8
+D = 16
+F = 24
 
 
 @dataclasses.dataclass(kw_only=True)
