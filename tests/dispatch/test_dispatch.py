@@ -10,7 +10,8 @@ from flax import nnx
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from moe.config import Capacity, ModelConfig
+from moe.config import Capacity, ModelConfig, MoEConfig
+from moe.config.exchange import AllGather, AllToAll
 from moe.config.registry import LAYERS
 from moe.conformance import reference
 from moe.dispatch.buffers import (
@@ -129,6 +130,17 @@ def test_outputs_by_hand(mode, on_cpu, monkeypatch):
     routing = _routing([[[0], [1], [0]]], 3, weights=[[[1 / 3], [1.0], [1.0]]])
     y = jax.jit(lambda x: dispatch(mode, x, routing, make_plan(routing, 1), weights))(x.astype(jnp.bfloat16))
     np.testing.assert_array_equal(y[0, 0], np.float32([1, 10]) * np.float32(1 / 3))
+
+
+def test_exchanges_by_hand():
+    """Chunks divide the tokens of a group, hosts the devices of the experts; one device exchanges nothing."""
+    moe = MoEConfig(num_experts=8, dispatch="dropless", exchange_chunks=4, exchange_hosts=4)
+    assert moe.exchange_of(6, 8) == AllToAll(chunks=2, hosts=4)
+    assert moe.exchange_of(8, 2) == AllToAll(chunks=4, hosts=2)
+    assert moe.exchange_of(8, 1) == AllToAll()
+    gathered = dataclasses.replace(moe, exchange="all_gather", exchange_hosts=1)
+    assert gathered.exchange_of(8, 2) == AllGather(chunks=4)
+    assert gathered.exchange_of(8, 1) == AllToAll()
 
 
 def test_rows_and_their_gradients_by_hand():
