@@ -40,17 +40,15 @@ Canonical = dict[str, Any]
 #: Fields of the model that the canonical form has under another name: ``dense_dim``, and those of MoE layers.
 _MODEL_OTHERWISE = ("d_ff", "moe", "pattern")
 
-#: Settings that are left out where they have these values; those of the model stand in its fields' metadata.
+#: Settings that are left out where they have these values; those of the model and of MoE layers stand in their fields.
 _NEUTRAL: Canonical = {
     # MoE
-    "shared_dim": 0, "bias": "none", "latent_dim": 0, "zero_experts": 0, "copy_experts": 0, "constant_experts": 0,
-    "novice_experts": 0, "expert_rank": 0, "null_balance": 1.0, "shared_gate": False, "expert_capacity": 0,
-    "route_padding": False,
-    "jitter": 0.0, "balance_weight": 0.0, "router_dtype": "float32", "z_loss_weight": 0.0, "importance_weight": 0.0,
-    "load_weight": 0.0, "device_balance_weight": 0.0, "balance_scope": "batch", "score": "softmax",
+    "shared_dim": 0, "null_balance": 1.0, "expert_capacity": 0, "balance_weight": 0.0, "z_loss_weight": 0.0,
+    "importance_weight": 0.0, "load_weight": 0.0, "device_balance_weight": 0.0, "balance_scope": "batch",
+    "score": "softmax",
     "bias_update": "none", "bias_update_rate": 0.0, "expert_groups": 1, "kept_expert_groups": 1,
     "scores_per_group": 1, "renormalise": False, "routing_scale": 1.0, "slots_per_expert": 1,
-    "drop_policy": "position", "overflow_to_next": False, "expert_dropout": 0.0,
+    "drop_policy": "position", "overflow_to_next": False,
     # data, optimizer, training
     "weights": [], "text_suffixes": [], "tokenizer": "", "chat_template": "",
     "objective": "causal", "input_length": 0, "pack": True, "corruption_rate": 0.15,
@@ -74,7 +72,17 @@ _MODEL: Canonical = {
 } | dict.fromkeys(("sliding_window_layers", "mixer_layers"), ())
 #: Of these, those that follow from ``model.pattern``.
 _LISTS = ("delta_net", "sliding_window_layers", "mixer_layers")
-#: The same, of other sections.
+#: Fields of :class:`MoEConfig` that have another name in the canonical form, or none, or a condition.
+_MOE_OTHERWISE = (
+    "gate", "layer_gates", "num_experts", "d_ff", "shared_d_ff", "every", "layers", "first_dense", "group_size",
+    "dispatch", "exchange", "exchange_chunks", "exchange_hosts", "capacity", "losses", "drop_policy",
+    "overflow_to_next", "accept_future_leak",
+)  # fmt: skip
+#: Its other fields, which have the same name there, and their neutral values.
+_MOE: Canonical = {
+    field.name: field.default for field in dataclasses.fields(MoEConfig) if field.name not in _MOE_OTHERWISE
+}
+#: Names of other sections that are the same in the canonical form.
 _DATA = (
     "dataset", "domains", "weights", "text_suffixes", "tokenizer", "chat_template",
     "objective", "sequence_length", "input_length", "pack",
@@ -122,7 +130,8 @@ def canonical(config: Config) -> Canonical:
     if any(sparse_layers(config.model)):
         form |= _moe(config)
     form = json.loads(json.dumps(form))  # tuples become lists, as in a record that is read back
-    return {name: value for name, value in sorted(form.items()) if name not in _NEUTRAL or _NEUTRAL[name] != value}
+    neutral = _NEUTRAL | _MOE
+    return {name: value for name, value in sorted(form.items()) if name not in neutral or neutral[name] != value}
 
 
 def _model(model: ModelConfig) -> Canonical:
@@ -192,11 +201,7 @@ def _moe(config: Config) -> Canonical:
         "expert_dim": moe.d_ff,
         "shared_dim": moe.shared_d_ff,
     }
-    same = (
-        "bias", "latent_dim", "zero_experts", "copy_experts", "constant_experts", "novice_experts", "shared_gate",
-        "expert_rank", "route_padding", "jitter", "router_dtype", "expert_dropout",
-    )  # fmt: skip
-    form |= {name: getattr(moe, name) for name in same}
+    form |= {name: getattr(moe, name) for name in _MOE}
     form |= {name: getattr(moe.losses, field) for field, name in _LOSSES.items()}
     form |= _gate(moe)
     # Without drops the capacity has no effect; the group size still does where a loss is computed per group.

@@ -574,6 +574,11 @@ def test_neutral_values_of_the_model_are_fixed():
         "layer_norm": False, "logit_bias": False, "base_d_model": 0, "base_num_layers": 0, "base_head_dim": 0,
         "base_expert_d_ff": 0, "mixer_layers": (),
     }  # fmt: skip
+    assert identity._MOE == {
+        "expert_rank": 0, "bias": "none", "latent_dim": 0, "zero_experts": 0, "copy_experts": 0, "constant_experts": 0,
+        "novice_experts": 0, "shared_gate": False, "route_padding": False, "jitter": 0.0, "router_dtype": "float32",
+        "expert_dropout": 0.0,
+    }  # fmt: skip
 
 
 def test_files_and_workdirs_count_by_their_content(tmp_path):
