@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from moe.config import MeshConfig
 from moe.config.exchange import AllGather, AllToAll
-from moe.dispatch import backends, ffn
+from moe.dispatch import backends
 from moe.dispatch.backends import (
     backend,
     cpu,
@@ -283,7 +283,7 @@ def test_biases_by_group(rng):
 
 def test_gradients_of_up_and_gate_stand_beside_each_other(rng):
     joined, up, gate = (rng.normal(size=(5, size)).astype(np.float32) for size in (6, 3, 3))
-    halves, backward = jax.vjp(ffn.halves, jnp.asarray(joined))
+    halves, backward = jax.vjp(packed.halves, jnp.asarray(joined))
     np.testing.assert_array_equal(np.concatenate(halves, -1), joined)
     np.testing.assert_array_equal(backward((jnp.asarray(up), jnp.asarray(gate)))[0], np.concatenate([up, gate], -1))
 
