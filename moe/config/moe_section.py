@@ -94,7 +94,8 @@ class MoEConfig(Section, path=_MOE):
     #: an overflowing assignment is retried once on the token's next-best expert
     overflow_to_next: bool = setting(False, page=True)
     expert_dropout: float = setting(0.0, share=True)  # of the experts' hidden activations (Switch: 0.4 in fine-tuning)
-    accept_future_leak: bool = False  # allow gates whose assignments depend on later tokens
+    #: allow gates whose assignments depend on later tokens
+    accept_future_leak: bool = setting(False, result="none")
 
     def __post_init__(self) -> None:
         is_gate = self.gate is None or isinstance(self.gate, Gate)

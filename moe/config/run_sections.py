@@ -32,9 +32,9 @@ class DataConfig(Section, path="data."):
     """Text datasets, tokenizer, objective, and packed rows."""
 
     #: "embedded", a folder (/..., ./..., gs://...) or a prepared TFDS dataset; or several, a,b
-    dataset: str = "embedded"
+    dataset: str = setting("embedded", neutral=None)
     #: domains to use; empty: all, of "embedded" literature and python
-    domains: tuple[str, ...] = ()
+    domains: tuple[str, ...] = setting((), neutral=None)
     text_suffixes: tuple[str, ...] = ()  # suffixes of text files in a folder, as ".tex", besides .txt, .md, .py, ...
     weights: tuple[float, ...] = ()  # share of rows per domain; empty: equal
     directory: str = setting("~/.cache/moe-data", resume="free")  # for prepared datasets, downloads and tokenizers
@@ -43,7 +43,7 @@ class DataConfig(Section, path="data."):
     #: what is predicted: causal, prefix_lm, span_corruption (with an encoder instead of causal), pairs, chat,
     #: preferences, policy, or module:object (docs/own_objectives.md)
     objective: str = setting("causal", follows="model.encoder_layers")
-    sequence_length: int = setting(256, least=2, most=2**24, unit="tokens")  # T
+    sequence_length: int = setting(256, least=2, most=2**24, unit="tokens", neutral=None)  # T
     #: U, of an encoder's row; 0: sequence_length where there is an encoder
     input_length: int = setting(0, least=0, most=2**24, follows="data.sequence_length", unit="tokens")
     pack: bool = True  # rows of whole examples (all but causal and prefix_lm decoders) hold several; False: one each
@@ -52,7 +52,7 @@ class DataConfig(Section, path="data."):
     #: independent document streams per batch, whole ones for each process; 0: gcd(8, batch_size), or as many as needed
     streams: int = setting(0, least=0, most=2**16)
     shuffle_window: int = setting(512, least=1, unit="rows")  # in the shuffle buffers of all streams
-    heldout_rows: int = setting(64, least=1, unit="rows")  # of T tokens, per domain, in each evaluation
+    heldout_rows: int = setting(64, least=1, unit="rows", result="none")  # of T tokens, per domain, in each evaluation
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -111,12 +111,13 @@ class OptimizerConfig(Section, path="optimizer."):
 
     name: str = "adamw"  # adamw, adafactor, muon, or module:function (see moe.training.optimizer.Factory)
 
-    learning_rate: float = setting(3e-3, above=0, most=1e3, resume="later")  # peak
+    learning_rate: float = setting(3e-3, above=0, most=1e3, resume="later", neutral=None)  # peak
     #: after a linear warm-up: cosine decay, constant, or wsd (constant, then a decay); rsqrt: the peak, then 1/√step
     schedule: Schedule = setting("cosine", resume="later")
     #: share of the peak that wsd reaches at the last step, and that cosine would reach at the step after the last
     final_learning_rate_fraction: float = setting(0.1, least=0, most=1, resume="later")
-    warmup_steps: int = setting(30, least=0, resume="later", unit="steps")  # of the linear rise to the peak
+    #: of the linear rise to the peak
+    warmup_steps: int = setting(30, least=0, resume="later", unit="steps", neutral=None)
     decay_steps: int = setting(0, least=0, resume="later", unit="steps")  # of wsd's decay; 0: a tenth of num_steps
     b1: float = setting(0.9, share=True, resume="later")  # adamw: decay of the first moment
     b2: float = setting(0.95, share=True, resume="later")  # adamw: decay of the second moment
@@ -158,9 +159,9 @@ class OptimizerConfig(Section, path="optimizer."):
 class TrainConfig(Section, path="train."):
     """Training loop."""
 
-    num_steps: int = setting(320, least=1, resume="later", unit="steps")  # of the optimizer
+    num_steps: int = setting(320, least=1, resume="later", unit="steps", neutral=None)  # of the optimizer
     #: B, of T tokens, per optimizer step, over all devices
-    batch_size: int = setting(8, least=1, most=2**24, unit="rows")
+    batch_size: int = setting(8, least=1, most=2**24, unit="rows", neutral=None)
     accumulation_steps: int = setting(1, least=1, unit="microbatches")  # per optimizer step; divides batch_size
     #: times that a microbatch passes all stages of mesh.pipeline, each of which holds as many groups of layers
     pipeline_rounds: int = setting(1, least=1, resume="free")
@@ -180,7 +181,7 @@ class TrainConfig(Section, path="train."):
     #: without a sign of life from a process after which a run of several ends with exit code 75
     host_timeout: int = setting(100, least=10, most=86_400, resume="free", unit="seconds")
     #: warn of a loss this many deviations above the running median; 0: never
-    spike_sigmas: float = setting(6.0, least=0, resume="later")
+    spike_sigmas: float = setting(6.0, least=0, resume="later", result="none")
     #: length of the text sampled at the end; 0: none
     sample_tokens: int = setting(64, least=0, most=10_000, resume="free")
     #: folder for compiled programs (moe.system.compilation_cache); empty: none

@@ -20,7 +20,17 @@ from etils import epath
 from moe.checkpoints.manager import complete_steps
 from moe.checkpoints.pinned import digest as digest_of_checkpoint
 from moe.checkpoints.workdir import CONFIG
-from moe.config import Config, DataConfig, ModelConfig, MoEConfig, layer_kinds, sparse_layers
+from moe.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimizerConfig,
+    StartConfig,
+    TrainConfig,
+    layer_kinds,
+    sparse_layers,
+)
 from moe.config.pattern import Word
 from moe.config.registry import find_gate, find_layer
 from moe.config.user_code import user_code
@@ -37,11 +47,38 @@ VERSION = 1
 
 Canonical = dict[str, Any]
 
-#: Fields of the model that the canonical form has under another name: ``dense_dim``, and those of MoE layers.
-_MODEL_OTHERWISE = ("d_ff", "moe", "pattern")
 
-#: Settings that are left out where they have these values; those of the model and of MoE layers stand in their fields.
-_NEUTRAL: Canonical = {
+def _same(section: type[Any], *otherwise: str) -> Canonical:
+    """Fields of a section that have the same name in the canonical form, and their neutral values; None: it has none.
+    Those that change no result are left out.
+
+    Args:
+        otherwise: fields that have another name there, or a condition.
+    """
+    return {
+        field.name: field.metadata.get("neutral", field.default)
+        for field in dataclasses.fields(section)
+        if field.metadata.get("result") != "none"
+        and field.metadata.get("resume") != "free"
+        and field.name not in otherwise
+    }
+
+
+_MODEL = _same(ModelConfig, "d_ff", "moe", "pattern") | dict.fromkeys(("sliding_window_layers", "mixer_layers"), ())
+#: Of these, those that follow from ``model.pattern``.
+_LISTS = ("delta_net", "sliding_window_layers", "mixer_layers")
+_MOE = _same(
+    MoEConfig,
+    *("gate", "layer_gates", "num_experts", "d_ff", "shared_d_ff", "every", "layers", "first_dense", "group_size"),
+    *("dispatch", "capacity", "losses", "drop_policy", "overflow_to_next"),
+)
+_DATA = _same(DataConfig)
+_OPTIMIZER = _same(OptimizerConfig, "name", "final_learning_rate_fraction")
+_TRAIN = _same(TrainConfig)
+_START = _same(StartConfig, "checkpoint", "optimizer")
+
+#: Settings that are left out where they have these values, in JSON; those of the model are left out by :func:`_model`.
+_NEUTRAL: Canonical = json.loads(json.dumps(_MOE | _DATA | _OPTIMIZER | _TRAIN | _START)) | {
     # MoE
     "shared_dim": 0, "null_balance": 1.0, "expert_capacity": 0, "balance_weight": 0.0, "z_loss_weight": 0.0,
     "importance_weight": 0.0, "load_weight": 0.0, "device_balance_weight": 0.0, "balance_scope": "batch",
@@ -49,50 +86,13 @@ _NEUTRAL: Canonical = {
     "bias_update": "none", "bias_update_rate": 0.0, "expert_groups": 1, "kept_expert_groups": 1,
     "scores_per_group": 1, "renormalise": False, "routing_scale": 1.0, "slots_per_expert": 1,
     "drop_policy": "position", "overflow_to_next": False,
-    # data, optimizer, training
-    "weights": [], "text_suffixes": [], "tokenizer": "", "chat_template": "",
-    "objective": "causal", "input_length": 0, "pack": True, "corruption_rate": 0.15,
-    "mean_span": 3.0, "streams": 0, "shuffle_window": 512, "optimizer": "adamw", "schedule": "cosine",
-    "final_rate_fraction": 0.1, "decay_steps": 0, "b1": 0.9, "b2": 0.95, "eps": 1e-8, "weight_decay": 0.1,
-    "gradient_clip": 1.0, "moment_dtype": "float32", "frozen": [], "ema_decay": 0.0, "skip_sigmas": 0.0,
-    "muon_heads": False, "accumulation_steps": 1,
-    # start, distillation
-    "start": "", "expert_noise": 0.0, "virtual_groups": False, "expert_scale": 1.0, "drop_share": 0.0, "fresh": [],
-    "optimizer_state": "reset", "teacher": "", "soft_share": 0.25, "lora": 0, "preference_beta": 0.0,
-    "policy": 0,
+    # optimizer, start, distillation
+    "optimizer": "adamw", "final_rate_fraction": 0.1, "start": "", "optimizer_state": "reset", "teacher": "",
+    "soft_share": 0.25, "lora": 0, "preference_beta": 0.0, "policy": 0,
     # a user's gates, layers and optimizer
     "code": "",
 }  # fmt: skip
 
-#: Fields of :class:`ModelConfig` that have the same name in the canonical form, and their neutral values.
-_MODEL: Canonical = {
-    field.name: field.metadata.get("neutral", field.default)
-    for field in dataclasses.fields(ModelConfig)
-    if field.metadata.get("result") != "none" and field.name not in _MODEL_OTHERWISE
-} | dict.fromkeys(("sliding_window_layers", "mixer_layers"), ())
-#: Of these, those that follow from ``model.pattern``.
-_LISTS = ("delta_net", "sliding_window_layers", "mixer_layers")
-#: Fields of :class:`MoEConfig` that have another name in the canonical form, or none, or a condition.
-_MOE_OTHERWISE = (
-    "gate", "layer_gates", "num_experts", "d_ff", "shared_d_ff", "every", "layers", "first_dense", "group_size",
-    "dispatch", "exchange", "exchange_chunks", "exchange_hosts", "capacity", "losses", "drop_policy",
-    "overflow_to_next", "accept_future_leak",
-)  # fmt: skip
-#: Its other fields, which have the same name there, and their neutral values.
-_MOE: Canonical = {
-    field.name: field.default for field in dataclasses.fields(MoEConfig) if field.name not in _MOE_OTHERWISE
-}
-#: Names of other sections that are the same in the canonical form.
-_DATA = (
-    "dataset", "domains", "weights", "text_suffixes", "tokenizer", "chat_template",
-    "objective", "sequence_length", "input_length", "pack",
-    "corruption_rate", "mean_span", "streams", "shuffle_window",
-)  # fmt: skip
-_OPTIMIZER = (
-    "learning_rate", "schedule", "warmup_steps", "decay_steps", "b1", "b2", "eps", "weight_decay", "gradient_clip",
-    "moment_dtype", "frozen", "ema_decay", "skip_sigmas", "muon_heads",
-)  # fmt: skip
-_TRAIN = ("num_steps", "batch_size", "accumulation_steps")
 _LOSSES = {
     "balance": "balance_weight", "z": "z_loss_weight", "importance": "importance_weight", "load": "load_weight",
     "device": "device_balance_weight", "scope": "balance_scope", "null": "null_balance",
@@ -101,7 +101,6 @@ _GATE = {
     "score": "score", "renormalise": "renormalise", "scale": "routing_scale", "groups": "expert_groups",
     "kept_groups": "kept_expert_groups", "scores_per_group": "scores_per_group", "slots": "slots_per_expert",
 }  # fmt: skip
-_START = ("expert_noise", "virtual_groups", "expert_scale", "drop_share", "fresh")
 
 
 def canonical(config: Config) -> Canonical:
@@ -130,8 +129,7 @@ def canonical(config: Config) -> Canonical:
     if any(sparse_layers(config.model)):
         form |= _moe(config)
     form = json.loads(json.dumps(form))  # tuples become lists, as in a record that is read back
-    neutral = _NEUTRAL | _MOE
-    return {name: value for name, value in sorted(form.items()) if name not in neutral or neutral[name] != value}
+    return {name: value for name, value in sorted(form.items()) if name not in _NEUTRAL or _NEUTRAL[name] != value}
 
 
 def _model(model: ModelConfig) -> Canonical:
