@@ -76,10 +76,14 @@ class FolderDocuments(Sequence[str]):
         length = int(place["length"])
         try:
             if isinstance(source, columns.TextTable):
-                return source[start]
-            with source.open("rb") as file:
-                file.seek(start)
-                return parse_document(file.read(length), source)[0]
+                text = source[start]
+            else:
+                with source.open("rb") as file:
+                    file.seek(start)
+                    text = parse_document(file.read(length), source)[0]
+            if _hash(text) != place["hash"]:  # an edit moves the documents after it
+                raise ValueError("its text was changed; start again to index it anew")
+            return text
         except (OSError, ValueError, IndexError, KeyError) as error:
             raise ConfigError(f"{source}, position {start}: no longer matches the index ({error})") from error
 
@@ -365,8 +369,7 @@ class _IndexBuilder:
         number = self.domains.setdefault(source.domain if domain is None else domain, len(self.domains))
         if number >= MAX_DOMAINS:
             raise ConfigError(f"{self.root}: has more than {MAX_DOMAINS} domains, the maximum")
-        hashed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")
-        return len(self.files), start, length, number, source.split, hashed
+        return len(self.files), start, length, number, source.split, _hash(text)
 
     def write(self) -> None:
         """Write index.json and places.npy."""
@@ -406,6 +409,11 @@ def _change(root: epath.Path, sources: Sequence[Source], files: Sequence[_Entry]
         if _time(copy) != entry.table_time and _sha256(copy) != entry.table_sha256:
             raise ConfigError(f"{copy}: was changed; delete {index} to index the folder again")
     return ""
+
+
+def _hash(text: str) -> int:
+    """32 bits of a document's hash."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")
 
 
 def _time(path: epath.Path) -> int:
