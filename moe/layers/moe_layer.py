@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import types
 from collections.abc import Mapping
@@ -30,7 +31,8 @@ from moe.routing import balancing
 from moe.routing.balancing_rules import BalancingRule, restored
 from moe.routing.carry import first_carry, of_tokens, regrouped
 from moe.routing.interface import Gate, GateInputs
-from moe.routing.routing import Choices, Routing, route
+from moe.routing.routing import Choices, Routing, is_own, route
+from moe.system.fields import raised_as_errors
 
 
 class Keys(NamedTuple):
@@ -162,7 +164,11 @@ class MoELayer(nnx.Module):
         columns = self.router.kernel[...] if self.latent is None else self.latent.down[...].T @ self.router.kernel[...]
         matrices = self.experts.matrices("up" if self.experts.gate is None else "gate")
         assert matrices is not None
-        loss = self.gate.parameter_loss(columns, matrices, rng)
+        name = f"gate {type(self.gate).__name__}: parameter_loss"
+        with raised_as_errors(name) if is_own(self.gate) else contextlib.nullcontext():
+            loss = self.gate.parameter_loss(columns, matrices, rng)
+        if loss is not None and jnp.shape(loss):
+            raise ConfigError(f"{name} returns an array {list(jnp.shape(loss))}: must be a number or None")
         return report if loss is None else dataclasses.replace(report, sparsity_penalty=report.sparsity_penalty + loss)
 
     def _group(self, x: Array, mask: ArrayLike | None, *read: ArrayLike | None, carry: Any = None) -> Tokens:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from moe.routing.interface import Gate
-from moe.system.fields import ConfigError
+from moe.system.fields import ConfigError, raised_as_errors
 
 
 def first_carry(gates: Iterable[Gate], num_experts: int) -> Any:
@@ -25,13 +25,14 @@ def first_carry(gates: Iterable[Gate], num_experts: int) -> Any:
     """
     first, owner = None, ""
     for gate in gates:
-        carry = gate.first_carry(num_experts)
+        with raised_as_errors(f"gate {gate.name}: first_carry"):
+            carry = jax.tree.map(jnp.asarray, gate.first_carry(num_experts))
         if carry is None:
             continue
-        if any(jnp.asarray(leaf).dtype != jnp.float32 for leaf in jax.tree.leaves(carry)):
+        if any(leaf.dtype != jnp.float32 for leaf in jax.tree.leaves(carry)):
             raise ConfigError(f"gate {gate.name}: first_carry returns {describe(carry)}: must be float32 arrays")
         if first is None:
-            first, owner = jax.tree.map(jnp.asarray, carry), gate.name
+            first, owner = carry, gate.name
         elif not _same_shapes(carry, first):
             raise ConfigError(
                 f"gate {gate.name}: first_carry returns {describe(carry)}: must have the shapes of gate {owner} of the "

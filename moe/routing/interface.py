@@ -160,7 +160,8 @@ class Gate:
     def check_experts(self, num_experts: int, null_experts: int = 0) -> None:
         """Raise a ConfigError if the rule cannot choose among this many FFN experts and experts without an FFN."""
         k = self.experts_per_token(num_experts)
-        require(1 <= k <= num_experts, "model.moe.gate.k", k, f"must be at most num_experts={num_experts}")
+        require(k >= 1, "model.moe.gate.k", k, "must be at least 1")
+        require(k <= num_experts, "model.moe.gate.k", k, f"must be at most num_experts={num_experts}")
         only = "must be 0 unless each token chooses K experts"
         require(
             not (null_experts and self.lists_all),

@@ -177,6 +177,10 @@ def test_wrong_carries_are_refused(monkeypatch):
     monkeypatch.setattr(Vector, "first_carry", lambda self, num_experts: jnp.zeros(2, jnp.int32))
     with pytest.raises(ConfigError, match=r"first_carry returns int32\[2\]: must be float32 arrays"):
         probe(Vector(), 4)
+    for carry, error in ((lambda: "x", "TypeError"), (lambda: 1 / 0, "ZeroDivisionError: division by zero")):
+        monkeypatch.setattr(Vector, "first_carry", lambda self, num_experts, carry=carry: carry())
+        with pytest.raises(ConfigError, match=f"gate .*Vector.*: first_carry raises {error}"):
+            first_carry([Vector()], 4)
 
 
 def test_gates_of_a_model_hand_on_the_same_shapes(guide):

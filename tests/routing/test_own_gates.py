@@ -575,6 +575,29 @@ def test_errors_of_a_gate_that_appear_when_it_is_traced_name_it():
             traced(rule)(logits)
 
 
+@pytest.mark.parametrize(
+    ("attribute", "value", "message"),
+    [
+        ("parameter_loss", lambda *_: 1 / 0, "gate Late: parameter_loss raises ZeroDivisionError: division by zero"),
+        (
+            "parameter_loss",
+            lambda gate, router, *_: router[0],
+            r"parameter_loss returns an array \[4\]: must be a number",
+        ),
+        ("experts_per_token", lambda *_: 0, r"model\.moe\.gate\.k=0: must be at least 1"),
+    ],
+)
+def test_wrong_methods_of_a_gate_are_refused(monkeypatch, attribute, value, message):
+    monkeypatch.setattr(Late, attribute, value)
+
+    def apply(x):
+        layer = MoELayer(d_model=8, d_ff=8, num_experts=4, gate=Late(), rngs=nnx.Rngs(0))
+        return layer(x, train=True, rng=jax.random.key(0))[0]
+
+    with pytest.raises(ConfigError, match=message):
+        jax.eval_shape(apply, jnp.zeros((1, 4, 8)))
+
+
 def test_an_import_that_raises_no_exception_is_one_sentence(module, monkeypatch):
     """KeyboardInterrupt of a module, where Ctrl-C itself has a handler that ends the program."""
     for number, line in enumerate(("raise KeyboardInterrupt", "raise BaseException('x')")):
