@@ -34,6 +34,7 @@ class Chip:
         condition: seconds to evaluate a loop's condition that depends on the data, which a TPU does by itself.
         devices: JAX devices a chip; 2 where each TensorCore is a device of its own.
         cores: TensorCores that share a device.
+        grouped_matmul: a grouped matmul costs the FLOPs of its rows, not of all rows for each expert.
         flops_per_cycle: of a chip's matrix units in bfloat16; peak divided by it is the clock.
         example: name of a topology.
         options: further arguments of ``get_topology_desc`` that make devices look as they do on hardware.
@@ -53,6 +54,7 @@ class Chip:
     options: tuple[tuple[str, Any], ...] = ()
     host: float = 15e9
     cores: int = 1
+    grouped_matmul: bool = True
     matmul_share: float = 1.0
     condition: float = 0.0
 
@@ -60,11 +62,6 @@ class Chip:
     def estimate(self) -> str:
         """Source of the compiler's estimate of time."""
         return "the compiler's cycles"
-
-    @property
-    def grouped_matmul(self) -> bool:
-        """A grouped matmul costs the FLOPs of its rows, not of all rows for each expert."""
-        return not self.example.startswith(("v2", "v3"))
 
     def axis_bandwidth(self, stride: int, size: int) -> float:
         """Bytes/s of a device along a mesh axis of neighbours, whatever its stride: 2 are joined by a link, 4 by a
@@ -85,7 +82,7 @@ def _chip(kind: str, devices: int = 1, **network: Any) -> Chip:
     """A chip of JAX devices of a kind (:mod:`moe.parallel.device_kinds`), with its memory and network."""
     device = DEVICE_KINDS[kind]
     rates = {"peak": devices * device.known_peak, "memory_bandwidth": devices * device.known_bandwidth}
-    return Chip(devices=devices, cores=device.cores, **rates, **network)
+    return Chip(devices=devices, cores=device.cores, grouped_matmul=device.runs_kernels, **rates, **network)
 
 
 #: Keys are the prefixes of libtpu's topology names. Where no page gives a DCN figure, v5e's is assumed.

@@ -158,6 +158,8 @@ def test_accelerators_are_measured_by_a_chain_of_large_matmuls(monkeypatch):
         ("NVIDIA H100 80GB HBM3", 989e12),
         ("NVIDIA H100 PCIe", 756e12),
         ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA B200", 2250e12),
+        ("NVIDIA GB200", 2500e12),
         ("cpu", None),
     ],
 )
