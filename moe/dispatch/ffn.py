@@ -97,7 +97,7 @@ class ExpertWeights:
     """E FFNs of one shape: their weights, and how they are applied.
 
     The bias of ``down`` is not among them: what a device computes may be a partial sum, so the layer adds it. A backend
-    packs the weights in the form that its products read (:func:`moe.dispatch.backends.pack`).
+    packs the weights in the form that its products read (:meth:`moe.dispatch.backends.Backend.pack`).
 
     Attributes:
         up: [E,D,F].

@@ -77,7 +77,7 @@ _OPTIMIZER = _same(OptimizerConfig, "name", "final_learning_rate_fraction")
 _TRAIN = _same(TrainConfig)
 _START = _same(StartConfig, "checkpoint", "optimizer")
 
-#: Settings that are left out where they have these values, in JSON; those of the model are left out by :func:`_model`.
+#: Settings that are left out where they have these values, in JSON; those of the model are left out in ``_model``.
 _NEUTRAL: Canonical = json.loads(json.dumps(_MOE | _DATA | _OPTIMIZER | _TRAIN | _START)) | {
     # MoE
     "shared_dim": 0, "null_balance": 1.0, "expert_capacity": 0, "balance_weight": 0.0, "z_loss_weight": 0.0,
