@@ -87,13 +87,15 @@ class MoEConfig(Section, path=_MOE):
     capacity: Capacity = Capacity()
     losses: Losses = Losses(balance=0.02)
     route_padding: bool = False  # padding is routed, takes capacity and counts in the losses (Hugging Face's Switch)
-    jitter: float = setting(0.0, share=True)  # multiply the router's input by U[1 - jitter, 1 + jitter] in training
+    #: multiply the router's input by U[1 - jitter, 1 + jitter] in training
+    jitter: float = setting(0.0, share=True, result="training")
     #: of the router's matmul; bfloat16 only to reproduce Switch's table 2
     router_dtype: DType = setting("float32", page=True)
     drop_policy: DropPolicy = setting("position", page=True)  # priority of tokens when an expert's buffer overflows
     #: an overflowing assignment is retried once on the token's next-best expert
     overflow_to_next: bool = setting(False, page=True)
-    expert_dropout: float = setting(0.0, share=True)  # of the experts' hidden activations (Switch: 0.4 in fine-tuning)
+    #: of the experts' hidden activations (Switch: 0.4 in fine-tuning)
+    expert_dropout: float = setting(0.0, share=True, result="training")
     #: allow gates whose assignments depend on later tokens
     accept_future_leak: bool = setting(False, result="none")
 

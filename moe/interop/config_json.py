@@ -227,15 +227,22 @@ _MODEL_FACTS = tuple(
     if "result" not in field.metadata
     and field.name not in ("rope_dim", "logit_scale", "sliding_window", "pattern", "delta_net", "d_ff", "moe")
 )
+#: Settings that decide which assignments a capacity drops.
+_DROP_FACTS = ("group_size", "overflow_to_next", "drop_policy", "route_padding")
+#: Fields of MoE layers that do; the router's dtype changes no more than rounding there.
 _MOE_FACTS = (
-    *("num_experts", "experts_per_token", "d_ff", "bias", "shared_d_ff", "shared_gate", "layer_gates", "latent_dim"),
-    "expert_rank",
-    *("zero_experts", "copy_experts", "constant_experts", "novice_experts"),
+    "experts_per_token",
+    *(
+        field.name
+        for field in dataclasses.fields(MoEConfig)
+        if "result" not in field.metadata
+        and field.metadata.get("resume") != "free"
+        and field.name not in ("gate", "every", "layers", "first_dense", "dispatch", "capacity", "losses")
+        and field.name not in ("router_dtype", *_DROP_FACTS)
+    ),
 )
 #: Fields of gates that change nothing in evaluation.
 _NO_GATE_FACTS = {"name", "bias_rate", "penalty_rate", "threshold_rate"}
-#: Settings that decide which assignments a capacity drops.
-_DROP_FACTS = ("group_size", "overflow_to_next", "drop_policy", "route_padding")
 
 
 def _differences(ours: ModelConfig, theirs: ModelConfig) -> list[str]:
