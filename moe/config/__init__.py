@@ -5,7 +5,7 @@ from moe.config.changes import Changes, changes_of
 from moe.config.command_line import build_layers
 from moe.config.files import inherited, read_run
 from moe.config.layer_kinds import LayerKind, layer_kinds, stacks
-from moe.config.model_section import DeltaNetConfig, ModelConfig, RopeScalingConfig, sparse_layers
+from moe.config.model_section import DeltaNetConfig, ModelConfig, sparse_layers
 from moe.config.moe_section import Capacity, Losses, MoEConfig
 from moe.config.names import check_field
 from moe.config.parse import from_config_dict, to_dict
@@ -15,6 +15,7 @@ from moe.config.references import (
     extend_import_path,
     load_python_file,
 )
+from moe.config.rope_section import RopeScalingConfig
 from moe.config.run_sections import (
     EMBEDDED_DOMAINS,
     DataConfig,

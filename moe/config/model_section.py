@@ -7,62 +7,23 @@ import itertools
 import math
 from typing import Literal
 
-from moe.config.mixers import (
-    FIELD,
-    AttentionBias,
-    Mixer,
-    QKNorm,
-)
+from moe.config.mixers import FIELD, AttentionBias, Mixer, QKNorm
 from moe.config.moe_section import DType, MoEConfig
 from moe.config.pattern import Word, parse
+from moe.config.rope_section import ROPE, RopeScalingConfig
 from moe.system.fields import ConfigError, Section, require, setting
 
 Activation = Literal["swiglu", "swiglu_clamped", "geglu", "geglu_exact", "reglu", "gelu", "relu"]
 Norms = Literal["before", "after"]
 Attention = Literal["full", "blocked"]
-RopeScaling = Literal["none", "linear", "dynamic", "yarn", "longrope", "llama3"]
 Remat = Literal["none", "hidden", "outputs", "attention", "offload", "offload_inputs", "dots", "routes", "full"]
 LowPrecision = Literal["none", "int8", "float8"]
 LowPrecisionIn = Literal["ffn", "all"]
 FakeQuantize = Literal["none", "mxfp4", "int4"]
 
-_MODEL, _MOE, _ROPE, _DELTA = "model.", "model.moe.", "model.rope_scaling.", "model.delta_net."
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeScalingConfig(Section, path=_ROPE):
-    """Scaling of rotary positions for contexts longer than those of pre-training."""
-
-    #: as in the checkpoint's config; none: unscaled frequencies
-    kind: RopeScaling = setting("none", switch=True, page=True)
-    factor: float = setting(1.0, least=1)  # longest context over original_length
-    original_length: int = setting(0, least=0, unit="tokens")  # context of pre-training; for all kinds but linear
-    #: yarn: rotations in the original context above which a pair is not interpolated
-    beta_fast: float = setting(32.0, above=0)
-    beta_slow: float = setting(1.0, above=0)  # yarn: rotations below which it is interpolated fully
-    truncate: bool = True  # yarn: round the two bounds to whole pairs
-    #: yarn and longrope: factor of rotated queries and keys; 0: computed
-    attention_factor: float = setting(0.0, least=0)
-    mscale: float = setting(0.0, least=0)  # yarn: constant of attention_factor's numerator (DeepSeek); 0: not used
-    mscale_all_dim: float = setting(0.0, least=0)  # yarn: that of its denominator; scales latent attention's scores too
-    short_factors: tuple[float, ...] = ()  # longrope: divisor of each pair's frequency up to original_length
-    long_factors: tuple[float, ...] = ()  # longrope: the same for longer rows
-    #: llama3: rotations in the original context below which a pair is interpolated fully
-    low_freq_factor: float = setting(1.0, above=0)
-    high_freq_factor: float = 4.0  # llama3: rotations above which a pair is not interpolated
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        long = self.original_length >= 2 or self.kind in ("none", "linear")
-        self._require("original_length", long, "must be at least 2")
-        low = self.low_freq_factor
-        allowed = f"must be above low_freq_factor={low}, which must be positive"
-        self._require("high_freq_factor", self.high_freq_factor > low, allowed)
-
-    @property
-    def follows_length(self) -> bool:
-        """Whether the angles of a text depend on how long it is."""
-        return self.kind in ("dynamic", "longrope")
+_MODEL = "model."
+_MOE = "model.moe."
+_DELTA = "model.delta_net."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -303,14 +264,14 @@ class ModelConfig(Section, path=_MODEL):
         allowed = f"must be even and at most model.head_dim={self.head_dim}, or 0 for all"
         self._require("rope_dim", 0 <= self.rope_dim <= self.head_dim and self.rope_dim % 2 == 0, allowed)
         scaling = self.rope_scaling
-        require(scaling.kind != "dynamic" or size > 2, f"{_ROPE}kind", scaling.kind, "needs over 2 rotated dimensions")
+        require(scaling.kind != "dynamic" or size > 2, f"{ROPE}kind", scaling.kind, "needs over 2 rotated dimensions")
         falls = scaling.kind != "yarn" or self.rope_theta > 1
-        require(falls, f"{_ROPE}kind", scaling.kind, "needs model.rope_theta above 1, so that frequencies fall")
+        require(falls, f"{ROPE}kind", scaling.kind, "needs model.rope_theta above 1, so that frequencies fall")
         allowed = f"must be positive, and one for each of the {size // 2} rotated pairs for longrope"
         for name in ("short_factors", "long_factors"):
             value = getattr(scaling, name)
             right = all(factor > 0 for factor in value) and (scaling.kind != "longrope" or len(value) == size // 2)
-            require(right, f"{_ROPE}{name}", value, allowed)
+            require(right, f"{ROPE}{name}", value, allowed)
         divides = self.num_heads % self.num_kv_heads == 0
         self._require("num_kv_heads", divides, f"must divide model.num_heads={self.num_heads}")
 

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from moe.config import MeshConfig, layer_kinds
-from moe.config.model_section import RopeScalingConfig
+from moe.config.rope_section import RopeScalingConfig
 from moe.layers.attention.scoring import bias_of_rows, relative_bucket
 from moe.models import kv_cache, sampling
 from moe.models.block import Block, Stream

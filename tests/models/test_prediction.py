@@ -13,7 +13,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from moe.config import ConfigError, validate_mesh
-from moe.config.model_section import RopeScalingConfig
+from moe.config.rope_section import RopeScalingConfig
 from moe.configs import base
 from moe.interop import export_checkpoint, import_checkpoint
 from moe.interop.load import load_huggingface

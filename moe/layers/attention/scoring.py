@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moe.config import ModelConfig
 from moe.config.mixers import GroupedQuery
-from moe.config.model_section import RopeScalingConfig
+from moe.config.rope_section import RopeScalingConfig
 from moe.layers.inputs import KEEP_ALL, Dropout
 from moe.layers.parameter import matrix
 from moe.parallel.partition_specs import REPLICATED
