@@ -192,11 +192,12 @@ def test_unresolved_configs_are_resolved():
         ({"d_model": "8"}, "d_model='8': must be int"),
         ({"gate": gates.TopK(k=9)}, "must be at most num_experts=4"),
         ({"experts_per_token": 2}, "moe.experts_per_token: no such field; did you mean moe.gate.k"),
+        ({"top_k": 2}, "moe.top_k: no such field; did you mean moe.gate.k"),
         ({"dispatch": "scatter"}, "must be one of"),
         ({"config": moe.Config()}, "config must be a moe.ModelConfig"),
         ({"config": moe.ModelConfig()}, "not both"),
     ],
-    ids=["name", "gate", "type", "value", "flat", "choice", "config", "both"],
+    ids=["name", "gate", "type", "value", "flat", "synonym", "choice", "config", "both"],
 )
 def test_wrong_settings_are_refused(settings, pattern):
     with pytest.raises(ConfigError, match=pattern):

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from moe.config import flat
 from moe.config.mixers import FIELD, Mixer
@@ -25,13 +25,22 @@ NAMED: Mapping[str, type] = types.MappingProxyType({GATE: Gate, MIXER: Mixer})
 _SYNONYMS = {
     "lr": "learning_rate",
     "wd": "weight_decay",
+    "beta1": "b1",
+    "beta2": "b2",
+    "adam_beta1": "b1",
+    "adam_beta2": "b2",
+    "max_grad_norm": "gradient_clip",
+    "clip": "gradient_clip",
     "bs": "batch_size",
+    "per_device_train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "accumulation_steps",
     "steps": "num_steps",
     "max_steps": "num_steps",
     "warmup": "warmup_steps",
     "seq_len": "sequence_length",
     "max_seq_len": "sequence_length",
     "hidden_size": "d_model",
+    "dim": "d_model",
     "intermediate_size": "d_ff",
     "moe_intermediate_size": "d_ff",
     "num_hidden_layers": "num_layers",
@@ -41,10 +50,23 @@ _SYNONYMS = {
     "num_local_experts": "num_experts",
     "n_routed_experts": "num_experts",
     "top_k": "k",
+    "topk": "k",
+    "data_dir": "directory",
     "num_experts_per_tok": "k",
     "temp": "temperature",
+    "aux_loss": "balance",
     "aux_loss_coef": "balance",
+    "aux_loss_weight": "balance",
     "router_aux_loss_coef": "balance",
+    "moe_aux_loss_coeff": "balance",
+    "z_loss": "z",
+    "router_z_loss_coef": "z",
+    "moe_z_loss_coeff": "z",
+    "dp": "data",
+    "ep": "expert",
+    "tp": "tensor",
+    "cp": "context",
+    "pp": "pipeline",
 }
 
 
@@ -84,7 +106,7 @@ def field_type(path: str) -> typing.Any:
             raise ConfigError(f"{path}: {where[:-1]} is a single value, not a section")
         hints = field_types(typing.cast(type, hint))
         if name not in hints:
-            raise ConfigError(no_such_field(name, hints, where))
+            raise ConfigError(no_such_field(name, hints, where, names[depth + 1 :]))
         hint = {Gate | None: Gate, Mixer | None: Mixer}.get(hints[name], hints[name])
     return hint
 
@@ -134,32 +156,63 @@ def type_name(hint: typing.Any) -> str:
     return hint.__name__
 
 
-def no_such_field(name: str, fields: Iterable[str], path: str) -> str:
-    """Message for an unknown field of a section, with the nearest one or all of them.
+def no_such_field(name: str, fields: Iterable[str], path: str, below: Sequence[str] = ()) -> str:
+    """Message for an unknown field of a section, with the nearest setting or all fields.
 
     Args:
         name: the field.
         fields: those of the section.
         path: of the section, which ends in a dot or is empty.
+        below: names that follow, where an unknown section was named.
     """
     fields = list(fields)
-    meant = _SYNONYMS.get(name, name)
-    moved = flat.place_of(name) if path in ("model.moe.", "moe.") else meant if meant in fields else ""
-    near = difflib.get_close_matches(name, fields, n=1)
-    nearest = f"{path}{moved}" if moved else _elsewhere(meant, path) or (f"{path}{near[0]}" if near else "")
-    return f"{path}{name}: no such field; " + (
+    whole = ".".join((f"{path}{name}", *below))
+    nearest = (_nearest(below[-1], (), whole) if below else "") or _nearest(name, fields, f"{path}{name}")
+    if path.startswith("moe."):  # of a layer on its own
+        nearest = nearest.removeprefix("model.")
+    return f"{whole}: no such field; " + (
         f"did you mean {nearest}?" if nearest else f"fields here: {', '.join(fields)}"
     )
 
 
-def _elsewhere(name: str, path: str) -> str:
-    """Dotted name of the setting or section of this name in another section, the nearest to the path; "" if none."""
-    found = [place for place in _places(Config, "") if place.rpartition(".")[2] == name]
-    if any(name in field_types(type(layer.gate)) for layer in LAYERS.values() if layer.gate is not None):
-        found.append(f"{GATE}.{name}")
-    found = [place for place in found if place != f"{path}{name}"]
-    sections = path.split(".")
-    return max(found, key=lambda place: sum(map(str.__eq__, place.split("."), sections)), default="")
+def _nearest(name: str, fields: Sequence[str], whole: str) -> str:
+    """Dotted name of the setting or section that is most likely meant; "" if none is similar.
+
+    Args:
+        name: last part of the dotted name that was given.
+        fields: of the section where it was looked for.
+        whole: the dotted name.
+    """
+    section = whole.removesuffix(name)
+    meant = _SYNONYMS.get(name, name)
+    if meant in fields:
+        return f"{section}{meant}"
+    if meant == name and section in ("model.moe.", "moe.") and (place := flat.place_of(name)):
+        return f"{section}{place}"
+    every = [*_places(Config, "")]
+    if not (fields and named_above(whole)):  # else the gate is known, and other gates' fields are no settings
+        every += [f"{GATE}.{field}" for field in _gate_fields()]
+    every = [place for place in every if place != whole]
+    leaf = {place: place.rpartition(".")[2] for place in every}
+    if found := _closest([place for place in every if leaf[place] == meant], section):
+        return found
+    if near := difflib.get_close_matches(name, fields, n=1):
+        return f"{section}{near[0]}"
+    parts = [place for place in every if leaf[place].startswith(f"{name}_") or leaf[place].endswith(f"_{name}")]
+    similar = difflib.get_close_matches(name, leaf.values(), n=1, cutoff=0.8)
+    return _closest(parts, section) or _closest([place for place in every if leaf[place] in similar], section)
+
+
+def _closest(places: Sequence[str], section: str) -> str:
+    """The setting that shares most sections with a dotted name, of several the first; "" if there is none."""
+    named = {*section.split(".")}
+    return max(places, key=lambda place: len(named & {*place.split(".")[:-1]}), default="")
+
+
+def _gate_fields() -> list[str]:
+    """Names of the fields of all gates of the package."""
+    gates = [type(layer.gate) for layer in LAYERS.values() if layer.gate is not None]
+    return list(dict.fromkeys(name for gate in gates for name in field_types(gate) if name != "name"))
 
 
 def _places(cls: type, path: str) -> Iterator[str]:
