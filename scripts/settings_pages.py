@@ -1,8 +1,7 @@
-"""The pages of all settings, from the schema itself: ``python scripts/settings_pages.py docs/settings`` writes them."""
+"""Write the pages of all settings from the schema itself: docs/settings/run.md, model.md and moe.md."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import inspect
 import re
@@ -10,32 +9,25 @@ import typing
 from collections.abc import Iterator
 from pathlib import Path
 
+from absl import flags
 
-def _folder() -> Path:
-    """The command line's folder; --help ends the program before JAX is imported."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, help="folder of the pages, docs/settings")
-    return parser.parse_args().folder
+from moe.programs import cli
+from moe.system.atomic_files import write_atomic
+from moe.system.escaping import markdown_table
+from moe.system.fields import type_hints
 
+if typing.TYPE_CHECKING:
+    from moe.config.moe_section import MoEConfig
+    from moe.routing.interface import Gate
 
-if __name__ == "__main__":
-    _folder()
-
-from moe.config.mixers import Mixer  # noqa: E402
-from moe.config.moe_section import MoEConfig  # noqa: E402
-from moe.config.registry import LAYERS  # noqa: E402
-from moe.config.schema import Config  # noqa: E402
-from moe.routing.interface import Gate  # noqa: E402
-from moe.system.atomic_files import write_atomic  # noqa: E402
-from moe.system.escaping import markdown_table  # noqa: E402
-from moe.system.fields import type_hints  # noqa: E402
+_FOLDER = flags.DEFINE_string("folder", "docs/settings", "Folder of the pages.")
 
 _HEAD = """# Settings of {title}
 
-Settings with their types, defaults, bounds and meanings, from the schema: `scripts/settings_pages.py docs/settings`
-writes this page and those of {others}. `--config.SECTION.FIELD=VALUE` sets one. *Resume*: a run
-may be continued with another value: `free`, as it does not change what is learnt, or `later`, from its newest
-checkpoint on with `--change`; else it may not.
+Settings with their types, defaults, bounds and meanings, from the schema: `scripts/settings_pages.py` writes this
+page and those of {others}.
+`--config.SECTION.FIELD=VALUE` sets one. *Resume*: a run may be continued with another value: `free`, as it does not
+change what is learnt, or `later`, from its newest checkpoint on with `--change`; else it may not.
 """
 
 _GATES = """## Gates
@@ -53,6 +45,8 @@ _PAGES = {
 
 def pages() -> dict[str, str]:
     """File name → page."""
+    from moe.config.schema import Config
+
     parts: dict[str, list[str]] = {}
     for name, title in _PAGES.values():
         others = [f"[{other}]({file})" for file, other in _PAGES.values() if file != name]
@@ -75,6 +69,9 @@ def _sections(values: typing.Any, path: str) -> Iterator[tuple[str, typing.Any]]
 
 
 def _table(values: typing.Any) -> str:
+    from moe.config.mixers import Mixer
+    from moe.routing.interface import Gate
+
     rows = []
     cls = type(values)
     meanings, hints = _comments(cls), type_hints(cls)
@@ -123,10 +120,12 @@ def _bounds(facts: typing.Mapping[str, typing.Any]) -> str:
 
 
 def _gates() -> str:
+    from moe.config.registry import LAYERS
+
     head = ("name", "class", "fields and defaults", "K", "capacity, train / eval", "losses and others")
     rows = []
     for name, layer in LAYERS.items():
-        gate = typing.cast(Gate, layer.gate)
+        gate = typing.cast("Gate", layer.gate)
         own = [f"`{key}={value}`" for key, value in dataclasses.asdict(gate).items() if key != "name"]
         k = (
             str(gate.experts_per_token(layer.num_experts))
@@ -151,6 +150,17 @@ def _constants(layer: MoEConfig) -> str:
     )
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Write the pages."""
     for name, page in pages().items():
-        write_atomic(_folder() / name, page)
+        write_atomic(Path(_FOLDER.value, name), page)
+
+
+if __name__ == "__main__":
+    cli.run(
+        main,
+        examples=(
+            "python scripts/settings_pages.py",
+            "python scripts/settings_pages.py --folder=/tmp/settings",
+        ),
+    )

@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -18,7 +19,7 @@ from moe.config import ConfigError, build_layers, inherited, read_run, to_dict
 from moe.config.parse import from_config_dict
 from moe.configs import mixtral, switch
 from moe.interop.hub_cache import find_source
-from moe.programs import cli, commands
+from moe.programs import cli, commands, help_text
 from moe.system import shipped
 
 ROOT = Path(__file__).parents[1]
@@ -231,16 +232,33 @@ assert "jax" not in sys.modules, "JAX was imported"
 )
 def test_help_of_every_program_has_one_form_and_imports_nothing_heavy(path):
     """A program that ran would import JAX."""
-    shown = subprocess.run([sys.executable, "-c", _HELP, path], cwd=ROOT, capture_output=True, text=True, check=False)
+    narrow = os.environ | {"COLUMNS": "80"}
+    words = [sys.executable, "-c", _HELP, path]
+    shown = subprocess.run(words, cwd=ROOT, env=narrow, capture_output=True, text=True, check=False)
     assert shown.returncode == 0, shown.stderr
-    if path.stem in ("conformance", "settings_pages"):  # for this repository alone, with argparse
-        assert "usage:" in shown.stdout
-        return
     _, _, options = shown.stdout.partition("\noptions\n")
     examples, _, codes = options.partition("\nexit codes")
-    assert len([line for line in examples.partition("\nexamples\n")[2].splitlines() if line.strip()]) >= 2
+    commands = [line for line in examples.partition("\nexamples\n")[2].splitlines() if re.match(r"  \w", line)]
+    assert len(commands) >= 2
     assert "130" in codes
-    assert max(map(len, shown.stdout.splitlines())) <= 115
+    assert [line for line in shown.stdout.splitlines() if len(line) > 80] == []
+
+
+@pytest.mark.parametrize("command", ["configs", "completion"])
+def test_help_of_commands_without_flags_has_the_same_form(command, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["moe", command, "--help"])
+    commands.main()
+    shown = capsys.readouterr().out
+    places = [shown.index(f"\n\n{heading}\n") for heading in ("needed", "examples", "exit codes")]
+    assert places == sorted(places)
+
+
+def test_an_example_is_broken_between_words_and_can_be_copied():
+    line = 'moe generate --workdir=/tmp/run --prompt="once upon a time there was" --tokens=64  # words'
+    shown = help_text.without_flags("", (), (line, "moe x"))
+    lines = shown.partition("examples\n")[2].partition("\n\n")[0].splitlines()
+    assert lines[0] == "  # words"
+    assert shlex.split(" ".join(each.rstrip("\\") for each in lines[1:-1])) == shlex.split(line, comments=True)
 
 
 @pytest.mark.parametrize(
@@ -279,13 +297,19 @@ def test_tab_completes_commands_configs_and_options(tmp_path):
     script = subprocess.run(
         [sys.executable, "-m", "moe", "completion", "bash"], cwd=ROOT, capture_output=True, text=True
     )
+    assert "\ncomplete -o nospace -F _moe moe moe-ablate moe-advise " in script.stdout
     (tmp_path / "moe").write_text(f'#!/bin/sh\nexec {sys.executable} -m moe "$@"\n')
     (tmp_path / "moe").chmod(0o755)
-    cases = (("moe tr", 1), ("moe train --config = mixtral_8x", 4), ("moe train --work", 2))
+    cases = (
+        ("moe tr", 1),
+        ("moe train --config = mixtral_8x", 4),
+        ("moe train --work", 2),
+        ("moe-plan --topo", 1),
+    )
     lines = [f'COMP_WORDS=({words}); COMP_CWORD={place}; _moe; echo "${{COMPREPLY[@]}}"' for words, place in cases]
     found = subprocess.run(
         ["bash", "-c", "\n".join([script.stdout, *lines])],
         env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)},
         capture_output=True, text=True, check=True, cwd=tmp_path,
     )  # fmt: skip
-    assert found.stdout.splitlines() == ["train translate", "mixtral_8x22b mixtral_8x7b", "--workdir="]
+    assert found.stdout.splitlines() == ["train translate", "mixtral_8x22b mixtral_8x7b", "--workdir=", "--topology="]

@@ -9,9 +9,10 @@ import sys
 import textwrap
 from pathlib import Path
 
+from moe.programs.help_text import without_flags
 from moe.system import process, shipped
 
-_USAGE = "usage: moe configs [NAME]\n\nexamples\n  moe configs\n  moe configs mixtral > mine.py\n"
+_EXAMPLES = ("moe configs", "moe configs mixtral > mine.py", "moe train --config=mine.py --workdir=/tmp/mine")
 
 
 def run() -> None:
@@ -23,13 +24,15 @@ def run() -> None:
 
 def _show(arguments: list[str]) -> None:
     if {"--help", "-h"} & {*arguments}:
-        print(f"{__doc__}\n{_USAGE}")
+        print(
+            without_flags(__doc__ or "", [("NAME", "Of a config or a suite; without it, all are listed.")], _EXAMPLES)
+        )
         return
     if arguments == ["--names"]:  # for completion
         print(" ".join([*shipped.describe(shipped.CONFIGS), *shipped.describe(shipped.SUITES)]))
         return
     if len(arguments) > 1:
-        sys.exit(f"error: {_USAGE.splitlines()[0]}")
+        sys.exit("error: moe configs takes one name; --help shows examples")
     if arguments:
         print(_file(arguments[0]).read_text(), end="")
         return

@@ -39,6 +39,6 @@ def run() -> None:
         examples=(
             "moe train --config=quickstart --workdir=/tmp/quickstart",
             "moe train --config=switch --workdir=/tmp/switch --config.seed=1",
-            "moe train --workdir=/tmp/switch    # continue the run with the config that it holds",
+            "moe train --workdir=/tmp/switch  # continue the run with the config that it holds",
         ),
     )

@@ -326,7 +326,7 @@ def test_keys_of_the_runs_of_the_suites_are_unchanged():
 
 
 def test_the_pages_of_settings_are_current():
-    """``python scripts/settings_pages.py docs/settings`` writes them."""
+    """``python scripts/settings_pages.py`` writes them."""
     for name, page in settings_pages.pages().items():
         assert (ROOT / "docs" / "settings" / name).read_text() == page
 
