@@ -11,6 +11,7 @@ import pathlib
 from sphinx.application import Sphinx
 
 from moe.analysis import explorer
+from moe.planner import html
 from moe.playground.packed import read
 from moe.playground.page import render
 from moe.system import shipped
@@ -101,11 +102,13 @@ def leave_out(app: Sphinx, page: str, source: list[str]) -> None:
 
 
 def write_pages(app: Sphinx, error: Exception | None) -> None:
-    """Make the pages of the shipped model to play with and of docs/routing_explorer.json beside the site's own."""
+    """Make the pages of the shipped model to play with, docs/routing_explorer.json and docs/plan.json."""
     if error is None and app.builder.format == "html":
         pathlib.Path(app.outdir, "play.html").write_text(render(read(shipped.PLAYGROUND)))
         explored = (DOCS / "routing_explorer.json").read_text()
         pathlib.Path(app.outdir, "routing_explorer.html").write_text(explorer.render(explored))
+        plan = html.page(json.loads((DOCS / "plan.json").read_text()))
+        pathlib.Path(app.outdir, "plan.html").write_text(plan)
 
 
 def setup(app: Sphinx) -> None:

@@ -51,6 +51,13 @@ def _suite_report() -> str:
     return f'<!doctype html><html><head><base href="{folder.as_uri()}/">{style}</head><body>{text}</body></html>'
 
 
+def _plan() -> str:
+    """The page of docs/plan.json, which ``moe plan --json`` printed (docs/pods.md has the command)."""
+    from moe.planner import html
+
+    return html.page(json.loads((DOCS / "plan.json").read_text()))
+
+
 @dataclasses.dataclass(frozen=True)
 class Picture:
     """One picture.
@@ -105,6 +112,7 @@ PICTURES = {
     "playground_phone": Picture(_playground, _PAGE, 500, 900),
     "explorer": Picture(_explorer, ("moe/analysis/explorer.html", "docs/routing_explorer.json"), 1000, 760),
     "suite_report": Picture(_suite_report, _REPORT, 800, 1000),
+    "plan": Picture(_plan, ("docs/plan.json", "moe/planner/html.py"), 960, 610),
 }
 
 
