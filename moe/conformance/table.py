@@ -12,19 +12,8 @@ import numpy as np
 
 from moe.config import Capacity, ConfigError
 from moe.config.registry import LAYERS, find_gate
-from moe.conformance.oracle import (
-    CASES,
-    LEAK,
-    NOVICES,
-    ONE_GROUP,
-    against_oracle,
-    device_counts,
-    edges,
-    null_of,
-    program,
-    read_by,
-    weights_of,
-)
+from moe.conformance.oracle import against_oracle, device_counts, program, read_by, weights_of
+from moe.conformance.oracle_cases import CASES, LEAK, NOVICES, ONE_GROUP, edges, null_of
 from moe.conformance.rows import FLOAT32, Row, close, error, spelled, value
 from moe.dispatch.buffers import expert_capacity, make_plan
 from moe.dispatch.modes import CONFIG_MODES

@@ -11,7 +11,7 @@ from flax import nnx
 
 from moe.config import Capacity, MeshConfig
 from moe.config.registry import LAYERS
-from moe.conformance.oracle import ONE_GROUP
+from moe.conformance.oracle_cases import ONE_GROUP
 from moe.dispatch.modes import CONFIG_MODES
 from moe.interop.layers import single_layer
 from moe.layers.moe_layer import Keys, MoELayer

@@ -14,7 +14,7 @@ from flax import nnx
 
 from moe.config import Capacity, ConfigError, MeshConfig, layer_kinds
 from moe.config.registry import LAYERS
-from moe.conformance import oracle, reference
+from moe.conformance import oracle, oracle_cases, reference
 from moe.interop.layers import single_layer
 from moe.layers.cosine import CosineMoE
 from moe.layers.moe_layer import MoELayer
@@ -309,13 +309,13 @@ def test_sizes_of_pools_are_drawn_by_document(rng):
 @pytest.mark.parametrize(
     ("fields", "rule"),
     [
-        (oracle.OVERFLOW, reference.Rule(overflow=True)),
-        (oracle.LEAK | {"drop_policy": "probability"}, oracle.BY_PROBABILITY),
+        (oracle_cases.OVERFLOW, reference.Rule(overflow=True)),
+        (oracle_cases.LEAK | {"drop_policy": "probability"}, oracle_cases.BY_PROBABILITY),
     ],
     ids=["overflow", "priority"],
 )
 def test_overflow_and_priority_under_noise_use_the_noisy_scores(fields, rule, full):
-    case = oracle.Case("noisy_topk", 2, 6, 5, 2, 2, 0.2, fields, rule, draws=True, full=full)
+    case = oracle_cases.Case("noisy_topk", 2, 6, 5, 2, 2, 0.2, fields, rule, draws=True, full=full)
     for row in oracle.against_oracle(case, seed=1):
         assert row.passes, row
 
@@ -395,7 +395,7 @@ def test_novices_by_hand():
 @pytest.mark.slow
 def test_novices_equal_the_oracle_in_every_mode():
     """Values and gradients, together with zero, copy and constant experts."""
-    rows = list(oracle.against_oracle(oracle.NOVICES, seed=1))
+    rows = list(oracle.against_oracle(oracle_cases.NOVICES, seed=1))
     assert [row for row in rows if not row.passes] == []
     assert len(rows) == 3
 
