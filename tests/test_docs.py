@@ -129,6 +129,15 @@ def test_pictures_of_pages_are_not_stale():
     assert shown - json.loads((ROOT / "docs" / "pictures.json").read_text()).keys() <= {"diff"}
 
 
+def test_the_lock_has_the_tested_versions_of_all_requirements_with_hashes():
+    pinned = re.compile(r"^([\w.-]+)==(\S+).*\\\n((?:    --hash=sha256:[0-9a-f]{64}.*\n?)+)", re.MULTILINE)
+    locked = {name: version for name, version, _ in pinned.findall((ROOT / "requirements.lock").read_text())}
+    tested = dict(re.findall(r"^([\w.-]+)==(\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    needed = re.findall(r"^[\w.-]+", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
+    assert {name.lower().replace("_", "-") for name in needed} - locked.keys() == set()
+    assert {name: version for name, version in locked.items() if tested.get(name, version) != version} == {}
+
+
 def _messages() -> str:
     """All string literals of the package, one per line, without the values of f-strings."""
     found = []
