@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from moe.config import Config, ConfigError, DataConfig, OptimizerConfig, TrainConfig, to_dict
 from moe.configs import base
-from moe.data import folders
+from moe.data import folder_index
 from moe.interop import export_checkpoint, import_checkpoint
 from moe.parallel.mesh import make_mesh
 from moe.training.step import build
@@ -234,4 +234,4 @@ def test_folders_of_text(tree, files, beside_good_text):
         if not trained:
             assert {path.name for path in Path(cache).iterdir()} <= {".lock", "folders"}
             for index in Path(cache).glob("folders/*"):
-                folders._read_index(epath.Path(text), epath.Path(index))  # checks it
+                folder_index.read_index(epath.Path(text), epath.Path(index))  # checks it
