@@ -111,9 +111,9 @@ def _by_layer(model: Any, batch: Batch, sum_of: _Sum) -> tuple[Float[Array, "L E
         x = block.mix(stream.x, rows)
         h = block.input_of(block.ffn_norm, x)
         stream, record = stream.after(*block.feed_forward(x, rows, carry=stream.carry))
-        if record is None:
+        routing, h = record.routing, h.reshape(-1, h.shape[-1])  # [n,D]
+        if routing is None:
             return stream, None
-        routing, h = record[1], h.reshape(-1, h.shape[-1])  # [n,D]
         index, amounts, chosen = (
             array.reshape(len(h), -1) for array in (routing.expert_index, routing.combine_weights, routing.chosen)
         )

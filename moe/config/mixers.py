@@ -12,7 +12,9 @@ import types
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Self
 
-from moe.system.fields import check_fields
+from moe.routing.gates import TopK
+from moe.routing.interface import ScoreFunction
+from moe.system.fields import check_fields, require, setting
 
 QKNorm = Literal["none", "head", "full", "rotated"]
 AttentionBias = Literal["none", "qkv", "all"]
@@ -32,12 +34,14 @@ class Mixer:
         layer: class of its layer, derived from :class:`moe.layers.mixers.interface.MixerLayer`; None: the package's.
         settings: field → the setting of :class:`moe.config.ModelConfig` that it has the value of, dotted in a section.
         path: name of the layer in its block, and so in paths of parameters.
+        reports: its layer has experts, whose report training logs (:meth:`MixerLayer.report`).
         abilities: those that every mixer of the class has.
     """
 
     layer: ClassVar[type[Any] | None] = None
     settings: ClassVar[Mapping[str, str]] = types.MappingProxyType({})
     path: ClassVar[str] = "mixer"
+    reports: ClassVar[bool] = False
     abilities: ClassVar[frozenset[Ability]] = frozenset()
 
     #: Name in configs, messages and records: module:class, or module:object that it was imported from.
@@ -229,7 +233,59 @@ class GatedDelta(Mixer):
         return 2 * (self.key_heads * self.key_dim + values) / tensor, values / tensor
 
 
-#: The package's mixers.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SwitchHead(Mixer):
+    """Attention whose value and output projections are experts of each head (SwitchHead: Csordas et al. 2023, arXiv
+    2312.07987, and its released code, whose sizes of a model of 243M parameters are the defaults).
+
+    Queries and keys are dense. Two routers of each head choose K of its E value experts for a token as a key, and K of
+    its E output experts for it as a query. Deviations: experts are not dropped out, columns of routers are not drawn
+    with equal norms, and a balance loss and a z-loss are offered.
+    """
+
+    reports: ClassVar[bool] = True
+
+    name: str = "switch_head"
+    heads: int = setting(4, least=1, most=2**16, split="tensor")  # N, of queries, keys and values
+    head_dim: int = setting(100, least=2, most=2**16)  # H, even for rotary positions
+    experts: int = setting(4, least=1, most=2**16)  # E of each head, for values and for outputs
+    k: int = setting(2, least=1)  # K
+    score: ScoreFunction = "sigmoid"
+    renormalise: bool = False  # divide the chosen weights by their sum
+    balance: float = setting(0.0, least=0, most=1e6)  # weight of the load-balancing loss of each router
+    z: float = setting(0.0, least=0, most=1e6)  # of its z-loss
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.head_dim % 2 == 0, f"{FIELD}.head_dim", self.head_dim, "must be even")
+        require(self.k <= self.experts, f"{FIELD}.k", self.k, f"must be at most experts={self.experts}")
+        differ = self.k > 1 or not self.renormalise
+        require(differ, f"{FIELD}.k", self.k, "must be above 1 with renormalise, which makes a single weight 1")
+
+    @property
+    def gate(self) -> TopK:
+        """Rule of the routers."""
+        return TopK(k=self.k, score=self.score, renormalise=self.renormalise)
+
+    @property
+    def score_dims(self) -> int:
+        """H of keys plus H of values."""
+        return 2 * self.head_dim
+
+    def flops(self, length: int) -> float:
+        """FLOPs of the scores of the keys that a query sees; all experts are computed, as the parameters count."""
+        return 6 * self.heads * self.score_dims * _keys_per_query(0, length)
+
+    def activations(self, tensor: int, lanes: int) -> tuple[float, float]:
+        """Elements of queries, keys and every expert's values; and of the heads, and weighted for every expert."""
+        dim = self.heads * _padded(self.head_dim, lanes) / tensor
+        return (2 + self.experts) * dim, (1 + self.experts) * dim
+
+
+#: Token mixers that ``model.mixer`` names without a module.
+MIXERS: Mapping[str, type[Mixer]] = types.MappingProxyType({"switch_head": SwitchHead})
+
+#: Mixers that follow from other settings of the model.
 BUILT_IN: tuple[type[Mixer], ...] = (GroupedQuery, MultiHeadLatent, GatedDelta)
 
 #: Names of mixers' layers in their blocks: the package's, and all.

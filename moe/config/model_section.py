@@ -100,7 +100,7 @@ class ModelConfig(Section, path=_MODEL):
     #: one more key per head, with a learned logit and no value (gpt-oss)
     attention_sinks: bool = setting(False, page=True)
     delta_net: DeltaNetConfig = DeltaNetConfig()
-    #: module:object, a token mixer in place of attention (docs/own_mixers.md); None: attention
+    #: a token mixer in place of attention: switch_head, or module:object (docs/own_mixers.md); None: attention
     mixer: Mixer | None = setting(None, page=True)
     #: clip queries, keys and values to [-c, c] before the rotation (OLMoE); 0: no clipping
     clip_qkv: float = setting(0.0, least=0, page=True)
@@ -316,6 +316,8 @@ class ModelConfig(Section, path=_MODEL):
             self._require("pattern", "mixer" not in words, "needs model.mixer")
             return
         where = f"{FIELD}={self.mixer.name!r}"
+        if self.mixer.reports:
+            self._require_defaults(where, prediction_layers=0)
         self._require_defaults(where, encoder_layers=0, relative_buckets=0)
         used = self.mixer_words
         require("mixer" in used, FIELD, self.mixer.name, f"is in no layer of model.pattern={text!r}")

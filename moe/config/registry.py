@@ -8,7 +8,7 @@ import types
 from collections.abc import Mapping
 from typing import Any, get_args
 
-from moe.config.mixers import FIELD, Mixer
+from moe.config.mixers import FIELD, MIXERS, Mixer
 from moe.config.moe_section import Capacity, Losses, MoEConfig
 from moe.config.references import import_instance, import_named
 from moe.routing import gates, newer_gates
@@ -55,13 +55,17 @@ def find_mixer(name: str) -> Mixer | None:
     """The token mixer that ``model.mixer`` names.
 
     Args:
-        name: "none", or ``module:object``, an importable subclass of :class:`moe.config.mixers.Mixer` or an instance.
+        name: "none", a key of :data:`moe.config.mixers.MIXERS`, or ``module:object``, an importable subclass of
+            :class:`moe.config.mixers.Mixer` or an instance.
 
     Raises:
-        ConfigError: it cannot be imported, or is something else.
+        ConfigError: no such mixer, it cannot be imported, or is something else.
     """
     if name == "none":
         return None
+    if name in MIXERS:
+        return MIXERS[name]()
+    require(":" in name, FIELD, name, f"must be one of {', '.join(('none', *MIXERS))}, or module:object")
     return import_named(FIELD, name, Mixer)
 
 

@@ -26,6 +26,7 @@ from moe.data.tokenizer_files import find_tokenizer
 from moe.models import sampling
 from moe.models.decoder import make_rows
 from moe.models.factory import abstract_model
+from moe.models.stack import Records
 from moe.parallel.mesh import make_mesh
 
 _SHORTEST = 16  # rows are padded to powers of two from here on, so that few programs are compiled
@@ -93,8 +94,8 @@ class WorkdirLM(TemplateLM):
             prefix = (context & (tokens >= 0)).astype(jnp.int32) if self._prefix else None
             model: Any = nnx.merge(graphdef, variables)
             rows = make_rows(jnp.maximum(tokens, 0), segments, positions, prefix=prefix)
-            x, _, _ = model.run(model.embed(rows.token_ids), rows, generating=True)
-            logits = model.output(x, None, rows).logits
+            x, _ = model.run(model.embed(rows.token_ids), rows, generating=True)
+            logits = model.output(x, Records(), rows).logits
             log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
             chosen = jnp.take_along_axis(log_probs, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
             real = targets >= 0

@@ -27,8 +27,13 @@ from moe.routing.balancing import LayerReport
 from moe.routing.carry import regrouped
 from moe.routing.routing import Choices, Routing
 
-#: An MoE layer's report and routing; None for a dense layer.
-Record = tuple[LayerReport, Routing] | None
+
+class Record(NamedTuple):
+    """Reports of a block: of its MoE layer with the layer's routing, and of a token mixer that has experts."""
+
+    report: LayerReport | None = None
+    routing: Routing | None = None
+    mixer: LayerReport | None = None
 
 
 class Stream(NamedTuple):
@@ -45,12 +50,12 @@ class Stream(NamedTuple):
     def after(self, x: Array, record: Record) -> tuple[Stream, Record]:
         """The stream after a layer, and the layer's record without what it handed on. A dense layer, and one that
         replays a whole routing, leave the carry as it is."""
-        if record is None:
-            return Stream(x, self.carry), None
-        report, routing = record
+        routing = record.routing
+        if routing is None:
+            return Stream(x, self.carry), record
         carry = self.carry if routing.carry is None else regrouped(routing.carry, x.shape[:2])
         carry = jax.tree.map(lambda leaf: constrain(leaf, partition_specs.BATCH), carry)
-        return Stream(x, carry), (report, dataclasses.replace(routing, carry=None))
+        return Stream(x, carry), record._replace(routing=dataclasses.replace(routing, carry=None))
 
 
 class CrossAttention(nnx.Module):
@@ -113,18 +118,27 @@ class Block(nnx.Module):
         drop = Dropout(self.dropout, rng if train else None)
         # The scopes name the parts of a layer in profiles and in plans.
         with jax.named_scope("attention"):
+            mixer = self.mixer_report(x, rows)
             x = self.mix(x, rows, drop)
         if self.kind.role == "cross":
             with jax.named_scope("cross_attention"):
                 x = x + self.cross(x, rows, drop)
         with jax.named_scope("moe" if self.kind.sparse else "ffn"):
-            return self.feed_forward(x, rows, carry=carry, generating=generating, routing=routing, train=train, rng=rng)
+            settings: dict[str, Any] = {"routing": routing, "train": train, "rng": rng}
+            x, record = self.feed_forward(x, rows, carry=carry, generating=generating, **settings)
+        return x, record._replace(mixer=mixer)
 
     def mix(self, x: Float[Array, "B T D"], rows: Rows, drop: Dropout = KEEP_ALL) -> Float[Array, "B T D"]:
         """The first part: x + mixer(norm(x))."""
         h = self.input_of(self.attention_norm, x)
         heads, _ = self.token_mixer.prefill(h, rows, drop.at(Site.ATTENTION_WEIGHTS))
         return self.add(self.attention_norm, x, self.token_mixer.join(heads, h), drop.at(Site.ATTENTION_OUTPUT))
+
+    def mixer_report(self, x: Float[Array, "B T D"], rows: Rows) -> LayerReport | None:
+        """Report of the mixer's routers; None for one without experts."""
+        if not self.kind.mixer.reports:
+            return None
+        return self.token_mixer.report(self.input_of(self.attention_norm, x), rows)
 
     @property
     def token_mixer(self) -> MixerLayer:
@@ -157,7 +171,7 @@ class Block(nnx.Module):
         h, drop = self.input_of(self.ffn_norm, x), Dropout(self.dropout, rng if train else None)
         if not self.kind.sparse:
             y = self.dense(h, drop.at(Site.FFN_HIDDEN))
-            return constrain(self.add(self.ffn_norm, x, y, drop.at(Site.FFN_OUTPUT)), partition_specs.BATCH), None
+            return constrain(self.add(self.ffn_norm, x, y, drop.at(Site.FFN_OUTPUT)), partition_specs.BATCH), Record()
         y, report, routing = self.moe(
             h,
             None if self.route_padding else rows.as_keys > 0,
@@ -170,4 +184,4 @@ class Block(nnx.Module):
             rng=rng,
         )
         x = self.add(self.ffn_norm, x, y, drop.at(Site.FFN_OUTPUT))
-        return constrain(x, partition_specs.BATCH), (report, routing)
+        return constrain(x, partition_specs.BATCH), Record(report, routing)

@@ -16,7 +16,7 @@ from moe.config.model_section import check_is_model
 from moe.layers.embedding import Embedding, Unembedding, with_one
 from moe.layers.inputs import Rows
 from moe.models.prediction import PredictionLayer, predict
-from moe.models.stack import Stack
+from moe.models.stack import Records, Stack
 from moe.parallel import partition_specs
 from moe.parallel.mesh import constrain
 from moe.parallel.parameters import stacked, times
@@ -39,6 +39,8 @@ class Output:
         encoder_hidden: output of the encoder.
         further: final hidden states of each depth of multi-token prediction, in training; its MoE layers are the last
             of ``layers``.
+        mixers: a LayerReport of token mixers with experts, whose arrays lead with their layers and each one's routers;
+            None without any.
     """
 
     logits: Float[Array, "B T V"]
@@ -47,6 +49,7 @@ class Output:
     routing: Routing | tuple[Routing | None, Routing | None] | None
     encoder_hidden: Float[Array, "B U D"] | None = None
     further: tuple[Float[Array, "B T inputs"], ...] = ()
+    mixers: LayerReport | None = None
 
 
 class LanguageModel(nnx.Module):
@@ -116,27 +119,27 @@ class Transformer(LanguageModel, Stack):
             prefix: 1 for tokens that all tokens of their document see (prefix LM); None: attention is causal.
         """
         rows = make_rows(token_ids, segment_ids, positions, prefix=None if prefix is None else jnp.asarray(prefix))
-        x, layers, recorded = self.run(
+        x, records = self.run(
             self.embed(rows.token_ids), rows, train=train, rng=rng, routing=routing, return_routing=return_routing
         )
-        return self.output(x, layers, rows, train=train, rng=rng, routing=recorded)
+        return self.output(x, records, rows, train=train, rng=rng)
 
     def output(
         self,
         x: Float[Array, "B T D"],
-        layers: LayerReport | None,
+        records: Records,
         rows: Rows,
         *,
         train: bool = False,
         rng: PRNGKeyArray | None = None,
-        routing: Routing | None = None,
     ) -> Output:
         """Build the result from what the layers returned; arguments are those of :meth:`run` and what it returns."""
-        hidden, further = self.scaled(x), ()
+        hidden, further, layers = self.scaled(x), (), records.layers
         if train and self.config.prediction_layers:
             further, more = predict(self.prediction, self.config, self.embed, x, rows, train=train, rng=rng)
             layers = join_reports(layers, more)
-        return Output(self.logits(hidden), hidden, layers, routing, further=tuple(map(self.scaled, further)))
+        further = tuple(map(self.scaled, further))
+        return Output(self.logits(hidden), hidden, layers, records.routing, further=further, mixers=records.mixers)
 
 
 def join_reports(first: LayerReport | None, second: LayerReport | None) -> LayerReport | None:

@@ -16,8 +16,7 @@ from moe.config.model_section import check_is_model
 from moe.layers.embedding import Embedding, Unembedding
 from moe.layers.inputs import Rows
 from moe.models.decoder import LanguageModel, Output, join_reports, make_rows
-from moe.models.stack import Stack
-from moe.routing.balancing import LayerReport
+from moe.models.stack import Records, Stack
 from moe.routing.routing import Routing
 
 #: Part of the names of the encoder's operations in a program.
@@ -79,17 +78,17 @@ class EncoderDecoder(LanguageModel):
         replayed = routing or (None, None)
         settings = {"train": train, "rng": rng, "return_routing": return_routing}
         source = encoder_rows(encoder_tokens, encoder_segment_ids, encoder_positions, encoder_mask)
-        encoded, encoder_reports, encoder_routing = self.encode(source, routing=replayed[0], **settings)
+        encoded, of_encoder = self.encode(source, routing=replayed[0], **settings)
         rows = make_rows(token_ids, segment_ids, positions)
         rows = dataclasses.replace(rows, encoded=encoded, encoded_segment_ids=source.as_keys)
         embedded = self.embed(rows.token_ids)
-        x, decoder_reports, decoder_routing = self.decoder.run(embedded, rows, routing=replayed[1], **settings)
+        x, of_decoder = self.decoder.run(embedded, rows, routing=replayed[1], **settings)
         hidden = self.scaled(x)
-        layers = join_reports(encoder_reports, decoder_reports)
-        recorded = (encoder_routing, decoder_routing) if return_routing else None
+        layers = join_reports(of_encoder.layers, of_decoder.layers)
+        recorded = (of_encoder.routing, of_decoder.routing) if return_routing else None
         return Output(self.logits(hidden), hidden, layers, recorded, encoded)
 
-    def encode(self, rows: Rows, **settings: Any) -> tuple[Float[Array, "B U D"], LayerReport | None, Routing | None]:
+    def encode(self, rows: Rows, **settings: Any) -> tuple[Float[Array, "B U D"], Records]:
         """Run the encoder; see :meth:`moe.models.stack.Stack.run`."""
         embedding = self.encoder.embedding if self.config.encoder_vocab_size else self.embedding
         with jax.named_scope(ENCODER_SCOPE):

@@ -70,7 +70,7 @@ def empty_layers(
 def encode(model: EncoderDecoder, token_ids: Int[Array, "B U"], lengths: Int[Array, " B"]) -> Encoded:
     """Run the encoder; row b's source is its first lengths[b] tokens."""
     mask = jnp.arange(token_ids.shape[1]) < lengths[:, None]
-    hidden, _, _ = model.encode(encoder_rows(token_ids, mask=mask), generating=True)
+    hidden, _ = model.encode(encoder_rows(token_ids, mask=mask), generating=True)
 
     def body(block: Block, x: Array, _: None, layer: Array) -> tuple[Array, Any]:
         del layer
@@ -189,7 +189,7 @@ def _run(
             mask = jnp.broadcast_to(encoded.mask[:, None, None], (len(x), 1, x.shape[1], encoded.mask.shape[1]))
             x = x + cross.join(cross.attend_cached(query, *state[1], mask), normalised)
         stream, record = stream.after(*block.feed_forward(x, rows, carry=stream.carry, generating=True))
-        return stream, (cache, None if record is None else record[1].choices)
+        return stream, (cache, None if record.routing is None else record.routing.choices)
 
     decoder = _decoder(model)
     stream, states = decoder.scan(body, decoder.begin(model.embed(rows.token_ids)), states)

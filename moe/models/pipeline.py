@@ -31,8 +31,8 @@ from moe.layers.inputs import Rows, StackSite
 from moe.models.block import Stream
 from moe.models.decoder import Output, Transformer
 from moe.models.factory import variable_specs
-from moe.models.segments import LayerStates, join_moe_layers, segments
-from moe.models.stack import Segment, scan_segment
+from moe.models.segments import LayerStates, segments
+from moe.models.stack import Segment, join_records, scan_segment
 from moe.models.stages import TAKEN_SCOPE, Schedule, pipelined_segment
 from moe.models.state import TrainState
 from moe.parallel import partition_specs
@@ -147,9 +147,9 @@ class Pipeline:
         after = range(self.index + 1, len(segments(model.kinds)))
         stream, others = model.scan(body, stream, of=after, **self.settings)
         further += others
-        layers, _ = join_moe_layers([*states, *further]) or (None, None)
+        records = join_records([*states, *further])
         x = model.outer_dropout(train=True, rng=key).at(StackSite.OUTPUT)(model.final_norm(stream.x))
-        return model.output(x, layers, rows, train=True, rng=key)
+        return model.output(x, records, rows, train=True, rng=key)
 
     def _stages(self, stream: Stream, rows: Rows, casts: nnx.State) -> tuple[Stream, list[Any]]:
         """The pipelined segment: [K,b,T,D] → [K,b,T,D], and the reports of its layers."""

@@ -101,7 +101,7 @@ def predict(
         def step(variables, x, own=own, key=key):
             layer = nnx.merge(graphdef, variables)
             x, record = layer(x, embed(own.token_ids), own, train=train, rng=key)
-            return x, layer.output_norm(x), None if record is None else record[0]
+            return x, layer.output_norm(x), record.report
 
         if config.remat != "none":
             step = jax.checkpoint(step, policy=REMAT_POLICIES[config.remat])

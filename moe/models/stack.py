@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ from moe.layers.attention.scoring import RelativeBias
 from moe.layers.embedding import Embedding
 from moe.layers.inputs import Dropout, Rows, StackSite
 from moe.layers.norms import RMSNorm
-from moe.models.block import Block, Stream
+from moe.models.block import Block, Record, Stream
 from moe.models.segments import LayerStates, join_moe_layers, segments, split_moe_layers
 from moe.parallel.mesh import axis_size
 from moe.parallel.parameters import stacked, take_layer
@@ -34,6 +35,25 @@ from moe.routing.routing import Choices, Routing
 
 #: (block, x, the layer's state, layer number) → (x, the layer's new state)
 Body = Callable[[Block, Any, Any, Int[Array, ""]], tuple[Any, Any]]
+
+
+class Records(NamedTuple):
+    """Reports of a stack's layers: of its MoE layers with their routing, and of token mixers with experts, each
+    stacked over the layers that have one; None without any."""
+
+    layers: LayerReport | None = None
+    routing: Routing | None = None
+    mixers: LayerReport | None = None
+
+
+def join_records(records: LayerStates) -> Records:
+    """What the layers of a stack report, in layer order."""
+
+    def join(read: Callable[[Record], Any]) -> Any:
+        return join_moe_layers([[read(record) for record in unit] for unit in records])
+
+    layers, mixers = join(operator.attrgetter("report")), join(operator.attrgetter("mixer"))
+    return Records(layers, join(operator.attrgetter("routing")), mixers)
 
 
 def carry_of(moe: MoEConfig, layers: tuple[LayerKind, ...]) -> Any:
@@ -88,7 +108,7 @@ class Stack(nnx.Module):
         routing: Routing | Choices | None = None,
         return_routing: bool = False,
         generating: bool = False,
-    ) -> tuple[Float[Array, "B T D"], LayerReport | None, Routing | None]:
+    ) -> tuple[Float[Array, "B T D"], Records]:
         """All layers and the final norm.
 
         Args:
@@ -100,15 +120,14 @@ class Stack(nnx.Module):
             generating: see :meth:`moe.models.block.Block.feed_forward`.
 
         Returns:
-            Final hidden states, and the reports and routing of the MoE layers, stacked.
+            Final hidden states, and what the layers report.
         """
         c, drop = self.config, self.outer_dropout(train=train, rng=rng)
         body = self.body(rows, train=train, rng=rng, return_routing=return_routing, generating=generating)
         states = split_moe_layers(self.kinds, routing)
         x = drop.at(StackSite.EMBEDDING)(x)
         stream, records = self.scan(body, self.begin(x), states, remat=c.remat, per_trip=c.layers_per_trip)
-        layers, recorded = join_moe_layers(records) or (None, None)
-        return drop.at(StackSite.OUTPUT)(self.final_norm(stream.x)), layers, recorded
+        return drop.at(StackSite.OUTPUT)(self.final_norm(stream.x)), join_records(records)
 
     def begin(self, x: Float[Array, "B T D"]) -> Stream:
         """Input of the first layer. Raises ConfigError if routers hand on different shapes."""
@@ -150,7 +169,7 @@ class Stack(nnx.Module):
             key = None if rng is None else jax.random.fold_in(rng, self._first + layer)
             settings = {"train": train, "rng": key, "generating": generating}
             stream, record = stream.after(*block(stream.x, rows, carry=stream.carry, routing=replayed, **settings))
-            return stream, record if record is None or return_routing else (record[0], None)
+            return stream, record if return_routing else record._replace(routing=None)
 
         return body
 

@@ -29,6 +29,10 @@ from moe.training.batches import Batch, forward
 from moe.training.losses import auxiliary_loss, mean_reports, row_cross_entropy
 from moe.training.optimizer import gradient_norm
 
+#: Fields of the reports of token mixers with experts that are logged, as ``mixer_<field>``, [routers,...]: by layer, by
+#: the mixer's order within one.
+MIXER_METRICS = ("load_balancing_loss", "router_z_loss", "router_entropy", "expert_load")
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +47,7 @@ class TrainMetrics:
         learning_rate: [] of the schedule, before the factors of a base model.
         skipped: [] float32, 1 if the loss or a gradient was not finite or a spike and nothing was updated, else 0.
         layers: LayerReport with leading axis [L], or None in a dense model.
-        terms: further numbers of the objective by name, [] each.
+        terms: further numbers of the objective by name, [] each, and :data:`MIXER_METRICS`.
     """
 
     loss: Array
@@ -192,7 +196,12 @@ def _loss(
         moe = config.model.moe
         weights = balance_weights(moe.num_experts, moe.null_experts, moe.losses.null)
         layers = over_step(layers, totals, weights, microbatches)
-    return loss + auxiliary_loss(layers, config.model.moe) / microbatches, (tuple(shown), layers)
+    loss, (cross_entropy, terms) = loss + auxiliary_loss(layers, config.model.moe) / microbatches, shown
+    if output.mixers is not None:
+        routers = jax.tree.map(lambda values: values.reshape(-1, *values.shape[2:]) / microbatches, output.mixers)
+        loss += jnp.sum(routers.sparsity_penalty)
+        terms = terms | {f"mixer_{name}": getattr(routers, name) for name in MIXER_METRICS}
+    return loss, ((cross_entropy, terms), layers)
 
 
 def _update(parts: Parts, gradients: Any, norm: Array, state: TrainState) -> tuple[Any, Any]:

@@ -43,9 +43,7 @@ class Attention(MixerLayer):
         heads, kv_heads = (m.heads, m.head_dim), (m.kv_heads, m.head_dim)
         self.query = matrix(rngs, (c.d_model, *heads), HEADS_IN, fan_in=query_fan_in, scale=c.init_scale)
         self.key = matrix(rngs, (c.d_model, *kv_heads), HEADS_IN, fan_in=c.d_model, scale=c.init_scale)
-        self.value = matrix(rngs, (c.d_model, *kv_heads), HEADS_IN, fan_in=c.d_model, scale=c.init_scale)
-        out_fan_in = m.heads * m.head_dim
-        self.out = matrix(rngs, (*heads, c.d_model), HEADS_OUT, fan_in=out_fan_in, scale=c.init_scale, inputs=2)
+        self.create_values(rngs)
         if m.gated:
             self.gate = matrix(rngs, (c.d_model, *heads), HEADS_IN, fan_in=c.d_model, scale=c.init_scale)
         if m.bias != "none":
@@ -63,6 +61,14 @@ class Attention(MixerLayer):
         elif m.qk_norm == "full":
             self.query_norm = RMSNorm.of(c, m.heads * m.head_dim)
             self.key_norm = RMSNorm.of(c, m.kv_heads * m.head_dim)
+
+    def create_values(self, rngs: nnx.Rngs) -> None:
+        """Draw the matrices of values and of the output; a derived layer may have others."""
+        c, m = self.config, self.mixer
+        d, scale = c.d_model, c.init_scale
+        self.value = matrix(rngs, (d, m.kv_heads, m.head_dim), HEADS_IN, fan_in=d, scale=scale)
+        out_fan_in = m.heads * m.head_dim
+        self.out = matrix(rngs, (m.heads, m.head_dim, d), HEADS_OUT, fan_in=out_fan_in, scale=scale, inputs=2)
 
     @classmethod
     def empty_state(
@@ -149,11 +155,11 @@ class Attention(MixerLayer):
         self, x: Float[Array, "B U D"], positions: Int[Array, "B U"] | None
     ) -> tuple[Float[Array, "B U M H"], Float[Array, "B U M H"]]:
         """Keys and values; keys are rotated where they have positions."""
-        return self._rotated("key", x, positions), self._finish(self._project("value", x), None)
+        return self._rotated("key", x, positions), self._finish(self.project_heads("value", x), None)
 
     def _rotated(self, name: str, x: Array, positions: Array | None) -> Array:
         """Queries or keys, normalised before the rotation or after it."""
-        heads, kind = self._project(name, x), self.mixer.qk_norm
+        heads, kind = self.project_heads(name, x), self.mixer.qk_norm
         if kind == "none":
             return self._finish(heads, positions)
         norm = self.query_norm if name == "query" else self.key_norm
@@ -161,7 +167,7 @@ class Attention(MixerLayer):
             return norm(self._finish(heads, positions))
         return self._finish(self._normalise(norm, heads), positions)
 
-    def _project(self, name: str, x: Array) -> Array:
+    def project_heads(self, name: str, x: Array) -> Array:
         """[B,T,D] → heads by the matrix and the bias of this name."""
         heads = project_in(x, getattr(self, name), self.config)
         if self.mixer.bias == "none":
@@ -180,7 +186,7 @@ class Attention(MixerLayer):
     def join(self, heads: Float[Array, "B T N H"], x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Output projection of all heads, gated by the layer's input if the mixer is."""
         if self.mixer.gated:
-            heads *= jax.nn.sigmoid(self._project("gate", x))
+            heads *= jax.nn.sigmoid(self.project_heads("gate", x))
         y = project_in(heads, self.out, self.config)
         return _add_bias(y, self.out_bias) if self.mixer.bias == "all" else y
 

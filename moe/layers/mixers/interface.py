@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from moe.config import ModelConfig
 from moe.layers.inputs import KEEP_ALL, Dropout, Rows
+from moe.routing.balancing import LayerReport
 
 
 class MixerLayer(nnx.Module):
@@ -62,6 +63,13 @@ class MixerLayer(nnx.Module):
     def step(self, x: Float[Array, "B T D"], rows: Rows, state: Any) -> tuple[Float[Array, "B T N V"], Any]:
         """Mix further tokens of each row, usually one, with those before; return the heads and the state after them."""
         raise NotImplementedError(f"{type(self).__name__} has no method step(x, rows, state): it cannot generate")
+
+    def report(self, x: Float[Array, "B T D"], rows: Rows) -> LayerReport:
+        """Report of the routers of a mixer whose value says that it ``reports``, each array [routers,...].
+
+        Its ``sparsity_penalty``, a weighted loss, is added to the objective.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no method report(x, rows)")
 
     def join(self, heads: Float[Array, "B T N V"], x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Output of the layer from its heads and its input."""
