@@ -91,6 +91,7 @@ class MoEConfig(Section, path=_MOE):
     jitter: float = setting(0.0, share=True, result="training")
     #: of the router's matmul; bfloat16 only to reproduce Switch's table 2
     router_dtype: DType = setting("float32", page=True)
+    router_softcap: float = setting(0.0, least=0, most=1e4, page=True)  # c: logits c·tanh(logits/c) (Laguna); 0: none
     drop_policy: DropPolicy = setting("position", page=True)  # priority of tokens when an expert's buffer overflows
     #: an overflowing assignment is retried once on the token's next-best expert
     overflow_to_next: bool = setting(False, page=True)
@@ -160,7 +161,7 @@ class MoEConfig(Section, path=_MOE):
         if gate.router == "none":
             bias = "none" if self.bias == "router" else self.bias
             policy = "position" if self.drop_policy == "probability" else self.drop_policy
-            changed |= {"jitter": 0.0, "router_dtype": "float32", "bias": bias}
+            changed |= {"jitter": 0.0, "router_dtype": "float32", "bias": bias, "router_softcap": 0.0}
             changed |= {"drop_policy": policy, "overflow_to_next": False}
         return dataclasses.replace(self, **changed)
 
@@ -213,6 +214,7 @@ class MoEConfig(Section, path=_MOE):
             self._require("jitter", self.jitter == 0, f"must be 0: {no_router}")
             self._require("router_dtype", self.router_dtype == "float32", no_router)
             self._require("bias", self.bias != "router", no_router)
+            self._require("router_softcap", self.router_softcap == 0, f"must be 0: {no_router}")
             self._require("drop_policy", self.drop_policy != "probability", f"must not be probability: {no_router}")
             self._require("overflow_to_next", not self.overflow_to_next, f"must be False: {no_router}")
         slots = gate.slots_per_expert > 0

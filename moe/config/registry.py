@@ -203,6 +203,8 @@ _LAYERS = {
     "sinkhorn": MoEConfig(gate=newer_gates.Sinkhorn(), losses=Losses()),
     # X-MoE 2022 (arXiv 2204.09179): top-1, τ = 0.07, Switch's balance loss
     "cosine": MoEConfig(gate=newer_gates.Cosine(), losses=Losses(balance=0.01)),
+    # ZAYA1 2026, released code: top-1 of 16 experts and one that returns 0. How it is balanced is not published.
+    "zaya": MoEConfig(gate=newer_gates.Zaya(), num_experts=16, zero_experts=1, losses=Losses(), dispatch="dropless"),
     # ERC 2025 (arXiv 2512.23447): α = 1 of 64 experts; OLMoE's other losses
     "coupled": MoEConfig(gate=newer_gates.Coupled(), num_experts=64, losses=Losses(balance=0.01, z=1e-3)),
     # EMO 2026 (arXiv 2605.06663), released code: 7 of 128 experts beside a shared one, which is shared_d_ff here. Its

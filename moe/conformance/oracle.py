@@ -9,13 +9,14 @@ Letters: G groups, S tokens per group, E experts, K choices per token, C expert 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import types
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+from flax import nnx, traverse_util
 
 from moe.config import Capacity, ConfigError, MeshConfig
 from moe.config.registry import LAYERS, find_gate
@@ -41,10 +42,11 @@ def weights_of(
     slots: int = 0,
     null: tuple[int, ...] = (0, 0, 0, 0),
     latent: int = 0,
-    router_dim: int = 0,
+    gate: str = "",
 ) -> dict[str, np.ndarray]:
-    """Random matrices, large enough that nothing is nearly uniform or nearly linear."""
-    rng = np.random.default_rng(seed)
+    """Random matrices, large enough that nothing is nearly uniform or nearly linear; further parameters of the gate's
+    router are ``router_parts.`` and their names."""
+    rng, parts = np.random.default_rng(seed), ROUTER_PARTS.get(gate)
     inner, columns = latent or d, e + sum(null)
     _, _, constant, novice = null
 
@@ -52,14 +54,17 @@ def weights_of(
         return (rng.normal(size=shape) * scale).astype(np.float32)
 
     weights = {
-        "router": draw(router_dim or d, columns, *([slots] if slots else []), scale=2 / d**0.5),
+        "router": draw(ROUTER_DIM if parts else d, columns, *([slots] if slots else []), scale=2 / d**0.5),
         "up": draw(e, inner, f, scale=2 / inner**0.5),
         "gate_matrix": draw(e, inner, f, scale=2 / inner**0.5),
         "down": draw(e, f, inner, scale=2 / f**0.5),
         "noise": draw(d, e, scale=1 / d**0.5),
     }
-    if router_dim:
-        weights |= {"project": draw(d, router_dim, scale=2 / d**0.5), "log_scale": np.full(1, 0.7, np.float32)}
+    for name, shape in parts(d).items() if parts else ():
+        base = 1.0 if name.endswith("scale") else 0.0
+        weights[f"router_parts.{name}"] = np.float32(base) + draw(
+            *shape, scale=2 / shape[0] ** 0.5 if len(shape) > 1 else 0.3
+        )
     if latent:
         weights |= {"latent_down": draw(d, latent, scale=2 / d**0.5), "latent_up": draw(latent, d, scale=1.0)}
     if constant:
@@ -67,6 +72,40 @@ def weights_of(
     if novice:
         weights["novices"] = draw(novice, d, scale=1.0)
     return weights
+
+
+#: H, the inner dimension of routers that have one.
+ROUTER_DIM = 3
+#: Gate whose router has further parameters → D → their shapes by name.
+ROUTER_PARTS: Mapping[str, Callable[[int], dict[str, tuple[int, ...]]]] = types.MappingProxyType(
+    {
+        "cosine": lambda d: {"project": (d, ROUTER_DIM), "log_scale": (1,)},
+        "zaya": lambda d: {
+            "down": (d, ROUTER_DIM),
+            "first": (ROUTER_DIM, ROUTER_DIM),
+            "second": (ROUTER_DIM, ROUTER_DIM),
+            **dict.fromkeys(("down_bias", "first_bias", "second_bias", "carry_scale", "norm.scale"), (ROUTER_DIM,)),
+        },
+    }
+)
+
+
+def own_fields(gate: str) -> dict[str, Any]:
+    """Fields of a gate that fit :func:`weights_of`, with its name."""
+    return {"name": gate} | ({"router_dim": ROUTER_DIM} if gate in ROUTER_PARTS else {})
+
+
+def arguments(weights: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Weights as :func:`moe.interop.layers.single_layer` takes them."""
+    parts = router_parts(weights)
+    plain = {name: array for name, array in weights.items() if not name.startswith("router_parts.")}
+    return plain | ({"router_parts": parts} if parts else {})
+
+
+def router_parts(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """Further parameters of a router among the weights, by their names."""
+    prefix = "router_parts."
+    return {name.removeprefix(prefix): array for name, array in weights.items() if name.startswith(prefix)}
 
 
 def read_by(gate: str, weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -80,8 +119,6 @@ def read_by(gate: str, weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 GRADIENTS = {
     "router": ("router", "kernel"),
     "noise": ("router", "noise"),
-    "project": ("router", "project"),
-    "log_scale": ("router", "log_scale"),
     "up": ("experts", "up"),
     "gate_matrix": ("experts", "gate"),
     "down": ("experts", "down"),
@@ -116,6 +153,10 @@ def program(layer: MoELayer, *, train: bool = False) -> Callable[..., Any]:
         of = nnx.to_pure_dict(gradients[0])
         named = {
             ours: of[owner][name] for ours, (owner, name) in GRADIENTS.items() if owner in of and name in of[owner]
+        }
+        further = traverse_util.flatten_dict(of.get("router", {}), sep=".")
+        named |= {
+            f"router_parts.{name}": gradient for name, gradient in further.items() if name not in ("kernel", "noise")
         }
         return y, {"x": gradients[1], **named}, report
 
@@ -153,8 +194,8 @@ def oracle(case: Case, rule: reference.Rule, weights: Any, mask: np.ndarray, dec
             y = reference.soft_output(*arrays, mask)
         else:
             given: dict[str, Any] = {"noise": weights["noise"]} if noise else {}
-            if "project" in weights:
-                given["cosine"] = weights["project"], weights["log_scale"]
+            if parts := router_parts(weights):
+                given["router_parts"] = parts
             if "latent_down" in weights:
                 given["latent"] = weights["latent_down"], weights["latent_up"]
             y = reference.moe_output(*arrays, gate=case.gate, decisions=decisions, rule=rule, null=weights, **given)
@@ -183,31 +224,29 @@ def against_oracle(case: Case, seed: int, d: int = 6, f: int = 5) -> Iterator[Ro
     soft = case.gate == "soft_moe"
     gate = find_gate(case.gate)
     tau = LAYERS[case.gate].losses.null
-    section = {"name": case.gate, **case.fields.get("gate", {})} | ({"k": case.k} if gate.sets_k else {})
+    section = own_fields(case.gate) | case.fields.get("gate", {}) | ({"k": case.k} if gate.sets_k else {})
     slots = dataclasses.replace(gate, **case.fields.get("gate", {})).slots_per_expert
-    latent, router_dim = case.fields.get("latent_dim", 0), 3 if case.gate == "cosine" else 0
-    section |= {"router_dim": router_dim} if router_dim else {}
-    weights = weights_of(d, f, case.e, seed, slots, case.rule.null, latent, router_dim)
+    weights = weights_of(d, f, case.e, seed, slots, case.rule.null, case.fields.get("latent_dim", 0), case.gate)
+    parts = router_parts(weights)
     # Numbers that are exact in bfloat16, so that both precisions route alike.
     x = jnp.asarray(rng.normal(size=(case.g, case.s, d)), jnp.bfloat16).astype(jnp.float32)
-    x = x if soft or router_dim else unsaturated(x, weights["router"])
+    x = x if soft or parts else unsaturated(x, weights["router"])
     mask = rng.random((case.g, case.s)) >= case.padding
     mask[:, rng.integers(case.s)] = True
     cotangent = jnp.asarray(rng.normal(size=x.shape), jnp.float32)
     tokens = rng.integers(0, 1000, (case.g, case.s)).astype(np.int32)
     key, numbers = drawn(case, seed)
-    rule, given = dataclasses.replace(case.rule, token_ids=tokens, **numbers), dict(read_by(case.gate, weights))
+    rule, given = dataclasses.replace(case.rule, token_ids=tokens, **numbers), arguments(read_by(case.gate, weights))
     if gate.balancing is not None and not isinstance(gate.balancing, Penalty):
         given["selection_bias"] = (rng.normal(size=case.e) * 0.3).astype(np.float32)
         rule = dataclasses.replace(rule, bias=given["selection_bias"])
     wide = np.asarray(x, np.float64)
     if soft:
         logits = np.zeros((case.g, case.s, case.e))
-    elif router_dim:
-        parts = weights["router"], weights["project"], weights["log_scale"]
-        logits = np.stack([[reference.cosine_logits(token, *parts) for token in group] for group in wide])
     else:
-        logits = wide @ weights["router"]
+        logits = np.stack(
+            [[reference.router_logits(case.gate, token, weights["router"], parts, rule) for token in g] for g in wide]
+        )
     if case.gate == "noisy_topk" and rule.draws is not None:
         logits = reference.noisy(logits, wide @ weights["noise"], rule.draws)
     masks = {"": mask}
@@ -273,7 +312,7 @@ def device_counts(gate: str, latent: int) -> Iterator[Row]:
     mask, cotangent = rng.random((8, 6)) >= 0.2, rng.normal(size=x.shape).astype(np.float32)
     tokens, key = rng.integers(0, 1000, (8, 6)).astype(np.int32), jax.random.key(3)
     rule = find_gate(gate)
-    section: dict[str, Any] = {"name": gate}
+    section = own_fields(gate)
     if rule.sets_k:
         section["k"] = 1 if gate.startswith("switch") else 3
     if rule.expert_groups > 1:
@@ -281,9 +320,8 @@ def device_counts(gate: str, latent: int) -> Iterator[Row]:
     fields: dict[str, Any] = {"capacity": {"train": 1.0}} | (LEAK if rule.looks_ahead else {})
     if gate == "mixtral":
         fields |= LEAK | {"drop_policy": "random"}
-    slots, router_dim = rule.slots_per_expert, 4 if gate == "cosine" else 0
-    section |= {"router_dim": router_dim} if router_dim else {}
-    given = read_by(gate, weights_of(8, 8, 8, 11, slots, null_of(gate, {}), latent, router_dim))
+    weights = weights_of(8, 8, 8, 11, rule.slots_per_expert, null_of(gate, {}), latent, gate)
+    given = arguments(read_by(gate, weights))
     for mode in CONFIG_MODES:
         if (gate, mode) in REFUSED_MODES:
             continue

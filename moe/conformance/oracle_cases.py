@@ -79,6 +79,8 @@ CASES = (
     Case("sinkhorn", 2, 7, 5, 2, 2, 0.2, LEAK),
     Case("coupled", 2, 7, 5, 2, 2, 0.2),
     Case("cosine", 2, 7, 5, 2, 2, 0.2, full=False),
+    Case("zaya", 2, 7, 5, 2, 2, 0.2, rule=reference.Rule(null=(1, 0, 0, 0)), full=False),
+    Case("mixtral", 2, 7, 5, 2, 2, 0.2, {"router_softcap": 0.5}, reference.Rule(softcap=0.5), full=False),
     Case("running_thresholds", 2, 7, 3, 2, 3, 0.3),
     Case("emo", 2, 7, 5, 2, 2, 0.2, LEAK | {"gate": {"pool": 0.5}}, reference.Rule(pool=3), full=False),
     Case("moe_plus_plus", 2, 7, 3, 3, 2, 0.2, rule=NULL, full=False),

@@ -7,6 +7,7 @@ Independent of ``moe``. Decisions (which expert, which buffer position, dropped 
 from __future__ import annotations
 
 import dataclasses
+import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -60,6 +61,7 @@ class Rule:
         priorities: [G,S], of the policy random.
         null: numbers of zero, copy, constant and novice experts: the router's last columns, without a capacity.
         pool: number of experts in a group's pool, of the gate emo; 0: all.
+        softcap: c, of logits c·tanh(logits / c); 0: none.
     """
 
     groups: int = 1
@@ -74,6 +76,7 @@ class Rule:
     priorities: np.ndarray | None = None
     null: tuple[int, int, int, int] = (0, 0, 0, 0)
     pool: int = 0
+    softcap: float = 0.0
 
 
 PLAIN = Rule()
@@ -119,6 +122,8 @@ def choose(gate: str, logits: np.ndarray, k: int, rule: Rule = PLAIN) -> list[in
         return list(range(num_experts))
     biased = gate in ("deepseek_v3", "deepseek_v4", "quantile_balancing", "smebu")
     scores, best = scores_of(gate, logits) + rule.bias if biased else logits, 2 if gate == "deepseek_v3" else 1
+    if gate == "zaya":  # the last one, which returns 0, starts with a bias of -1
+        scores = scores_of(gate, logits) - (np.arange(num_experts) == num_experts - 1)
     size = num_experts // rule.groups
     by_group = [list(range(g * size, (g + 1) * size)) for g in range(rule.groups)]
     worth = [sum(sorted((scores[e] for e in members), reverse=True)[:best]) for members in by_group]
@@ -182,6 +187,27 @@ def cosine_logits(x: Any, router: Any, project: Any, log_scale: Any) -> Any:
     inner = project.T @ x
     cosines = [inner @ column / xp.sqrt((inner @ inner) * (column @ column)) for column in router.T]
     return xp.stack(cosines) * xp.exp(log_scale[0])
+
+
+def zaya_logits(x: Any, router: Any, parts: Mapping[str, Any]) -> Any:
+    """Logits [E+1] of one token x [D] in the lowest layer: the MLP of its projection (ZAYA1's released code)."""
+    xp = jnp if isinstance(router, jax.Array) else np
+    vector = parts["down"].T @ x + parts["down_bias"]
+    hidden = vector / xp.sqrt(xp.mean(vector * vector) + 1e-5) * parts["norm.scale"]
+    for name in ("first", "second"):
+        z = parts[name].T @ hidden + parts[f"{name}_bias"]
+        hidden = z * (1 + jax.scipy.special.erf(z / 2**0.5)) / 2
+    return router.T @ hidden
+
+
+def router_logits(gate: str, x: Any, router: Any, parts: Mapping[str, Any], rule: Rule = PLAIN) -> Any:
+    """Logits of one token x [D] by the router of a gate, with the router's further parameters."""
+    if gate == "zaya":
+        logits = zaya_logits(x, router, parts)
+    else:
+        logits = cosine_logits(x, router, parts["project"], parts["log_scale"]) if gate == "cosine" else router.T @ x
+    xp = jnp if isinstance(router, jax.Array) else np
+    return rule.softcap * xp.tanh(logits / rule.softcap) if rule.softcap else logits
 
 
 def noisy(logits: Any, noise_logits: Any, draws: Any) -> Any:
@@ -347,7 +373,7 @@ def moe_output(
     noise: jax.Array | None = None,
     null: Mapping[str, jax.Array] | None = None,
     latent: tuple[jax.Array, jax.Array] | None = None,
-    cosine: tuple[jax.Array, jax.Array] | None = None,
+    router_parts: Mapping[str, jax.Array] = types.MappingProxyType({}),
 ) -> jax.Array:
     """y_t = sum of weight·expert(x_t) over the kept choices of t; differentiable in every array.
 
@@ -362,14 +388,14 @@ def moe_output(
         noise: [D,E], W_noise of noisy_topk where the rule has its draws.
         null: null_vectors [n,D] and null_mix W [n,D,2] of the constant experts; novices [n,D].
         latent: [D,P] and [P,D], around the FFNs.
-        cosine: projection [D,P] and log_scale [1] of a cosine router, which is [P,E].
+        router_parts: further parameters of the router, see :func:`router_logits`.
     """
     rows = []
     for g in range(x.shape[0]):
         for s in range(x.shape[1]):
             named = [int(e) for e in decisions.original[g, s]]
             placed = [int(e) for e in decisions.expert[g, s]]
-            logits = router.T @ x[g, s] if cosine is None else cosine_logits(x[g, s], router, *cosine)
+            logits = router_logits(gate, x[g, s], router, router_parts, rule)
             if decisions.pools is not None:
                 logits = jnp.where(decisions.pools[g], logits, -jnp.inf)
             if noise is not None and rule.draws is not None:

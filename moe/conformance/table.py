@@ -12,7 +12,15 @@ import numpy as np
 
 from moe.config import Capacity, ConfigError
 from moe.config.registry import LAYERS, find_gate
-from moe.conformance.oracle import against_oracle, device_counts, program, read_by, weights_of
+from moe.conformance.oracle import (
+    against_oracle,
+    arguments,
+    device_counts,
+    own_fields,
+    program,
+    read_by,
+    weights_of,
+)
 from moe.conformance.oracle_cases import CASES, LEAK, NOVICES, ONE_GROUP, edges, null_of
 from moe.conformance.rows import FLOAT32, Row, close, error, spelled, value
 from moe.dispatch.buffers import expert_capacity, make_plan
@@ -126,7 +134,7 @@ def router_gradient() -> Iterator[Row]:
     section = "The language-model gradient reaches the router at K = 1"
     x = jnp.asarray(np.random.default_rng(5).normal(size=(2, 6, 6)), jnp.float32)
     for gate in ("switch", "deepseek_moe", "deepseek_v3", "moe_plus_plus", "remoe", "expert_threshold"):
-        weights = read_by(gate, weights_of(6, 5, 4, seed=5, null=null_of(gate, {})))
+        weights = arguments(read_by(gate, weights_of(6, 5, 4, seed=5, null=null_of(gate, {}))))
         own: dict[str, Any] = {"name": gate, "k": 1}
         if gate == "deepseek_v3":
             own |= ONE_GROUP["gate"] | {"renormalise": False}
@@ -167,7 +175,7 @@ def bad_input() -> Iterator[Row]:
     section = "Bad input"
     for gate, fields, field in IMPOSSIBLE:
         slots = 1 if gate == "soft_moe" else 0
-        weights = read_by(gate, weights_of(6, 5, 4, seed=5, slots=slots, null=null_of(gate, fields)))
+        weights = arguments(read_by(gate, weights_of(6, 5, 4, seed=5, slots=slots, null=null_of(gate, fields))))
         what = f"{gate}, E 4{spelled(fields)}"
         named: dict[str, Any] = fields | {"gate": {"name": gate, **fields.get("gate", {})}}
         try:
@@ -182,13 +190,13 @@ def bad_input() -> Iterator[Row]:
     for gate, rule in ((name, find_gate(name)) for name in LAYERS):
         if rule.router == "none":
             continue  # has no logits
-        own: dict[str, Any] = {"name": gate} | ({"k": 2} if rule.sets_k else {})
+        own = own_fields(gate) | ({"k": 2} if rule.sets_k else {})
         if getattr(rule, "groups", 1) > 1:
             own |= {"groups": 2, "kept_groups": 2}
         fields: dict[str, Any] = {"capacity": {"eval": 1.0}, "dispatch": "einsum"}
         fields |= LEAK if rule.looks_ahead else {}
         slots = rule.slots_per_expert
-        weights = read_by(gate, weights_of(6, 5, 4, seed=5, slots=slots, null=null_of(gate, {})))
+        weights = arguments(read_by(gate, weights_of(6, 5, 4, 5, slots, null_of(gate, {}), gate=gate)))
         layer = single_layer(own, **weights, **fields)
         call = jax.jit(lambda x, mask, layer=layer: layer(x, mask, token_ids=tokens)[:2])
         y, report = call(x.at[0, 2].set(jnp.nan), mask)

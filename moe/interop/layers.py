@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
+import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,8 +40,7 @@ def single_layer(
     shared_gate_matrix: Any = None,
     selection_bias: Any = None,
     noise: Any = None,
-    project: Any = None,
-    log_scale: Any = None,
+    router_parts: Mapping[str, Any] = types.MappingProxyType({}),
     latent_down: Any = None,
     latent_up: Any = None,
     null_vectors: Any = None,
@@ -53,7 +54,7 @@ def single_layer(
     Args:
         gate: a gate; or a paper's layer, by its name in moe.config.registry.LAYERS or by that ``name`` and fields of
             its gate.
-        router: [D,E]; [D,E,P] for soft_moe; [P,E] for cosine; None for gates without a router.
+        router: [D,E]; [D,E,P] for soft_moe; [P,E] for cosine, [P,E+1] for zaya; None for gates without a router.
         up: [E,D,F].
         down: [E,F,D].
         gate_matrix: [E,D,F] for swiglu and geglu.
@@ -62,8 +63,8 @@ def single_layer(
         shared_gate_matrix: [D,F'].
         selection_bias: [E] of a gate with one; None: zeros.
         noise: [D,E] of noisy_topk; None: zeros.
-        project: [D,P] of cosine.
-        log_scale: [1] of cosine, the logarithm of 1 over its temperature.
+        router_parts: all further parameters of a router that has some, by their dotted names in it: ``project``, [D,P],
+            and ``log_scale``, [1], of cosine; ``down``, ``norm.scale`` and so on of zaya.
         latent_down: [D,P] before the experts, whose matrices then have P in place of D.
         latent_up: [P,D] after them.
         null_vectors: [n,D] of constant experts.
@@ -93,12 +94,15 @@ def single_layer(
         arrays: Any = stored(moe.gate.balancing.first_state(num_experts + moe.null_experts))
         for name, array in arrays.items():
             biases[name].set_value(array)
-    given = {
+    given: dict[str, tuple[Any, str, Any]] = {
+        f"router_parts {name}": (operator.attrgetter(f"router.{owner}".rstrip("."))(layer), leaf, value)
+        for name, value in router_parts.items()
+        for owner, _, leaf in [name.rpartition(".")]
+    }
+    given |= {
         "router": (layer.router, "kernel", router),
         "selection_bias": (biases, "bias", selection_bias),
         "noise": (layer.router, "noise", noise),
-        "project": (layer.router, "project", project),
-        "log_scale": (layer.router, "log_scale", log_scale),
         "up": (layer.experts, "up", up),
         "down": (layer.experts, "down", down),
         "gate_matrix": (layer.experts, "gate", gate_matrix),

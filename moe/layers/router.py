@@ -24,7 +24,8 @@ class SelectionBias(nnx.Variable):
 class Router(nnx.Module):
     """Linear router, x·W_g in float32 whatever the compute dtype ("selective precision", Switch 2021, section 2.4).
 
-    With ``moe.router_dtype="bfloat16"``, x, W_g and the logits are rounded to bfloat16, for ablations. The gate says
+    With ``moe.router_dtype="bfloat16"``, x, W_g and the logits are rounded to bfloat16, for ablations; with
+    ``moe.router_softcap`` = c they are c·tanh(logits / c). The gate says
     which further parameters there are (``kind``): W_noise (W_g and W_noise start at zero,
     Shazeer 2017, section 4 and appendix A) and the state of its balancing rule.
     """
@@ -33,16 +34,15 @@ class Router(nnx.Module):
         gate = config.moe.gate
         d = config.d_model
         e = config.moe.num_experts + config.moe.null_experts
-        self.dtype = config.moe.router_dtype
+        self.dtype, self.softcap = config.moe.router_dtype, config.moe.router_softcap
         self.bias = None if gate is None else _state_variables(gate, e)
         self.logit_bias = zeros((e,)) if config.moe.bias != "none" else None
         self.noise = zeros((d, e)) if kind == "noisy" else None
         if kind == "noisy":
             self.kernel = zeros((d, e), inputs=1)
         else:
-            self.kernel = matrix(
-                rngs, self.kernel_shape(config), partition_specs.REPLICATED, fan_in=d, scale=config.init_scale
-            )
+            shape = self.kernel_shape(config)
+            self.kernel = matrix(rngs, shape, partition_specs.REPLICATED, fan_in=shape[0], scale=config.init_scale)
 
     @staticmethod
     def kernel_shape(config: ModelConfig) -> tuple[int, ...]:
@@ -62,13 +62,12 @@ class Router(nnx.Module):
             carry: ``GateInputs.carry``; not read here.
         """
         del carry
-        x = x.astype(jnp.float32)
-        if rng is not None and jitter > 0.0:
-            x = x * jax.random.uniform(rng, x.shape, minval=1.0 - jitter, maxval=1.0 + jitter)
+        x = jittered(x, jitter, rng)
         x = checkpoint_name(x, partition_specs.ROUTER_INPUT)
         features, columns = self.features(x), self.columns()
         logits = matmul(features.astype(self.dtype), columns.astype(self.dtype)).astype(jnp.float32)
-        return logits if self.logit_bias is None else logits + self.logit_bias[...]
+        logits = logits if self.logit_bias is None else logits + self.logit_bias[...]
+        return self.softcap * jnp.tanh(logits / self.softcap) if self.softcap else logits
 
     def features(self, x: Float[Array, "G S D"]) -> Float[Array, "G S inputs"]:
         """Inputs of W_g: x, unless a derived router changes it."""
@@ -93,6 +92,14 @@ def _state_variables(gate: Gate, num_experts: int) -> SelectionBias | nnx.Dict |
     return nnx.Dict(
         {name: parameter(array, partition_specs.REPLICATED, kind=SelectionBias) for name, array in state.items()}
     )
+
+
+def jittered(x: Float[Array, "G S D"], jitter: float, rng: Array | None) -> Float[Array, "G S D"]:
+    """x in float32, times factors uniform in [1 − jitter, 1 + jitter]; without a key, x."""
+    x = x.astype(jnp.float32)
+    if rng is None or jitter == 0.0:
+        return x
+    return x * jax.random.uniform(rng, x.shape, minval=1.0 - jitter, maxval=1.0 + jitter)
 
 
 def matmul(x: Array, kernel: Array) -> Array:

@@ -110,6 +110,39 @@ class Cosine(TopK):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Zaya(TopK):
+    """Top-K of the softmax of an MLP's logits, not renormalised; the MLP reads a vector to which each router adds its
+    projection of x (ZAYA1's released code: Zyphra 2026, ``transformers.models.zaya``).
+
+    The last column is an expert that returns 0 (``zero_experts`` = 1), and ``skip_bias`` is added to its score for the
+    choice only. In ZAYA1 all biases move during training, by a rule that the code does not contain; ``bias`` offers
+    those of :class:`TopK`.
+    """
+
+    layer: ClassVar[str] = "moe.layers.zaya:ZayaMoE"
+
+    k: int = setting(1, least=1)
+    router_dim: int = setting(256, least=1, most=2**16)  # H of the vector and of the MLP
+    skip_bias: float = setting(-1.0, least=-1e6, most=1e6)
+
+    def first_carry(self, num_experts: int) -> Any:
+        """The vector below the lowest MoE layer: zeros."""
+        del num_experts
+        return jnp.zeros(self.router_dim)
+
+    def check_experts(self, num_experts: int, null_experts: int = 0) -> None:
+        """Check K and the expert that is skipped to."""
+        super().check_experts(num_experts, null_experts)
+        allowed = f"must be 1, and copy, constant and novice experts 0, with the gate {self.name!r}"
+        require(null_experts == 1, "model.moe.zero_experts", null_experts, allowed)
+
+    def route(self, router_logits: Float[Array, "G S E"], inputs: GateInputs) -> GateOutput:
+        """Select by score and biases."""
+        is_skip = jnp.arange(router_logits.shape[-1]) == router_logits.shape[-1] - 1
+        return self.select(router_logits, inputs, self.scores(router_logits) + jnp.where(is_skip, self.skip_bias, 0.0))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Coupled(TopK):
     """Top-K with a loss that couples each router column to its expert: the expert must respond more to its own column
     than to others, and more than other experts do (ERC: Lv et al. 2025, arXiv 2512.23447, equation 3)."""

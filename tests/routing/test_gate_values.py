@@ -112,6 +112,8 @@ HAND_COMPUTED = [
     ),
     # Round-robin, weights the softmax over the chosen.
     ("balanced", LOGITS, {}, [[0, 1], [2, 3]], [[6 / 9, 3 / 9], [9 / 13, 4 / 13]]),
+    # Of 6/12, 1/12, 2/12 and 3/12 the last, which returns 0, is chosen with 1 less; weights are not renormalised.
+    ("zaya", np.log([[[6.0, 1.0, 2.0, 3.0]]]), {}, [[0, 2]], [[6 / 12, 2 / 12]]),
     # Sigmoids 0.8, 0.1, 0.6, 0.5: (0, 1) has the best expert, (2, 3) the larger sum of two, 1.1 against 0.9.
     (
         "deepseek_v3",

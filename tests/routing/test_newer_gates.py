@@ -247,8 +247,7 @@ def test_cosines_by_hand(rng):
         layer = single_layer(
             section,
             router=router,
-            project=np.eye(2),
-            log_scale=np.array([log_scale]),
+            router_parts={"project": np.eye(2), "log_scale": np.array([log_scale])},
             up=rng.normal(size=(2, 2, 3)),
             down=rng.normal(size=(2, 3, 2)),
             activation="relu",
