@@ -142,7 +142,7 @@ PLAUSIBLE: dict[str, tuple[Any, ...]] = {
     "model.clip_qkv": (0.0, 0.1),
     "model.tie_embeddings": (True, False),
     "model.dtype": ("float32", "bfloat16"),
-    "model.low_precision": ("none", "int8", "float8"),
+    "model.low_precision": ("none", "int8", "float8", "mxfp8"),
     "model.low_precision_in": ("ffn", "all"),
     "model.scan_layers": (True, False),
     "model.scan_unroll": (1, 2, 3),

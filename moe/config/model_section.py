@@ -17,7 +17,7 @@ Activation = Literal["swiglu", "swiglu_clamped", "geglu", "geglu_exact", "reglu"
 Norms = Literal["before", "after"]
 Attention = Literal["full", "blocked"]
 Remat = Literal["none", "hidden", "outputs", "attention", "offload", "offload_inputs", "dots", "routes", "full"]
-LowPrecision = Literal["none", "int8", "float8"]
+LowPrecision = Literal["none", "int8", "float8", "mxfp8"]
 LowPrecisionIn = Literal["ffn", "all"]
 FakeQuantize = Literal["none", "mxfp4", "int4"]
 

@@ -1,9 +1,12 @@
-"""Products of quantised factors: int8 with sums in int32, or float8 (e4m3) with sums in float32.
+"""Products of quantised factors: int8 with sums in int32, or float8 (e4m3) with sums in float32, with a scale for each
+vector or, as ``mxfp8``, for each block of 32 numbers.
 
 The recipe is SwitchBack's (Wortsman et al. 2023, section 2.2): the forward product and the gradient of the rows have
 quantised factors; the gradient of the matrices, a sum over all rows, does not. The scale of a vector along the
 contracted axis is its largest absolute value divided by the type's (``absmax`` of qwix), so that no scale depends on
-other rows, on other experts or, except for the shards of ``tensor``, on the mesh.
+other rows, on other experts or, except for the shards of ``tensor``, on the mesh. Blocks are those of Microscaling (OCP
+MX 1.0), their scale the least power of two with which no number exceeds e4m3's largest: rounded down, as the standard
+says, training can diverge (Mishra et al. 2025, arXiv 2506.08027).
 """
 
 from __future__ import annotations
@@ -26,6 +29,12 @@ TYPES: dict[str, tuple[Any, Any]] = {
     "float8": (jnp.float8_e4m3fn, jnp.float32),
 }
 
+#: Numbers that share a scale in ``mxfp8``.
+BLOCK = 32
+_E4M3 = jnp.float8_e4m3fn
+#: Largest value of e4m3.
+_LARGEST = 448.0
+
 #: Vectors without a larger number than this become zeros, as qwix's do.
 _SMALLEST = 1e-17
 
@@ -38,6 +47,10 @@ def check_target(precision: str) -> None:
     """
     where = f"model.low_precision={precision}"
     device = target.current()
+    if precision == "mxfp8":
+        if device.platform != "cpu":
+            raise ConfigError(f"{where}: runs on CPUs only, for its numerics; no kernel here has scales of blocks")
+        return
     if precision not in device.low_precisions:
         allowed = " or ".join([*device.low_precisions, "none"])
         raise ConfigError(f"{where}: must be {allowed} on {device.device_kind}, where {precision} is not faster")
@@ -70,6 +83,20 @@ def quantize(
     return found.qvalue, bound * found.scale
 
 
+def round_blocks(array: Array, axis: int) -> Array:
+    """float32 numbers rounded to e4m3 times the scale of their block along an axis; the last block may be shorter."""
+    wide = jnp.moveaxis(array.astype(jnp.float32), axis, -1)
+    size = wide.shape[-1]
+    blocks = jnp.pad(wide, [(0, 0)] * (wide.ndim - 1) + [(0, -size % BLOCK)]).reshape(*wide.shape[:-1], -1, BLOCK)
+    least = jnp.max(jnp.abs(blocks), axis=-1, keepdims=True) / _LARGEST
+    # The exponent of the next power of two, from the bits of a normal float32.
+    bits = lax.bitcast_convert_type(least, jnp.int32)
+    exponent = jnp.maximum((bits >> 23) + (bits & 0x7FFFFF > 0), 1)
+    scale = lax.bitcast_convert_type(exponent << 23, jnp.float32)
+    values = jnp.clip(blocks / scale, -_LARGEST, _LARGEST).astype(_E4M3).astype(jnp.float32) * scale
+    return jnp.moveaxis(values.reshape(*wide.shape[:-1], -1)[..., :size], -1, axis)
+
+
 def pack(rows: Float[Array, "R D"], precision: str) -> Array:
     """Rows to send: as bytes [R,D+4] of quantised numbers and of each row's scale, or as they are for ``none``."""
     if precision == "none":
@@ -100,10 +127,13 @@ def matmul_in(precision: str, plain: Callable[[Array, Array], Array]) -> Callabl
 
 def _product(rows: Array, matrices: Array, precision: str) -> Array:
     check_target(precision)
-    values, scales = quantize(rows, -1, precision)
-    factors, factor_scales = quantize(matrices, -2, precision)
     batch = tuple(range(matrices.ndim - 2))
     contracted = (rows.ndim - 1,), (matrices.ndim - 2,)
+    if precision == "mxfp8":
+        sums = lax.dot_general(round_blocks(rows, -1), round_blocks(matrices, -2), (contracted, (batch, batch)))
+        return sums.astype(rows.dtype)
+    values, scales = quantize(rows, -1, precision)
+    factors, factor_scales = quantize(matrices, -2, precision)
     device = target.current()
     exact = lax.Precision.HIGHEST if device.sums_float8_coarsely else None
     sums_dtype = TYPES[precision][1]

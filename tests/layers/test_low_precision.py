@@ -84,6 +84,48 @@ def test_products_and_gradients_are_those_of_rounded_factors(precision, rng):
             np.testing.assert_allclose(ours, reference, rtol=1e-5, atol=1e-5 * np.abs(reference).max())
 
 
+def _in_blocks(array, axis):
+    """float64 numbers in blocks of 32: the nearest of e4m3's values, ties to even, times the least power of two with
+    which none exceeds 448."""
+    wide, result = np.moveaxis(np.asarray(array, np.float64), axis, -1), []
+    for first in range(0, wide.shape[-1], 32):
+        block = wide[..., first : first + 32]
+        largest = np.abs(block).max(-1, keepdims=True)
+        scale = 2.0 ** np.ceil(np.log2(np.where(largest > 0, largest, 448.0) / 448.0))
+        sizes = np.abs(block) / scale
+        step = 2.0 ** (np.floor(np.log2(np.maximum(sizes, 2.0**-6))) - 3)  # 3 bits after the first, 2^-9 below 2^-6
+        result.append(np.sign(block) * np.round(sizes / step) * step * scale)
+    return np.moveaxis(np.concatenate(result, -1), -1, axis)
+
+
+def test_blocks_of_32_by_hand():
+    """Of 1.1 and 300 the scale is 1 (2^-1 would make 300 into 600, above 448): 300 is between 288 and 320, steps of 32,
+    and 1.1 between 1 and 1.125. 1.1 in the next block has scale 2^-8: 281.6 becomes 288, so 1.125. The last, shorter
+    block is 449, whose scale is 2: 224.5 becomes 224."""
+    x = np.zeros(65, np.float32)
+    x[0], x[1], x[40], x[64] = 1.1, 300.0, 1.1, 449.0
+    found = quantized.round_blocks(jnp.asarray(x), 0)
+    np.testing.assert_array_equal(found[np.array([0, 1, 40, 64])], [1.125, 288.0, 1.125, 448.0])
+    assert np.count_nonzero(found) == 4
+
+
+def test_products_in_blocks_of_32_equal_those_in_float64(rng):
+    """Values and the rows' gradient; 1e-4 to 1e4 in one matrix, where one scale for a vector would lose the small."""
+    rows, gradient = rng.normal(size=(2, 5, 70)), rng.normal(size=(2, 5, 40))
+    matrices = rng.normal(size=(2, 70, 40)) * 10.0 ** rng.integers(-4, 4, (2, 70, 1))
+    arrays = (jnp.asarray(array, jnp.float32) for array in (rows, matrices, gradient))
+    rows, matrices, gradient = (np.asarray(array) for array in arrays)
+    y, back = jax.vjp(lambda rows, matrices: quantized.matmul(rows, matrices, "mxfp8"), rows, matrices)
+    d_rows, d_matrices = back(jnp.asarray(gradient))
+    turned = matrices.swapaxes(1, 2)
+    for ours, expected in (
+        (y, _in_blocks(rows, -1) @ _in_blocks(matrices, -2)),
+        (d_rows, _in_blocks(gradient, -1) @ _in_blocks(turned, -2)),
+        (d_matrices, np.asarray(rows, np.float64).swapaxes(1, 2) @ gradient),
+    ):
+        np.testing.assert_allclose(ours, expected, atol=1e-6 * np.abs(expected).max())
+
+
 def test_experts_in_buffers_and_sorted_rows_are_one_function(rng):
     """With biases, whose product with 1 is exact. A hidden activation near the boundary between two quantisation steps
     may be rounded differently."""
@@ -225,6 +267,7 @@ def test_rows_between_hosts_in_8_bits_change_only_gradients():
         ("TPU v4", "int8", "must be none on TPU v4"),
         ("NVIDIA H100 80GB HBM3", "int8", "must be float8 or none on NVIDIA H100"),
         ("NVIDIA A100-SXM4-80GB", "float8", "must be none on NVIDIA A100"),
+        ("NVIDIA B200", "mxfp8", "runs on CPUs only"),
     ],
 )
 def test_hardware_without_such_products_is_refused(kind, precision, words, monkeypatch):
