@@ -119,6 +119,7 @@ class GroupedQuery(Mixer):
     window: int = 0  # tokens that a query attends to, with its own; 0: all
     causal: bool = True  # a query sees earlier positions and its own; else all
     scale: float = 0.0  # of query·key; 0: 1/sqrt(H)
+    rotated: bool = True  # whether queries and keys have rotary positions, unless distances have biases
     buckets: int = 0  # of distances that have a bias (T5); 0: rotary positions
     qk_norm: QKNorm = "none"
     bias: AttentionBias = "none"
@@ -295,5 +296,7 @@ PATHS = BUILT_IN_PATHS | {Mixer.path}
 
 def attention_of(config: Any, *, windowed: bool) -> Mixer:
     """Attention of a decoder-only model (:class:`moe.config.ModelConfig`), within its window or to all keys."""
-    kind = MultiHeadLatent if config.kv_lora_rank else GroupedQuery
-    return kind.of(config, window=config.sliding_window if windowed else 0)
+    window = config.sliding_window if windowed else 0
+    if config.kv_lora_rank:
+        return MultiHeadLatent.of(config, window=window)
+    return GroupedQuery.of(config, window=window, rotated=windowed or config.rotated_layers == "all")

@@ -16,6 +16,7 @@ from moe.system.fields import ConfigError, Section, require, setting
 Activation = Literal["swiglu", "swiglu_clamped", "geglu", "geglu_exact", "reglu", "gelu", "relu"]
 Norms = Literal["before", "after"]
 Attention = Literal["full", "blocked"]
+RotatedLayers = Literal["all", "sliding"]
 Remat = Literal["none", "hidden", "outputs", "attention", "offload", "offload_inputs", "dots", "routes", "full"]
 LowPrecision = Literal["none", "int8", "float8", "mxfp8"]
 LowPrecisionIn = Literal["ffn", "all"]
@@ -83,6 +84,8 @@ class ModelConfig(Section, path=_MODEL):
     rope_theta: float = setting(10_000.0, above=0)  # base of the rotary frequencies
     rope_scaling: RopeScalingConfig = RopeScalingConfig()
     rope_dim: int = setting(0, page=True)  # rotated dimensions of a head, even; 0: all
+    #: layers with rotary positions: all, or those with windows; the others then have no positions (EXAONE-MoE)
+    rotated_layers: RotatedLayers = setting("all", page=True)
     rope_interleaved: bool = setting(False, page=True)  # rotate pairs (2i, 2i+1) (DeepSeek) instead of (i, i + H/2)
     #: dimension of the latent of keys and values (DeepSeek-V2); 0: grouped-query attention
     kv_lora_rank: int = setting(0, least=0, most=2**16, split="fsdp", page=True)
@@ -241,6 +244,8 @@ class ModelConfig(Section, path=_MODEL):
 
     def _check_stacks(self) -> None:
         encoder, buckets, distance = self.encoder_layers, self.relative_buckets, self.relative_max_distance
+        if encoder or buckets:
+            self._require_defaults("model.encoder_layers or model.relative_buckets", rotated_layers="all")
         one_stack = not (encoder or buckets)
         allowed = "must be 0 with model.encoder_layers or model.relative_buckets"
         self._require("prediction_layers", not self.prediction_layers or one_stack, allowed)
@@ -289,7 +294,7 @@ class ModelConfig(Section, path=_MODEL):
         allowed = f"must be model.num_heads={self.num_heads} {latent}"
         self._require("num_kv_heads", self.num_kv_heads == self.num_heads, allowed)
         none = {"qk_norm": "none", "attention_bias": "none", "attention_sinks": False, "clip_qkv": 0.0}
-        none |= {"gated_attention": False, "zero_centred_norms": False}
+        none |= {"gated_attention": False, "zero_centred_norms": False, "rotated_layers": "all"}
         self._require_defaults("model.kv_lora_rank", **none, attention_scale=0.0)
 
     @property

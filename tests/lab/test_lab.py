@@ -567,7 +567,7 @@ def test_neutral_values_are_fixed():
         "sliding_window_layers": (), "qk_norm": "none", "attention_bias": "none", "attention_sinks": False,
         "clip_qkv": 0.0, "tie_embeddings": False, "scale_logits": False, "dropout": 0.0, "init_scale": 1.0,
         "dtype": "float32", "low_precision": "none", "low_precision_in": "ffn", "norms": "before",
-        "fake_quantize": "none",
+        "fake_quantize": "none", "rotated_layers": "all",
         "embedding_scale": 1.0, "residual_scale": 1.0, "attention_scale": 0.0, "logit_scale": 1.0,
         "prediction_layers": 0, "prediction_weight": 0.3, "gated_attention": False, "zero_centred_norms": False,
         "layer_norm": False, "logit_bias": False, "base_d_model": 0, "base_num_layers": 0, "base_head_dim": 0,
@@ -586,7 +586,7 @@ def test_neutral_values_are_fixed():
     assert identity._MOE == {
         "expert_rank": 0, "bias": "none", "latent_dim": 0, "zero_experts": 0, "copy_experts": 0, "constant_experts": 0,
         "novice_experts": 0, "shared_gate": False, "route_padding": False, "jitter": 0.0, "router_dtype": "float32",
-        "expert_dropout": 0.0,
+        "expert_dropout": 0.0, "router_softcap": 0.0,
     }  # fmt: skip
 
 

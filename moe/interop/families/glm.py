@@ -16,7 +16,7 @@ from moe.interop.families.family import (
     shared_expert,
 )
 from moe.interop.families.rows import Row, always
-from moe.interop.schema import NumExperts, Off, OptionalCount, Positive, Size, named
+from moe.interop.schema import Count, NumExperts, Off, OptionalCount, Positive, Size, named
 
 TENSORS = ATTENTION | DENSE | EXPERTS | SELECTION_BIAS | shared_expert("shared_experts")
 #: GLM-4.5: half of each head rotated.
@@ -133,6 +133,31 @@ HY_V3 = Family(
         ("mlp.expert_bias", "mlp.e_score_correction_bias"),
         ("mlp.shared_mlp.", "mlp.shared_experts."),
     ),
+)
+#: EXAONE-MoE: DeepSeek-V3's routing, QK-norm per head; beside layers with windows, the others have no positions.
+EXAONE_MOE = Family(
+    "exaone_moe",
+    "ExaoneMoeForCausalLM",
+    (
+        always("qk_norm", "head"),
+        *groups.windows(lambda layer, file: (layer + 1) % file.sliding_window_pattern != 0),
+        Row("sliding_window_pattern", type=Count, default=4),
+        groups.rotated_windows(lambda file: groups.window(file) > 0),
+        *groups.SIGMOID_GATE,
+        Row("num_experts", "moe.num_experts", NumExperts, 64),
+        Row("moe_intermediate_size", "moe.d_ff", Size, 1024),
+        groups.shared_size("num_shared_experts", 1),
+        Row("first_k_dense_replace", type=OptionalCount, default=1),
+        groups.listed_layers(lambda file: file.first_k_dense_replace),
+    ),
+    TENSORS | {"moe.router.bias": "mlp.e_score_correction_bias"},
+    defaults={
+        "rms_norm_eps": 1e-5,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+    },
+    aliases=(("mlp.e_score_correction_bias", "mlp.gate.e_score_correction_bias"),),  # in files, in the library's memory
 )
 #: dots.llm1: QK-norm per head, windows in the upper layers.
 DOTS1 = Family(

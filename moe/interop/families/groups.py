@@ -81,6 +81,11 @@ def windows(
     )
 
 
+def rotated_windows(alone: Callable[[Any], bool]) -> Row:
+    """Rotary positions in the layers with windows alone, where ``alone`` says so of a file's fields."""
+    return Row("", "rotated_layers", here=lambda file: "sliding" if alone(file) else None)
+
+
 UPPER_WINDOWS = (*windows(lambda layer, file: layer >= file.max_window_layers), MAX_WINDOW_LAYERS)
 
 # --- Experts ---------------------------------------------------------------------------------------------------------

@@ -40,9 +40,10 @@ QWEN3 = Family(
 # --- Experts ---------------------------------------------------------------------------------------------------------
 
 
-def _sparse_layers(file: Any) -> tuple[int, ...] | None:
-    """A layer is MoE at every ``decoder_sparse_step`` unless ``mlp_only_layers`` lists it."""
-    dense, step = file.mlp_only_layers or (), file.decoder_sparse_step
+def _sparse_layers(file: Any, without_list: tuple[int, ...] = ()) -> tuple[int, ...] | None:
+    """A layer is MoE at every ``decoder_sparse_step`` unless ``mlp_only_layers``, or else ``without_list``, has it."""
+    dense, step = file.mlp_only_layers, file.decoder_sparse_step
+    dense = without_list if dense is None else dense
     numbers = range(file.num_hidden_layers if file.num_experts else 0)
     return groups.some_layers([n for n in numbers if n not in dense and (n + 1) % step == 0], file)
 
@@ -61,10 +62,11 @@ _SIZES = (
         here=lambda file: file.moe_intermediate_size if file.num_experts else None,
     ),
 )
+_STEP = Row("decoder_sparse_step", type=Count, default=1, there=lambda _: 1)
 _EXPERTS = (
     *_SIZES,
     groups.SOFTMAX_GATE,
-    Row("decoder_sparse_step", type=Count, default=1, there=lambda _: 1),
+    _STEP,
     Row("mlp_only_layers", "moe.layers", LayerNumbers | None, None, here=_sparse_layers, there=_dense_layers),
 )
 _SHARED = (Row("shared_expert_intermediate_size", "moe.shared_d_ff", Size), always("moe.shared_gate", True))
@@ -98,6 +100,45 @@ QWEN3_MOE = Family(
         "num_experts": 128,
         "num_experts_per_tok": 8,
     },
+)
+#: Flint: sigmoids without a bias, an ungated shared expert, attention sinks; without a list the first two layers are
+#: dense, and these, every fourth and the last one have neither windows nor positions.
+FLINT = Family(
+    "flint",
+    "FlintForCausalLM",
+    (
+        always("qk_norm", "head"),
+        groups.ALL_BIASES,
+        always("attention_sinks", True),
+        *groups.windows(lambda layer, file: layer >= 2 and layer % 4 != 1 and layer != file.num_hidden_layers - 1),
+        always("rotated_layers", "sliding"),
+        *_SIZES,
+        always("moe.gate", {"name": "mixtral", "score": "sigmoid"}),
+        Row("norm_topk_prob", "moe.gate.renormalise"),
+        _STEP,
+        Row(
+            "mlp_only_layers",
+            "moe.layers",
+            LayerNumbers | None,
+            None,
+            here=lambda file: _sparse_layers(file, (0, 1)),
+            there=_dense_layers,
+        ),
+        Row("shared_expert_intermediate_size", "moe.shared_d_ff", Size, 1024),
+    ),
+    ATTENTION | DENSE | EXPERTS | {"attention.sinks": "self_attn.softmax_offset"} | shared_expert("shared_expert"),
+    defaults={
+        "max_position_embeddings": 262144,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "sliding_window": 513,
+        "num_experts": 256,
+        "num_experts_per_tok": 6,
+        "moe_intermediate_size": 512,
+        "norm_topk_prob": True,
+        "router_aux_loss_coef": 0.0005,
+    },
+    aliases=(("self_attn.softmax_offset", "self_attn.sinks"),),  # in files, in the library's memory
 )
 
 # --- Gated DeltaNet --------------------------------------------------------------------------------------------------

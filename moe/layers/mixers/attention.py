@@ -179,7 +179,7 @@ class Attention(MixerLayer):
         clip = self.mixer.clip
         if clip:
             heads = jnp.clip(heads, -clip, clip)
-        if positions is not None and not self.mixer.buckets:
+        if positions is not None and self.mixer.rotated and not self.mixer.buckets:
             heads = rotate(heads, positions, self.config, interleaved=self.config.rope_interleaved)
         return constrain(heads, partition_specs.HEADS)
 
