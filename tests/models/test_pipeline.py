@@ -18,6 +18,7 @@ import pytest
 from moe.checkpoints import manager
 from moe.checkpoints.arrays import array_handler
 from moe.config import Config, ConfigError, DataConfig, DistillConfig, MeshConfig, TrainConfig
+from moe.config.mixers import SwitchHead
 from moe.models.pipeline import check
 from moe.models.state import TrainState
 from moe.parallel.mesh import make_mesh
@@ -137,6 +138,10 @@ def _check_equal(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> No
             {"gate": "mixtral", "dispatch": "dropless", "attention": "blocked"},
         ),
         slow_case({"data": 4, "pipeline": 2}, 2, {"gate": "none", "remat": "none"}),
+        # Routers in attention, whose balance losses are in the objective.
+        slow_case(
+            {"pipeline": 2}, 1, {"mixer": SwitchHead(heads=2, head_dim=4, experts=3, balance=0.1), "num_layers": 3}
+        ),
         slow_case(
             {"expert": 4, "pipeline": 2}, 1, {"gate": "soft_moe", "accept_future_leak": True, "dispatch": "einsum"}
         ),
