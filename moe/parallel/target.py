@@ -71,7 +71,7 @@ class Target:
         """Values of ``model.low_precision`` that make products faster, and on CPUs all of them, for tests; float8 needs
         this project's kernels for Hopper or Blackwell."""
         if self.platform == "cpu":
-            return ("int8", "float8")
+            return ("int8", "float8", "mxfp8")
         if self.platform == "gpu":
             return ("float8",) if self.compute_capability in (9, 10) and self.num_cores else ()
         return self.kind.low_precisions
