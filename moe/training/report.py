@@ -49,18 +49,19 @@ def finish(
     unigram = {domain: pipeline.unigram_nll(prepared, config.data, domain) for domain in prepared.domains}
     try:
         unigram = unigram_over_all(results, unigram)
-        text = table(results, unigram, [row for row in rows if row["kind"] == "train"])
+        losses = table(results, unigram, [row for row in rows if row["kind"] == "train"])
         figure(directory / "training.png", rows, unigram)
     except LookupError as error:
         raise ConfigError(
             f"{directory / METRICS}: its rows lack {error}, which the report shows; restore it"
         ) from error
+    sample = ""
     if config.train.sample_tokens and jax.process_count() == 1:
-        text += "\n\n" + _sampled(program, state, prepared)
-    text = terminal(text)  # it quotes documents, and a model that learnt them
-    write_atomic(directory / "report.txt", text + "\n")
-    say(f"\n{text}\n\nIn {directory}: {', '.join(_files(directory))}")
-    say(f"{_spent(directory)}The figure: {directory / 'training.png'}")
+        sample = f"\n\n{_sampled(program, state, prepared)}"
+    losses, sample = terminal(losses), terminal(sample)  # they name domains, and quote documents and the model
+    write_atomic(directory / "report.txt", f"{losses}{sample}\n")
+    say(f"\n{losses}\n\n{_spent(directory)}In {directory}: {', '.join(_files(directory))}{sample}")
+    say(f"\nThe picture: {directory / 'training.png'}")
 
 
 def _files(directory: epath.Path) -> list[str]:
