@@ -113,10 +113,10 @@ def test_products_in_blocks_of_32_equal_those_in_float64(rng):
     """Values and the rows' gradient; 1e-4 to 1e4 in one matrix, where one scale for a vector would lose the small."""
     rows, gradient = rng.normal(size=(2, 5, 70)), rng.normal(size=(2, 5, 40))
     matrices = rng.normal(size=(2, 70, 40)) * 10.0 ** rng.integers(-4, 4, (2, 70, 1))
-    arrays = (jnp.asarray(array, jnp.float32) for array in (rows, matrices, gradient))
+    arrays = [jnp.asarray(array, jnp.float32) for array in (rows, matrices, gradient)]
+    y, back = jax.vjp(lambda rows, matrices: quantized.matmul(rows, matrices, "mxfp8"), *arrays[:2])
+    d_rows, d_matrices = back(arrays[2])
     rows, matrices, gradient = (np.asarray(array) for array in arrays)
-    y, back = jax.vjp(lambda rows, matrices: quantized.matmul(rows, matrices, "mxfp8"), rows, matrices)
-    d_rows, d_matrices = back(jnp.asarray(gradient))
     turned = matrices.swapaxes(1, 2)
     for ours, expected in (
         (y, _in_blocks(rows, -1) @ _in_blocks(matrices, -2)),

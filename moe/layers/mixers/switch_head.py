@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float
 from moe.config import ModelConfig
 from moe.config.mixers import GroupedQuery, SwitchHead
 from moe.dispatch import quantized
+from moe.layers.attention.cache import LayerCache
 from moe.layers.inputs import Rows
 from moe.layers.mixers.attention import Attention
 from moe.layers.parameter import matrix
@@ -41,7 +42,9 @@ class SwitchHeadAttention(Attention):
         super().__init__(config, GroupedQuery(heads=n, kv_heads=n, head_dim=h), rngs=rngs)
 
     @classmethod
-    def empty_state(cls, config, mixer, leading, length, *, ahead=0):
+    def empty_state(
+        cls, config: ModelConfig, mixer: SwitchHead, leading: tuple[int, int], length: int, *, ahead: int = 0
+    ) -> LayerCache:
         """Slots of the keys and values of all heads."""
         n, h = mixer.heads, mixer.head_dim
         plain = GroupedQuery(heads=n, kv_heads=n, head_dim=h)
