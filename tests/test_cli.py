@@ -147,7 +147,7 @@ def test_a_model_name_is_resolved_in_the_hub_cache(tmp_path, monkeypatch):
 
 
 def test_a_name_stands_for_an_installed_config_in_any_folder(tmp_path, monkeypatch):
-    """A file of the same name in the folder has priority."""
+    """A file of the same name has priority, a folder not."""
     monkeypatch.chdir(tmp_path)
     path = str(shipped.CONFIGS / "mixtral_8x7b.py")
     for words in (["--config=mixtral_8x7b:v5p-128"], ["--config", "mixtral_8x7b:v5p-128"]):
@@ -158,8 +158,10 @@ def test_a_name_stands_for_an_installed_config_in_any_folder(tmp_path, monkeypat
     for other in ("nowhere", "configs/mixtral.py", "mine.py:8", "capacity_factor"):
         assert shipped.find(other) == shipped.short(other) == other
     assert shipped.find("capacity_factor:8", shipped.SUITES) == f"{shipped.SUITES / 'capacity_factor.py'}:8"
-    (tmp_path / "mixtral").mkdir()
-    assert shipped.find("mixtral") == "mixtral"
+    (tmp_path / "mixtral").mkdir()  # a workdir that is named after its config
+    assert shipped.find("mixtral") == str(shipped.CONFIGS / "mixtral.py")
+    (tmp_path / "switch").write_text("")
+    assert shipped.find("switch") == "switch"
 
 
 def test_every_installed_config_and_suite_is_listed_with_a_sentence():

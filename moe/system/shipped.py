@@ -30,7 +30,9 @@ PLAYGROUND = _PACKAGE / "playground" / "model.npz"
 
 
 def find(name: str, folder: Path = CONFIGS) -> str:
-    """Path of a shipped file for its name; anything else is returned as it is.
+    """Path of a shipped file for its name; anything else, and the name of a file here, is returned as it is.
+
+    A folder here, such as the workdir of a run or a report that has a config's name, changes nothing.
 
     Args:
         name: ``NAME`` or ``NAME:ARGUMENT``, such as ``mixtral`` or ``mixtral_8x7b:v5p-128``; or a path.
@@ -38,7 +40,7 @@ def find(name: str, folder: Path = CONFIGS) -> str:
     """
     stem, colon, argument = name.partition(":")
     file = folder / f"{stem}.py"
-    if not re.fullmatch(r"\w+", stem) or os.path.exists(stem) or not file.exists():
+    if not re.fullmatch(r"\w+", stem) or os.path.isfile(stem) or not file.exists():
         return name
     return f"{file}{colon}{argument}"
 
