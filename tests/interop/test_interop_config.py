@@ -180,6 +180,7 @@ def test_deepseek_without_experts_is_dense(experts):
         ("solar_open", "head_dim", 128),
         ("sarvam_moe", "moe_intermediate_size", 1024),
         ("hy_v3", "router_scaling_factor", 2.826),
+        ("flint", "shared_expert_intermediate_size", 1024),
         ("sarvam_mla", "q_lora_rank", None),
     ],
 )
@@ -268,7 +269,10 @@ def test_published_losses_of_olmoe_and_epsilon_of_deepseek_moe():
     assert from_config_dict(deepseek_moe_16b.get_config()).model.norm_eps == 1e-6
 
 
-@pytest.mark.parametrize(("name", "heads"), [("mixtral", 8), ("qwen2", 32), ("qwen3_moe", 4), ("olmoe", None)])
+@pytest.mark.parametrize(
+    ("name", "heads"),
+    [("mixtral", 8), ("qwen2", 32), ("qwen3_moe", 4), ("flint", 4), ("exaone_moe", 32), ("olmoe", None)],
+)
 def test_an_absent_number_of_key_heads_has_the_default_of_the_library(name, heads):
     """Null, or a family without a default, means as many as query heads."""
     fields = json.loads((HERE / name / "config.json").read_text())

@@ -152,6 +152,7 @@ EXAONE_MOE = Family(
     ),
     TENSORS | {"moe.router.bias": "mlp.e_score_correction_bias"},
     defaults={
+        "num_key_value_heads": 32,
         "rms_norm_eps": 1e-5,
         "num_experts_per_tok": 8,
         "norm_topk_prob": True,
