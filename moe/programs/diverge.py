@@ -51,7 +51,7 @@ def _open(given: str) -> _Side:
     """Open a workdir with settings that replace its own.
 
     Raises:
-        ConfigError: an unknown setting, a dense model, or a gate that does not choose by logits alone.
+        ConfigError: an unknown setting, a dense model, or a gate that does not take the K highest scores.
     """
     import jax
 
@@ -60,7 +60,7 @@ def _open(given: str) -> _Side:
     from moe.checkpoints.parameters import read_variables
     from moe.config import Config, MeshConfig, to_dict
     from moe.config.parse import from_config_dict
-    from moe.conformance.divergence.trace import Routed, check_gate, without_loops
+    from moe.conformance.divergence.trace import Routed, ranking, without_loops
     from moe.parallel.mesh import make_mesh
     from moe.training.open_workdir import open_workdir
     from moe.training.step import build
@@ -80,7 +80,7 @@ def _open(given: str) -> _Side:
             raise ConfigError(f"{setting}: no setting of a run; for example model.dtype=bfloat16")
         section[field] = type(section[field])(value) if isinstance(section[field], int | float) else value
     config = from_config_dict(tree)
-    check_gate(config.model)
+    ranking(config.model)
 
     def program(config: Config, mesh_config: MeshConfig) -> Any:
         count = 1
@@ -137,7 +137,7 @@ def main() -> None:
     second = recorded or trace.joined(found["other"], trace.fingerprint(other.variables) if other else None)
     rounding = bounds.joined(found["rounding of one"])
     again = bounds.joined(found["rounding of other"]) if found["rounding of other"] else rounding
-    result = compare.compare(first, second, (rounding, again))
+    result = compare.compare(first, second, (rounding, again), trace.ranking(one.alone.program.config.model))
     names, dtypes = (one.name, given), (one.dtype, other.dtype if other else one.dtype)
     page = compare.page(names, result, dtypes)
     if _OUTPUT.value:

@@ -17,6 +17,8 @@ from moe.system.fields import check_fields, require, setting
 
 #: ``jax.ad_checkpoint.checkpoint_name`` of indices of experts and rows, a few bytes per assignment.
 ROUTES = "routes"
+#: ``checkpoint_name`` of the scores that rank the experts of a token, with the selection bias and before groups.
+SELECTION_SCORES = "selection_scores"
 
 RouterKind = Literal["linear", "noisy", "none"]
 BalanceScope = Literal["batch", "group", "sequence", "step"]
@@ -359,6 +361,7 @@ class Selecting(Scored):
         k = self.experts_per_token(router_logits.shape[-1])
         preference = self.scores(router_logits) if preference is None else preference
         ranked = preference if inputs.selection_bias is None else preference + inputs.selection_bias
+        ranked = checkpoint_name(ranked, SELECTION_SCORES)
         if not (inputs.train and self.bias == "quantile"):
             ranked = limit_to_groups(ranked, self.groups, self.kept_groups, self.scores_per_group)
             return self.weigh(router_logits, inputs, top_k(ranked, k)[1])

@@ -10,6 +10,7 @@ import pytest
 
 from moe.config import ConfigError
 from moe.conformance.divergence import bounds, compare, rounded, trace
+from moe.conformance.divergence.ranking import Ranking, highest
 from tests.analysis_helpers import random_batch, tiny_program
 from tests.helpers import tiny_model
 
@@ -72,7 +73,7 @@ def test_float64_reference_is_within_the_rounding_of_float32(float32):
     *_, one, rounding = float32
     exact = dataclasses.replace(one, router_logits=one.router_logits + rounding.logits[..., 0].astype(np.float32))
     assert compare.compare(one, exact, (rounding, rounding)).is_rounding
-    relative = rounding.logit_bound() / np.abs(one.router_logits).mean()
+    relative = bounds.bound_each(rounding.logits) / np.abs(one.router_logits).mean()
     assert 1e-7 < relative.mean() < 1e-4
 
 
@@ -166,7 +167,7 @@ def test_a_million_roundings_are_never_called_a_fault():
     draws = [(exact * u * rng.uniform(-1, 1, exact.shape)).astype(np.float32) for _ in range(8)]
     errors = np.stack(draws, axis=-1)
     one, other = (
-        trace.Trace(compare.own_choice(array, 2), np.ones((layers, tokens, 2), bool), router_logits=array)
+        trace.Trace(highest(array, 2), np.ones((layers, tokens, 2), bool), router_logits=array)
         for array in (exact, logits)
     )
     nothing = bounds.Rounding(np.zeros((layers, tokens)), np.zeros_like(errors))
@@ -211,9 +212,74 @@ def test_a_dropless_model_is_followed_through_a_form_that_drops_nothing():
     assert (model.moe.dispatch, model.moe.capacity.eval) == ("einsum", 2.0)  # E / K
 
 
-def test_gates_with_a_bias_are_refused():
-    with pytest.raises(ConfigError, match="K highest logits"):
-        trace.check_gate(tiny_model(gate="deepseek_v3", num_experts=16))
+@pytest.mark.parametrize("gate", ["hash", "expert_choice", "none"])
+def test_gates_that_do_not_take_the_highest_scores_are_refused(gate):
+    with pytest.raises(ConfigError, match="K highest scores"):
+        trace.ranking(tiny_model(gate=gate, accept_future_leak=gate == "expert_choice"))
+
+
+GROUPED = {
+    "gate": "deepseek_v3", "num_experts": 8, "experts_per_token": 2, "expert_groups": 4,
+    "kept_expert_groups": 2, "scores_per_group": 2}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def grouped():
+    """A model of DeepSeek-V3's gate, with biases, as ``float32``."""
+    routed, variables = opened(**GROUPED)
+    replay, _ = trace.replayed(None, BATCH, 0, routed, variables)
+    rounding = bounds.rounding(routed, jax.device_get(variables), BATCH, replay, draws=4)
+    one = routed(variables, BATCH, replay)
+    return routed, variables, replay, one, rounding, trace.ranking(routed.program.config.model)
+
+
+@pytest.mark.slow
+def test_a_bias_and_groups_are_ranked_as_the_gate_does(grouped):
+    *_, one, rounding, ranking = grouped
+    assert (ranking.groups, ranking.kept, ranking.scores_per_group) == (4, 2, 2)
+    np.testing.assert_array_equal(ranking.choose(one.scores, 2), one.expert_index)
+    assert (ranking.choose(one.scores, 2) != highest(one.router_logits, 2)).any()
+    found = compare.compare(one, one, (rounding, rounding), ranking)
+    assert found.is_rounding
+    assert not found.differ
+    assert 0 < rounding.scores.std() < 1e-5
+
+
+@pytest.mark.slow
+def test_a_wrong_selection_bias_is_named(grouped):
+    """Its logits are right: without the scores nothing but the choices would show it."""
+    routed, variables, replay, one, rounding, ranking = grouped
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(variables)]
+    (bias,) = [path for path in paths if "['router']['bias']" in path]
+    faulty = routed(changed(variables, bias, 1, lambda b: b.at[2].add(0.5)), BATCH, replay)
+    found = compare.compare(one, faulty, (rounding, rounding), ranking)
+    assert found.wrong == "the scores of layer 1"
+    assert found.differ
+    assert all(choice.layer == 1 for choice in found.differ)
+
+
+def test_where_other_groups_are_kept_their_sums_decide():
+    """Two groups of two experts, one kept by the sum of both: 1.0 + 0.2 beside 0.7 + 0.4; in the second run 0.15 more.
+
+    The margin of the groups is 1.2 − 1.1 + (1.25 − 1.2) = 0.15; expert 0 stays 0.3 above expert 2 in both.
+    """
+    ranking = Ranking(groups=2, kept=1, scores_per_group=2)
+    scores = np.array([[[1.0, 0.2, 0.7, 0.4]]])
+    again = np.array([[[1.0, 0.2, 0.7, 0.55]]])
+    logits = np.zeros((1, 1, 4))
+    one, other = (
+        trace.Trace(ranking.choose(s, 1), np.ones((1, 1, 1), bool), router_logits=logits, scores=s)
+        for s in (scores, again)
+    )
+    errors = np.array([[[[0.0], [0.0], [0.0], [0.15]]]])
+    rounding = bounds.Rounding(np.zeros((1, 1)), np.zeros((1, 1, 4, 1)), errors)
+    (choice,) = compare.compare(one, other, (rounding, rounding), ranking).differ
+    assert (choice.one, choice.other) == (0, 2)
+    assert choice.margin == pytest.approx(0.15)
+    assert choice.bound == pytest.approx(6 * 0.15 * 2**0.5)
+    alone = dataclasses.replace(other, scores=None, router_logits=None)
+    (choice,) = compare.compare(one, alone, (rounding, rounding), ranking).differ
+    assert choice.margin == pytest.approx(0.1)
 
 
 def test_a_bfloat16_router_product_changes_what_marin_published():
@@ -224,7 +290,7 @@ def test_a_bfloat16_router_product_changes_what_marin_published():
     exact = x @ router
     rounded_logits = exact.astype(bfloat16).astype(np.float64)
     assert np.sqrt(np.mean((rounded_logits - exact) ** 2)) == pytest.approx(0.0075, rel=0.1)
-    changed = (compare.own_choice(rounded_logits, 8) != compare.own_choice(exact, 8)).any(-1).sum()
+    changed = (highest(rounded_logits, 8) != highest(exact, 8)).any(-1).sum()
     assert 60 <= changed <= 100
     single = (x.astype(np.float32) @ router.astype(np.float32)).astype(np.float64)
-    assert (compare.own_choice(single, 8) == compare.own_choice(exact, 8)).all()
+    assert (highest(single, 8) == highest(exact, 8)).all()

@@ -12,7 +12,6 @@ import numpy as np
 
 from moe.conformance.divergence import rounded
 from moe.conformance.divergence.trace import Routed
-from moe.parallel.partition_specs import ROUTER_INPUT
 from moe.routing.routing import Choices
 
 #: Root mean squares within which an error is called rounding: a normal error is larger once in 5e8.
@@ -28,27 +27,38 @@ class Rounding:
     Attributes:
         router_input: [L,n] root mean square over draws of the norm of the error.
         logits: [L,n,E,draws] error of every logit.
+        scores: [L,n,E,draws] error of every score that ranks the experts; None: the logits rank them.
     """
 
     router_input: np.ndarray
     logits: np.ndarray
+    scores: np.ndarray | None = None
+
+    @property
+    def ranked(self) -> np.ndarray:
+        """[L,n,E,draws] error of what ranks the experts."""
+        return self.logits if self.scores is None else self.scores
 
     def input_bound(self) -> np.ndarray:
         """[L,n]: bound of the norm of the router input's error; at least that of the layer's mean square."""
         floor = np.sqrt(np.mean(self.router_input**2, axis=1, keepdims=True))
         return MULTIPLE * np.maximum(self.router_input, floor)
 
-    def logit_bound(self) -> np.ndarray:
-        """[L,n,E]."""
-        squares = np.mean(self.logits**2, axis=-1)
-        return MULTIPLE * np.sqrt(np.maximum(squares, np.mean(squares, axis=(1, 2), keepdims=True)))
 
-    def pair_bound(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-        """[L,n]: bound of the error of logit[first] − logit[second]; first, second [L,n] experts."""
-        errors = [np.take_along_axis(self.logits, e[..., None, None], axis=2)[:, :, 0] for e in (first, second)]
-        squares = np.mean((errors[0] - errors[1]) ** 2, axis=-1)
-        floor = 2 * np.mean(self.logits**2, axis=(1, 2, 3))[:, None]
-        return MULTIPLE * np.sqrt(np.maximum(squares, floor))
+def bound_each(errors: np.ndarray) -> np.ndarray:
+    """[L,n,E]: bounds of errors [L,n,E,draws]."""
+    squares = np.mean(errors**2, axis=-1)
+    return MULTIPLE * np.sqrt(np.maximum(squares, np.mean(squares, axis=(1, 2), keepdims=True)))
+
+
+def bound_pairs(errors: np.ndarray, mean_square: np.ndarray | float) -> np.ndarray:
+    """[...]: bounds of differences of two numbers.
+
+    Args:
+        errors: [...,draws] of the differences.
+        mean_square: [...] of the error of one number of the layer, below which no bound falls.
+    """
+    return MULTIPLE * np.sqrt(np.maximum(np.mean(errors**2, axis=-1), 2 * mean_square))
 
 
 def rounding(
@@ -64,14 +74,16 @@ def rounding(
         traced = jax.make_jaxpr(routed.forward)(*arguments)
     leaves = jax.tree.leaves(arguments)
 
-    def run(store: rounded.Store) -> tuple[jax.Array, jax.Array]:
+    def run(store: rounded.Store) -> tuple[jax.Array, ...]:
         named: dict[str, list[jax.Array]] = {}
         logits = rounded.evaluate(traced, leaves, store, named)[-1]
-        return jnp.stack(named[ROUTER_INPUT]), logits
+        inputs, *scores = (jnp.stack(named[name]) for name in routed.names)
+        return (inputs, logits, *scores)
 
-    def errors(number: jax.Array, inputs: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-        moved, perturbed = run(rounded.at_random(number))
-        return jnp.sum((moved - inputs) ** 2, axis=-1), perturbed - logits
+    def errors(number: jax.Array, inputs: jax.Array, *others: jax.Array) -> tuple[jax.Array, ...]:
+        moved, *perturbed = run(rounded.at_random(number))
+        differences = (one - other for one, other in zip(perturbed, others, strict=True))
+        return (jnp.sum((moved - inputs) ** 2, axis=-1), *differences)
 
     with jax.enable_x64(True):
         exact = jax.jit(lambda: run(rounded.exact)).lower().compile(compiler_options=_QUICK)()
@@ -80,14 +92,17 @@ def rounding(
         found = [jax.device_get(once(number, *exact)) for number in numbers]
     real = np.asarray(batch["segment_ids"]).reshape(-1) > 0
     layers = len(found[0][1])
-    norms = np.sqrt(np.mean([squares for squares, _ in found], axis=0)).reshape(layers, -1)[:, real]
-    moved = np.stack([logits for _, logits in found], axis=-1)
-    return Rounding(norms, moved.reshape(layers, real.size, -1, draws)[:, real])
+    squares, *moved = zip(*found, strict=True)
+    norms = np.sqrt(np.mean(squares, axis=0)).reshape(layers, -1)[:, real]
+    stacked = (np.stack(parts, axis=-1).reshape(layers, real.size, -1, draws)[:, real] for parts in moved)
+    return Rounding(norms, *stacked)
 
 
 def joined(parts: list[Rounding]) -> Rounding:
     """Roundings of several batches, joined."""
+    scores = [part.scores for part in parts if part.scores is not None]
     return Rounding(
         np.concatenate([part.router_input for part in parts], axis=1),
         np.concatenate([part.logits for part in parts], axis=1),
+        np.concatenate(scores, axis=1) if scores else None,
     )

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from moe.config import ConfigError
-from moe.conformance.divergence.bounds import Rounding
+from moe.conformance.divergence.bounds import Rounding, bound_each, bound_pairs
+from moe.conformance.divergence.ranking import Ranking, highest
 from moe.conformance.divergence.trace import Trace
 
 
@@ -63,13 +64,16 @@ class Divergence:
         return not self.wrong and all(choice.margin <= choice.bound for choice in self.differ)
 
 
-def compare(one: Trace, other: Trace, roundings: tuple[Rounding, Rounding]) -> Divergence:
+def compare(
+    one: Trace, other: Trace, roundings: tuple[Rounding, Rounding], ranking: Ranking | None = None
+) -> Divergence:
     """Compare what two runs chose for the same tokens, when the same experts were applied in both.
 
     Args:
         one: a trace with logits, under the second trace's experts or its own.
         other: under the same experts; may have its choices alone.
         roundings: of the first run and of the second.
+        ranking: how tokens choose; default: the K highest.
 
     Raises:
         ConfigError: the traces have other shapes or tokens.
@@ -80,59 +84,72 @@ def compare(one: Trace, other: Trace, roundings: tuple[Rounding, Rounding]) -> D
         )
     if one.tokens is not None and other.tokens is not None and (one.tokens != other.tokens).any():
         raise ConfigError("the two runs read other tokens")
-    k = one.expert_index.shape[-1]
-    mine = own_choice(one.router_logits, k)
-    theirs = other.expert_index if other.router_logits is None else own_choice(other.router_logits, k)
+    ranking = ranking or Ranking()
     real = one.chosen.any(-1) & other.chosen.any(-1)
-    differ = _differing(mine, theirs, real, one, other, roundings)
+    differ = _differing(one, other, real, roundings, ranking)
     wrong, size = _first_wrong(one, other, roundings, real)
     if not wrong:
         found = next((choice for choice in differ if choice.margin > choice.bound), None)
         if found is not None:
             wrong, size = f"the choice of layer {found.layer}", (found.margin, found.bound)
-    undecided = tuple(_undecided(one.router_logits, k, real, rounding) for rounding in roundings)
+    k = one.expert_index.shape[-1]
+    undecided = tuple(_undecided(one.ranked, k, real, rounding.ranked, ranking) for rounding in roundings)
     return Divergence(int(real.sum()), differ, wrong, size, (undecided[0], undecided[1]))
 
 
-def own_choice(logits: np.ndarray, k: int) -> np.ndarray:
-    """[L,n,K]: the K highest logits, the lower expert first among equals."""
-    return np.argsort(-np.asarray(logits, np.float64), axis=-1, kind="stable")[..., :k]
-
-
 def _differing(
-    mine: np.ndarray,
-    theirs: np.ndarray,
-    real: np.ndarray,
-    one: Trace,
-    other: Trace,
-    roundings: tuple[Rounding, Rounding],
+    one: Trace, other: Trace, real: np.ndarray, roundings: tuple[Rounding, Rounding], ranking: Ranking
 ) -> list[Choice]:
-    """Every token whose sets of experts differ, with the pair that is furthest apart."""
-    places = np.argwhere((np.sort(mine, -1) != np.sort(theirs, -1)).any(-1) & real)
-    logits = np.asarray(one.router_logits, np.float64)
-    first, second = np.zeros(mine.shape[:2], int), np.zeros(mine.shape[:2], int)
-    margins = np.zeros(mine.shape[:2])
-    for layer, token in places:
-        row, lost = logits[layer, token], set(mine[layer, token]) - set(theirs[layer, token])
-        gained = set(theirs[layer, token]) - set(mine[layer, token])
-        first[layer, token] = max(lost, key=lambda e: row[e])
-        second[layer, token] = min(gained, key=lambda e: row[e])
-        pair = first[layer, token], second[layer, token]
-        margins[layer, token] = row[pair[0]] - row[pair[1]]
-        if other.router_logits is not None:
-            again = np.asarray(other.router_logits[layer, token], np.float64)
-            margins[layer, token] += again[pair[1]] - again[pair[0]]
-    bound = np.hypot(*(rounding.pair_bound(first, second) for rounding in roundings))
-    return [
-        Choice(i, token, int(first[i, token]), int(second[i, token]), float(margins[i, token]), float(bound[i, token]))
-        for i, token in places.tolist()
-    ]
+    """Every token whose sets of experts differ, with the pair of experts that is furthest apart; where other groups
+    were kept, margin and bound are those of the pair of groups."""
+    k = one.expert_index.shape[-1]
+    first, second = one.ranked, other.scores if one.scores is not None else other.router_logits
+    mine = ranking.choose(first, k)
+    theirs = other.expert_index if second is None else ranking.choose(second, k)
+    mean_squares = [np.mean(rounding.ranked**2, axis=(1, 2, 3)) for rounding in roundings]
+    found = []
+    for layer, token in np.argwhere((np.sort(mine, -1) != np.sort(theirs, -1)).any(-1) & real).tolist():
+        row = np.asarray(first[layer, token], np.float64)
+        again = None if second is None else np.asarray(second[layer, token], np.float64)
+        errors = [rounding.ranked[layer, token] for rounding in roundings]
+        experts = set(mine[layer, token].tolist()), set(theirs[layer, token].tolist())
+        pair = lost, gained = _exchanged(row, *experts)
+        groups, terms = _kept_groups(row, again, experts[1], ranking), 1
+        if groups[0] != groups[1]:
+            errors = [ranking.errors_of_sums(row, part) for part in errors]
+            row, again = ranking.sums(row), None if again is None else ranking.sums(again)
+            pair, terms = _exchanged(row, *groups), ranking.scores_per_group
+        margin = row[pair[0]] - row[pair[1]] + (0.0 if again is None else again[pair[1]] - again[pair[0]])
+        limits = [
+            bound_pairs(part[pair[0]] - part[pair[1]], terms * mean_square[layer])
+            for part, mean_square in zip(errors, mean_squares, strict=True)
+        ]
+        found.append(Choice(layer, token, lost, gained, float(margin), float(np.hypot(*limits))))
+    return found
+
+
+def _exchanged(row: np.ndarray, mine: set[int], theirs: set[int]) -> tuple[int, int]:
+    """The best that only ``mine`` has, and the worst that only ``theirs`` has."""
+    return max(mine - theirs, key=lambda i: row[i]), min(theirs - mine, key=lambda i: row[i])
+
+
+def _kept_groups(
+    row: np.ndarray, again: np.ndarray | None, experts: set[int], ranking: Ranking
+) -> tuple[set[int], set[int]]:
+    """The groups that a token kept in the two runs. Where only the second run's experts are known, those are kept in
+    which they are, and the first run's best others."""
+    kept = ranking.kept_groups(row).tolist()
+    if again is not None:
+        return set(kept), set(ranking.kept_groups(again).tolist())
+    used = {expert // (len(row) // ranking.groups) for expert in experts}
+    others = [group for group in kept if group not in used]
+    return set(kept), used | set(others[: max(0, len(kept) - len(used))])
 
 
 def _first_wrong(
     one: Trace, other: Trace, roundings: tuple[Rounding, Rounding], real: np.ndarray
 ) -> tuple[str, tuple[float, float]]:
-    """The first of: parameters; each layer's router input, then its logits."""
+    """The first of: parameters; each layer's router input, then its logits, then its scores."""
     if one.parameters is not None and other.parameters is not None and (one.parameters != other.parameters).any():
         return "the parameters", (0.0, 0.0)
     checks: list[tuple[str, np.ndarray, np.ndarray]] = []
@@ -140,12 +157,13 @@ def _first_wrong(
         moved = np.asarray(one.router_input, np.float64) - np.asarray(other.router_input, np.float64)
         bound = np.hypot(*(rounding.input_bound() for rounding in roundings))
         checks.append(("the router's input", np.linalg.norm(moved, axis=-1), bound))
-    if other.router_logits is not None:
-        moved = np.abs(np.asarray(one.router_logits, np.float64) - np.asarray(other.router_logits, np.float64))
-        bound = np.hypot(*(rounding.logit_bound() for rounding in roundings))
-        expert = np.argmax(moved / np.maximum(bound, 1e-300), axis=-1)[..., None]
-        largest, limit = (np.take_along_axis(array, expert, -1)[..., 0] for array in (moved, bound))
-        checks.append(("the router's logits", largest, limit))
+    for name, attribute, errors in (
+        ("the router's logits", "router_logits", [rounding.logits for rounding in roundings]),
+        ("the scores", "scores", [rounding.scores for rounding in roundings]),
+    ):
+        pair = getattr(one, attribute), getattr(other, attribute)
+        if pair[0] is not None and pair[1] is not None:
+            checks.append((name, *_largest(*pair, np.hypot(*map(bound_each, errors)))))
     for layer in range(len(one.expert_index)):
         for name, moved, bound in checks:
             ratio = np.where(real[layer] & (moved[layer] > 0), moved[layer] / np.maximum(bound[layer], 1e-300), 0.0)
@@ -155,16 +173,34 @@ def _first_wrong(
     return "", (0.0, 0.0)
 
 
-def _undecided(logits: np.ndarray, k: int, real: np.ndarray, rounding: Rounding) -> float:
-    """Share of tokens whose K-th and next logits are closer than rounding may move them."""
-    logits = np.asarray(logits, np.float64)
-    if k == logits.shape[-1]:
-        return 0.0
-    order = np.argsort(-logits, axis=-1, kind="stable")
-    last, following = order[..., k - 1], order[..., k]
-    margin = np.take_along_axis(logits, last[..., None], -1) - np.take_along_axis(logits, following[..., None], -1)
-    within = margin[..., 0] <= rounding.pair_bound(last, following)
+def _largest(one: np.ndarray, other: np.ndarray, bound: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """[L,n] and [L,n]: each token's difference that is the largest beside its bound, of arrays [L,n,E], and that
+    bound."""
+    moved = np.abs(np.asarray(one, np.float64) - np.asarray(other, np.float64))
+    expert = np.argmax(moved / np.maximum(bound, 1e-300), axis=-1)[..., None]
+    return np.take_along_axis(moved, expert, -1)[..., 0], np.take_along_axis(bound, expert, -1)[..., 0]
+
+
+def _undecided(scores: np.ndarray, k: int, real: np.ndarray, errors: np.ndarray, ranking: Ranking) -> float:
+    """Share of tokens whose K-th and next scores, or last kept and next groups, are closer than rounding may move
+    them."""
+    scores = np.asarray(scores, np.float64)
+    mean_square = np.mean(errors**2, axis=(1, 2, 3))[:, None]
+    within = _is_close(ranking.limited(scores), k, errors, mean_square)
+    if ranking.kept < ranking.groups:
+        sums, moved = ranking.sums(scores), ranking.errors_of_sums(scores, errors)
+        within |= _is_close(sums, ranking.kept, moved, ranking.scores_per_group * mean_square)
     return float(within[real].mean())
+
+
+def _is_close(numbers: np.ndarray, k: int, errors: np.ndarray, mean_square: np.ndarray) -> np.ndarray:
+    """[L,n]: whether the k-th highest of numbers [L,n,...] and the next are within the bound of their difference."""
+    if k == numbers.shape[-1]:
+        return np.zeros(numbers.shape[:-1], bool)
+    order = highest(numbers, k + 1)[..., k - 1 :]
+    values = np.take_along_axis(numbers, order, -1)
+    pair = np.take_along_axis(errors, order[..., None], 2)
+    return values[..., 0] - values[..., 1] <= bound_pairs(pair[:, :, 0] - pair[:, :, 1], mean_square)
 
 
 def summary(names: tuple[str, str], found: Divergence, dtypes: tuple[str, str]) -> dict[str, Any]:

@@ -93,14 +93,14 @@ def evaluate(
     return _Evaluation(store, {} if named is None else named).run(function, arguments)
 
 
-def tapped(function: Callable[..., Any], name: str) -> Callable[..., tuple[list[Array], list[Array]]]:
-    """(arguments) → the function's results, flat, and its values of this ``checkpoint_name``, as it computes them."""
+def tapped(function: Callable[..., Any], *names: str) -> Callable[..., tuple[list[Array], list[list[Array]]]]:
+    """(arguments) → the function's results, flat, and its values of each ``checkpoint_name``, as it computes them."""
 
-    def run(*arguments: Any) -> tuple[list[Array], list[Array]]:
+    def run(*arguments: Any) -> tuple[list[Array], list[list[Array]]]:
         named: dict[str, list[Array]] = {}
         traced = jax.make_jaxpr(function)(*arguments)
         results = _Evaluation(None, named).run(traced, jax.tree.leaves(arguments))
-        return results, named.get(name, [])
+        return results, [named.get(name, []) for name in names]
 
     return run
 

@@ -14,15 +14,17 @@ import numpy as np
 
 from moe.config import ConfigError, ModelConfig
 from moe.conformance.divergence import rounded
+from moe.conformance.divergence.ranking import Ranking
 from moe.parallel.partition_specs import ROUTER_INPUT
-from moe.routing.gates import TopK
+from moe.routing.interface import SELECTION_SCORES, Gate, Selecting
 from moe.routing.routing import Choices
 from moe.system.npz_files import read_arrays, write_arrays
 from moe.training.batches import forward, place
 from moe.training.step import Program
 
 #: Arrays that a trace must have, and those that it may have.
-REQUIRED, OPTIONAL = ("expert_index",), ("tokens", "chosen", "router_input", "router_logits", "parameters")
+REQUIRED = ("expert_index",)
+OPTIONAL = ("tokens", "chosen", "router_input", "router_logits", "scores", "parameters")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Trace:
         tokens: [n] int, token ids; None: not recorded.
         router_input: [L,n,D]; None: not recorded.
         router_logits: [L,n,E] float32; None: not recorded.
+        scores: [L,n,E] float32, which rank the experts with the selection bias; None: the logits rank them, or they
+            were not recorded.
         parameters: 32 bytes, a hash of the model's parameters; None: not recorded.
     """
 
@@ -43,7 +47,15 @@ class Trace:
     tokens: np.ndarray | None = None
     router_input: np.ndarray | None = None
     router_logits: np.ndarray | None = None
+    scores: np.ndarray | None = None
     parameters: np.ndarray | None = None
+
+    @property
+    def ranked(self) -> np.ndarray:
+        """[L,n,E]: what ranks the experts, of a trace with logits."""
+        ranked = self.router_logits if self.scores is None else self.scores
+        assert ranked is not None
+        return ranked
 
     def write(self, path: Path) -> None:
         """Write the arrays to an npz file."""
@@ -88,12 +100,16 @@ class Routed:
 
     Attributes:
         program: the model's, whose layers are not scanned, so that each router is seen.
+        names: of the values that each router is asked for: its input, and its scores where its logits do not rank the
+            experts.
     """
 
     def __init__(self, program: Program):
         """Build it; compiled at the first call."""
         self.program = program
-        self._run = jax.jit(rounded.tapped(self.forward, ROUTER_INPUT))
+        by_logits = all(map(ranks_by_logits, program.config.model.moe.gates))
+        self.names = (ROUTER_INPUT,) if by_logits else (ROUTER_INPUT, SELECTION_SCORES)
+        self._run = jax.jit(rounded.tapped(self.forward, *self.names))
 
     def forward(self, variables: Any, batch: Any, replay: Choices | None) -> tuple[Any, Any, Any]:
         """(expert_index, chosen [L,G,S,K], router_logits [L,G,S,E])."""
@@ -107,16 +123,17 @@ class Routed:
     def __call__(self, variables: Any, batch: Mapping[str, np.ndarray], replay: Choices | None = None) -> Trace:
         """Routing of the real tokens of one batch, with the replayed experts where they are given."""
         with jax.set_mesh(self.program.mesh):
-            (index, chosen, logits), inputs = jax.device_get(self._run(variables, self.placed(batch), replay))
+            (index, chosen, logits), named = jax.device_get(self._run(variables, self.placed(batch), replay))
         real = np.asarray(batch["segment_ids"]).reshape(-1) > 0
         layers, width = len(index), real.size
-        flat = [np.reshape(array, (layers, width, -1))[:, real] for array in (index, chosen, np.stack(inputs), logits)]
+        arrays = (index, chosen, logits, *map(np.stack, named))
+        flat = [np.reshape(array, (layers, width, -1))[:, real] for array in arrays]
         return Trace(
             flat[0].astype(np.int64),
             flat[1].astype(bool),
             tokens=np.asarray(batch["tokens"]).reshape(-1)[real],
-            router_input=flat[2],
-            router_logits=flat[3],
+            router_logits=flat[2],
+            **dict(zip(("router_input", "scores"), flat[3:], strict=False)),
         )
 
 
@@ -130,18 +147,28 @@ def joined(traces: list[Trace], parameters: np.ndarray | None) -> Trace:
     return Trace(**arrays, parameters=parameters)
 
 
-def check_gate(model: ModelConfig) -> None:
-    """Refuse a model whose tokens do not choose the K highest logits.
+def ranks_by_logits(gate: Gate) -> bool:
+    """Whether the K highest logits are chosen: scores that rise with them, without a bias."""
+    return gate.balancing is None
+
+
+def ranking(model: ModelConfig) -> Ranking:
+    """How the tokens of a model choose.
 
     Raises:
-        ConfigError: it is dense, or the gate also reads a bias, groups, token ids or other tokens.
+        ConfigError: it is dense, is an encoder-decoder, or has a gate that does not take the K highest scores, or gates
+            of different groups.
     """
-    gate = model.moe.gate
-    plain = isinstance(gate, TopK) and gate.balancing is None and gate.expert_groups == 1
-    if not plain:
-        raise ConfigError(f"model.moe.gate={gate}: diverge compares gates that take the K highest logits")
+    gates = model.moe.gates
+    for gate in gates or (None,):
+        if not isinstance(gate, Selecting) or gate.looks_ahead:
+            raise ConfigError(f"model.moe.gate={gate}: diverge compares gates that take the K highest scores")
     if model.encoder_layers:
         raise ConfigError("model.encoder_layers: diverge compares decoder-only models")
+    found = {Ranking(gate.groups, gate.kept_groups, gate.scores_per_group) for gate in gates}
+    if len(found) > 1:
+        raise ConfigError("model.moe.layer_gates: diverge compares gates of equal groups, kept_groups and so on")
+    return found.pop()
 
 
 def without_loops(model: ModelConfig) -> ModelConfig:
