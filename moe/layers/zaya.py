@@ -40,7 +40,7 @@ class ZayaRouter(Router):
         assert isinstance(gate, Zaya)
         return gate.router_dim, config.moe.num_experts + config.moe.null_experts
 
-    def __call__(
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]  # a router that hands a vector on returns both
         self, x: Float[Array, "G S D"], *, jitter: float = 0.0, rng: Array | None = None, carry: Any = None
     ) -> tuple[Float[Array, "G S E"], Float[Array, "G S H"]]:
         """Router logits, and the vector that is handed on."""

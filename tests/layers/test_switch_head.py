@@ -1,6 +1,7 @@
 """Attention whose value and output projections are experts of each head."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -145,7 +146,8 @@ def test_a_model_reports_its_routers_and_the_objective_gets_their_losses(gate, r
     assert layers.expert_load.shape == (2, 4, 3)
     np.testing.assert_allclose(layers.expert_load.sum(-1), 1, rtol=1e-6)
     batch = {"tokens": ids, "targets": ids, "segment_ids": jnp.ones_like(ids)}
-    parts = update.Parts(config, graphdef, graphdef, None, None, config.objective)
+    unread: Any = None
+    parts = update.Parts(config, graphdef, graphdef, unread, unread, config.objective)
     found = [
         update._loss(parts, model, one, batch, jnp.asarray(20))
         for one in (output, dataclasses.replace(output, mixers=None))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +44,7 @@ class SwitchHeadAttention(Attention):
 
     @classmethod
     def empty_state(
-        cls, config: ModelConfig, mixer: SwitchHead, leading: tuple[int, int], length: int, *, ahead: int = 0
+        cls, config: ModelConfig, mixer: Any, leading: tuple[int, int], length: int, *, ahead: int = 0
     ) -> LayerCache:
         """Slots of the keys and values of all heads."""
         n, h = mixer.heads, mixer.head_dim
