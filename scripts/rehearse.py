@@ -4,9 +4,10 @@ python scripts/rehearse.py --config=configs/mixtral_8x7b.py:h100:16x8 --topology
 
 Trains the config at toy width on fake devices of several processes, which join as hosts do. One run is left alone. The
 other loses a process at --kill random steps, with SIGKILL; the rest must end with exit code 75, and all start again.
-With --shrink it then goes on with the share of the pod that so many hosts are. Prints the largest difference of the
-losses; the exit code is 1 where they differ: by a bit on the same mesh, by more than 1e-6 on a smaller one. The pod's
-memory and time are those of `moe plan`. docs/pods.md is the guide.
+With --shrink it then goes on with the share of the pod that so many hosts are. With --skew the router sends the first
+device of the expert axis so many times the mean rows, or as many as in a recorded run. Prints the largest difference
+of the losses; the exit code is 1 where they differ: by a bit on the same mesh, by more than 1e-6 on a smaller one. The
+pod's memory and time are those of `moe plan`. docs/pods.md is the guide.
 """
 
 from moe.system import process
@@ -44,6 +45,9 @@ _DEVICES = flags.DEFINE_integer("devices", 16, "Largest number of fake devices."
 _PROCESSES = flags.DEFINE_integer("processes", 4, "Processes of the rehearsal.", lower_bound=2)
 _KILL = flags.DEFINE_integer("kill", 3, "Processes that are killed, one after another.", lower_bound=0)
 _SHRINK = flags.DEFINE_integer("shrink", 0, "Hosts (or chips / 4) that are left at the end; 0: all.", lower_bound=0)
+_SKEW = flags.DEFINE_string(
+    "skew", "", "Rows of the busiest device over the mean, or the workdir of a run that had it."
+)
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the moments of the kills.")
 _FOLDER = cli.define_path("folder", "Folder that keeps the runs; default: a temporary one.")
 
@@ -62,6 +66,8 @@ class Hosts:
     """
 
     def __init__(self, rehearsal: "Rehearsal", workdir: Path, mesh: "Mapping[str, int]", count: int) -> None:
+        from moe.planner import rehearsal as rehearsals
+
         devices = math.prod(mesh.values())
         self._workdir = workdir
         self._log = workdir.with_suffix(".log")
@@ -83,7 +89,11 @@ class Hosts:
             f"--workdir={workdir}",
             *sizes,
         ]
-        if modules := flags.FLAGS["allow_module"].value:
+        modules = [*flags.FLAGS["allow_module"].value]
+        if (workdir.parent / f"{rehearsals.SKEWED_MODULE}.py").exists():
+            modules.append(rehearsals.SKEWED_MODULE)
+            environment["PYTHONPATH"] = os.pathsep.join([str(workdir.parent), *filter(None, [os.getenv("PYTHONPATH")])])
+        if modules:
             command.append(f"--allow_module={','.join(modules)}")
         with self._log.open("a") as log:
             self._processes = [
@@ -126,24 +136,32 @@ class Hosts:
             raise SystemExit(f"error: exit codes {ended}, expected {expected}; see {self._log}")
 
 
-def rehearse(rehearsal: "Rehearsal", folder: Path, shrink: float) -> int:
+def rehearse(rehearsal: "Rehearsal", folder: Path, shrink: float, skew: float) -> int:
     """Run both runs; return the exit code.
 
     Args:
         rehearsal: what is trained.
         folder: receives the two workdirs and their logs.
         shrink: share of the devices that is left at the end; 1: all.
+        skew: rows of the busiest device over the mean; 1: as the router sends them.
     """
     from moe.config import to_dict
     from moe.planner import rehearsal as rehearsals
     from moe.system.atomic_files import write_atomic
 
     alone, disturbed = folder / "alone", folder / "disturbed"
+    tree = to_dict(rehearsal.config)
+    if skew > 1:
+        write_atomic(folder / f"{rehearsals.SKEWED_MODULE}.py", rehearsals.skewed_gate(rehearsal, skew))
+        tree["model"]["moe"]["gate"]["name"] = f"{rehearsals.SKEWED_MODULE}:Skewed"
     for workdir in (alone, disturbed):
-        write_atomic(Path(f"{workdir}.json"), json.dumps(to_dict(rehearsal.config)))
+        write_atomic(Path(f"{workdir}.json"), json.dumps(tree))
     count = _PROCESSES.value
     Hosts(rehearsal, alone, rehearsal.mesh, count).wait({}, 0)
     print(f"undisturbed: {rehearsals.STEPS} steps", flush=True)
+    if skew > 1:
+        found = rehearsals.recorded_skew(alone, rehearsal.mesh["expert"])
+        print(f"the busiest device of the expert axis had {found:.2f} times the mean rows", flush=True)
     draw = random.Random(_SEED.value)
     last = rehearsals.STEPS * 2 // 3 if shrink < 1 else rehearsals.STEPS - 1
     for step in sorted(draw.sample(range(2, last), _KILL.value)):
@@ -199,10 +217,52 @@ def main() -> None:
         if made.devices % _PROCESSES.value:
             raise ConfigError(f"--processes={_PROCESSES.value}: must divide the {made.devices} fake devices")
         print(f"{_TOPOLOGY.value}: {_described(made.pod_mesh)}; here {_described(made.mesh)}", flush=True)
-        code = rehearse(made, folder, share)
-    words = ["moe", "plan", f"--config={_CONFIG.value}", f"--topology={_TOPOLOGY.value}"]
-    print(f"At its real width: {shlex.join(words)}")
+        skew = _skew(made.mesh["expert"])
+        code = rehearse(made, folder, share, skew)
+    print(_at_real_width(made.config.model.moe.dispatch, skew))
     sys.exit(code)
+
+
+def _skew(devices: int) -> float:
+    """The skew that --skew asks for, on so many devices of the expert axis."""
+    from moe.config import ConfigError
+    from moe.planner import rehearsal
+
+    if not _SKEW.value:
+        return 1.0
+    try:
+        return float(_SKEW.value)
+    except ValueError:
+        if not Path(_SKEW.value).is_dir():
+            raise ConfigError(f"--skew={_SKEW.value}: must be a number or the workdir of a run") from None
+        return rehearsal.recorded_skew(Path(_SKEW.value), devices)
+
+
+def _at_real_width(dispatch: str, skew: float) -> str:
+    """Memory of the pod's own program at that skew: of the kept plan, or how to make one."""
+    from moe.dispatch.exchange import ROUND_SIZE
+    from moe.planner import kept_plans
+    from moe.system import shipped
+
+    name, _, argument = str(_CONFIG.value).partition(":")
+    where = argument or str(_TOPOLOGY.value)
+    plan = kept_plans.best(kept_plans.read(shipped.PLANS), Path(name).stem, where)
+    words = ["moe", "plan", f"--config={_CONFIG.value}", f"--topology={_TOPOLOGY.value}"]
+    if dispatch == "dropless" and skew > 1:
+        words += ["--compile", f"--skew={skew:g}"]
+    lines = [f"At its real width: {shlex.join(words)}"]
+    if plan is not None:
+        total, capacity = plan["memory_total"] / 2**30, plan["capacity"] / 2**30
+        lines.append(f"  the kept plan takes {total:.1f} of {capacity:.0f} GiB a device")
+    if skew > 1 and dispatch == "dropless":
+        rounds = math.ceil(skew / ROUND_SIZE)
+        lines.append(
+            f"  a buffer holds {ROUND_SIZE:g} times the mean rows: a skew of {skew:.3g} takes {rounds} rounds of "
+            "exchange, each in the memory of the first"
+        )
+    elif skew > 1:
+        lines.append("  with a capacity the skew drops tokens and takes no memory")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

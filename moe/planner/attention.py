@@ -80,10 +80,28 @@ def factor(name: str, model: ModelConfig, tokens: int, where: str) -> Factor:
         tokens: of a row.
         where: pass; all but "backward" run the forward kernel.
     """
-    kind = "backward" if where == "backward" else "forward"
+    return mean(name, where, layers(model, tokens))
+
+
+#: (tokens of a row, dimensions of a key and a value together, window or 0) of a layer.
+Layer = tuple[int, int, int]
+
+
+def layers(model: ModelConfig, tokens: int) -> list[Layer]:
+    """The layers of a model that score keys.
+
+    Args:
+        model: with its heads and windows.
+        tokens: of a row.
+    """
     scored = [each for each in layer_kinds(model) if each.mixer.score_dims]
-    dims = scored[0].mixer.score_dims
-    found = [_layer(name, kind, tokens, dims, each.window if each.window < tokens else 0) for each in scored]
+    return [(tokens, scored[0].mixer.score_dims, each.window if each.window < tokens else 0) for each in scored]
+
+
+def mean(name: str, where: str, layers: Sequence[Layer]) -> Factor:
+    """Times of the kernels of these layers, in their mean; arguments as in :func:`factor`."""
+    kind = "backward" if where == "backward" else "forward"
+    found = [_layer(name, kind, *layer) for layer in layers]
     mean = [sum(numbers) / len(found) for numbers in zip(*(numbers for numbers, _ in found), strict=True)]
     basis = "measured" if all(basis == "measured" for _, basis in found) else "by analogy"
     return mean[0], mean[1], mean[2], mean[3], basis

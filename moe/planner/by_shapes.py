@@ -85,6 +85,9 @@ class ShapePlan:
         """Model FLOPs over the peak FLOPs of all chips in the predicted time."""
         return self.model_flops / (self.step_seconds * self.peak_flops)
 
+    def _compared(self) -> str:
+        return calibration.of_chip(self.topology.partition(":")[0], self.chip_steps)
+
     def to_json(self) -> dict[str, Any]:
         """Fields and derived figures."""
         derived = {name: getattr(self, name) for name in ("step_seconds", "step_interval", "mfu")}
@@ -109,7 +112,7 @@ class ShapePlan:
             f"  step {self.step_seconds:.3g} s ({low:.3g} to {high:.3g}), MFU {100 * self.mfu:.1f} % ({slower:.1f} to "
             f"{faster:.1f}), {rate / self.step_seconds:,.0f} tokens/s per chip ({rate / high:,.0f} to "
             f"{rate / low:,.0f})",
-            f"  80 % interval from the spread of published steps, {calibration.of_chip(self.chip_steps)}, and that of "
+            f"  80 % interval from the spread of published steps, {self._compared()}, and that of "
             "prices by shapes around compiled programs",
             "",
             "Approximate:",

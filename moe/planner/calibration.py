@@ -8,10 +8,12 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import pydantic
 
 from moe.dispatch.backends import tpu_tiles
-from moe.planner import measured
+from moe.planner import counts, measured
+from moe.planner.counts import Counts
 from moe.system.escaping import markdown_table
 from moe.system.foreign_files import Amount, Fields, Positive, kept_whole, read_rows
 
@@ -25,14 +27,15 @@ class _Row(Fields):
     platform: Literal["tpu", "gpu"]
     topology: str
     counted: Positive
-    floor: Amount = 0.0  # absent from rows of earlier prices
+    floor: Amount
+    counts: Counts
     low: Positive
     high: Positive
     published: Positive
     residual: Annotated[float, pydantic.Field(allow_inf_nan=False)]
     memory_gib: Amount
     versions: list[str]
-    prices: str = ""
+    prices: str
 
 
 _ROW = kept_whole(_Row)
@@ -47,10 +50,36 @@ def rows() -> list[dict[str, Any]]:
     return read_rows(PATH, _ROW) if PATH.exists() else []
 
 
+def recounted(row: dict[str, Any]) -> dict[str, Any]:
+    """A published step counted by today's prices."""
+    priced = counts.price(Counts.model_validate(row["counts"]), row["topology"].partition(":")[0])
+    return row | {
+        "counted": priced.counted,
+        "floor": priced.floor,
+        "low": priced.counted - priced.kernels + priced.kernels_low,
+        "high": priced.counted - priced.kernels + priced.kernels_high,
+        "residual": math.log(row["published"] / priced.counted),
+        "mfu": row["mfu"] * row["counted"] / priced.counted,
+        "exposed": priced.exposed,
+        "prices": prices(),
+    }
+
+
+def stale(rows: list[dict[str, Any]]) -> list[str]:
+    """Names of published steps whose time is not that of today's prices."""
+    names = "counted", "floor", "low", "high", "residual"
+    today = map(recounted, rows)
+    return [
+        row["name"]
+        for row, new in zip(rows, today, strict=True)
+        if not np.allclose([row[name] for name in names], [new[name] for name in names], rtol=1e-6, atol=1e-9)
+    ]
+
+
 #: Files that counted times depend on, besides the program.
 _PRICES = (
-    "attention.csv", "attention.py", "chips.py", "exchanges.py", "gpus.py", "grouped_matmuls.csv", "kernels.py",
-    "measured.py", "network.py", "program.py", "row_movement.csv", "row_movement.py", "timeline.py",
+    "attention.csv", "attention.py", "chips.py", "counts.py", "exchanges.py", "gpus.py", "grouped_matmuls.csv",
+    "kernels.py", "measured.py", "network.py", "program.py", "row_movement.csv", "row_movement.py", "timeline.py",
     "unembedding.csv", "unembedding.py", "work.py",
 )  # fmt: skip
 
@@ -108,9 +137,11 @@ def steps_of(kind: str, known: list[dict[str, Any]]) -> int:
     return sum(row["topology"].partition(":")[0] == kind for row in known)
 
 
-def of_chip(steps: int) -> str:
-    """Sentence on how many steps of a chip were compared."""
-    return f"{steps} of this chip" if steps else "no step of this chip was ever compared"
+def of_chip(kind: str, steps: int) -> str:
+    """Phrase on how many steps of a chip were compared, and on whether its kernels were timed."""
+    if steps:
+        return f"{steps} of this chip"
+    return "no step of this chip was ever compared" + ("" if _timed(kind) else ", and none of its kernels timed")
 
 
 def width(kind: str, kernels: float, known: list[dict[str, Any]], *, pipeline: bool = False) -> float:
@@ -127,14 +158,17 @@ def width(kind: str, kernels: float, known: list[dict[str, Any]], *, pipeline: b
     """
     typical = sum(_kernels_of(row) ** 2 for row in known) / max(len(known), 1)
     further = max(kernels**2 - typical, 0.0)
-    timed = kind in measured.DEVICES or kind in _TIMED_LIKE
-    further += ((_NEW_CHIP if timed else _UNKNOWN_CHIP) / (1 + steps_of(kind, known)) ** 2) ** 2
+    further += ((_NEW_CHIP if _timed(kind) else _UNKNOWN_CHIP) / (1 + steps_of(kind, known)) ** 2) ** 2
     further += _PIPELINE**2 if pipeline else 0.0
     return math.sqrt(spread([row["residual"] for row in known]) ** 2 + further)
 
 
 #: Chips with the same cores as one of which kernels were timed.
 _TIMED_LIKE = {"h200", "gb200"}
+
+
+def _timed(kind: str) -> bool:
+    return kind in measured.DEVICES or kind in _TIMED_LIKE
 
 
 def _kernels_of(row: dict[str, Any]) -> float:
@@ -163,7 +197,7 @@ def left_out(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for row in rows:
         others = [other for other in rows if other is not row]
         of_step = width(row["topology"].partition(":")[0], _kernels_of(row), others)
-        low, high = interval(row["counted"], row.get("floor", 0.0), of_step)
+        low, high = interval(row["counted"], row["floor"], of_step)
         made.append(row | {"interval": (low, high), "width": of_step, "inside": low <= row["published"] <= high})
     return made
 
@@ -221,12 +255,12 @@ def page(rows: list[dict[str, Any]], first: dict[str, float], missing: list[str]
     ]
     if missing:
         lines += ["", f"Not compiled yet: {'; '.join(missing)}. Run the command again to continue."]
-    stale = [row["name"] for row in rows if row.get("prices") != prices()]
-    if stale:
+    if in_part := [row["name"] for row in rows if not row["counts"].get("memory")]:
         lines += [
             "",
-            f"Counted by an earlier cost model, since their programs are not kept: {'; '.join(stale)}. Name them with "
-            "--only.",
+            "All kernels are counted by today's prices. The programs of these rows were not kept: their kernels are "
+            "counted by their shapes, and other work and exchange are those of the compiled program at earlier "
+            f"prices: {'; '.join(in_part)}.",
         ]
     versions = sorted({", ".join(row["versions"]) for row in rows})
     lines += ["", f"Versions: {'; '.join(versions)}.", "", "Sources and differences:", "", *notes]

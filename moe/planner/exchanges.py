@@ -101,6 +101,15 @@ def timed(
     return durations, exposed(collectives, durations, links)
 
 
+def busy(collectives: Sequence[Collective], devices: Sequence[Any], chip: Chip | Gpu) -> dict[str, float]:
+    """Seconds a step that each kind of link carries exchanges (:func:`moe.planner.network.link`)."""
+    seconds: dict[str, float] = {}
+    for collective in collectives:
+        link = network.link(collective, devices, chip)
+        seconds[link] = seconds.get(link, 0.0) + collective.count * network.seconds(collective, devices, chip)
+    return seconds
+
+
 def exposed(collectives: Sequence[Collective], durations: Sequence[float], links: Sequence[str]) -> list[float]:
     """Seconds that the device waits for each collective: within a computation, those on one link use it one after
     another, in the order of their starts, beside the work scheduled between start and done. Those of less than 10

@@ -90,10 +90,18 @@ def _split_type(text: str) -> tuple[str, str]:
     return text, ""
 
 
-def array_bytes(type_text: str) -> int:
-    """Bytes of all arrays in a type such as ``(bf16[4,128]{1,0}, s32[])``, without the padding of tiles."""
+def array_bytes(type_text: str, *, in_memory: bool = False) -> int:
+    """Bytes of all arrays in a type such as ``(bf16[4,128]{1,0}, s32[])``, without the padding of tiles.
+
+    Args:
+        type_text: the type.
+        in_memory: count only arrays in the device's main memory, whose layout names no other, as ``{1,0:S(1)}`` does
+            for those that a TPU keeps in its vector memory.
+    """
     total = 0.0
-    for dtype, dims in re.findall(r"\b([a-z]+[0-9]*[a-z0-9]*)\[([0-9,]*)\]", type_text):
+    for dtype, dims, layout in re.findall(r"\b([a-z]+[0-9]*[a-z0-9]*)\[([0-9,]*)\](\{[^}]*\})?", type_text):
+        if in_memory and "S(" in layout:
+            continue
         size = _BYTES.get(dtype)
         if size is None:
             bits = re.search(r"[0-9]+", dtype)

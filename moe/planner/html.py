@@ -6,7 +6,7 @@ import html
 from collections.abc import Sequence
 from typing import Any
 
-from moe.planner import differences
+from moe.planner import counts, differences
 from moe.planner.chips import GiB
 from moe.planner.compiled import MEMORY_KINDS
 
@@ -253,5 +253,6 @@ def _basis(plan: _Json) -> str:
         f"<h2>What this rests on</h2><p>80 % intervals from {_text(plan['interval_basis'])}.</p><p>Left out: "
         f"stragglers, the host's work between steps, checkpoints, restarts.</p><table>{rows}</table><p class=small>"
         f"{_text(', '.join(plan['versions']))}; at least "
-        f"{plan['floor_seconds']:.4g} s: its FLOPs at peak, and exposed exchange at the links' bandwidth</p>"
+        f"{plan['floor_seconds']:.4g} s: its FLOPs at peak, and exposed exchange at the links' bandwidth; of its own "
+        f"floor {_text(counts.share_words(plan['limits'], plan['step_seconds']))}</p>"
     )

@@ -7,9 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from moe.config import ConfigError
 from moe.dispatch import quantized
-from moe.planner import calibration, network
+from moe.planner import calibration, counts
+from moe.planner.counts import Counts
 from moe.planner.plan import Plan, cost_words
 from moe.planner.topology import all_names, of_slices, tpu_name
 from moe.system.atomic_files import sole_writer, write_atomic
@@ -21,7 +24,7 @@ _Row = dict[str, Any]
 _FIELDS = (
     "topology", "platform", "chips", "tokens", "step_seconds", "step_interval", "counted_seconds", "mfu",
     "tokens_per_second_per_chip", "memory_total", "exposed_seconds", "floor_seconds", "chip_steps", "kernel_seconds",
-    "kernel_low", "kernel_high", "compile_seconds", "bound", "cost", "versions", "commit", "prices",
+    "kernel_low", "kernel_high", "limits", "counts", "compile_seconds", "bound", "cost", "versions", "commit", "prices",
 )  # fmt: skip
 
 
@@ -39,7 +42,9 @@ class _Kept(Fields):
     counted_seconds: Positive
     exposed_seconds: Amount
     chip_steps: Amount
-    floor_seconds: Amount = 0.0  # absent from rows of earlier prices
+    floor_seconds: Amount
+    limits: dict[str, Amount]
+    counts: Counts
     kernel_seconds: Amount
     kernel_low: Amount
     kernel_high: Amount
@@ -53,7 +58,7 @@ class _Kept(Fields):
     bound: str
     cost: str
     versions: list[str]
-    prices: str = ""
+    prices: str
 
 
 _KEPT = kept_whole(_Kept)
@@ -104,36 +109,62 @@ def keep(path: Path, new: _Row) -> None:
         write_atomic(path, json.dumps(rows, indent=1) + "\n")
 
 
-def rescaled(kept: _Row, known: list[_Row]) -> _Row:
-    """A kept plan with its step, rate, MFU and cost predicted by these published steps.
+def recounted(kept: _Row, known: list[_Row]) -> _Row:
+    """A kept plan counted by today's prices, with its interval, rate, MFU and cost.
 
     Args:
-        kept: a row; without a floor, one that was counted by earlier prices, its floor is that of the model's FLOPs.
-        known: from :func:`moe.planner.calibration.rows`.
+        kept: a row.
+        known: published steps, from :func:`moe.planner.calibration.rows`.
     """
-    kind, step = kept["topology"].rpartition(" x ")[2].partition(":")[0], kept["counted_seconds"]
-    kernels = calibration.kernel_width(step, kept["kernel_seconds"], kept["kernel_low"], kept["kernel_high"])
-    peaks = 1 if kept["flags"].get(_PRECISION, "none") == "none" else 2  # of bfloat16
-    at_peak = kept["mfu"] * kept["step_seconds"] / peaks + network.USABLE * kept["exposed_seconds"]
-    floor = kept.get("floor_seconds") or min(at_peak, step)
+    kind = _kind(kept)
+    kept_counts = Counts.model_validate(kept["counts"])
+    priced = counts.price(kept_counts, kind)
+    step = priced.counted
+    kernels = calibration.kernel_width(step, priced.kernels, priced.kernels_low, priced.kernels_high)
     pipeline = kept["flags"].get("mesh.pipeline", 1) > 1
-    interval = calibration.interval(step, floor, calibration.width(kind, kernels, known, pipeline=pipeline))
+    interval = calibration.interval(step, priced.floor, calibration.width(kind, kernels, known, pipeline=pipeline))
     slower = step / kept["step_seconds"]
     return kept | {
         "step_seconds": step,
         "step_interval": list(interval),
+        "counted_seconds": step,
+        "exposed_seconds": priced.exposed,
+        "floor_seconds": priced.floor,
+        "kernel_seconds": priced.kernels,
+        "kernel_low": priced.kernels_low,
+        "kernel_high": priced.kernels_high,
+        "limits": counts.limits(kept_counts, priced),
+        "bound": priced.bound,
         "mfu": kept["mfu"] / slower,
         "tokens_per_second_per_chip": kept["tokens_per_second_per_chip"] / slower,
         "chip_steps": calibration.steps_of(kind, known),
         "cost": cost_words(kept["tokens"], kept["chips"], kept["platform"], (step, *interval)),
+        "prices": calibration.prices(),
     }
 
 
-def rescale(path: Path, page: Path) -> None:
-    """Predict all kept plans of a file again, after the published steps have changed; ``page`` as in
-    :func:`write_table`."""
+def stale(rows: Sequence[_Row], known: list[_Row]) -> list[str]:
+    """Kept plans whose step or interval is not that of today's prices, as "config on slice"."""
+
+    def figures(kept: _Row) -> list[float]:
+        return [kept["step_seconds"], *kept["step_interval"], kept["mfu"], kept["tokens_per_second_per_chip"]]
+
+    return [
+        f"{kept['config']} on {kept['topology']}"
+        for kept in rows
+        if not np.allclose(figures(kept), figures(recounted(kept, known)), rtol=1e-6, atol=0)
+    ]
+
+
+def _kind(kept: _Row) -> str:
+    """Name of a kept plan's chip."""
+    return kept["topology"].rpartition(" x ")[2].partition(":")[0]
+
+
+def recount(path: Path, page: Path) -> None:
+    """Count all kept plans of a file by today's prices and published steps; ``page`` as in :func:`write_table`."""
     with sole_writer(path):
-        write_atomic(path, json.dumps([rescaled(kept, calibration.rows()) for kept in read(path)], indent=1) + "\n")
+        write_atomic(path, json.dumps([recounted(kept, calibration.rows()) for kept in read(path)], indent=1) + "\n")
     write_table(path, page)
 
 
@@ -200,11 +231,22 @@ def _time(kept: _Row) -> str:
     """Step, MFU and rate of a kept plan, with the intervals of the first two."""
     low, high = kept["step_interval"]
     step, mfu = kept["step_seconds"], 100 * kept["mfu"]
-    new = "" if kept["chip_steps"] else "; no step of this chip was ever compared"
     return (
         f"step {step:.3g} s ({low:.3g} to {high:.3g}), MFU {mfu:.1f} % ({mfu * step / high:.1f} to "
-        f"{mfu * step / low:.1f}), {kept['tokens_per_second_per_chip']:,.0f} tokens/s per {_unit(kept)}{new}"
+        f"{mfu * step / low:.1f}), {kept['tokens_per_second_per_chip']:,.0f} tokens/s per {_unit(kept)}"
     )
+
+
+def _compared(kept: _Row) -> str:
+    """Published steps of a kept plan's chip, and what of the plan is not read from its compiled program."""
+    steps = kept["chip_steps"]
+    words = f"{steps} published step{'s' * (steps > 1)} of this chip"
+    words = words if steps else calibration.of_chip(_kind(kept), 0)
+    return words if kept["counts"].get("memory") else f"{words}; {_IN_PART}"
+
+
+#: Plans whose program was not kept: their exchange and all but their kernels were counted by earlier prices.
+_IN_PART = "kernels counted by their shapes, other work and exchange as they were compiled"
 
 
 def _unit(kept: _Row) -> str:
@@ -214,7 +256,6 @@ def _unit(kept: _Row) -> str:
 def page(kept: _Row) -> str:
     """A kept plan as text: what it is, where it comes from, its memory and its time."""
     unit = _unit(kept)
-    today = "" if kept["prices"] == calibration.prices() else "; its times are of an earlier cost model"
     precision = kept["flags"].get(_PRECISION, "none")
     arithmetic = "" if precision == "none" else f", matrix products in {precision}"
     return "\n".join(
@@ -222,11 +263,14 @@ def page(kept: _Row) -> str:
             f"{kept['config']} on {kept['topology']}: {kept['chips']} {unit}s{arithmetic}; {kept['tokens']:,} tokens "
             "per step",
             f"  A kept plan, read and not made: compiled in {kept['compile_seconds']:.0f} s at commit {kept['commit']} "
-            f"by {', '.join(kept['versions'])}{today}",
+            f"by {', '.join(kept['versions'])}",
             f"  memory    {kept['memory_total'] / 2**30:.1f} GiB of {kept['capacity'] / 2**30:.0f} per {unit} (fact)",
             f"  time      {_time(kept)} (estimate, 80 % intervals)",
             f"            {kept['cost']}",
+            f"  compared  {_compared(kept)}",
             f"  bound by  {kept['bound']}",
+            f"  its floor {counts.share_words(kept['limits'], kept['step_seconds'])} of the step: the largest of its "
+            "FLOPs at peak, its bytes at memory bandwidth and its exchanges on the busiest links",
             f"  settings  {words(kept) or 'those of the config'}",
         )
     )
@@ -234,7 +278,10 @@ def page(kept: _Row) -> str:
 
 def table(rows: Sequence[_Row]) -> str:
     """All kept plans as a Markdown table."""
-    head = ("config", "devices", "settings", "memory, GiB", "step, s", "MFU", "tokens/s per chip", "commit")
+    head = (
+        "config", "devices", "settings", "memory, GiB", "step, s", "MFU", "of its floor", "steps compared",
+        "tokens/s per chip", "commit",
+    )  # fmt: skip
     cells = []
     for kept in rows:
         (low, high) = kept["step_interval"]
@@ -246,15 +293,17 @@ def table(rows: Sequence[_Row]) -> str:
             config, topology, ", ".join(f"`{flag}`" for flag in flags) or "as in the config",
             f"{kept['memory_total'] / 2**30:.1f} of {kept['capacity'] / 2**30:.0f}",
             f"{step:.3g} ({low:.3g} to {high:.3g})", f"{mfu:.1f} % ({mfu * step / high:.1f} to {mfu * step / low:.1f})",
+            counts.share_words(kept["limits"], step), str(kept["chip_steps"] or "none"),
             f"{kept['tokens_per_second_per_chip']:,.0f}", commit,
         ))  # fmt: skip
     lines = [markdown_table(head, cells)]
     versions = sorted({", ".join(kept["versions"]) for kept in rows})
-    lines += ["", f"Versions: {markdown_text('; '.join(versions))}."]
-    if new := sorted({kept["topology"] for kept in rows if not kept["chip_steps"]}):
-        lines += ["", f"No step of this chip was ever compared with a published one: {', '.join(new)}."]
-    if stale := [
-        f"{kept['config']} on {kept['topology']}" for kept in rows if kept.get("prices") != calibration.prices()
-    ]:
-        lines += ["", f"Estimated by an earlier cost model: {'; '.join(stale)}."]
+    lines += ["", f"Versions: {markdown_text('; '.join(versions))}.", "", _COLUMNS]
     return "\n".join(lines)
+
+
+#: Meaning of two columns of the table.
+_COLUMNS = f"""*Of its floor*: the largest of a step's FLOPs at peak, its bytes at memory bandwidth and its exchanges on
+the busiest links, over the step; "at least" for a program of which the last two were not kept, and which has its
+{_IN_PART}.
+*Steps compared*: published steps of that chip which the planner was held against."""

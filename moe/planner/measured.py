@@ -177,6 +177,24 @@ def leave_out(shape: tuple[int, int, int]) -> Fit:
     return _fit(frozenset([shape]))
 
 
+def errors(*, matrices: bool) -> list[tuple[Timing, float, bool]]:
+    """Each timing with the logarithm of its time over its price by the fit without its shape, and whether it lies in
+    that price's interval.
+
+    Args:
+        matrices: without all shapes of its matrices [K,N], not its own shape alone.
+    """
+    fit, rows = _fit(frozenset()), timings()
+    residuals, deviations = fit.left_out([(each.K, each.N) if matrices else each.shape for each in rows])
+    found = []
+    for i, timing in enumerate(rows):
+        slowness = _slowness(timing)
+        error = math.log((1 + math.exp(slowness)) / (1 + math.exp(slowness + residuals[i])))
+        width = fit.score(timing.group) * max(deviations[i], math.sqrt(_NOISE))
+        found.append((timing, error, bool(abs(residuals[i]) <= width)))
+    return found
+
+
 def _group(device: str, kernel: str, kind: str) -> tuple[str, str, str]:
     groups = {timing.group for timing in timings()}
     group = DEVICES.get(device, device), kernel, _KINDS.get(kind, kind)
@@ -228,8 +246,8 @@ class Fit:
         targets = np.array([_slowness(timing) for timing in rows])
         self._inverse = np.linalg.inv(self._kernel(self._features, self._members) + _NOISE * np.eye(len(rows)))
         self._weights = self._inverse @ targets
-        self.residuals, deviations = self._left_out([timing.shape for timing in rows])
-        residuals, further = self._left_out([(timing.K, timing.N) for timing in rows])
+        self.residuals, deviations = self.left_out([timing.shape for timing in rows])
+        residuals, further = self.left_out([(timing.K, timing.N) for timing in rows])
         self.scores = np.abs(np.concatenate([self.residuals / deviations, residuals / further]))
 
     @staticmethod
@@ -254,8 +272,9 @@ class Fit:
         constant = _CONSTANT * (members[:, None] == self._members[None])
         return smooth * self._covariance[np.ix_(members, self._members)] + constant
 
-    def _left_out(self, shapes: Sequence[tuple[int, ...]]) -> tuple[np.ndarray, np.ndarray]:
-        """(residual, standard deviation) of each row by the fit without any row like it, in closed form."""
+    def left_out(self, shapes: Sequence[tuple[int, ...]]) -> tuple[np.ndarray, np.ndarray]:
+        """(residual, standard deviation) of each row by the fit without any row like it, in closed form; a residual is
+        the prediction less the target."""
         residuals, deviations = np.zeros(len(shapes)), np.zeros(len(shapes))
         for shape in set(shapes):
             rows = [i for i, other in enumerate(shapes) if other == shape]
@@ -279,13 +298,13 @@ class Fit:
         best = int(np.argmin(limits * (1 + np.exp(slowness))))
         own = _SMOOTH + _LINEAR * float(features[best] @ features[best]) + _CONSTANT
         variance = own + _NOISE - float(to_rows[best] @ self._inverse @ to_rows[best])
-        width = self._score(member) * math.sqrt(max(variance, _NOISE))
+        width = self.score(group) * math.sqrt(max(variance, _NOISE))
         middle, low, high = (float(limits[best] * (1 + math.exp(slowness[best] + by))) for by in (0.0, -width, width))
         return middle, low, high
 
-    def _score(self, group: int) -> float:
+    def score(self, group: tuple[str, str, str]) -> float:
         """The score that 80 % of a group's rows stay within, pooled with the other groups' rows."""
-        inside = np.tile(self._members == group, 2)
+        inside = np.tile(self._members == self._groups.index(group), 2)
         weights = np.where(inside, 1.0, _POOLED / max(int((~inside).sum()), 1))
         order = np.argsort(self.scores)
         steps = np.cumsum(weights[order]) - weights[order] / 2

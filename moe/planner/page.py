@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from moe.planner import counts
 from moe.planner.chips import GiB
 from moe.planner.compiled import MEMORY_KINDS
 from moe.planner.exchanges import ROUTED
@@ -74,6 +75,11 @@ def _exchanges(plan: Plan) -> list[str]:
     return lines
 
 
+def _limits(plan: Plan) -> str:
+    """Seconds at each of the step's limits."""
+    return ", ".join(f"{name} {seconds:.3g} s" for name, seconds in plan.limits.items())
+
+
 def _flops(plan: Plan) -> list[str]:
     ratio = plan.program_flops / plan.model_flops
     return [
@@ -98,6 +104,7 @@ def _time(plan: Plan) -> list[str]:
         *(f"    {row['part']:22} {1e3 * row['seconds']:9.1f} ms  {row['kind']}" for row in plan.where[:12]),
         f"  exposed       {1e3 * plan.exposed_seconds:9.1f} ms  exchange with no work scheduled beside it",
         f"  at least      {1e3 * plan.floor_seconds:9.1f} ms  its FLOPs at peak, and that exchange at full bandwidth",
+        f"  of its floor  {counts.share_words(plan.limits, plan.step_seconds)}: {_limits(plan)}",
         f"  step {plan.step_seconds:.3g} s ({low:.3g} to {high:.3g}), MFU {mfu:.1f} % ({mfu * slower:.1f} to "
         f"{mfu * faster:.1f}), {rate:,.0f} tokens/s/{unit} ({rate * slower:,.0f} to {rate * faster:,.0f})",
         f"  {plan.cost()}",

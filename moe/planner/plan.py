@@ -21,6 +21,7 @@ from moe.parallel.mesh import make_mesh
 from moe.planner import (
     attention,
     calibration,
+    counts,
     exchanges,
     fit,
     kernels,
@@ -57,6 +58,8 @@ class Plan:
         kernel_low, kernel_high: kernel_seconds at the ends of the kernels' intervals, all errors fully correlated.
         floor_seconds: a bound of the step from below: the FLOPs that the program executes at peak, and the exchange
             that the devices wait for at the whole of the links' bandwidth.
+        limits: seconds that the step needs at least, by what limits it (:func:`moe.planner.counts.limits`).
+        counts: from which later prices make its time (:class:`moe.planner.counts.Counts`).
         log_width: of the step's interval, in the logarithm (:func:`moe.planner.calibration.width`).
         steps: published steps that it rests on; chip_steps: those of this chip.
         remat: policy of ``model.remat``.
@@ -97,6 +100,8 @@ class Plan:
     kernel_low: float
     kernel_high: float
     floor_seconds: float
+    limits: dict[str, float]
+    counts: dict[str, Any]
     log_width: float
     steps: int
     chip_steps: int
@@ -186,21 +191,15 @@ class Plan:
         """Basis of the interval, as a phrase."""
         shares = {name: seconds / self.compute_seconds for name, seconds in self.basis.items()}
         words = [f"{name} for {100 * share:.0f} % of the work" for name, share in shares.items() if share >= 0.005]
-        steps = f"the spread of {self.steps} published steps, {calibration.of_chip(self.chip_steps)}"
+        of_chip = calibration.of_chip(self.topology.partition(":")[0], self.chip_steps)
+        steps = f"the spread of {self.steps} published steps, {of_chip}"
         return f"{steps} (docs/results/calibration.md), and {', '.join(words)}"
 
     @property
     def bound(self) -> str:
         """The largest part of the step, in words."""
-        # All rows of a dropless buffer are counted, but most of them are never multiplied.
-        ideal = min(self.program_flops / self.peak_flops, self.compute_seconds)
-        parts = {
-            "matrix products at peak": ideal,
-            "the rest of the chip's work (memory, padding, vector units)": max(self.compute_seconds - ideal, 0.0),
-            "exposed exchange": self.exposed_seconds,
-        }
-        worst = max(parts, key=lambda part: parts[part])
-        return f"{worst}, {100 * parts[worst] / self.counted_seconds:.0f} % of the step"
+        kernel_times = self.kernel_seconds, self.kernel_low, self.kernel_high
+        return counts.Priced(*kernel_times, self.compute_seconds, self.exposed_seconds, self.limits["peak"]).bound
 
     def to_json(self) -> dict[str, Any]:
         """Fields and derived figures."""
@@ -343,6 +342,22 @@ def read_step(config: Config, topology: Topology, step: CompiledStep, scenario: 
     low = sum(item.low * item.count for item in priced)
     high = sum(item.high * item.count for item in priced)
     known = calibration.rows()
+    at_peak = sum(item.least * item.count for item in items)
+    counted_from = counts.Counts(
+        matmuls=counts.matmuls(
+            (matmul, rows(matmul.source) if config.model.moe.dispatch == "dropless" else matmul.sizes[0])
+            for matmul in text.grouped
+        ),
+        attention=counts.scores(items, kind, attention.layers(config.model, config.data.sequence_length)),
+        rows=sum(item.seconds * item.count for item in items if item.kind == "row movement") / rates.rows.seconds,
+        rest=counted - exposed - middle,
+        rest_least=at_peak - sum(item.least * item.count for item in priced),
+        waited=network.USABLE * exposed,
+        # A nested fusion may slice an operand whose bytes are counted as a whole, in less time than those would take.
+        memory=sum(item.count * min(item.bytes / rates.memory_bandwidth, item.seconds) for item in items),
+        links=network.USABLE * max(exchanges.busy(text.collectives, devices, chip).values(), default=0.0),
+    )
+    of_step = counts.Priced(middle, low, high, counted - exposed, exposed, at_peak)
     return Plan(
         topology=topology.name,
         platform=topology.platform,
@@ -366,7 +381,9 @@ def read_step(config: Config, topology: Topology, step: CompiledStep, scenario: 
         kernel_seconds=middle,
         kernel_low=low,
         kernel_high=high,
-        floor_seconds=sum(item.least * item.count for item in items) + network.USABLE * exposed,
+        floor_seconds=of_step.floor,
+        limits=counts.limits(counted_from, of_step),
+        counts=counts.to_json(counted_from),
         log_width=calibration.width(
             kind,
             calibration.kernel_width(counted, middle, low, high),

@@ -8,6 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
 from moe.config import Config, ConfigError, to_dict
 from moe.config.parse import from_config_dict
 from moe.parallel.mesh import axis_sizes
@@ -160,6 +165,76 @@ def _reduced(sizes: Mapping[str, int], devices: int) -> dict[str, int]:
             raise ConfigError(f"--devices={devices}: {split} cannot be halved to so few; give more")
         sizes[max(halved, key=lambda axis: sizes[axis])] //= 2
     return sizes
+
+
+#: Module of a user's gate, which a rehearsal with a skew imports: the config's own gate with pushed logits.
+SKEWED_MODULE = "skewed_gate"
+_SKEWED = '''"""The gate of a config, with a part of the tokens sent to the experts of the first device."""
+
+import dataclasses
+
+from {module} import {gate}
+from moe.planner.rehearsal import pushed
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Skewed({gate}):
+    """{gate} with pushed logits."""
+
+    def route(self, router_logits, inputs):
+        """Route by pushed logits."""
+        return super().route(pushed(router_logits, {share}, {experts}), inputs)
+'''
+
+
+def skewed_gate(rehearsal: Rehearsal, skew: float) -> str:
+    """Source of a module whose gate ``Skewed`` sends the first device on the expert axis ``skew`` times the mean rows.
+
+    A token that is pushed sends it as many of its K assignments as it has experts; of X devices each gets 1 of X of
+    all others.
+
+    Raises:
+        ConfigError: the experts are not split, or so much cannot be sent there.
+    """
+    moe, devices = rehearsal.config.model.moe, rehearsal.mesh["expert"]
+    gate = moe.gate
+    if gate is None or gate.slots_per_expert or devices == 1 or moe.layer_gates:
+        raise ConfigError(
+            f"--skew={skew:g}: needs one gate that assigns tokens, and mesh.expert above 1, over which rows are sent"
+        )
+    experts = moe.num_experts // devices
+    largest = devices * min(moe.experts_per_token, experts) / moe.experts_per_token
+    if not 1 <= skew <= largest:
+        raise ConfigError(f"--skew={skew:g}: must be from 1 to {largest:g}, where every token is sent to one device")
+    share = (skew - 1) / (largest - 1)
+    kind = type(gate)
+    return _SKEWED.format(module=kind.__module__, gate=kind.__qualname__, share=share, experts=experts)
+
+
+def pushed(router_logits: Array, share: float, experts: int) -> Array:
+    """Router logits [G,S,E] of which a share of the tokens, evenly spread, prefers the first experts to all others."""
+    golden = (5**0.5 - 1) / 2  # its multiples are spread evenly
+    chosen = jnp.arange(router_logits.shape[1]) * golden % 1 < share
+    spread = jax.lax.stop_gradient(jnp.max(router_logits, -1) - jnp.min(router_logits, -1)) + 1
+    first = jnp.arange(router_logits.shape[-1]) < experts
+    return router_logits + (chosen * spread)[..., None] * first
+
+
+def recorded_skew(workdir: Path, devices: int) -> float:
+    """Largest load of a device over the mean, by the shares of its experts that a run logged, in the mean of its steps.
+
+    Args:
+        workdir: of the run.
+        devices: over which its experts are split evenly.
+
+    Raises:
+        ConfigError: the run logged no loads, or its experts cannot be split so.
+    """
+    loads = [row["expert_load"] for row in iterate_rows(workdir / METRICS, "train") if row.get("expert_load")]
+    if not loads or len(loads[0][0]) % devices:
+        raise ConfigError(f"{workdir}: has no loads of experts that {devices} devices could hold evenly")
+    mean = np.mean(np.asarray(loads), axis=0)  # [L,E]
+    return float(devices * mean.reshape(len(mean), devices, -1).sum(-1).max())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
 from moe.dispatch.backends.tpu_tiles import Kind
@@ -64,14 +65,17 @@ class Products:
         return self._flops[name]
 
 
+_in_memory = functools.partial(array_bytes, in_memory=True)
+
+
 def traffic(instruction: Instruction, module: hlo.Module, types: Mapping[str, str]) -> int:
-    """Bytes that an instruction reads and writes at least: of an operand that a fusion only slices, the slices; of a
-    result that it updates in place, the update. A loop's traffic is that of its body."""
+    """Bytes of main memory that an instruction reads and writes at least: of an operand that a fusion only slices, the
+    slices; of a result that it updates in place, the update. A loop's traffic is that of its body."""
     if instruction.opcode == "while":
         return 0
     inner = module.called(instruction) if instruction.opcode in ("fusion", "fusion-start") else ()
     if not inner:
-        return array_bytes(instruction.type) + sum(array_bytes(types.get(name, "")) for name in instruction.operands)
+        return _in_memory(instruction.type) + sum(_in_memory(types.get(name, "")) for name in instruction.operands)
     inner_types = {each.name: each.type for each in inner}
     uses: dict[str, list[Instruction]] = {each.name: [] for each in inner}
     for each in inner:
@@ -82,12 +86,12 @@ def traffic(instruction: Instruction, module: hlo.Module, types: Mapping[str, st
         if each.opcode == "parameter":
             for user in uses[each.name]:
                 if user.opcode not in ("dynamic-slice", "slice", "gather", "dynamic-update-slice"):
-                    moved += array_bytes(each.type)
+                    moved += _in_memory(each.type)
                     break
             else:
-                moved += sum(array_bytes(user.type) for user in uses[each.name] if "update" not in user.opcode)
+                moved += sum(_in_memory(user.type) for user in uses[each.name] if "update" not in user.opcode)
         if each.root:
-            moved += written_bytes(each, inner, inner_types)
+            moved += written_bytes(each, inner, inner_types, _in_memory)
     return moved
 
 
@@ -101,12 +105,17 @@ def moved_bytes(instruction: Instruction, module: hlo.Module, types: Mapping[str
     return min(written + sum(array_bytes(types.get(name, "")) for name in instruction.operands), 2 * written)
 
 
-def written_bytes(root: Instruction, computation: Sequence[Instruction], types: Mapping[str, str]) -> int:
-    """Bytes that the last instruction of a computation writes."""
+def written_bytes(
+    root: Instruction,
+    computation: Sequence[Instruction],
+    types: Mapping[str, str],
+    size: Callable[[str], int] = array_bytes,
+) -> int:
+    """Bytes that the last instruction of a computation writes; ``size``: of an array of some type."""
     if root.opcode in ("bitcast", "tuple") and root.operands:
         by_name = {each.name: each for each in computation}
-        return sum(written_bytes(by_name[name], computation, types) for name in root.operands if name in by_name)
-    return array_bytes(types[root.operands[1]] if root.opcode == "dynamic-update-slice" else root.type)
+        return sum(written_bytes(by_name[name], computation, types, size) for name in root.operands if name in by_name)
+    return size(types[root.operands[1]] if root.opcode == "dynamic-update-slice" else root.type)
 
 
 def product_flops(product: Instruction, types: Mapping[str, str]) -> float:

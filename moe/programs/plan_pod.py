@@ -59,6 +59,9 @@ _PROGRAMS = cli.define_path("programs", "Folder in which compiled programs are k
 _BANDWIDTH = flags.DEFINE_float("bandwidth", 1.0, "What if: factor on the network's bandwidths.")
 _MATMUL_SHARE = flags.DEFINE_float("matmul_share", 0.0, "What if: share of the peak that all matmuls reach.")
 _SKEW = flags.DEFINE_float("skew", 1.0, "What if: rows on the experts of the busiest device, over the mean.")
+_ALL_PROGRAMS = flags.DEFINE_bool(
+    "all_programs", False, "Compile evaluation and initialisation too: which program of the run needs most memory."
+)
 _SEARCH = flags.DEFINE_bool("search", False, "Try meshes, remat policies and dispatch modes; run again to continue.")
 _LIMIT = flags.DEFINE_integer(
     "limit", 12, "Largest number of programs that --search compiles, each chosen by the results so far.", lower_bound=1
@@ -92,7 +95,7 @@ def main() -> None:
         return
     choose_remat = ChainMap(*map(dict, reversed(layers))).get("model.remat") == "fit"
     config = command_line.build_layers(*layers, {"model.remat": "full"} if choose_remat else {})
-    from moe.planner import page, plan, topology
+    from moe.planner import other_programs, page, plan, topology
     from moe.planner.scenario import Scenario
 
     scenario = Scenario(_BANDWIDTH.value, _MATMUL_SHARE.value, _SKEW.value)
@@ -114,12 +117,15 @@ def main() -> None:
         settings = {"config": _name(), "flags": dict(layers[-1]) | {"model.remat": made.remat}}
         _register(made.to_json(), "compiled program", made.program, made.commit, settings)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=made.remat))
+    programs = other_programs.memory(config, where) if _ALL_PROGRAMS.value else {}
     changes = _try_changes(config, where, scenario) if _CHANGES.value else []
     _write_files(made.to_json(), where.chip, changes)
     if _JSON.value:
-        print(json.dumps(made.to_json() | {"changes": changes}, indent=2))
+        print(json.dumps(made.to_json() | {"changes": changes, "programs": programs}, indent=2))
         return
     print(page.render(made))
+    if programs:
+        print(other_programs.words(programs, made.memory.total))
     for change in changes:
         print(f"  {change['label']}: {_outcome(change['plan'], made.tokens_per_second_per_chip)}")
     if where.has_own_network:
@@ -134,12 +140,12 @@ def _refuse_unread_flags() -> None:
     searches = compiles and _SEARCH.value
     tries = searches or (compiles and _CHANGES.value > 0)
     what_if = _BANDWIDTH, _MATMUL_SHARE, _SKEW
-    unread = _PAGE, _ROOFLINE, _CHANGES, _RECORD, _PROGRAMS, *what_if
+    unread = _PAGE, _ROOFLINE, _CHANGES, _RECORD, _PROGRAMS, _ALL_PROGRAMS, *what_if
     cli.only_with(not searches, "is not read with --search", *unread)
     cli.only_with(searches, "is read only with --search", _LIMIT, _FIXED_BATCH)
     cli.only_with(not _RECORD.value, "is not read with --record, whose plans have no what-if", *what_if)
     cli.only_with(tries, "is read only with --search or --changes", _CACHE)
-    unread = _ROOFLINE, _CHANGES, _SEARCH, _RECORD, *what_if
+    unread = _ROOFLINE, _CHANGES, _SEARCH, _RECORD, _ALL_PROGRAMS, *what_if
     cli.only_with(compiles, "is not read with --diff, --remake or --hf", *unread)
     unread = _JSON, _REGISTER, _SLICES, _TOPOLOGY
     cli.only_with(compiles or bool(_HF.value), "is not read with --diff or --remake", *unread)
@@ -263,7 +269,7 @@ def _kept_plans() -> dict[str, Any]:
     """
     from moe.planner import kept_plans, topology
 
-    needs_program = _COMPILE, _JSON, _PAGE, _ROOFLINE, _CHANGES, _SEARCH, _RECORD, _REGISTER, _PROGRAMS
+    needs_program = _COMPILE, _ALL_PROGRAMS, _JSON, _PAGE, _ROOFLINE, _CHANGES, _SEARCH, _RECORD, _REGISTER, _PROGRAMS
     what_if = _BANDWIDTH, _MATMUL_SHARE, _SKEW
     path, _, argument = str(_CONFIG.value).partition(":")
     if any(flag.present for flag in (*needs_program, *what_if, _SLICES)) or not shipped.is_config(path):

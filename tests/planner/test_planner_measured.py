@@ -55,6 +55,8 @@ def test_closed_form_residuals_equal_those_of_the_fit_without_the_shape(left_out
     limit = measured.roofline(timing.device, timing.kind, *timing.shape, timing.experts)
     slowness = [math.log(each / limit - 1) for each in (timing.seconds, seconds)]
     assert abs(fit.residuals[index]) == pytest.approx(abs(slowness[0] - slowness[1]), rel=1e-6)
+    same, error, _ = measured.errors(matrices=False)[index]
+    assert (same, error) == (timing, pytest.approx(math.log(timing.seconds / seconds), rel=1e-6))
 
 
 def test_roofline_by_hand():

@@ -11,14 +11,16 @@ from pathlib import Path
 import jax
 import pytest
 
-from moe.config import ConfigError, to_dict
+from moe.config import ConfigError, MeshConfig, to_dict
 from moe.config.parse import from_config_dict
 from moe.configs import deepseek_v2, mixtral_8x7b, qwen3_next_80b_a3b, switch_t5
 from moe.dispatch.buffers import layer_capacity
-from moe.planner import compiled, fit, memory_errors, plan
+from moe.models import flops
+from moe.planner import compiled, fit, memory_errors, other_programs, plan
 from moe.planner.chips import CHIPS, GiB
 from moe.planner.gpus import GPUS
 from moe.planner.topology import Topology
+from tests.planner.test_planner_search import tiny_config
 
 MESH = {"data": 1, "fsdp": 8, "expert": 8, "tensor": 1}
 
@@ -344,3 +346,21 @@ def test_the_compiler_for_tpus_decides_what_fits(monkeypatch):
     assert step.memory.total > step.memory.capacity
     with pytest.raises(memory_errors.DoesNotFitError, match="does not fit: the program: 200"):
         compiled.compile_step(config, Topology("h100:1x1", 1, GPUS["h100"], devices))
+
+
+@pytest.mark.slow
+def test_memory_of_all_programs_of_a_run():
+    """The optimizer lies beside an evaluation; one that does not fit is named."""
+    config = dataclasses.replace(tiny_config(), mesh=MeshConfig(1, 1, 1))
+    where = Topology("h100:1x1", 1, GPUS["h100"], tuple(jax.devices()[:1]))
+    found = other_programs.memory(config, where)
+    parameters = 4 * flops.count_parameters(config.model)[0]
+    assert found[other_programs.RESTORING] == pytest.approx(3 * parameters, rel=0.01)  # with two moments
+    assert found[other_programs.INITIALISATION] >= found[other_programs.RESTORING]
+    assert found[other_programs.EVALUATION] > 3 * parameters
+    ordered = other_programs.words(found, 2**40)
+    assert ordered.startswith("Memory by program: train step 1024.00 GiB, ")
+    assert ordered.endswith("; train step needs the most")
+    small = dataclasses.replace(where, chip=dataclasses.replace(where.chip, memory=parameters))
+    with pytest.raises(memory_errors.DoesNotFitError, match="does not fit: evaluation takes"):
+        other_programs.memory(config, small)

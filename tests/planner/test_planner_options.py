@@ -396,9 +396,9 @@ def test_left_out_steps_are_predicted_from_the_others():
     assert made[3]["interval"] == calibration.interval(2.0, 1.0, width)
 
 
-def test_the_page_of_published_steps_names_those_of_an_earlier_cost_model():
-    rows = [_published(name="new"), _published(name="old", prices="other")]
+def test_the_page_of_published_steps_names_those_whose_program_was_not_kept():
+    rows = [_published(name="new", counts={"memory": 1.0}), _published(name="old", counts={"memory": 0.0})]
     page = calibration.page(rows, {"new": -0.25}, [], [])
-    assert "since their programs are not kept: old. Name them" in page
+    assert "of the compiled program at earlier prices: old." in page
     assert "Inside: 2 of 2." in page
-    assert "earlier cost model" not in calibration.page(rows[:1], {}, [], [])
+    assert "earlier prices" not in calibration.page(rows[:1], {}, [], [])

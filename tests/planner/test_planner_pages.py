@@ -23,6 +23,7 @@ from moe.planner import (
     calibration,
     candidates,
     compiled,
+    counts,
     differences,
     exchanges,
     kept_plans,
@@ -362,43 +363,71 @@ def test_the_best_kept_plan_is_a_named_setting():
         mixtral_8x7b.get_config("v9")
 
 
-def test_kept_plans_have_the_intervals_of_the_published_steps():
-    """The width changes with every published step that is added; scripts/calibration.py then writes the plans again."""
-    for kept in kept_plans.read(ROOT / "configs" / "plans.json"):
-        today = kept_plans.rescaled(kept, calibration.rows())
-        assert today["cost"] == kept["cost"]
-        for name in ("step_seconds", "step_interval", "mfu", "tokens_per_second_per_chip"):
-            assert today[name] == pytest.approx(kept[name], rel=1e-9), (kept["config"], kept["topology"], name)
+def test_kept_plans_and_steps_are_counted_by_todays_prices():
+    """A change of prices, or another published step, changes them; scripts/calibration.py then writes all again."""
+    rows = kept_plans.read(ROOT / "configs" / "plans.json")
+    assert kept_plans.stale(rows, calibration.rows()) == calibration.stale(calibration.rows()) == []
+    slower = rows[0] | {"step_seconds": 1.001 * rows[0]["step_seconds"]}
+    assert kept_plans.stale([slower], calibration.rows()) == [f"{slower['config']} on {slower['topology']}"]
+    for kept in rows:
         peaks = 2 if "model.low_precision" in kept["flags"] else 1
         assert kept["mfu"] * kept["step_seconds"] / kept["step_interval"][0] < peaks, (kept["config"], kept["topology"])
 
 
-def test_a_kept_plan_is_rescaled_by_hand(made, tmp_path):
-    """10 s counted, of which 4 s (3 to 6) in kernels. Without published steps the spread is the one assumed before any
-    is known, and the chip is new."""
-    kept = kept_plans.row(made, "mixtral_8x7b", {}) | {
-        "counted_seconds": 10.0, "kernel_seconds": 4.0, "kernel_low": 3.0, "kernel_high": 6.0, "step_seconds": 5.0,
-        "tokens": 400, "chips": 2, "tokens_per_second_per_chip": 40.0, "mfu": 0.5, "floor_seconds": 6.0,
-    }  # fmt: skip
-    new = kept_plans.rescaled(kept, [])
-    width = math.hypot(1.638 * 0.26, math.log(12 / 9) / 2, 0.25)
-    assert (new["step_seconds"], new["tokens_per_second_per_chip"], new["mfu"], new["chip_steps"]) == (
-        10,
-        20.0,
-        0.25,
-        0,
+def test_counts_of_a_program_have_its_time(made):
+    assert made.kernel_seconds > 0
+    priced = counts.price(counts.Counts(**made.counts), "h100")
+    assert (priced.kernels, priced.kernels_low, priced.kernels_high) == pytest.approx(
+        (made.kernel_seconds, made.kernel_low, made.kernel_high)
     )
-    assert new["step_interval"] == pytest.approx([6 + 4 * math.exp(-width * 10 / 4), 10 * math.exp(width)])
-    # A row of earlier prices has no floor: the model's FLOPs take 2.5 s at peak.
-    old = kept_plans.rescaled(kept | {"floor_seconds": 0.0, "exposed_seconds": 1.0}, [])
-    low = 3.4 + 6.6 * math.exp(-width * 10 / 6.6)
-    assert old["step_interval"][0] == pytest.approx(low)
+    assert (priced.counted, priced.floor) == pytest.approx((made.counted_seconds, made.floor_seconds))
+    assert set(made.limits) >= {"peak", "memory"}
+    assert f"of its floor  {counts.share_words(made.limits, made.step_seconds)}" in page.render(made)
+
+
+def test_counts_by_hand():
+    """Causal attention at 4096 tokens: 1e15 FLOPs of all scores are half as many that count, on v5p at 459e12."""
+    (where, tokens, dims) = "forward", 4096, 256
+    found = counts.Counts(
+        matmuls={}, attention={f"{where} {tokens} {dims} 0": 1e15}, rows=0.0, rest=6.0, rest_least=2.0, waited=3.6
+    )
+    priced = counts.price(found, "v5p")
+    at_peak = 4097 / 8192 * 1e15 / 459e12
+    assert priced.peak == pytest.approx(2 + at_peak)
+    assert priced.exposed == pytest.approx(4.0)  # 0.9 of the links are usable
+    assert priced.work == pytest.approx(6 + priced.kernels)
+    assert at_peak < priced.kernels_low < priced.kernels < priced.kernels_high
+    assert priced.floor == pytest.approx(2 + at_peak + 3.6)
+    limits = counts.limits(found, priced)
+    assert limits == {"peak": priced.peak}
+    assert counts.share_words(limits, 10 * priced.peak) == "at least 10 % (peak)"
+    assert counts.share_words({"peak": 1.0, "memory": 3.0, "links": 2.0}, 4.0) == "75 % (memory)"
+
+
+def test_a_kept_plan_is_recounted_by_hand(made, tmp_path):
+    """6 s of work, 1 of it at peak, and 4 of exchange are 10 s. Without published steps the spread is the one assumed
+    before any is known, and the chip is new."""
+    own = {"matmuls": {}, "attention": {}, "rows": 0.0, "rest": 6.0, "rest_least": 1.0, "waited": 3.6}
+    kept = kept_plans.row(made, "mixtral_8x7b", {}) | {
+        "counts": own, "step_seconds": 5.0, "tokens": 400, "chips": 2, "tokens_per_second_per_chip": 40.0, "mfu": 0.5,
+    }  # fmt: skip
+    new = kept_plans.recounted(kept, [])
+    width = math.hypot(1.638 * 0.26, 0.25)
+    step, rate = new["step_seconds"], new["tokens_per_second_per_chip"]
+    assert (step, rate, new["mfu"], new["chip_steps"]) == (pytest.approx(10), pytest.approx(20), pytest.approx(0.25), 0)
+    # At least 1 s at peak and 3.6 s of exchange.
+    low = 4.6 + 5.4 * math.exp(-width * 10 / 5.4)
+    assert new["step_interval"] == pytest.approx([low, 10 * math.exp(width)])
+    assert new["bound"] == "the rest of the chip's work (memory, padding, vector units), 50 % of the step"
     days = 1e12 / 400 * 10 / 86400
     assert new["cost"].startswith(f"1 trillion tokens: {days:,.1f} days")
+    text = kept_plans.page(new)
+    assert "no step of this chip was ever compared; kernels counted by their shapes" in text
+    assert "at least 10 % (peak) of the step" in text
     path, page = tmp_path / "plans.json", tmp_path / "pods.md"
     kept_plans.keep(path, kept)
     page.write_text("a\n<!-- plans: made by scripts/plan_pod.py --record -->\nold\n<!-- end of plans -->\nb\n")
-    kept_plans.rescale(path, page)
+    kept_plans.recount(path, page)
     (row,) = kept_plans.read(path)
     assert f"{row['step_seconds']:.3g} (" in page.read_text()
     page.write_text("no marks")
@@ -408,8 +437,7 @@ def test_a_kept_plan_is_rescaled_by_hand(made, tmp_path):
 
 def test_the_table_of_plans_matches_the_kept_plans():
     rows = kept_plans.read(ROOT / "configs" / "plans.json")
-    kept, _, _ = kept_plans.table(rows).partition("\n\nEstimated by an earlier")  # prices may have changed since
-    assert kept in (ROOT / "docs" / "results" / "plans.md").read_text()
+    assert kept_plans.table(rows) in (ROOT / "docs" / "results" / "plans.md").read_text()
 
 
 def _mesh_of_two(*_):

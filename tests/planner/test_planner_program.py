@@ -242,3 +242,6 @@ def test_trips_of_a_loop_with_peeled_iterations(start, trips):
 
 def test_bytes_of_types():
     assert hlo.array_bytes("(bf16[4,128]{1,0:T(8,128)(2,1)}, s32[], pred[3])") == 4 * 128 * 2 + 4 + 3
+    # The second array is in a TPU's vector memory, the third in the host's.
+    of_three = "(bf16[4]{0:T(8,128)}, f32[8]{0:T(8)S(1)}, s32[2]{0:S(5)})"
+    assert (hlo.array_bytes(of_three), hlo.array_bytes(of_three, in_memory=True)) == (48, 8)

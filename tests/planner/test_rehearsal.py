@@ -1,15 +1,20 @@
 """A pod's run at toy width: what is kept of the config, which mesh, and how two runs are compared."""
 
+import dataclasses
+import importlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from moe.config import ConfigError, command_line
 from moe.planner import rehearsal
+from moe.routing.interface import GateInputs
 from moe.system import shipped
 
 ROOT = Path(__file__).parents[2]
@@ -54,6 +59,34 @@ def test_losses_are_compared_step_by_step(tmp_path):
         (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = rehearsal.compare(tmp_path / "one", tmp_path / "other")
     assert (found.steps, found.equal, found.largest) == (3, 2, 0.5 / 2.5)
+
+
+def test_a_skewed_gate_sends_the_busiest_device_so_many_rows(tmp_path, monkeypatch):
+    """Mixtral's 2 of 8 experts over 4 devices: at a skew of 2 a third of the tokens send both choices to the first
+    device and the others a quarter of theirs, 1/3 + 2/3 · 1/4 = 1/2 of all, twice the mean."""
+    made = rehearsal.make(_config("mixtral_8x7b"), 64, 4, Path("/text"))
+    made = dataclasses.replace(made, mesh=dict(made.mesh) | {"expert": 4})
+    (tmp_path / "own_skew.py").write_text(rehearsal.skewed_gate(made, 2.0))
+    monkeypatch.syspath_prepend(tmp_path)
+    gate = importlib.import_module("own_skew").Skewed(k=2)
+    logits = jax.random.normal(jax.random.key(0), (2, 2048, 8))
+    chosen = gate.route(logits, GateInputs(jnp.ones((2, 2048), bool))).expert_index
+    assert float(jnp.mean(chosen < 2)) == pytest.approx(0.5, abs=0.01)
+    for skew, says in ((4.5, "must be from 1 to 4"), (0.5, "must be from 1 to 4")):
+        with pytest.raises(ConfigError, match=says):
+            rehearsal.skewed_gate(made, skew)
+    with pytest.raises(ConfigError, match=r"mesh\.expert above 1"):
+        rehearsal.skewed_gate(dataclasses.replace(made, mesh=dict(made.mesh) | {"expert": 1}), 2.0)
+
+
+def test_the_skew_of_a_recorded_run(tmp_path):
+    """Four experts on two devices; in the mean of two steps the second layer's first device has 0.7 of all rows."""
+    loads = [[[0.25] * 4, [0.4, 0.2, 0.2, 0.2]], [[0.25] * 4, [0.4, 0.4, 0.1, 0.1]]]
+    rows = [{"kind": "train", "step": step, "loss": 1.0, "expert_load": load} for step, load in enumerate(loads, 1)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert rehearsal.recorded_skew(tmp_path, 2) == pytest.approx(2 * 0.7)
+    with pytest.raises(ConfigError, match="has no loads of experts that 3 devices could hold evenly"):
+        rehearsal.recorded_skew(tmp_path, 3)
 
 
 PLANTED = """
