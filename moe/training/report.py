@@ -33,9 +33,18 @@ def finish(
     state: TrainState,
     prepared: pipeline.Prepared,
     directory: epath.Path,
+    first_step: int,
     say: Callable[[str], Any],
 ) -> None:
     """Write report.txt and training.png from the last evaluation and the final state.
+
+    Args:
+        program: of the run.
+        state: after the last step.
+        prepared: data of the run.
+        directory: the workdir.
+        first_step: step at which this process began or resumed the run.
+        say: prints.
 
     Raises:
         ConfigError: the rows of the last evaluation are missing from the metrics file.
@@ -60,7 +69,7 @@ def finish(
         sample = f"\n\n{_sampled(program, state, prepared)}"
     losses, sample = terminal(losses), terminal(sample)  # they name domains, and quote documents and the model
     write_atomic(directory / "report.txt", f"{losses}{sample}\n")
-    say(f"\n{losses}\n\n{_spent(directory)}In {directory}: {', '.join(_files(directory))}{sample}")
+    say(f"\n{losses}\n\n{_spent(directory, first_step)}In {directory}: {', '.join(_files(directory))}{sample}")
     say(f"\nThe picture: {directory / 'training.png'}")
 
 
@@ -70,16 +79,18 @@ def _files(directory: epath.Path) -> list[str]:
     return ["report.txt", "training.png", METRICS, *events, "checkpoints/"]
 
 
-def _spent(directory: epath.Path) -> str:
+def _spent(directory: epath.Path, first_step: int) -> str:
     """Sentence on what the time of this process went to; "" where no step was timed."""
-    timed = [row for row in iterate_rows(directory / TIMING) if row["kind"] == "timing"]
+    rows = (row for row in iterate_rows(directory / TIMING) if row["kind"] == "timing")
+    timed = [row for row in rows if row["step"] > first_step]
     if len(timed) < 2:
         return ""
     each = float(np.median([row["step_seconds"] for row in timed[1:]]))  # the first row may count the compilation
+    steps = timed[-1]["step"] - first_step
     return (
         f"{process.seconds_running():.0f} s since the start of this program; a step takes {each:.2f} s, so that "
-        f"{timed[-1]['step']} steps take {each * timed[-1]['step']:.0f} s, and the rest went to preparing the data, "
-        "compiling, evaluations, checkpoints and this report.\n"
+        f"{steps} steps take {each * steps:.0f} s, and the rest went to preparing the data, compiling, evaluations, "
+        "checkpoints and this report.\n"
     )
 
 

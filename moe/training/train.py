@@ -67,7 +67,7 @@ def train(
             start.checkpoints.close()
         if jax.process_index() == 0:
             with disk_errors(run.directory):
-                finish(start.program, state, start.prepared, run.directory, console.say)
+                finish(start.program, state, start.prepared, run.directory, start.step, console.say)
         # JAX aborts all processes if one leaves five minutes before another.
         multihost_utils.sync_global_devices("report written")
 

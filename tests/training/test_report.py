@@ -1,6 +1,7 @@
 """The report at the end of a run: which document it continues, and that its failures are raised at the start."""
 
 import dataclasses
+import json
 import re
 import types
 from typing import Any
@@ -76,6 +77,16 @@ def test_the_end_of_a_run_names_only_what_was_written(tmp_path):
     assert "tensorboard/" not in report._files(epath.Path(tmp_path))
     (tmp_path / "tensorboard").mkdir()
     assert "tensorboard/" in report._files(epath.Path(tmp_path))
+
+
+def test_the_time_of_a_resumed_run_is_that_of_its_own_steps(tmp_path):
+    """Rows of steps 10 to 40, 2 s a step, then, after a restart at 40, 3 s a step: 2 logged rows, 20 steps, 60 s."""
+    seconds = {10: 9.0, 20: 2.0, 30: 2.0, 40: 2.0, 50: 7.0, 60: 3.0}
+    rows = [json.dumps({"kind": "timing", "step": step, "step_seconds": each}) for step, each in seconds.items()]
+    (tmp_path / report.TIMING).write_text("\n".join(rows) + "\n")
+    assert "a step takes 3.00 s, so that 20 steps take 60 s" in report._spent(epath.Path(tmp_path), 40)
+    assert "a step takes 2.00 s, so that 60 steps take 120 s" in report._spent(epath.Path(tmp_path), 0)
+    assert report._spent(epath.Path(tmp_path), 50) == ""
 
 
 @pytest.mark.parametrize(
