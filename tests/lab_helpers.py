@@ -1,6 +1,7 @@
 """Suites, records and tables for tests of the ablation lab."""
 
 import dataclasses
+import functools
 import math
 import re
 from pathlib import Path
@@ -9,6 +10,7 @@ from moe.configs import base as defaults
 from moe.lab import identity
 from moe.lab.claims import registration
 from moe.lab.claims.registration import Claim, Part
+from moe.lab.loading import load_suite
 from moe.lab.records import DIVERGED, FINISHED, PRIMARY, Record
 from moe.lab.report import page
 from moe.lab.schedule import PlannedRuns
@@ -17,6 +19,12 @@ from moe.lab.table import Table
 
 REGISTERED = registration.read_claims(Path(__file__).resolve().parents[1] / "configs/ablations/claims.toml")
 CLAIMS = REGISTERED.claims
+
+
+@functools.cache
+def shipped_suite(name: str) -> Suite:
+    """A suite of configs/ablations at the size that its records have; checking one takes a second."""
+    return load_suite(str(Path(__file__).resolve().parents[1] / f"configs/ablations/{name}.py"), "laptop")
 
 
 def suite_of(variants, comparisons=None, seeds=(0, 1, 2), base=None, **fields):

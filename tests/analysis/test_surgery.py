@@ -50,7 +50,7 @@ def _logits(config, mesh, batch, parameters, biases):
     [
         slow_case({"gate": "mixtral", "num_experts": 4, **ROOM}),
         {"gate": "switch", "num_experts": 4, **ROOM, "bias": "all"},
-        {"gate": "deepseek_v4", "num_experts": 8, "experts_per_token": 2, **ROOM},
+        slow_case({"gate": "deepseek_v4", "num_experts": 8, "experts_per_token": 2, **ROOM}),
         {"gate": "deepseek_moe", "num_experts": 4, "experts_per_token": 2, "bias_update": "sign", **ROOM},
     ],
     ids=lambda overrides: overrides["gate"],

@@ -125,7 +125,7 @@ def test_wrong_input_is_refused_in_one_sentence(case, data, imported, tmp_path, 
 @pytest.mark.parametrize(
     ("case", "traceback"),
     [
-        (value("model.moe.num_experts", "0", "at least 1"), False),
+        slow_case(value("model.moe.num_experts", "0", "at least 1"), False),
         (value("model.moe.num_experts", "0", "at least 1"), True),
         slow_case(value("data.dataset", "/nowhere/at/all", "no such folder"), False),
     ],

@@ -173,7 +173,7 @@ def _in_row_blocks(rng, sizes, num_experts, keeps_hidden):
 
 
 @pytest.mark.parametrize(
-    ("on_cpu", "keeps_hidden"), [(True, True), (False, False), slow_case(True, False), slow_case(False, True)]
+    ("on_cpu", "keeps_hidden"), [(True, True), slow_case(False, False), slow_case(True, False), slow_case(False, True)]
 )
 def test_joined_experts_in_row_blocks(on_cpu, keeps_hidden, rng, monkeypatch):
     """Row blocks, used for large groups on GPUs, equal plain matmuls in values and gradients; rows of no group and

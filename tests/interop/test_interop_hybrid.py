@@ -16,6 +16,7 @@ from moe.interop import export_checkpoint, import_checkpoint, load_huggingface, 
 from moe.interop.config_json import keep_fields, read_config
 from moe.interop.whole_models import text_fields
 from moe.parallel.mesh import make_mesh
+from tests.helpers import slow_case
 from tests.interop.test_interop import HERE, _tensors
 
 NEXT, TEXT = HERE / "qwen3_next", HERE / "qwen3_5_moe_text"
@@ -110,8 +111,8 @@ def _text_alone(kind, path, folder):
     [
         ("qwen3_5_moe", TEXT, ("text_config",), "model.language_model."),
         ("qwen3_vl_moe", HERE / "qwen3_moe", ("text_config",), "model.language_model."),
-        ("qwen3_omni_moe", HERE / "qwen3_moe", ("thinker_config", "text_config"), "thinker.model."),
-        ("glm4v_moe", HERE / "glm4_moe", ("text_config",), "model.language_model."),
+        slow_case("qwen3_omni_moe", HERE / "qwen3_moe", ("thinker_config", "text_config"), "thinker.model."),
+        slow_case("glm4v_moe", HERE / "glm4_moe", ("text_config",), "model.language_model."),
     ],
 )
 def test_the_text_model_of_a_multimodal_checkpoint_is_read(kind, path, sections, prefix, tmp_path, caplog):

@@ -13,10 +13,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from moe.lab.loading import load_suite
 from tests import recomputation as again
 from tests.lab.test_committed_results import claims_of, read
-from tests.lab_helpers import tables
+from tests.lab_helpers import shipped_suite, tables
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs/results"
@@ -28,7 +27,7 @@ INTERVAL = re.compile(r"\[([+−-]?\d+\.\d+),\s+([+−-]?\d+\.\d+)\]")
 
 @functools.cache
 def runs_of(name):
-    suite = load_suite(str(ROOT / f"configs/ablations/{name}.py"), "laptop")
+    suite = shipped_suite(name)
     return read(RESULTS / name, suite), suite.longest
 
 

@@ -18,12 +18,11 @@ import pytest
 from scipy import stats
 
 from moe.lab.claims.registration import Claim, Part, Primary, Registered
-from moe.lab.loading import load_suite
 from moe.lab.report import answer, claims_page, page
 from moe.lab.step_seconds import StepSeconds
 from moe.lab.suite import Comparison, Sweep, Variant
 from tests import recomputation as again
-from tests.lab_helpers import CLAIMS, record, suite_of, table, tables
+from tests.lab_helpers import CLAIMS, record, shipped_suite, suite_of, table, tables
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs/results"
@@ -122,7 +121,7 @@ def report(request, drawn):
         folder, suite, claims = drawn
     else:
         folder, claims = request.param, claims_of(ROOT / "configs/ablations/claims.toml")
-        suite = load_suite(str(ROOT / f"configs/ablations/{folder.name}.py"), "laptop")
+        suite = shipped_suite(folder.name)
     return read(folder, suite), sections_of(folder / "report.md"), suite, claims
 
 
@@ -377,7 +376,7 @@ def test_contrasts_over_training(which, drawn):
     path, longest = folder.parent / "switch_or_mixtral.md", 80
     if which == "committed":
         path, longest = RESULTS / "switch_or_mixtral.md", 8000
-        suite = load_suite(str(ROOT / "configs/ablations/switch_vs_mixtral.py"), "laptop")
+        suite = shipped_suite("switch_vs_mixtral")
         claims, folder = claims_of(ROOT / "configs/ablations/claims.toml"), RESULTS / suite.name
     runs = read(folder, suite)
     values = {c["part"][0]["what"]: c["part"][0]["value"] for c in claims.values() if c.get("family") == "primary"}
@@ -399,7 +398,7 @@ def test_arms_of_the_answer(which, drawn):
     path, steps, seconds = folder.parent / "switch_or_mixtral.md", 80, dict.fromkeys(suite.variants, (0.1, 0.12, 0.2))
     if which == "committed":
         path, steps = RESULTS / "switch_or_mixtral.md", 8000
-        suite = load_suite(str(ROOT / "configs/ablations/switch_vs_mixtral.py"), "laptop")
+        suite = shipped_suite("switch_vs_mixtral")
         folder = RESULTS / suite.name
         seconds = json.loads((folder / "step_seconds.json").read_text())["arms"]
     runs = read(folder, suite)
@@ -430,7 +429,7 @@ def test_contrasts_of_the_committed_answer_elsewhere():
     """Every row of these sections follows from the value that it prints, or that its contrast was registered with."""
     page, runs = sections_of(RESULTS / "switch_or_mixtral.md"), {}
     for name in ("switch_vs_mixtral", "replication", "initial_scale"):
-        suite = load_suite(str(ROOT / f"configs/ablations/{name}.py"), "laptop")
+        suite = shipped_suite(name)
         runs[name] = read(RESULTS / name, suite)
     first, other, scales = runs.values()
     for what, *cells, value in tables(page["One factor at a time"])[0][1]:
@@ -492,7 +491,7 @@ def test_effects_of_the_committed_answer():
         ("primary", "switch_vs_mixtral", text),
         ("replication", "replication", text.partition("## Other seeds")[2]),
     ):
-        suite = load_suite(str(ROOT / f"configs/ablations/{name}.py"), "laptop")
+        suite = shipped_suite(name)
         runs = read(RESULTS / suite.name, suite)
         parts = [claim["part"][0] for claim in claims.values() if claim.get("family") == family]
         for part, row in zip(parts, tables(shown)[0][1], strict=True):
@@ -514,7 +513,7 @@ def test_paper_tables():
         if not (RESULTS / entry["suite"]).is_dir():
             continue
         names = {row.get("suite", entry["suite"]) for row in entry["row"]}
-        suites = [load_suite(str(ROOT / f"configs/ablations/{name}.py"), "laptop") for name in names]
+        suites = [shipped_suite(name) for name in names]
         by_suite = {suite.name: read(RESULTS / suite.name, suite) for suite in suites}
         for row, (what, published, ours, comparison) in zip(entry["row"], rows, strict=True):
             assert published == (f"{row['published']:+.3f}" if "published" in row else "–")
@@ -642,7 +641,7 @@ def test_lengths_of_runs(name):
     assert found
     for suites, tokens, each, epochs in found:
         ratios = []
-        for suite in (load_suite(str(ROOT / f"configs/ablations/{s}.py"), "laptop") for s in suites.split(", ")):
+        for suite in map(shipped_suite, suites.split(", ")):
             seen = suite.longest * suite.tokens_per_step
             ratios.append(seen / suite.costs(next(iter(suite.variants)))["active_parameters"])
             check(suite.name, tokens, (seen / 1e6, ".3g"))

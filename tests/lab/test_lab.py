@@ -31,7 +31,19 @@ from moe.lab.table import MissingError, Table
 from moe.models import flops
 from moe.routing.interface import Gate
 from tests.helpers import slow_case, tiny_encoder_decoder, tiny_model
-from tests.lab_helpers import CLAIMS, DENSE, SWITCH, keyed, record, suite_of, table, tiny_base, tiny_suite, write_page
+from tests.lab_helpers import (
+    CLAIMS,
+    DENSE,
+    SWITCH,
+    keyed,
+    record,
+    shipped_suite,
+    suite_of,
+    table,
+    tiny_base,
+    tiny_suite,
+    write_page,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 OTHERS = ("__init__", "common", "own_text", "sizes")
@@ -163,7 +175,7 @@ def test_a_report_says_that_learning_rates_are_not_tuned(tmp_path):
 
 def test_every_claim_names_arms_of_its_suite():
     assert [claim.number for claim in CLAIMS] == [*range(1, 21), *range(23, 73)]
-    suites = {path.stem: load_suite(str(path), "laptop") for path in SUITES}
+    suites = {path.stem: shipped_suite(path.stem) for path in SUITES}
     for claim in CLAIMS:
         assert set(decide.arms_of(claim)) <= set(suites[claim.suite].variants), claim.number
         assert claim.min_steps <= suites[claim.suite].longest

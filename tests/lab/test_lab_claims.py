@@ -10,10 +10,22 @@ from moe.config import ConfigError
 from moe.lab import inference, records
 from moe.lab.claims import decide
 from moe.lab.claims.registration import Part, Primary, hashes_at_start, read_claims
-from moe.lab.loading import load_suite, with_seeds
+from moe.lab.loading import with_seeds
 from moe.lab.report import answer, claims_page, sections
 from moe.lab.table import Table
-from tests.lab_helpers import CLAIMS, DENSE, REGISTERED, SWITCH, claim_of, keyed, record, suite_of, table, table_of
+from tests.lab_helpers import (
+    CLAIMS,
+    DENSE,
+    REGISTERED,
+    SWITCH,
+    claim_of,
+    keyed,
+    record,
+    shipped_suite,
+    suite_of,
+    table,
+    table_of,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -195,7 +207,7 @@ def test_claims_of_equivalence_can_be_decided_by_their_seeds():
     planned = [(claim, part) for claim in CLAIMS for part in claim.parts if part.rule == "within" and claim.number > 48]
     assert planned
     for claim, part in planned:
-        suite = load_suite(str(ROOT / f"configs/ablations/{claim.suite}.py"), "laptop")
+        suite = shipped_suite(claim.suite)
         assert inference.smallest_margin(part.spread, len(suite.seeds)) <= part.margin, claim.number
 
 

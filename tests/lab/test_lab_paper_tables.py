@@ -6,9 +6,8 @@ import pytest
 
 from moe.config import ConfigError
 from moe.lab.expressions import parse
-from moe.lab.loading import load_suite
 from moe.lab.report.paper_tables import TABLES_FILE, PaperTable, Row, read_tables, write_page
-from tests.lab_helpers import table_of
+from tests.lab_helpers import shipped_suite, table_of
 
 SUITES = Path(__file__).resolve().parents[2] / "configs/ablations"
 
@@ -64,7 +63,7 @@ def test_every_row_of_the_file_names_arms_of_its_suite():
     tables = read_tables(SUITES / TABLES_FILE)
     assert len(tables) == 12
     names = {row.suite or entry.suite for entry in tables for row in entry.rows}
-    arms = {name: set(load_suite(str(SUITES / f"{name}.py"), "laptop").variants) for name in names}
+    arms = {name: set(shipped_suite(name).variants) for name in names}
     for entry in tables:
         for row in entry.rows:
             used = {term.variant for term in parse(row.value) if term.quantity}

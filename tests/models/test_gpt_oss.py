@@ -132,9 +132,9 @@ def test_a_dropped_assignment_adds_no_output_bias():
 @pytest.mark.parametrize(
     ("mode", "sizes"),
     [
-        ("einsum", None),
+        slow_case("einsum", None),
         ("dropless", None),
-        ("gather", (1, 2, 2, 2)),
+        slow_case("gather", (1, 2, 2, 2)),
         slow_case("einsum", (1, 2, 2, 2)),
         slow_case("dropless", (1, 2, 2, 2)),
     ],

@@ -10,6 +10,7 @@ import pytest
 
 from moe.planner import kept_plans, register
 from moe.system import shipped
+from tests.helpers import slow_case
 
 ROOT = Path(__file__).parents[2]
 
@@ -60,7 +61,7 @@ def _run(folder, *flags):
 
 
 @pytest.mark.parametrize(
-    ("flags", "is_read"), [((), True), (("--compile",), False), (("--config.train.batch_size=1",), False)]
+    ("flags", "is_read"), [((), True), slow_case(("--compile",), False), (("--config.train.batch_size=1",), False)]
 )
 def test_a_kept_plan_is_read_unless_settings_or_compile_ask_for_another(tmp_path, flags, is_read):
     of_slice = {"config": "tiny", "slices": ["h100:1x1"], "topology": "h100:1x1"}
@@ -94,6 +95,7 @@ def test_a_plan_is_registered_once(tmp_path):
     assert "this plan was registered on" in _run(tmp_path, "--register=Mine", "--changes=1").stderr
 
 
+@pytest.mark.slow
 def test_changes_are_counted_in_the_scenario_of_the_plan(tmp_path):
     """All policies have the same program here, so that none is faster than another at any share of the peak."""
     for share in (0.01, 0.02):  # the second run finds the plans of the first

@@ -111,7 +111,7 @@ def _by_hand(gate: str, config: ModelConfig, parameters: Any, tokens: Any) -> An
     return x
 
 
-@pytest.mark.parametrize("gate", [VECTOR, "my_layers:Residual"])
+@pytest.mark.parametrize("gate", [slow_case(VECTOR), "my_layers:Residual"])
 @pytest.mark.parametrize(
     ("sizes", "settings"),
     [

@@ -309,7 +309,7 @@ def test_sizes_of_pools_are_drawn_by_document(rng):
     ("fields", "rule"),
     [
         (oracle_cases.OVERFLOW, reference.Rule(overflow=True)),
-        (oracle_cases.LEAK | {"drop_policy": "probability"}, oracle_cases.BY_PROBABILITY),
+        slow_case(oracle_cases.LEAK | {"drop_policy": "probability"}, oracle_cases.BY_PROBABILITY),
     ],
     ids=["overflow", "priority"],
 )

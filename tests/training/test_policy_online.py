@@ -21,7 +21,7 @@ from moe.parallel.mesh import make_mesh
 from moe.training.batches import EXPERTS_KEY
 from moe.training.step import build
 from moe.training.teacher import read_teacher
-from tests.helpers import random_parameters, tiny_model
+from tests.helpers import random_parameters, slow_case, tiny_model
 from tests.run_helpers import ONE, Interrupted, state_of, write_run
 
 CONFIG = Config(
@@ -227,7 +227,7 @@ def test_a_wrong_task_is_refused_in_one_sentence(tmp_path, monkeypatch, task, sa
         train_online(program, str(tmp_path), task, sampled, Rounds())
 
 
-@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("rank", [0, slow_case(2)])
 def test_a_run_begins_with_its_checkpoint(tmp_path, monkeypatch, rank):
     """The parameters that sample the first rollouts are those of ``start``; fresh adapters do not change them.
 
