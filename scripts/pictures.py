@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
 import shutil
 import subprocess
@@ -56,6 +57,25 @@ def _plan() -> str:
     from moe.planner import html
 
     return html.page(json.loads((DOCS / "plan.json").read_text()))
+
+
+def _difference() -> str:
+    """The figure of docs/difference.json, which ``moe diff`` wrote (docs/analysis.md has the commands)."""
+    from moe.analysis.difference import Agreement, LossDifference
+    from moe.analysis.difference_page import Difference, figure
+
+    found = json.loads((DOCS / "difference.json").read_text())
+    found["agreements"] = {
+        name: [Agreement(**layer) for layer in layers] for name, layers in found["agreements"].items()
+    }
+    found["losses"] = {
+        grouping: {name: LossDifference(**value) for name, value in values.items()}
+        for grouping, values in found["losses"].items()
+    }
+    drawn = io.StringIO()
+    figure(Difference(**found)).savefig(drawn, format="svg")
+    svg = drawn.getvalue()
+    return f"<!doctype html><html><body style='margin: 0'>{svg[svg.index('<svg') :]}</body></html>"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +133,7 @@ PICTURES = {
     "explorer": Picture(_explorer, ("moe/analysis/explorer.html", "docs/routing_explorer.json"), 1000, 760),
     "suite_report": Picture(_suite_report, _REPORT, 800, 1000),
     "plan": Picture(_plan, ("docs/plan.json", "moe/planner/html.py"), 960, 610),
+    "difference": Picture(_difference, ("docs/difference.json", "moe/analysis/difference_page.py"), 1060, 560),
 }
 
 
