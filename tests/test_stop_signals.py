@@ -161,12 +161,16 @@ def test_an_error_of_one_process_ends_the_others_with_its_exit_code(pair, capsys
     assert list(store.values()) == [f"{code} {text}"]
 
 
-def test_a_broken_collective_waits_for_the_report_of_a_lost_process(pair, monkeypatch):
+@pytest.mark.parametrize("is_cause", [False, True])
+def test_a_broken_collective_waits_for_the_report_of_a_lost_process(pair, monkeypatch, is_cause):
+    """The error itself, and that of a checkpoint that it caused."""
     store, _, _ = pair
-    waits = []
+    waits, broken = [], ValueError("UNKNOWN: Gloo AllGather failed: Connection reset by peer")
     monkeypatch.setattr(signals.time, "sleep", lambda seconds: waits.append((seconds, dict(store))))
-    with pytest.raises(ValueError, match="Gloo"), signals.ended_together(20):
-        raise ValueError("UNKNOWN: Gloo AllGather failed: Connection reset by peer")
+    error = ConfigError("a checkpoint could not be written (Gloo)") if is_cause else broken
+    error.__cause__ = broken if is_cause else None
+    with pytest.raises(type(error), match="Gloo"), signals.ended_together(20):
+        raise error
     assert waits == [(1.25 * 20 + 5, {})]  # nothing was announced before
     assert len(store) == 1
 

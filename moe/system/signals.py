@@ -132,12 +132,21 @@ def ended_together(timeout: int = 100) -> Iterator[None]:
         with STOP_WATCH.farewell(lambda code: _stop_all(client, code)):
             yield
     except BaseException as error:
-        if isinstance(error, (RuntimeError, ValueError)) and _BROKEN.match(str(error)):
+        if _is_broken_collective(error):
             time.sleep(1.25 * timeout + 5)
         if type(error) is not Stopped:
             _announce(client, error)
             atexit.register(_leave, _code(error))  # runs before JAX's own function, which was registered earlier
         raise
+
+
+def _is_broken_collective(error: BaseException | None) -> bool:
+    """Whether an error, or the one that caused it, such as that of a checkpoint, is of a collective."""
+    while error is not None:
+        if isinstance(error, (RuntimeError, ValueError)) and _BROKEN.match(str(error)):
+            return True
+        error = error.__cause__
+    return False
 
 
 def _stop_all(client: Any, code: int) -> NoReturn:
