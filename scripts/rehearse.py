@@ -15,17 +15,20 @@ from moe.system import process
 if __name__ == "__main__":
     process.use_tpu_compiler()  # before JAX is imported
 
+import contextlib
 import json
 import math
 import os
 import random
 import re
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -89,7 +92,7 @@ class Hosts:
             f"--workdir={workdir}",
             *sizes,
         ]
-        modules = [*flags.FLAGS["allow_module"].value]
+        modules = [*(flags.FLAGS["allow_module"].value or ())]
         if (workdir.parent / f"{rehearsals.SKEWED_MODULE}.py").exists():
             modules.append(rehearsals.SKEWED_MODULE)
             environment["PYTHONPATH"] = os.pathsep.join([str(workdir.parent), *filter(None, [os.getenv("PYTHONPATH")])])
@@ -198,6 +201,25 @@ def _hosts(pod: "Topology") -> int:
     return int(found[1]) if found and isinstance(pod.chip, Gpu) else max(1, pod.num_chips // 4)
 
 
+@contextlib.contextmanager
+def _folder() -> Iterator[Path]:
+    """``--folder``, or a temporary one, which stays with its logs where a run did not end as expected."""
+    folder = Path(_FOLDER.value or tempfile.mkdtemp(prefix="rehearsal-"))
+    try:
+        yield folder
+    except SystemExit:
+        raise
+    except BaseException:
+        _remove(folder)
+        raise
+    _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    if not _FOLDER.value:
+        shutil.rmtree(folder)
+
+
 def main() -> None:
     """Parse flags and run."""
     from moe.config import ConfigError
@@ -208,8 +230,7 @@ def main() -> None:
     share = _SHRINK.value / _hosts(pod) if _SHRINK.value else 1.0
     if share > 1:
         raise ConfigError(f"--shrink={_SHRINK.value}: {_TOPOLOGY.value} has {_hosts(pod)} hosts")
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(_FOLDER.value or temporary)
+    with _folder() as folder:
         (folder / "text").mkdir(parents=True, exist_ok=True)
         for path in (*_ROOT.glob("docs/*.md"), _ROOT / "README.md"):
             write_atomic(folder / "text" / f"{path.stem}.txt", path.read_text())
@@ -219,8 +240,9 @@ def main() -> None:
         print(f"{_TOPOLOGY.value}: {_described(made.pod_mesh)}; here {_described(made.mesh)}", flush=True)
         skew = _skew(made.mesh["expert"])
         code = rehearse(made, folder, share, skew)
-    print(_at_real_width(made.config.model.moe.dispatch, skew))
-    sys.exit(code)
+        print(_at_real_width(made.config.model.moe.dispatch, skew))
+        if code:
+            sys.exit(code)
 
 
 def _skew(devices: int) -> float:
