@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from moe.config import ConfigError
+from moe.config import Capacity, ConfigError
 from moe.conformance.divergence import bounds, compare, rounded, trace
 from moe.conformance.divergence.ranking import Ranking, highest
 from tests.analysis_helpers import random_batch, tiny_program
@@ -207,9 +207,11 @@ def test_bad_traces_are_refused(tmp_path, arrays, words):
         trace.read(str(tmp_path / "bad.npz"))
 
 
-def test_a_dropless_model_is_followed_through_a_form_that_drops_nothing():
-    model = trace.without_loops(tiny_model(gate="mixtral", num_experts=4, dispatch="dropless"))
-    assert (model.moe.dispatch, model.moe.capacity.eval) == ("einsum", 2.0)  # E / K
+@pytest.mark.parametrize(("mode", "capacity"), [("dropless", 2.0), ("gather", 3.0), ("einsum", 3.0)])  # E / K = 2
+def test_a_model_is_followed_through_its_form_without_loops(mode, capacity):
+    model = tiny_model(gate="mixtral", num_experts=4, dispatch=mode, capacity=Capacity(eval=3.0))
+    found = trace.without_loops(model).moe
+    assert (found.dispatch, found.capacity.eval) == ("einsum", capacity)
 
 
 @pytest.mark.parametrize("gate", ["hash", "expert_choice", "none"])

@@ -157,13 +157,12 @@ def _first_wrong(
         moved = np.asarray(one.router_input, np.float64) - np.asarray(other.router_input, np.float64)
         bound = np.hypot(*(rounding.input_bound() for rounding in roundings))
         checks.append(("the router's input", np.linalg.norm(moved, axis=-1), bound))
-    for name, attribute, errors in (
-        ("the router's logits", "router_logits", [rounding.logits for rounding in roundings]),
-        ("the scores", "scores", [rounding.scores for rounding in roundings]),
-    ):
-        pair = getattr(one, attribute), getattr(other, attribute)
-        if pair[0] is not None and pair[1] is not None:
-            checks.append((name, *_largest(*pair, np.hypot(*map(bound_each, errors)))))
+    if one.router_logits is not None and other.router_logits is not None:
+        bound = np.hypot(*(bound_each(rounding.logits) for rounding in roundings))
+        checks.append(("the router's logits", *_largest(one.router_logits, other.router_logits, bound)))
+    if one.scores is not None and other.scores is not None:
+        bound = np.hypot(*(bound_each(rounding.ranked) for rounding in roundings))
+        checks.append(("the scores", *_largest(one.scores, other.scores, bound)))
     for layer in range(len(one.expert_index)):
         for name, moved, bound in checks:
             ratio = np.where(real[layer] & (moved[layer] > 0), moved[layer] / np.maximum(bound[layer], 1e-300), 0.0)

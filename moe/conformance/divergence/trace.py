@@ -159,13 +159,13 @@ def ranking(model: ModelConfig) -> Ranking:
         ConfigError: it is dense, is an encoder-decoder, or has a gate that does not take the K highest scores, or gates
             of different groups.
     """
-    gates = model.moe.gates
-    for gate in gates or (None,):
+    found = set()
+    for gate in model.moe.gates or (None,):
         if not isinstance(gate, Selecting) or gate.looks_ahead:
             raise ConfigError(f"model.moe.gate={gate}: diverge compares gates that take the K highest scores")
+        found.add(Ranking(gate.groups, gate.kept_groups, gate.scores_per_group))
     if model.encoder_layers:
         raise ConfigError("model.encoder_layers: diverge compares decoder-only models")
-    found = {Ranking(gate.groups, gate.kept_groups, gate.scores_per_group) for gate in gates}
     if len(found) > 1:
         raise ConfigError("model.moe.layer_gates: diverge compares gates of equal groups, kept_groups and so on")
     return found.pop()
@@ -174,11 +174,11 @@ def ranking(model: ModelConfig) -> Ranking:
 def without_loops(model: ModelConfig) -> ModelConfig:
     """The model with rows moved by products, and where it is dropless with a capacity that drops nothing: the same
     function, without a loop of unknown length."""
-    moe = model.moe
-    if moe.dispatch != "dropless":
-        return model
-    capacity = dataclasses.replace(moe.capacity, eval=moe.num_experts / moe.experts_per_token)
-    return dataclasses.replace(model, moe=dataclasses.replace(moe.with_dispatch("einsum"), capacity=capacity))
+    moe = model.moe.with_dispatch("einsum")
+    if model.moe.dispatch == "dropless":
+        capacity = dataclasses.replace(moe.capacity, eval=moe.num_experts / moe.experts_per_token)
+        moe = dataclasses.replace(moe, capacity=capacity)
+    return dataclasses.replace(model, moe=moe)
 
 
 def replayed(
