@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 
 from moe.config import ConfigError
-from moe.conformance import reference
+from moe.conformance import reference, rows, table
 from moe.dispatch.modes import CONFIG_MODES
 from moe.interop.layers import run_reference
-from scripts import conformance
 from tests.helpers import slow_case
 
 FOLDER = Path(__file__).resolve().parents[3] / "shared" / "parity" / "layers"
@@ -18,9 +17,9 @@ FOLDER = Path(__file__).resolve().parents[3] / "shared" / "parity" / "layers"
 @pytest.mark.skipif(not FOLDER.exists(), reason="the reference layers are not beside this repository")
 @pytest.mark.slow
 def test_layers_of_hugging_face():
-    rows = list(conformance.reference_layers(FOLDER))
-    assert len(rows) >= 16
-    assert not [row for row in rows if not row.passes]
+    found = list(table.reference_layers(FOLDER))
+    assert len(found) >= 16
+    assert not [row for row in found if not row.passes]
 
 
 def _expected(arrays, gate, mask, k, capacity, rule, matrices, activation):
@@ -82,7 +81,7 @@ def test_deepseek_v3_of_other_shapes(experts, groups, kept, k, normalise, scale,
     for mode in modes:
         ours = run_reference(arrays, mode)
         np.testing.assert_array_equal(ours["topk_index"], decisions.expert.reshape(-1, k))
-        assert conformance.error(ours["y"], y + y_shared) < 1e-5
+        assert rows.error(ours["y"], y + y_shared) < 1e-5
 
 
 @pytest.mark.parametrize(("experts", "tokens", "capacity"), [slow_case(3, 7, 1), (5, 6, 2), slow_case(2, 5, 9)])
@@ -98,7 +97,7 @@ def test_switch_of_other_shapes(experts, tokens, capacity, rng):
     y, decisions = _expected(arrays, "switch", mask, 1, capacity, reference.PLAIN, matrices, "relu")
     for mode in ("gather", "einsum"):
         ours = run_reference(arrays, mode)
-        assert conformance.error(ours["y"], y) < 1e-5
+        assert rows.error(ours["y"], y) < 1e-5
         np.testing.assert_array_equal(ours["dispatch"].sum(-1), decisions.kept[..., 0])
 
 
@@ -111,13 +110,13 @@ def test_a_tensor_that_no_layer_reads_is_refused():
 
 @pytest.mark.slow
 def test_conformance_passes_its_check_values():
-    rows = list(conformance.check_values())
-    assert len(rows) == 11
-    assert all(row.passes for row in rows)
+    found = list(table.check_values())
+    assert len(found) == 11
+    assert all(row.passes for row in found)
 
 
 def test_conformance_notices_a_wrong_value():
-    assert conformance.value("section", "what", 1.0, 1.0, 1e-3).passes
-    assert not conformance.value("", "", 1.0, 1.1, 1e-3).passes
-    assert not conformance.close("", "", "", 2e-5, 1e-5).passes
-    assert "**FAILS**" in conformance.table([conformance.value("section", "what", 1.0, 1.1, 1e-3)])
+    assert rows.value("section", "what", 1.0, 1.0, 1e-3).passes
+    assert not rows.value("", "", 1.0, 1.1, 1e-3).passes
+    assert not rows.close("", "", "", 2e-5, 1e-5).passes
+    assert "**FAILS**" in table.page([rows.value("section", "what", 1.0, 1.1, 1e-3)])

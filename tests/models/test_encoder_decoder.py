@@ -15,7 +15,7 @@ from moe.config import MeshConfig, layer_kinds
 from moe.config.rope_section import RopeScalingConfig
 from moe.layers.attention.scoring import bias_of_rows, relative_bucket
 from moe.models import kv_cache, sampling
-from moe.models.block import Block, Stream
+from moe.models.block import Block, Record, Stream
 from moe.models.decoder import make_rows
 from moe.models.factory import abstract_model
 from moe.models.segments import unstack_layers
@@ -300,7 +300,7 @@ def test_all_layers_of_both_stacks_draw_different_noise():
     rows, keys = make_rows(np.zeros((1, 4), np.int32), None, None), []
     for stack in (model.encoder, model.decoder):
         body = stack.body(rows, train=True, rng=key)
-        block = mock.Mock(spec=Block, side_effect=lambda x, rows, **settings: (settings["rng"], None))
+        block = mock.Mock(spec=Block, side_effect=lambda x, rows, **settings: (settings["rng"], Record()))
         keys += [body(block, Stream(jnp.zeros(())), None, jnp.asarray(layer))[0].x for layer in range(len(stack.kinds))]
         keys.append(stack.outer_dropout(train=True, rng=key).rng)
     # Three layers and two, and in each stack the dropout outside its layers.
