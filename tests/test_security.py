@@ -509,6 +509,7 @@ def test_text_is_escaped_for_terminals_markdown_and_figures(tmp_path):
         "p < 0.05, &lt;img src=x onerror=y> &lt;!-- &lt;/a>"
     )
     assert escaping.markdown_text("a|<b>[c](d)\n$x$") == "a\\|&lt;b&gt;\\[c\\](d) \\$x\\$"
+    assert escaping.markdown_text("d_model __init__ _x y_") == r"d_model \_\_init\_\_ \_x y\_"
     rows = [{"kind": "heldout/$\\frac$", "step": 1, "loss": 2.0}, {"kind": "heldout/all", "step": 1, "loss": 2.0}]
     report.figure(tmp_path / "training.png", rows, {"all": 1.0})  # not parsed as TeX, which would fail
 

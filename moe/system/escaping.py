@@ -13,6 +13,9 @@ _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u2
 _TAG = re.compile("<(?=[A-Za-z/!?])")
 
 
+#: Underscores at the beginning or end of a word; those within one, as in d_model, are shown.
+_EMPHASIS = re.compile(r"(?<![^\W_])_+|_+(?![^\W_])")
+
 #: Settings of matplotlib with which a name such as "$_$" is not parsed as TeX.
 FIGURE_TEXT: Any = {"text.parse_math": False}
 
@@ -25,7 +28,8 @@ def terminal(text: str) -> str:
 def markdown_text(text: str) -> str:
     """Escape a name, a note or an error for one line of Markdown: no tags, columns, links or formulas of its own."""
     line = html.escape(terminal(" ".join(text.split())), quote=False)
-    return re.sub(r"([\\`*\[\]|$])", r"\\\1", line)
+    line = re.sub(r"([\\`*\[\]|$])", r"\\\1", line)
+    return _EMPHASIS.sub(lambda match: match[0].replace("_", r"\_"), line)
 
 
 def markdown_cell(text: str) -> str:

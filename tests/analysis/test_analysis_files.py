@@ -231,7 +231,7 @@ def test_an_analysis_from_text_to_files(tokenizer, tmp_path):
     for before, line in itertools.pairwise(text.splitlines()):
         if before.startswith("|") and line.startswith("|"):  # rows of one table have equal numbers of cells
             assert line.replace(r"\|", "").count("|") == before.replace(r"\|", "").count("|")
-    assert r"\$_\$ \|" in text
+    assert r"\$\_\$ \|" in text
     assert "\x1b" not in markdown.markdown(found, "evil \x1b[31m\nname")
     first = found["repetition"]["first"]["words"][1]
     assert f"{100 * first['observed']:.1f} ({100 * first['shuffled_mean']:.1f} ± " in text

@@ -461,8 +461,11 @@ def test_a_users_gate_trains_resumes_and_evaluates(module, tmp_path):
     }
     rows = (workdir / "metrics.jsonl").read_bytes()
     shutil.rmtree(workdir / "checkpoints" / "2")
-    train(config, str(workdir), jax.devices()[:1], make_program=programs)  # from step 1
+    (workdir / noted_code.NOTE).write_text(json.dumps({"sha256": "before"}))
+    train(config, str(workdir), jax.devices()[:1], make_program=programs)  # from step 1, with edited code
     assert (workdir / "metrics.jsonl").read_bytes() == rows
+    assert json.loads((workdir / "changes.jsonl").read_text())["changes"].keys() == {"code of the user's modules"}
+    assert not noted_code.edited_code(config, epath.Path(workdir))
     opened = open_workdir.open_workdir(str(workdir), {})
     with jax.set_mesh(opened.program.mesh):
         heldout = evaluation.load_heldout(opened.program, opened.prepared)
