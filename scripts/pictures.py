@@ -61,6 +61,8 @@ def _plan() -> str:
 
 def _difference() -> str:
     """The figure of docs/difference.json, which ``moe diff`` wrote (docs/analysis.md has the commands)."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
     from moe.analysis.difference import Agreement, LossDifference
     from moe.analysis.difference_page import Difference, figure
 
@@ -73,7 +75,7 @@ def _difference() -> str:
         for grouping, values in found["losses"].items()
     }
     drawn = io.StringIO()
-    figure(Difference(**found)).savefig(drawn, format="svg")
+    FigureCanvasSVG(figure(Difference(**found))).print_svg(drawn)
     svg = drawn.getvalue()
     return f"<!doctype html><html><body style='margin: 0'>{svg[svg.index('<svg') :]}</body></html>"
 
