@@ -16,6 +16,7 @@ from moe.config import ConfigError, ModelConfig
 from moe.config.layer_kinds import layer_kinds
 from moe.models.factory import abstract_parameters
 from moe.models.segments import restack_layers, unstack_layers
+from moe.routing.interface import Selecting
 from moe.routing.newer_gates import Cosine
 
 #: Arrays whose last axis is the hidden units; in ``down`` it is the one before the last.
@@ -214,7 +215,8 @@ def _factors(model: ModelConfig, parts: int) -> tuple[float, float]:
     gate: Any = model.moe.gate
     softmax = gate.score == "softmax"
     of_weight = parts if softmax or gate.renormalise else 1.0
-    return of_weight, parts if softmax and not gate.biases_logits else 1.0
+    biases_scores = isinstance(gate, Selecting) and not gate.biases_logits
+    return of_weight, parts if softmax and biases_scores else 1.0
 
 
 def _resized(model: ModelConfig, times: int, parts: int) -> ModelConfig:

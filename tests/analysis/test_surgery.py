@@ -52,6 +52,7 @@ def _logits(config, mesh, batch, parameters, biases):
         {"gate": "switch", "num_experts": 4, **ROOM, "bias": "all"},
         slow_case({"gate": "deepseek_v4", "num_experts": 8, "experts_per_token": 2, **ROOM}),
         {"gate": "deepseek_moe", "num_experts": 4, "experts_per_token": 2, "bias_update": "sign", **ROOM},
+        slow_case({"gate": "sinkhorn", "num_experts": 4, "accept_future_leak": True, **ROOM}),
     ],
     ids=lambda overrides: overrides["gate"],
 )
