@@ -47,7 +47,7 @@ class Records(NamedTuple):
 
 
 def join_records(records: LayerStates) -> Records:
-    """What the layers of a stack report, in layer order."""
+    """Reports of a stack's layers, in layer order."""
 
     def join(read: Callable[[Record], Any]) -> Any:
         return join_moe_layers([[read(record) for record in unit] for unit in records])

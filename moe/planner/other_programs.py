@@ -16,7 +16,10 @@ from moe.planner.memory_errors import DoesNotFitError
 from moe.planner.topology import Topology
 from moe.training import step as train_step_module
 
-TRAINING, EVALUATION, INITIALISATION, RESTORING = "train step", "evaluation", "initialisation", "restoring"
+TRAINING = "train step"
+EVALUATION = "evaluation"
+INITIALISATION = "initialisation"
+RESTORING = "restoring"
 
 
 def memory(config: Config, topology: Topology) -> dict[str, int]:

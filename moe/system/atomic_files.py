@@ -71,8 +71,10 @@ def write_atomic(path: epath.Path | Path, content: bytes | str | Iterable[bytes]
             raise
 
 
-#: End of the name of a temporary file, and characters of the path's own name before it: a name has at most 255 bytes.
-_TEMPORARY, _STEM = re.compile(r"\.[0-9a-f]{8}\.tmp$"), 60
+#: End of the name of a temporary file.
+_TEMPORARY = re.compile(r"\.[0-9a-f]{8}\.tmp$")
+#: Characters of the path's own name before it: a name has at most 255 bytes.
+_STEM = 60
 
 
 @contextlib.contextmanager

@@ -99,7 +99,7 @@ def _in_blocks(array, axis):
 
 
 def test_blocks_of_32_by_hand():
-    """Of 1.1 and 300 the scale is 1 (2^-1 would make 300 into 600, above 448): 300 is between 288 and 320, steps of 32,
+    """The scale of 1.1 and 300 is 1 (2^-1 would make 300 into 600, above 448): 300 is between 288 and 320, steps of 32,
     and 1.1 between 1 and 1.125. 1.1 in the next block has scale 2^-8: 281.6 becomes 288, so 1.125. The last, shorter
     block is 449, whose scale is 2: 224.5 becomes 224."""
     x = np.zeros(65, np.float32)
