@@ -286,11 +286,13 @@ def test_names_of_options_are_checked_before_anything_else(words, says, monkeypa
 
 
 def test_a_short_trial_has_a_shorter_warm_up(capsys):
-    """A warm-up of 20 steps becomes a tenth of ten steps, 1; not where the command line sets it, nor in long runs."""
+    """A warm-up of 20 steps, or the default's 30, becomes a tenth of ten steps, 1; not where the command line sets it,
+    nor in long runs."""
     name, steps = "optimizer.warmup_steps", "train.num_steps"
-    assert cli._shorter_warm_up({name: 20}, {steps: 10}) == {name: 1}
-    assert "optimizer.warmup_steps=1 instead of the config's 20" in capsys.readouterr().err
-    for file, own in (({name: 20}, {steps: 10, name: 4}), ({name: 20}, {steps: 30}), ({}, {steps: 10})):
+    for file, warm_up in (({name: 20}, 20), ({}, 30)):
+        assert cli._shorter_warm_up(file, {steps: 10}) == {name: 1}
+        assert f"optimizer.warmup_steps=1 instead of the config's {warm_up}" in capsys.readouterr().err
+    for file, own in (({name: 20}, {steps: 10, name: 4}), ({name: 20}, {steps: 30}), ({}, {steps: 31})):
         assert cli._shorter_warm_up(file, own) == {}
     assert capsys.readouterr().err == ""
 

@@ -8,6 +8,7 @@ import json
 import operator
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +17,10 @@ import jax
 import numpy as np
 import pytest
 
-from moe.config import Config
+from moe.config import Config, build_layers, command_line
+from moe.programs import cli
 from moe.routing.balancing import LayerReport
+from moe.system import shipped
 from moe.training import evaluation
 from moe.training.metrics import Throughput, mean_row
 from moe.training.progress import Progress
@@ -74,6 +77,85 @@ def test_configs_with_kept_plans_do_not_say_that_they_were_never_compiled():
 def test_guides_are_short():
     assert sum(len(page.read_text().split()) for page in (ROOT / "docs").glob("*.md")) <= 30_000
     assert len((ROOT / "README.md").read_text().split()) <= 900
+
+
+def _commands() -> list[tuple[str, list[str], bool]]:
+    """Every command of this package in README and guides: its page, its words, and whether it stands in a block, which
+    has all that it needs, or in running text."""
+    found = []
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        text = page.read_text()
+        blocks = "".join(re.findall(r"^ *```sh\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE)).replace("\\\n", " ")
+        inline = re.findall(r"`(moe [a-z]+ --[^`]*|python \w[\w/]*\.py --[^`]*)`", text)
+        for line, complete in (*((line, True) for line in blocks.splitlines()), *((line, False) for line in inline)):
+            words = shlex.split(line, comments=True)
+            while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):  # environment variables
+                words = words[1:]
+            if words[:1] in (["moe"], ["python"]) and words[1] != "-c":
+                words = ["train" if word == "main.py" else word for word in words[1:]]
+                found.append((page.name, words, complete))
+    return found
+
+
+_CHECK = """
+import importlib, json, runpy, sys
+from absl import flags
+from moe.programs import cli, commands
+
+def check(main, required=(), examples=()):
+    if problem := cli._problem(sys.argv, required if complete else (), ()):
+        print(f"{page}: {' '.join(sys.argv)}: {problem}")
+
+cli.run = check
+shared = {*flags.FLAGS}
+for program, given in json.load(sys.stdin).items():
+    if program in commands.COMMANDS:
+        run = importlib.import_module(f"moe.programs.{commands.COMMANDS[program][0]}").run
+    else:
+        runpy.run_path(program)  # defines its flags, and does not start
+        run = lambda: check(None)
+    for page, words, complete in given:
+        sys.argv = ["moe", *words[1:]]
+        run()
+    for name in {*flags.FLAGS} - shared:
+        delattr(flags.FLAGS, name)
+assert "jax" not in sys.modules
+"""
+
+
+def test_commands_of_the_guides_have_options_that_exist():
+    by_program = {}
+    for page, words, complete in _commands():
+        by_program.setdefault(words[0], []).append((page, words, complete))
+    assert len(by_program) > 15
+    assert sum(map(len, by_program.values())) > 100
+    checked = subprocess.run(
+        [sys.executable, "-c", _CHECK], cwd=ROOT, input=json.dumps(by_program), capture_output=True, text=True
+    )
+    assert (checked.returncode, checked.stdout) == (0, ""), checked.stderr
+
+
+def test_configs_of_the_commands_of_the_guides_are_valid(monkeypatch):
+    """Names of configs, and the values of settings; not the checkpoint that a run starts from."""
+    monkeypatch.chdir(ROOT)
+    seen = set()
+    for page, words, _ in _commands():
+        others, texts = command_line.split(words)
+        names = [word.partition("=")[2] for word in others if word.startswith("--config=")]
+        if names and not names[0].endswith(".json"):
+            start = texts.pop("start.checkpoint", [])
+            if "my_" not in str(texts):  # files of the reader
+                checkpoint, file, own = command_line.layers(shipped.find(names[0]), texts)
+                if start:
+                    own["start.checkpoint"] = start[-1]
+                build_layers(checkpoint, file, own, cli._shorter_warm_up(file, own))
+                seen.add(page)
+    assert len(seen) > 10
+
+
+def test_the_first_page_says_where_to_go_in_twelve_rows():
+    wishes = (ROOT / "docs" / "index.md").read_text().partition("## I want to")[2].partition("```")[0]
+    assert 0 < len(re.findall(r"^\| \w", wishes, re.MULTILINE)) <= 12
 
 
 def test_the_tour_names_what_exists():
