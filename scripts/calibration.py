@@ -238,12 +238,12 @@ def published_seconds(row: Published, config: Any, chips: int) -> float:
 
 def compare(name: str, folder: Path | None) -> dict[str, Any]:
     """Compile one program, or read it if it is kept, and return its row of the table."""
-    from moe.planner import compiled, plan, topology
+    from moe.planner import compiled, make_plan, topology
 
     row = PUBLISHED[name]
     where = topology.get_topology(row.topology)
     config = config_of(row, len(where.devices))
-    made = plan.read_step(config, where, compiled.read_or_compile(config, where, folder, apart=True))
+    made = make_plan.read_step(config, where, compiled.read_or_compile(config, where, folder, apart=True))
     published = published_seconds(row, config, made.chips)
     return {
         "name": name,

@@ -26,7 +26,7 @@ import numpy as np
 from moe.config import ModelConfig, layer_kinds
 from moe.layers.attention.tpu import block_sizes
 from moe.planner.chips import CHIPS
-from moe.planner.gpus import GPUS
+from moe.planner.kinds import KINDS
 from moe.planner.measured import DEVICES
 from moe.planner.records import Item, Price
 
@@ -75,7 +75,7 @@ def factor(name: str, model: ModelConfig, tokens: int, where: str) -> Factor:
     """Times of a model's kernels, in the mean of its layers.
 
     Args:
-        name: key of :data:`moe.planner.chips.CHIPS` or of GPUS.
+        name: key of :data:`moe.planner.kinds.KINDS`.
         model: with its heads and windows.
         tokens: of a row.
         where: pass; all but "backward" run the forward kernel.
@@ -176,8 +176,7 @@ def share(timing: dict[str, str]) -> float:
     )
     flops = _MATMULS[timing["kind"]] * batch * heads * tokens**2 * (head_dim + value_dim)
     name = next(name for name, device in DEVICES.items() if device == timing["device"])
-    chip = (GPUS | CHIPS)[name]
-    at_peak = _scores(name in CHIPS, tokens) * flops * chip.devices / chip.peak
+    at_peak = _scores(name in CHIPS, tokens) * flops / KINDS[name].device_peak
     return at_peak / (float(timing["milliseconds"]) / 1e3)
 
 

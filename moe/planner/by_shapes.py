@@ -19,6 +19,7 @@ from typing import Any
 from moe.planner import attention, calibration, kernels, network, row_movement, unembedding
 from moe.planner.chips import Chip
 from moe.planner.gpus import Gpu
+from moe.planner.kinds import kind_of
 from moe.planner.open_shapes import MIXERS, Sizes
 from moe.planner.records import Collective, GroupedMatmul
 from moe.planner.topology import Topology
@@ -86,7 +87,7 @@ class ShapePlan:
         return self.model_flops / (self.step_seconds * self.peak_flops)
 
     def _compared(self) -> str:
-        return calibration.of_chip(self.topology.partition(":")[0], self.chip_steps)
+        return calibration.of_chip(kind_of(self.topology), self.chip_steps)
 
     def to_json(self) -> dict[str, Any]:
         """Fields and derived figures."""
@@ -154,19 +155,14 @@ class _Pricing:
         return self.topology.chip
 
     @property
-    def kind(self) -> str:
-        """Name of the chip."""
-        return self.topology.name.partition(":")[0]
-
-    @property
     def peak(self) -> float:
         """FLOP/s of a device."""
-        return self.chip.peak / self.chip.devices
+        return self.chip.device_peak
 
     @property
     def bandwidth(self) -> float:
         """Bytes/s of a device's memory."""
-        return self.chip.memory_bandwidth / self.chip.devices
+        return self.chip.device_bandwidth
 
     def plan(self) -> ShapePlan:
         """The priced step."""
@@ -175,7 +171,7 @@ class _Pricing:
         self._experts()
         self._mixers()
         logits = 2.0 * self.here * sizes.width * sizes.vocabulary * 3
-        self._add("loss and unembedding", logits / self.peak / unembedding.share(self.kind), logits)
+        self._add("loss and unembedding", logits / self.peak / unembedding.share(self.chip.name), logits)
         work = sum(self.parts.values())
         layers = sizes.sparse_layers + (len(sizes.layers) - sizes.sparse_layers) / 3
         self._add("the rest of layers", _PASSES * layers * self.here * sizes.width * 2 / self.bandwidth)
@@ -197,8 +193,8 @@ class _Pricing:
             parts=self.parts,
             exposed=max(exchange - _HIDDEN * work, 0.0),
             floor=self.least,
-            log_width=math.hypot(calibration.width(self.kind, kernel_width, known), _FURTHER),
-            chip_steps=calibration.steps_of(self.kind, known),
+            log_width=math.hypot(calibration.width(self.chip.name, kernel_width, known), _FURTHER),
+            chip_steps=calibration.steps_of(self.chip.name, known),
             state=12.0 * sizes.parameters / devices,
             capacity=self.topology.capacity,
             approximate=(
@@ -220,7 +216,7 @@ class _Pricing:
         self._add("dense matmuls", flops / self.peak / share, flops)
 
     def _experts(self) -> None:
-        sizes, name = self.sizes, kernels.name_of(self.chip)
+        sizes, name = self.sizes, self.chip.name
         if not sizes.sparse_layers:
             return
         kernel = "tpu" if isinstance(self.chip, Chip) else "triton" if name == "a100" else "mosaic"
@@ -235,7 +231,7 @@ class _Pricing:
                 count = runs * sizes.sparse_layers
                 self._add("experts", made.seconds * count, made.flops * count)
                 self._uncertain(made.seconds * count, made.low * count, made.high * count)
-        moved = row_movement.price(self.kind)
+        moved = row_movement.price(self.chip.name)
         # To the experts and back, forward and backward; the way there again with recomputation.
         at_bandwidth = (4 + self.again) * sizes.sparse_layers * 4.0 * rows * sizes.width / self.bandwidth
         self._add("row movement", moved.seconds * at_bandwidth)
@@ -251,7 +247,7 @@ class _Pricing:
                 flops = matmuls * self.here * heads * keys * dims * layers * runs
                 if not flops:
                     continue
-                times, low, high = attention.times(self.kind, where, self.length, keys, dims)
+                times, low, high = attention.times(self.chip.name, where, self.length, keys, dims)
                 at_peak = flops / self.peak
                 self._add("attention", times * at_peak, flops)
                 self._uncertain(times * at_peak, low * at_peak, high * at_peak)

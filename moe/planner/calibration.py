@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
+import tokenize
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,8 +13,10 @@ import numpy as np
 import pydantic
 
 from moe.dispatch.backends import tpu_tiles
+from moe.parallel import device_kinds
 from moe.planner import counts, measured
 from moe.planner.counts import Counts
+from moe.planner.kinds import kind_of
 from moe.system.escaping import markdown_table
 from moe.system.foreign_files import Amount, Fields, Positive, kept_whole, read_rows
 
@@ -52,7 +55,7 @@ def rows() -> list[dict[str, Any]]:
 
 def recounted(row: dict[str, Any]) -> dict[str, Any]:
     """A published step counted by today's prices."""
-    priced = counts.price(Counts.model_validate(row["counts"]), row["topology"].partition(":")[0])
+    priced = counts.price(Counts.model_validate(row["counts"]), kind_of(row["topology"]))
     return row | {
         "counted": priced.counted,
         "floor": priced.floor,
@@ -78,9 +81,16 @@ def stale(rows: list[dict[str, Any]]) -> list[str]:
 
 #: Files that counted times depend on, besides the program.
 _PRICES = (
-    "attention.csv", "attention.py", "chips.py", "counts.py", "exchanges.py", "gpus.py", "grouped_matmuls.csv",
-    "kernels.py", "measured.py", "network.py", "program.py", "row_movement.csv", "row_movement.py", "timeline.py",
-    "unembedding.csv", "unembedding.py", "work.py",
+    *map(
+        PATH.with_name,
+        (
+            "attention.csv", "attention.py", "chips.py", "counts.py", "exchanges.py", "gpus.py", "grouped_matmuls.csv",
+            "hardware.py", "kernels.py", "make_plan.py", "measured.py", "network.py", "program.py", "row_movement.csv",
+            "row_movement.py", "timeline.py", "unembedding.csv", "unembedding.py", "work.py",
+        ),
+    ),
+    Path(device_kinds.__file__),
+    Path(tpu_tiles.__file__),
 )  # fmt: skip
 
 
@@ -88,9 +98,31 @@ _PRICES = (
 def prices() -> str:
     """Hash of the tables and models by which programs are counted."""
     digest = hashlib.sha256()
-    for path in (*map(PATH.with_name, _PRICES), Path(tpu_tiles.__file__)):
-        digest.update(path.read_bytes())
+    for path in _PRICES:
+        digest.update((_statements(path) if path.suffix == ".py" else path.read_text()).encode())
     return digest.hexdigest()[:12]
+
+
+def _statements(path: Path) -> str:
+    """Source text of a module without comments, docstrings and layout, which price nothing."""
+    layout = (
+        tokenize.COMMENT,
+        tokenize.NL,
+        tokenize.NEWLINE,
+        tokenize.INDENT,
+        tokenize.DEDENT,
+        tokenize.ENCODING,
+        tokenize.ENDMARKER,
+    )
+    kept, begins = [], True
+    with path.open("rb") as file:
+        for token in tokenize.tokenize(file.readline):
+            if token.type in layout:
+                begins = begins or token.type == tokenize.NEWLINE
+            elif not (begins and token.type == tokenize.STRING):
+                kept.append(token.string)
+                begins = False
+    return " ".join(kept)
 
 
 #: 90 % quantile of Student's t for 1, 2, ... degrees of freedom; 1.3 beyond.
@@ -134,7 +166,7 @@ def kernel_width(counted: float, seconds: float, low: float, high: float) -> flo
 
 def steps_of(kind: str, known: list[dict[str, Any]]) -> int:
     """Number of the published steps that were measured on a chip, such as "v5p"."""
-    return sum(row["topology"].partition(":")[0] == kind for row in known)
+    return sum(kind_of(row["topology"]) == kind for row in known)
 
 
 def of_chip(kind: str, steps: int) -> str:
@@ -196,7 +228,7 @@ def left_out(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     made = []
     for row in rows:
         others = [other for other in rows if other is not row]
-        of_step = width(row["topology"].partition(":")[0], _kernels_of(row), others)
+        of_step = width(kind_of(row["topology"]), _kernels_of(row), others)
         low, high = interval(row["counted"], row["floor"], of_step)
         made.append(row | {"interval": (low, high), "width": of_step, "inside": low <= row["published"] <= high})
     return made

@@ -70,7 +70,7 @@ def candidates(
         rows: per device and microbatch, to try with every combination besides the config's batch.
     """
     found, pruned = [], collections.Counter[str]()
-    sparse, capacity = config.model.moe.gate is not None, chip.memory // chip.devices
+    sparse, capacity = config.model.moe.gate is not None, chip.device_memory
     for mesh in meshes(devices, num_slices):
         sizes = dataclasses.asdict(mesh)
         shards = mesh.data * mesh.fsdp * mesh.expert * config.train.accumulation_steps
@@ -153,7 +153,7 @@ def guess_seconds(config: Config, chip: Chip | Gpu) -> float:
     if moe_layers and moe.dispatch == "dropless" and not chip.grouped_matmul:
         per_token += 6 * expert_parameters * rows * (moe.num_experts - 1)
     per_token *= 1 + _RECOMPUTED[model.remat] / 3
-    arithmetic = per_token * tokens / (devices * _MATMUL_SHARE * chip.peak / chip.devices)
+    arithmetic = per_token * tokens / (devices * _MATMUL_SHARE * chip.device_peak)
     arithmetic *= 1 + (mesh.pipeline - 1) / (config.train.accumulation_steps * config.train.pipeline_rounds)
 
     def share(parts: int) -> float:

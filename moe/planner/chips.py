@@ -14,15 +14,17 @@ import math
 from typing import Any
 
 from moe.parallel.device_kinds import DEVICE_KINDS
+from moe.planner.hardware import Hardware
 
 GiB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
-class Chip:
+class Chip(Hardware):
     """One TPU generation.
 
     Attributes:
+        name: prefix of libtpu's topology names.
         memory: HBM bytes a chip.
         peak: bfloat16 FLOP/s a chip.
         memory_bandwidth: HBM bytes/s a chip.
@@ -41,6 +43,7 @@ class Chip:
         source: of the figures.
     """
 
+    name: str
     memory: int
     peak: float
     memory_bandwidth: float
@@ -78,42 +81,44 @@ class Chip:
 _MXU = 2 * 128 * 128  # FLOP a cycle of one 128 x 128 matrix unit
 
 
-def _chip(kind: str, devices: int = 1, **network: Any) -> Chip:
+def _chip(name: str, kind: str, devices: int = 1, **network: Any) -> Chip:
     """A chip of JAX devices of a kind (:mod:`moe.parallel.device_kinds`), with its memory and network."""
     device = DEVICE_KINDS[kind]
     rates = {"peak": devices * device.known_peak, "memory_bandwidth": devices * device.known_bandwidth}
-    return Chip(devices=devices, cores=device.cores, grouped_matmul=device.runs_kernels, **rates, **network)
+    return Chip(name, devices=devices, cores=device.cores, grouped_matmul=device.runs_kernels, **rates, **network)
 
 
-#: Keys are the prefixes of libtpu's topology names. Where no page gives a DCN figure, v5e's is assumed.
-CHIPS: dict[str, Chip] = {
-    "v2": _chip(
-        "TPU v2", 2, memory=16 * GiB, link=62e9, wraps_at=16, dcn=25e9 / 8,
+# Where no page gives a DCN figure, v5e's is assumed.
+_TABLE = (
+    _chip(
+        "v2", "TPU v2", 2, memory=16 * GiB, link=62e9, wraps_at=16, dcn=25e9 / 8,
         flops_per_cycle=2 * _MXU, example="v2:16x16", source="[v2]; DCN assumed",
     ),
-    "v3": _chip(
-        "TPU v3", 2, memory=32 * GiB, link=70e9, wraps_at=32, dcn=25e9 / 8,
+    _chip(
+        "v3", "TPU v3", 2, memory=32 * GiB, link=70e9, wraps_at=32, dcn=25e9 / 8,
         flops_per_cycle=4 * _MXU, example="v3:32x32", source="[cloud], [v4]; DCN assumed",
     ),
-    "v4": _chip(
-        "TPU v4", memory=32 * GiB, link=50e9, wraps_at=4, dcn=25e9 / 8,
+    _chip(
+        "v4", "TPU v4", memory=32 * GiB, link=50e9, wraps_at=4, dcn=25e9 / 8,
         flops_per_cycle=8 * _MXU, example="v4:4x4x4", source="[cloud], [v4]; DCN assumed",
         options=(("chip_config_name", "megacore"),),
     ),
-    "v5e": _chip(
-        "TPU v5 lite", memory=16 * GiB, link=50e9, wraps_at=16, dcn=25e9 / 8,
+    _chip(
+        "v5e", "TPU v5 lite", memory=16 * GiB, link=50e9, wraps_at=16, dcn=25e9 / 8,
         flops_per_cycle=4 * _MXU, example="v5e:16x16", source="[cloud]: 400 GB/s on 4 ports",
     ),
-    "v5p": _chip(
-        "TPU v5", memory=95 * GiB, link=100e9, wraps_at=4, dcn=50e9 / 8,
+    _chip(
+        "v5p", "TPU v5", memory=95 * GiB, link=100e9, wraps_at=4, dcn=50e9 / 8,
         flops_per_cycle=8 * _MXU, example="v5p:4x4x4", source="[cloud]: 1200 GB/s, 3D torus",
     ),
-    "v6e": _chip(
-        "TPU v6", memory=32 * GiB, link=100e9, wraps_at=16, dcn=100e9 / 8,
+    _chip(
+        "v6e", "TPU v6", memory=32 * GiB, link=100e9, wraps_at=16, dcn=100e9 / 8,
         flops_per_cycle=16 * _MXU, example="v6e:16x16", source="[cloud]: 800 GB/s on 4 ports", host=32e9,
     ),
-    "tpu7x": _chip(
-        "TPU7", 2, memory=192 * GiB, link=100e9, wraps_at=4, dcn=100e9 / 8,
+    _chip(
+        "tpu7x", "TPU7", 2, memory=192 * GiB, link=100e9, wraps_at=4, dcn=100e9 / 8,
         flops_per_cycle=32 * _MXU, example="tpu7x:4x4x4", source="[cloud], [v7]",
     ),
-}  # fmt: skip
+)  # fmt: skip
+
+CHIPS: dict[str, Chip] = {chip.name: chip for chip in _TABLE}

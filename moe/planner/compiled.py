@@ -158,7 +158,7 @@ def read_or_compile(
 
 
 def compile_step(config: Config, topology: Topology) -> CompiledStep:
-    """Compile the train step; see :func:`moe.planner.plan.make_plan`."""
+    """Compile the train step; see :func:`moe.planner.make_plan.make_plan`."""
     if config.distill.teacher:
         raise ConfigError(
             f"distill.teacher={config.distill.teacher!r}: must be empty in a plan, which would leave out the weights "

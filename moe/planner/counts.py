@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from moe.planner import attention, kernels, network, row_movement
-from moe.planner.chips import CHIPS, Chip
-from moe.planner.gpus import GPUS, Gpu
+from moe.planner.kinds import KINDS
 from moe.planner.records import GroupedMatmul, Item
 from moe.system.foreign_files import Amount, Fields
 
@@ -125,8 +123,8 @@ def price(counts: Counts, name: str) -> Priced:
         counts: of the step.
         name: of the chip, such as "v5p".
     """
-    chip = _chips()[name]
-    peak = chip.peak / chip.devices
+    chip = KINDS[name]
+    peak = chip.device_peak
     seconds = low = high = least = 0.0
     for key, runs in counts.matmuls.items():
         kind, kernel, *sizes = key.split()
@@ -168,12 +166,3 @@ def share_words(limits: dict[str, float], step: float) -> str:
     missing = {"peak", "memory", "links"} - set(limits)
     words = f"{100 * limits[largest] / step:.0f} % ({largest})"
     return f"at least {words}" if missing else words
-
-
-def _chips() -> dict[str, Chip | Gpu]:
-    return {**CHIPS, **GPUS}
-
-
-def to_json(counts: Counts) -> dict[str, Any]:
-    """The counts as JSON."""
-    return counts.model_dump()

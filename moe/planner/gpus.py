@@ -13,15 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from moe.parallel.device_kinds import DEVICE_KINDS
+from moe.planner.hardware import Hardware
 
 TARGETS = Path(__file__).parent / "targets"
 
 
 @dataclasses.dataclass(frozen=True)
-class Gpu:
+class Gpu(Hardware):
     """One kind of GPU, in machines of its vendor.
 
     Attributes:
+        name: "a100", "h100", ...
         memory: bytes.
         peak: dense bfloat16 FLOP/s.
         memory_bandwidth: bytes/s.
@@ -39,6 +41,7 @@ class Gpu:
             launches the next kernel (assumed).
     """
 
+    name: str
     memory: int
     peak: float
     memory_bandwidth: float
@@ -68,22 +71,26 @@ class Gpu:
 _H100, _B200 = 780 / 989, 1417 / 2250
 
 
-def _gpu(kind: str, memory: int, nvlink: float, source: str, matmuls: str, matmul_share: float, **more: Any) -> Gpu:
+def _gpu(
+    name: str, kind: str, memory: int, nvlink: float, source: str, matmuls: str, matmul_share: float, **more: Any
+) -> Gpu:
     """A GPU of a kind (:mod:`moe.parallel.device_kinds`), with its memory and network; hosts of eight on 400 Gb/s each,
     unless ``more`` says otherwise."""
     device = DEVICE_KINDS[kind]
     rates = {"peak": device.known_peak, "memory_bandwidth": device.known_bandwidth}
     more = {"network": 50e9, "domain": 8, **more}
-    return Gpu(memory, nvlink=nvlink, source=source, matmuls=matmuls, matmul_share=matmul_share, **rates, **more)
+    return Gpu(name, memory, nvlink=nvlink, source=source, matmuls=matmuls, matmul_share=matmul_share, **rates, **more)
 
 
-GPUS: dict[str, Gpu] = {
-    "a100": _gpu("A100", 85_100_068_864, 300e9, "[A100]", "0.8 of the peak (assumed)", 0.8, network=25e9, host=32e9),
-    "h100": _gpu("H100", 84_942_979_072, 450e9, "[H100]", "rates measured on H100", _H100),
-    "h200": _gpu("H200", 151_397_597_184, 450e9, "[H200]", "rates measured on H100", _H100),
-    "b200": _gpu("B200", 191_514_411_008, 900e9, "[B200]", "rates measured on B200", _B200),
-    "gb200": _gpu("GB200", 197_897_748_480, 900e9, "[NVL72]", "rates measured on B200", _B200, domain=72, host=225e9),
-}
+_TABLE = (
+    _gpu("a100", "A100", 85_100_068_864, 300e9, "[A100]", "0.8 of the peak (assumed)", 0.8, network=25e9, host=32e9),
+    _gpu("h100", "H100", 84_942_979_072, 450e9, "[H100]", "rates measured on H100", _H100),
+    _gpu("h200", "H200", 151_397_597_184, 450e9, "[H200]", "rates measured on H100", _H100),
+    _gpu("b200", "B200", 191_514_411_008, 900e9, "[B200]", "rates measured on B200", _B200),
+    _gpu("gb200", "GB200", 197_897_748_480, 900e9, "[NVL72]", "rates measured on B200", _B200, domain=72, host=225e9),
+)
+
+GPUS: dict[str, Gpu] = {gpu.name: gpu for gpu in _TABLE}
 
 
 @dataclasses.dataclass(frozen=True)

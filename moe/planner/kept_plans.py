@@ -13,6 +13,7 @@ from moe.config import ConfigError
 from moe.dispatch import quantized
 from moe.planner import calibration, counts
 from moe.planner.counts import Counts
+from moe.planner.kinds import kind_of
 from moe.planner.plan import Plan, cost_words
 from moe.planner.topology import all_names, of_slices, tpu_name
 from moe.system.atomic_files import sole_writer, write_atomic
@@ -116,7 +117,7 @@ def recounted(kept: _Row, known: list[_Row]) -> _Row:
         kept: a row.
         known: published steps, from :func:`moe.planner.calibration.rows`.
     """
-    kind = _kind(kept)
+    kind = kind_of(kept["topology"])
     kept_counts = Counts.model_validate(kept["counts"])
     priced = counts.price(kept_counts, kind)
     step = priced.counted
@@ -154,11 +155,6 @@ def stale(rows: Sequence[_Row], known: list[_Row]) -> list[str]:
         for kept in rows
         if not np.allclose(figures(kept), figures(recounted(kept, known)), rtol=1e-6, atol=0)
     ]
-
-
-def _kind(kept: _Row) -> str:
-    """Name of a kept plan's chip."""
-    return kept["topology"].rpartition(" x ")[2].partition(":")[0]
 
 
 def recount(path: Path, page: Path) -> None:
@@ -207,7 +203,7 @@ def mfu_of_chip(rows: Sequence[_Row], kind: str) -> tuple[list[str], tuple[float
     plans = [
         each
         for each in rows
-        if each["topology"].partition(":")[0] == kind and not suffix_of(each["flags"].get(_PRECISION, "none"))
+        if kind_of(each["topology"]) == kind and not suffix_of(each["flags"].get(_PRECISION, "none"))
     ]
     if not plans:
         raise ConfigError(f"--topology={kind}: no plan without 8-bit matmuls is kept; give --mfu")
@@ -241,7 +237,7 @@ def _compared(kept: _Row) -> str:
     """Published steps of a kept plan's chip, and what of the plan is not read from its compiled program."""
     steps = kept["chip_steps"]
     words = f"{steps} published step{'s' * (steps > 1)} of this chip"
-    words = words if steps else calibration.of_chip(_kind(kept), 0)
+    words = words if steps else calibration.of_chip(kind_of(kept["topology"]), 0)
     return words if kept["counts"].get("memory") else f"{words}; {_IN_PART}"
 
 

@@ -16,8 +16,8 @@ import math
 
 from moe.dispatch.backends import tpu_tiles
 from moe.planner import measured
-from moe.planner.chips import CHIPS, Chip
-from moe.planner.gpus import GPUS, Gpu
+from moe.planner.chips import Chip
+from moe.planner.gpus import Gpu
 from moe.planner.records import GroupedMatmul, Price
 
 #: Kernels of the table, by the names that :class:`moe.planner.records.GroupedMatmul` has for them.
@@ -39,7 +39,7 @@ def price(matmul: GroupedMatmul, rows: int, chip: Chip | Gpu) -> Price:
     """Time of one run over that many filled rows, evenly split over the groups, on one device."""
     rows = max(rows, 1)
     _, k, n, groups = matmul.sizes
-    name = name_of(chip)
+    name = chip.name
     kind = "weights" if matmul.kind == "weights" else "rows"
     shares, is_measured = measured.shares(_LIKE.get(name, name), _KERNELS[matmul.kernel], kind, rows, k, n, groups)
     exact = is_measured and name not in _LIKE and matmul.itemsize == 2 and matmul.kind == kind
@@ -68,9 +68,3 @@ def roofline(matmul: GroupedMatmul, rows: int, chip: Chip | Gpu) -> float:
 def _peak(matmul: GroupedMatmul, chip: Chip | Gpu) -> float:
     """FLOP/s at peak for factors of this size: of one byte, twice those of bfloat16 on all that multiply them."""
     return chip.peak * (2 if matmul.itemsize == 1 else 1)
-
-
-def name_of(chip: Chip | Gpu) -> str:
-    """Key of :data:`moe.planner.chips.CHIPS` or :data:`moe.planner.gpus.GPUS`, whatever network a machine gives it."""
-    known: dict[str, Chip | Gpu] = {**CHIPS, **GPUS}
-    return next(name for name, each in known.items() if (each.peak, each.memory) == (chip.peak, chip.memory))

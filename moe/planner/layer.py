@@ -98,12 +98,12 @@ def read_layer(config: Config, topology: Topology, tokens: int, *, backward: boo
     memory = compiled.memory_analysis()
     matmuls = 3 if config.model.activation in GATED_ACTIVATIONS else 2
     flops = 2 * matmuls * config.model.expert_dim * moe.d_ff * (3 if backward else 1) / mesh.shape["tensor"]
-    peak = chip.peak / chip.devices
+    peak = chip.device_peak
     return Reading(
         estimated=text.seconds,
         matmuls=sum(part for (_, kind), part in text.parts.items() if kind == "matmuls"),
         kernels=sum(item.seconds * item.count for item in text.items if item.kind == "grouped matmul"),
-        unpriced=text.unpriced_bytes / (chip.memory_bandwidth / chip.devices),
+        unpriced=text.unpriced_bytes / chip.device_bandwidth,
         active_floor=flops * active / peak,
         slot_floor=flops * _computed_rows(moe, tokens) / parts / peak,
         exchanges=exchanges.summarise(text, list(mesh.devices.flat), chip),

@@ -28,8 +28,7 @@ from pathlib import Path
 import numpy as np
 
 from moe.config import ConfigError
-from moe.planner.chips import CHIPS
-from moe.planner.gpus import GPUS
+from moe.planner.kinds import KINDS
 
 PATH = Path(__file__).with_name("grouped_matmuls.csv")
 
@@ -229,10 +228,10 @@ def _limits(device: str, kernel: str = "") -> tuple[float, float]:
     """(peak FLOP/s, bytes/s) of what a kernel uses of a JAX device."""
     name, table = next((name, table) for name, table in DEVICES.items() if device in (name, table))
     if name == "a100":
-        return GPUS[name].peak, _A100_40GB_BANDWIDTH
-    chip = GPUS[name] if name in GPUS else CHIPS[name]
+        return KINDS[name].peak, _A100_40GB_BANDWIDTH
+    chip = KINDS[name]
     cores = 2 if (table, kernel) in _ONE_CORE else 1
-    return chip.peak / chip.devices / cores, chip.memory_bandwidth / chip.devices
+    return chip.device_peak / cores, chip.device_bandwidth
 
 
 class Fit:

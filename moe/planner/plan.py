@@ -1,4 +1,4 @@
-"""Plan of a run: the real train step compiled for a topology, and the facts and estimates its program gives.
+"""Facts and estimates of a run that was not started.
 
 Memory, exchanges and compile time are facts of the compiled program. FLOPs are counted in the traced program. Times are
 estimates: the compiler's own, plus the network model of :mod:`moe.planner.network`.
@@ -7,42 +7,18 @@ estimates: the compiler's own, plus the network model of :mod:`moe.planner.netwo
 from __future__ import annotations
 
 import dataclasses
-import functools
-import hashlib
-import re
-from pathlib import Path
 from typing import Any
 
-from moe.config import Config, ConfigError, to_dict, validate_mesh
-from moe.dispatch.backends import row_blocks
-from moe.models import flops
-from moe.models.encoder_decoder import ENCODER_SCOPE
-from moe.parallel.mesh import make_mesh
-from moe.planner import (
-    attention,
-    calibration,
-    counts,
-    exchanges,
-    fit,
-    kernels,
-    network,
-    program,
-    row_movement,
-    timeline,
-    unembedding,
-)
-from moe.planner.compiled import CompiledStep, Memory, read_or_compile
+from moe.planner import calibration, counts, exchanges
+from moe.planner.compiled import Memory
 from moe.planner.exchanges import Exchange
-from moe.planner.memory_errors import DoesNotFitError
-from moe.planner.records import Array, GroupedMatmul, Price
-from moe.planner.scenario import Scenario
-from moe.planner.topology import Topology
-from moe.planner.versions import versions
+from moe.planner.kinds import kind_of
+from moe.planner.records import Array
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Facts and estimates of a run that was not started.
+    """A plan, by :func:`moe.planner.make_plan.make_plan`.
 
     Attributes:
         platform: "tpu" or "gpu".
@@ -191,7 +167,7 @@ class Plan:
         """Basis of the interval, as a phrase."""
         shares = {name: seconds / self.compute_seconds for name, seconds in self.basis.items()}
         words = [f"{name} for {100 * share:.0f} % of the work" for name, share in shares.items() if share >= 0.005]
-        of_chip = calibration.of_chip(self.topology.partition(":")[0], self.chip_steps)
+        of_chip = calibration.of_chip(kind_of(self.topology), self.chip_steps)
         steps = f"the spread of {self.steps} published steps, {of_chip}"
         return f"{steps} (docs/results/calibration.md), and {', '.join(words)}"
 
@@ -233,193 +209,3 @@ def cost_words(tokens: float, chips: int, platform: str, seconds: tuple[float, f
     days, low, high = (1e12 / tokens * each / 86400 for each in seconds)
     hours = f"{days * 24 * chips:,.0f} {'GPU' if platform == 'gpu' else 'chip'}-hours"
     return f"1 trillion tokens: {days:,.1f} days ({low:,.1f} to {high:,.1f}), {hours}"
-
-
-def make_fitting_plan(
-    config: Config, topology: Topology, scenario: Scenario | None = None, programs: Path | None = None
-) -> Plan:
-    """Plan with the remat policy that recomputes least among those that fit; policies whose estimate is far above the
-    memory (:data:`moe.planner.fit.MARGIN`) are not compiled.
-
-    Raises:
-        ConfigError: none fits, or the config does not fit the mesh.
-    """
-    mesh, capacity = make_mesh(config.mesh, topology.devices), topology.capacity
-    validate_mesh(config, mesh.shape)
-    for policy in fit.LADDER:
-        tried = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=policy))
-        estimated = fit.estimate(tried, mesh.shape, topology.platform).total
-        if policy != fit.LADDER[-1] and estimated > fit.MARGIN * capacity:
-            continue
-        try:
-            return make_plan(tried, topology, scenario, programs)
-        except DoesNotFitError:
-            if policy == fit.LADDER[-1]:
-                raise
-    raise AssertionError
-
-
-def make_plan(
-    config: Config, topology: Topology, scenario: Scenario | None = None, programs: Path | None = None
-) -> Plan:
-    """Compile the train step of a run for hardware that is absent, or read it from a folder of programs.
-
-    Raises:
-        ConfigError: the config does not fit the mesh, or the program does not fit the memory; the message says by how
-            much and which settings help; or the scenario makes no sense for the config.
-    """
-    return read_step(config, topology, read_or_compile(config, topology, programs), scenario)
-
-
-def read_step(config: Config, topology: Topology, step: CompiledStep, scenario: Scenario | None = None) -> Plan:
-    """Plan from a compiled train step."""
-    scenario = scenario or Scenario()
-    if scenario.skew > 1 and (config.model.moe.gate is None or config.model.moe.dispatch != "dropless"):
-        raise ConfigError(
-            f"--skew={scenario.skew}: must be 1 unless model.moe.dispatch=dropless; with a capacity every expert "
-            "computes the same rows, and further tokens are dropped"
-        )
-    mesh = make_mesh(config.mesh, topology.devices)
-    if scenario.skew > mesh.shape["expert"]:
-        raise ConfigError(
-            f"--skew={scenario.skew}: must be at most mesh.expert={mesh.shape['expert']}, where one device has all rows"
-        )
-    chip, devices = scenario.applied(topology.chip), list(mesh.devices.flat)
-    peak = chip.peak / chip.devices
-
-    def rows(operation: str) -> int:
-        return int(_assignments(config, mesh, operation) * scenario.skew)
-
-    def kernel_price(matmul: GroupedMatmul) -> Price:
-        # With exchanged rows a buffer is larger than a balanced load; with a capacity all of its rows are computed.
-        dropless = config.model.moe.dispatch == "dropless"
-        price = kernels.price(matmul, rows(matmul.source) if dropless else matmul.sizes[0], chip)
-        if not scenario.matmul_share:
-            return price
-        seconds = price.flops / (scenario.matmul_share * peak)
-        return Price(seconds, seconds, seconds, "--matmul_share", price.flops, price.least)
-
-    matmuls, float8 = scenario.matmul_share * peak, 2 * chip.matmul_share * peak
-    kind = topology.name.partition(":")[0]
-    rates = program.Rates(
-        chip.memory_bandwidth / chip.devices,
-        peak,
-        matmuls,
-        chip.condition,
-        float8,
-        unembedding.share(kind),
-        row_movement.price(kind),
-    )
-    attention_prices = functools.partial(
-        attention.prices,
-        flops=step.products.kernels / len(devices),
-        peak=peak,
-        factor=functools.partial(attention.factor, kind, config.model, config.data.sequence_length),
-    )
-
-    def trips(loop: str) -> int | None:
-        return row_blocks.balanced_trips(loop, rows(loop))
-
-    text = program.read(step.text, dict(mesh.shape), chip.clock, kernel_price, rates, attention_prices, trips)
-    text = dataclasses.replace(text, collectives=exchanges.balanced(text.collectives, config.model.moe, mesh.shape))
-    items = text.items
-    found = exchanges.summarise(text, devices, chip)
-    if scenario.skew > 1:
-        found = tuple(
-            # Gathered tokens go to every device, whatever the load.
-            exchanges.skewed(exchange, scenario.skew) if "all-to-all" in exchange.kind else exchange
-            for exchange in found
-        )
-    priced = [item for item in items if item.kind in ("grouped matmul", "attention", "row movement")]
-    total, active = flops.count_parameters(config.model)
-    tokens = config.tokens_per_step
-    basis: dict[str, float] = {}
-    for item in items:
-        basis[item.basis] = basis.get(item.basis, 0.0) + item.seconds * item.count
-    exposed = sum(exchange.exposed_seconds for exchange in found)
-    counted = sum(item.seconds * item.count for item in items) + exposed
-    middle = sum(item.seconds * item.count for item in priced)
-    low = sum(item.low * item.count for item in priced)
-    high = sum(item.high * item.count for item in priced)
-    known = calibration.rows()
-    at_peak = sum(item.least * item.count for item in items)
-    counted_from = counts.Counts(
-        matmuls=counts.matmuls(
-            (matmul, rows(matmul.source) if config.model.moe.dispatch == "dropless" else matmul.sizes[0])
-            for matmul in text.grouped
-        ),
-        attention=counts.scores(items, kind, attention.layers(config.model, config.data.sequence_length)),
-        rows=sum(item.seconds * item.count for item in items if item.kind == "row movement") / rates.rows.seconds,
-        rest=counted - exposed - middle,
-        rest_least=at_peak - sum(item.least * item.count for item in priced),
-        waited=network.USABLE * exposed,
-        # A nested fusion may slice an operand whose bytes are counted as a whole, in less time than those would take.
-        memory=sum(item.count * min(item.bytes / rates.memory_bandwidth, item.seconds) for item in items),
-        links=network.USABLE * max(exchanges.busy(text.collectives, devices, chip).values(), default=0.0),
-    )
-    of_step = counts.Priced(middle, low, high, counted - exposed, exposed, at_peak)
-    return Plan(
-        topology=topology.name,
-        platform=topology.platform,
-        estimate=chip.estimate,
-        num_slices=topology.num_slices,
-        chips=topology.num_chips,
-        devices=len(devices),
-        mesh=dict(mesh.shape),
-        remat=config.model.remat,
-        memory=step.memory,
-        exchanges=found,
-        compile_seconds=step.seconds,
-        tokens=tokens,
-        total_parameters=total,
-        active_parameters=active,
-        model_flops=flops.train_flops(config),
-        simple_flops=6.0 * active * tokens,
-        program_flops=step.products.total,
-        peak_flops=chip.peak * topology.num_chips,
-        compute_seconds=sum(item.seconds * item.count for item in items),
-        kernel_seconds=middle,
-        kernel_low=low,
-        kernel_high=high,
-        floor_seconds=of_step.floor,
-        limits=counts.limits(counted_from, of_step),
-        counts=counts.to_json(counted_from),
-        log_width=calibration.width(
-            kind,
-            calibration.kernel_width(counted, middle, low, high),
-            known,
-            pipeline=mesh.shape.get("pipeline", 1) > 1,
-        ),
-        steps=len(known),
-        chip_steps=calibration.steps_of(kind, known),
-        parts={f"{where} {kind}": seconds for (where, kind), seconds in text.parts.items()},
-        unpriced=text.unpriced,
-        unknown_loops=text.unknown_loops,
-        scenario=scenario.words(),
-        basis=dict(sorted(basis.items(), key=lambda pair: -pair[1])),
-        where=tuple(timeline.by_part(items)),
-        items=tuple(timeline.dearest(items, peak, chip.memory_bandwidth / chip.devices, found)),
-        lanes=tuple(timeline.lanes(text, devices, chip)),
-        arrays=text.arrays[:20],
-        versions=tuple(versions()),
-        commit=step.commit,
-        prices=calibration.prices(),
-        program=hashlib.sha256(step.text.encode()).hexdigest()[:16],
-        config=to_dict(config),
-    )
-
-
-def _assignments(config: Config, mesh: Any, operation: str = "") -> int:
-    """(token, expert) choices of a device that one pass of a layer's kernels computes.
-
-    Args:
-        config: of the run.
-        mesh: of its devices.
-        operation: name in the program, of the encoder's layer or of the decoder's.
-    """
-    rows = config.train.microbatch_rows
-    devices = mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["expert"] * mesh.shape.get("context", 1)
-    encoder = re.search(rf"\b{ENCODER_SCOPE}\b", operation)
-    moe, length = config.model.moe, config.data.input_length if encoder else config.data.sequence_length
-    chunks = moe.chunks(moe.group_size or length, mesh.shape["expert"])
-    return int(rows * length // devices * moe.experts_per_token * moe.ffn_share) // chunks

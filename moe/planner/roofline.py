@@ -20,7 +20,7 @@ def figure(path: Path, plan: dict[str, Any], chip: Chip | Gpu) -> None:
         plan: :meth:`moe.planner.plan.Plan.to_json`.
         chip: of its devices.
     """
-    peak, bandwidth = chip.peak / chip.devices, chip.memory_bandwidth / chip.devices
+    peak, bandwidth = chip.device_peak, chip.device_bandwidth
     rows = [row for row in plan["items"] if row["flops"] and row["bytes"] and row["seconds"]]
     fig = Figure(figsize=(7, 4.5), layout="constrained")
     ax = fig.subplots()

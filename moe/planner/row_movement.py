@@ -16,8 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moe.planner.chips import CHIPS
-from moe.planner.gpus import GPUS
+from moe.planner.kinds import KINDS
 from moe.planner.measured import DEVICES
 from moe.planner.records import Price
 
@@ -43,7 +42,7 @@ def price(name: str) -> Price:
     """Time per second that reading and writing the rows once takes at memory bandwidth.
 
     Args:
-        name: key of :data:`moe.planner.chips.CHIPS` or :data:`moe.planner.gpus.GPUS`.
+        name: key of :data:`moe.planner.kinds.KINDS`.
     """
     by_device = {device: np.array(logits) for device, logits in _logits().items()}
     deviations = np.concatenate([logits - logits.mean() for logits in by_device.values()])
@@ -64,8 +63,7 @@ def _logits() -> dict[str, list[float]]:
         moved = 2 * 2 * int(row["rows"]) * int(row["columns"])
         if row["kind"] == "gather" and moved >= _LARGE:
             name = next(name for name, device in DEVICES.items() if device == row["device"])
-            chip = (GPUS | CHIPS)[name]
-            at_bandwidth = moved / (chip.memory_bandwidth / chip.devices)
+            at_bandwidth = moved / KINDS[name].device_bandwidth
             share = min(at_bandwidth / (float(row["milliseconds"]) / 1e3), _LARGEST_SHARE)
             found.setdefault(name, []).append(math.log(share / (1 - share)))
     return found

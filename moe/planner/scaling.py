@@ -15,7 +15,7 @@ import pydantic
 from matplotlib.figure import Figure
 
 from moe.config import Config, ConfigError, MeshConfig
-from moe.planner import plan
+from moe.planner import make_plan
 from moe.planner.topology import get_topology
 from moe.system.atomic_files import write_figure
 from moe.system.escaping import markdown_table
@@ -113,7 +113,7 @@ def measure(points: Iterable[Point], programs: Path | None = None) -> Iterator[d
             "experts": point.config.model.moe.num_experts,
         }
         try:
-            made = plan.make_plan(point.config, where, programs=programs)
+            made = make_plan.make_plan(point.config, where, programs=programs)
         except (ConfigError, jax.errors.JaxRuntimeError, NotImplementedError) as error:
             yield row | {"refused": str(error).splitlines()[0].partition("; what helps")[0]}
             continue

@@ -57,12 +57,12 @@ class Topology:
     @property
     def has_own_network(self) -> bool:
         """Whether these are a cloud's machines, with a network other than that of the GPU's standard hosts."""
-        return isinstance(self.chip, Gpu) and self.chip.network != GPUS[self.name.partition(":")[0]].network
+        return isinstance(self.chip, Gpu) and self.chip.network != GPUS[self.chip.name].network
 
     @property
     def capacity(self) -> int:
         """Bytes of one device's memory."""
-        return self.chip.memory // self.chip.devices
+        return self.chip.device_memory
 
     @property
     def platform(self) -> str:

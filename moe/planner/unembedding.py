@@ -13,8 +13,7 @@ import functools
 import math
 from pathlib import Path
 
-from moe.planner.chips import CHIPS
-from moe.planner.gpus import GPUS
+from moe.planner.kinds import KINDS
 from moe.planner.measured import DEVICES
 
 PATH = Path(__file__).with_name("unembedding.csv")
@@ -32,7 +31,7 @@ def share(name: str) -> float:
     """Share of the peak, FLOPs of forward and backward pass together over their time.
 
     Args:
-        name: key of :data:`moe.planner.chips.CHIPS` or :data:`moe.planner.gpus.GPUS`.
+        name: key of :data:`moe.planner.kinds.KINDS`.
     """
     forward, backward = (_share(_LIKE.get(name, name), kind) for kind in _MATMULS)
     return 4 / (1 / forward + 3 / backward)
@@ -41,11 +40,10 @@ def share(name: str) -> float:
 @functools.cache
 def _share(name: str, kind: str) -> float:
     """Geometric mean of a device's timings of a pass."""
-    chip = (GPUS | CHIPS)[name]
     logs = []
     with PATH.open() as file:
         for row in csv.DictReader(line for line in file if not line.startswith("#")):
             if (row["device"], row["kind"]) == (DEVICES[name], kind):
                 flops = 2.0 * _MATMULS[kind] * int(row["rows"]) * int(row["columns"]) * int(row["vocabulary"])
-                logs.append(math.log(flops / (float(row["milliseconds"]) / 1e3) / (chip.peak / chip.devices)))
+                logs.append(math.log(flops / (float(row["milliseconds"]) / 1e3) / KINDS[name].device_peak))
     return math.exp(sum(logs) / len(logs))

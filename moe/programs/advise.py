@@ -61,15 +61,14 @@ def main() -> None:
 def _chips(name: str) -> tuple[str, Any, int]:
     """(generation, chip, number of chips) of a topology, without asking a compiler."""
     from moe.config import ConfigError
-    from moe.planner.chips import CHIPS
-    from moe.planner.gpus import GPUS
+    from moe.planner.kinds import KINDS
     from moe.planner.topology import tpu_name
     from moe.system.fields import whole_number
 
     kind, _, shape = tpu_name(name).partition(":")
-    chip, sizes = (CHIPS | GPUS).get(kind), shape.split("x")
+    chip, sizes = KINDS.get(kind), shape.split("x")
     if chip is None or not all(whole_number(size) for size in sizes):
-        known = ", ".join(sorted(CHIPS | GPUS))
+        known = ", ".join(sorted(KINDS))
         raise ConfigError(f"--topology={name}: must be chips and a shape, as v5p:4x4x4 or h100:8x8; chips are {known}")
     return kind, chip, math.prod(map(int, sizes))
 

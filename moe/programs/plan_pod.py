@@ -95,7 +95,7 @@ def main() -> None:
         return
     choose_remat = ChainMap(*map(dict, reversed(layers))).get("model.remat") == "fit"
     config = command_line.build_layers(*layers, {"model.remat": "full"} if choose_remat else {})
-    from moe.planner import other_programs, page, plan, topology
+    from moe.planner import make_plan, other_programs, page, topology
     from moe.planner.scenario import Scenario
 
     scenario = Scenario(_BANDWIDTH.value, _MATMUL_SHARE.value, _SKEW.value)
@@ -107,7 +107,7 @@ def main() -> None:
     if _SEARCH.value:
         _search(config, where)
         return
-    made = (plan.make_fitting_plan if choose_remat else plan.make_plan)(config, where, scenario, _programs())
+    made = (make_plan.make_fitting_plan if choose_remat else make_plan.make_plan)(config, where, scenario, _programs())
     if _RECORD.value:
         overrides = dict(layers[-1])
         if choose_remat:  # keep the policy that was chosen, not fit
@@ -208,13 +208,13 @@ def _try_changes(config: Config, where, scenario) -> list:
     """Compile the first changes that may help, in the same scenario; plans of earlier calls are reused."""
     from tqdm import tqdm
 
-    from moe.planner import candidates, plan, search
+    from moe.planner import candidates, make_plan, search
 
     cache = search.Cache(str(_CACHE.value), where, scenario.words())
     tried = []
     for label, changed in tqdm(candidates.changes(config, where, _CHANGES.value), unit="program", dynamic_ncols=True):
         alone = [candidates.Candidate(changed, 1.0)]
-        made = search.run(alone, cache, lambda config: plan.make_plan(config, where, scenario).to_json(), limit=1)
+        made = search.run(alone, cache, lambda config: make_plan.make_plan(config, where, scenario).to_json(), limit=1)
         tried.append({"label": label, "plan": made[0][1]})
     return tried
 
@@ -240,7 +240,7 @@ def _remake() -> None:
     """Make the kept plans again; programs that --programs holds are not compiled."""
     from moe.config import load_python_file
     from moe.config.parse import from_config_dict
-    from moe.planner import compiled, kept_plans, plan, topology
+    from moe.planner import compiled, kept_plans, make_plan, topology
 
     for kept in kept_plans.read(shipped.PLANS):
         name, _, argument = kept["config"].partition(":")
@@ -249,7 +249,7 @@ def _remake() -> None:
         slices, _, shape = kept["topology"].rpartition(" x ")
         where = topology.get_topology(shape, int(slices or 1))
         config = from_config_dict(fields)
-        made = plan.read_step(config, where, compiled.read_or_compile(config, where, _programs(), apart=True))
+        made = make_plan.read_step(config, where, compiled.read_or_compile(config, where, _programs(), apart=True))
         cloud_name = next((each for each in kept["slices"] if each != kept["topology"]), kept["topology"])
         _record(made, kept["config"], kept["flags"], cloud_name)
         print(f"{kept['config']} on {kept['topology']}: {kept['step_seconds']:.3g} → {made.step_seconds:.3g} s")
@@ -317,17 +317,17 @@ def _search(config: Config, where) -> None:
     """Print the table of candidates and the command that runs the first."""
     from tqdm import tqdm
 
-    from moe.planner import candidates, plan, search
+    from moe.planner import candidates, make_plan, search
 
     rows = () if _FIXED_BATCH.value else candidates.ROWS
     found, pruned = candidates.candidates(config, len(where.devices), where.chip, where.num_slices, rows)
     cache = search.Cache(str(_CACHE.value), where)
-    capacity = where.chip.memory / where.chip.devices
+    capacity = where.capacity
     with tqdm(total=min(_LIMIT.value, len(found)), unit="program", dynamic_ncols=True) as bar:
         results = search.run(
             found,
             cache,
-            lambda tried: plan.make_plan(tried, where).to_json(),
+            lambda tried: make_plan.make_plan(tried, where).to_json(),
             _LIMIT.value,
             capacity,
             progress=lambda _: bar.update(),

@@ -19,7 +19,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 import jax
-from moe.planner import arithmetic, compiled, memory_errors, plan, topology
+from moe.planner import arithmetic, compiled, make_plan, memory_errors, topology
 from moe.planner.gpus import GPUS
 from moe.system import shipped
 from moe.programs import plan_pod
@@ -31,7 +31,7 @@ def read_or_compile(config, where, programs):
     memory = compiled.Memory(2**30, 2 * 2**30, 0, 3 * 2**30, 0, 5 * 2**30, 79 * 2**30)
     return compiled.CompiledStep(PROGRAM, memory, arithmetic.Flops(2e12, 0.0, 1e12), 1.0, "abc1234")
 
-plan.read_or_compile = read_or_compile
+make_plan.read_or_compile = read_or_compile
 topology.get_topology = lambda *_: topology.Topology("h100:1x1", 1, GPUS["h100"], tuple(jax.devices()[:1]))
 shipped.PLANS = Path("plans.json")
 plan_pod._TABLE = Path("docs/results/plans.md")

@@ -16,6 +16,7 @@ from moe.planner import attention, hlo, kernels, liveness, measured, program, ti
 from moe.planner.chips import CHIPS
 from moe.planner.exchanges import Exchange
 from moe.planner.gpus import GPUS
+from moe.planner.kinds import KINDS
 from moe.planner.records import Collective, GroupedMatmul, Item
 from moe.planner.scenario import Scenario
 
@@ -196,10 +197,10 @@ def test_the_roofline_of_kernels_by_hand():
         assert kernels.roofline(gated, 64, CHIPS["v6e"]) == pytest.approx(moved / 1638e9)
 
 
-@pytest.mark.parametrize("name", [*CHIPS, *GPUS])
+@pytest.mark.parametrize("name", KINDS)
 def test_no_kernel_is_priced_above_the_peak(name):
     """Shapes far beyond those that were measured included."""
-    chip = (CHIPS | GPUS)[name]
+    chip = KINDS[name]
     kernel = "mosaic" if name in GPUS and name != "a100" else "triton" if name in GPUS else "tpu"
     sizes = itertools.product((1, 4096, 2**20), (128, 2880, 16384), (128, 14336), (1, 8, 384))
     for (rows, k, n, groups), kind, item in itertools.product(sizes, ("rows", "weights", "gradients"), (1, 2)):
@@ -339,7 +340,7 @@ def test_times_of_attention_by_hand():
     assert attention.share(row) == pytest.approx(0.953 / 2.175, rel=1e-3)
 
 
-@pytest.mark.parametrize("name", [*CHIPS, *GPUS])
+@pytest.mark.parametrize("name", KINDS)
 def test_no_attention_is_priced_above_the_peak(name):
     model = from_config_dict(mixtral_8x7b.get_config()).model
     for tokens, head_dim, window, where in itertools.product(

@@ -10,8 +10,7 @@ import pytest
 
 from moe.config import ConfigError
 from moe.planner import measured, row_movement, unembedding
-from moe.planner.chips import CHIPS
-from moe.planner.gpus import GPUS
+from moe.planner.kinds import KINDS
 from moe.planner.measured import price
 
 H100 = "h100", "pallas_mosaic_gpu_ragged_dot"
@@ -131,11 +130,11 @@ def test_moving_rows_takes_longer_than_at_memory_bandwidth():
     like = row_movement.price("v4")
     assert (made.basis, like.basis, like.seconds) == ("measured", "by analogy", made.seconds)
     assert like.high / like.low > made.high / made.low
-    assert all(row_movement.price(name).low > 1 for name in [*CHIPS, *GPUS])
+    assert all(row_movement.price(name).low > 1 for name in KINDS)
 
 
 def test_shares_of_the_loss_are_below_the_peak():
     assert {name: round(unembedding.share(name), 2) for name in ("v5p", "v6e", "tpu7x", "h100")} == {
         "v5p": 0.92, "v6e": 0.71, "tpu7x": 0.71, "h100": 0.63
     }  # fmt: skip
-    assert all(0 < unembedding.share(name) < 1 for name in [*CHIPS, *GPUS])
+    assert all(0 < unembedding.share(name) < 1 for name in KINDS)

@@ -16,7 +16,7 @@ from moe.config.parse import from_config_dict
 from moe.configs import deepseek_v2, mixtral_8x7b, qwen3_next_80b_a3b, switch_t5
 from moe.dispatch.buffers import layer_capacity
 from moe.models import flops
-from moe.planner import compiled, fit, memory_errors, other_programs, plan
+from moe.planner import compiled, fit, make_plan, memory_errors, other_programs
 from moe.planner.chips import CHIPS, GiB
 from moe.planner.gpus import GPUS
 from moe.planner.topology import Topology
@@ -246,7 +246,7 @@ def test_rows_split_over_devices_by_hand():
     assert split.kept == 1024 * 2 * 32 * 4096
     assert split.activations == whole.activations // 4
     assert split.fixed == whole.fixed
-    rows = [plan._assignments(config, types.SimpleNamespace(shape=MESH | axis)) for axis in ({}, {"context": 4})]
+    rows = [make_plan._assignments(config, types.SimpleNamespace(shape=MESH | axis)) for axis in ({}, {"context": 4})]
     assert rows == [4096 * 2, 1024 * 2]
 
 
@@ -258,7 +258,7 @@ def test_rows_of_an_encoder_by_hand():
     config = dataclasses.replace(config, data=data, train=train)
     mesh = types.SimpleNamespace(shape={"data": 2, "fsdp": 1, "expert": 2})
     names = "jit(step)/transpose(jvp(encoder))/moe/dot", "jit(step)/jvp()/moe/dot"
-    assert [plan._assignments(config, mesh, name) for name in names] == [16 * 512, 16 * 128]
+    assert [make_plan._assignments(config, mesh, name) for name in names] == [16 * 512, 16 * 128]
 
 
 # Configs, meshes (data, fsdp, expert, tensor), rows per device, policies, and GiB of the compiled programs

@@ -11,7 +11,7 @@ from moe.config.parse import from_config_dict
 from moe.configs import mixtral_8x7b
 from moe.dispatch import hosts
 from moe.models import flops
-from moe.planner import calibration, candidates, exchanges, fit, plan, program
+from moe.planner import calibration, candidates, exchanges, fit, make_plan, program
 from moe.planner.chips import CHIPS
 from moe.planner.memory_errors import DoesNotFitError
 from moe.planner.records import Collective, Price
@@ -164,20 +164,20 @@ def test_exchanges_wait_for_each_other():
 def _fitting(monkeypatch, fits, memory=95 * 2**30):
     tried = []
 
-    def make_plan(config, topology, scenario=None, programs=None):
+    def made(config, topology, scenario=None, programs=None):
         tried.append(config.model.remat)
         if config.model.remat not in fits:
             raise DoesNotFitError("does not fit: the program", 0)
         return config.model.remat
 
     chip = dataclasses.replace(CHIPS["v5p"], memory=memory)
-    monkeypatch.setattr(plan, "make_mesh", lambda *_: types.SimpleNamespace(shape=MESH))
-    monkeypatch.setattr(plan, "make_plan", make_plan)
+    monkeypatch.setattr(make_plan, "make_mesh", lambda *_: types.SimpleNamespace(shape=MESH))
+    monkeypatch.setattr(make_plan, "make_plan", made)
     config = mixtral_8x7b.get_config()
     config.model.moe.dispatch = "dropless"
     config.train.batch_size = 192
-    topology = types.SimpleNamespace(devices=(), capacity=chip.memory // chip.devices, platform="tpu")
-    found = plan.make_fitting_plan(from_config_dict(config), topology)
+    topology = types.SimpleNamespace(devices=(), capacity=chip.device_memory, platform="tpu")
+    found = make_plan.make_fitting_plan(from_config_dict(config), topology)
     return found, tried
 
 
@@ -338,7 +338,7 @@ def test_a_guess_counts_the_rows_of_slots_and_of_expert_choice_once():
         config = from_config_dict({"model": {"moe": moe, "remat": "none"}, "mesh": {"data": 1}})
         config = dataclasses.replace(config, mesh=ONE_DEVICE)
         chip = CHIPS["v5p"]
-        expected = flops.train_flops(config) / (candidates._MATMUL_SHARE * chip.peak / chip.devices)
+        expected = flops.train_flops(config) / (candidates._MATMUL_SHARE * chip.device_peak)
         assert candidates.guess_seconds(config, chip) == pytest.approx(expected, rel=1e-6)
         found, _ = candidates.candidates(config, 4, chip)
         assert found
@@ -402,3 +402,14 @@ def test_the_page_of_published_steps_names_those_whose_program_was_not_kept():
     assert "of the compiled program at earlier prices: old." in page
     assert "Inside: 2 of 2." in page
     assert "earlier prices" not in calibration.page(rows[:1], {}, [], [])
+
+
+def test_the_hash_of_prices_is_that_of_statements(tmp_path):
+    path, found = tmp_path / "prices.py", set()
+    for text in (
+        '"""Prices."""\n\nPRICE = 1.0  # as measured\n\n\ndef price(x):\n    return {"price": x * PRICE}\n',
+        "PRICE = 1.0\ndef price(x):\n    '''Of x.'''\n    return {\n        \"price\": x * PRICE}\n",
+    ):
+        path.write_text(text)
+        found.add(calibration._statements(path))
+    assert found == {'PRICE = 1.0 def price ( x ) : return { "price" : x * PRICE }'}

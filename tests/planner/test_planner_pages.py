@@ -28,8 +28,8 @@ from moe.planner import (
     exchanges,
     kept_plans,
     layer,
+    make_plan,
     page,
-    plan,
     roofline,
 )
 from moe.planner import html as pages
@@ -50,7 +50,7 @@ def made():
 
 
 def _plan(scenario=None, **moe):
-    return plan.read_step(*_step(**moe), scenario)
+    return make_plan.read_step(*_step(**moe), scenario)
 
 
 def _step(**moe):
@@ -124,7 +124,7 @@ def test_scenarios_change_only_what_they_name(monkeypatch):
     with pytest.raises(ConfigError, match=r"--skew=2.0: must be at most mesh.expert=1, where one device has all rows"):
         _plan(Scenario(skew=2.0))
     with monkeypatch.context() as patch:  # the same program, as if for two devices
-        patch.setattr(plan, "make_mesh", _mesh_of_two)
+        patch.setattr(make_plan, "make_mesh", _mesh_of_two)
         even, skewed = (_plan(Scenario(skew=skew)) for skew in (1.0, 2.0))
     assert skewed.kernel_seconds > even.kernel_seconds
     gathers = [[each for each in made.exchanges if each.kind == "all-gather"] for made in (even, skewed)]

@@ -277,7 +277,7 @@ def test_scaling_lists_refused_points_and_intervals():
         def make_plan(*_, **__):
             raise ConfigError("does not fit: by 1 GiB; what helps, most first: more chips")
 
-        patch.setattr(scaling.plan, "make_plan", make_plan)
+        patch.setattr(scaling.make_plan, "make_plan", make_plan)
         patch.setattr(scaling, "get_topology", lambda name: types.SimpleNamespace(devices=range(8)))
         (row,) = scaling.measure(points)
     assert row["refused"] == "does not fit: by 1 GiB"
@@ -303,7 +303,7 @@ def test_a_row_of_scaling_by_hand(monkeypatch):
         exchanges=exchanges, total_parameters=10**9, memory=types.SimpleNamespace(total=3 * 2**29), compile_seconds=2.5,
         step_seconds=0.25, step_interval=(0.2, 0.3), token_exchanges=(),
     )  # fmt: skip
-    monkeypatch.setattr(scaling.plan, "make_plan", lambda *_, **__: made)
+    monkeypatch.setattr(scaling.make_plan, "make_plan", lambda *_, **__: made)
     monkeypatch.setattr(scaling, "get_topology", lambda name: types.SimpleNamespace(devices=range(8)))
     config = from_config_dict({"model": {"moe": {"num_experts": 4}}})
     (row,) = scaling.measure([scaling.Point("a series", "v5p:2x2x2", config)])

@@ -19,6 +19,7 @@ from moe.planner import candidates, compiled, kept_plans, search
 from moe.planner.chips import CHIPS, GiB
 from moe.planner.gpus import GPUS
 from moe.planner.guide import Guide
+from moe.planner.kinds import KINDS, kind_of
 from moe.planner.memory_errors import DoesNotFitError
 from moe.planner.topology import Topology
 
@@ -139,7 +140,7 @@ def test_guesses_lie_near_the_counted_steps_of_kept_plans():
         name, _, argument = kept["config"].partition(":")
         tree = load_python_file(ROOT / "configs" / f"{name}.py").get_config(*[argument] if argument else [])
         tree.update_from_flattened_dict(kept["flags"])
-        config, chip = from_config_dict(tree), {**CHIPS, **GPUS}[kept["topology"].partition(":")[0]]
+        config, chip = from_config_dict(tree), KINDS[kind_of(kept["topology"])]
         sizes = dataclasses.asdict(config.mesh)
         whole = kept["chips"] * chip.devices // math.prod(size for size in sizes.values() if size > 0)
         sizes = {axis: size if size > 0 else whole for axis, size in sizes.items()}
