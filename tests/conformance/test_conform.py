@@ -282,11 +282,7 @@ def test_the_recorder_of_the_guide_records_a_router_without_gradient(tmp_path, m
         return np.asarray(array, np.float64).view(Tensor)
 
     torch = types.ModuleType("torch")
-    torch.stack, torch.zeros_like, torch.randn_like = (
-        (lambda arrays: tensor(np.stack(arrays))),
-        np.zeros_like,
-        np.ones_like,
-    )
+    torch.zeros_like, torch.randn_like = np.zeros_like, np.ones_like
     monkeypatch.setitem(sys.modules, "torch", torch)
     (code,) = re.findall(
         r"```python\n(import numpy as np, torch.*?)```",
@@ -294,9 +290,12 @@ def test_the_recorder_of_the_guide_records_a_router_without_gradient(tmp_path, m
         re.DOTALL,
     )
     exec(code, scope := {})
-    x, linear = tensor(np.ones((1, 2, 3))), lambda *shape: types.SimpleNamespace(weight=tensor(np.ones(shape)))
-    experts = [(linear(4, 3), linear(4, 3), linear(3, 4))] * 2
-    scope["record"](lambda x: x * 1, x, tmp_path / "layer.npz", experts, linear(2, 3))
+    x = tensor(np.ones((1, 2, 3)))
+    shapes = {"router": (3, 2), "gate": (2, 3, 4), "up": (2, 3, 4), "down": (2, 4, 3)}
+    weights = {name: tensor(np.ones(shape)) for name, shape in shapes.items()}
+    scope["record"](
+        lambda x: x * 1, x, tmp_path / "layer.npz", lambda _, get: {name: get(w) for name, w in weights.items()}
+    )
     layer, results = evidence.read(str(tmp_path / "layer.npz"))
     assert layer.router.shape == (3, 2)
     assert not results["grad_router"].any()

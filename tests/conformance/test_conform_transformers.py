@@ -1,5 +1,9 @@
 """The diagnosis of the transformers library's blocks: they conform, and planted bugs are named."""
 
+import dataclasses
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -80,10 +84,14 @@ def test_blocks_of_transformers_conform(tmp_path):
     assert {check.quantity for check in found.checks} >= {"y", "balance_loss", "grad_router", "grad_x", "grad_down"}
     found = _diagnosis(_record(_block("qwen3", norm_topk_prob=True)))
     assert found.conforms, page(RULE, found)
-    # A file as the snippet of docs/conform.md writes it conforms too.
-    weights = {name: getattr(LAYER, name) for name in ("x", "mask", "router", "gate", "up", "down", "cotangent")}
-    np.savez(tmp_path / "layer.npz", **weights, **results)
-    assert diagnose(RULE, *evidence.read(str(tmp_path / "layer.npz"))).conforms
+    # A file that the snippet of docs/conform.md writes conforms too.
+    guide = (Path(__file__).parents[2] / "docs" / "conform.md").read_text()
+    (code,) = re.findall(r"```python\n(import numpy as np, torch.*?)```", guide, re.DOTALL)
+    exec(code, scope := {})
+    scope["record"](_block("mixtral").float(), scope["torch"].from_numpy(LAYER.x).float(), tmp_path / "layer.npz")
+    found = diagnose(dataclasses.replace(RULE, balance_weight=0.0), *evidence.read(str(tmp_path / "layer.npz")))
+    assert found.conforms
+    assert {check.quantity for check in found.checks} >= {"y", "grad_router", "grad_x", "grad_gate", "grad_down"}
 
 
 def _with_router(change):
