@@ -107,12 +107,14 @@ def test_too_little_memory_is_said_in_one_sentence(error):
     assert re.fullmatch(r"out of memory; more devices, .* need less \(\w+Error: .*60 bytes.*\)", sentence)
 
 
-def test_a_closed_output_ends_a_program_without_an_error_message():
+@pytest.mark.parametrize("words", [["main.py", "--help"], ["-m", "moe", "--help"], ["-m", "moe", "completion", "bash"]])
+def test_a_closed_output_ends_a_program_without_an_error_message(words):
     """``main.py --help | head -1``."""
     reader, writer = os.pipe()
     os.close(reader)
-    words = [sys.executable, "main.py", "--help"]
-    ended = subprocess.run(words, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    ended = subprocess.run(
+        [sys.executable, *words], cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True, check=False
+    )
     os.close(writer)
     assert (ended.returncode, ended.stderr) == (1, "")
 

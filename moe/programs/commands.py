@@ -65,7 +65,8 @@ def main() -> None:
         if others := other_owners(importlib.metadata.distributions()):
             sys.exit(f"error: {collision(others)}")
     elif given in ("--help", "-h", "help"):
-        print(usage())
+        with process.closed_output_exits():
+            print(usage(), flush=True)
     else:
         near = difflib.get_close_matches(given, COMMANDS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"commands are {', '.join(COMMANDS)}"

@@ -9,6 +9,7 @@ import sys
 
 from moe.programs.commands import COMMANDS
 from moe.programs.help_text import without_flags
+from moe.system import process
 
 _BASH = """_moe() {
     local word=${COMP_WORDS[COMP_CWORD]} before=${COMP_WORDS[COMP_CWORD-1]} command=${COMP_WORDS[1]} options
@@ -43,12 +44,16 @@ SHELLS = {"bash": _BASH, "zsh": f"autoload -U +X bashcompinit && bashcompinit\n{
 
 def run() -> None:
     """The program."""
-    arguments = sys.argv[1:]
+    with process.closed_output_exits():
+        print(_text(sys.argv[1:]), flush=True)
+
+
+def _text(arguments: list[str]) -> str:
+    """Help, or the completion of a shell. Exits where no shell is named."""
     if {"--help", "-h"} & {*arguments}:
-        print(without_flags(__doc__ or "", [("SHELL", f"{', '.join(SHELLS)}.")], _EXAMPLES))
-    elif len(arguments) == 1 and arguments[0] in SHELLS:
-        programs = [program.name for program in importlib.metadata.distribution("moe-jax").entry_points]
-        text = SHELLS[arguments[0]].replace("PROGRAMS", " ".join(programs))
-        print(text.replace("COMMANDS", " ".join(COMMANDS)), end="")
-    else:
+        return without_flags(__doc__ or "", [("SHELL", f"{', '.join(SHELLS)}.")], _EXAMPLES)
+    if len(arguments) != 1 or arguments[0] not in SHELLS:
         sys.exit(f"error: moe completion takes one word of {', '.join(SHELLS)}, as in {_EXAMPLES[0]}")
+    programs = [program.name for program in importlib.metadata.distribution("moe-jax").entry_points]
+    text = SHELLS[arguments[0]].replace("PROGRAMS", " ".join(programs))
+    return text.replace("COMMANDS", " ".join(COMMANDS)).rstrip("\n")
