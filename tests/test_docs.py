@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from moe.config import Config, build_layers, command_line
+from moe.config.registry import LAYERS
 from moe.programs import cli
 from moe.routing.balancing import LayerReport
 from moe.system import shipped
@@ -151,6 +152,10 @@ def test_configs_of_the_commands_of_the_guides_are_valid(monkeypatch):
                 build_layers(checkpoint, file, own, cli._shorter_warm_up(file, own))
                 seen.add(page)
     assert len(seen) > 10
+
+
+def test_the_readme_counts_the_layers():
+    assert f"**{len(LAYERS)} layers, one oracle.**" in (ROOT / "README.md").read_text()
 
 
 def test_the_first_page_says_where_to_go_in_twelve_rows():
