@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import os
 import re
 import sys
@@ -19,7 +18,6 @@ from typing import Any
 import grain
 import jax
 import orbax.checkpoint as ocp
-from absl import logging as absl_logging
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
@@ -31,6 +29,7 @@ from moe.checkpoints.integrity import (
     quiet_orbax,
     unreadable_as_damaged,
 )
+from moe.checkpoints.orbax_threads import writers_end_on_error
 from moe.checkpoints.retention import LowestLoss, NewestRegular
 from moe.config import ConfigError
 from moe.data.streams import StreamsHandler, StreamsRestore, StreamsSave
@@ -87,6 +86,8 @@ class Checkpoints:
                     create=not read_only,
                     read_only=read_only,
                     cleanup_tmp_directories=not read_only,  # left by a killed run
+                    # Otherwise a thread makes the folders, for which the writers wait, five minutes where it fails.
+                    async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
                 ),
                 item_handlers={  # pyright: ignore[reportArgumentType]
                     "state": array_handler(to_host=to_host),
@@ -315,31 +316,11 @@ def _restore(state: TrainState) -> ocp.args.PyTreeRestore:
 
 
 @contextlib.contextmanager
-def no_background_tracebacks() -> Iterator[None]:
-    """Hide tracebacks that Orbax's threads log for errors which are also raised, late ones of TensorStore, and Orbax's
-    warnings that a thread waits for a slow disk, which :func:`moe.waiting.said_aloud` says."""
-
-    def keep(record: logging.LogRecord) -> bool:
-        return "orbax" not in record.pathname or not (record.exc_info or "_SignalingThread" in str(record.msg))
-
-    def late(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
-            hook(unraisable)
-
-    hook, sys.unraisablehook = sys.unraisablehook, late
-    absl_logging.get_absl_logger().addFilter(keep)
-    try:
-        yield
-    finally:
-        absl_logging.get_absl_logger().removeFilter(keep)
-        sys.unraisablehook = hook
-
-
-@contextlib.contextmanager
 def _as_config_error(workdir: epath.Path, manager: ocp.CheckpointManager | None) -> Iterator[None]:
     """Turn an error of opening or writing checkpoints into ConfigError with the newest good step."""
     try:
-        yield
+        with writers_end_on_error():
+            yield
     except ConfigError:
         raise
     except Exception as error:

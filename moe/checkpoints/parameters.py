@@ -27,11 +27,11 @@ from moe.checkpoints.integrity import (
 )
 from moe.checkpoints.manager import (
     complete_steps,
-    no_background_tracebacks,
     orbax_folder,
     refuse_special_files,
     refuse_unusable_path,
 )
+from moe.checkpoints.orbax_threads import no_background_tracebacks
 from moe.checkpoints.pinned import base_step
 from moe.checkpoints.workdir import CONFIG, read_config
 from moe.config import Config, ConfigError, ModelConfig

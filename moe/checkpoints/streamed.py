@@ -21,10 +21,10 @@ from moe.checkpoints.integrity import (
     quiet_orbax,
 )
 from moe.checkpoints.manager import (
-    no_background_tracebacks,
     orbax_folder,
     refuse_unusable_path,
 )
+from moe.checkpoints.orbax_threads import no_background_tracebacks, writers_end_on_error
 from moe.checkpoints.workdir import write_config
 from moe.config import Config, ConfigError
 from moe.system.atomic_files import new_folder, to_checked_json, write_atomic
@@ -113,7 +113,7 @@ def write_parameters(workdir: epath.Path, parameters: dict[str, Any], biases: di
         ConfigError: the workdir holds checkpoints, or its path cannot hold any.
     """
     refuse_unusable_path(workdir)
-    with quiet_orbax(), no_background_tracebacks():
+    with quiet_orbax(), no_background_tracebacks(), writers_end_on_error():
         _write_parameters(workdir, {"parameters": parameters} | ({"biases": biases} if biases else {}))
 
 

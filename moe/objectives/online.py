@@ -18,7 +18,8 @@ import numpy as np
 import pydantic
 from etils import epath
 
-from moe.checkpoints.manager import Checkpoints, no_background_tracebacks
+from moe.checkpoints.manager import Checkpoints
+from moe.checkpoints.orbax_threads import no_background_tracebacks
 from moe.checkpoints.pinned import pinned_steps
 from moe.checkpoints.workdir import CONFIG, locked_workdir, refuse_other_run, write_run_files
 from moe.config import ConfigError, ModelConfig, from_config_dict, to_dict

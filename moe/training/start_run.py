@@ -10,8 +10,9 @@ from typing import Any
 import jax
 from etils import epath
 
-from moe.checkpoints.manager import Checkpoints, no_background_tracebacks
+from moe.checkpoints.manager import Checkpoints
 from moe.checkpoints.noted_code import edited_code, note_code
+from moe.checkpoints.orbax_threads import no_background_tracebacks
 from moe.checkpoints.pinned import pinned_steps
 from moe.checkpoints.workdir import (
     REPORT,

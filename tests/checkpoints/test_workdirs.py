@@ -1,5 +1,6 @@
 """Disks, paths, locks and failed starts of a workdir, and the checkpoints that are kept in it."""
 
+import asyncio
 import dataclasses
 import json
 import logging
@@ -9,6 +10,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import threading
 import types
 from pathlib import Path
 
@@ -23,7 +25,8 @@ from orbax.checkpoint._src.handlers import pytree_checkpoint_handler
 
 from moe.checkpoints import integrity, parameters, streamed
 from moe.checkpoints import workdir as workdirs
-from moe.checkpoints.manager import Checkpoints, no_background_tracebacks
+from moe.checkpoints.manager import Checkpoints
+from moe.checkpoints.orbax_threads import no_background_tracebacks
 from moe.checkpoints.retention import LowestLoss
 from moe.checkpoints.workdir import latest_change, read_config, record_changes, write_run_files
 from moe.config import Config, ConfigError, OptimizerConfig, TrainConfig
@@ -99,6 +102,18 @@ def test_a_second_run_in_a_workdir_is_refused(directory, whole, programs):
     with workdirs.locked_workdir(epath.Path(whole)), pytest.raises(ConfigError, match="another run uses it"):
         train(tiny(directory, **SETTINGS), str(whole), ONE, make_program=programs)
     assert {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()} == before
+
+
+def test_the_lock_of_another_user_is_named(tmp_path, monkeypatch):
+    """One who may write here and tried to train leaves a lock that the owner of the run may not take."""
+    (tmp_path / workdirs.LOCK).touch()
+
+    def refuse(_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(workdirs.filelock.FileLock, "acquire", refuse)
+    with pytest.raises(ConfigError, match=rf"Permission denied: {workdirs.LOCK} is another user's; delete it"):
+        workdirs.locked_workdir(epath.Path(tmp_path)).__enter__()
 
 
 @pytest.mark.parametrize("name", ["a[x]", "star*", "what?", "back\\slash", "bytes\udcff"])
@@ -268,6 +283,35 @@ def test_a_disk_that_fails_orbax_is_said_once(tmp_path, monkeypatch, caplog):
         streamed.write_workdir(str(tmp_path / "out"), Config(), {"table": np.ones(3, np.float32)}, {}, {})
     assert not (tmp_path / "out").exists()
     assert not [record for record in caplog.records if record.exc_info]
+
+
+def test_no_writer_is_left_behind_by_a_checkpoint_that_fails(tmp_path, monkeypatch):
+    """Neither one that waits for the folder that could not be made, nor one that still writes into others."""
+    state = TrainState(jnp.zeros((), jnp.int32), {"w": jnp.ones(2)}, {}, {"count": jnp.zeros(1)}, jnp.zeros(2))
+    checkpoints = Checkpoints(epath.Path(tmp_path), 2)
+    make = os.mkdir
+
+    def fail(path, *rest, **options):
+        if "orbax-checkpoint-tmp" in str(path):
+            raise OSError(28, "No space left on device")
+        make(path, *rest, **options)
+
+    def save():
+        with pytest.raises(ConfigError, match="No space left on device"), no_background_tracebacks():  # noqa: PT012
+            checkpoints.save(1, state, None, {}, None)
+            checkpoints.wait()
+        return [thread for thread in threading.enumerate() if isinstance(thread, future._SignalingThread)]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "mkdir", fail)
+        assert save() == []
+
+    def fail_beside_a_writer(*_, **__):
+        future.CommitFuture(asyncio.sleep(0.2))
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints._manager, "save", fail_beside_a_writer)
+    assert save() == []
 
 
 def test_a_folder_that_fails_leaves_what_others_put_beside_it(tmp_path):
