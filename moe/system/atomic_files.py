@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 
 from etils import epath
 
+from moe.system.escaping import terminal
 from moe.system.fields import ConfigError
 from moe.system.stop_watch import STOP_WATCH
 
@@ -109,7 +110,9 @@ def _remove_abandoned(path: Path) -> None:
 
 
 def write_figure(path: epath.Path | Path, figure: Any, dpi: int, **options: Any) -> None:
-    """Write a figure of matplotlib as PNG, as :func:`write_atomic` does."""
+    """Write a figure of matplotlib as PNG, as :func:`write_atomic` does; text that no font can draw is escaped."""
+    for text in figure.findobj(lambda artist: hasattr(artist, "get_text")):
+        text.set_text(terminal(text.get_text()))
     content = io.BytesIO()
     figure.savefig(content, dpi=dpi, format="png", **options)
     write_atomic(path, content.getvalue())

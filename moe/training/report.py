@@ -196,7 +196,7 @@ def figure(path: epath.Path, rows: list[dict[str, Any]], unigram: dict[str, floa
             evaluations.setdefault(row["kind"].removeprefix("heldout/"), []).append(row)
     last = evaluations["all"][-1] if evaluations.get("all") else {}
     load = np.asarray(last["expert_load"]) if "expert_load" in last else None
-    fig = Figure(figsize=(6 if load is None else 12, 4.2))
+    fig = Figure(figsize=(6 if load is None else 12, 4.2), layout="tight")
     axes = fig.subplots(1, 1 if load is None else 2, squeeze=False)
     loss = axes[0, 0]
     loss.plot([r["step"] for r in train], [r["cross_entropy"] for r in train], color="0.6", label="train")
@@ -223,5 +223,4 @@ def figure(path: epath.Path, rows: list[dict[str, Any]], unigram: dict[str, floa
                 color = "white" if abs(share / even - 1) > 0.6 else "black"
                 axes[0, 1].text(expert, layer, f"{100 * share:.1f}", ha="center", va="center", color=color, fontsize=8)
         fig.colorbar(image, ax=axes[0, 1])
-    fig.tight_layout()
     write_figure(path, fig, 120)

@@ -340,6 +340,6 @@ def _tokens(count: float) -> str:
 
 def save(fig: Figure, path: Path) -> str:
     """Write a picture and return its name."""
-    fig.tight_layout()
+    fig.set_layout_engine("tight")
     write_figure(path, fig, 110, metadata={"Software": None})
     return path.name
