@@ -19,6 +19,9 @@ from moe.system.atomic_files import lock
 #: Name of the lock.
 LOCK = ".lock"
 
+#: What a user can do who may not write what another one keeps there.
+_SHARE = "let its owner share it (chmod -R g+rwX), or use another data.directory"
+
 
 @contextlib.contextmanager
 def disk_errors(directory: epath.Path, raised: type[Exception] = OSError) -> Iterator[None]:
@@ -30,9 +33,12 @@ def disk_errors(directory: epath.Path, raised: type[Exception] = OSError) -> Ite
     except raised as error:
         strerror, filename = getattr(error, "strerror", None), getattr(error, "filename", None)
         reason = strerror or " ".join(str(error).split())[:300] or type(error).__name__
+        advice = (
+            _SHARE if isinstance(error, PermissionError) else "free or repair the disk and run the same command again"
+        )
         raise ConfigError(
             f"data.directory={os.fspath(directory)!r}: cannot be written ({reason}"
-            f"{f': {filename}' if filename else ''}); free or repair the disk and run the same command again"
+            f"{f': {filename}' if filename else ''}); {advice}"
         ) from error
 
 
@@ -53,7 +59,8 @@ def locked_directory(directory: Path, *, shared: bool = False) -> Iterator[None]
     to prepare the data before several start.
 
     Raises:
-      ConfigError: the directory cannot be created or locked, or its .lock is a link or not a regular file.
+      ConfigError: the directory cannot be created or locked, or its .lock is a link, not a regular file, or another
+        user's who keeps it private.
     """
     made: list[Path] = []
     try:
@@ -84,21 +91,30 @@ def _lock(descriptor: int, directory: Path, operation: int) -> None:
     try:
         lock(descriptor, operation)
     except OSError as error:
+        # NFS gives no exclusive lock of a file that another user may only read.
+        advice = _SHARE if error.errno == errno.EBADF else "repair the disk, or use another directory"
         raise ConfigError(
-            f"data.directory={os.fspath(directory)!r}: cannot be locked ({error.strerror}); repair the disk, or use "
-            "another directory"
+            f"data.directory={os.fspath(directory)!r}: cannot be locked ({error.strerror}); {advice}"
         ) from error
 
 
 def _open_lock(path: Path) -> int | None:
     """Open or create the lock file without following links or truncating; None in a read-only directory."""
+    flags = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        try:
+            descriptor = os.open(path, flags | os.O_RDWR | os.O_CREAT, 0o666)
+        except PermissionError:
+            if not os.access(path.parent, os.W_OK):
+                return None
+            descriptor = os.open(path, flags | os.O_RDONLY)  # another user's, with whom the directory is shared
     except OSError as error:
-        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) and path.parent.is_dir():
+        if error.errno == errno.EROFS and path.parent.is_dir():
             return None
         if error.errno == errno.ELOOP:
             raise OSError(errno.ELOOP, ".lock is a symbolic link; delete it") from error
+        if error.errno == errno.EACCES:
+            raise OSError(errno.EACCES, f"{error.strerror}: {path}; {_SHARE}") from error
         raise
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 
 from moe.config import ConfigError, DataConfig
-from moe.data import folders, pipeline
+from moe.data import directory, folders, pipeline
 from tests.helpers import mounted
 from tests.text_fixtures import VOCAB, data, folder  # noqa: F401
 
@@ -119,6 +119,32 @@ def test_users_who_share_the_directory_may_read_each_other_s_index(folder, tmp_p
     monkeypatch.setattr(os, "access", lambda path, mode: "folders" not in os.fspath(path) and access(path, mode))
     with pytest.raises(ConfigError, match=rf"{index.name}: cannot be read by this user"):
         pipeline.prepare(config, VOCAB, progress=lambda _: None)
+
+
+def test_a_lock_that_another_user_made_is_held_too(folder, tmp_path, monkeypatch):
+    """It may be read and not written; without it, two users who share the directory prepared the data at once."""
+    config, _, _ = folder
+    path = tmp_path / "cache" / ".lock"
+    path.parent.mkdir()
+    path.touch()
+    open_file, private = os.open, []
+
+    def refuse(name, flags, *rest, **options):
+        if os.fspath(name) == str(path) and (flags & os.O_RDWR or private):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return open_file(name, flags, *rest, **options)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with directory.locked_directory(path.parent), path.open() as other, pytest.raises(BlockingIOError):
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    private.append(True)
+    with pytest.raises(ConfigError, match=r"data\.directory=.*\.lock; let its owner share it"):
+        pipeline.prepare(config, VOCAB, progress=lambda _: None)
+    monkeypatch.setattr(os, "access", lambda *_: False)  # nothing can be prepared there
+    with directory.locked_directory(path.parent):
+        pass
+    with pytest.raises(ConfigError, match=r"cannot be written .*; let its owner share it"), directory.disk_errors(path):
+        raise PermissionError(errno.EACCES, "Permission denied", "folders")
 
 
 def test_a_directory_that_fills_while_a_table_is_copied_is_named(tmp_path, monkeypatch):
