@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers import slow_case
+
 ROOT = Path(__file__).parents[1]
 STOPS = ((signal.SIGTERM, 75), (signal.SIGINT, 130))
 
@@ -67,8 +69,9 @@ def test_a_signal_ends_a_program_whose_main_thread_is_inside_of_a_library(number
     assert ended("block()", number) == (code, "", f"stopped by {signal.Signals(number).name}\n")
 
 
-def test_a_signal_ends_a_program_that_compiles_for_minutes():
-    assert ended("compile_for_minutes()", signal.SIGTERM)[0] == 75
+@pytest.mark.parametrize(("number", "code"), [STOPS[0], slow_case(*STOPS[1])])
+def test_a_signal_ends_a_program_that_compiles_for_minutes(number, code):
+    assert ended("compile_for_minutes()", number)[0] == code
 
 
 # What blocks after the handler has raised, which needs no message: the program was ending.
