@@ -23,17 +23,24 @@ _OUT = flags.DEFINE_string("out", "docs/results/conformance.md", "Table to write
 
 def main() -> None:
     """Print rows as they are measured and write the table; the exit status says whether all passed."""
-    from moe.conformance import table
+    from moe.config import ConfigError
+
+    layers, out = Path(_LAYERS.value) if _LAYERS.value else None, Path(_OUT.value)
+    if layers and not any(layers.glob("*.npz")):
+        raise ConfigError(f"--layers={layers}: holds no npz files")
+    if not os.access(out.parent, os.W_OK) or out.is_dir():
+        raise ConfigError(f"--out={out}: must be a file in a folder that exists and can be written")
+    from moe.conformance import table  # takes seconds to import
 
     rows = []
-    if not _LAYERS.value:
+    if not layers:
         print("no layers of other libraries: --layers=FOLDER names npz files of them")
-    for row in table.run(Path(_LAYERS.value) if _LAYERS.value else None):
+    for row in table.run(layers):
         rows.append(row)
         print(f"{'ok   ' if row.passes else 'FAILS'} {row.what}: {row.measured}, expected {row.expected}", flush=True)
-    write_atomic(Path(_OUT.value), table.page(rows))
+    write_atomic(out, table.page(rows))
     failed = sum(not row.passes for row in rows)
-    print(f"{len(rows)} rows, {failed} failed; {_OUT.value}")
+    print(f"{len(rows)} rows, {failed} failed; {out}")
     sys.exit(int(failed > 0))
 
 

@@ -331,9 +331,17 @@ def test_a_current_directory_that_was_deleted_is_refused(tmp_path, monkeypatch, 
         process._check_environment()
 
 
-def test_a_scale_that_overflows_is_refused_by_its_flag():
-    command = [sys.executable, "scripts/conform.py", "--scale=1e308"]
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        (("conform.py", "--scale=1e308"), "flag --scale=1e308"),
+        (("conformance.py", "--layers=nowhere"), "--layers=nowhere: holds no npz files"),
+        (("conformance.py", "--out=nowhere/table.md"), "--out=nowhere/table.md: must be a file in a folder"),
+    ],
+)
+def test_a_wrong_flag_of_conformance_is_refused_before_the_work(command, says):
+    command = [sys.executable, f"scripts/{command[0]}", command[1]]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert (ended.returncode, ended.stdout) == (1, "")
-    assert "flag --scale=1e308" in ended.stderr
+    assert says in ended.stderr
     assert "Traceback" not in ended.stderr
