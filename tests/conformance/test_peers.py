@@ -79,7 +79,7 @@ def test_verdicts_and_page(tmp_path, monkeypatch):
     assert cells["detaches", "router product"].status == "equal"
     scoreboard.write(tmp_path, library, list(cells.values()), "conform.py --suite=peers", ["oracle", "another"])
     page = (tmp_path / "scoreboard.md").read_text()
-    assert "3 blocks of 1 libraries" in page
+    assert "3 blocks of 1 library," in page
     assert "| oracle 1 | 3 |" in page
     assert "- detaches (grad tokens, grad router, up to" in page
     script = (tmp_path / "reproduce" / "oracle.detaches.main.py").read_text()

@@ -58,11 +58,12 @@ def page(libraries: Mapping[str, Mapping[str, Any]]) -> str:
     found = {name: [Cell(**cell) for cell in row["cells"]] for name, row in libraries.items()}
     every = [cell for name, cells in found.items() for cell in cells if not libraries[name]["control"]]
     blocks = len({(cell.library, cell.block) for cell in every})
-    number = len({cell.library for cell in every})
+    names = {cell.library for cell in every}
+    checks = sum(cell.status != "not applicable" for cell in every)
     lines = [
         "# Scoreboard of other libraries' MoE layers",
         "",
-        f"{blocks} blocks of {number} libraries, {sum(cell.status != 'not applicable' for cell in every)} checks. "
+        f"{blocks} blocks of {len(names)} {'library' if len(names) == 1 else 'libraries'}, {checks} checks. "
         "[conform](../conform.md#other-libraries) explains the columns, and how to run it again.",
         "",
         "`=` equal to the claimed rule in float64 within 1e-4; `doc` equal with a deviation that the library "
