@@ -235,6 +235,16 @@ def test_a_bucket_gets_another_event_file_once_one_is_large(monkeypatch, tmp_pat
     assert starts == names[:1]  # a start hides the events of earlier files
 
 
+def test_a_clock_that_is_set_back_hides_no_events(monkeypatch, tmp_path):
+    """A file of the same second was written again from its beginning; one of an earlier second was read before it."""
+    for start, second in enumerate((1_000_000_000, 1_000_000_000, 999_999_000)):
+        monkeypatch.setattr(metric_writers.time, "time", lambda second=second: second)
+        writer = TensorBoard(epath.Path(tmp_path), {}, start)
+        writer.write(start + 1, "train", {"loss": float(start + 1)})
+        writer.close()
+    assert [value.simple_value for _, tag, value in events(tmp_path / "tensorboard") if tag == "loss/loss"] == [1, 2, 3]
+
+
 @contextlib.contextmanager
 def files_of_at_most(size):
     """Within this context the kernel refuses to write beyond that many bytes of a file, as a full disk does."""

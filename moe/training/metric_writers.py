@@ -8,6 +8,7 @@ import hashlib
 import inspect
 import json
 import os
+import re
 import socket
 import tempfile
 import time
@@ -59,6 +60,8 @@ def _flat(kind: str) -> str:
 
 #: Bytes from which a bucket gets another event file, since every copy is of the whole file.
 _LARGEST_EVENTS = 1 << 24
+#: Name of an event file, with the second in which it was begun.
+_EVENTS = re.compile(r"events\.out\.tfevents\.(\d{1,15})\.")
 
 
 class TensorBoard:
@@ -78,6 +81,8 @@ class TensorBoard:
         self._ignored = _without_weight(config)
         if not self._local:
             self._folder.mkdir(parents=True, exist_ok=True)
+        names = [path.name for path in self._folder.iterdir()] if self._folder.is_dir() else []
+        self._second = max((int(found[1]) for found in map(_EVENTS.match, names) if found), default=0)
         self._events = self._new_file()
         start = SessionLog(status=SessionLog.START)
         self._add(step + 1, session_log=start)  # hides rows that will be written again
@@ -85,9 +90,11 @@ class TensorBoard:
         self._add(step, summary=summary.text("config", f"    {text}"))  # indented: a block of code in Markdown
 
     def _new_file(self) -> RecordWriter:
-        """Another event file, with the version of its format."""
+        """Another event file, with the version of its format, named after those that are there: TensorBoard reads them
+        in the order of their names, and a clock may be set back."""
         folder = self._local.name if self._local else os.fspath(self._folder)
-        name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}"
+        self._second = max(int(time.time()), self._second + 1)
+        name = f"events.out.tfevents.{self._second}.{socket.gethostname()}"
         file = RecordWriter(os.path.join(folder, name))
         version = Event(wall_time=time.time(), file_version="brain.Event:2")
         file.write(version.SerializeToString())
