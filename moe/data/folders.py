@@ -51,7 +51,7 @@ class FolderDocuments(Sequence[str]):
                     file.seek(start)
                     text = parse_document(file.read(length), source)[0]
             if text_hash(text) != place["hash"]:  # an edit moves the documents after it
-                raise ValueError("its text was changed; start again to index it anew")
+                raise ValueError("its text was changed; touch the file and start again, which indexes it anew")
             return text
         except (OSError, ValueError, IndexError, KeyError) as error:
             raise ConfigError(f"{source}, position {start}: no longer matches the index ({error})") from error
