@@ -29,7 +29,7 @@ def writers_end_on_error() -> Iterator[None]:
 @contextlib.contextmanager
 def no_background_tracebacks() -> Iterator[None]:
     """Hide tracebacks that Orbax's threads log for errors which are also raised, late ones of TensorStore, and Orbax's
-    warnings that a thread waits for a slow disk, which :func:`moe.waiting.said_aloud` says."""
+    warnings that a thread waits for a slow disk, which :func:`moe.system.waiting.said_aloud` says."""
 
     def keep(record: logging.LogRecord) -> bool:
         return "orbax" not in record.pathname or not (record.exc_info or "_SignalingThread" in str(record.msg))

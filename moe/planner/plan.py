@@ -39,7 +39,7 @@ class Plan:
         log_width: of the step's interval, in the logarithm (:func:`moe.planner.calibration.width`).
         steps: published steps that it rests on; chip_steps: those of this chip.
         remat: policy of ``model.remat``.
-        parts: the compiler's estimate by pass and kind (:class:`moe.planner.program.Program`).
+        parts: the compiler's estimate by pass and kind (:class:`moe.planner.records.CompiledProgram`).
         unpriced: instructions of a step without an estimate; unknown_loops: loops taken as one trip.
         scenario: assumptions that were changed; "" for none.
         basis: seconds of a step by what they rest on.
