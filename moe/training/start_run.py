@@ -104,7 +104,7 @@ def start_run(
             step, restored, saved = checkpoint
             state = restored if state is None else state.restored(restored)
             console.say(f"resuming {directory} at step {step} of {config.train.num_steps}")
-        _apply_changes(config, run.changes | edited_code(config, directory), step, directory, console.say)
+        _apply_changes(config, run.changes, step, directory, console.say)
         note_code(config, directory)
     assert state is not None  # made above, or restored
     heldout = functools.cache(lambda: load_heldout(program, prepared))  # at the first evaluation
@@ -146,7 +146,9 @@ def _description(program: Program) -> str:
 def _apply_changes(
     config: Config, changes: dict[str, list[Any]], step: int, directory: epath.Path, say: Callable[[str], Any]
 ) -> None:
-    """Record changed settings; a report of fewer steps is deleted, since it will be written again."""
+    """Record changed settings, and edits of the user's modules; a report of fewer steps is deleted, since it will be
+    written again."""
+    changes = changes | edited_code(config, directory)
     if step > config.train.num_steps:
         raise ConfigError(f"train.num_steps={config.train.num_steps}: the run has done {step} steps already")
     if step == config.train.num_steps and "train.num_steps" in changes:
