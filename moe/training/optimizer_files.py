@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from moe.checkpoints.integrity import UNREAD, DamagedError, saved_checksums
+from moe.checkpoints.integrity import UNREAD, DamagedError, quiet_orbax, saved_checksums
 from moe.checkpoints.manager import Checkpoints
 from moe.config import Config, ConfigError, MeshConfig
 from moe.config.references import refuse_modules
@@ -42,7 +42,8 @@ def read_optimizer(
     on_devices = dataclasses.replace(source.optimizer, memory="device")
     with jax.set_mesh(placed_on):
         state = build(dataclasses.replace(source, mesh=MeshConfig(data=1), optimizer=on_devices), placed_on).state
-    checkpoints = Checkpoints(epath.Path(workdir), 1, read_only=True, to_host=mesh is None)
+    with quiet_orbax():  # warns that the folder is only read, as asked
+        checkpoints = Checkpoints(epath.Path(workdir), 1, read_only=True, to_host=mesh is None)
     parts: dict[str, Any] = {name: jax.tree.map(_unread, getattr(state, name)) for name in ("parameters", "biases")}
     if average_only:
         parts["optimizer"] = jax.tree.map(_unless_average, state.optimizer, is_leaf=is_average)
