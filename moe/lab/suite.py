@@ -174,6 +174,11 @@ class Suite:
         """Cache of canonical forms at seed 0, which are needed many times."""
         return {}
 
+    @functools.cached_property
+    def _configs(self) -> dict[tuple[Any, ...], Config]:
+        """Cache of configs by the arguments of :meth:`config`; each takes milliseconds and is needed many times."""
+        return {}
+
     @property
     def steps(self) -> tuple[int, ...]:
         """Horizons in ascending order."""
@@ -256,9 +261,18 @@ class Suite:
         Raises:
             ConfigError: the arm's config is impossible.
         """
-        chosen, steps = self.variants[variant], steps or self.longest
+        steps = steps or self.longest
         rate = self.learning_rate if learning_rate is None else learning_rate
-        schedule = self._schedule(steps) | {"optimizer.learning_rate": chosen.rate_scale * rate}
+        point = (variant, seed, steps, rate, starts_from, teacher)
+        if point not in self._configs:
+            self._configs[point] = self._build(*point)
+        return self._configs[point]
+
+    def _build(
+        self, variant: str, seed: int, steps: int, learning_rate: float, starts_from: str, teacher: str
+    ) -> Config:
+        chosen = self.variants[variant]
+        schedule = self._schedule(steps) | {"optimizer.learning_rate": chosen.rate_scale * learning_rate}
         # Adapters need a start; without its workdir the arm's name stands for it, as no file is read here.
         start = starts_from or (chosen.starts_from if "lora.rank" in chosen.overrides else "")
         own = {"seed": seed + chosen.seed_offset, "start.checkpoint": start, "distill.teacher": teacher}
