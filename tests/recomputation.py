@@ -26,35 +26,42 @@ def read_records(path, reserved=(), rates=None):
         reserved: seeds of the sweep, which no comparison uses.
         rates: (arm, steps) → learning rate of the comparisons; None: whatever there is.
     """
-    records, rows, losses = pd.read_parquet(path), [], {}
+    records, losses = pd.read_parquet(path), {}
+    table = {name: [] for name in (*KEYS, "compared", *FIELDS)}
     for record in records.to_dict("records"):
-        key = {name: record[name] for name in ("variant", "steps", "learning_rate", "seed", "seconds", "evaluated")}
         rate = rates.get((record["variant"], record["steps"])) if rates else None
         compared = record["seed"] not in reserved and (rate is None or np.isclose(record["learning_rate"], rate))
-        key["compared"] = bool(compared)
         columns = [record[f"row_{name}"] for name in ("step", "quantity", "domain", "layer", "value")]
-        rows += [{**key, **dict(zip(FIELDS, row, strict=True))} for row in zip(*columns, strict=True)]
-        for name, value in json.loads(record["costs"]).items():
-            rows.append({**key, **dict(zip(FIELDS, (0, name, "", "", value), strict=True))})
+        rows = list(zip(*columns, strict=True))
+        rows += [(0, name, "", "", value) for name, value in json.loads(record["costs"]).items()]
         for name, value in json.loads(record["probes"]).items():
             quantity, _, layer = name.partition("@")
-            rows.append({**key, **dict(zip(FIELDS, (record["steps"], quantity, "", layer, value), strict=True))})
+            rows.append((record["steps"], quantity, "", layer, value))
+        for name, column in zip(FIELDS, zip(*rows, strict=True), strict=True):
+            table[name] += column
+        for name in KEYS:
+            table[name] += [record[name]] * len(rows)
+        table["compared"] += [bool(compared)] * len(rows)
         if compared:
             found = np.asarray(record["row_losses"]), np.asarray(record["row_domains"])
             losses[record["variant"], record["steps"], record["seed"]] = found
-    return Runs(pd.DataFrame(rows), losses)
+    return Runs(pd.DataFrame(table), losses)
 
 
+#: Columns of a run, and of its values.
+KEYS = ("variant", "steps", "learning_rate", "seed", "seconds", "evaluated")
 FIELDS = ("step", "quantity", "domain", "layer", "value")
 
 
 class Runs:
-    """All runs of a suite as a long table, and the subset that comparisons use."""
+    """All runs of a suite as a long table, and the subset that comparisons use. Results are cached; none is changed."""
 
     def __init__(self, table, losses=None):
         self.all, self._losses = table, losses or {}
         self.data = table[table.compared]
         self.arms = set(self.data.variant.unique())
+        for method in (self.seeds, self.fullest, self.last):
+            setattr(self, method.__name__, functools.cache(method))
         self._places = self.data.groupby(["variant", "steps", "quantity", "domain"], sort=False).indices
 
     def seeds(self, arm, steps):
@@ -189,20 +196,25 @@ def pooled(losses, base):
 def bootstrap(runs, arm, base, steps, primary, draws=2_000):
     """95 % percentile interval over rows of each primary domain and over seeds (with fewer than three seeds: rows
     only)."""
-    rng, differences = np.random.default_rng(7), []
+    differences = []
     seeds = sorted(set(runs.seeds(arm, steps)) & set(runs.seeds(base, steps)))
     domains = np.empty(0)
     for seed in seeds:
         (ours, domains), (theirs, _) = (runs.row_losses(name, steps, seed) for name in (arm, base))
         differences.append(ours - theirs)
     n = len(seeds)
-    weights = rng.multinomial(n, np.full(n, 1 / n), draws) / n if n > 2 else np.full((draws, n), 1 / n)
+    weights = _weights(n, draws, 0) if n > 2 else np.full((draws, n), 1 / n)
     over_seeds, means = weights @ np.asarray(differences), []
-    for domain in primary:
+    for number, domain in enumerate(primary, start=1):
         values = over_seeds[:, domains == domain]
-        rows = values.shape[1]
-        means.append((values * rng.multinomial(rows, np.full(rows, 1 / rows), draws)).sum(1) / rows)
+        means.append((values * _weights(values.shape[1], draws, number)).sum(1))
     return np.quantile(np.mean(means, 0), [0.025, 0.975])
+
+
+@functools.cache
+def _weights(n, draws, seed):
+    """Weights of n values, drawn with replacement, in each of some draws: [draws, n]."""
+    return np.random.default_rng((7, seed)).multinomial(n, np.full(n, 1 / n), draws) / n
 
 
 def share_of_steps(runs, arm, base, steps):

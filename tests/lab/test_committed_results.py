@@ -5,6 +5,7 @@ run.
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -130,7 +131,12 @@ def read(folder, suite):
     text = sections_of(folder / "report.md")["Learning rates"]
     for arm, steps, rate, *_ in tables(text)[0][1] if "**Not tuned:**" not in text else ():
         rates[arm, int(steps.replace(",", ""))] = float(rate)
-    return again.read_records(folder / "records.parquet", suite.reserved_seeds, rates)
+    return _runs(folder / "records.parquet", frozenset(suite.reserved_seeds), tuple(rates.items()))
+
+
+@functools.lru_cache(maxsize=4)
+def _runs(path, reserved, rates):
+    return again.read_records(path, reserved, dict(rates))
 
 
 def sections_of(path):
@@ -403,7 +409,9 @@ def test_arms_of_the_answer(which, drawn):
         seconds = json.loads((folder / "step_seconds.json").read_text())["arms"]
     runs = read(folder, suite)
     scale, arm = (
-        (runs, "top2") if which == "drawn" else (again.read_records(RESULTS / "controls/records.parquet"), "dense_x8")
+        (runs, "top2")
+        if which == "drawn"
+        else (_runs(RESULTS / "controls/records.parquet", frozenset(), ()), "dense_x8")
     )
     whole = scale.loss(arm, steps) - scale.loss("dense", steps)
     for arm, _, loss, own, last, *others in tables(path.read_text().partition("## Arms")[2])[0][1]:
