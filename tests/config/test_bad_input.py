@@ -6,31 +6,24 @@ A case executes an entry point as `python main.py ...` does, but in this process
 
 from __future__ import annotations
 
-import contextlib
-import io
-import os
 import re
-import runpy
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from absl import flags
 
-from moe.config import Config, to_dict
+from moe.config import Config, ConfigError, to_dict
 from moe.config.parse import from_config_dict
 from moe.data import pipeline
 from moe.interop import import_checkpoint
-from moe.programs import cli
 from tests.bad_input_cases import CASES, SLOW_CASES
 from tests.bad_input_helpers import Case, value
 from tests.helpers import slow_case
+from tests.program_helpers import ROOT, run_here
 from tests.tiny_text import build
 
-ROOT = Path(__file__).parents[2]
 OPEN = Path(__file__).parents[1] / "data" / "checkpoints" / "mixtral"
 
 
@@ -60,33 +53,6 @@ def tree_of(*folders: Path) -> dict[str, bytes | None]:
     return {str(path): path.read_bytes() if path.is_file() else None for path in paths}
 
 
-def run_here(script: str, arguments: list[str], monkeypatch) -> tuple[int, str]:
-    """(exit code, stderr) of `python script arguments`, in this process."""
-    monkeypatch.setattr(sys, "argv", [script, *arguments])
-    monkeypatch.setattr(os, "environ", os.environ.copy() | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"})
-    monkeypatch.chdir(ROOT)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    assert cli  # its flag is defined once, at import; those of an entry point are removed afterwards
-    known = set(flags.FLAGS)
-    for name in [name for name in sys.modules if name.startswith("moe.programs.")]:
-        del sys.modules[name]  # defines its flags again
-    output, errors = io.StringIO(), io.StringIO()
-    try:
-        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
-            runpy.run_path(str(ROOT / script), run_name="__main__")
-    except SystemExit as end:
-        if isinstance(end.code, str):  # what the interpreter would print
-            return 1, errors.getvalue() + end.code
-        return int(end.code or 0), errors.getvalue()
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        for name in set(flags.FLAGS) - known:
-            delattr(flags.FLAGS, name)
-        flags.FLAGS.unparse_flags()
-    return 0, errors.getvalue()
-
-
 def without_stages(errors: str) -> str:
     """Lines of stderr without those that report the progress of a start or what it waits for."""
     told = r"\[ *\d+\.\d s\] |waiting for "
@@ -112,7 +78,7 @@ def prepare(case: Case, folder: Path, data: Path, imported: Path) -> list[str]:
 def test_wrong_input_is_refused_in_one_sentence(case, data, imported, tmp_path, monkeypatch):
     arguments = prepare(case, tmp_path, data, imported)
     before = tree_of(tmp_path, data)
-    code, errors = run_here(case.script, arguments, monkeypatch)
+    code, _, errors = run_here(case.script, arguments, monkeypatch)
     assert code != 0, "accepted"
     errors = without_stages(errors)
     for word in case.says:
@@ -122,12 +88,19 @@ def test_wrong_input_is_refused_in_one_sentence(case, data, imported, tmp_path, 
     assert tree_of(tmp_path, data) == before
 
 
+def test_an_error_is_raised_with_traceback(data, imported, tmp_path, monkeypatch):
+    case = value("model.moe.num_experts", "0", "at least 1")
+    with pytest.raises(ConfigError, match="at least 1"):
+        run_here(case.script, [*prepare(case, tmp_path, data, imported), "--traceback"], monkeypatch)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "traceback"),
     [
-        slow_case(value("model.moe.num_experts", "0", "at least 1"), False),
+        (value("model.moe.num_experts", "0", "at least 1"), False),
         (value("model.moe.num_experts", "0", "at least 1"), True),
-        slow_case(value("data.dataset", "/nowhere/at/all", "no such folder"), False),
+        (value("data.dataset", "/nowhere/at/all", "no such folder"), False),
     ],
 )
 def test_wrong_input_is_refused_in_a_separate_process(case, data, imported, tmp_path, traceback):

@@ -180,7 +180,7 @@ ROUTERS = {
 
 @pytest.mark.parametrize(
     "name",
-    ["bias_on_logits", "plain_balance", *(slow_case(name) for name in ("zero_outside_groups", "balance_softmax"))],
+    ["bias_on_logits", *map(slow_case, ("plain_balance", "zero_outside_groups", "balance_softmax"))],
 )
 def test_a_router_of_groups_with_another_rule_is_named(name):
     variant, words = ROUTERS[name]

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from moe.interop import load_huggingface
-from tests.helpers import slow_case
 from tests.interop.test_interop import HERE
 
 
-@pytest.mark.parametrize("name", ["qwen3_next", slow_case("qwen3_5_moe_text")])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen3_next", "qwen3_5_moe_text"])
 def test_long_rows_against_float64(name):
     with np.load(HERE.parent / "float64" / f"{name}.npz") as file:
         tokens, expected = file["input_ids"].astype(np.int32), file["logits"].astype(np.float64)

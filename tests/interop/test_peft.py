@@ -16,6 +16,7 @@ from moe.config import Config, ConfigError, ModelConfig
 from moe.interop import export_checkpoint, import_checkpoint, peft
 from moe.interop.peft import export_adapters
 from moe.models.factory import abstract_parameters, abstract_trained
+from tests.helpers import slow_case
 from tests.run_helpers import tiny, write_run
 
 
@@ -55,7 +56,7 @@ def test_a_cast_export_is_the_cast_of_the_merged_weights(tmp_path):
         np.testing.assert_array_equal(array, whole[name].astype(array.dtype), err_msg=name)
 
 
-@pytest.mark.parametrize("common_a", [False, True])
+@pytest.mark.parametrize("common_a", [slow_case(False), True])
 def test_adapters_added_by_hand_equal_the_merged_export(tmp_path, common_a):
     base, lora = workdirs(tmp_path, **{"lora.common_a": common_a})
     export_checkpoint(base, tmp_path / "out_base")

@@ -319,7 +319,7 @@ def test_gradients_of_many_chunks_are_added_in_float32(rng, monkeypatch):
     assert float(error) < 0.004
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", slow_case("bfloat16")])
 def test_chunked_loss_equals_plain(dtype, monkeypatch):
     monkeypatch.setattr(losses, "_CHUNK", 32)  # 6 chunks of 4 positions of 8 rows; the last position is padding
     hidden, matrix, targets = _loss_inputs(dtype)

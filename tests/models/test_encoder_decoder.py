@@ -213,7 +213,7 @@ def test_values_and_gradients_equal_the_oracle(changes):
         assert np.abs(gradient).max() > 0, jax.tree_util.keystr(path)
 
 
-@pytest.mark.parametrize("encoder_vocab_size", [0, 48])
+@pytest.mark.parametrize("encoder_vocab_size", [slow_case(0), 48])
 def test_the_embedding_scale_applies_to_both_stacks(encoder_vocab_size):
     """With a separate output matrix, a scale of 4 equals a table four times as large, in the encoder too."""
     layers = {"gate": "none", "encoder_layers": 1, "num_layers": 1}

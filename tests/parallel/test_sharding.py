@@ -174,26 +174,20 @@ def test_contract_of_a_layer(sizes, gate, mode, gradient):
 
 
 def test_each_chunk_of_tokens_has_its_exchanges():
-    """Per chunk, three all-to-alls on CPUs: sizes and rows to the experts, outputs back; values equal those of one
-    chunk."""
-    mesh, results = _mesh((1, 1, 8, 1)), []
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(B, 12, 16)), jnp.float32)
-    for chunks in (1, 3):
-        layer = MoELayer(
-            d_model=16, d_ff=8, num_experts=E, dispatch="dropless", exchange_chunks=chunks, rngs=nnx.Rngs(0)
-        )
-        graphdef, parameters = nnx.split(layer)
-        with jax.set_mesh(mesh):
-            arguments = _place(mesh, parameters), _place(mesh, x, partition_specs.BATCH)
-            program = jax.jit(lambda parameters, x, graphdef=graphdef: nnx.merge(graphdef, parameters)(x)[0])
-            compiled = program.lower(*arguments).compile()
-            results.append(np.asarray(compiled(*arguments)))
-        found = [each.kind for each in collectives(compiled.as_text(), mesh.size)]
-        assert found.count("all-to-all") == 3 * chunks
-    np.testing.assert_allclose(results[1], results[0], atol=1e-6 * np.abs(results[0]).max())
+    """Per chunk, three all-to-alls on CPUs: sizes and rows to the experts, outputs back. That values equal those of
+    one device is shown in tests/dispatch/test_dropless.py."""
+    mesh, chunks = _mesh((1, 1, 8, 1)), 3
+    layer = MoELayer(d_model=16, d_ff=8, num_experts=E, dispatch="dropless", exchange_chunks=chunks, rngs=nnx.Rngs(0))
+    graphdef, parameters = nnx.split(layer)
+    with jax.set_mesh(mesh):
+        arguments = _place(mesh, parameters), _place(mesh, jnp.zeros((B, 12, 16)), partition_specs.BATCH)
+        program = jax.jit(lambda parameters, x: nnx.merge(graphdef, parameters)(x)[0])
+        text = program.lower(*arguments).compile().as_text()
+    found = [each.kind for each in collectives(text, mesh.size)]
+    assert found.count("all-to-all") == 3 * chunks
 
 
-@pytest.mark.parametrize("low", [slow_case(False), True])
+@pytest.mark.parametrize("low", [False, slow_case(True)])
 def test_a_token_goes_once_to_each_host(low):
     """Two hosts of four devices: one all-to-all between hosts each way, with a slot for every token of the two devices
     at the same place, 2·24; all others stay within a host. In 8 bits a row sent there has 16 numbers and a scale of 4

@@ -166,7 +166,7 @@ def test_entropy_of_an_undecided_router_is_ln_e():
     )
 
 
-@pytest.mark.parametrize("gate", ["gshard", "switch", slow_case("dense_mixture"), slow_case("mixtral")])
+@pytest.mark.parametrize("gate", ["gshard", *map(slow_case, ("switch", "dense_mixture", "mixtral"))])
 def test_padding_changes_nothing(gate, rng):
     logits = rng.normal(size=(2, 12, 5))
     padded = np.concatenate([logits, rng.normal(size=(2, 7, 5)) * 10], axis=1)

@@ -1,6 +1,7 @@
 """Optimizers: which parameters they update and decay, how their state is stored, and updates computed by hand."""
 
 import dataclasses
+import functools
 import math
 import sys
 import types
@@ -265,6 +266,7 @@ def test_muon_moves_stacked_matrices_as_it_would_each_alone(path, heads, rng):
     size.insert(axis, 3)
     gradient = jnp.asarray(rng.normal(size=size), jnp.float32)
 
+    @functools.partial(jax.jit, static_argnames=("owner", "name"))
     def updated(gradient, owner=owner, name=name):
         tree = {owner: {name: gradient}}
         optimizer = make_optimizer(dataclasses.replace(CONFIG, name="muon", muon_heads=owner == "attention"), 10)
