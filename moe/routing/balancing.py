@@ -306,8 +306,12 @@ def probe_rule(gate: Gate, num_experts: int) -> None:
             _check_state(f"{name}: selection_bias", bias, bias, (num_experts,))
         carry = of_tokens(first_carry([gate], num_experts), mask.shape)
         inputs = dataclasses.replace(inputs, state=state, selection_bias=bias, carry=carry)
-        routing = route(gate, jax.random.normal(jax.random.key(0), (1, 8, num_experts)), inputs)
-        found = report(routing, mask, routing.chosen, k=gate.experts_per_token(num_experts))
+
+        def reported(logits: Array) -> LayerReport:
+            routing = route(gate, logits, inputs)
+            return report(routing, mask, routing.chosen, k=gate.experts_per_token(num_experts))
+
+        found = jax.jit(reported)(jax.random.normal(jax.random.key(0), (1, 8, num_experts)))
         states, reports = (jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), tree) for tree in (state, found))
         following = rule.next_state(states, rule.signal(reports, gate.experts_per_token(num_experts)))
     _check_state(f"{name}: next_state", following, state, (2, num_experts))

@@ -276,7 +276,7 @@ def _probe(
     with raised_as_errors(f"{name}: route"):
         for _ in range(2):  # a gate that keeps a tracer fails the second time
             jax.eval_shape(apply, logits)
-        routing = apply(logits)
+        routing = jax.jit(apply)(logits)
     index, weights = np.asarray(routing.expert_index), np.asarray(routing.combine_weights)
     if index.shape[-1] != k:
         raise ConfigError(f"{name}: route returns {index.shape[-1]} experts a token, must be K = {k}")

@@ -20,8 +20,9 @@ LENGTHS = (8, 5)  # of the inputs of two sequences: all their tokens but the las
 @pytest.fixture(scope="module")
 def recorded():
     """A model of a dense and two MoE layers, tokens, and the routing of their rows."""
-    sizes = {"num_experts": 5, "experts_per_token": 2, "dispatch": "dropless", "layers": (1, 2)}
-    model = random_model(tiny_model(num_layers=3, gate="mixtral", **sizes))
+    sizes = {"num_experts": 5, "experts_per_token": 2, "layers": (1, 2)}
+    room = {"dispatch": "einsum", "eval_capacity_factor": 2.5}  # for every token
+    model = random_model(tiny_model(num_layers=3, gate="mixtral", **sizes, **room))
     tokens = np.random.default_rng(0).integers(1, 48, (2, 8))
     tokens[1, LENGTHS[1] :] = 0
     run = nnx.jit(lambda model, tokens, choices: model(tokens, routing=choices, return_routing=True))

@@ -103,7 +103,7 @@ def test_the_scale_of_cached_scores_is_not_rounded_to_bfloat16(monkeypatch):
     monkeypatch.setattr(LatentAttention, "_query", lambda *_: rotated)
     query, _ = module.project_cached(jnp.ones((1, 1, 8), jnp.bfloat16), jnp.zeros((1, 1), jnp.int32))
     key = jnp.zeros((1, 2, 1, 7), jnp.bfloat16).at[0, 0, 0, 5].set(7).at[0, 1, 0, 0].set(1)  # query·key: 28 and 0
-    heads = module.attend_cached(query, key, jnp.ones((1, 1, 1, 2), bool))
+    heads = jax.jit(module.attend_cached)(query, key, jnp.ones((1, 1, 1, 2), bool))
     of_second = 1 / (1 + math.exp(28 / math.sqrt(12)))
     want = of_second * np.asarray(module.kv_up[...][0, :, module.unrotated_dim :].astype(jnp.bfloat16), np.float64)
     assert np.abs(np.asarray(heads, np.float64)).sum() == pytest.approx(np.abs(want).sum(), rel=5e-3)

@@ -36,7 +36,7 @@ def test_an_impossible_temperature_is_refused(temperature):
 
 
 def _model(**changes):
-    moe = moe_config(**{"num_experts": 4, "d_ff": 12, "dispatch": "dropless", **changes.pop("moe", {})})
+    moe = moe_config(**{"num_experts": 4, "d_ff": 12, "dispatch": "einsum", **changes.pop("moe", {})})
     sizes = {"vocab_size": 48, "d_model": 16, "num_heads": 4, "num_kv_heads": 2, "head_dim": 6, "d_ff": 20}
     config = ModelConfig(**{**sizes, "num_layers": 2, **changes}, moe=moe)
     _, variables = random_parameters(config)
@@ -120,7 +120,9 @@ def test_rows_of_gates_that_draw_or_count_tokens_are_independent_too(gate):
 
 @pytest.mark.parametrize("gate", ["balanced", slow_case("random")])
 def test_a_source_is_encoded_independently_of_others_by_these_gates(gate):
-    config, variables = _model(num_layers=1, encoder_layers=1, moe={"gate": gate, "layers": (0,)})
+    config, variables = _model(
+        num_layers=1, encoder_layers=1, moe={"gate": gate, "layers": (0,), "dispatch": "dropless"}
+    )
     model = nnx.merge(nnx.graphdef(abstract_model(config)), variables)
     both, lengths = jnp.array([[3, 9, 4, 7, 1, 2, 5], [5, 6, 0, 0, 0, 0, 0]]), jnp.array([7, 2])
     together, alone = kv_cache.encode(model, both, lengths), kv_cache.encode(model, both[1:, :2], lengths[1:])
@@ -194,7 +196,7 @@ def test_expert_choice_keeps_its_capacity():
 
 
 def test_a_row_ends_with_its_stop_token():
-    config, variables = _model()
+    config, variables = _model(num_layers=1, moe={"gate": "none"})
     free = sampling.sample(config, variables, PROMPTS, 8, GREEDY)
     stop = int(free[0][2])
     stopped = sampling.sample(config, variables, PROMPTS, 8, Sampling(temperature=0, stop_tokens=(stop,)))

@@ -155,8 +155,9 @@ def _laid_out(completion, engine):
 @pytest.fixture(scope="module")
 def model():
     """A model with a dense layer and two MoE layers."""
-    sizes = {"num_experts": 5, "experts_per_token": 2, "dispatch": "dropless", "layers": (1, 2)}
-    config = tiny_model(num_layers=3, gate="mixtral", **sizes)
+    sizes = {"num_experts": 5, "experts_per_token": 2, "layers": (1, 2)}
+    room = {"dispatch": "einsum", "capacity_factor": 2.5, "eval_capacity_factor": 2.5}  # for every token
+    config = tiny_model(num_layers=3, gate="mixtral", **sizes, **room)
     return nnx.merge(*random_parameters(config))
 
 

@@ -56,7 +56,7 @@ from moe.training.optimizer import WeightAverage, averaged_weights
 from moe.training.step import build
 from moe.training.teacher import read_teacher
 from moe.training.train import train
-from tests.helpers import random_model, random_state, tiny_model
+from tests.helpers import random_model, random_state, slow_case, tiny_model
 from tests.run_helpers import ONE, SETTINGS, Interrupted, tiny
 
 HERE = Path(__file__).parents[1] / "data" / "checkpoints"
@@ -96,7 +96,13 @@ def _batch(mesh, vocab):
 
 def test_an_upcycled_model_has_the_outputs_of_the_dense_model(tmp_path):
     """Equal experts whose weights sum to 1 are the dense FFN, whatever the fresh router chooses."""
-    sparse = {"gate": "mixtral", "num_experts": 4, "experts_per_token": 2, "d_ff": 28, "dispatch": "dropless"}
+    sparse = {
+        "gate": "mixtral",
+        "num_experts": 4,
+        "experts_per_token": 2,
+        "d_ff": 28,
+        "dispatch": "einsum",
+    }  # with room for all
     config = _config((HERE / "mistral", tmp_path), moe=sparse, start={"checkpoint": str(tmp_path)})
     mesh, make = _program(config)
     dense, _ = load_huggingface(HERE / "mistral")
@@ -407,7 +413,7 @@ def _trained(folder, optimizer, ema_decay=0.0, skip_sigmas=0.0, **changes):
     return trained, dataclasses.replace(config, start=StartConfig(**start))
 
 
-@pytest.mark.parametrize("optimizer", ["reset", "carry"])
+@pytest.mark.parametrize("optimizer", [slow_case("reset"), "carry"])
 def test_a_run_on_several_devices_starts_from_a_checkpoint(tmp_path, optimizer):
     """The checkpoint is read on one device while the run's mesh of eight devices is in context."""
     trained, config = _trained(tmp_path, "adamw")
@@ -512,6 +518,7 @@ def test_moments_of_adapters_are_not_carried_to_a_model(tmp_path):
         warm_start._carry(SimpleNamespace(config=config), adapted, None, 0)
 
 
+@pytest.mark.slow
 def test_the_average_of_weights_restarts_in_another_model(tmp_path):
     """The source has no average of the fresh parameters to continue."""
     _, dense = _trained(tmp_path, "adamw", ema_decay=0.9)
