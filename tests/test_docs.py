@@ -27,6 +27,7 @@ from moe.training.metrics import Throughput, mean_row
 from moe.training.progress import Progress
 from moe.training.update import TrainMetrics
 from tests.helpers import tiny_model
+from tests.program_helpers import run_here
 
 ROOT = Path(__file__).parents[1]
 API, WALK = ROOT / "docs" / "api.md", ROOT / "docs" / "walk.md"
@@ -208,10 +209,9 @@ def test_links_between_files_of_the_repository_resolve():
         assert not anchor or anchor in _anchors(target), f"{page}: {link}"
 
 
-def test_pictures_of_pages_are_not_stale():
-    command = [sys.executable, ROOT / "scripts" / "pictures.py", "--check"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+def test_pictures_of_pages_are_not_stale(monkeypatch):
+    ended = run_here("scripts/pictures.py", ["--check"], monkeypatch)
+    assert ended.code == 0, ended.errors
     shown = {name for page in (ROOT / "docs").glob("*.md") for name in re.findall(r"\((\w+)\.png\)", page.read_text())}
     assert shown - json.loads((ROOT / "docs" / "pictures.json").read_text()).keys() == set()
 

@@ -16,6 +16,7 @@ import pytest
 
 from moe.system import checkout, process
 from moe.training import progress
+from tests.program_helpers import run_here
 
 ROOT = Path(__file__).parents[1]
 KEPT = "dirty_decay_ms:-1,muzzy_decay_ms:-1,thp:always"
@@ -339,9 +340,8 @@ def test_a_current_directory_that_was_deleted_is_refused(tmp_path, monkeypatch, 
         (("conformance.py", "--out=nowhere/table.md"), "--out=nowhere/table.md: must be a file in a folder"),
     ],
 )
-def test_a_wrong_flag_of_conformance_is_refused_before_the_work(command, says):
-    command = [sys.executable, f"scripts/{command[0]}", command[1]]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
-    assert (ended.returncode, ended.stdout) == (1, "")
-    assert says in ended.stderr
-    assert "Traceback" not in ended.stderr
+def test_a_wrong_flag_of_conformance_is_refused_before_the_work(command, says, monkeypatch):
+    ended = run_here(f"scripts/{command[0]}", [command[1]], monkeypatch)
+    assert (ended.code, ended.output) == (1, "")
+    assert says in ended.errors
+    assert "Traceback" not in ended.errors
