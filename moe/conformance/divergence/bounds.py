@@ -74,22 +74,26 @@ def rounding(
         traced = jax.make_jaxpr(routed.forward)(*arguments)
     leaves = jax.tree.leaves(arguments)
 
-    def run(store: rounded.Store) -> tuple[jax.Array, ...]:
+    def run(store: rounded.Store, leaves: list[Any]) -> tuple[jax.Array, ...]:
         named: dict[str, list[jax.Array]] = {}
         logits = rounded.evaluate(traced, leaves, store, named)[-1]
         inputs, *scores = (jnp.stack(named[name]) for name in routed.names)
         return (inputs, logits, *scores)
 
-    def errors(number: jax.Array, inputs: jax.Array, *others: jax.Array) -> tuple[jax.Array, ...]:
-        moved, *perturbed = run(rounded.at_random(number))
+    def evaluated(leaves: list[Any]) -> tuple[jax.Array, ...]:
+        return run(rounded.exact, leaves)
+
+    def errors(number: jax.Array, leaves: list[Any], inputs: jax.Array, *others: jax.Array) -> tuple[jax.Array, ...]:
+        moved, *perturbed = run(rounded.at_random(number), leaves)
         differences = (one - other for one, other in zip(perturbed, others, strict=True))
         return (jnp.sum((moved - inputs) ** 2, axis=-1), *differences)
 
+    # The weights are arguments: XLA would evaluate products of constants while it compiles.
     with jax.enable_x64(True):
-        exact = jax.jit(lambda: run(rounded.exact)).lower().compile(compiler_options=_QUICK)()
+        exact = jax.jit(evaluated).lower(leaves).compile(compiler_options=_QUICK)(leaves)
         numbers = jnp.arange(seed * draws, (seed + 1) * draws, dtype=jnp.uint32)
-        once = jax.jit(errors).lower(numbers[0], *exact).compile(compiler_options=_QUICK)
-        found = [jax.device_get(once(number, *exact)) for number in numbers]
+        once = jax.jit(errors).lower(numbers[0], leaves, *exact).compile(compiler_options=_QUICK)
+        found = [jax.device_get(once(number, leaves, *exact)) for number in numbers]
     real = np.asarray(batch["segment_ids"]).reshape(-1) > 0
     layers = len(found[0][1])
     squares, *moved = zip(*found, strict=True)
