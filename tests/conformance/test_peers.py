@@ -23,6 +23,7 @@ CLAIMS = {
     "gradients": {"grad_router": "block.gate.weight.grad.mT"},
     "run": "block(x)",
     "has_balance": False,
+    "has_z": False,
 }
 #: Block → (claims, how it really computes).
 BLOCKS = {
@@ -63,7 +64,11 @@ class OracleLibrary:
 def test_verdicts_and_page(tmp_path, monkeypatch):
     monkeypatch.setattr(suite, "CASES", TESTED)
     library = suite.describe(OracleLibrary())
+    stale = tmp_path / "oracle" / "results" / "another run.npz"
+    stale.parent.mkdir(parents=True)
+    stale.touch()
     suite.measure(OracleLibrary(), library, tmp_path / "oracle")
+    assert not stale.exists()
     cells = {(cell.block, cell.column): cell for cell in suite.judge(library, tmp_path / "oracle")}
     assert {cells["right", column].status for column in ("choice", "output", "grad router", "grad experts")} == {
         "equal"

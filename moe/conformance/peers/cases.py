@@ -17,6 +17,8 @@ D = 16
 F = 24
 #: Weight of the balance loss in what is differentiated.
 BALANCE_WEIGHT = 10.0
+#: Weight of the z-loss in what is differentiated.
+Z_WEIGHT = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Case:
         k: K; None: the block's.
         parts: microbatches whose gradients are added.
         balance: the balance loss is differentiated too.
+        z: the z-loss is differentiated too.
         dtype: of the block.
         forward_only: nothing is differentiated.
         tokens: S.
@@ -42,6 +45,7 @@ class Case:
     k: int | None = None
     parts: int = 1
     balance: bool = False
+    z: bool = False
     dtype: str = "float32"
     forward_only: bool = False
     tokens: int = 16
@@ -98,6 +102,7 @@ CASES = (
     Case("ties", "equal scores", _tied, quantities=("y", "grad_x")),
     Case("negative", "a selection bias below 0", _negative, forward_only=True),
     Case("balance", "balance loss and its gradient, padding left out", _padded, balance=True),
+    Case("z", "z-loss and its gradient, padding left out", _padded, z=True),
     Case("parts", "gradients of two microbatches, added", parts=2),
     Case("precision", "choices of a bfloat16 block", _twins, k=1, dtype="bfloat16", forward_only=True, tokens=256),
 )

@@ -46,8 +46,7 @@ _LAST = 'print("largest difference", abs(found - expected).max(), "of", abs(expe
 def write(out: Path, library: Library, cell: Cell) -> None:
     """Write ``out/reproduce/LIBRARY.BLOCK.CASE.npz`` and ``.py`` for the quantity that differs most.
 
-    Nothing is written for sums over microbatches, whose parts the case "main" shows, nor for the value of a balance
-    loss.
+    Nothing is written for sums over microbatches, whose parts the case "main" shows, nor for the value of a loss.
     """
     claims = library.blocks[cell.block]
     case = next(case for case in CASES if case.name == cell.case)
@@ -56,7 +55,7 @@ def write(out: Path, library: Library, cell: Cell) -> None:
     in_jax = claims.get("framework") == "jax"
     gradients = {f"grad_{name}": f"gradients[0]['{name}']" for name in layer.weights} if in_jax else claims["gradients"]
     expressions = {"y": "y", **gradients, "grad_x": "gradients[1]" if in_jax else "x.grad"}
-    if not code.exists() or case.parts > 1 or cell.quantity == "balance_loss":
+    if not code.exists() or case.parts > 1 or cell.quantity in ("balance_loss", "z_loss"):
         return
     quantity = cell.quantity if cell.quantity in expressions else "y"
     expected = equations.compute(rule_of(claims, case), Variant(), layer)

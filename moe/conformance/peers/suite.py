@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +14,7 @@ import numpy as np
 from moe.conformance import equations
 from moe.conformance.diagnosis import Check, diagnose
 from moe.conformance.equations import Layer, Rule, Variant
-from moe.conformance.peers.cases import BALANCE_WEIGHT, CASES, Case, layer_of
+from moe.conformance.peers.cases import BALANCE_WEIGHT, CASES, Z_WEIGHT, Case, layer_of
 from moe.conformance.peers.environments import Environment
 from moe.system.atomic_files import write_atomic
 from moe.system.npz_files import write_arrays
@@ -68,6 +69,7 @@ OTHERS = {
     "ties": "ties",
     "negative bias": "negative",
     "balance loss": "balance",
+    "z-loss": "z",
     "accumulation": "parts",
     "router product": "precision",
 }
@@ -97,9 +99,9 @@ def describe(environment: Environment) -> Library:
 
 
 def rule_of(claims: dict[str, Any], case: Case) -> Rule:
-    """The rule that a block claims, with the K and the weight of the balance loss of a case."""
+    """The rule that a block claims, with the K and the weights of the losses of a case."""
     k = case.k or claims["k"]
-    return Rule(**claims["rule"], k=k, balance_weight=BALANCE_WEIGHT if case.balance else 0.0)
+    return Rule(**claims["rule"], k=k, balance_weight=BALANCE_WEIGHT * case.balance, z_weight=Z_WEIGHT * case.z)
 
 
 def reason_to_skip(claims: dict[str, Any], case: Case) -> str:
@@ -108,6 +110,8 @@ def reason_to_skip(claims: dict[str, Any], case: Case) -> str:
         return claims["skip"][case.name]
     if case.balance and not claims["has_balance"]:
         return "the library has no balance loss for this block"
+    if case.z and not claims["has_z"]:
+        return "the library has no z-loss for this block"
     if case.name == "negative" and not (claims["bias"] and claims["rule"].get("groups", 1) > 1):
         return "needs a selection bias and groups"
     return ""
@@ -116,7 +120,8 @@ def reason_to_skip(claims: dict[str, Any], case: Case) -> str:
 def measure(environment: Environment, library: Library, out: Path) -> None:
     """Write the cases, and have the worker run every block on them. ``out`` gets jobs.json, cases/ and results/."""
     (out / "cases").mkdir(parents=True, exist_ok=True)
-    (out / "results").mkdir(exist_ok=True)
+    shutil.rmtree(out / "results", ignore_errors=True)  # an earlier run's would stand for blocks that raise now
+    (out / "results").mkdir()
     jobs, written = [], set()
     for block, claims in library.blocks.items():
         for case in CASES:
@@ -131,6 +136,7 @@ def measure(environment: Environment, library: Library, out: Path) -> None:
                 "out": str(out / "results" / f"{block}.{case.name}"),
                 "parts": case.parts,
                 "balance": BALANCE_WEIGHT * case.balance,
+                "z": Z_WEIGHT * case.z,
             }
             jobs.append(job | {"forward_only": case.forward_only})
     write_atomic(out / "jobs.json", json.dumps(jobs, indent=1))

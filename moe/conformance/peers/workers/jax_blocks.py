@@ -29,8 +29,8 @@ class Block:
     Attributes:
         text: lines that define ``layer(weights, x, mask)`` with the library alone, in which K is the number of experts
             per token, and ``mesh`` if it is to run on one. It returns y [G,S,D], or y and ``expert_index``,
-            ``combine_weights`` and ``balance_loss`` by name. weights: router [D,E], gate and up [E,D,F], down
-            [E,F,D], bias [E].
+            ``combine_weights``, ``balance_loss`` and ``z_loss`` by name. weights: router [D,E], gate and up [E,D,F],
+            down [E,F,D], bias [E].
     """
 
     text: str
@@ -42,6 +42,7 @@ class Block:
     source: str = ""
     skip: dict[str, str] = dataclasses.field(default_factory=dict)
     has_balance: bool = False
+    has_z: bool = False
 
     def code(self, k: int) -> str:
         """Lines that define the layer."""
@@ -68,7 +69,8 @@ def measure(adapter: Block, job: dict[str, Any], arrays: Arrays) -> Arrays:
         output = scope["layer"](weights | fixed, x, mask[rows])
         y, further = output if isinstance(output, tuple) else (output, {})
         total = jnp.sum(y.astype(jnp.float32) * mask[rows, :, None] * cotangent[rows])
-        return total + job["balance"] * further.get("balance_loss", 0.0), {"y": y, **further}
+        total += job["balance"] * further.get("balance_loss", 0.0) + job["z"] * further.get("z_loss", 0.0)
+        return total, {"y": y, **further}
 
     found: list[Any] = []
     gradients: Any = None
@@ -83,8 +85,8 @@ def measure(adapter: Block, job: dict[str, Any], arrays: Arrays) -> Arrays:
         found.append(results)
         gradients = of_weights if gradients is None else jax.tree.map(jnp.add, gradients, of_weights)
         found[-1]["grad_x"] = of_x
-    shared = ("balance_loss",)
-    names = [name for name in found[0] if name not in shared or job["balance"]]
+    shared = {"balance_loss": job["balance"], "z_loss": job["z"]}
+    names = [name for name in found[0] if shared.get(name, True)]
     results = {name: found[0][name] if name in shared else jnp.concatenate([p[name] for p in found]) for name in names}
     if gradients is not None:
         results |= {f"grad_{name}": value for name, value in gradients.items()}

@@ -25,7 +25,7 @@ def layer(weights, x, mask):
     both = jnp.concatenate([weights["gate"], weights["up"]], -1)
     y = moe_mlp(rows, index, chosen.astype(x.dtype), both, weights["down"], token_valid=valid)
     stats = moe_routing_stats(index, probs, logits, valid, num_experts=8, num_experts_per_token=K)
-    return y.reshape(x.shape), {"balance_loss": stats["load_balancing_loss"] / K}
+    return y.reshape(x.shape), {"balance_loss": stats["load_balancing_loss"] / K, "z_loss": stats["router_z_loss"]}
 """
 SPREAD = """
 import jax
@@ -47,7 +47,7 @@ def layer(weights, x, mask):
 MIXTRAL = {"renormalise": True}
 CALLER = {"precision": "its caller routes"}
 ADAPTERS = {
-    "moe_mlp": Block(text=ALONE, rule=MIXTRAL, skip=CALLER, has_balance=True),
+    "moe_mlp": Block(text=ALONE, rule=MIXTRAL, skip=CALLER, has_balance=True, has_z=True),
     "moe_mlp, ring, 4 devices": Block(text='IMPLEMENTATION = "ring"\n' + SPREAD, rule=MIXTRAL, skip=CALLER),
     "moe_mlp, fixed_all_to_all, 4 devices": Block(
         text='IMPLEMENTATION = "fixed_all_to_all"\n' + SPREAD, rule=MIXTRAL, skip=CALLER

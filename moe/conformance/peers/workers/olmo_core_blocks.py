@@ -7,7 +7,7 @@ import importlib.metadata
 from typing import Any
 
 import torch
-from olmo_core.nn.moe.loss import MoELoadBalancingLossGranularity, load_balancing_loss
+from olmo_core.nn.moe.loss import MoELoadBalancingLossGranularity, load_balancing_loss, router_z_loss
 from torch import nn
 from torch_blocks import NUM_EXPERTS, Block, D, F, main
 
@@ -29,6 +29,7 @@ class Olmo(Block):
     """olmo_core.nn.moe.DroplessMoE."""
 
     has_balance: bool = True
+    has_z: bool = True
 
     def code(self, k: int) -> str:
         """MoEConfig, then the layer."""
@@ -81,12 +82,16 @@ class Olmo(Block):
             granularity=MoELoadBalancingLossGranularity.local_batch,
         )
 
+    def z_loss(self, router_logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """olmo_core.nn.moe.loss.router_z_loss of all tokens; it has no mask."""
+        return router_z_loss(expert_logits=router_logits)
 
-NO_MASK = {"documented": {"balance_padding": True}, "source": "load_balancing_loss takes no mask: all tokens count"}
+
+NO_MASK = {"documented": {"balance_padding": True}, "source": "both losses take no mask: all tokens count"}
 ADAPTERS: dict[str, Block] = {
     "softmax": Olmo(**NO_MASK),
     "softmax, normalised": Olmo(rule={"renormalise": True}, **NO_MASK),
-    "sigmoid, bias": Olmo(rule={"score": "sigmoid"}, bias=True, has_balance=False),
+    "sigmoid, bias": Olmo(rule={"score": "sigmoid"}, bias=True, has_balance=False, **NO_MASK),
 }
 
 if __name__ == "__main__":

@@ -6,11 +6,13 @@ The command line is that of ``jobs.py``.
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from typing import Any
 
+import numpy as np
 import torch
 from jobs import Arrays, run
-from torch import nn
+from torch import distributed, multiprocessing, nn
 
 #: E, D, F of every case.
 NUM_EXPERTS = 8
@@ -32,6 +34,8 @@ class Block:
         skip: case → reason why it does not apply.
         run: expression of y in ``block`` and ``x``.
         has_balance: has a balance loss.
+        has_z: has a z-loss.
+        processes: of gloo, each of which runs the block on its part of every group's tokens.
     """
 
     rule: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -43,6 +47,8 @@ class Block:
     skip: dict[str, str] = dataclasses.field(default_factory=dict)
     run: str = "block(x)"
     has_balance: bool = False
+    has_z: bool = False
+    processes: int = 1
 
     def code(self, k: int) -> str:
         """Lines that make ``block`` with the library alone."""
@@ -51,6 +57,9 @@ class Block:
     def load(self, block: nn.Module, arrays: dict[str, torch.Tensor]) -> None:
         """Write a case's weights into the block: router [D,E], gate, up [E,D,F], down [E,F,D], and biases."""
         raise NotImplementedError
+
+    def spread(self, block: nn.Module) -> None:
+        """Split the loaded block over the processes."""
 
     def gradients(self) -> dict[str, str]:
         """Quantity → expression in ``block`` of its gradient, in the layout of the case."""
@@ -61,6 +70,10 @@ class Block:
 
     def balance(self, router_logits: torch.Tensor, mask: torch.Tensor, k: int) -> torch.Tensor:
         """The library's balance loss, scaled to be 1 at perfect balance."""
+        raise NotImplementedError
+
+    def z_loss(self, router_logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """The library's z-loss, without its coefficient."""
         raise NotImplementedError
 
     def claims(self) -> dict[str, Any]:
@@ -81,6 +94,7 @@ def measure(adapter: Block, job: dict[str, Any], arrays: Arrays) -> Arrays:
         adapter.load(block, {name: torch.from_numpy(array) for name, array in arrays.items()})
     adapter.watch(block, seen)
     results = {f"state.{name}": value.clone() for name, value in (*block.named_parameters(), *block.named_buffers())}
+    adapter.spread(block)
     x = torch.from_numpy(arrays["x"]).to(dtype).requires_grad_(True)
     mask, cotangent = torch.from_numpy(arrays["mask"]), torch.from_numpy(arrays["cotangent"]).to(dtype)
     parts: list[dict[str, torch.Tensor]] = []
@@ -95,6 +109,9 @@ def measure(adapter: Block, job: dict[str, Any], arrays: Arrays) -> Arrays:
         if job["balance"]:
             results["balance_loss"] = adapter.balance(seen["router_logits"], mask[rows], job["k"])
             total = total + job["balance"] * results["balance_loss"]
+        if job["z"]:
+            results["z_loss"] = adapter.z_loss(seen["router_logits"], mask[rows])
+            total = total + job["z"] * results["z_loss"]
         total.backward()
     results |= {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     if not job["forward_only"]:
@@ -104,7 +121,37 @@ def measure(adapter: Block, job: dict[str, Any], arrays: Arrays) -> Arrays:
     return {name: (value.double() if value.is_floating_point() else value).numpy() for name, value in results.items()}
 
 
+def measure_spread(adapter: Block, job: dict[str, Any], arrays: Arrays) -> Arrays:
+    """Results of a block on a case, in one process or several."""
+    if adapter.processes == 1:
+        return measure(adapter, job, arrays)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = (adapter, job, arrays, folder)
+        multiprocessing.start_processes(_process, arguments, nprocs=adapter.processes, start_method="fork")
+        with np.load(f"{folder}/results.npz") as archive:
+            return dict(archive)
+
+
+def _process(rank: int, adapter: Block, job: dict[str, Any], arrays: Arrays, folder: str) -> None:
+    """One process. Its router gradient is that of its own tokens, as in data parallelism: they are added."""
+    count = adapter.processes
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=count)
+    per_token = ("x", "mask", "cotangent")
+    own = {name: np.split(array, count, 1)[rank] if name in per_token else array for name, array in arrays.items()}
+    found: list[Any] = [None] * count
+    distributed.all_gather_object(found, measure(adapter, job, own))
+    if rank == 0:
+        joined = found[0]
+        for name in ("y", "grad_x", "expert_index", "combine_weights"):
+            if name in joined:
+                joined[name] = np.concatenate([part[name] for part in found], axis=1)
+        if "grad_router" in joined:
+            joined["grad_router"] = sum(part["grad_router"] for part in found)
+        np.savez(f"{folder}/results.npz", **joined)
+    distributed.destroy_process_group()
+
+
 def main(version: str, adapters: dict[str, Block]) -> None:
     """The program of a library's worker."""
     torch.set_num_threads(1)
-    run(f"{version}, torch {torch.__version__}", adapters, measure)
+    run(f"{version}, torch {torch.__version__}", adapters, measure_spread)

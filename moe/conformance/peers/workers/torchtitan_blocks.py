@@ -1,14 +1,18 @@
-"""torchtitan's MoE layer in four of its settings."""
+"""torchtitan's MoE layer in four of its settings, and with its experts spread over four gloo processes."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
 from typing import Any
 
 import torch
-from torch import nn
+import torch.distributed.tensor.parallel
+from torch import distributed, nn
 from torch_blocks import NUM_EXPERTS, Block, D, F, main
+from torchtitan.distributed import expert_parallel
+from torchtitan.models.moe import kernels, utils
 
 #: PyTorch's histc of integers has no CPU kernel.
 COUNTS = """import torch
@@ -58,11 +62,33 @@ class Titan(Block):
         block.router.register_forward_hook(routed)
 
 
+@dataclasses.dataclass
+class SpreadTitan(Titan):
+    """Two of eight experts in each of four processes, by torchtitan.distributed.expert_parallel.ExpertParallel."""
+
+    processes: int = 4
+
+    def spread(self, block: nn.Module) -> None:
+        """The plan of apply_moe_ep_tp for experts alone; rows are sorted by the form of its kernel for processors."""
+        mesh = distributed.init_device_mesh("cpu", (self.processes,), mesh_dim_names=("ep",))
+        utils.generate_permute_indices = functools.partial(kernels.generate_permute_indices, use_cpu=True)
+        distributed.tensor.parallel.parallelize_module(block.experts, mesh, expert_parallel.ExpertParallel())
+
+    def gradients(self) -> dict[str, str]:
+        """Those of the experts are in four parts."""
+        return {
+            name: text.replace("grad.mT", "grad.full_tensor().mT") if "experts" in text else text
+            for name, text in super().gradients().items()
+        }
+
+
 V3 = {"score": "sigmoid", "renormalise": True, "scale": 2.5, "groups": 4, "kept_groups": 3, "scores_per_group": 2}
 ADAPTERS: dict[str, Block] = {
     "softmax, normalised": Titan(rule={"renormalise": True}),
     "softmax": Titan(),
     "deepseek_v3": Titan(rule=V3, bias=True),
+    "softmax, experts over 4 processes": SpreadTitan(rule={"renormalise": True}),
+    "deepseek_v3, experts over 4 processes": SpreadTitan(rule=V3, bias=True),
     "default (llama4)": Titan(
         rule={"score": "sigmoid"},
         before=True,

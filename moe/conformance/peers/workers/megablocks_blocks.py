@@ -1,0 +1,92 @@
+"""megablocks' dropless layer with grouped products; PyTorch's loops and indexing stand in for its CUDA kernels."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.metadata
+from typing import Any
+
+import torch
+from torch import nn
+from torch_blocks import NUM_EXPERTS, Block, D, F, main
+
+STANDS_IN = """
+import sys, types
+import torch
+for name in ("megablocks_ops", "grouped_gemm"):
+    sys.modules[name] = types.SimpleNamespace(ops=types.SimpleNamespace(), backend=None)
+from megablocks import grouped_gemm_util, ops
+from megablocks.layers import arguments, dmoe
+def gmm(x, weights, sizes, trans_b=False):
+    parts = zip(x.split(sizes.tolist()), weights)
+    return torch.cat([part @ (weight.mT if trans_b else weight) for part, weight in parts])
+def scatter(x, indices, bin_ids, weights, bins, top_k):
+    y = torch.zeros_like(x).index_copy(0, indices, x)
+    return (y.view(-1, top_k, x.shape[-1]) * weights.view(-1, top_k, 1)).sum(1)
+grouped_gemm_util.ops.gmm, ops.scatter, ops.inclusive_cumsum = gmm, scatter, torch.cumsum
+ops.sort = lambda x, end_bit: torch.sort(x, stable=True)
+ops.histogram = lambda x, size: torch.bincount(x, minlength=size)
+ops.gather = lambda x, indices, bin_ids, bins, top_k: x[indices // top_k]
+"""
+
+
+@dataclasses.dataclass
+class Megablocks(Block):
+    """megablocks.layers.dmoe.dMoE."""
+
+    has_balance: bool = True
+    has_z: bool = True
+
+    def code(self, k: int) -> str:
+        """Arguments, then the layer."""
+        settings = {"hidden_size": D, "ffn_hidden_size": F, "moe_num_experts": NUM_EXPERTS, "moe_top_k": k}
+        settings |= {"moe_normalize_expert_weights": 1 if self.rule.get("renormalise") else None}
+        settings |= {"mlp_type": "glu", "mlp_impl": "grouped", "bias": False, "fp16": False, "device": "cpu"}
+        settings |= {"moe_zloss_weight": 1.0}
+        return (
+            f"{STANDS_IN}block = dmoe.dMoE(arguments.Arguments(activation_fn=torch.nn.functional.silu, **{settings}))"
+        )
+
+    def load(self, block: nn.Module, arrays: dict[str, torch.Tensor]) -> None:
+        """w1 is the gate, v1 the up projection, w2 the down projection."""
+        block.router.layer.weight.copy_(arrays["router"].T)
+        block.experts.mlp.w1.copy_(arrays["gate"].mT.reshape(-1, D))
+        block.experts.mlp.v1.copy_(arrays["up"].mT.reshape(-1, D))
+        block.experts.mlp.w2.copy_(arrays["down"].reshape(-1, D))
+
+    def gradients(self) -> dict[str, str]:
+        """Gradients of the router and of the three stacks."""
+        shape = f"grad.reshape({NUM_EXPERTS}, {F}, {D})"
+        found = {"grad_gate": f"block.experts.mlp.w1.{shape}.mT", "grad_up": f"block.experts.mlp.v1.{shape}.mT"}
+        found |= {"grad_down": f"block.experts.mlp.w2.{shape}"}
+        return found | {"grad_router": "block.router.layer.weight.grad.mT"}
+
+    def watch(self, block: nn.Module, seen: dict[str, torch.Tensor]) -> None:
+        """The router's results."""
+        self._router, self._experts = importlib.import_module("megablocks.layers.router"), block.experts
+        self._router.clear_router_zloss()
+
+        def routed(module: nn.Module, arguments: tuple[Any, ...], result: Any) -> None:
+            seen["router_logits"], seen["combine_weights"], seen["expert_index"] = result
+
+        block.router.register_forward_hook(routed)
+
+    def balance(self, router_logits: torch.Tensor, mask: torch.Tensor, k: int) -> torch.Tensor:
+        """ParallelMLP.load_balancing_loss of the router's scores."""
+        chosen = router_logits.topk(k).indices.flatten()
+        return self._experts.load_balancing_loss(torch.bincount(chosen, minlength=NUM_EXPERTS), router_logits)
+
+    def z_loss(self, router_logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """router.batched_router_zloss of the logits that the router kept."""
+        return self._router.batched_router_zloss(self._experts.args).sum()
+
+
+NO_MASK = {"documented": {"balance_padding": True}, "source": "both losses take no mask: all tokens count"}
+ADAPTERS: dict[str, Block] = {
+    "dMoE": Megablocks(**NO_MASK),
+    "dMoE, normalised": Megablocks(rule={"renormalise": True}, **NO_MASK),
+}
+
+if __name__ == "__main__":
+    main(f"megablocks {importlib.metadata.version('megablocks')}", ADAPTERS)
