@@ -608,6 +608,7 @@ def test_an_import_that_raises_no_exception_is_one_sentence(module, monkeypatch)
         (module / f"odd_gates{number}.py").write_text(line + "\n")
     with pytest.raises(ConfigError, match="importing odd_gates1 failed: ImportError: it raises BaseException: x"):
         from_config_dict(tree_with("odd_gates1:rule"))
+    monkeypatch.setattr(signal, "getsignal", lambda _: signal.default_int_handler)  # ignored in the background
     with pytest.raises(KeyboardInterrupt):  # perhaps the user's, in a notebook
         from_config_dict(tree_with("odd_gates0:rule"))
     monkeypatch.setattr(signal, "getsignal", lambda _: lambda *_: None)
