@@ -191,7 +191,7 @@ def test_a_signal_inside_a_destructor_is_not_lost(number, code, error):
     assert "Event loop" not in ended.stderr
 
 
-@pytest.mark.parametrize("redirection", ["2>&-", "2>/dev/full"])
+@pytest.mark.parametrize("redirection", [pytest.param("2>&-", marks=pytest.mark.slow), "2>/dev/full"])
 def test_a_closed_or_full_stderr_does_not_end_a_run(redirection):
     process = start(redirection)
     output, _ = process.communicate(timeout=60)

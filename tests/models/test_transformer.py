@@ -196,7 +196,8 @@ def test_kept_routes_are_not_recomputed():
     assert choices("full") == 2 * choices("routes") > 0
 
 
-@pytest.mark.parametrize("scan", [True, slow_case(False)])
+@pytest.mark.slow  # test_policies_recompute_the_documented_matmuls is fast
+@pytest.mark.parametrize("scan", [True, False])
 def test_remat_saves_memory_with_layers_scanned_and_written_out(scan):
     config = tiny_model(num_layers=4, gate="none", d_model=32, d_ff=512, scan_layers=scan)
 
