@@ -1,7 +1,9 @@
-"""Eight fake CPU devices for every test, and the fixtures shared by several files."""
+"""Eight fake CPU devices for every test; tests/fixtures.py has the fixtures that several files share."""
 
+import gc
 import os
 
+gc.disable()  # until all tests are imported
 # Set before jax is imported, which reads both variables once.
 os.environ["JAX_PLATFORMS"] = "cpu"
 _FLAGS = (
@@ -20,28 +22,14 @@ os.environ["XLA_FLAGS"] = " ".join([*os.environ.get("XLA_FLAGS", "").split(), *_
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.pop("LD_PRELOAD", None)  # programs started by tests choose their own allocator
 
-import functools  # noqa: E402
-import gc  # noqa: E402
-
-import jaxtyping  # noqa: E402
-
-import tests.shape_checks  # noqa: E402, F401
-
-# Shape annotations of these packages are checked at every call, which under jit means once per trace.
-jaxtyping.install_import_hook(("moe.routing", "moe.dispatch", "moe.layers", "moe.models"), "tests.shape_checks.check")
-
-import jax  # noqa: E402
-import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 from moe.system import process  # noqa: E402
-from moe.system.stop_watch import STOP_WATCH  # noqa: E402
-from moe.training import profiling  # noqa: E402
-from tests.run_helpers import compilation_cache, directory, programs, whole  # noqa: E402, F401
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Register the marker of tests that are skipped without JAX's CUDA plugin."""
+    """Register the marker of tests that are skipped without JAX's CUDA plugin, and the fixtures."""
+    config.pluginmanager.import_plugin("tests.fixtures")
     config.addinivalue_line("markers", "gpu_compile: compiles for absent NVIDIA GPUs; needs jax[cuda13], no driver")
 
 
@@ -54,44 +42,8 @@ def pytest_xdist_setupnodes() -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Exempt modules and collected tests from later garbage collections, which would traverse them in vain."""
+    """Exempt modules and collected tests from later garbage collections, which would traverse them in vain, and let
+    these be rare: tracing a program makes many objects and few cycles."""
     gc.freeze()
-
-
-@pytest.fixture(scope="session", autouse=True)
-def no_stop_watch():
-    """Keep the watch for stop signals off, which would end this process after a signal that a test sends to it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(STOP_WATCH, "start", lambda: None)
-        yield
-
-
-@pytest.fixture(scope="session", autouse=True)
-def eight_devices() -> list[jax.Device]:
-    """The eight fake devices; fails if jax was imported before this file requested them."""
-    devices = jax.devices("cpu")
-    assert len(devices) == 8
-    return devices
-
-
-@pytest.fixture(scope="session", autouse=True)
-def no_kept_programs():
-    """Disable the user's compilation cache for programs that tests start, by a variable that JAX reads at import."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_ENABLE_COMPILATION_CACHE", "0")
-        yield
-
-
-@pytest.fixture(scope="session", autouse=True)
-def small_matmul():
-    """Use a small matrix to measure the machine's matmul rate, which would take every run two seconds on a fake
-    device."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(profiling, "measured_matmul_rate", functools.partial(profiling.measured_matmul_rate, size=64))
-        yield
-
-
-@pytest.fixture
-def rng(request: pytest.FixtureRequest) -> np.random.Generator:
-    """A generator seeded by the test's own name: independent of order, the same in every run."""
-    return np.random.default_rng(list(request.node.name.encode()))
+    gc.enable()
+    gc.set_threshold(50_000, 20, 20)

@@ -1,4 +1,4 @@
-"""Checker of annotations that conftest.py installs: beartype, with ints allowed where floats are annotated."""
+"""Checker of annotations that tests/fixtures.py installs: beartype, with ints allowed where floats are annotated."""
 
 from collections.abc import Callable
 from typing import Any

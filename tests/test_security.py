@@ -358,7 +358,7 @@ def test_reading_a_workdir_needs_no_optimizer(tmp_path, planted_module, monkeypa
 
 
 # --- Links, full disks, text -----------------------------------------------------------------------------------------
-def test_a_planted_link_is_replaced_and_not_followed(tmp_path):
+def test_a_planted_link_is_replaced_and_not_followed(tmp_path, pictures):
     """A temporary file of the report, and the report itself, are links to one of the user's files."""
     target = tmp_path / "precious"
     target.write_text("mine")
@@ -500,7 +500,7 @@ def test_import_and_export_to_a_full_disk_fail_in_one_sentence(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_text_is_escaped_for_terminals_markdown_and_figures(tmp_path):
+def test_text_is_escaped_for_terminals_markdown_and_figures(tmp_path, pictures):
     assert escaping.terminal("a\tb\n\x1b]52;c;eA==\x07\x9b2J\r漢字é\u202e") == (
         "a\tb\n\\x1b]52;c;eA==\\x07\\x9b2J\\r漢字é\\u202e"
     )

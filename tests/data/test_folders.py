@@ -49,7 +49,7 @@ def test_a_folder_of_text(folder):
     assert_equal([next(first) for _ in range(3)], [next(second) for _ in range(3)])
 
 
-def test_a_domain_whose_name_looks_like_tex_is_drawn(tmp_path):
+def test_a_domain_whose_name_looks_like_tex_is_drawn(tmp_path, pictures):
     rows = [{"kind": "train", "step": 1, "cross_entropy": 2.0}]
     rows += [{"kind": f"heldout/{domain}", "step": 1, "loss": 2.0} for domain in ("all", "$_$", "$x^$")]
     report.figure(epath.Path(tmp_path / "figure.png"), rows, {"all": 3.0})

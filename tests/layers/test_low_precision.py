@@ -30,7 +30,6 @@ from tests.helpers import random_parameters, rounded, slow_case, tiny_model
 
 pytest.importorskip("qwix")
 
-PRECISIONS = ("int8", "float8")
 SIZES = np.array([5, 0, 9, 4], np.int32)
 
 

@@ -143,7 +143,7 @@ def test_accelerators_are_measured_by_a_chain_of_large_matmuls(monkeypatch):
 
     monkeypatch.setattr(profiling.target, "is_cpu", lambda: False)
     monkeypatch.setattr(profiling, "_multiply", multiply)
-    profiling.measured_matmul_rate.func("bfloat16", repeats=1)  # bypasses the small matrix of conftest.py
+    profiling.measured_matmul_rate.func("bfloat16", repeats=1)  # bypasses the small matrix of tests/fixtures.py
     assert seen["size"] >= 8192
     assert seen["chain"] >= 8
 

@@ -40,7 +40,7 @@ def train_rows(workdir):
     return [row for row in read_rows(workdir / "metrics.jsonl") if row["kind"] == "train"]
 
 
-def test_a_run_writes_its_documented_files_and_says_when_it_is_done(directory, tmp_path, capsys):
+def test_a_run_writes_its_documented_files_and_says_when_it_is_done(directory, tmp_path, capsys, pictures):
     config = tiny(directory, **{"model.num_layers": 1})
     with profiling.profiled(profiling.Steps(4, 5), str(tmp_path / "run")) as make_program:
         train(config, str(tmp_path / "run"), ONE, make_program=make_program)
