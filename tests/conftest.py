@@ -28,8 +28,10 @@ from moe.system import process  # noqa: E402
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Register the marker of tests that are skipped without JAX's CUDA plugin, and the fixtures."""
-    config.pluginmanager.import_plugin("tests.fixtures")
+    """Register the marker of tests that are skipped without JAX's CUDA plugin, and the fixtures in processes that run
+    tests: the controller of several workers would only wait for their imports."""
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
+        config.pluginmanager.import_plugin("tests.fixtures")
     config.addinivalue_line("markers", "gpu_compile: compiles for absent NVIDIA GPUs; needs jax[cuda13], no driver")
 
 
