@@ -6,13 +6,14 @@ import os
 import runpy
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 from absl import flags
 
-from moe.programs import cli
+from moe import programs
 
 ROOT = Path(__file__).parents[1]
 
@@ -30,23 +31,57 @@ def run_here(script: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(sys, "argv", [script, *arguments])
     monkeypatch.setattr(os, "environ", os.environ.copy() | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"})
     monkeypatch.chdir(ROOT)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    assert cli  # its flag is defined once, at import; those of an entry point are removed afterwards
-    known = set(flags.FLAGS)
-    for name in [name for name in sys.modules if name.startswith("moe.programs.")]:
-        del sys.modules[name]  # defines its flags again
     output, errors = io.StringIO(), io.StringIO()
     try:
-        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors), _handlers(), _programs():
             runpy.run_path(str(ROOT / script), run_name="__main__")
     except SystemExit as end:
         if isinstance(end.code, str):  # what the interpreter would print
             return Ended(1, output.getvalue(), errors.getvalue() + end.code)
         return Ended(int(end.code or 0), output.getvalue(), errors.getvalue())
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        for name in set(flags.FLAGS) - known:
-            delattr(flags.FLAGS, name)
-        flags.FLAGS.unparse_flags()
     return Ended(0, output.getvalue(), errors.getvalue())
+
+
+@contextlib.contextmanager
+def _handlers() -> Iterator[None]:
+    """Signal handlers as before."""
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _programs() -> Iterator[None]:
+    """Programs are imported again and define their flags, which those of programs imported before do not meet."""
+    modules = {name: sys.modules.pop(name) for name in list(sys.modules) if name.startswith("moe.programs.")}
+    attributes = {
+        name: programs.__dict__.pop(name) for name in list(programs.__dict__) if f"moe.programs.{name}" in modules
+    }
+    kept = {name: (flags.FLAGS[name], module) for name, module in _defining().items() if _is_own(module, modules)}
+    for name in kept:
+        delattr(flags.FLAGS, name)
+    others = set(flags.FLAGS)
+    try:
+        yield
+    finally:
+        for name in set(flags.FLAGS) - others:
+            delattr(flags.FLAGS, name)
+        for flag, module in kept.values():
+            flags.DEFINE_flag(flag, flags.FLAGS, module)
+        flags.FLAGS.unparse_flags()
+        sys.modules.update(modules)
+        programs.__dict__.update(attributes)
+
+
+def _defining() -> dict[str, str]:
+    """Module that defines each flag."""
+    return {flag.name: name for name, defined in flags.FLAGS.flags_by_module_dict().items() for flag in defined}
+
+
+def _is_own(module: str, imported: dict[str, object]) -> bool:
+    """Whether a module is a program, or a script, whose name is its path or that of the test which imported it."""
+    file = getattr(sys.modules.get(module), "__file__", None)
+    return module in imported or file is None or "site-packages" not in file

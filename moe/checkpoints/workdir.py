@@ -68,7 +68,7 @@ def locked_workdir(workdir: epath.Path) -> Iterator[None]:
         raise ConfigError(f"--workdir={workdir}: another run uses it; wait for it, or use another workdir") from error
     except OSError as error:
         if error.errno not in NO_LOCKS:
-            reason = error.strerror
+            reason = error.strerror or type(error).__name__
             if isinstance(error, PermissionError) and (workdir / LOCK).exists():
                 reason += f": {LOCK} is another user's; delete it if nobody trains there"
             raise ConfigError(f"--workdir={workdir}: cannot be written ({reason})") from error
