@@ -48,8 +48,11 @@ def test_a_wrong_row_of_metrics_is_refused_by_line_and_field(tmp_path, fields, s
 
 
 def _bomb(path):
-    """Write a zip bomb: a gigabyte of zeros in a megabyte."""
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("x.npy", "w") as file:
+    """Write a zip bomb: a gigabyte of zeros in a few megabytes."""
+    with (
+        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
+        archive.open("x.npy", "w") as file,
+    ):
         np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": (1 << 30,)})
         for _ in range(64):
             file.write(bytes(1 << 24))

@@ -16,6 +16,7 @@ import pytest
 
 from moe.system import checkout, process
 from moe.training import progress
+from tests.helpers import slow_case
 from tests.program_helpers import run_here
 
 ROOT = Path(__file__).parents[1]
@@ -312,8 +313,8 @@ def test_figures_need_no_display(monkeypatch):
     ("variables", "words"),
     [
         ({"JAX_PLATFORMS": "abacus"}, "error: JAX_PLATFORMS='abacus': Unable to initialize backend"),
-        ({"JAX_PLATFORMS": "cuda"}, "error: JAX_PLATFORMS='cuda': "),
-        ({"JAX_ENABLE_X64": "1"}, "error: JAX_ENABLE_X64='1': must be unset or 0"),
+        slow_case({"JAX_PLATFORMS": "cuda"}, "error: JAX_PLATFORMS='cuda': "),
+        slow_case({"JAX_ENABLE_X64": "1"}, "error: JAX_ENABLE_X64='1': must be unset or 0"),
         ({"JAX_ENABLE_X64": "perhaps"}, "error: JAX_ENABLE_X64='perhaps': must be unset or 0"),
     ],
 )

@@ -64,7 +64,7 @@ def ended(body: str, *signals: int) -> tuple[int, str, str]:
     return program.returncode, output, errors
 
 
-@pytest.mark.parametrize(("number", "code"), STOPS)
+@pytest.mark.parametrize(("number", "code"), [slow_case(*STOPS[0]), STOPS[1]])
 def test_a_signal_ends_a_program_whose_main_thread_is_inside_of_a_library(number, code):
     assert ended("block()", number) == (code, "", f"stopped by {signal.Signals(number).name}\n")
 
@@ -105,7 +105,9 @@ time.sleep(60)
 }
 
 
-@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize(
+    "ending", ["another thread", "a destructor", *map(slow_case, ("finally", "a function at the exit"))]
+)
 def test_a_signal_ends_a_program_whose_end_is_blocked(ending):
     assert ended(ENDINGS[ending], signal.SIGTERM)[:2] == (75, "")
 

@@ -74,7 +74,7 @@ WRITTEN_AS = {
 #: Families that compute what an earlier one computes, with other names of tensors.
 _OTHER_TENSORS = ("qwen3_5_moe_text", "sarvam_moe", "hy_v3")
 #: Cases whose families, or parts of families, other folders of tests/data cover too, as they do those of ../shared.
-_AGAIN = [HERE / name for name in ("kimi_k2", "llama", "granitemoe")]
+_AGAIN = [HERE / name for name in ("kimi_k2", "llama", "granitemoe", "solar_open", "sarvam_mla")]
 CASES = [pytest.param(path, id=path.name) for path in OURS if path not in _AGAIN] + [
     slow_case(path, id=f"{path.parent.name}-{path.name}") for path in [*THEIRS, *_AGAIN]
 ]

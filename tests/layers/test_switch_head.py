@@ -46,10 +46,15 @@ def test_one_token_by_hand():
     layer.value[...] = jnp.zeros((2, 1, 2, 2)).at[0, 0, 1, 0].set(2).at[0, 0, 0].set(7)  # [D,N,E,H]
     layer.out[...] = jnp.zeros((1, 2, 2, 2)).at[0, 0, 0, 1].set(4).at[0, 1].set(7)  # [N,E,H,D]
     x, rows = jnp.asarray([[[1.0, 0.0]]]), rows_of(np.ones((1, 1), int), np.zeros((1, 1), int))
-    heads, _ = layer.prefill(x, rows)
+
+    @nnx.jit
+    def run(layer, x):
+        heads, _ = layer.prefill(x, rows)
+        return heads, layer.join(heads, x), layer.report(x, rows)
+
+    heads, joined, report = run(layer, x)
     np.testing.assert_allclose(heads, [[[[1.5, 0.0]]]], rtol=1e-6)
-    np.testing.assert_allclose(layer.join(heads, x), [[[0.0, 3.0]]], rtol=1e-6)
-    report = layer.report(x, rows)
+    np.testing.assert_allclose(joined, [[[0.0, 3.0]]], rtol=1e-6)
     np.testing.assert_array_equal(report.expert_load, [[0, 1], [1, 0]])  # as a key, as a query
     np.testing.assert_allclose(report.load_balancing_loss, [1.2, 4 / 3], rtol=1e-6)
     np.testing.assert_allclose(report.sparsity_penalty, [0.6, 2 / 3], rtol=1e-6)
@@ -109,7 +114,7 @@ def test_it_equals_the_loops_in_values_and_gradients_alone_and_on_eight_devices(
 
     experts = decide(weights, x)
     run = jax.jit(jax.grad(loss, (0, 1), has_aux=True))
-    alone, expected = run(weights, x), jax.grad(exact, (0, 1), has_aux=True)(weights, x)
+    alone, expected = run(weights, x), jax.jit(jax.grad(exact, (0, 1), has_aux=True))(weights, x)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-6), alone, expected)
     assert all(np.abs(gradient).max() > 1e-3 for gradient in expected[0][0].values())
     mesh = make_mesh(MeshConfig(data=1, fsdp=2, expert=2, tensor=2))
@@ -124,12 +129,17 @@ def test_a_token_after_a_prompt_equals_the_last_of_a_row(rng):
     config = ModelConfig(d_model=8)
     layer = SwitchHeadAttention(config, SMALL, rngs=nnx.Rngs(0))
     x, ids = jnp.asarray(rng.normal(size=(1, 4, 8)), jnp.float32), np.ones((1, 4), int)
-    rows = rows_of(ids, np.arange(4)[None])
-    expected, _ = layer.prefill(x, rows)
-    state = jax.tree.map(lambda leaf: leaf[0], SwitchHeadAttention.empty_state(config, SMALL, (1, 1), 4))
-    _, found = layer.prefill(x[:, :3], rows_of(ids[:, :3], np.arange(3)[None]))
-    state = layer.fill(state, found, jnp.asarray([3]))
-    heads, _ = layer.step(x[:, 3:], rows_of(ids[:, 3:], np.full((1, 1), 3)), state)
+    positions = np.arange(4)[None]
+
+    @nnx.jit
+    def heads_of_last(layer, x):
+        expected, _ = layer.prefill(x, rows_of(ids, positions))
+        state = jax.tree.map(lambda leaf: leaf[0], SwitchHeadAttention.empty_state(config, SMALL, (1, 1), 4))
+        _, found = layer.prefill(x[:, :3], rows_of(ids[:, :3], positions[:, :3]))
+        state = layer.fill(state, found, jnp.asarray([3]))
+        return layer.step(x[:, 3:], rows_of(ids[:, 3:], positions[:, 3:]), state)[0], expected
+
+    heads, expected = heads_of_last(layer, x)
     np.testing.assert_allclose(heads, expected[:, 3:], rtol=1e-5, atol=1e-6)
 
 
