@@ -75,6 +75,8 @@ def main() -> None:
 
 def usage() -> str:
     """Text of ``moe --help``."""
+    from moe.programs.help_text import EXIT_CODES
+
     lines = [f"  {name:<12}{explanation}" for name, (_, explanation) in COMMANDS.items()]
     examples = (
         "moe train --config=quickstart --workdir=/tmp/quickstart",
@@ -87,6 +89,7 @@ def usage() -> str:
             *lines,
             "\nexamples",
             *(f"  {example}" for example in examples),
+            f"\n{EXIT_CODES}",
             "\nmoe COMMAND --help shows a command's options, moe --version the version",
         )
     )

@@ -17,6 +17,7 @@ _ENDS = """exit codes
 _STOPS = """
   75   stopped by SIGTERM or preempted: the same command continues
   130  stopped by Ctrl-C: the same command continues"""
+EXIT_CODES = _ENDS + _STOPS
 _MARGIN = 22  # columns of the names of options
 
 
