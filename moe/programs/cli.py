@@ -243,11 +243,13 @@ _SYNONYMS = {
 
 def _shorter_warm_up(file: Settings, own: Settings) -> dict[str, Any]:
     """A warm-up of a tenth of the steps, where a short trial would end before the config's warm-up is over."""
-    from moe.config import Config
-
     name, steps = "optimizer.warmup_steps", own.get("train.num_steps")
-    warm_up = file.get(name, Config().optimizer.warmup_steps)
-    if name in own or not isinstance(steps, int) or not 0 < steps <= warm_up:
+    if name in own or not isinstance(steps, int):
+        return {}
+    from moe.config import OptimizerConfig
+
+    warm_up = file.get(name, OptimizerConfig().warmup_steps)
+    if not 0 < steps <= warm_up:
         return {}
     print(f"{name}={steps // 10} instead of the config's {warm_up}, for train.num_steps={steps}", file=sys.stderr)
     return {name: steps // 10}
