@@ -154,16 +154,6 @@ class _Pricing:
     def chip(self) -> Chip | Gpu:
         return self.topology.chip
 
-    @property
-    def peak(self) -> float:
-        """FLOP/s of a device."""
-        return self.chip.device_peak
-
-    @property
-    def bandwidth(self) -> float:
-        """Bytes/s of a device's memory."""
-        return self.chip.device_bandwidth
-
     def plan(self) -> ShapePlan:
         """The priced step."""
         sizes, devices = self.sizes, len(self.topology.devices)
@@ -171,11 +161,11 @@ class _Pricing:
         self._experts()
         self._mixers()
         logits = 2.0 * self.here * sizes.width * sizes.vocabulary * 3
-        self._add("loss and unembedding", logits / self.peak / unembedding.share(self.chip.name), logits)
+        self._add("loss and unembedding", logits / self.chip.device_peak / unembedding.share(self.chip.name), logits)
         work = sum(self.parts.values())
         layers = sizes.sparse_layers + (len(sizes.layers) - sizes.sparse_layers) / 3
-        self._add("the rest of layers", _PASSES * layers * self.here * sizes.width * 2 / self.bandwidth)
-        self._add("optimizer", _UPDATE * sizes.parameters / devices / self.bandwidth)
+        self._add("the rest of layers", _PASSES * layers * self.here * sizes.width * 2 / self.chip.device_bandwidth)
+        self._add("optimizer", _UPDATE * sizes.parameters / devices / self.chip.device_bandwidth)
         exchange = self._exchange()
         tokens = self.here * devices
         known = calibration.rows()
@@ -208,12 +198,12 @@ class _Pricing:
 
     def _add(self, part: str, seconds: float, flops: float = 0.0) -> None:
         self.parts[part] = self.parts.get(part, 0.0) + seconds
-        self.least += flops / self.peak
+        self.least += flops / self.chip.device_peak
 
     def _dense(self) -> None:
         flops = 2.0 * self.here * sum(k * n for k, n in self.sizes.matrices) * (3 + self.again)
         share = self.chip.matmul_share if isinstance(self.chip, Gpu) else _DENSE
-        self._add("dense matmuls", flops / self.peak / share, flops)
+        self._add("dense matmuls", flops / self.chip.device_peak / share, flops)
 
     def _experts(self) -> None:
         sizes, name = self.sizes, self.chip.name
@@ -233,7 +223,7 @@ class _Pricing:
                 self._uncertain(made.seconds * count, made.low * count, made.high * count)
         moved = row_movement.price(self.chip.name)
         # To the experts and back, forward and backward; the way there again with recomputation.
-        at_bandwidth = (4 + self.again) * sizes.sparse_layers * 4.0 * rows * sizes.width / self.bandwidth
+        at_bandwidth = (4 + self.again) * sizes.sparse_layers * 4.0 * rows * sizes.width / self.chip.device_bandwidth
         self._add("row movement", moved.seconds * at_bandwidth)
         self._uncertain(*(each * at_bandwidth for each in (moved.seconds, moved.low, moved.high)))
 
@@ -248,7 +238,7 @@ class _Pricing:
                 if not flops:
                     continue
                 times, low, high = attention.times(self.chip.name, where, self.length, keys, dims)
-                at_peak = flops / self.peak
+                at_peak = flops / self.chip.device_peak
                 self._add("attention", times * at_peak, flops)
                 self._uncertain(times * at_peak, low * at_peak, high * at_peak)
 
