@@ -75,7 +75,7 @@ class SpreadTitan(Titan):
         distributed.tensor.parallel.parallelize_module(block.experts, mesh, expert_parallel.ExpertParallel())
 
     def gradients(self) -> dict[str, str]:
-        """Those of the experts are in four parts."""
+        """Titan's, with the four parts of the experts' gradients joined."""
         return {
             name: text.replace("grad.mT", "grad.full_tensor().mT") if "experts" in text else text
             for name, text in super().gradients().items()
