@@ -17,7 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe.config import ConfigError
-from moe.conformance import equations, evidence
+from moe.conformance import evidence
+from moe.conformance.rule import Rule
 from moe.data import chat, chat_rendering, documents
 from moe.data.engines import EngineName, read_experts
 from moe.objectives.policy import Policy
@@ -126,7 +127,7 @@ def test_weights_of_a_page(page_weights, data):
             assert page.render(weights.read(path))
 
 
-LAYER = evidence.random_layer(equations.Rule(), groups=2, tokens=3, d=4, f=3, num_experts=4)
+LAYER = evidence.random_layer(Rule(), groups=2, tokens=3, d=4, f=3, num_experts=4)
 
 
 @fuzzed(FOLDERS)

@@ -10,7 +10,8 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from moe.conformance.equations import ACTIVATIONS, GATED, Layer, Rule, Variant
+from moe.conformance.equations import ACTIVATIONS
+from moe.conformance.rule import GATED, Layer, Rule, Variant
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +45,7 @@ def _of_weights(rule: Rule, layer: Layer) -> Iterator[Deviation]:
     for score in ("softmax", "sigmoid", "sqrt_softplus"):
         if score != rule.score:
             yield Deviation(f"scores are {score} instead of {rule.score}", {"score": score})
+    yield Deviation("the weights are the router's logits instead of scores", variant={"logits_as_weights": True})
     if rule.scale != 1:
         yield Deviation(f"the routing scale {rule.scale:g} is left out", {"scale": 1.0})
         yield Deviation(f"the routing scale {rule.scale:g} is applied twice", {"scale": rule.scale**2})

@@ -10,7 +10,7 @@ import numpy as np
 from moe.config import ConfigError
 from moe.conformance import equations
 from moe.conformance.deviations import Deviation, deviations, factors
-from moe.conformance.equations import Layer, Rule, Variant
+from moe.conformance.rule import Layer, Rule, Variant, check_rule
 
 #: Quantities in the order in which a layer computes them; the first that differs is where to look.
 QUANTITIES = (
@@ -86,7 +86,7 @@ def diagnose(
     Raises:
         ConfigError: the rule does not fit E experts, or recorded choices are not among them.
     """
-    equations.check(rule, layer.num_experts)
+    check_rule(rule, layer.num_experts)
     results = _checked(results, layer)
     if not any(name.startswith("grad_") for name in results):
         layer = dataclasses.replace(layer, cotangent=None)  # the oracle then need not differentiate

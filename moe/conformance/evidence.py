@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from moe.config import ConfigError, MeshConfig
 from moe.conformance.diagnosis import QUANTITIES
-from moe.conformance.equations import GATED, Layer, Rule
+from moe.conformance.rule import GATED, Layer, Rule
 from moe.parallel.mesh import make_mesh, parse_sizes
 from moe.system.npz_files import read_arrays, write_arrays
 

@@ -18,7 +18,7 @@ from moe.config import Capacity, ConfigError
 from moe.config.registry import find_gate
 from moe.conformance import equations, evidence
 from moe.conformance.diagnosis import diagnose, page
-from moe.conformance.equations import Rule, Variant
+from moe.conformance.rule import Layer, Rule, Variant
 from moe.dispatch import buffers
 from tests.helpers import slow_case
 
@@ -138,7 +138,7 @@ def test_output_of_one_wrong_token_is_decomposed_into_experts_and_weights():
 
 def test_hand_computed_layer():
     """Two experts, two tokens, one dimension: weights e/(1+e) and 1/(1+e), relu experts y = down · max(up · x, 0)."""
-    layer = equations.Layer(
+    layer = Layer(
         x=np.asarray([[[1.0], [2.0]]]),
         mask=np.ones((1, 2), bool),
         router=np.asarray([[1.0, 0.0]]),
@@ -164,7 +164,7 @@ def test_hand_computed_gpt_oss_expert():
     one = np.ones((1, 1, 1))
     arrays = {"up": 2 * one, "gate": 9 * one, "down": 0.5 * one, "router": np.zeros((1, 1))}
     biases = {"up_bias": np.ones((1, 1)), "gate_bias": -np.ones((1, 1)), "down_bias": 0.25 * np.ones((1, 1))}
-    layer = equations.Layer(x=one, mask=np.ones((1, 1), bool), logits=None, **arrays, **biases)
+    layer = Layer(x=one, mask=np.ones((1, 1), bool), logits=None, **arrays, **biases)
     exact = equations.compute(Rule(k=1, activation="gpt_oss"), Variant(), layer)
     assert exact["y"].item() == pytest.approx(7 / (1 + np.exp(-1.702 * 7)) * 4 * 0.5 + 0.25, rel=1e-12)
 

@@ -5,7 +5,7 @@ import pytest
 
 from moe.conformance import evidence
 from moe.conformance.diagnosis import diagnose, page
-from moe.conformance.equations import Rule
+from moe.conformance.rule import Rule
 
 pytestmark = pytest.mark.transformers
 
