@@ -11,6 +11,7 @@ import pytest
 from moe.config import Capacity, ConfigError
 from moe.conformance.divergence import bounds, compare, rounded, trace
 from moe.conformance.divergence.ranking import Ranking, highest
+from moe.dispatch import backends
 from tests.analysis_helpers import random_batch, tiny_program
 from tests.helpers import tiny_model
 
@@ -190,6 +191,24 @@ def test_recorded_choices_alone(float32, tmp_path):
     assert choice.margin == pytest.approx(logits[-index.shape[-1]] - logits[0], rel=1e-6)
     assert found.wrong == "the choice of layer 1"
     assert "not rounding" in str(choice)
+
+
+@pytest.mark.slow
+def test_experts_of_another_backend_are_called_rounding(float32, monkeypatch, tmp_path):
+    """XLA's grouped products, as on TPUs, beside loops over row blocks; then its choices alone, as engines record."""
+    *_, rounding = float32
+    routed, variables = opened(dispatch="dropless")
+    replay, _ = trace.replayed(None, BATCH, 0, routed, variables)
+    one = routed(variables, BATCH, replay)
+    monkeypatch.setitem(backends._BACKENDS, "cpu", backends.tpu)
+    other = opened(dispatch="dropless")[0](variables, BATCH, replay)
+    assert np.abs(one.router_logits - other.router_logits).max() > 0
+    assert compare.compare(one, other, (rounding, rounding)).is_rounding
+    np.savez(tmp_path / "served.npz", expert_index=other.expert_index)
+    assert compare.compare(one, trace.read(str(tmp_path / "served.npz")), (rounding, rounding)).is_rounding
+    scaled = jax.tree.map(lambda array: array * 1.01, variables)
+    wrong = opened(dispatch="dropless")[0](scaled, BATCH, replay)
+    assert not compare.compare(one, wrong, (rounding, rounding)).is_rounding
 
 
 @pytest.mark.parametrize(
