@@ -40,6 +40,7 @@ _SUITE = flags.DEFINE_enum("suite", None, ["peers"], "Compare the MoE blocks of 
 _OUT = cli.define_path("out", "Folder for the scoreboard of --suite.")
 _LIBRARIES = flags.DEFINE_list("libraries", [], "Tables of environments.toml; default: all.")
 _ENVIRONMENTS = cli.define_path("environments", "Folder of the libraries' environments; default: OUT/environments.")
+_REPRODUCE = flags.DEFINE_bool("reproduce", False, "Also run the script of each deviating cell of --suite.")
 _TOLERANCE = flags.DEFINE_float("tolerance", 1e-4, "Relative error within which values are equal.", lower_bound=0.0)
 
 _EXAMPLE = "moe.conformance.example:layer"
@@ -50,9 +51,9 @@ def main() -> None:
     from moe.config.references import import_object
     from moe.conformance import evidence
     from moe.conformance.diagnosis import diagnose, page
-    from moe.conformance.equations import Activation, Rule, Score
+    from moe.conformance.rule import Activation, Rule, Score
 
-    cli.only_with(_SUITE.value is not None, "is read only with --suite", _OUT, _LIBRARIES, _ENVIRONMENTS)
+    cli.only_with(_SUITE.value is not None, "is read only with --suite", _OUT, _LIBRARIES, _ENVIRONMENTS, _REPRODUCE)
     if _SUITE.value is not None:
         _peers()
         return
@@ -101,7 +102,7 @@ def _peers() -> None:
     """Run the suite, print each library's counts and write the scoreboard."""
     import collections
 
-    from moe.conformance.peers import environments, scoreboard, suite
+    from moe.conformance.peers import environments, reproduction, scoreboard, suite
 
     if _OUT.value is None:
         raise ConfigError("--suite=peers needs --out=DIR")
@@ -121,7 +122,12 @@ def _peers() -> None:
         counts = collections.Counter(cell.status for cell in cells)
         print("  " + ", ".join(f"{count} {status}" for status, count in counts.items()), flush=True)
         command = f"moe conform --suite=peers --out=DIR --libraries={name}"
-        scoreboard.write(out, library, cells, command, list(known), control=known[name].control)
+        reproduction.write_all(out, library, cells)
+        reproduced = reproduction.run(out, known[name], cells) if _REPRODUCE.value else {}
+        if reproduced:
+            print(f"  {reproduction.sentence(reproduced)}", flush=True)
+        command += " --reproduce" if _REPRODUCE.value else ""
+        scoreboard.write(out, library, cells, command, list(known), reproduced=reproduced, control=known[name].control)
     print(out / "scoreboard.md")
 
 

@@ -9,8 +9,8 @@ import pytest
 
 from moe.config import ConfigError
 from moe.conformance import equations
-from moe.conformance.equations import Layer, Rule, Variant
-from moe.conformance.peers import cases, environments, scoreboard, suite
+from moe.conformance.peers import cases, environments, reproduction, scoreboard, suite
+from moe.conformance.rule import Layer, Rule, Variant
 
 CLAIMS = {
     "rule": {"renormalise": True},
@@ -19,6 +19,7 @@ CLAIMS = {
     "k": 2,
     "documented": {},
     "source": "",
+    "read": "",
     "skip": {},
     "gradients": {"grad_router": "block.gate.weight.grad.mT"},
     "run": "block(x)",
@@ -42,7 +43,10 @@ class OracleLibrary:
 
     name, worker = "oracle", "none.py"
 
-    def run(self, worker: Path, argument: str) -> str:
+    def run(self, program: Path, *arguments: str) -> str:
+        if not arguments:  # a script of a deviating cell
+            return "largest difference 0.5 of 2.0\n"
+        (argument,) = arguments
         if argument == "--list":
             return json.dumps({"version": "oracle 1", "blocks": {name: claims for name, (claims, _) in BLOCKS.items()}})
         for job in json.loads(Path(argument).read_text()):
@@ -82,13 +86,18 @@ def test_verdicts_and_page(tmp_path, monkeypatch):
     # Twins are one bfloat16 step apart, so that a bfloat16 product cannot tell them apart.
     assert cells["right", "router product"].status == "bfloat16"
     assert cells["detaches", "router product"].status == "equal"
-    scoreboard.write(tmp_path, library, list(cells.values()), "conform.py --suite=peers", ["oracle", "another"])
+    reproduction.write_all(tmp_path, library, list(cells.values()))
+    reproduced = reproduction.run(tmp_path, OracleLibrary(), list(cells.values()))
+    assert reproduced == {"detaches, grad tokens": 0.25, "detaches, grad router": 0.25}
+    order = ["oracle", "another"]
+    scoreboard.write(tmp_path, library, list(cells.values()), "conform.py", order, reproduced=reproduced)
     page = (tmp_path / "scoreboard.md").read_text()
     assert "3 blocks of 1 library," in page
     assert "| oracle 1 | 3 |" in page
     assert "- detaches (grad tokens, grad router, up to" in page
-    script = (tmp_path / "reproduce" / "oracle.detaches.main.py").read_text()
-    assert "block.gate.weight.grad.mT" in script or "x.grad" in script
+    assert "2 of 2 deviating cells are reproduced by their script alone, by 0.25 or more." in page
+    script = (tmp_path / "reproduce" / "oracle.detaches.grad_router.py").read_text()
+    assert "block.gate.weight.grad.mT" in script
     assert len(script.splitlines()) <= 20
 
 

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 
 from moe.conformance import evidence
-from moe.conformance.equations import GATED, Layer, Rule
+from moe.conformance.rule import GATED, Layer, Rule
 
 #: E, D, F of every case.
 NUM_EXPERTS = 8

@@ -65,13 +65,13 @@ class Environment:
             _run([*install, "--no-deps", *self.alone], self.name)
         write_atomic(stamp, pins)
 
-    def run(self, worker: Path, argument: str) -> str:
-        """Standard output of a worker; its errors go to the terminal."""
+    def run(self, program: Path, *arguments: str) -> str:
+        """Standard output of a program in this environment; its errors go to the terminal."""
         environment = {
             name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "XLA", "JAX"))
         }
         environment |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "JAX_PLATFORMS": "cpu"}
-        return _run([str(self.interpreter), str(worker), argument], self.name, environment)
+        return _run([str(self.interpreter), str(program), *arguments], self.name, environment)
 
 
 def _run(command: list[str], name: str, environment: dict[str, str] | None = None) -> str:

@@ -1,74 +1,136 @@
-"""An npz file and a script of at most 20 lines that show a deviation with the library alone."""
+"""An npz file and a script of about 20 lines that show a deviation with the library alone."""
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from moe.config import ConfigError
 from moe.conformance import equations
-from moe.conformance.equations import Variant
-from moe.conformance.peers.cases import CASES
-from moe.conformance.peers.suite import Cell, Library, layer_of_claims, rule_of
+from moe.conformance.peers.cases import BALANCE_WEIGHT, CASES
+from moe.conformance.peers.environments import Environment
+from moe.conformance.peers.suite import TOLERANCE, Cell, Library, layer_of_claims, rule_of
+from moe.conformance.rule import Variant
 from moe.system.atomic_files import write_atomic
 from moe.system.npz_files import write_arrays
 
+#: A script's microbatches in JAX.
+_PARTS = """rows = np.split(np.arange(len(a["x"])), {parts})
+parts = [a | {{name: a[name][part] for name in ("x", "mask", "cotangent")}} for part in rows]"""
+#: A script that starts itself in several processes.
+_PROCESSES = """
+import os, subprocess, sys
+if "RANK" not in os.environ:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node={processes}", __file__]
+    sys.exit(subprocess.call(launch))
+torch.distributed.init_process_group("gloo")"""
 _TORCH = """import numpy as np
-import torch
-a = np.load(__file__[:-2] + "npz")
+import torch{launch}
+a = {{name: torch.from_numpy(array) for name, array in np.load(__file__[:-2] + "npz").items()}}
 {code}
-block = block.to(torch.{dtype}).eval()
-with torch.no_grad():
-    for key, value in (*block.named_parameters(), *block.named_buffers()):
-        value.copy_(torch.from_numpy(a["state." + key]))
-x = torch.from_numpy(a["x"]).to(torch.{dtype}).requires_grad_(True)
-y = {run}
-y = (y[0] if isinstance(y, tuple) else y).reshape(x.shape)
-(y * torch.from_numpy(a["cotangent"] * a["mask"][..., None]).to(y.dtype)).sum().backward()
-found, expected = ({expression}).detach().double().numpy(), a["expected"]
+block.eval().load_state_dict({{name[6:]: array for name, array in a.items() if name.startswith("state.")}}){spread}
+whole, outputs = a["x"].requires_grad_(True), []
+for x, cotangent, mask in zip(*(array.chunk({parts}) for array in (whole, a["cotangent"], a["mask"]))):
+    y = {run}
+    outputs.append((y[0] if isinstance(y, tuple) else y).reshape(x.shape))
+{loss}    ((outputs[-1] * cotangent).sum(){weighted}).backward()
+found, expected = ({expression}).detach().double().numpy(), a["expected"].numpy()
 """
-_JAX = """import contextlib, jax, numpy as np
-a = {{name: array.astype(np.float32) for name, array in np.load(__file__[:-2] + "npz").items()}}
+_JAX = """import jax
+import numpy as np
 {code}
-def run(weights, x):
-    y = layer(weights, x, a["mask"] > 0)
-    y = y[0] if isinstance(y, tuple) else y
-    return (y * a["mask"][..., None] * a["cotangent"]).sum(), y
-with jax.set_mesh(mesh) if "mesh" in globals() else contextlib.nullcontext():
-    weights = {{name[6:]: array for name, array in a.items() if name.startswith("state.")}}
-    gradients, y = jax.jit(jax.grad(run, argnums=(0, 1), has_aux=True))(weights, a["x"])
+a = {{name: array.astype(np.float32) for name, array in np.load(__file__[:-2] + "npz").items()}}
+def run(a):
+    y = jax.tree.leaves(layer(a, a["x"], a["mask"] > 0))[0]
+    return (y * a["cotangent"]).sum(), y
+{split}
+results = [jax.jit(jax.grad(run, has_aux=True))(part) for part in parts]
 found, expected = np.asarray({expression}), a["expected"]
 """
 _LAST = 'print("largest difference", abs(found - expected).max(), "of", abs(expected).max())\n'
+_PRINTED = re.compile(r"^largest difference (\S+) of (\S+)$", re.MULTILINE)
 
 
-def write(out: Path, library: Library, cell: Cell) -> None:
-    """Write ``out/reproduce/LIBRARY.BLOCK.CASE.npz`` and ``.py`` for the quantity that differs most.
+def path(out: Path, cell: Cell) -> Path:
+    """The script of a cell."""
+    return out / "reproduce" / f"{cell.library}.{cell.block}.{cell.column}.py".replace(" ", "_")
 
-    Nothing is written for sums over microbatches, whose parts the case "main" shows, nor for the value of a loss.
+
+def write_all(out: Path, library: Library, cells: Sequence[Cell]) -> None:
+    """Write the script and npz of each deviating cell, instead of those of an earlier run."""
+    for stale in (out / "reproduce").glob(f"{library.name}.*"):
+        stale.unlink()
+    for cell in cells:
+        if cell.status == "deviates":
+            _write(out, library, cell)
+
+
+def _write(out: Path, library: Library, cell: Cell) -> None:
+    """Write a cell's script and, beside it, its npz, which show the quantity that differs most.
+
+    A choice, or combine weights, are shown by y, since not every library returns them.
     """
     claims = library.blocks[cell.block]
     case = next(case for case in CASES if case.name == cell.case)
     made = out / library.name / "results" / f"{cell.block}.{cell.case}"
-    code, layer = made.with_name(made.name + ".code"), layer_of_claims(claims, case)
+    layer = layer_of_claims(claims, case)
     in_jax = claims.get("framework") == "jax"
-    gradients = {f"grad_{name}": f"gradients[0]['{name}']" for name in layer.weights} if in_jax else claims["gradients"]
-    expressions = {"y": "y", **gradients, "grad_x": "gradients[1]" if in_jax else "x.grad"}
-    if not code.exists() or case.parts > 1 or cell.quantity in ("balance_loss", "z_loss"):
-        return
-    quantity = cell.quantity if cell.quantity in expressions else "y"
-    expected = equations.compute(rule_of(claims, case), Variant(), layer)
-    with np.load(made.with_name(made.name + ".npz"), allow_pickle=False) as archive:
-        state: dict[str, Any] = {name: archive[name] for name in archive.files if name.startswith("state.")}
+    weights = {name: array for name, array in layer.weights.items() if name != "x"}
     if in_jax:
-        state = {f"state.{name}": array for name, array in layer.weights.items() if name != "x"}
-        state |= {} if layer.bias is None else {"state.bias": layer.bias}
-    given = {"x": layer.x, "mask": layer.mask, "cotangent": np.asarray(layer.cotangent)}
-    folder = out / "reproduce"
-    folder.mkdir(exist_ok=True)
-    name = f"{library.name}.{cell.block}.{cell.case}".replace(" ", "_")
-    write_arrays(folder / f"{name}.npz", state | given | {"expected": expected[quantity]})
-    values = {"code": code.read_text(), "run": claims["run"], "expression": expressions[quantity], "dtype": case.dtype}
-    first = f'"""{name}: {quantity} of the block beside what its claimed rule gives."""\n'
-    write_atomic(folder / f"{name}.py", first + (_JAX if in_jax else _TORCH).format(**values) + _LAST)
+        expressions = {f"grad_{name}": f"sum(part[0]['{name}'] for part in results)" for name in weights}
+        expressions |= {"grad_x": "np.concatenate([part[0]['x'] for part in results])"}
+        expressions |= {"y": "np.concatenate([part[1] for part in results])"}
+        state = weights if layer.bias is None else weights | {"bias": layer.bias}
+    else:
+        expressions = claims["gradients"] | {"grad_x": "whole.grad", "y": "torch.cat(outputs)"}
+        expressions |= {"balance_loss": "loss"} if case.balance else {}
+        with np.load(made.with_name(made.name + ".npz"), allow_pickle=False) as archive:
+            state = {name: archive[name] for name in archive.files if name.startswith("state.")}
+    quantity = cell.quantity if cell.quantity in expressions else "y"
+    expected = equations.compute(rule_of(claims, case), Variant(**claims["documented"]), layer)[quantity]
+    cotangent = np.asarray(layer.cotangent) * layer.mask[..., None]
+    arrays: dict[str, Any] = {"x": layer.x, "cotangent": cotangent, **state}
+    arrays = {name: np.asarray(array, np.float32) for name, array in arrays.items()}
+    script = path(out, cell)
+    script.parent.mkdir(exist_ok=True)
+    write_arrays(script.with_suffix(".npz"), arrays | {"mask": layer.mask, "expected": expected})
+    values = {"code": made.with_name(made.name + ".code").read_text(), "expression": expressions[quantity]}
+    values |= {"run": claims["run"], "parts": case.parts}
+    values |= {"split": _PARTS.format(parts=case.parts) if case.parts > 1 else "parts = [a]"}
+    values |= {"loss": "    loss = balance_loss(mask)\n" if case.balance else ""}
+    values |= {"weighted": f" + {BALANCE_WEIGHT} * loss" if case.balance else ""}
+    processes = claims.get("processes", 1)
+    values |= {"launch": _PROCESSES.format(processes=processes) if processes > 1 else ""}
+    values |= {"spread": "\n" + claims["spread_code"].strip() if claims.get("spread_code") else ""}
+    first = f'"""{cell.block} of {library.name}, {cell.column}: {quantity} beside what its claimed rule gives."""\n'
+    write_atomic(script, first + (_JAX if in_jax else _TORCH).format(**values) + _LAST)
+
+
+def run(out: Path, environment: Environment, cells: Sequence[Cell]) -> dict[str, float]:
+    """Run the script of each deviating cell in its library's environment.
+
+    Returns:
+        block, column → the relative difference that the script printed; NaN where it failed.
+    """
+    found = {}
+    for cell in cells:
+        if cell.status == "deviates":
+            try:
+                printed = _PRINTED.search(environment.run(path(out, cell)))
+            except ConfigError as error:
+                print(f"  {path(out, cell).name}: {error}")
+                printed = None
+            found[f"{cell.block}, {cell.column}"] = float(printed[1]) / float(printed[2]) if printed else math.nan
+    return found
+
+
+def sentence(reproduced: Mapping[str, float]) -> str:
+    """Number of cells whose script shows a difference above the tolerance."""
+    shown = [difference for difference in reproduced.values() if difference > TOLERANCE]
+    smallest = f", by {min(shown):.2g} or more" if shown else ""
+    return f"{len(shown)} of {len(reproduced)} deviating cells are reproduced by their script alone{smallest}"

@@ -1,4 +1,4 @@
-"""The scoreboard: a page, its JSON, and for each cell that deviates an npz and a script of the library alone."""
+"""The scoreboard: a page, and its JSON."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from moe.conformance.peers import reproduction
 from moe.conformance.peers.suite import COLUMNS, Cell, Library
 from moe.system.atomic_files import write_atomic
 
+NOT_CHECKED = Path(__file__).with_name("not_checked.md")
 SIGNS = {
     "equal": "=",
     "documented": "doc",
@@ -24,9 +25,16 @@ SIGNS = {
 
 
 def write(
-    out: Path, library: Library, cells: Sequence[Cell], command: str, order: Sequence[str], *, control: bool = False
+    out: Path,
+    library: Library,
+    cells: Sequence[Cell],
+    command: str,
+    order: Sequence[str],
+    *,
+    reproduced: Mapping[str, float],
+    control: bool = False,
 ) -> None:
-    """Add a library to the scoreboard of a folder: scoreboard.md, scoreboard.json, and its reproductions.
+    """Add a library to the scoreboard of a folder: scoreboard.md and scoreboard.json.
 
     Args:
         out: the folder, which keeps the libraries of earlier calls.
@@ -34,11 +42,9 @@ def write(
         cells: its verdicts.
         command: that made them.
         order: names of all libraries, as on the page.
+        reproduced: results of its scripts (reproduction.run); empty if they were not run.
         control: the library holds known bugs, and counts in no sum.
     """
-    for cell in cells:
-        if cell.status == "deviates" and cell.quantity:
-            reproduction.write(out, library, cell)
     path = out / "scoreboard.json"
     kept = json.loads(path.read_text()) if path.exists() else {}
     row: dict[str, Any] = {
@@ -46,6 +52,7 @@ def write(
         "control": control,
         "date": datetime.date.today().isoformat(),
         "command": command,
+        "reproduced": reproduced,
     }
     kept[library.name] = row | {"cells": [dataclasses.asdict(cell) for cell in cells]}
     kept = {name: kept[name] for name in order if name in kept}
@@ -58,7 +65,7 @@ def page(libraries: Mapping[str, Mapping[str, Any]]) -> str:
     found = {name: [Cell(**cell) for cell in row["cells"]] for name, row in libraries.items()}
     every = [cell for name, cells in found.items() for cell in cells if not libraries[name]["control"]]
     blocks = len({(cell.library, cell.block) for cell in every})
-    names = {cell.library for cell in every}
+    names = {row["version"].split()[0] for row in libraries.values() if not row["control"]}
     checks = sum(cell.status != "not applicable" for cell in every)
     lines = [
         "# Scoreboard of other libraries' MoE layers",
@@ -91,7 +98,9 @@ def page(libraries: Mapping[str, Mapping[str, Any]]) -> str:
             signs = {cell.column: SIGNS[cell.status] for cell in cells if cell.block == block}
             lines.append(f"| {block} | {' | '.join(signs.get(column, '·') for column in COLUMNS)} |")
         lines += _details(cells)
-    return "\n".join(lines) + "\n"
+        if row.get("reproduced"):
+            lines += ["", f"{reproduction.sentence(row['reproduced'])}."]
+    return "\n".join([*lines, "", NOT_CHECKED.read_text()])
 
 
 def _details(cells: Sequence[Cell]) -> list[str]:

@@ -13,9 +13,9 @@ import numpy as np
 
 from moe.conformance import equations
 from moe.conformance.diagnosis import Check, diagnose
-from moe.conformance.equations import Layer, Rule, Variant
 from moe.conformance.peers.cases import BALANCE_WEIGHT, CASES, Z_WEIGHT, Case, layer_of
 from moe.conformance.peers.environments import Environment
+from moe.conformance.rule import Layer, Rule, Variant
 from moe.system.atomic_files import write_atomic
 from moe.system.npz_files import write_arrays
 
@@ -217,15 +217,17 @@ def _cells(
         documented = diagnose(rule, layer, results, documented=Variant(**claims["documented"]), **settings)
     for column in columns:
         names = MAIN.get(column, tuple(check.quantity for check in diagnosis.checks))
+        beside = [check for check in documented.checks if check.quantity in names and not check.passes]
         checks = [check for check in diagnosis.checks if check.quantity in names]
         if not checks:
             yield Cell(library, block, column, "not applicable", "not recorded by the library", case=case.name)
             continue
         failing = [check for check in checks if not check.passes]
-        excused = all(check.passes for check in documented.checks if check.quantity in names)
-        status: Status = "equal" if not failing else "documented" if excused else "deviates"
-        worst = max(failing or checks, key=lambda check: check.error)
-        text = claims["source"] if status == "documented" else _named(documented, worst) if status == "deviates" else ""
+        status: Status = "equal" if not failing else "deviates" if beside else "documented"
+        worst = max(beside or failing or checks, key=lambda check: check.error)
+        text = claims["source"] if status == "documented" else ""
+        if status == "deviates":
+            text = claims["read"] or _named(documented, worst)
         if status == "equal" and column == "K = 1" and rule.renormalise and rule.k == 1:
             text = "every weight is the scale, as claimed: the output gives the router no gradient"
         yield Cell(library, block, column, status, text, worst.error, case.name, worst.quantity if failing else "")

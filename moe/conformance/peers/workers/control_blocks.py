@@ -2,82 +2,52 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
-import torch
 import transformers
-from torch import nn
 from torch_blocks import Block, main
-from transformers_blocks import MIXTRAL, Transformers
+from transformers_adapters import MIXTRAL, Transformers
 
 
-@dataclasses.dataclass
-class Detached(Transformers):
-    """NeMo Automodel 1408: the tensor that carries the balance loss's gradient is discarded."""
-
-    def balance(self, router_logits: torch.Tensor, mask: torch.Tensor, k: int) -> torch.Tensor:
-        """The loss without its gradient."""
-        return super().balance(router_logits, mask, k).detach()
+def qwen(**claims: Any) -> Transformers:
+    """Top-1 of Qwen3's router."""
+    return Transformers("qwen3_moe", "Qwen3MoeSparseMoeBlock", k=1, **claims)
 
 
-@dataclasses.dataclass
-class DoubleSoftmax(Transformers):
-    """transformers 45111: routers returned probabilities as logits, and the balance loss took their softmax again."""
-
-    def balance(self, router_logits: torch.Tensor, mask: torch.Tensor, k: int) -> torch.Tensor:
-        """The loss of the probabilities."""
-        return super().balance(router_logits.softmax(-1), mask, k)
+def mixtral(**changes: Any) -> Transformers:
+    """Mixtral's block with a line of code after it, or a change of its balance loss."""
+    return Transformers("mixtral", "MixtralSparseMoeBlock", **MIXTRAL, **changes)
 
 
-@dataclasses.dataclass
-class PerChoice(Transformers):
-    """minimind 797 and this project's own table of factors: the loss is K at perfect balance."""
-
-    def balance(self, router_logits: torch.Tensor, mask: torch.Tensor, k: int) -> torch.Tensor:
-        """The loss times K."""
-        return super().balance(router_logits, mask, k) * k
-
-
-@dataclasses.dataclass
-class OneRank(Transformers):
-    """transformers 48687, torchtitan 2416: the router's gradient is that of the experts of one of two devices."""
-
-    def watch(self, block: nn.Module, seen: dict[str, torch.Tensor]) -> None:
-        """Gradients of the weights of experts 4 to 7 are lost."""
-        super().watch(block, seen)
-
-        def local(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-            x, index, weights = arguments
-            mine = (index < 4).to(weights.dtype)
-            return x, index, weights * mine + (weights * (1 - mine)).detach()
-
-        block.experts.register_forward_pre_hook(local)
-
-
-@dataclasses.dataclass
-class ScaledExperts(Transformers):
-    """PyTorch 160285: gradients of experts that are spread over two devices are doubled."""
-
-    def watch(self, block: nn.Module, seen: dict[str, torch.Tensor]) -> None:
-        """Twice the gradient."""
-        super().watch(block, seen)
-        for parameter in block.experts.parameters():
-            parameter.register_hook(lambda gradient: 2 * gradient)
-
-
-QWEN = ("qwen3_moe", "Qwen3MoeSparseMoeBlock")
-MIX = ("mixtral", "MixtralSparseMoeBlock")
+#: The weights of experts 4 to 7, which another of two devices would hold, pass no gradient to the router.
+ONE_OF_TWO_DEVICES = (
+    "block.experts.register_forward_pre_hook(lambda module, given: "
+    "(*given[:2], given[2].where(given[1] < 4, given[2].detach())))"
+)
+#: Gradients of experts that are spread over two devices are doubled.
+DOUBLED = "[weight.register_hook(lambda gradient: 2 * gradient) for weight in block.experts.parameters()]"
+#: The width of the experts is split over two devices, and gradients of their inputs are those of one half.
+HALF_OF_THE_WIDTH = """\
+def half(module, given, y):
+    if isinstance(module.down_proj, torch.nn.Parameter):
+        part = {"down_proj": module.down_proj * (torch.arange(24) >= 12)}
+        lost = lambda x, weights: torch.func.functional_call(module, part, (x, given[1], weights))
+        return y - lost(given[0], given[2]) + lost(given[0].detach(), given[2].detach())
+block.experts.register_forward_hook(half)"""
 ADAPTERS: dict[str, Block] = {
     # At K = 1 a rule that keeps the probability as weight, as Switch's, is what trains the router.
-    "minimind 858": Transformers(*QWEN, k=1, settings={"norm_topk_prob": True}),
-    "minimind 858, fixed": Transformers(*QWEN, k=1),
-    "Automodel 1408": Detached(*MIX, **MIXTRAL),
-    "Automodel 1408, fixed": Transformers(*MIX, **MIXTRAL),
-    "transformers 45111": DoubleSoftmax(*MIX, **MIXTRAL),
-    "minimind 797": PerChoice(*MIX, **MIXTRAL),
-    "transformers 48687, torchtitan 2416": OneRank(*MIX, **MIXTRAL),
-    "PyTorch 160285": ScaledExperts(*MIX, **MIXTRAL),
+    "minimind 858": qwen(settings={"norm_topk_prob": True}),
+    "minimind 858, fixed": qwen(),
+    # NeMo: the tensor that carries the balance loss's gradient is discarded.
+    "Automodel 1408": mixtral(changed=".detach()"),
+    "Automodel 1408, fixed": mixtral(),
+    # Routers returned probabilities as logits, and the balance loss took their softmax again.
+    "transformers 45111": mixtral(logits="result[0].softmax(-1)"),
+    # The loss is K at perfect balance.
+    "minimind 797": mixtral(changed=" * 2"),
+    "transformers 48687, torchtitan 2416": mixtral(then=ONE_OF_TWO_DEVICES),
+    "torchtitan 4054": mixtral(then=HALF_OF_THE_WIDTH),
+    "PyTorch 160285": mixtral(then=DOUBLED),
 }
 
 if __name__ == "__main__":

@@ -8,29 +8,22 @@ from typing import Any
 from jax_blocks import Block, main
 
 TEXT = """
-import importlib
-import jax
-import jax.numpy as jnp
+import operator
 from flax import nnx
-from easydel.infra.loss_utils import auxiliary_load_balancing_loss_func as balance_loss
-package = importlib.import_module("easydel.modules." + MODEL)
-config = getattr(package, NAME + "Config")(hidden_size=16, num_experts_per_tok=K, **SETTINGS)
-modeling = importlib.import_module(f"easydel.modules.{MODEL}.modeling_{FILE}")
-built = getattr(modeling, BLOCK)(config, *ARGUMENTS, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
+from easydel.modules.{model} import {name}Config, modeling_{file}
+config = {name}Config(hidden_size=16, num_experts_per_tok=K, sharding_axis_dims=(1, 1, 1, 1, 1), **{settings})
+built = modeling_{file}.{block}(config, {arguments}dtype=np.float32, param_dtype=np.float32, rngs=nnx.Rngs(0))
 graph, state = nnx.split(built)
 def layer(weights, x, mask):
-    block = nnx.merge(graph, jax.tree.map(lambda array: array, state))
-    block.gate.kernel.value = weights["router"]
-    for name, source in zip(EXPERTS, ("gate", "up", "down")):
-        getattr(block.experts, name).kernel.value = weights[source]
-    if "bias" in weights:
-        block.gate.e_score_correction_bias.value = weights["bias"]
-    if hasattr(block, SHARED):
-        getattr(block, SHARED).down_proj.kernel.value *= 0
+    block = nnx.merge(graph, state, copy=True)
+    for name, source in {parameters}.items():
+        operator.attrgetter(name)(block).value = weights[source]
     with config.mesh:
-        y, logits = block(x)
-    return y, {"balance_loss": balance_loss(logits, 8, K, jnp.asarray(mask)) / K} if BALANCE else {}
+        {result}
 """
+LOSS = """y, logits = block(x)
+        return y, {"balance_loss": balance_loss(logits, 8, K, jax.numpy.asarray(mask)) / K}"""
+IMPORT = "\nfrom easydel.infra.loss_utils import auxiliary_load_balancing_loss_func as balance_loss"
 NAMES = ("gate_proj", "up_proj", "down_proj")
 V3 = {"score": "sigmoid", "renormalise": True, "scale": 2.5, "groups": 4, "kept_groups": 3, "scores_per_group": 2}
 GROUPED = {"n_routed_experts": 8, "routed_scaling_factor": 2.5, "n_group": 4, "topk_group": 3}
@@ -46,17 +39,28 @@ def easydel(
     *,
     file: str = "",
     experts: tuple[str, ...] = NAMES,
-    shared: str = "shared_experts",
-    arguments: tuple[int, ...] = (),
+    shared: str = "",
+    arguments: str = "",
     **claims: Any,
 ) -> Block:
-    """A block of easydel.modules on a mesh of one device."""
-    chosen = {"MODEL": model, "NAME": name, "FILE": file or model, "BLOCK": block, "EXPERTS": experts, "SHARED": shared}
-    chosen |= {"SETTINGS": settings | {"sharding_axis_dims": (1, 1, 1, 1, 1)}, "ARGUMENTS": arguments}
-    chosen |= {"BALANCE": claims.get("has_balance", False)}
-    return Block(text="\n".join(f"{key} = {value!r}" for key, value in chosen.items()) + TEXT, **claims)
+    """A block of easydel.modules on a mesh of one device; ``shared``: its shared expert's last matrix, which is 0."""
+    parameters = {"gate.kernel": "router"}
+    for theirs, ours in zip(experts, ("gate", "up", "down"), strict=True):
+        parameters[f"experts.{theirs}.kernel"] = ours
+    parameters |= {"gate.e_score_correction_bias": "bias"} if claims.get("bias") else {}
+    result = LOSS if claims.get("has_balance") else "return block(x)[0]"
+    result = f"block.{shared}.value *= 0\n        {result}" if shared else result
+    names = {"model": model, "name": name, "file": file or model, "block": block, "settings": settings}
+    text = TEXT.format(**names, arguments=arguments, parameters=parameters, result=result)
+    return Block(text=text + (IMPORT if claims.get("has_balance") else ""), **claims)
 
 
+RAW: dict[str, Any] = {
+    "documented": {"logits_as_weights": True},
+    "source": 'MoeRoutingStrategy.TOP_K_NDIV: "Expert weights are NOT normalized (raw logit values used as weights)"',
+    "read": "besides logits as weights, which MoeRoutingStrategy.TOP_K_NDIV documents, _linear_moe.py rounds grouped "
+    "products to bfloat16, whatever the block's dtype",
+}
 WIDTHS = {"num_experts": 8, "moe_intermediate_size": 24}
 MIXTRAL: dict[str, Any] = {
     "settings": {"intermediate_size": 24, "num_local_experts": 8},
@@ -70,14 +74,15 @@ ADAPTERS = {
     "qwen3_moe, normalised": easydel(
         *QWEN, WIDTHS | {"norm_topk_prob": True}, rule={"renormalise": True}, skip=NORMALISED, has_balance=True
     ),
-    "qwen3_moe, standard_moe": easydel(*QWEN, WIDTHS | {"moe_method": "standard_moe"}, skip=SOFTMAX),
+    "qwen3_moe, standard_moe": easydel(*QWEN, WIDTHS | {"moe_method": "standard_moe"}, skip=SOFTMAX, **RAW),
     "qwen3_moe, dense_moe": easydel(*QWEN, WIDTHS | {"moe_method": "dense_moe"}, skip=SOFTMAX),
     "qwen2_moe": easydel(
-        *("qwen2_moe", "Qwen2Moe", "Qwen2MoeSparseBlock"), WIDTHS, shared="shared_expert", skip=SOFTMAX
+        *("qwen2_moe", "Qwen2Moe", "Qwen2MoeSparseBlock"), WIDTHS, shared="shared_expert.down_proj.kernel", skip=SOFTMAX
     ),
     "glm4_moe": easydel(
         *("glm4_moe", "Glm4Moe", "Glm4MoeMoE"),
         {"moe_intermediate_size": 24} | GROUPED,
+        shared="shared_experts.down_proj.kernel",
         rule=V3,
         bias=True,
         skip=SOFTMAX,
@@ -86,7 +91,7 @@ ADAPTERS = {
         *("deepseek_v3", "DeepseekV3", "DeepseekV3MoE"),
         {"moe_intermediate_size": 24, "n_shared_experts": None} | GROUPED,
         file="deepseek",
-        arguments=(0,),
+        arguments="0, ",
         rule=V3,
         bias=True,
         skip=SOFTMAX,

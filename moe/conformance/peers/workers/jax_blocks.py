@@ -27,10 +27,10 @@ class Block:
     """One block of a library; the fields are those of ``torch_blocks.Block``.
 
     Attributes:
-        text: lines that define ``layer(weights, x, mask)`` with the library alone, in which K is the number of experts
-            per token, and ``mesh`` if it is to run on one. It returns y [G,S,D], or y and ``expert_index``,
-            ``combine_weights``, ``balance_loss`` and ``z_loss`` by name. weights: router [D,E], gate and up [E,D,F],
-            down [E,F,D], bias [E].
+        text: lines, after ``import jax`` and ``import numpy as np``, that define ``layer(weights, x, mask)`` with the
+            library alone, in which K is the number of experts per token, and ``mesh`` if it is to run on one. It
+            returns y [G,S,D], or y and ``expert_index``, ``combine_weights``, ``balance_loss`` and ``z_loss`` by name.
+            weights: router [D,E], gate and up [E,D,F], down [E,F,D], bias [E].
     """
 
     text: str
@@ -40,6 +40,7 @@ class Block:
     k: int = 2
     documented: dict[str, Any] = dataclasses.field(default_factory=dict)
     source: str = ""
+    read: str = ""
     skip: dict[str, str] = dataclasses.field(default_factory=dict)
     has_balance: bool = False
     has_z: bool = False
@@ -47,6 +48,10 @@ class Block:
     def code(self, k: int) -> str:
         """Lines that define the layer."""
         return f"K = {k}\n{self.text.strip()}"
+
+    def losses(self, k: int) -> str:
+        """Nothing: the layer returns its losses."""
+        return ""
 
     def claims(self) -> dict[str, Any]:
         """Claims of the block, as JSON."""
@@ -56,7 +61,7 @@ class Block:
 
 def measure(adapter: Block, job: dict[str, Any], arrays: Arrays) -> Arrays:
     """Results of a block on a case."""
-    scope: dict[str, Any] = {}
+    scope: dict[str, Any] = {"jax": jax, "np": np}
     exec(adapter.code(job["k"]), scope)
     dtype = jnp.dtype(job["dtype"])
     weights = {name: jnp.asarray(array, dtype) for name, array in arrays.items() if name not in FIXED}

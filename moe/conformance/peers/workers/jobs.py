@@ -20,12 +20,18 @@ import numpy as np
 Arrays = dict[str, np.ndarray]
 
 
+def lines(adapter: Any, job: dict[str, Any]) -> str:
+    """Lines that make a block with its library alone, and its losses where the job differentiates one."""
+    code = adapter.code(job["k"])
+    return f"{code}\n{adapter.losses(job['k'])}" if job["balance"] or job["z"] else code
+
+
 def run(version: str, adapters: Mapping[str, Any], measure: Callable[[Any, dict[str, Any], Arrays], Arrays]) -> None:
     """Answer the command line.
 
     Args:
         version: of the library and of its framework.
-        adapters: block → an object with ``claims()`` and ``code(k)``.
+        adapters: block → an object with ``claims()``, ``code(k)`` and ``losses(k)``.
         measure: adapter, job and arrays of a case → results.
     """
     if sys.argv[1] == "--list":
@@ -41,7 +47,7 @@ def run(version: str, adapters: Mapping[str, Any], measure: Callable[[Any, dict[
         try:
             np.savez(job["out"] + ".npz", **measure(adapter, job, arrays))
             with open(job["out"] + ".code", "w") as file:
-                file.write(adapter.code(job["k"]))
+                file.write(lines(adapter, job))
         except Exception as error:
             with open(job["out"] + ".txt", "w") as file:
                 file.write(f"{type(error).__name__}: {error}\n\n{traceback.format_exc()}")

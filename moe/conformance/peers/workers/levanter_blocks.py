@@ -13,7 +13,6 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 from jax_blocks import Block, main
 
 ALONE = """
-import jax
 import jax.numpy as jnp
 from levanter.grug.grug_moe import moe_mlp, moe_routing_stats
 def layer(weights, x, mask):
@@ -28,7 +27,6 @@ def layer(weights, x, mask):
     return y.reshape(x.shape), {"balance_loss": stats["load_balancing_loss"] / K, "z_loss": stats["router_z_loss"]}
 """
 SPREAD = """
-import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from levanter.grug.grug_moe import moe_mlp

@@ -1,4 +1,4 @@
-"""MaxText's RoutedMoE on one device, by its dense products of all experts, with a softmax over the K highest logits.
+"""MaxText's RoutedMoE on one device, and with its experts over four of eight fake devices; softmax over the K highest.
 
 The block ``envy-switch-base`` has the K = 1 of the shipped config of that name and claims Switch's rule, by which a
 token's weight is its expert's probability.
@@ -7,44 +7,63 @@ token's weight is its expert's probability.
 from __future__ import annotations
 
 import importlib.metadata
+import os
+from typing import Any
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
 from jax_blocks import Block, main
 
 TEXT = """
-import os
-import jax
-import maxtext
-import numpy as np
+import operator
 from flax import nnx
+from flax.linen import partitioning
 from maxtext.configs import pyconfig
 from maxtext.layers import moe
-from maxtext.layers.initializers import nd_dense_init
-settings = {"num_experts": 8, "num_experts_per_tok": K, "base_emb_dim": 16, "base_mlp_dim": 24, "base_moe_mlp_dim": 24}
-settings |= {"sparse_matmul": False, "megablox": False, "capacity_factor": -1.0, "decoder_block": "mixtral"}
-settings |= {"dtype": "float32", "weight_dtype": "float32", "matmul_precision": "highest"}
-settings |= {"enable_checkpointing": False, "skip_jax_distributed_system": True}
-config = pyconfig.initialize(["", os.path.join(os.path.dirname(maxtext.__file__), "configs", "base.yml")], **settings)
-devices = np.array(jax.devices()[:1]).reshape((1,) * len(config.mesh_axes))
-axes = jax.sharding.Mesh(devices, config.mesh_axes)
-init = nd_dense_init(1.0, "fan_in", "truncated_normal")
+base = pyconfig.__file__.replace("pyconfig.py", "base.yml")
+config = pyconfig.initialize(["", base], num_experts_per_tok=K, **SETTINGS)
+sizes = [DEVICES if name == "expert" else 1 for name in config.mesh_axes]
+axes = jax.sharding.Mesh(np.array(jax.devices()[:DEVICES]).reshape(sizes), config.mesh_axes)
+init = moe.nd_dense_init(1.0, "fan_in", "truncated_normal")
 graph, state = nnx.split(moe.RoutedMoE(config, 8, K, axes, init, ("embed", None), nnx.Rngs(0), 24))
-pure = nnx.to_pure_dict(state)
 def layer(weights, x, mask):
-    own = {"gate": {"kernel": weights["router"]}, "wi_0": weights["gate"], "wi_1": weights["up"], "wo": weights["down"]}
-    filled = jax.tree.map(lambda array: array, state)
-    nnx.replace_by_pure_dict(filled, pure | own)
-    module = nnx.merge(graph, filled)
-    with axes:
+    module = nnx.merge(graph, state, copy=True)
+    for name, source in {"gate.kernel": "router", "wi_0": "gate", "wi_1": "up", "wo": "down"}.items():
+        operator.attrgetter(name)(module).value = weights[source]
+    with axes, partitioning.axis_rules(config.logical_axis_rules):
         y, (chosen, index) = module(x)[0], module.get_topk(*module.gate(x))
     return y, {"expert_index": index, "combine_weights": chosen}
 """
+SETTINGS: dict[str, Any] = {"num_experts": 8, "base_emb_dim": 16, "base_mlp_dim": 24, "base_moe_mlp_dim": 24}
+SETTINGS |= {"capacity_factor": -1.0, "decoder_block": "mixtral", "max_target_length": 16}
+SETTINGS |= {"dtype": "float32", "weight_dtype": "float32", "matmul_precision": "highest"}
+SETTINGS |= {"enable_checkpointing": False, "skip_jax_distributed_system": True}
 SKIP = {
     "precision": "the dtype is a setting of its config",
     "balance": "its loss is the mean of those of each sequence",
 }
+DENSE = {"sparse_matmul": False, "megablox": False}
+RAGGED = {"sparse_matmul": True, "megablox": False}
+RING = {"sparse_matmul": True, "megablox": True, "use_ring_of_experts": True}
+
+
+def routed(more: dict[str, Any], devices: int = 1, **claims: Any) -> Block:
+    """RoutedMoE with settings of its products, on devices of its expert axis."""
+    settings = SETTINGS | more
+    if devices > 1:
+        settings |= {"ici_expert_parallelism": devices, "per_device_batch_size": 4 / devices}
+    text = TEXT.replace("SETTINGS", str(settings)).replace("DEVICES", str(devices))
+    return Block(text=text, **{"skip": SKIP} | claims)
+
+
+UNEVEN = SKIP | {"parts": "two of its rows do not divide over four devices"}
+MIXTRAL = {"rule": {"renormalise": True}}
 ADAPTERS = {
-    "RoutedMoE": Block(text=TEXT, rule={"renormalise": True}, skip=SKIP),
-    "RoutedMoE, envy-switch-base": Block(text=TEXT, k=1, skip=SKIP),
+    "RoutedMoE": routed(DENSE, **MIXTRAL),
+    "RoutedMoE, ragged_dot": routed(RAGGED, **MIXTRAL),
+    "RoutedMoE, experts over 4 devices": routed(DENSE, 4, **MIXTRAL),
+    "RoutedMoE, ring of experts, 4 devices": routed(RING, 4, skip=UNEVEN, **MIXTRAL),
+    "RoutedMoE, envy-switch-base": routed(DENSE, k=1),
 }
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import importlib.metadata
 from typing import Any
 
@@ -28,6 +27,15 @@ grouped_gemm_util.ops.gmm, ops.scatter, ops.inclusive_cumsum = gmm, scatter, tor
 ops.sort = lambda x, end_bit: torch.sort(x, stable=True)
 ops.histogram = lambda x, size: torch.bincount(x, minlength=size)
 ops.gather = lambda x, indices, bin_ids, bins, top_k: x[indices // top_k]
+"""
+LOSSES = """
+from megablocks.layers import router
+router.clear_router_zloss()
+block.router.register_forward_hook(lambda module, given, result: setattr(module, "scores", result[0]))
+z_loss = lambda mask: router.batched_router_zloss(block.experts.args).sum()
+def balance_loss(mask):
+    chosen = block.router.scores.topk(block.experts.args.moe_top_k).indices.flatten()
+    return block.experts.load_balancing_loss(torch.bincount(chosen, minlength=8), block.router.scores)
 """
 
 
@@ -64,22 +72,15 @@ class Megablocks(Block):
 
     def watch(self, block: nn.Module, seen: dict[str, torch.Tensor]) -> None:
         """The router's results."""
-        self._router, self._experts = importlib.import_module("megablocks.layers.router"), block.experts
-        self._router.clear_router_zloss()
 
         def routed(module: nn.Module, arguments: tuple[Any, ...], result: Any) -> None:
-            seen["router_logits"], seen["combine_weights"], seen["expert_index"] = result
+            _, seen["combine_weights"], seen["expert_index"] = result
 
         block.router.register_forward_hook(routed)
 
-    def balance(self, router_logits: torch.Tensor, mask: torch.Tensor, k: int) -> torch.Tensor:
-        """ParallelMLP.load_balancing_loss of the router's scores."""
-        chosen = router_logits.topk(k).indices.flatten()
-        return self._experts.load_balancing_loss(torch.bincount(chosen, minlength=NUM_EXPERTS), router_logits)
-
-    def z_loss(self, router_logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """router.batched_router_zloss of the logits that the router kept."""
-        return self._router.batched_router_zloss(self._experts.args).sum()
+    def losses(self, k: int) -> str:
+        """ParallelMLP.load_balancing_loss and router.batched_router_zloss, of all tokens: they have no mask."""
+        return LOSSES
 
 
 NO_MASK = {"documented": {"balance_padding": True}, "source": "both losses take no mask: all tokens count"}

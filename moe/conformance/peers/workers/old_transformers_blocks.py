@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import transformers
 from torch_blocks import main
-from transformers_blocks import MIXTRAL, Transformers
+from transformers_adapters import MIXTRAL, Transformers
 
 ADAPTERS = {
     "mixtral": Transformers("mixtral", "MixtralSparseMoeBlock", **MIXTRAL),

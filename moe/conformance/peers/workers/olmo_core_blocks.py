@@ -7,7 +7,6 @@ import importlib.metadata
 from typing import Any
 
 import torch
-from olmo_core.nn.moe.loss import MoELoadBalancingLossGranularity, load_balancing_loss, router_z_loss
 from torch import nn
 from torch_blocks import NUM_EXPERTS, Block, D, F, main
 
@@ -21,6 +20,18 @@ def scatter(x, indices, bin_ids, weights, bins, top_k):
     y = torch.zeros_like(x).index_copy(0, indices.long(), x)
     return (y.view(-1, top_k, x.shape[-1]) * weights.view(-1, top_k, 1)).sum(1)
 parallel_mlp.ops.gather, parallel_mlp.ops.scatter = gather, scatter
+"""
+#: Both losses, of all tokens: they have no mask.
+LOSSES = """
+from olmo_core.nn.moe import loss
+block.router.register_forward_hook(lambda module, given, result: setattr(module, "x", given[0]))
+z_loss = lambda mask: loss.router_z_loss(expert_logits=block.router.get_expert_logits(block.router.x))
+def balance_loss(mask):
+    scores = torch.softmax(block.router.get_expert_logits(block.router.x), -1)
+    counts = torch.nn.functional.one_hot(scores.topk(block.router.top_k).indices, 8).sum((1, 2))
+    sizes = {"num_experts": 8, "top_k": block.router.top_k, "expert_scores": scores}
+    sizes |= {"batch_size_per_expert": counts.sum(0), "batched_batch_size_per_expert": counts}
+    return loss.load_balancing_loss(**sizes, granularity=loss.MoELoadBalancingLossGranularity.local_batch)
 """
 
 
@@ -61,30 +72,16 @@ class Olmo(Block):
         return found | {"grad_router": f"block.router.weight.grad.reshape({NUM_EXPERTS}, {D}).mT"}
 
     def watch(self, block: nn.Module, seen: dict[str, torch.Tensor]) -> None:
-        """The router's results, and its scores for the balance loss."""
+        """The router's results."""
 
         def routed(module: nn.Module, arguments: tuple[Any, ...], result: Any) -> None:
             seen["combine_weights"], seen["expert_index"] = (array.flatten(0, 1) for array in result[:2])
-            seen["router_logits"] = module.get_expert_logits(arguments[0])
 
         block.router.register_forward_hook(routed)
 
-    def balance(self, router_logits: torch.Tensor, mask: torch.Tensor, k: int) -> torch.Tensor:
-        """olmo_core.nn.moe.loss.load_balancing_loss of all tokens; it has no mask."""
-        scores = torch.softmax(router_logits, -1)
-        counts = torch.nn.functional.one_hot(scores.topk(k).indices, NUM_EXPERTS).sum((1, 2))
-        return load_balancing_loss(
-            num_experts=NUM_EXPERTS,
-            top_k=k,
-            expert_scores=scores,
-            batch_size_per_expert=counts.sum(0),
-            batched_batch_size_per_expert=counts,
-            granularity=MoELoadBalancingLossGranularity.local_batch,
-        )
-
-    def z_loss(self, router_logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """olmo_core.nn.moe.loss.router_z_loss of all tokens; it has no mask."""
-        return router_z_loss(expert_logits=router_logits)
+    def losses(self, k: int) -> str:
+        """olmo_core.nn.moe.loss."""
+        return LOSSES
 
 
 NO_MASK = {"documented": {"balance_padding": True}, "source": "both losses take no mask: all tokens count"}

@@ -8,7 +8,7 @@ import peft
 import torch
 from torch import nn
 from torch_blocks import Block, main
-from transformers_blocks import MIXTRAL, Transformers
+from transformers_adapters import MIXTRAL, Transformers
 
 
 @dataclasses.dataclass

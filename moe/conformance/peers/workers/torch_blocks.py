@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from jobs import Arrays, run
+from jobs import Arrays, lines, run
 from torch import distributed, multiprocessing, nn
+from torch.distributed.tensor import DTensor
 
 #: E, D, F of every case.
 NUM_EXPERTS = 8
@@ -25,17 +26,20 @@ class Block:
     """One block of a library; subclasses are its adapters.
 
     Attributes:
-        rule: fields of moe.conformance.equations.Rule that the block claims, without k.
+        rule: fields of moe.conformance.rule.Rule that the block claims, without k.
         bias: has a selection bias.
         biases: its products have biases.
         k: K of the cases that do not set it.
         documented: fields of Variant in which the library says that it deviates from the equations.
         source: where it says so.
+        read: what its source does besides, where it deviates from that too.
         skip: case → reason why it does not apply.
         run: expression of y in ``block`` and ``x``.
         has_balance: has a balance loss.
         has_z: has a z-loss.
-        processes: of gloo, each of which runs the block on its part of every group's tokens.
+        processes: of gloo, each of which runs the block on its part of every group's tokens, or on all of them.
+        splits: each process has a part of the tokens.
+        spread_code: lines that spread ``block`` over the processes, once its weights are loaded.
     """
 
     rule: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -44,11 +48,14 @@ class Block:
     k: int = 2
     documented: dict[str, Any] = dataclasses.field(default_factory=dict)
     source: str = ""
+    read: str = ""
     skip: dict[str, str] = dataclasses.field(default_factory=dict)
     run: str = "block(x)"
     has_balance: bool = False
     has_z: bool = False
     processes: int = 1
+    splits: bool = True
+    spread_code: str = ""
 
     def code(self, k: int) -> str:
         """Lines that make ``block`` with the library alone."""
@@ -58,22 +65,23 @@ class Block:
         """Write a case's weights into the block: router [D,E], gate, up [E,D,F], down [E,F,D], and biases."""
         raise NotImplementedError
 
-    def spread(self, block: nn.Module) -> None:
-        """Split the loaded block over the processes."""
+    def spread(self, scope: dict[str, Any]) -> nn.Module:
+        """Split the loaded block over the processes; ``scope`` has the names of :meth:`code`."""
+        exec(self.spread_code, scope)
+        return scope["block"]
 
     def gradients(self) -> dict[str, str]:
         """Quantity → expression in ``block`` of its gradient, in the layout of the case."""
         raise NotImplementedError
 
     def watch(self, block: nn.Module, seen: dict[str, torch.Tensor]) -> None:
-        """Have the block write ``expert_index``, ``combine_weights`` [T,K], ``router_logits`` [T,E] while it runs."""
+        """Have the block write ``expert_index`` and ``combine_weights`` [T,K] while it runs."""
 
-    def balance(self, router_logits: torch.Tensor, mask: torch.Tensor, k: int) -> torch.Tensor:
-        """The library's balance loss, scaled to be 1 at perfect balance."""
-        raise NotImplementedError
+    def losses(self, k: int) -> str:
+        """Lines after those of :meth:`code` that define the library's losses of the last y = block(x).
 
-    def z_loss(self, router_logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """The library's z-loss, without its coefficient."""
+        ``balance_loss(mask)`` is scaled to be 1 at perfect balance, ``z_loss(mask)`` has no coefficient.
+        """
         raise NotImplementedError
 
     def claims(self) -> dict[str, Any]:
@@ -85,16 +93,16 @@ class Block:
 
 def measure(adapter: Block, job: dict[str, Any], arrays: Arrays) -> Arrays:
     """Results of a block on a case, and its state before the run as ``state.NAME``."""
-    scope: dict[str, Any] = {}
-    exec(adapter.code(job["k"]), scope)
+    scope: dict[str, Any] = {"torch": torch}
+    exec(lines(adapter, job), scope)
     dtype, seen = getattr(torch, job["dtype"]), {}
     block = scope["block"].to(dtype)
     block.eval()
     with torch.no_grad():
         adapter.load(block, {name: torch.from_numpy(array) for name, array in arrays.items()})
+    results = {f"state.{name}": value.clone() for name, value in block.state_dict().items()}
+    block = scope["block"] = adapter.spread(scope)
     adapter.watch(block, seen)
-    results = {f"state.{name}": value.clone() for name, value in (*block.named_parameters(), *block.named_buffers())}
-    adapter.spread(block)
     x = torch.from_numpy(arrays["x"]).to(dtype).requires_grad_(True)
     mask, cotangent = torch.from_numpy(arrays["mask"]), torch.from_numpy(arrays["cotangent"]).to(dtype)
     parts: list[dict[str, torch.Tensor]] = []
@@ -107,16 +115,17 @@ def measure(adapter: Block, job: dict[str, Any], arrays: Arrays) -> Arrays:
             continue
         total = (y * mask[rows, :, None] * cotangent[rows]).sum()
         if job["balance"]:
-            results["balance_loss"] = adapter.balance(seen["router_logits"], mask[rows], job["k"])
+            results["balance_loss"] = scope["balance_loss"](mask[rows])
             total = total + job["balance"] * results["balance_loss"]
         if job["z"]:
-            results["z_loss"] = adapter.z_loss(seen["router_logits"], mask[rows])
+            results["z_loss"] = scope["z_loss"](mask[rows])
             total = total + job["z"] * results["z_loss"]
         total.backward()
     results |= {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     if not job["forward_only"]:
         results["grad_x"] = x.grad
         results |= {name: eval(text, {"block": block, "torch": torch}) for name, text in adapter.gradients().items()}
+    results = {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in results.items()}
     results = {name: value.detach() for name, value in results.items()}
     return {name: (value.double() if value.is_floating_point() else value).numpy() for name, value in results.items()}
 
@@ -133,20 +142,23 @@ def measure_spread(adapter: Block, job: dict[str, Any], arrays: Arrays) -> Array
 
 
 def _process(rank: int, adapter: Block, job: dict[str, Any], arrays: Arrays, folder: str) -> None:
-    """One process. Its router gradient is that of its own tokens, as in data parallelism: they are added."""
+    """One process. Where tokens are split, each has the router's gradient of its own, as in data parallelism."""
     count = adapter.processes
     distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=count)
     per_token = ("x", "mask", "cotangent")
-    own = {name: np.split(array, count, 1)[rank] if name in per_token else array for name, array in arrays.items()}
+    parts = count if adapter.splits else 1
+    own = {
+        name: np.split(array, parts, 1)[rank % parts] if name in per_token else array for name, array in arrays.items()
+    }
     found: list[Any] = [None] * count
     distributed.all_gather_object(found, measure(adapter, job, own))
     if rank == 0:
         joined = found[0]
         for name in ("y", "grad_x", "expert_index", "combine_weights"):
             if name in joined:
-                joined[name] = np.concatenate([part[name] for part in found], axis=1)
+                joined[name] = np.concatenate([part[name] for part in found[:parts]], axis=1)
         if "grad_router" in joined:
-            joined["grad_router"] = sum(part["grad_router"] for part in found)
+            joined["grad_router"] = sum(part["grad_router"] for part in found[:parts])
         np.savez(f"{folder}/results.npz", **joined)
     distributed.destroy_process_group()
 

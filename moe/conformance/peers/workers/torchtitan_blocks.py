@@ -68,18 +68,13 @@ class SpreadTitan(Titan):
 
     processes: int = 4
 
-    def spread(self, block: nn.Module) -> None:
+    def spread(self, scope: dict[str, Any]) -> nn.Module:
         """The plan of apply_moe_ep_tp for experts alone; rows are sorted by the form of its kernel for processors."""
         mesh = distributed.init_device_mesh("cpu", (self.processes,), mesh_dim_names=("ep",))
         utils.generate_permute_indices = functools.partial(kernels.generate_permute_indices, use_cpu=True)
-        distributed.tensor.parallel.parallelize_module(block.experts, mesh, expert_parallel.ExpertParallel())
-
-    def gradients(self) -> dict[str, str]:
-        """Titan's, with the four parts of the experts' gradients joined."""
-        return {
-            name: text.replace("grad.mT", "grad.full_tensor().mT") if "experts" in text else text
-            for name, text in super().gradients().items()
-        }
+        plan = expert_parallel.ExpertParallel()
+        distributed.tensor.parallel.parallelize_module(scope["block"].experts, mesh, plan)
+        return scope["block"]
 
 
 V3 = {"score": "sigmoid", "renormalise": True, "scale": 2.5, "groups": 4, "kept_groups": 3, "scores_per_group": 2}

@@ -1,0 +1,77 @@
+"""Blocks of transformers under its own tensor and expert parallelism, in two gloo processes that see all tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from torch_blocks import Block, main
+from transformers_adapters import MIXTRAL, Transformers
+
+#: A model of one layer.
+ONE = {"num_hidden_layers": 1, "vocab_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
+ONE |= {"eos_token_id": 1, "bos_token_id": 1, "pad_token_id": 1}
+#: The model is saved by one process, and loaded spread by both.
+SPREAD = """
+import tempfile
+from transformers.distributed import DistributedConfig
+folder = [tempfile.mkdtemp()]
+torch.distributed.broadcast_object_list(folder)
+if torch.distributed.get_rank() == 0:
+    model.save_pretrained(folder[0])
+torch.distributed.barrier()
+settings = {"dtype": torch.float32, "experts_implementation": "IMPLEMENTATION"}
+model = type(model).from_pretrained(folder[0], distributed_config=DistributedConfig(**PLAN), **settings).eval()
+block = model.model.layers[0].mlp
+"""
+
+
+@dataclasses.dataclass
+class Parallel(Transformers):
+    """The block of a model that from_pretrained spreads; ``plan``: arguments of DistributedConfig."""
+
+    _: dataclasses.KW_ONLY
+    plan: dict[str, Any]
+    implementation: str = "batched_mm"
+    processes: int = 2
+    splits: bool = False
+
+    def __post_init__(self) -> None:
+        """Choices are those of one process's experts, and balance losses those of the model."""
+        self.settings = ONE | self.settings
+        self.spread_code = SPREAD.replace("IMPLEMENTATION", self.implementation).replace("PLAN", str(self.plan))
+        self.skip = {"precision": "choices are not recorded"}
+
+    def code(self, k: int) -> str:
+        """The model, then its block."""
+        model = self.name.replace("SparseMoeBlock", "ForCausalLM")
+        lines = f"model = modeling_{self.model}.{model}(config).eval()\nblock = model.model.layers[0].mlp"
+        return f"{super().code(k)}\n{lines}"
+
+    def watch(self, block: nn.Module, seen: dict[str, torch.Tensor]) -> None:
+        """Nothing: a process sees the choices of its own experts."""
+
+
+OLMOE = ("olmoe", "OlmoeSparseMoeBlock")
+TENSOR = {"tp_size": 2, "tp_plan": "auto"}
+EXPERT = {"tp_size": 2, "enable_expert_parallel": True}
+ADAPTERS: dict[str, Block] = {
+    f"{name}, tensor parallel over 2 processes": Parallel(name, block, plan=TENSOR, **rule)
+    for name, block, rule in (
+        ("mixtral", "MixtralSparseMoeBlock", MIXTRAL),
+        ("qwen3_moe", "Qwen3MoeSparseMoeBlock", MIXTRAL),
+        ("olmoe", "OlmoeSparseMoeBlock", {}),
+    )
+}
+#: Its issue 48687 is in 5.17 and mended in 5.18, whose plans have experts over processes; 5.24 needs FSDP for them.
+CONTROLS: dict[str, Block] = {
+    f"olmoe, {implementation}, experts over 2 processes": Parallel(*OLMOE, plan=EXPERT, implementation=implementation)
+    for implementation in ("batched_mm", "grouped_mm")
+}
+
+if __name__ == "__main__":
+    old = transformers.__version__ in ("5.17.0", "5.18.0")
+    main(f"transformers {transformers.__version__}", CONTROLS if old else ADAPTERS)
