@@ -44,8 +44,8 @@ class OracleLibrary:
     name, worker = "oracle", "none.py"
 
     def run(self, program: Path, *arguments: str) -> str:
-        if not arguments:  # a script of a deviating cell
-            return "largest difference 0.5 of 2.0\n"
+        if program.name == "scripts.py":
+            return "".join(f"{script}\nlargest difference 0.5 of 2.0\n" for script in arguments)
         (argument,) = arguments
         if argument == "--list":
             return json.dumps({"version": "oracle 1", "blocks": {name: claims for name, (claims, _) in BLOCKS.items()}})

@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from moe.config import ConfigError
 from moe.conformance import equations
 from moe.conformance.peers.cases import BALANCE_WEIGHT, CASES
 from moe.conformance.peers.environments import Environment
-from moe.conformance.peers.suite import TOLERANCE, Cell, Library, layer_of_claims, rule_of
+from moe.conformance.peers.suite import TOLERANCE, WORKERS, Cell, Library, layer_of_claims, rule_of
 from moe.conformance.rule import Variant
 from moe.system.atomic_files import write_atomic
 from moe.system.npz_files import write_arrays
@@ -106,9 +105,12 @@ def _write(out: Path, library: Library, cell: Cell) -> None:
     values |= {"weighted": f" + {BALANCE_WEIGHT} * loss" if case.balance else ""}
     processes = claims.get("processes", 1)
     values |= {"launch": _PROCESSES.format(processes=processes) if processes > 1 else ""}
+    if processes > 1:
+        values["expression"] = f"getattr({expressions[quantity]}, 'full_tensor', lambda: {expressions[quantity]})()"
+    last = f"if torch.distributed.get_rank() == 0:\n    {_LAST}" if processes > 1 else _LAST
     values |= {"spread": "\n" + claims["spread_code"].strip() if claims.get("spread_code") else ""}
     first = f'"""{cell.block} of {library.name}, {cell.column}: {quantity} beside what its claimed rule gives."""\n'
-    write_atomic(script, first + (_JAX if in_jax else _TORCH).format(**values) + _LAST)
+    write_atomic(script, first + (_JAX if in_jax else _TORCH).format(**values) + last)
 
 
 def run(out: Path, environment: Environment, cells: Sequence[Cell]) -> dict[str, float]:
@@ -117,15 +119,18 @@ def run(out: Path, environment: Environment, cells: Sequence[Cell]) -> dict[str,
     Returns:
         block, column → the relative difference that the script printed; NaN where it failed.
     """
+    deviating = [cell for cell in cells if cell.status == "deviates"]
+    if not deviating:
+        return {}
+    scripts = [str(path(out, cell)) for cell in deviating]
+    printed = environment.run(WORKERS / "scripts.py", *scripts)
     found = {}
-    for cell in cells:
-        if cell.status == "deviates":
-            try:
-                printed = _PRINTED.search(environment.run(path(out, cell)))
-            except ConfigError as error:
-                print(f"  {path(out, cell).name}: {error}")
-                printed = None
-            found[f"{cell.block}, {cell.column}"] = float(printed[1]) / float(printed[2]) if printed else math.nan
+    for cell, script in zip(deviating, scripts, strict=True):
+        text = printed.split(f"{script}\n", 1)[1].split(str(out / "reproduce"), 1)[0]
+        numbers = _PRINTED.search(text)
+        if numbers is None:
+            print(f"  {script}: {text.strip()}")
+        found[f"{cell.block}, {cell.column}"] = float(numbers[1]) / float(numbers[2]) if numbers else math.nan
     return found
 
 

@@ -92,6 +92,8 @@ ADAPTERS = {
         {"moe_intermediate_size": 24, "n_shared_experts": None} | GROUPED,
         file="deepseek",
         arguments="0, ",
+        read="its gate returns the K chosen weights, and moe_call routes on them as on logits: experts 0 to K - 1 are "
+        "applied",
         rule=V3,
         bias=True,
         skip=SOFTMAX,

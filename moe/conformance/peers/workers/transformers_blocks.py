@@ -192,6 +192,7 @@ def adapters() -> dict[str, Block]:
             settings={"d_model": 16, "expert_capacity": 64, "second_expert_policy": "all", "moe_token_dropout": 0.0},
             rule={"renormalise": True, "activation": "relu"},
             skip={"one": "the router takes two experts"},
+            read="NllbMoeExperts takes the one-hot of a one-hot mask: experts 0 and 1 alone are applied",
         ),
     }
 
