@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import math
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -94,11 +97,23 @@ def test_verdicts_and_page(tmp_path, monkeypatch):
     page = (tmp_path / "scoreboard.md").read_text()
     assert "3 blocks of 1 library," in page
     assert "| oracle 1 | 3 |" in page
+    assert "## Not checked, and why" in page
     assert "- detaches (grad tokens, grad router, up to" in page
     assert "2 of 2 deviating cells are reproduced by their script alone, by 0.25 or more." in page
     script = (tmp_path / "reproduce" / "oracle.detaches.grad_router.py").read_text()
     assert "block.gate.weight.grad.mT" in script
     assert len(script.splitlines()) <= 20
+
+
+def test_scripts_run_apart(tmp_path):
+    """A script that changes a module, and one that raises, leave the next one as it is."""
+    texts = {"one": "import math\nmath.pi = 3\nprint(math.pi)", "two": "1 / 0", "three": "import math\nprint(math.pi)"}
+    paths = [str(tmp_path / f"{name}.py") for name in texts]
+    for path, text in zip(paths, texts.values(), strict=True):
+        Path(path).write_text(text)
+    command = [sys.executable, str(suite.WORKERS / "scripts.py"), *paths]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert printed == [paths[0], "3", paths[1], "ZeroDivisionError: division by zero", paths[2], str(math.pi)]
 
 
 def test_cases_show_what_they_say():
