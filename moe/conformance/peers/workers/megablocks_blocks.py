@@ -6,6 +6,7 @@ import dataclasses
 import importlib.metadata
 from typing import Any
 
+import row_weights
 import torch
 from torch import nn
 from torch_blocks import NUM_EXPERTS, Block, D, F, main
@@ -37,6 +38,8 @@ def balance_loss(mask):
     chosen = block.router.scores.topk(block.experts.args.moe_top_k).indices.flatten()
     return block.experts.load_balancing_loss(torch.bincount(chosen, minlength=8), block.router.scores)
 """
+#: Names of the experts' matrices.
+NAMES = {"gate": "w1", "up": "v1", "down": "w2"}
 
 
 @dataclasses.dataclass
@@ -57,18 +60,13 @@ class Megablocks(Block):
         )
 
     def load(self, block: nn.Module, arrays: dict[str, torch.Tensor]) -> None:
-        """w1 is the gate, v1 the up projection, w2 the down projection."""
+        """The router, then the three stacks."""
         block.router.layer.weight.copy_(arrays["router"].T)
-        block.experts.mlp.w1.copy_(arrays["gate"].mT.reshape(-1, D))
-        block.experts.mlp.v1.copy_(arrays["up"].mT.reshape(-1, D))
-        block.experts.mlp.w2.copy_(arrays["down"].reshape(-1, D))
+        row_weights.load(block.experts.mlp, NAMES, arrays)
 
     def gradients(self) -> dict[str, str]:
         """Gradients of the router and of the three stacks."""
-        shape = f"grad.reshape({NUM_EXPERTS}, {F}, {D})"
-        found = {"grad_gate": f"block.experts.mlp.w1.{shape}.mT", "grad_up": f"block.experts.mlp.v1.{shape}.mT"}
-        found |= {"grad_down": f"block.experts.mlp.w2.{shape}"}
-        return found | {"grad_router": "block.router.layer.weight.grad.mT"}
+        return row_weights.gradients(NAMES) | {"grad_router": "block.router.layer.weight.grad.mT"}
 
     def watch(self, block: nn.Module, seen: dict[str, torch.Tensor]) -> None:
         """The router's results."""

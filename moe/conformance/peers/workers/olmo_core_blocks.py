@@ -6,6 +6,7 @@ import dataclasses
 import importlib.metadata
 from typing import Any
 
+import row_weights
 import torch
 from torch import nn
 from torch_blocks import NUM_EXPERTS, Block, D, F, main
@@ -33,6 +34,8 @@ def balance_loss(mask):
     sizes |= {"batch_size_per_expert": counts.sum(0), "batched_batch_size_per_expert": counts}
     return loss.load_balancing_loss(**sizes, granularity=loss.MoELoadBalancingLossGranularity.local_batch)
 """
+#: Names of the experts' matrices.
+NAMES = {"gate": "w1", "up": "w3", "down": "w2"}
 
 
 @dataclasses.dataclass
@@ -52,24 +55,16 @@ class Olmo(Block):
         return f"{MOVES}block = {made}"
 
     def load(self, block: nn.Module, arrays: dict[str, torch.Tensor]) -> None:
-        """w1 is the gate, w3 the up projection, w2 the down projection."""
+        """The router, then the three stacks."""
         block.router.weight.copy_(arrays["router"].T.reshape(block.router.weight.shape))
-        mlp = block.experts.mlp
-        mlp.w1.copy_(arrays["gate"].mT.reshape(-1, D))
-        mlp.w3.copy_(arrays["up"].mT.reshape(-1, D))
-        mlp.w2.copy_(arrays["down"].reshape(-1, D))
+        row_weights.load(block.experts.mlp, NAMES, arrays)
         if self.bias:
             block.router.score_bias.copy_(arrays["bias"])
 
     def gradients(self) -> dict[str, str]:
         """Gradients of the router and of the three stacks."""
-        shape = f"reshape({NUM_EXPERTS}, {F}, {D})"
-        found = {
-            "grad_gate": f"block.experts.mlp.w1.grad.{shape}.mT",
-            "grad_up": f"block.experts.mlp.w3.grad.{shape}.mT",
-        }
-        found |= {"grad_down": f"block.experts.mlp.w2.grad.{shape}"}
-        return found | {"grad_router": f"block.router.weight.grad.reshape({NUM_EXPERTS}, {D}).mT"}
+        router = f"block.router.weight.grad.reshape({NUM_EXPERTS}, {D}).mT"
+        return row_weights.gradients(NAMES) | {"grad_router": router}
 
     def watch(self, block: nn.Module, seen: dict[str, torch.Tensor]) -> None:
         """The router's results."""
