@@ -158,10 +158,12 @@ class MoELayer(nnx.Module):
         return y, self._with_parameter_loss(report, keys.gate) if train else report, routing
 
     def _with_parameter_loss(self, report: balancing.LayerReport, rng: Array | None) -> balancing.LayerReport:
-        """The report with the gate's loss of the parameters, if it has one; latent experts see W_g projected."""
+        """The report with the gate's loss of the parameters, if it has one; latent experts see W_g projected, and the
+        columns of experts without an FFN, which have no matrices, are left out."""
         if self.router is None or type(self.gate).parameter_loss is Gate.parameter_loss:
             return report
-        columns = self.router.kernel[...] if self.latent is None else self.latent.down[...].T @ self.router.kernel[...]
+        columns = self.router.kernel[:, : self.config.num_experts]
+        columns = columns if self.latent is None else self.latent.down[...].T @ columns
         matrices = self.experts.matrices("up" if self.experts.gate is None else "gate")
         assert matrices is not None
         name = f"gate {type(self.gate).__name__}: parameter_loss"

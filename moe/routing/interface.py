@@ -149,7 +149,7 @@ class Gate:
         none.
 
         Args:
-            router: [D,E] float32, W_g of a linear router.
+            router: [D,E] float32, W_g of a linear router without the columns of experts that have no FFN.
             experts: [E,D,F] float32, the experts' gate matrices, or up matrices for a plain activation.
             rng: key of its draws; None: deterministic.
         """

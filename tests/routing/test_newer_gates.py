@@ -17,7 +17,7 @@ from moe.config.registry import LAYERS
 from moe.conformance import oracle, oracle_cases, reference
 from moe.interop.layers import single_layer
 from moe.layers.cosine import CosineMoE
-from moe.layers.moe_layer import MoELayer
+from moe.layers.moe_layer import Keys, MoELayer
 from moe.layers.router import SelectionBias
 from moe.parallel import partition_specs
 from moe.parallel.mesh import make_mesh
@@ -284,6 +284,29 @@ def test_coupling_loss_by_hand(rng):
     expected = 0.5 * compiled(*(jnp.asarray(weights[name], jnp.float32) for name in ("router", "up")), 1.0, None)
     np.testing.assert_allclose(report.sparsity_penalty, expected, rtol=1e-6)
     assert float(jax.jit(lambda x: layer(x)[1])(x).sparsity_penalty) == 0
+
+
+@pytest.mark.parametrize("latent_dim", [0, 5])
+def test_the_coupling_loss_is_of_the_columns_of_ffn_experts(latent_dim):
+    """Columns of experts without an FFN have no matrices: the loss is that of the layer without them, with their
+    gradient 0."""
+    gate = dataclasses.replace(LAYERS["coupled"].gate, k=2)
+    sizes = {"d_model": 4, "d_ff": 6, "num_experts": 3, "latent_dim": latent_dim, "gate": gate}
+    layer = MoELayer(zero_experts=1, constant_experts=2, rngs=nnx.Rngs(0), **sizes)
+    columns = layer.router.kernel[:, :3]
+    columns = columns if layer.latent is None else layer.latent.down[...].T @ columns
+    key, x = jax.random.key(1), jnp.ones((1, 4, 4))
+
+    @nnx.jit
+    def penalty(layer):
+        return layer(x, train=True, rng=key)[1].sparsity_penalty
+
+    loss, slopes = nnx.value_and_grad(penalty)(layer)
+    expected = coupling_loss(columns, layer.experts.gate[...], 1.0, Keys.split(key).gate)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    slope = np.asarray(slopes["router"]["kernel"][...])
+    assert np.abs(slope[:, :3]).max(axis=0).all()
+    np.testing.assert_array_equal(slope[:, 3:], 0)
 
 
 def test_sizes_of_pools_are_drawn_by_document(rng):
