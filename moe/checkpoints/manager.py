@@ -34,7 +34,7 @@ from moe.checkpoints.retention import LowestLoss, NewestRegular
 from moe.config import ConfigError
 from moe.data.streams import StreamsHandler, StreamsRestore, StreamsSave
 from moe.models.state import TrainState
-from moe.system.atomic_files import first_line, from_checked_json, in_bucket, to_checked_json, write_atomic
+from moe.system.atomic_files import first_line, from_checked_json, in_bucket, root_cause, to_checked_json, write_atomic
 from moe.system.metrics_files import METRICS, iterate_rows
 from moe.system.signals import StartAgain
 from moe.system.stop_watch import STOP_WATCH
@@ -330,10 +330,13 @@ def _as_config_error(workdir: epath.Path, manager: ocp.CheckpointManager | None)
             steps = complete_steps(workdir)
             last = f"the newest good checkpoint is of step {max(steps)}" if steps else "there is no checkpoint yet"
         what = "a checkpoint could not be written" if manager else "cannot be used"
-        raise ConfigError(
-            f"--workdir={workdir}: {what} ({first_line(error)}); {last}; "
-            "free space or repair it, and the same command continues from there"
-        ) from error
+        advice = "free space or repair it, and the same command continues from there"
+        if isinstance(root_cause(error), TimeoutError):  # Orbax measures its waits by the time of day
+            advice = (
+                "the system's clock was set forward meanwhile, or the storage did not answer in time; "
+                "the same command continues from there"
+            )
+        raise ConfigError(f"--workdir={workdir}: {what} ({first_line(error)}); {last}; {advice}") from error
 
 
 def refuse_unusable_path(workdir: str | os.PathLike[str]) -> None:

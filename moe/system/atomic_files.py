@@ -220,10 +220,16 @@ def _remove(folder: epath.Path, missing: list[epath.Path]) -> None:
             os.rmdir(path)
 
 
-def first_line(error: BaseException) -> str:
-    """Type and first line of the root cause of an error, at most 300 characters, without TensorStore's own spec."""
+def root_cause(error: BaseException) -> BaseException:
+    """The first error of a chain of causes."""
     while error.__cause__ is not None:
         error = error.__cause__
+    return error
+
+
+def first_line(error: BaseException) -> str:
+    """Type and first line of the root cause of an error, at most 300 characters, without TensorStore's own spec."""
+    error = root_cause(error)
     line = (str(error).strip() or "no details").splitlines()[0].split(" [tensorstore_spec=")[0]
     return f"{type(error).__name__}: {line if len(line) <= 300 else f'{line[:100]} ... {line[-190:]}'}"
 

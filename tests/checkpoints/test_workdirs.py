@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import itertools
 import json
 import logging
 import math
@@ -11,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import threading
+import time
 import types
 from pathlib import Path
 
@@ -312,6 +314,23 @@ def test_no_writer_is_left_behind_by_a_checkpoint_that_fails(tmp_path, monkeypat
 
     monkeypatch.setattr(checkpoints._manager, "save", fail_beside_a_writer)
     assert save() == []
+
+
+def test_a_clock_that_is_set_forward_within_a_save_is_named(tmp_path, monkeypatch):
+    """Orbax measures its waits by the time of day: the disk is not full, and the next start saves."""
+    state = TrainState(jnp.zeros((), jnp.int32), {"w": jnp.ones(2)}, {}, {"count": jnp.zeros(1)}, jnp.zeros(2))
+    clock = itertools.count(time.time(), 86_400)
+    with monkeypatch.context() as patch, no_background_tracebacks():
+        patch.setattr(time, "time", lambda: next(clock))
+        checkpoints = Checkpoints(epath.Path(tmp_path), 2)
+        with pytest.raises(ConfigError, match=r"TimeoutError: .*; the system's clock was set forward") as caught:  # noqa: PT012
+            checkpoints.save(1, state, None, {}, None)
+            checkpoints.wait()
+    assert "free space" not in str(caught.value)
+    again = Checkpoints(epath.Path(tmp_path), 2)
+    again.save(2, state, None, {}, None)
+    again.close()
+    assert steps(tmp_path)[-1] == 2
 
 
 def test_a_folder_that_fails_leaves_what_others_put_beside_it(tmp_path):
