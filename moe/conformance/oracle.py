@@ -222,10 +222,10 @@ def against_oracle(case: Case, seed: int, d: int = 6, f: int = 5) -> Iterator[Ro
     """Every mode against the per-token oracle, values and gradients."""
     rng = np.random.default_rng(seed)
     soft = case.gate == "soft_moe"
-    gate = find_gate(case.gate)
+    gate = case.create_gate()
     tau = LAYERS[case.gate].losses.null
-    section = own_fields(case.gate) | case.fields.get("gate", {}) | ({"k": case.k} if gate.sets_k else {})
-    slots = dataclasses.replace(gate, **case.fields.get("gate", {})).slots_per_expert
+    section = own_fields(case.gate) | case.gate_fields
+    slots = gate.slots_per_expert
     weights = weights_of(d, f, case.e, seed, slots, case.rule.null, case.fields.get("latent_dim", 0), case.gate)
     parts = router_parts(weights)
     # Numbers that are exact in bfloat16, so that both precisions route alike.

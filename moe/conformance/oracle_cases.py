@@ -15,6 +15,7 @@ from moe.config.registry import LAYERS, find_gate
 from moe.conformance import reference
 from moe.conformance.rows import spelled
 from moe.routing.balancing_rules import Quantile
+from moe.routing.interface import Gate
 
 #: Fields without which a causal model refuses routing that looks ahead.
 LEAK = {"accept_future_leak": True}
@@ -49,6 +50,15 @@ class Case:
         set_fields = spelled({name: value for name, value in self.fields.items() if name not in LEAK})
         drawn = ", draws" if self.draws else ""
         return f"G {self.g} S {self.s} E {self.e} K {self.k} C {self.c}, padding {self.padding:.0%}{set_fields}{drawn}"
+
+    @property
+    def gate_fields(self) -> dict[str, Any]:
+        """Fields of the gate, with K where the gate has it."""
+        return self.fields.get("gate", {}) | ({"k": self.k} if find_gate(self.gate).sets_k else {})
+
+    def create_gate(self) -> Gate:
+        """The gate with these fields."""
+        return dataclasses.replace(find_gate(self.gate), **self.gate_fields)
 
 
 GROUPS = {"groups": 3, "kept_groups": 2}

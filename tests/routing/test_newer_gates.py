@@ -416,6 +416,14 @@ def test_novices_by_hand():
     np.testing.assert_allclose(gradient["null"]["novices"][...], [[0, 0], [0, 1 / 4]], atol=1e-6)
 
 
+def test_the_cases_of_the_oracle_have_gates_that_fit_their_experts():
+    """K is set together with the other fields, since a gate may refuse them with its own K."""
+    for case in (*oracle_cases.CASES, *oracle_cases.edges(), oracle_cases.NOVICES):
+        gate = case.create_gate()
+        gate.check_experts(case.e, sum(case.rule.null))
+        assert gate.experts_per_token(case.e) == case.k or not gate.sets_k
+
+
 @pytest.mark.slow
 def test_novices_equal_the_oracle_in_every_mode():
     """Values and gradients, together with zero, copy and constant experts."""
