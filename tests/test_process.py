@@ -342,6 +342,7 @@ def test_a_current_directory_that_was_deleted_is_refused(tmp_path, monkeypatch, 
     ],
 )
 def test_a_wrong_flag_of_conformance_is_refused_before_the_work(command, says, monkeypatch):
+    monkeypatch.setattr("moe.conformance.table.run", lambda _: pytest.fail("the work of minutes has begun"))
     ended = run_here(f"scripts/{command[0]}", [command[1]], monkeypatch)
     assert (ended.code, ended.output) == (1, "")
     assert says in ended.errors
