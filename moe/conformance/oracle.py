@@ -218,6 +218,21 @@ def unsaturated(x: jax.Array, router: np.ndarray) -> jax.Array:
     return x
 
 
+def unsaturated_router(case: Case, x: np.ndarray, weights: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Divide W_g by 4 until no probability is within 0.001 of 1: as :func:`unsaturated`, for a router that normalises
+    x, so that smaller tokens have the same logits."""
+    router = weights["router"]
+    while jax.nn.softmax(logits_of(case, x, {**weights, "router": router}, case.rule)).max() > 0.999:
+        router = router / 4
+    return router
+
+
+def logits_of(case: Case, x: np.ndarray, weights: Mapping[str, np.ndarray], rule: reference.Rule) -> np.ndarray:
+    """Router logits [G,S,E] of tokens [G,S,D], one by one."""
+    router, parts = weights["router"], router_parts(weights)
+    return np.stack([[reference.router_logits(case.gate, token, router, parts, rule) for token in g] for g in x])
+
+
 def against_oracle(case: Case, seed: int, d: int = 6, f: int = 5) -> Iterator[Row]:
     """Every mode against the per-token oracle, values and gradients."""
     rng = np.random.default_rng(seed)
@@ -231,6 +246,9 @@ def against_oracle(case: Case, seed: int, d: int = 6, f: int = 5) -> Iterator[Ro
     # Numbers that are exact in bfloat16, so that both precisions route alike.
     x = jnp.asarray(rng.normal(size=(case.g, case.s, d)), jnp.bfloat16).astype(jnp.float32)
     x = x if soft or parts else unsaturated(x, weights["router"])
+    wide = np.asarray(x, np.float64)
+    if case.gate == "zaya":
+        weights["router"] = unsaturated_router(case, wide, weights)
     mask = rng.random((case.g, case.s)) >= case.padding
     mask[:, rng.integers(case.s)] = True
     cotangent = jnp.asarray(rng.normal(size=x.shape), jnp.float32)
@@ -240,13 +258,7 @@ def against_oracle(case: Case, seed: int, d: int = 6, f: int = 5) -> Iterator[Ro
     if gate.balancing is not None and not isinstance(gate.balancing, Penalty):
         given["selection_bias"] = (rng.normal(size=case.e) * 0.3).astype(np.float32)
         rule = dataclasses.replace(rule, bias=given["selection_bias"])
-    wide = np.asarray(x, np.float64)
-    if soft:
-        logits = np.zeros((case.g, case.s, case.e))
-    else:
-        logits = np.stack(
-            [[reference.router_logits(case.gate, token, weights["router"], parts, rule) for token in g] for g in wide]
-        )
+    logits = np.zeros((case.g, case.s, case.e)) if soft else logits_of(case, wide, weights, rule)
     if case.gate == "noisy_topk" and rule.draws is not None:
         logits = reference.noisy(logits, wide @ weights["noise"], rule.draws)
     masks = {"": mask}
