@@ -41,21 +41,18 @@ def balance_loss(mask):
 
 @dataclasses.dataclass
 class Trl(Transformers):
-    """A trainer: ``unused`` columns of the data, ``more`` arguments, its ``batch``."""
+    """A ``trainer``: ``unused`` columns of the data, ``more`` arguments, its ``batch``."""
 
+    trainer: str
     unused: tuple[str, ...] = ()
     more: str = ""
     batch: str = ""
 
     def code(self, k: int) -> str:
         """The model of one layer, and its trainer."""
-        trainer = (
-            TRAINER.replace("NAME", self.name).replace("UNUSED", str(list(self.unused))).replace("MORE", self.more)
-        )
-        self_name, self.name = self.name, "MixtralSparseMoeBlock"
-        made = super().code(k).rsplit("\n", 1)[0]
-        self.name = self_name
-        return f"{made}{trainer}"
+        made = super().code(k).rsplit("\n", 1)[0]  # the config; the block is the model's
+        trainer = TRAINER.replace("NAME", self.trainer).replace("UNUSED", str(list(self.unused)))
+        return made + trainer.replace("MORE", self.more)
 
     def losses(self, k: int) -> str:
         """router_aux_loss_coef's term of compute_loss."""
@@ -69,10 +66,11 @@ SIZES = {"vocab_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "num
 SKIP = dict.fromkeys(("main", "one", "empty", "ties", "parts", "precision"), "the block is transformers'")
 CLAIMS = {"settings": SIZES | {"attn_implementation": "eager"}, "skip": SKIP, **MIXTRAL}
 PAIRS = '{"completion_mask": mask.long(), "ref_chosen_logps": torch.zeros(2), "ref_rejected_logps": torch.zeros(2)}'
+BLOCK = ("mixtral", "MixtralSparseMoeBlock")
 ADAPTERS: dict[str, Block] = {
-    "SFTTrainer": Trl("mixtral", "SFT", unused=("chosen", "rejected"), batch='{"labels": ids}', **CLAIMS),
+    "SFTTrainer": Trl(*BLOCK, trainer="SFT", unused=("chosen", "rejected"), batch='{"labels": ids}', **CLAIMS),
     "DPOTrainer": Trl(
-        "mixtral", "DPO", unused=("completion",), more="ref_model=type(model)(config),", batch=PAIRS, **CLAIMS
+        *BLOCK, trainer="DPO", unused=("completion",), more="ref_model=type(model)(config),", batch=PAIRS, **CLAIMS
     ),
 }
 
