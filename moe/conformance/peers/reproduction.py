@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from moe.conformance import equations
-from moe.conformance.peers.cases import BALANCE_WEIGHT, CASES
+from moe.conformance.peers.cases import BALANCE_WEIGHT, CASES, Case
 from moe.conformance.peers.environments import Environment
 from moe.conformance.peers.suite import TOLERANCE, WORKERS, Cell, Library, layer_of_claims, rule_of
-from moe.conformance.rule import Variant
+from moe.conformance.rule import Layer, Variant
 from moe.system.atomic_files import write_atomic
 from moe.system.npz_files import write_arrays
 
@@ -77,40 +77,74 @@ def _write(out: Path, library: Library, cell: Cell) -> None:
     claims = library.blocks[cell.block]
     case = next(case for case in CASES if case.name == cell.case)
     made = out / library.name / "results" / f"{cell.block}.{cell.case}"
-    layer = layer_of_claims(claims, case)
+    code, layer = made.with_name(made.name + ".code").read_text(), layer_of_claims(claims, case)
     in_jax = claims.get("framework") == "jax"
-    weights = {name: array for name, array in layer.weights.items() if name != "x"}
-    if in_jax:
-        expressions = {f"grad_{name}": f"sum(part[0]['{name}'] for part in results)" for name in weights}
-        expressions |= {"grad_x": "np.concatenate([part[0]['x'] for part in results])"}
-        expressions |= {"y": "np.concatenate([part[1] for part in results])"}
-        state = weights if layer.bias is None else weights | {"bias": layer.bias}
-    else:
-        expressions = claims["gradients"] | {"grad_x": "whole.grad", "y": "torch.cat(outputs)"}
-        expressions |= {"balance_loss": "loss"} if case.balance else {}
-        with np.load(made.with_name(made.name + ".npz"), allow_pickle=False) as archive:
-            state = {name: archive[name] for name in archive.files if name.startswith("state.")}
+    expressions = _in_jax(layer) if in_jax else _in_torch(claims, case)
     quantity = cell.quantity if cell.quantity in expressions else "y"
     expected = equations.compute(rule_of(claims, case), Variant(**claims["documented"]), layer)[quantity]
     cotangent = np.asarray(layer.cotangent) * layer.mask[..., None]
+    state = _weights(layer) if in_jax else _state(made.with_name(made.name + ".npz"))
     arrays: dict[str, Any] = {"x": layer.x, "cotangent": cotangent, **state}
     arrays = {name: np.asarray(array, np.float32) for name, array in arrays.items()}
     script = path(out, cell)
     script.parent.mkdir(exist_ok=True)
     write_arrays(script.with_suffix(".npz"), arrays | {"mask": layer.mask, "expected": expected})
-    values = {"code": made.with_name(made.name + ".code").read_text(), "expression": expressions[quantity]}
-    values |= {"run": claims["run"], "parts": case.parts}
-    values |= {"split": _PARTS.format(parts=case.parts) if case.parts > 1 else "parts = [a]"}
-    values |= {"loss": "    loss = balance_loss(mask)\n" if case.balance else ""}
-    values |= {"weighted": f" + {BALANCE_WEIGHT} * loss" if case.balance else ""}
-    processes = claims.get("processes", 1)
-    values |= {"launch": _PROCESSES.format(processes=processes) if processes > 1 else ""}
-    if processes > 1:
-        values["expression"] = f"getattr({expressions[quantity]}, 'full_tensor', lambda: {expressions[quantity]})()"
-    last = f"if torch.distributed.get_rank() == 0:\n    {_LAST}" if processes > 1 else _LAST
-    values |= {"spread": "\n" + claims["spread_code"].strip() if claims.get("spread_code") else ""}
     first = f'"""{cell.block} of {library.name}, {cell.column}: {quantity} beside what its claimed rule gives."""\n'
-    write_atomic(script, first + (_JAX if in_jax else _TORCH).format(**values) + last)
+    expression = expressions[quantity]
+    text = _jax_text(code, expression, case) if in_jax else _torch_text(code, expression, claims, case)
+    write_atomic(script, first + text)
+
+
+def _weights(layer: Layer) -> dict[str, np.ndarray]:
+    """Weights of a layer in JAX, by the names that it reads."""
+    arrays = {name: array for name, array in layer.weights.items() if name != "x"}
+    return arrays if layer.bias is None else arrays | {"bias": layer.bias}
+
+
+def _state(file: Path) -> dict[str, np.ndarray]:
+    """Parameters and buffers of a block in PyTorch before its run, as ``state.NAME``."""
+    with np.load(file, allow_pickle=False) as archive:
+        return {name: archive[name] for name in archive.files if name.startswith("state.")}
+
+
+def _in_jax(layer: Layer) -> dict[str, str]:
+    """Quantity → its expression in a script in JAX."""
+    gradients = {f"grad_{name}": f"sum(part[0]['{name}'] for part in results)" for name in layer.weights}
+    joined = {"grad_x": "np.concatenate([part[0]['x'] for part in results])"}
+    return gradients | joined | {"y": "np.concatenate([part[1] for part in results])"}
+
+
+def _in_torch(claims: Mapping[str, Any], case: Case) -> dict[str, str]:
+    """Quantity → its expression in a script in PyTorch."""
+    losses = {"balance_loss": "loss"} if case.balance else {}
+    return claims["gradients"] | {"grad_x": "whole.grad", "y": "torch.cat(outputs)"} | losses
+
+
+def _jax_text(code: str, expression: str, case: Case) -> str:
+    """A script in JAX."""
+    split = _PARTS.format(parts=case.parts) if case.parts > 1 else "parts = [a]"
+    return _JAX.format(code=code, split=split, expression=expression) + _LAST
+
+
+def _torch_text(code: str, expression: str, claims: Mapping[str, Any], case: Case) -> str:
+    """A script in PyTorch, of one process or several."""
+    processes, spread = claims.get("processes", 1), claims.get("spread_code", "").strip()
+    launch, last = "", _LAST
+    if processes > 1:
+        launch = _PROCESSES.format(processes=processes)
+        expression = f"getattr({expression}, 'full_tensor', lambda: {expression})()"
+        last = f"if torch.distributed.get_rank() == 0:\n    {_LAST}"
+    body = _TORCH.format(
+        code=code,
+        run=claims["run"],
+        parts=case.parts,
+        launch=launch,
+        spread=f"\n{spread}" if spread else "",
+        loss="    loss = balance_loss(mask)\n" if case.balance else "",
+        weighted=f" + {BALANCE_WEIGHT} * loss" if case.balance else "",
+        expression=expression,
+    )
+    return body + last
 
 
 def run(out: Path, environment: Environment, cells: Sequence[Cell]) -> dict[str, float]:
