@@ -11,24 +11,23 @@ import torch
 from torch import nn
 from torch_blocks import NUM_EXPERTS, Block, D, F, main
 
-STANDS_IN = """
+IMPORTS = """
 import sys, types
 import torch
 for name in ("megablocks_ops", "grouped_gemm"):
     sys.modules[name] = types.SimpleNamespace(ops=types.SimpleNamespace(), backend=None)
 from megablocks import grouped_gemm_util, ops
 from megablocks.layers import arguments, dmoe
+"""
+PRODUCTS = """\
 def gmm(x, weights, sizes, trans_b=False):
     parts = zip(x.split(sizes.tolist()), weights)
     return torch.cat([part @ (weight.mT if trans_b else weight) for part, weight in parts])
-def scatter(x, indices, bin_ids, weights, bins, top_k):
-    y = torch.zeros_like(x).index_copy(0, indices, x)
-    return (y.view(-1, top_k, x.shape[-1]) * weights.view(-1, top_k, 1)).sum(1)
-grouped_gemm_util.ops.gmm, ops.scatter, ops.inclusive_cumsum = gmm, scatter, torch.cumsum
+grouped_gemm_util.ops.gmm, ops.gather, ops.scatter, ops.inclusive_cumsum = gmm, gather, scatter, torch.cumsum
 ops.sort = lambda x, end_bit: torch.sort(x, stable=True)
 ops.histogram = lambda x, size: torch.bincount(x, minlength=size)
-ops.gather = lambda x, indices, bin_ids, bins, top_k: x[indices // top_k]
 """
+STANDS_IN = f"{IMPORTS.rstrip()}{row_weights.MOVES}{PRODUCTS}"
 LOSSES = """
 from megablocks.layers import router
 router.clear_router_zloss()

@@ -11,17 +11,14 @@ import torch
 from torch import nn
 from torch_blocks import NUM_EXPERTS, Block, D, F, main
 
-MOVES = """
+IMPORTS = """
 import torch
 from olmo_core.nn.moe import MoEConfig, MoERouterConfig, MoEType
 from olmo_core.nn.moe import parallel_mlp
-def gather(x, indices, bin_ids, bins, top_k):
-    return x[indices.long() // top_k]
-def scatter(x, indices, bin_ids, weights, bins, top_k):
-    y = torch.zeros_like(x).index_copy(0, indices.long(), x)
-    return (y.view(-1, top_k, x.shape[-1]) * weights.view(-1, top_k, 1)).sum(1)
-parallel_mlp.ops.gather, parallel_mlp.ops.scatter = gather, scatter
 """
+STANDS_IN = (
+    f"{IMPORTS.rstrip()}{row_weights.MOVES}parallel_mlp.ops.gather, parallel_mlp.ops.scatter = gather, scatter\n"
+)
 #: Both losses, of all tokens: they have no mask.
 LOSSES = """
 from olmo_core.nn.moe import loss
@@ -52,7 +49,7 @@ class Olmo(Block):
         router |= {"bias_gamma": 0.001 if self.bias else None}
         layer = {"num_experts": NUM_EXPERTS, "hidden_size": F}
         made = f"MoEConfig(name=MoEType.dropless, router=MoERouterConfig(**{router}), **{layer}).build({D}, n_layers=1)"
-        return f"{MOVES}block = {made}"
+        return f"{STANDS_IN}block = {made}"
 
     def load(self, block: nn.Module, arrays: dict[str, torch.Tensor]) -> None:
         """The router, then the three stacks."""

@@ -1,10 +1,19 @@
-"""Experts whose three matrices are stored as rows [E·F,D], as megablocks and OLMo-core do."""
+"""Experts as megablocks and OLMo-core have them: matrices stored as rows [E·F,D], and kernels that move rows."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 from torch_blocks import NUM_EXPERTS, D, F
+
+#: Moves of rows by PyTorch's indexing, which stand in for both libraries' kernels.
+MOVES = """
+def gather(x, indices, bin_ids, bins, top_k):
+    return x[indices.long() // top_k]
+def scatter(x, indices, bin_ids, weights, bins, top_k):
+    y = torch.zeros_like(x).index_copy(0, indices.long(), x)
+    return (y.view(-1, top_k, x.shape[-1]) * weights.view(-1, top_k, 1)).sum(1)
+"""
 
 
 def load(mlp: nn.Module, names: dict[str, str], arrays: dict[str, torch.Tensor]) -> None:
