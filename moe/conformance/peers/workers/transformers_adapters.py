@@ -18,8 +18,13 @@ SIZES = {
     F: ("intermediate_size", "moe_intermediate_size", "expert_ffn_hidden_size", "shared_expert_intermediate_size"),
 }
 K = ("num_experts_per_tok", "moe_topk", "moe_top_k")
-SCALE = ("routed_scaling_factor", "route_scale", "router_scaling_factor")
-SCALE = (*SCALE, "moe_routed_scaling_factor", "moe_router_scaling_factor")
+SCALE = (
+    "routed_scaling_factor",
+    "route_scale",
+    "router_scaling_factor",
+    "moe_routed_scaling_factor",
+    "moe_router_scaling_factor",
+)
 ACTIVATION = ("hidden_act", "activation_function", "mlp_hidden_act")
 #: Claims of a softmax over the K highest logits.
 MIXTRAL = {"rule": {"renormalise": True}}
