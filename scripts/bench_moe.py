@@ -93,7 +93,7 @@ def check() -> None:
 
 def _case(shape: str, gate: str, mode: str, experts: int, k: int, d_ff: int, activation: str) -> Any:
     """A case with the flags' sizes."""
-    from moe.benchmarks.layer_programs import Case
+    from moe.lab.benchmarks.layer_programs import Case
 
     return Case(
         shape=shape,
@@ -137,7 +137,7 @@ def bench_layers() -> list[dict[str, Any]]:
     """Time all cases; those of one shape and number of experts in turns with their reference."""
     import jax
 
-    from moe.benchmarks import layer_programs, timing
+    from moe.lab.benchmarks import layer_programs, timing
     from moe.parallel.mesh import AXES, axis_size
 
     rows = []
@@ -218,8 +218,8 @@ def bench_layers() -> list[dict[str, Any]]:
 
 def read_layers(sizes: dict[str, int]) -> list[dict[str, Any]]:
     """Compile all cases for the topology, every device with its own tokens."""
-    from moe.benchmarks import layer_programs
     from moe.config import Config, DataConfig, MeshConfig, TrainConfig, validate_mesh
+    from moe.lab.benchmarks import layer_programs
     from moe.parallel.mesh import make_mesh
     from moe.planner import layer as pods_layer
     from moe.planner.topology import get_topology
@@ -255,8 +255,8 @@ def bench_model() -> list[dict[str, Any]]:
     import jax
     import numpy as np
 
-    from moe.benchmarks import layer_programs, timing
     from moe.config import Config, DataConfig, ModelConfig, MoEConfig, TrainConfig
+    from moe.lab.benchmarks import layer_programs, timing
     from moe.models import flops
     from moe.training import profiling
     from moe.training.batches import place

@@ -25,7 +25,7 @@ from typing import Any
 
 from absl import flags
 
-from moe.benchmarks.gpu_sizes import Sizes
+from moe.lab.benchmarks.gpu_sizes import Sizes
 from moe.programs import cli
 
 _NAME = flags.DEFINE_string("name", "", "Name of the page; empty: from the GPU's name.")
@@ -78,7 +78,7 @@ def parity(sizes: Sizes) -> Iterator[str]:
 
 def layer(sizes: Sizes) -> Iterator[str]:
     """Mixtral's layer, router and losses included, against the matmul rate measured in turns with it."""
-    from moe.benchmarks import layer_programs, timing
+    from moe.lab.benchmarks import layer_programs, timing
 
     cases = {mode: _case(sizes, mode) for mode in ("dropless", "gather")}
     yield "| mode | pass | ms, median (minimum) | active TFLOP/s | of the matmul rate |"
@@ -105,8 +105,8 @@ def pytorch(sizes: Sizes) -> Iterator[str]:
     import jax
     import jax.numpy as jnp
 
-    from moe.benchmarks import timing
     from moe.dispatch.backends import gpu, tpu
+    from moe.lab.benchmarks import timing
 
     num_rows, experts = 2 * sizes.tokens, sizes.experts
     rows = jnp.ones((num_rows, sizes.d_model), sizes.dtype)
@@ -145,7 +145,7 @@ def attention(sizes: Sizes) -> Iterator[str]:
     import jax
     import jax.numpy as jnp
 
-    from moe.benchmarks import timing
+    from moe.lab.benchmarks import timing
     from moe.layers.attention.attend import attend, runs_cudnn
     from moe.layers.attention.scoring import Scoring
 
@@ -254,14 +254,14 @@ def _profile(path: Path) -> Iterator[str]:
 
 def grouped_matmuls(sizes: Sizes) -> Iterator[str]:
     """Kernels of grouped matmuls."""
-    from moe.benchmarks import gpu_kernels
+    from moe.lab.benchmarks import gpu_kernels
 
     yield from gpu_kernels.grouped_matmuls(sizes, _CALLS.value)
 
 
 def large_groups(sizes: Sizes) -> Iterator[str]:
     """Groups that are computed in row blocks."""
-    from moe.benchmarks import gpu_kernels
+    from moe.lab.benchmarks import gpu_kernels
 
     yield from gpu_kernels.large_groups(sizes, _CALLS.value)
 
@@ -279,7 +279,7 @@ SECTIONS: dict[str, Callable[[Sizes], Iterator[str]]] = {
 
 
 def _case(sizes: Sizes, mode: str) -> Any:
-    from moe.benchmarks.layer_programs import Case
+    from moe.lab.benchmarks.layer_programs import Case
 
     return Case(
         shape="Mixtral", gate="mixtral", mode=mode, experts=sizes.experts, k=2, d_model=sizes.d_model,

@@ -41,8 +41,8 @@ def utilisation(config: Any, mesh: Any) -> None:
     import jax
     import numpy as np
 
-    from moe.benchmarks import timing
-    from moe.benchmarks.train_steps import Stepper, random_rows
+    from moe.lab.benchmarks import timing
+    from moe.lab.benchmarks.train_steps import Stepper, random_rows
     from moe.models import flops
     from moe.parallel import target
     from moe.training import profiling
@@ -107,8 +107,8 @@ def with_model(config: Any, **changes: Any) -> Any:
 
 def remat(config: Any, mesh: Any) -> None:
     """Print memory and step time of each remat policy."""
-    from moe.benchmarks import timing
-    from moe.benchmarks.train_steps import Stepper
+    from moe.lab.benchmarks import timing
+    from moe.lab.benchmarks.train_steps import Stepper
     from moe.training.step import build
 
     programs = {policy: build(with_model(config, remat=policy), mesh) for policy in _REMAT.value}
@@ -164,7 +164,7 @@ class Alternating:
 
     def make_program(self, *arguments: Any) -> Any:
         """:func:`moe.training.step.build`, with steps inserted."""
-        from moe.benchmarks.train_steps import Stepper
+        from moe.lab.benchmarks.train_steps import Stepper
         from moe.training.step import build
 
         program = build(*arguments)
@@ -225,8 +225,8 @@ def main() -> None:
     config = cli.load_config(_CONFIG)
     import jax
 
-    from moe.benchmarks.train_steps import refuse_more_than_the_model
     from moe.config import validate_mesh
+    from moe.lab.benchmarks.train_steps import refuse_more_than_the_model
     from moe.parallel.mesh import make_mesh
 
     mesh = make_mesh(config.mesh)

@@ -34,10 +34,10 @@ def main() -> None:
     import scipy.stats
     from etils import epath
 
-    from moe.benchmarks.train_steps import refuse_more_than_the_model
     from moe.checkpoints.manager import Checkpoints
     from moe.config import validate_mesh
     from moe.data import pipeline
+    from moe.lab.benchmarks.train_steps import refuse_more_than_the_model
     from moe.parallel.mesh import make_mesh
     from moe.training.batches import place
     from moe.training.step import build

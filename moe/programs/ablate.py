@@ -109,8 +109,8 @@ def main() -> None:
 
 def _time(suite: Suite, folder: Path) -> None:
     """Time steps of the arms and write the seconds into the folder."""
-    from moe.benchmarks import train_steps
     from moe.lab import step_seconds
+    from moe.lab.benchmarks import train_steps
     from moe.lab.running import runner
 
     arms = _ARMS.value or list(suite.variants)

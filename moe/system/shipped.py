@@ -1,7 +1,7 @@
 """Files that are installed with the package: configs, suites, kept plans, the results' records, a model to play with.
 
-In a checkout ``moe/configs`` and ``moe/results`` are links to ``configs/`` and ``docs/results/``; a wheel holds the
-files themselves. Importing this module imports nothing else.
+In a checkout ``moe/configs`` and ``moe/lab/published`` are links to ``configs/`` and ``docs/results/``; a wheel holds
+the files themselves. Importing this module imports nothing else.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SUITES = CONFIGS / "ablations"
 PLANS = CONFIGS / "plans.json"
 
 #: Results: in each suite's folder the table of its runs.
-RESULTS = _PACKAGE / "results"
+RESULTS = _PACKAGE / "lab" / "published"
 
 #: Packed model of the page to play with.
 PLAYGROUND = _PACKAGE / "playground" / "model.npz"

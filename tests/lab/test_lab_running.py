@@ -16,9 +16,9 @@ import jax
 import numpy as np
 import pytest
 
-from moe.benchmarks import train_steps
 from moe.config import ConfigError, MeshConfig
 from moe.lab import records, results, step_seconds
+from moe.lab.benchmarks import train_steps
 from moe.lab.loading import with_seeds
 from moe.lab.records import DIVERGED, FINISHED, PRIMARY
 from moe.lab.running import jobs, last_tenth, probes, progress, runner

@@ -17,9 +17,9 @@ import optax
 import pytest
 from flax import nnx
 
-from moe.benchmarks import layer_programs
 from moe.config import ConfigError, MeshConfig
 from moe.dispatch.buffers import expert_capacity
+from moe.lab.benchmarks import layer_programs
 from moe.layers.moe_layer import MoELayer
 from moe.layers.parameter import parameter, zeros
 from moe.models.factory import abstract_model

@@ -14,10 +14,10 @@ from etils import epath
 
 from moe.analysis import analyse, specialisation, stacks
 from moe.analysis.record import Recorder
-from moe.benchmarks.train_steps import random_rows
 from moe.config import ConfigError
 from moe.data import pipeline
 from moe.data.tokenizer_files import find_tokenizer
+from moe.lab.benchmarks.train_steps import random_rows
 from moe.lab.running.heldout import RowLosses, mixed_rows
 from moe.lab.running.runner import Programs
 from moe.parallel.mesh import make_mesh

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from etils import epath
 
-from moe.benchmarks.train_steps import random_rows, refuse_more_than_the_model
 from moe.checkpoints.pinned import pinned_steps
 from moe.config import Config, ConfigError, DataConfig, DistillConfig, LoraConfig, MeshConfig, StartConfig, TrainConfig
 from moe.config.run_sections import OptimizerConfig
+from moe.lab.benchmarks.train_steps import random_rows, refuse_more_than_the_model
 from moe.models.sampling import Rollout, check_prompts, make_sampler
 from moe.objectives import online
 from moe.objectives.online import Engine, Rounds, make_groups, own_engine, train_online

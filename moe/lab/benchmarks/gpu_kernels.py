@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe.benchmarks import timing
-from moe.benchmarks.gpu_sizes import Sizes
 from moe.dispatch.backends import gpu, row_blocks, tpu
 from moe.dispatch.backends.packed import PackedWeights
 from moe.dispatch.ffn import ExpertWeights
+from moe.lab.benchmarks import timing
+from moe.lab.benchmarks.gpu_sizes import Sizes
 
 
 def grouped_matmuls(sizes: Sizes, calls: int) -> Iterator[str]:

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
-from moe.benchmarks import timing
 from moe.config import Config, ConfigError
+from moe.lab.benchmarks import timing
 from moe.parallel.mesh import make_mesh
 from moe.training import batches
 from moe.training.step import Program, build
