@@ -11,7 +11,7 @@ import pathlib
 from sphinx.application import Sphinx
 
 from moe.analysis import explorer
-from moe.planner import html
+from moe.planner import pages
 from moe.playground.packed import read
 from moe.playground.page import render
 from moe.system import shipped
@@ -107,7 +107,7 @@ def write_pages(app: Sphinx, error: Exception | None) -> None:
         pathlib.Path(app.outdir, "play.html").write_text(render(read(shipped.PLAYGROUND)))
         explored = (DOCS / "routing_explorer.json").read_text()
         pathlib.Path(app.outdir, "routing_explorer.html").write_text(explorer.render(explored))
-        plan = html.page(json.loads((DOCS / "plan.json").read_text()))
+        plan = pages.page(json.loads((DOCS / "plan.json").read_text()))
         pathlib.Path(app.outdir, "plan.html").write_text(plan)
 
 

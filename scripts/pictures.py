@@ -54,9 +54,9 @@ def _suite_report() -> str:
 
 def _plan() -> str:
     """The page of docs/plan.json, which ``moe plan --json`` printed (docs/pods.md has the command)."""
-    from moe.planner import html
+    from moe.planner import pages
 
-    return html.page(json.loads((DOCS / "plan.json").read_text()))
+    return pages.page(json.loads((DOCS / "plan.json").read_text()))
 
 
 def _difference() -> str:
@@ -134,7 +134,7 @@ PICTURES = {
     "playground_phone": Picture(_playground, _PAGE, 500, 900),
     "explorer": Picture(_explorer, ("moe/analysis/explorer.html", "docs/routing_explorer.json"), 1000, 760),
     "suite_report": Picture(_suite_report, _REPORT, 800, 1000),
-    "plan": Picture(_plan, ("docs/plan.json", "moe/planner/html.py"), 960, 610),
+    "plan": Picture(_plan, ("docs/plan.json", "moe/planner/pages.py"), 960, 610),
     "difference": Picture(_difference, ("docs/difference.json", "moe/analysis/difference_page.py"), 1060, 560),
 }
 

@@ -22,7 +22,7 @@ from moe.conformance.rule import Rule
 from moe.data import chat, chat_rendering, documents
 from moe.data.engines import EngineName, read_experts
 from moe.objectives.policy import Policy
-from moe.planner import differences, html
+from moe.planner import differences, pages
 from moe.playground import packed as weights
 from moe.playground import page
 from tests.helpers import tiny_model
@@ -167,5 +167,5 @@ def test_differences_of_plans(case):
         path.write_bytes(case[1])
         with read_or_refused():
             plan = differences.read(path)
-            assert differences.render(PLAN, plan)
-            assert html.difference(PLAN, plan, ("a", "b"))
+            assert pages.difference_text(PLAN, plan)
+            assert pages.difference(PLAN, plan, ("a", "b"))

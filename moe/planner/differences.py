@@ -107,14 +107,3 @@ def sentence(a: _Json, b: _Json) -> str:
     parts = [f"{1e3 * row['seconds']:+,.0f} ms in {row['part']}" for row in by_part(a, b)[:_NAMED] if row["seconds"]]
     whole = 1e3 * (b["step_seconds"] - a["step_seconds"])
     return f"{', '.join(changed) or 'the same settings'}: {', '.join(parts) or 'no change'}; {whole:+,.0f} ms per step"
-
-
-def render(a: _Json, b: _Json) -> str:
-    """The difference as text."""
-    lines = [sentence(a, b), "", *(f"  {name}: {old} → {new}" for name, old, new in settings(a, b)), ""]
-    lines.append(f"  {'part':32} {'A, ms':>10} {'B, ms':>10} {'change':>10}")
-    lines += [
-        f"  {row['part']:32} {1e3 * row['a']:10.1f} {1e3 * row['b']:10.1f} {1e3 * row['seconds']:+10.1f}"
-        for row in by_part(a, b)
-    ]
-    return "\n".join(lines)

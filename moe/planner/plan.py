@@ -195,6 +195,7 @@ class Plan:
             | {"memory_total": self.memory.total, "memory_notes": self.memory.notes(self.platform)}
             | {"cost": self.cost(), "interval_basis": self.interval_basis}
             | {"token_all_gathers": len(self.token_exchanges), "unnamed_all_gathers": len(self.unnamed_gathers)}
+            | {"gathered_tokens": [exchange.purpose for exchange in self.token_exchanges]}
         )
 
 

@@ -95,7 +95,7 @@ def main() -> None:
         return
     choose_remat = ChainMap(*map(dict, reversed(layers))).get("model.remat") == "fit"
     config = command_line.build_layers(*layers, {"model.remat": "full"} if choose_remat else {})
-    from moe.planner import make_plan, other_programs, page, topology
+    from moe.planner import make_plan, other_programs, pages, topology
     from moe.planner.scenario import Scenario
 
     scenario = Scenario(_BANDWIDTH.value, _MATMUL_SHARE.value, _SKEW.value)
@@ -123,11 +123,9 @@ def main() -> None:
     if _JSON.value:
         print(json.dumps(made.to_json() | {"changes": changes, "programs": programs}, indent=2))
         return
-    print(page.render(made))
+    print(pages.text(made.to_json(), changes))
     if programs:
         print(other_programs.words(programs, made.memory.total))
-    for change in changes:
-        print(f"  {change['label']}: {_outcome(change['plan'], made.tokens_per_second_per_chip)}")
     if where.has_own_network:
         print(f"Kept plans of {where.name} are for another network: --search looks for settings")
         return
@@ -159,14 +157,14 @@ def _refuse_unread_flags() -> None:
 
 
 def _print_difference() -> None:
-    from moe.planner import differences, html
+    from moe.planner import differences, pages
 
     if len(_DIFF.value) != 2:
         raise ConfigError(f"--diff={','.join(_DIFF.value)}: must be two files that --json printed")
     a, b = (differences.read(Path(path)) for path in _DIFF.value)
     if _PAGE.value:
-        write_atomic(Path(_PAGE.value), html.difference(a, b, (_DIFF.value[0], _DIFF.value[1])))
-    print(differences.render(a, b))
+        write_atomic(Path(_PAGE.value), pages.difference(a, b, (_DIFF.value[0], _DIFF.value[1])))
+    print(pages.difference_text(a, b))
 
 
 def _plan_by_shapes() -> None:
@@ -196,10 +194,10 @@ def _register(figures: dict[str, Any], made_from: str, program: str, commit: str
 
 
 def _write_files(figures, chip, changes) -> None:
-    from moe.planner import html, roofline
+    from moe.planner import pages, roofline
 
     if _PAGE.value:
-        write_atomic(Path(_PAGE.value), html.page(figures, changes))
+        write_atomic(Path(_PAGE.value), pages.page(figures, changes))
     if _ROOFLINE.value:
         roofline.figure(Path(_ROOFLINE.value), figures, chip)
 
@@ -217,13 +215,6 @@ def _try_changes(config: Config, where, scenario) -> list:
         made = search.run(alone, cache, lambda config: make_plan.make_plan(config, where, scenario).to_json(), limit=1)
         tried.append({"label": label, "plan": made[0][1]})
     return tried
-
-
-def _outcome(made, rate: float) -> str:
-    if "error" in made:
-        return made["error"].partition(";")[0]
-    gain = 100 * (made["tokens_per_second_per_chip"] / rate - 1)
-    return f"{gain:+.1f} % tokens/s, {made['memory_total'] / 2**30:.1f} GiB"
 
 
 def _name() -> str:
