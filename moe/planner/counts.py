@@ -10,11 +10,29 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
+from typing import cast
 
+import pydantic
+
+from moe.dispatch.backends.tpu_tiles import Kind
 from moe.planner import attention, kernels, network, row_movement
 from moe.planner.kinds import KINDS
 from moe.planner.records import GroupedMatmul, Item
 from moe.system.foreign_files import Amount, Fields
+
+
+class Work(Fields):
+    """Alike instructions among :attr:`Counts.rest`.
+
+    Attributes:
+        name: pass, part of the model, JAX's operation and the longest instruction.
+        seconds: of a step.
+        least: seconds of their FLOPs at peak or of their bytes at memory bandwidth, the longer.
+    """
+
+    name: str
+    seconds: Amount
+    least: Amount
 
 
 class Counts(Fields):
@@ -30,6 +48,8 @@ class Counts(Fields):
         waited: seconds of exchange that the device waits for, at the whole of the links' bandwidth.
         memory: seconds of all bytes that the work reads and writes, at memory bandwidth; 0: not kept.
         links: seconds of all exchanges on the busiest kind of link, at the whole of its bandwidth; 0: not kept.
+        work: instructions of ``rest`` that take longest beyond their own limits; []: not kept.
+        waits: parts of ``waited``, by "kind over axes, purpose"; {}: not kept.
     """
 
     matmuls: dict[str, Amount]
@@ -40,6 +60,8 @@ class Counts(Fields):
     waited: Amount
     memory: Amount = 0.0
     links: Amount = 0.0
+    work: list[Work] = pydantic.Field(default_factory=list)
+    waits: dict[str, Amount] = pydantic.Field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +114,13 @@ def matmuls(grouped: Iterable[tuple[GroupedMatmul, int]]) -> dict[str, float]:
     return found
 
 
+def matmul_of(key: str) -> GroupedMatmul:
+    """The kernel of a key of :attr:`Counts.matmuls`, its buffer as large as its filled rows."""
+    kind, kernel, *sizes = key.split()
+    rows, k, n, experts, itemsize = map(int, sizes)
+    return GroupedMatmul(cast("Kind", kind), (rows, k, n, experts), (0, 0, 0), itemsize, 1, kernel)
+
+
 def scores(items: Sequence[Item], name: str, layers: Sequence[attention.Layer]) -> dict[str, float]:
     """:attr:`Counts.attention` of attention's kernels, which alike layers share evenly.
 
@@ -127,10 +156,8 @@ def price(counts: Counts, name: str) -> Priced:
     peak = chip.device_peak
     seconds = low = high = least = 0.0
     for key, runs in counts.matmuls.items():
-        kind, kernel, *sizes = key.split()
-        rows, k, n, experts, itemsize = map(int, sizes)
-        matmul = GroupedMatmul(kind, (rows, k, n, experts), (0, 0, 0), itemsize, 1, kernel)  # pyright: ignore[reportArgumentType]
-        made = kernels.price(matmul, rows, chip)
+        matmul = matmul_of(key)
+        made = kernels.price(matmul, matmul.sizes[0], chip)
         seconds += runs * made.seconds
         low += runs * made.low
         high += runs * made.high

@@ -11,7 +11,7 @@ import numpy as np
 
 from moe.config import ConfigError
 from moe.dispatch import quantized
-from moe.planner import calibration, counts
+from moe.planner import calibration, counts, excess
 from moe.planner.counts import Counts
 from moe.planner.kinds import kind_of
 from moe.planner.plan import Plan, cost_words
@@ -88,6 +88,10 @@ def row(plan: Plan, config: str, flags: dict[str, Any], hardware: str = "") -> _
     return (
         kept | {"capacity": plan.memory.capacity} | {name: figures[name] for name in _FIELDS} | {"topology": topology}
     )
+
+
+def _precision(kept: _Row) -> str:
+    return kept["flags"].get(_PRECISION, "none")
 
 
 def suffix_of(precision: str) -> str:
@@ -200,11 +204,7 @@ def mfu_of_chip(rows: Sequence[_Row], kind: str) -> tuple[list[str], tuple[float
     Raises:
         ConfigError: no such plan is kept.
     """
-    plans = [
-        each
-        for each in rows
-        if kind_of(each["topology"]) == kind and not suffix_of(each["flags"].get(_PRECISION, "none"))
-    ]
+    plans = [each for each in rows if kind_of(each["topology"]) == kind and not suffix_of(_precision(each))]
     if not plans:
         raise ConfigError(f"--topology={kind}: no plan without 8-bit matmuls is kept; give --mfu")
     low = min(each["mfu"] * each["step_seconds"] / each["step_interval"][1] for each in plans)
@@ -252,7 +252,7 @@ def _unit(kept: _Row) -> str:
 def page(kept: _Row) -> str:
     """A kept plan as text: what it is, where it comes from, its memory and its time."""
     unit = _unit(kept)
-    precision = kept["flags"].get(_PRECISION, "none")
+    precision = _precision(kept)
     arithmetic = "" if precision == "none" else f", matrix products in {precision}"
     return "\n".join(
         (
@@ -267,9 +267,16 @@ def page(kept: _Row) -> str:
             f"  bound by  {kept['bound']}",
             f"  its floor {counts.share_words(kept['limits'], kept['step_seconds'])} of the step: the largest of its "
             "FLOPs at peak, its bytes at memory bandwidth and its exchanges on the busiest links",
+            *(f"            {reason}" for reason in _reasons(kept)),
             f"  settings  {words(kept) or 'those of the config'}",
         )
     )
+
+
+def _reasons(kept: _Row, most: int = 5) -> list[str]:
+    """What takes a kept plan far from its floor (:func:`moe.planner.excess.reasons`)."""
+    step = Counts.model_validate(kept["counts"])
+    return excess.reasons(step, kind_of(kept["topology"]), kept["step_seconds"], kept["limits"], most)
 
 
 def table(rows: Sequence[_Row]) -> str:
@@ -295,8 +302,25 @@ def table(rows: Sequence[_Row]) -> str:
     lines = [markdown_table(head, cells)]
     versions = sorted({", ".join(kept["versions"]) for kept in rows})
     lines += ["", f"Versions: {markdown_text('; '.join(versions))}.", "", _COLUMNS]
+    cells = [
+        (
+            markdown_text(kept["config"]),
+            markdown_text(kept["topology"]) + suffix_of(_precision(kept)),
+            f"{100 * max(kept['limits'].values()) / kept['step_seconds']:.0f} %",
+            markdown_text("; ".join(_reasons(kept, 4))),
+        )
+        for kept in rows
+        if max(kept["limits"].values()) < kept["step_seconds"] / 2
+    ]
+    if cells:
+        lines += ["", _FAR, "", markdown_table(("config", "devices", "of its floor", "instructions"), cells)]
     return "\n".join(lines)
 
+
+_FAR = """## Far from the floor
+
+Instructions that take plans to less than half of their floor, those first that lose most seconds beyond their own limit
+(their FLOPs at peak or their bytes at memory bandwidth). `moe plan` names them for every plan below three quarters."""
 
 #: Meaning of two columns of the table.
 _COLUMNS = f"""*Of its floor*: the largest of a step's FLOPs at peak, its bytes at memory bandwidth and its exchanges on

@@ -19,6 +19,7 @@ from moe.planner import (
     attention,
     calibration,
     counts,
+    excess,
     exchanges,
     fit,
     kernels,
@@ -77,12 +78,29 @@ def make_plan(
     return read_step(config, topology, read_or_compile(config, topology, programs), scenario)
 
 
-def read_step(config: Config, topology: Topology, step: CompiledStep, scenario: Scenario | None = None) -> Plan:
-    """Plan from a compiled train step."""
+def read_step(
+    config: Config,
+    topology: Topology,
+    step: CompiledStep,
+    scenario: Scenario | None = None,
+    order: Sequence[int] | None = None,
+) -> Plan:
+    """Plan from a compiled train step.
+
+    Args:
+        config: of the run.
+        topology: that the step was compiled for.
+        step: this project's, or another codebase's of the same model, batch and mesh.
+        scenario: assumptions to change.
+        order: ids of the devices in the step's mesh; None: as in this project's.
+    """
     scenario = scenario or Scenario()
     mesh = make_mesh(config.mesh, topology.devices)
     _check_skew(config, mesh, scenario.skew)
     chip, devices = scenario.applied(topology.chip), list(mesh.devices.flat)
+    if order is not None:
+        by_id = {device.id: device for device in topology.devices}
+        devices = [by_id[each] for each in order]
     rates = Rates(
         chip.device_bandwidth,
         chip.device_peak,
@@ -231,7 +249,9 @@ def _counts(
 ) -> tuple[counts.Priced, counts.Counts]:
     """Seconds of a step, and the counts from which later prices make them again."""
     items = text.items
-    kernels_of = [item for item in items if item.kind in ("grouped matmul", "attention", "row movement")]
+    kinds = "grouped matmul", "attention", "row movement"
+    kernels_of = [item for item in items if item.kind in kinds]
+    others = [item for item in items if item.kind not in kinds]
     exposed = sum(exchange.exposed_seconds for exchange in found)
     work = _total(items, "seconds")
     middle, low, high = (_total(kernels_of, name) for name in ("seconds", "low", "high"))
@@ -246,6 +266,8 @@ def _counts(
         # A nested fusion may slice an operand whose bytes are counted as a whole, in less time than those would take.
         memory=sum(item.count * min(item.bytes / rates.memory_bandwidth, item.seconds) for item in items),
         links=network.USABLE * max(exchanges.busy(text.collectives, devices, chip).values(), default=0.0),
+        work=excess.of_items(others, chip.device_peak, rates.memory_bandwidth),
+        waits=excess.of_exchanges(found),
     )
     return counts.Priced(middle, low, high, work, exposed, at_peak), counted_from
 

@@ -172,6 +172,7 @@ def _time(plan: _Json) -> list[Block]:
             f"at least {_ms(plan['floor_seconds'])} ms: its FLOPs at peak, and that exchange at full bandwidth; of its "
             f"floor {counts.share_words(plan['limits'], plan['step_seconds'])}: {limits}"
         ),
+        *(Paragraph(reason) for reason in plan.get("reasons", ())),  # a plan of an earlier version has none
         *_bubble(plan),
         *_unknown_loops(plan),
         Paragraph(f"80 % interval from {plan['interval_basis']}"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from moe.planner import calibration, counts, exchanges
+from moe.planner import calibration, counts, excess, exchanges
 from moe.planner.compiled import Memory
 from moe.planner.exchanges import Exchange
 from moe.planner.kinds import kind_of
@@ -177,6 +177,12 @@ class Plan:
         kernel_times = self.kernel_seconds, self.kernel_low, self.kernel_high
         return counts.Priced(*kernel_times, self.compute_seconds, self.exposed_seconds, self.limits["peak"]).bound
 
+    @property
+    def reasons(self) -> list[str]:
+        """What takes the step far from its floor (:func:`moe.planner.excess.reasons`)."""
+        step = counts.Counts.model_validate(self.counts)
+        return excess.reasons(step, kind_of(self.topology), self.step_seconds, self.limits)
+
     def to_json(self) -> dict[str, Any]:
         """Fields and derived figures."""
         derived = (
@@ -187,6 +193,7 @@ class Plan:
             "bubble",
             "mfu",
             "bound",
+            "reasons",
             "tokens_per_second_per_chip",
         )
         return (

@@ -228,10 +228,14 @@ def kernel_of(
 
 
 def grouped_matmul(kernel: Instruction, types: Mapping[str, str]) -> GroupedMatmul | None:
-    """The grouped matmul of a kernel; its two factors are the first operands that are no vectors."""
+    """The grouped matmul of a kernel; its two factors are the first operands that are no vectors.
+
+    Kernels are XLA's, this project's, and ``gmm`` and ``tgmm`` of megablox, which have the same operands.
+    """
+    megablox = re.search(r"\bt?gmm\b", kernel.op_name) and "tpu_custom_call" in kernel.attributes
     tiles = re.search(r'ragged_dot_tiling="(\d+),(\d+),(\d+)"', kernel.attributes)
     gpu = re.search(r'custom_call_target="(mosaic_gpu|__gpu\$xla\.gpu\.triton)', kernel.attributes)
-    if not tiles and not gpu:
+    if not tiles and not gpu and not megablox:
         return None
     factors = [each for name in kernel.operands if len(array_shape(each := types.get(name, ""))) >= 2]
     named = re.search(r'kernel_kind="(activated|gradients|rows)"', kernel.attributes)

@@ -25,6 +25,7 @@ from moe.planner import (
     compiled,
     counts,
     differences,
+    excess,
     exchanges,
     kept_plans,
     layer,
@@ -408,6 +409,31 @@ def test_counts_by_hand():
     assert limits == {"peak": priced.peak}
     assert counts.share_words(limits, 10 * priced.peak) == "at least 10 % (peak)"
     assert counts.share_words({"peak": 1.0, "memory": 3.0, "links": 2.0}, 4.0) == "75 % (memory)"
+
+
+def test_what_keeps_a_step_from_its_floor():
+    """Of 10 s, 2 at peak: 3.6 s of links at nine tenths are 4 s of waiting, and norms take 4 s more than their bytes; a
+    kernel that is as fast as its limit is not named."""
+    norms = {"name": "attention, forward, rms/mul (fusion.1)", "seconds": 5.0, "least": 1.0}
+    gather = {"all-gather over fsdp, weights": 3.6}
+    step = counts.Counts.model_validate(
+        {"matmuls": {}, "attention": {}, "rows": 0.0, "rest": 6.0, "rest_least": 2.0, "waited": 3.6}
+        | {"work": [norms, norms | {"name": "fast", "least": 5.0}], "waits": gather}
+    )
+    found = [
+        "5 s in attention, forward, rms/mul (fusion.1), 5.0 times its limit",
+        "4 s waiting for all-gather over fsdp, weights",
+    ]
+    assert excess.reasons(step, "v5p", 10.0, {"peak": 2.0}) in (found, found[::-1])
+    assert excess.reasons(step, "v5p", 10.0, {"peak": 7.6}) == []
+    alone = counts.Counts(matmuls={}, attention={}, rows=0.0, rest=6.0, rest_least=2.0, waited=3.6)
+    assert [each.beyond for each in excess.of_step(alone, "v5p")] == pytest.approx([4.0, 4.0])
+    kernels = {"rows tpu 8192 4096 1024 8 2": 3.0}
+    kernel = alone.model_copy(update={"matmuls": kernels, "rest": 0.0, "rest_least": 0.0, "waited": 0.0})
+    (price, *_) = excess.of_step(kernel, "v5p")
+    assert "8192 rows and 8 matrices of 4096 x 1024" in price.words()
+    assert price.least == pytest.approx(3 * 2 * 8192 * 4096 * 1024 / 459e12)
+    assert price.beyond == pytest.approx(counts.price(kernel, "v5p").kernels - price.least)
 
 
 def test_a_kept_plan_is_recounted_by_hand(made, tmp_path):

@@ -130,6 +130,17 @@ def test_reads_grouped_matmuls_and_copies():
     assert (sent.kind, sent.axes, sent.bytes) == ("ragged-all-to-all", ("expert",), 8192 * 1024 * 2)
 
 
+def test_reads_the_kernels_of_megablox_by_their_names():
+    text = GROUPED.replace('frontend_attributes={ragged_dot_tiling="128,1024,1280"}, ', "")
+    text = text.replace("jit(both)/ragged_dot_general", "jit(step)/jit(gmm)/pallas_call")
+    named = 'metadata={op_name="jit(step)/jit(tgmm)/pallas_call"}'
+    text = text.replace('frontend_attributes={ragged_dot_tiling="128,1024,512"}', named)
+    assert program.read(text, {"expert": 8}, clock=1.0).grouped == (
+        program.GroupedMatmul("rows", (8192, 1024, 4096, 8), (0, 0, 0), 2, 1),
+        program.GroupedMatmul("weights", (8192, 1024, 4096, 8), (0, 0, 0), 2, 1),
+    )
+
+
 # Excerpt of a compiled train step: a sum over two slices of four devices beside 300 cycles of other work.
 SLICES = """HloModule jit_train_step, is_scheduled=true
 ENTRY %main (g: bf16[256,8,128]) -> bf16[256,8,128] {
