@@ -1,6 +1,6 @@
 """Rehearse a pod's run on this computer: its mesh axes, stages and exchange at toy width, with hosts that are lost.
 
-python scripts/rehearse.py --config=configs/mixtral_8x7b.py:h100:16x8 --topology=h100:16x8 --kill=3 --shrink=14
+python scripts/rehearse.py --config=configs/mixtral_8x7b.py:h100:8x8 --topology=h100:8x8 --kill=3 --shrink=6
 
 Trains the config at toy width on fake devices of several processes, which join as hosts do. One run is left alone. The
 other loses a process at --kill random steps, with SIGKILL; the rest must end with exit code 75, and all start again.
