@@ -192,9 +192,6 @@ def write(known: dict[str, Any]) -> None:
     write_atomic(PAGE, calibration.page(rows, first, missing, [*sources, "", outside(rows), "", LEFT_OUT, "", *parts]))
     root = PAGE.parents[2]
     kept_plans.recount(root / "configs" / "plans.json", root / "docs" / "results" / "plans.md")
-    if not stale_shown():
-        shown = json.loads(SHOWN.read_text()) | {"prices": calibration.prices()}
-        write_atomic(SHOWN, json.dumps(shown, indent=1) + "\n")
 
 
 def stale_shown() -> list[str]:
