@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from moe.conformance.reference import softmax
+from moe.conformance.reference_gates import softmax
 
 
 def rms_norm(x: np.ndarray, scale: np.ndarray, epsilon: float) -> np.ndarray:

@@ -20,7 +20,7 @@ from flax import nnx, traverse_util
 
 from moe.config import Capacity, ConfigError, MeshConfig
 from moe.config.registry import LAYERS, find_gate
-from moe.conformance import reference, rounding
+from moe.conformance import reference, reference_gates, rounding
 from moe.conformance.oracle_cases import LEAK, REFUSED_MODES, Case, null_of, refused
 from moe.conformance.rows import FLOAT32, Row, close, error
 from moe.dispatch.modes import CONFIG_MODES
@@ -181,7 +181,9 @@ def drawn(case: Case, seed: int) -> tuple[jax.Array | None, dict[str, np.ndarray
     return key, numbers | ({"draws": np.asarray(draws[case.gate]())} if case.gate in draws else {})
 
 
-def oracle(case: Case, rule: reference.Rule, weights: Any, mask: np.ndarray, decisions: Any) -> Callable[..., Any]:
+def oracle(
+    case: Case, rule: reference_gates.Rule, weights: Any, mask: np.ndarray, decisions: Any
+) -> Callable[..., Any]:
     """(weights, x, cotangent) → y and the gradients of sum(y·cotangent).
 
     Not compiled: its loops are unrolled, and compiling them takes longer than running them once.
@@ -227,10 +229,10 @@ def unsaturated_router(case: Case, x: np.ndarray, weights: Mapping[str, np.ndarr
     return router
 
 
-def logits_of(case: Case, x: np.ndarray, weights: Mapping[str, np.ndarray], rule: reference.Rule) -> np.ndarray:
+def logits_of(case: Case, x: np.ndarray, weights: Mapping[str, np.ndarray], rule: reference_gates.Rule) -> np.ndarray:
     """Router logits [G,S,E] of tokens [G,S,D], one by one."""
     router, parts = weights["router"], router_parts(weights)
-    return np.stack([[reference.router_logits(case.gate, token, router, parts, rule) for token in g] for g in x])
+    return np.stack([[reference_gates.router_logits(case.gate, token, router, parts, rule) for token in g] for g in x])
 
 
 def against_oracle(case: Case, seed: int, d: int = 6, f: int = 5) -> Iterator[Row]:
@@ -260,7 +262,7 @@ def against_oracle(case: Case, seed: int, d: int = 6, f: int = 5) -> Iterator[Ro
         rule = dataclasses.replace(rule, bias=given["selection_bias"])
     logits = np.zeros((case.g, case.s, case.e)) if soft else logits_of(case, wide, weights, rule)
     if case.gate == "noisy_topk" and rule.draws is not None:
-        logits = reference.noisy(logits, wide @ weights["noise"], rule.draws)
+        logits = reference_gates.noisy(logits, wide @ weights["noise"], rule.draws)
     masks = {"": mask}
     if case.full:
         alone = np.zeros_like(mask)

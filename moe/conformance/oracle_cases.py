@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from moe.config.registry import LAYERS, find_gate
-from moe.conformance import reference
+from moe.conformance.reference_gates import PLAIN, Rule
 from moe.conformance.rows import spelled
 from moe.routing.balancing_rules import Quantile
 from moe.routing.interface import Gate
@@ -42,7 +42,7 @@ class Case:
     c: int
     padding: float = 0.0
     fields: dict[str, Any] = dataclasses.field(default_factory=dict)
-    rule: reference.Rule = reference.PLAIN
+    rule: Rule = PLAIN
     draws: bool = False
     full: bool = True
 
@@ -65,8 +65,8 @@ GROUPS = {"groups": 3, "kept_groups": 2}
 GROUPED = {"gate": GROUPS}
 ONE_GROUP = {"gate": {"groups": 1, "kept_groups": 1, "scores_per_group": 1}}
 OVERFLOW = LEAK | {"overflow_to_next": True}
-NULL = reference.Rule(null=(1, 1, 2, 0))
-BY_PROBABILITY = reference.Rule(policy="probability")
+NULL = Rule(null=(1, 1, 2, 0))
+BY_PROBABILITY = Rule(policy="probability")
 #: Every gate, E no power of two, S not divisible by E; then every rule that is not a gate's own.
 CASES = (
     Case("dense_mixture", 2, 5, 3, 3, 5, 0.3),
@@ -75,47 +75,45 @@ CASES = (
     Case("gshard", 2, 7, 3, 2, 3, 0.3),
     Case("gshard", 2, 7, 3, 2, 3, 0.2, draws=True),
     Case("switch", 2, 7, 3, 1, 2, 0.3),
-    Case("switch_sampled", 2, 7, 6, 3, 2, 0.2, GROUPED, reference.Rule(3, 2), draws=True),
+    Case("switch_sampled", 2, 7, 6, 3, 2, 0.2, GROUPED, Rule(3, 2), draws=True),
     Case("st_moe", 2, 7, 3, 2, 2, 0.3),
     Case("st_moe", 2, 7, 5, 3, 3, 0.2, LEAK | {"drop_policy": "probability"}, BY_PROBABILITY, draws=True),
     Case("mixtral", 2, 7, 5, 2, 2, 0.2),
     Case("sparse_mixer", 2, 7, 5, 2, 2, 0.2),
-    Case("deepseek_moe", 2, 7, 6, 3, 2, 0.2, {"gate": {"scale": 1.5, **GROUPS}}, reference.Rule(3, 2, scale=1.5)),
-    Case("deepseek_v3", 2, 7, 9, 3, 2, 0.2, GROUPED, reference.Rule(3, 2, True, 2.5)),
-    Case("deepseek_v4", 2, 7, 6, 3, 2, 0.2, GROUPED, reference.Rule(3, 2, True, 1.5)),
-    Case("deepseek_v4_hash", 2, 7, 5, 2, 2, 0.2, rule=reference.Rule(renormalise=True, scale=1.5)),
-    Case("quantile_balancing", 2, 7, 5, 2, 2, 0.2, rule=reference.Rule(renormalise=True)),
-    Case("smebu", 2, 7, 5, 2, 2, 0.2, rule=reference.Rule(renormalise=True)),
+    Case("deepseek_moe", 2, 7, 6, 3, 2, 0.2, {"gate": {"scale": 1.5, **GROUPS}}, Rule(3, 2, scale=1.5)),
+    Case("deepseek_v3", 2, 7, 9, 3, 2, 0.2, GROUPED, Rule(3, 2, True, 2.5)),
+    Case("deepseek_v4", 2, 7, 6, 3, 2, 0.2, GROUPED, Rule(3, 2, True, 1.5)),
+    Case("deepseek_v4_hash", 2, 7, 5, 2, 2, 0.2, rule=Rule(renormalise=True, scale=1.5)),
+    Case("quantile_balancing", 2, 7, 5, 2, 2, 0.2, rule=Rule(renormalise=True)),
+    Case("smebu", 2, 7, 5, 2, 2, 0.2, rule=Rule(renormalise=True)),
     Case("sinkhorn", 2, 7, 5, 2, 2, 0.2, LEAK),
     Case("coupled", 2, 7, 5, 2, 2, 0.2),
     Case("cosine", 2, 7, 5, 2, 2, 0.2, full=False),
-    Case("zaya", 2, 7, 5, 2, 2, 0.2, rule=reference.Rule(null=(1, 0, 0, 0)), full=False),
-    Case("mixtral", 2, 7, 5, 2, 2, 0.2, {"router_softcap": 0.5}, reference.Rule(softcap=0.5), full=False),
+    Case("zaya", 2, 7, 5, 2, 2, 0.2, rule=Rule(null=(1, 0, 0, 0)), full=False),
+    Case("mixtral", 2, 7, 5, 2, 2, 0.2, {"router_softcap": 0.5}, Rule(softcap=0.5), full=False),
     Case("running_thresholds", 2, 7, 3, 2, 3, 0.3),
-    Case("emo", 2, 7, 5, 2, 2, 0.2, LEAK | {"gate": {"pool": 0.5}}, reference.Rule(pool=3), full=False),
+    Case("emo", 2, 7, 5, 2, 2, 0.2, LEAK | {"gate": {"pool": 0.5}}, Rule(pool=3), full=False),
     Case("moe_plus_plus", 2, 7, 3, 3, 2, 0.2, rule=NULL, full=False),
-    Case("moe_plus_plus", 2, 7, 3, 2, 2, 0.2, {"constant_experts": 0}, reference.Rule(null=(1, 1, 0, 0)), full=False),
+    Case("moe_plus_plus", 2, 7, 3, 2, 2, 0.2, {"constant_experts": 0}, Rule(null=(1, 1, 0, 0)), full=False),
     Case("remoe", 2, 7, 5, 2, 3, 0.2),
     Case("expert_choice", 2, 7, 3, 2, 5, 0.3, LEAK),
     Case("expert_threshold", 2, 7, 3, 2, 3, 0.3, LEAK),
     Case("mixtral", 2, 7, 5, 2, 2, 0.2, {"latent_dim": 4}, full=False),
-    Case("deepseek_v3", 2, 7, 6, 3, 2, 0.2, GROUPED | {"latent_dim": 4}, reference.Rule(3, 2, True, 2.5), full=False),
+    Case("deepseek_v3", 2, 7, 6, 3, 2, 0.2, GROUPED | {"latent_dim": 4}, Rule(3, 2, True, 2.5), full=False),
     Case("soft_moe", 2, 5, 3, 3, 5, 0.3, LEAK | {"gate": {"slots": 2}}),
     Case("hash", 2, 7, 5, 2, 2, 0.2),
     Case("random", 2, 7, 5, 2, 2, 0.2, draws=True),
     Case("balanced", 2, 7, 3, 2, 3, 0.3),
-    Case("switch", 2, 6, 5, 2, 1, 0.0, {"gate": {"renormalise": True}}, reference.Rule(renormalise=True)),
-    Case("switch", 2, 7, 5, 1, 1, 0.2, OVERFLOW, reference.Rule(overflow=True)),
-    Case("mixtral", 2, 6, 5, 2, 2, 0.2, OVERFLOW, reference.Rule(overflow=True)),
+    Case("switch", 2, 6, 5, 2, 1, 0.0, {"gate": {"renormalise": True}}, Rule(renormalise=True)),
+    Case("switch", 2, 7, 5, 1, 1, 0.2, OVERFLOW, Rule(overflow=True)),
+    Case("mixtral", 2, 6, 5, 2, 2, 0.2, OVERFLOW, Rule(overflow=True)),
     Case("mixtral", 2, 7, 5, 2, 2, 0.2, LEAK | {"drop_policy": "probability"}, BY_PROBABILITY),
-    Case("mixtral", 2, 7, 5, 2, 2, 0.2, LEAK | {"drop_policy": "random"}, reference.Rule(policy="random"), draws=True),
+    Case("mixtral", 2, 7, 5, 2, 2, 0.2, LEAK | {"drop_policy": "random"}, Rule(policy="random"), draws=True),
 )
 
 
 #: Novices beside all other kinds of experts without an FFN.
-NOVICES = Case(
-    "moe_plus_plus", 2, 7, 3, 3, 2, 0.2, {"novice_experts": 2}, reference.Rule(null=(1, 1, 2, 2)), full=False
-)
+NOVICES = Case("moe_plus_plus", 2, 7, 3, 3, 2, 0.2, {"novice_experts": 2}, Rule(null=(1, 1, 2, 2)), full=False)
 
 
 def edges() -> Iterator[Case]:
@@ -126,7 +124,7 @@ def edges() -> Iterator[Case]:
         fields: dict[str, Any] = dict(LEAK) if own.looks_ahead else {}
         fields |= ONE_GROUP if own.expert_groups > 1 else {}
         renormalise, scale = getattr(own, "renormalise", False), getattr(own, "scale", 1.0)
-        rule = reference.Rule(renormalise=renormalise, scale=scale, null=null_of(gate, {}))
+        rule = Rule(renormalise=renormalise, scale=scale, null=null_of(gate, {}))
         every = own.sends_to_all  # K = E is the rule
         quantile = isinstance(own.balancing, Quantile)
         draws = gate == "random"

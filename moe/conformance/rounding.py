@@ -20,7 +20,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from moe.conformance import reference
+from moe.conformance import reference, reference_gates
 
 UNIT_ROUNDOFF = 2.0**-8
 DRAWS = 16
@@ -98,7 +98,7 @@ def sparse(
     matrices: Arrays,
     decisions: reference.Decisions,
     cotangent: np.ndarray,
-    rule: reference.Rule = reference.PLAIN,
+    rule: reference_gates.Rule = reference_gates.PLAIN,
 ) -> Callable[[Store], Arrays]:
     """y and the gradients of sum(y·cotangent) as a function of how numbers are stored.
 
@@ -118,13 +118,13 @@ def sparse(
     draws = None if noise_logits is None else np.asarray(rule.draws).reshape(-1, num_experts)
     logits = x @ matrices["router"]
     if noise_logits is not None:
-        logits = reference.noisy(logits, noise_logits, draws)
+        logits = reference_gates.noisy(logits, noise_logits, draws)
     # The weight of each pair, and its derivative by the token's logits, by central differences.
     named, placed = (array.reshape(-1, choices).tolist() for array in (decisions.original, decisions.expert))
 
     def weights(logits: np.ndarray) -> np.ndarray:  # [G·S,E] → [G·S,K]
         rows = zip(logits, named, placed, strict=True)
-        return np.array([reference.assignment_weights(gate, *row, rule) for row in rows], np.float64)
+        return np.array([reference_gates.assignment_weights(gate, *row, rule) for row in rows], np.float64)
 
     weight, step = weights(logits), 1e-5 * np.eye(num_experts)
     slope = np.stack([(weights(logits + e) - weights(logits - e)) / 2e-5 for e in step], axis=-1)

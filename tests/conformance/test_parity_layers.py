@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moe.config import ConfigError
-from moe.conformance import reference, rows, table
+from moe.conformance import reference, reference_gates, rows, table
 from moe.dispatch.modes import CONFIG_MODES
 from moe.interop.layers import run_reference
 from tests.helpers import slow_case
@@ -76,7 +76,7 @@ def test_deepseek_v3_of_other_shapes(experts, groups, kept, k, normalise, scale,
         "up": gate_up[:, f:].swapaxes(1, 2),
         "down": down.swapaxes(1, 2),
     }
-    rule = reference.Rule(groups, kept, normalise, scale, bias)
+    rule = reference_gates.Rule(groups, kept, normalise, scale, bias)
     y, decisions = _expected(arrays, "deepseek_v3", np.ones((2, 4), bool), k, 8, rule, matrices, "swiglu")
     for mode in modes:
         ours = run_reference(arrays, mode)
@@ -94,7 +94,7 @@ def test_switch_of_other_shapes(experts, tokens, capacity, rng):
         arrays[f"weights/experts.expert_{e}.wo.weight"] = down[e].T
     matrices = {"router": router, "up": up, "down": down}
     mask = np.ones((2, tokens), bool)
-    y, decisions = _expected(arrays, "switch", mask, 1, capacity, reference.PLAIN, matrices, "relu")
+    y, decisions = _expected(arrays, "switch", mask, 1, capacity, reference_gates.PLAIN, matrices, "relu")
     for mode in ("gather", "einsum"):
         ours = run_reference(arrays, mode)
         assert rows.error(ours["y"], y) < 1e-5

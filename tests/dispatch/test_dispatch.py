@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from moe.config import Capacity, ModelConfig, MoEConfig
 from moe.config.exchange import AllGather, AllToAll
 from moe.config.registry import LAYERS
-from moe.conformance import reference
+from moe.conformance import reference, reference_gates
 from moe.dispatch.buffers import (
     BufferPlan,
     combine_rows,
@@ -200,7 +200,7 @@ def _oracle(config, parameters, x, mask, cotangent, capacity, uniform):
     router = np.asarray(parameters["router"]["kernel"], np.float64)
     logits = np.array([[token @ router for token in group] for group in np.asarray(x, np.float64)])
     gate, k = config.moe.gate.name, config.moe.experts_per_token
-    decisions = reference.decide(gate, logits, np.asarray(mask), k, capacity, reference.Rule(draws=uniform))
+    decisions = reference.decide(gate, logits, np.asarray(mask), k, capacity, reference_gates.Rule(draws=uniform))
 
     def loss(parameters, x):
         experts = parameters["experts"]

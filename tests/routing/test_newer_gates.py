@@ -14,7 +14,7 @@ from flax import nnx
 
 from moe.config import Capacity, ConfigError, MeshConfig, layer_kinds
 from moe.config.registry import LAYERS
-from moe.conformance import oracle, oracle_cases, reference
+from moe.conformance import oracle, oracle_cases, reference_gates
 from moe.interop.layers import single_layer
 from moe.layers.cosine import CosineMoE
 from moe.layers.moe_layer import Keys, MoELayer
@@ -332,7 +332,7 @@ def test_sizes_of_pools_are_drawn_by_document(rng):
 @pytest.mark.parametrize(
     ("fields", "rule"),
     [
-        (oracle_cases.OVERFLOW, reference.Rule(overflow=True)),
+        (oracle_cases.OVERFLOW, reference_gates.Rule(overflow=True)),
         (oracle_cases.LEAK | {"drop_policy": "probability"}, oracle_cases.BY_PROBABILITY),
     ],
     ids=["overflow", "priority"],
