@@ -4,7 +4,9 @@
 and tpu7x (flash and splash attention of tokamax, relatives of JAX's splash), over all keys on A100 and H100 (cuDNN
 forward; backward JAX's Mosaic kernel, up to 128). The share of the peak that the scores which count reach, half of all
 where it is causal, is fitted as its logit, so that no price is shorter than those scores at peak FLOP/s; the logit is
-quadratic in the logarithms of the tokens and of the heads' dimension, for each device and pass. Short rows and small
+quadratic in the logarithms of the tokens and of the heads' dimension, for each device and pass. Splash attention, which
+runs here, is faster than flash attention: the difference of their logits is fitted on tpu7x, where both were timed, and
+holds for v5p and v6e, where flash attention alone was. Short rows and small
 heads reach small shares on TPUs, whose vector units compute the softmax.
 
 Priced by analogy, with a wider interval, are the backward pass on v5p, v6e and A100 (the forward pass's, times backward
@@ -37,6 +39,9 @@ _LIKE = {"v2": "v5p", "v3": "v5p", "v4": "v5p", "v5e": "v5p", "h200": "h100", "b
 
 #: Further width of an interval, in the logit of the share, for a device, pass or window that was not measured.
 _ANALOGY = 0.5
+
+#: Device on which flash and splash attention were timed.
+_BOTH = "tpu7x"
 
 _MATMULS = {"forward": 2, "backward": 5}
 
@@ -150,7 +155,7 @@ def _scores(causal: bool, tokens: int) -> float:
 def _slowness(name: str, kind: str, tokens: int, width: int) -> tuple[float, float, str]:
     """(logarithm of (1 - share) / share, width of its interval, basis)."""
     device = _LIKE.get(name, name)
-    features = _features(tokens, width)
+    features = _features(tokens, width, splash=name in CHIPS)
     weights, spread = _fit(device, kind)
     if weights is not None:
         slowness = float(features @ weights)
@@ -186,16 +191,24 @@ def _fit(device: str, kind: str) -> tuple[np.ndarray | None, float]:
     rows = [row for row in timings() if (row["device"], row["kind"]) == (DEVICES.get(device), kind)]
     if not rows:
         return None, 0.0
-    features = np.array([_features(int(row["tokens"]), int(row["head_dim"]) + int(row["value_dim"])) for row in rows])
+    features = np.array([_features_of(row) for row in rows])
     logs = np.array([math.log(1 / share(row) - 1) for row in rows])
     inverse = np.linalg.inv(features.T @ features + _RIDGE * np.eye(features.shape[1]))
     weights = inverse @ features.T @ logs
     leverage = np.einsum("rf,fg,rg->r", features, inverse, features)
     residuals = np.abs(logs - features @ weights) / (1 - leverage)
+    if device in CHIPS and not features[:, -1].any() and (reference := _fit(_BOTH, kind)[0]) is not None:
+        weights[-1] = reference[-1]
     return weights, float(np.quantile(residuals, min(0.8 * (len(rows) + 1) / len(rows), 1.0)))
 
 
-def _features(tokens: int, width: int) -> np.ndarray:
-    """Features of rows of that many tokens and of the sum of the dimensions of keys and values."""
+def _features_of(row: dict[str, str]) -> np.ndarray:
+    """Features of a timing."""
+    width = int(row["head_dim"]) + int(row["value_dim"])
+    return _features(int(row["tokens"]), width, splash="splash" in row["kernel"])
+
+
+def _features(tokens: int, width: int, *, splash: bool) -> np.ndarray:
+    """Features of rows of that many tokens, of the sum of the dimensions of keys and values, and of the kernel."""
     length, dim = math.log2(tokens / 4096), math.log2(width / 256)
-    return np.array([1.0, length, length**2, dim, dim**2])
+    return np.array([1.0, length, length**2, dim, dim**2, float(splash)])

@@ -67,7 +67,8 @@ PUBLISHED = {
     ),
     "Llama 3.1 8B, v6e-8": Published(
         "base", "v6e:2x4", 3, 8192, f"{_RECIPES}/trillium/Llama3.1-8B-MaxText/v6e-8: 7138.89 tokens/s",
-        "inputs of layers, queries, keys, values and attention outputs in the host's memory, as theirs",
+        "inputs of layers, queries, keys, values and attention outputs in the host's memory, as theirs; an eighth of "
+        "the step is copies of activations to other layouts",
         _llama(4096, 32, 32, 8, 14336, 128256) | {"remat": "offload"}, _DENSE, tokens_per_second=7138.89,
         first_look=-0.263,
     ),
