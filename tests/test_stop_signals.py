@@ -197,9 +197,17 @@ def test_processes_that_stop_at_the_same_step_or_finish_do_not_end_each_other(pa
     store, _, left = pair
     with signals.ended_together():
         pass
+    assert left == []
     with pytest.raises(signals.Stopped), signals.ended_together():
         raise signals.Stopped(75, "stopped by a preemption notice")
-    assert (store, left) == ({}, [])
+    assert (store, left) == ({}, [(1, 75)])  # at its own end
+
+
+def test_a_stopped_process_leaves_after_the_shutdown_that_all_share(pair, monkeypatch):
+    _, _, left = pair
+    monkeypatch.setattr(signals.jax.distributed, "shutdown", lambda: left.append("shutdown"))
+    signals._leave_with_others(75)
+    assert left == ["shutdown", (1, 75)]
 
 
 @contextlib.contextmanager

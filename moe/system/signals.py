@@ -137,6 +137,8 @@ def ended_together(timeout: int = 100) -> Iterator[None]:
         if type(error) is not Stopped:
             _announce(client, error)
             atexit.register(_leave, _code(error))  # runs before JAX's own function, which was registered earlier
+        else:
+            atexit.register(_leave_with_others, _code(error))
         raise
 
 
@@ -188,6 +190,18 @@ def _leave(code: int) -> NoReturn:
     Its start again takes longer than the others wait for it: they would join the processes that are ending.
     """
     time.sleep(2 if jax.process_index() else 3.5)
+    _exit(code)
+
+
+def _leave_with_others(code: int) -> NoReturn:
+    """Exit after JAX's shutdown, which waits for the other processes, but before the destructors of its threads, one of
+    which may abort a process that has stopped (exit code 134, after which launchers do not start again)."""
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        jax.distributed.shutdown()
+    _exit(code)
+
+
+def _exit(code: int) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
