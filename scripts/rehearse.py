@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING
 from absl import flags
 
 from moe.programs import cli
+from moe.system import shipped
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from moe.planner.rehearsal import Rehearsal
     from moe.planner.topology import Topology
 
-_CONFIG = cli.define_config()
+_CONFIG = cli.define_config(shipped.CONFIGS / "mixtral_8x7b.py")
 _TOPOLOGY = flags.DEFINE_string("topology", None, "The pod: v5p-128, v5p:4x4x8, h100:16x8 (hosts x GPUs).")
 _DEVICES = flags.DEFINE_integer("devices", 16, "Largest number of fake devices.", lower_bound=2)
 _PROCESSES = flags.DEFINE_integer("processes", 4, "Processes of the rehearsal.", lower_bound=2)
@@ -264,12 +265,12 @@ def _at_real_width(dispatch: str, skew: float) -> str:
     """Memory of the pod's own program at that skew: of the kept plan, or how to make one."""
     from moe.dispatch.exchange import ROUND_SIZE
     from moe.planner import kept_plans
-    from moe.system import shipped
 
     name, _, argument = str(_CONFIG.value).partition(":")
     where = argument or str(_TOPOLOGY.value)
     plan = kept_plans.best(kept_plans.read(shipped.PLANS), Path(name).stem, where)
-    words = ["moe", "plan", f"--config={_CONFIG.value}", f"--topology={_TOPOLOGY.value}"]
+    config = Path(name).stem if Path(name).parent == shipped.CONFIGS else _CONFIG.value
+    words = ["moe", "plan", f"--config={config}", f"--topology={_TOPOLOGY.value}"]
     if dispatch == "dropless" and skew > 1:
         words += ["--compile", f"--skew={skew:g}"]
     lines = [f"At its real width: {shlex.join(words)}"]
@@ -290,8 +291,9 @@ def _at_real_width(dispatch: str, skew: float) -> str:
 if __name__ == "__main__":
     cli.run(
         main,
-        required=("config", "topology"),
+        required=("topology",),
         examples=(
+            "python scripts/rehearse.py --topology=h100:16x8 --kill=3 --skew=2 --shrink=14",
             "python scripts/rehearse.py --config=configs/mixtral_8x7b.py:v5p-128 --topology=v5p-128",
             "python scripts/rehearse.py --config=configs/olmoe_1b_7b.py --topology=h100:2x8 --kill=1 --shrink=1",
         ),
