@@ -218,7 +218,7 @@ CASES = [
         "generate",
         "--workdir={run}",
         "--prompt=x",
-        says="not a SentencePiece model",
+        says="tokenizer.model'",
         break_it=write("run/tokenizer.model", b"x" * 99),
     ),
     script("generate", "--workdir={run}", "--prompt=x", says="no checkpoint", break_it=remove("run/checkpoints")),

@@ -76,10 +76,10 @@ def remove(name: str) -> Callable[[Path], None]:
 
 
 def change(name: str, **fields) -> Callable[[Path], None]:
-    """Change fields of a JSON file; a value of None removes the field."""
+    """Change fields of a JSON file, and drop its checksums; a value of None removes the field."""
 
     def edit(folder: Path) -> None:
-        tree = json.loads((folder / name).read_text()) | fields
+        tree = json.loads((folder / name).read_text()) | {"checksums": None} | fields
         (folder / name).write_text(json.dumps({key: value for key, value in tree.items() if value is not None}))
 
     return edit

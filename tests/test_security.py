@@ -42,6 +42,7 @@ from moe.interop import export_checkpoint, import_checkpoint
 from moe.programs import cli
 from moe.system import atomic_files, escaping
 from moe.system.atomic_files import write_atomic
+from moe.system.sealed_folder import unsealed
 from moe.training import open_workdir, report
 from tests.tiny_text import random_text
 
@@ -290,7 +291,7 @@ def test_a_module_named_in_a_workdir_is_not_imported_until_allowed(tmp_path, pla
     until the user allows it."""
     workdir = tmp_path / "run"
     import_checkpoint(Path(__file__).parent / "data" / "checkpoints" / "mixtral", workdir)
-    content = json.loads((workdir / "config.json").read_text())
+    content = unsealed((workdir / "config.json").read_text())
     content["model"]["moe"][field] = "planted_gates:rule" if field == "gate" else ["planted_gates:rule"]
     (workdir / "config.json").write_text(json.dumps(content))
     started = Changes()
@@ -343,7 +344,7 @@ def test_the_current_directory_gives_only_modules_that_the_user_named(tmp_path):
 def test_reading_a_workdir_needs_no_optimizer(tmp_path, planted_module, monkeypatch):
     workdir = tmp_path / "run"
     import_checkpoint(Path(__file__).parent / "data" / "checkpoints" / "mixtral", workdir)
-    content = json.loads((workdir / "config.json").read_text())
+    content = unsealed((workdir / "config.json").read_text())
     content["optimizer"]["name"] = "planted_gates:optimizer"
     content["train"]["writers"] = ["planted_gates:writer"]
     (workdir / "config.json").write_text(json.dumps(content))

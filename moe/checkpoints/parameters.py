@@ -33,7 +33,7 @@ from moe.checkpoints.manager import (
 )
 from moe.checkpoints.orbax_threads import no_background_tracebacks
 from moe.checkpoints.pinned import base_step
-from moe.checkpoints.workdir import CONFIG, read_config
+from moe.checkpoints.workdir import read_config
 from moe.config import Config, ConfigError, ModelConfig
 from moe.models.adapters import merge
 from moe.models.factory import abstract_parameters, abstract_selection_biases, abstract_trained
@@ -42,6 +42,7 @@ from moe.models.state import join
 from moe.parallel.parameters import parameter_shardings
 from moe.parallel.target import host_device
 from moe.system.escaping import terminal
+from moe.system.sealed_folder import CONFIG
 from moe.system.waiting import said_aloud
 
 

@@ -137,7 +137,7 @@ def write_workdir(
         write_parameters(workdir, streamed(parameters), streamed(biases))
         for name, content in companions.items():
             write_atomic(workdir / name, content)
-        write_config(config, workdir)
+        write_config(config, workdir, companions)
 
 
 def streamed(tree: Any) -> Any:

@@ -21,12 +21,12 @@ from moe.data.tokenizer_files import TOKENIZER_FILES
 from moe.dispatch.buffers import layer_capacity
 from moe.system.atomic_files import NO_LOCKS, in_bucket, is_bucket_error, write_atomic
 from moe.system.fields import facts_of
-from moe.system.foreign_files import Fields, Step, loads, parse
+from moe.system.foreign_files import Fields, Step, parse
 from moe.system.metrics_files import METRICS, iterate_rows
 from moe.system.reading import read_small_file
+from moe.system.sealed_folder import CONFIG, read_sums, sealed, sums, unsealed
 
 LOCK = ".lock"
-CONFIG = "config.json"
 CHANGES = "changes.jsonl"
 REPORT = "report.txt"
 
@@ -137,14 +137,21 @@ def read_config(workdir: str | os.PathLike[str]) -> Config:
     path = epath.Path(workdir) / CONFIG
     content = read_small_file(path)
     try:
-        return from_workdir_dict(loads(content.decode()))
+        return from_workdir_dict(unsealed(content))
     except (ValueError, RecursionError) as error:  # not text, not JSON, or not a config
         raise ConfigError(f"{path}: {error}") from error
 
 
-def write_config(config: Config, workdir: epath.Path) -> None:
-    """Write the file of :func:`read_config`."""
-    write_atomic(workdir / CONFIG, json.dumps(to_dict(config), indent=2))
+def write_config(config: Config, workdir: epath.Path, files: dict[str, bytes] | None = None) -> None:
+    """Write the file of :func:`read_config`, with checksums.
+
+    Args:
+        config: of a run or a model.
+        workdir: existing folder.
+        files: name → content of the files beside it; None: they are those of the config that is replaced.
+    """
+    held = read_sums(workdir) if files is None else sums(files)
+    write_atomic(workdir / CONFIG, sealed(json.loads(json.dumps(to_dict(config))), held))
 
 
 def refuse_other_run(config: Config, workdir: epath.Path, *, allow_changes: bool = False) -> dict[str, list[Any]]:
@@ -273,7 +280,7 @@ def write_run_files(config: Config, tokenizer_files: dict[str, bytes], workdir: 
                 "delete it to have it restored; if the data changed, use another workdir"
             )
     if new or not complete_steps(workdir):
-        write_config(config, workdir)
+        write_config(config, workdir, tokenizer_files)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import typing
 from collections.abc import Mapping
 
@@ -18,6 +17,7 @@ from moe.config.schema import Config
 from moe.routing.interface import Gate
 from moe.system.fields import ConfigError, raised_as_errors
 from moe.system.reading import read_small_file
+from moe.system.sealed_folder import unsealed
 
 #: Dotted name → value.
 Settings = Mapping[str, typing.Any]
@@ -61,7 +61,7 @@ def read_run(path: str, gate: str | None = None) -> dict[str, typing.Any]:
     """
     content = read_small_file(path)
     try:
-        tree = json.loads(content)
+        tree = unsealed(content)
         refuse_modules(code_fields(tree), f"{path}: ")
         config = build(Config, tree, "")
     except (ValueError, RecursionError, AttributeError, TypeError) as error:  # not text, not JSON, or not a config
@@ -98,7 +98,7 @@ def inherited(settings: Settings, workdir: str = "") -> dict[str, typing.Any]:
     except ConfigError as error:
         raise ConfigError(f"{where} an import; {error}") from error
     try:
-        model = _section(json.loads(content), "model")
+        model = _section(unsealed(content), "model")
         moe = _section(model, "moe")
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{where} an import; {path} cannot be read as one ({error})") from error

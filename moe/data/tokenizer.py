@@ -15,7 +15,7 @@ import sentencepiece
 from etils import epath
 
 from moe.config import ConfigError
-from moe.system.reading import read_small_file
+from moe.system.sealed_folder import read_checked
 
 # Part of the file name of cached tokenizers: raise it when train_tokenizer changes.
 TRAINER_VERSION = 1
@@ -59,7 +59,7 @@ class Tokenizer:
     def from_file(cls, path: str | os.PathLike[str]) -> Tokenizer:
         """Read a model from a local or bucket path; ConfigError if there is no such file."""
         name = f"data.tokenizer={os.fspath(path)!r}"
-        return cls(read_small_file(epath.Path(path).expanduser(), name), name)
+        return cls(read_checked(epath.Path(path).expanduser(), name), name)
 
     @property
     def files(self) -> dict[str, bytes]:

@@ -13,7 +13,7 @@ from moe.config import ConfigError
 from moe.data.json_tokenizer import JSON_CONFIG_FILE, JSON_FILE, TEMPLATE_FILE, JsonTokenizer
 from moe.data.tokenizer import Tokenizer
 from moe.data.wheels import MISTRAL_COMMON, fetch_wheel
-from moe.system.reading import read_small_file
+from moe.system.sealed_folder import read_checked
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 T5_FILE = "spiece.model"  # also SentencePiece, as named beside T5's checkpoints
@@ -39,10 +39,10 @@ def read_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
         return Tokenizer.from_file(file)
     name = f"data.tokenizer={os.fspath(path)!r}"
     settings, template = (
-        read_small_file(file.parent / beside) if (file.parent / beside).exists() else None
+        read_checked(file.parent / beside) if (file.parent / beside).exists() else None
         for beside in (JSON_CONFIG_FILE, TEMPLATE_FILE)
     )
-    return JsonTokenizer(read_small_file(file, name), settings, name, template)
+    return JsonTokenizer(read_checked(file, name), settings, name, template)
 
 
 def find_tokenizer(workdir: str | os.PathLike[str], *, chat: bool = False) -> Tokenizer:
@@ -62,7 +62,7 @@ def find_tokenizer(workdir: str | os.PathLike[str], *, chat: bool = False) -> To
 def companions(workdir: str | os.PathLike[str]) -> dict[str, bytes]:
     """Contents of the :data:`COMPANIONS` that a folder has. Raises ConfigError for one that cannot be read."""
     folder = epath.Path(workdir)
-    return {name: read_small_file(folder / name) for name in COMPANIONS if (folder / name).exists()}
+    return {name: read_checked(folder / name) for name in COMPANIONS if (folder / name).exists()}
 
 
 def named_tokenizer(name: str, directory: epath.Path, progress: Callable[[str], None]) -> Tokenizer:

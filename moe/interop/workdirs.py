@@ -17,7 +17,8 @@ from moe.checkpoints import parameters as stored
 from moe.checkpoints import streamed
 from moe.checkpoints.manager import refuse_unusable_path
 from moe.checkpoints.workdir import read_config as read_run_config
-from moe.config import Config, ConfigError, to_dict
+from moe.checkpoints.workdir import write_config as write_run_config
+from moe.config import Config, ConfigError
 from moe.data.tokenizer_files import COMPANIONS, GENERATION_FILE, companions, find_tokenizer
 from moe.interop.config_json import BIAS_DTYPE, TOKEN_IDS, keep_fields, write_config
 from moe.interop.families import FAMILIES
@@ -27,10 +28,11 @@ from moe.interop.quantization_config import FP8Config, read_quantization
 from moe.interop.quantized import pack_scales, unpack_scales
 from moe.interop.save import Encoders, write_folder
 from moe.interop.schema import Json
-from moe.interop.tensor_files import CONFIG_FILE, TensorFolder
+from moe.interop.tensor_files import TensorFolder
 from moe.interop.whole_models import rename_modules
 from moe.system.atomic_files import new_folder, refuse_files, write_atomic
 from moe.system.foreign_files import read_object
+from moe.system.sealed_folder import read_checked, read_checked_object
 
 #: Copy in a workdir of the ``config.json`` that was imported; an export keeps its fields that did not change.
 SOURCE_FILE = "huggingface_config.json"
@@ -72,7 +74,6 @@ def import_checkpoint(
     files[SOURCE_FILE] = (json.dumps(stated, indent=2) + "\n").encode()
     if isinstance(read_quantization(written), FP8Config):
         files[SCALES_FILE] = pack_scales(folder.scales())
-    files[CONFIG_FILE] = json.dumps(to_dict(config), indent=2).encode()  # last: with it a workdir is complete
     tree: dict[str, Any] = {}
     biases: dict[str, Any] = {}
     for parameter in parameters:
@@ -81,6 +82,7 @@ def import_checkpoint(
         streamed.write_parameters(workdir, tree, biases)
         for name, content in files.items():
             write_atomic(workdir / name, content)
+        write_run_config(config, workdir, files)  # last: with it a workdir is complete
     return config
 
 
@@ -189,7 +191,7 @@ def open_source(
         ConfigError: no open architecture computes this model.
     """
     origin = _origin(epath.Path(workdir), config)
-    source = read_object(origin / SOURCE_FILE) if origin else None
+    source = read_checked_object(origin / SOURCE_FILE) if origin else None
     return origin, source, keep_fields(source, config, model_type) if source else write_config(config, model_type)
 
 
@@ -204,7 +206,7 @@ def _fp8_encoders(origin: epath.Path | None, source: Json) -> Encoders:
     if origin is None or not isinstance(quantization, FP8Config) or not (origin / SCALES_FILE).exists():
         raise ConfigError("quantized: must be False for a model that was not imported in FP8")
     encoders: Encoders = {}
-    for name, scales in unpack_scales((origin / SCALES_FILE).read_bytes()).items():
+    for name, scales in unpack_scales(read_checked(origin / SCALES_FILE)).items():
         encoders[name] = functools.partial(_encode, name, scales, quantization)
     return encoders
 
@@ -235,7 +237,7 @@ def _token_ids(workdir: epath.Path, written: Json) -> Json:
     """Token ids of begin, end and padding: those in ``written``, else the generation config's or the tokenizer's."""
     known = {name: written[name] for name in TOKEN_IDS if written.get(name) is not None}
     if (workdir / GENERATION_FILE).exists():
-        source = read_object(workdir / GENERATION_FILE)
+        source = read_checked_object(workdir / GENERATION_FILE)
         return {name: source.get(name) for name in TOKEN_IDS} | known
     try:
         tokenizer = find_tokenizer(workdir)

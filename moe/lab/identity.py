@@ -19,7 +19,6 @@ from etils import epath
 
 from moe.checkpoints.manager import complete_steps
 from moe.checkpoints.pinned import digest as digest_of_checkpoint
-from moe.checkpoints.workdir import CONFIG
 from moe.config import (
     Config,
     DataConfig,
@@ -41,6 +40,7 @@ from moe.routing.balancing_rules import BalancingRule
 from moe.routing.interface import Gate
 from moe.system.fields import is_off
 from moe.system.reading import read_small_file
+from moe.system.sealed_folder import CONFIG
 
 #: Version of the canonical form. A new version needs a conversion of older records.
 VERSION = 1

@@ -21,7 +21,7 @@ from etils import epath
 from moe.checkpoints.manager import Checkpoints
 from moe.checkpoints.orbax_threads import no_background_tracebacks
 from moe.checkpoints.pinned import pinned_steps
-from moe.checkpoints.workdir import CONFIG, locked_workdir, refuse_other_run, write_run_files
+from moe.checkpoints.workdir import locked_workdir, refuse_other_run, write_run_files
 from moe.config import ConfigError, ModelConfig, from_config_dict, to_dict
 from moe.data import rollouts
 from moe.models.sampling import Rollout, Sampler, make_sampler
@@ -31,6 +31,7 @@ from moe.system.atomic_files import write_atomic
 from moe.system.fields import check_fields, raised_as_errors, require, setting
 from moe.system.foreign_files import read_object, refuse
 from moe.system.metrics_files import METRICS, MetricsWriter
+from moe.system.sealed_folder import CONFIG
 from moe.training import warm_start
 from moe.training.batches import place
 from moe.training.metric_writers import find_writers

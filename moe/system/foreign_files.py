@@ -65,7 +65,12 @@ def read_rows(path: str | os.PathLike[str], schema: pydantic.TypeAdapter[Json]) 
 
 def read_object(path: str | os.PathLike[str]) -> Json:
     """Read a JSON object with any fields. Raises ConfigError; see :func:`read_json`."""
-    return read_json(path, _OBJECT)
+    return parse_object(read_small_file(path), os.fspath(path))
+
+
+def parse_object(content: bytes | str, where: str) -> Json:
+    """Parse a JSON object with any fields. Raises ConfigError; see :func:`parse`."""
+    return parse(content, _OBJECT, where)
 
 
 def loads(content: bytes | str) -> Any:

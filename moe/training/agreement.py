@@ -15,10 +15,11 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from moe.checkpoints.manager import complete_steps
-from moe.checkpoints.workdir import CONFIG, REPORT
+from moe.checkpoints.workdir import REPORT
 from moe.config import Config, ConfigError, to_dict
 from moe.data import pipeline
 from moe.system.reading import read_small_file
+from moe.system.sealed_folder import CONFIG
 
 #: Seconds between two looks at the workdir: a network file system may show another host's files after a minute.
 _PAUSES = (1, 2, 4, 8, 16, 32, 64, 0)

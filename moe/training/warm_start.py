@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 
 from moe.checkpoints import parameters as stored
 from moe.checkpoints.pinned import agreed
-from moe.checkpoints.workdir import CONFIG, differing_settings, read_config
+from moe.checkpoints.workdir import differing_settings, read_config
 from moe.config import Config, ConfigError, DistillConfig, ModelConfig, StartConfig
 from moe.config.objectives import OBJECTIVES, find_objective
 from moe.data.tokenizer import Tokenizer
@@ -30,6 +30,7 @@ from moe.models.factory import abstract_parameters
 from moe.models.segments import part_of, restack_layers, unstack_layers
 from moe.models.state import AdaptedState, TrainState, join, set_schedule_step
 from moe.system.fields import require
+from moe.system.sealed_folder import CONFIG
 from moe.training.optimizer import is_average
 from moe.training.optimizer_files import read_optimizer
 from moe.training.spikes import is_history

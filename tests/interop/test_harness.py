@@ -13,6 +13,7 @@ from moe.config import ConfigError
 from moe.data.tokenizer import train_tokenizer
 from moe.interop import import_checkpoint, load_huggingface
 from moe.models import sampling
+from moe.system.sealed_folder import unsealed
 from tests.helpers import random_parameters
 from tests.run_helpers import tiny, write_run
 
@@ -256,7 +257,7 @@ def test_a_prefix_lm_sees_the_context_in_both_directions(workdir, tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "run" / name).unlink(missing_ok=True)
     shutil.copy(workdir / "tokenizer.model", tmp_path / "run")
-    content = json.loads((tmp_path / "run" / "config.json").read_text())
+    content = unsealed((tmp_path / "run" / "config.json").read_text())
     content["data"]["objective"] = "prefix_lm"
     (tmp_path / "run" / "config.json").write_text(json.dumps(content))
     model = WorkdirLM(str(tmp_path / "run"), batch_size=8, max_length=24)

@@ -33,6 +33,7 @@ from moe.objectives import sampling
 from moe.objectives.grpo import divergence, token_terms, token_weights
 from moe.objectives.policy import Policy, advantages
 from moe.parallel.mesh import make_mesh
+from moe.system.sealed_folder import unsealed
 from moe.training import warm_start
 from moe.training.batches import forward, place
 from moe.training.losses import token_cross_entropy
@@ -353,7 +354,7 @@ def test_a_run_from_a_file_learns_and_resumes_bit_for_bit(start, place_of_run, t
 def test_a_reference_drops_no_tokens(start, place_of_run, tmp_path):
     reference = tmp_path / "reference"
     shutil.copytree(start["distill.teacher"], reference)
-    tree = json.loads((reference / "config.json").read_text())
+    tree = unsealed((reference / "config.json").read_text())
     tree["model"]["moe"] |= {
         "dispatch": "gather",
         "capacity": {"train": 0.5, "eval": 0.5, "fixed": 0},
