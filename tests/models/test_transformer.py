@@ -95,16 +95,18 @@ def test_layer_patterns(overrides, sparse, runs):
 EVERY_2 = {"num_layers": 4, "every": 2, "tie_embeddings": True, "dispatch": "einsum"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [
-        slow_case({}, id="all, gather"),
+        pytest.param({}, id="all, gather"),
         pytest.param({"dispatch": "einsum"}, id="all"),
-        slow_case({"num_layers": 5, "every": 2, "tie_embeddings": True}, id="every 2, gather"),
-        slow_case(EVERY_2, id="every 2"),
+        pytest.param({"num_layers": 5, "every": 2, "tie_embeddings": True}, id="every 2, gather"),
+        pytest.param(EVERY_2, id="every 2"),
     ],
 )
 def test_scan_changes_nothing(overrides, rng):
+    """All slow: test_carry.py always compares a scan of layers with a plain loop, in values and gradients."""
     config = tiny_model(**overrides)
     unrolled = dataclasses.replace(config, scan_layers=False)
     tokens = _tokens(rng, config)
@@ -124,14 +126,15 @@ def test_layers_of_one_trip_change_nothing(unroll, written_out, rng):
     assert [scan.params["unroll"] for scan in scans] == [written_out] * 2  # forward, backward
 
 
-@pytest.mark.parametrize("policies", [("full",), slow_case(("hidden", "offload", "offload_inputs", "dots", "routes"))])
-def test_remat_changes_neither_value_nor_gradient(policies, rng):
+@pytest.mark.slow
+def test_remat_changes_neither_value_nor_gradient(rng):
+    """Each policy; test_carry.py always compares a recomputed scan of layers with a plain loop."""
+    policies = ("none", "full", "hidden", "offload", "offload_inputs", "dots", "routes")
     config = tiny_model(dispatch="einsum")
     tokens = _tokens(rng, config)
     _, parameters = _build(config)
     results = {
-        policy: _value_and_grad(dataclasses.replace(config, remat=policy))(parameters, tokens)
-        for policy in ("none", *policies)
+        policy: _value_and_grad(dataclasses.replace(config, remat=policy))(parameters, tokens) for policy in policies
     }
     for policy in results:
         _assert_trees_close(results[policy], results["none"])

@@ -286,7 +286,7 @@ def test_coupling_loss_by_hand(rng):
     assert float(jax.jit(lambda x: layer(x)[1])(x).sparsity_penalty) == 0
 
 
-@pytest.mark.parametrize("latent_dim", [0, 5])
+@pytest.mark.parametrize("latent_dim", [slow_case(0), 5])
 def test_the_coupling_loss_is_of_the_columns_of_ffn_experts(latent_dim):
     """Columns of experts without an FFN have no matrices: the loss is that of the layer without them, with their
     gradient 0."""
