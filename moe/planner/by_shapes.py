@@ -23,6 +23,7 @@ from moe.planner.kinds import kind_of
 from moe.planner.open_shapes import MIXERS, Sizes
 from moe.planner.records import Collective, GroupedMatmul
 from moe.planner.topology import Topology
+from moe.system.documents import Heading, Paragraph, Table, text
 
 #: Share of the peak of dense matmuls, as the compilers state it for wide ones: TPUs; GPUs have one of their own.
 _DENSE = 0.95
@@ -99,27 +100,37 @@ class ShapePlan:
         low, high = self.step_interval
         rate = self.tokens / self.chips
         slower, faster = (100 * self.mfu * self.step_seconds / each for each in (high, low))
-        lines = [
-            f"{self.topology}: {self.chips} {'GPUs' if self.platform == 'gpu' else 'chips'}; by shapes, not compiled",
-            f"model: {self.total_parameters / 1e9:,.1f}B parameters, {self.active_parameters / 1e9:,.1f}B active; "
-            f"{self.tokens:,} tokens per step",
-            f"Parameters and optimizer per device: {self.state / 2**30:.1f} GiB of {self.capacity / 2**30:.0f}; "
-            "activations are not counted",
-            "",
-            "Time of a step (estimate)",
-            *(f"  {name:22} {1e3 * seconds:10.1f} ms" for name, seconds in self.parts.items() if seconds),
-            f"  {'exposed exchange':22} {1e3 * self.exposed:10.1f} ms",
-            f"  {'at least':22} {1e3 * self.floor:10.1f} ms  its FLOPs at peak",
-            f"  step {self.step_seconds:.3g} s ({low:.3g} to {high:.3g}), MFU {100 * self.mfu:.1f} % ({slower:.1f} to "
-            f"{faster:.1f}), {rate / self.step_seconds:,.0f} tokens/s per chip ({rate / high:,.0f} to "
-            f"{rate / low:,.0f})",
-            f"  80 % interval from the spread of published steps, {self._compared()}, and that of "
-            "prices by shapes around compiled programs",
-            "",
-            "Approximate:",
-            *(f"- {each}" for each in self.approximate),
-        ]
-        return "\n".join(lines)
+        chips = f"{self.chips} {'GPUs' if self.platform == 'gpu' else 'chips'}"
+        parts = {name: seconds for name, seconds in self.parts.items() if seconds}
+        times = [(name, f"{1e3 * seconds:.1f} ms", "") for name, seconds in parts.items()]
+        times.append(("exposed exchange", f"{1e3 * self.exposed:.1f} ms", ""))
+        times.append(("at least", f"{1e3 * self.floor:.1f} ms", "its FLOPs at peak"))
+        return text(
+            [
+                Heading(f"{self.topology}: {chips}; by shapes, not compiled"),
+                Paragraph(
+                    f"{self.total_parameters / 1e9:,.1f}B parameters, {self.active_parameters / 1e9:,.1f}B active; "
+                    f"{self.tokens:,} tokens per step"
+                ),
+                Paragraph(
+                    f"parameters and optimizer per device: {self.state / 2**30:.1f} GiB of "
+                    f"{self.capacity / 2**30:.0f}; activations are not counted"
+                ),
+                Heading("Time of a step (estimate)"),
+                Table(times, right=(1,)),
+                Paragraph(
+                    f"step {self.step_seconds:.3g} s ({low:.3g} to {high:.3g}), MFU {100 * self.mfu:.1f} % "
+                    f"({slower:.1f} to {faster:.1f}), {rate / self.step_seconds:,.0f} tokens/s per chip "
+                    f"({rate / high:,.0f} to {rate / low:,.0f})"
+                ),
+                Paragraph(
+                    f"80 % interval from the spread of published steps, {self._compared()}, and that of prices by "
+                    "shapes around compiled programs"
+                ),
+                Heading("Approximate"),
+                *(Paragraph(each) for each in self.approximate),
+            ]
+        )
 
 
 def make(sizes: Sizes, topology: Topology, rows: int, tokens: int, *, remat: bool = True) -> ShapePlan:
