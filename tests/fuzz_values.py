@@ -132,7 +132,7 @@ PLAUSIBLE: dict[str, tuple[Any, ...]] = {
     "model.value_dim": (0, 6),
     "model.sliding_window": (0, 1, 5, 100),
     "model.qk_norm": ("none", "head", "full", "rotated"),
-    "model.norms": ("before", "after"),
+    "model.norms": ("before", "after", "both"),
     "model.embedding_scale": (0.5, 12.0),
     "model.residual_scale": (0.22, 1.0),
     "model.attention_scale": (0.0, 0.01),

@@ -14,7 +14,7 @@ from moe.config.rope_section import ROPE, RopeScalingConfig
 from moe.system.fields import ConfigError, Section, require, setting
 
 Activation = Literal["swiglu", "swiglu_clamped", "geglu", "geglu_exact", "reglu", "gelu", "relu"]
-Norms = Literal["before", "after"]
+Norms = Literal["before", "after", "both"]
 Attention = Literal["full", "blocked"]
 RotatedLayers = Literal["all", "sliding"]
 Remat = Literal["none", "hidden", "outputs", "attention", "offload", "offload_inputs", "dots", "routes", "full"]
@@ -68,7 +68,7 @@ class ModelConfig(Section, path=_MODEL):
     layer_norm: bool = setting(False, page=True)  # LayerNorm with biases in place of RMSNorm (Phi-3.5-MoE)
     #: RMSNorm multiplies by 1 + scale, which starts at 0 (Qwen3-Next)
     zero_centred_norms: bool = setting(False, page=True)
-    #: norms of attention and FFN: before, of their input; after, of their output (OLMo 2)
+    #: norms of attention and FFN: before, of their input; after, of their output (OLMo 2); both (Trinity)
     norms: Norms = setting("before", page=True)
     #: factor of the embedded tokens (Granite: 12)
     embedding_scale: float = setting(1.0, above=0, most=1e4, follows="model.base_d_model")

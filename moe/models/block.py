@@ -77,7 +77,8 @@ class CrossAttention(nnx.Module):
 
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + FFN(norm(x)), the FFN dense or MoE; between them, in the decoder of an
-    encoder-decoder, x + cross-attention(norm(x)). With ``model.norms="after"``, x + norm(attention(x)) (OLMo 2)."""
+    encoder-decoder, x + cross-attention(norm(x)). With ``model.norms="after"``, x + norm(attention(x)) (OLMo 2); with
+    both, x + norm'(attention(norm(x))) (Trinity)."""
 
     def __init__(self, config: ModelConfig, kind: LayerKind, *, rngs: nnx.Rngs):
         self.attention_norm = RMSNorm.of(config)
@@ -85,10 +86,13 @@ class Block(nnx.Module):
         if kind.role == "cross":
             self.cross = CrossAttention(config, rngs=rngs)
         self.ffn_norm = RMSNorm.of(config)
+        if config.norms == "both":
+            self.attention_output_norm = RMSNorm.of(config)
+            self.ffn_output_norm = RMSNorm.of(config)
         self.kind = kind
         self.dropout = config.dropout
         self.route_padding = config.moe.route_padding
-        self.norms_after = config.norms == "after"
+        self.norms = config.norms
         self.residual_scale = config.residual_scale
         if kind.sparse:
             self.moe = create_layer(config, gate=kind.gate, rngs=rngs)
@@ -130,30 +134,39 @@ class Block(nnx.Module):
 
     def mix(self, x: Float[Array, "B T D"], rows: Rows, drop: Dropout = KEEP_ALL) -> Float[Array, "B T D"]:
         """The first part: x + mixer(norm(x))."""
-        h = self.input_of(self.attention_norm, x)
+        h = self.mixer_input(x)
         heads, _ = self.token_mixer.prefill(h, rows, drop.at(Site.ATTENTION_WEIGHTS))
-        return self.add(self.attention_norm, x, self.token_mixer.join(heads, h), drop.at(Site.ATTENTION_OUTPUT))
+        return self.add_mixed(x, self.token_mixer.join(heads, h), drop.at(Site.ATTENTION_OUTPUT))
 
     def mixer_report(self, x: Float[Array, "B T D"], rows: Rows) -> LayerReport | None:
         """Report of the mixer's routers; None for one without experts."""
         if not self.kind.mixer.reports:
             return None
-        return self.token_mixer.report(self.input_of(self.attention_norm, x), rows)
+        return self.token_mixer.report(self.mixer_input(x), rows)
 
     @property
     def token_mixer(self) -> MixerLayer:
         """The token mixer."""
         return getattr(self, self.kind.mixer.path)
 
-    def input_of(self, norm: RMSNorm, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """Input of attention or of the FFN: x, normalised unless norms come after."""
-        return x if self.norms_after else norm(x)
+    def mixer_input(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Input of the token mixer: x, normalised unless norms come after alone."""
+        return x if self.norms == "after" else self.attention_norm(x)
 
-    def add(
-        self, norm: RMSNorm, x: Float[Array, "B T D"], y: Float[Array, "B T D"], drop: Dropout
-    ) -> Float[Array, "B T D"]:
-        """Add the output of attention or the FFN to x, normalised if norms come after."""
-        return x + times(drop(norm(y) if self.norms_after else y), self.residual_scale)
+    def ffn_input(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Input of the FFN: x, normalised unless norms come after alone."""
+        return x if self.norms == "after" else self.ffn_norm(x)
+
+    def add_mixed(self, x: Float[Array, "B T D"], y: Float[Array, "B T D"], drop: Dropout) -> Float[Array, "B T D"]:
+        """Add the output of the token mixer to x, normalised if norms come after."""
+        norm = self.attention_output_norm if self.norms == "both" else self.attention_norm
+        return self._add(norm, x, y, drop)
+
+    def _add_ffn(self, x: Array, y: Array, drop: Dropout) -> Array:
+        return self._add(self.ffn_output_norm if self.norms == "both" else self.ffn_norm, x, y, drop)
+
+    def _add(self, norm: RMSNorm, x: Array, y: Array, drop: Dropout) -> Array:
+        return x + times(drop(y if self.norms == "before" else norm(y)), self.residual_scale)
 
     def feed_forward(
         self,
@@ -168,10 +181,10 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Record]:
         """The last part: x + FFN(norm(x)); ``generating``: gates that draw or count tokens do so by a token's position,
         so that no row depends on the others."""
-        h, drop = self.input_of(self.ffn_norm, x), Dropout(self.dropout, rng if train else None)
+        h, drop = self.ffn_input(x), Dropout(self.dropout, rng if train else None)
         if not self.kind.sparse:
             y = self.dense(h, drop.at(Site.FFN_HIDDEN))
-            return constrain(self.add(self.ffn_norm, x, y, drop.at(Site.FFN_OUTPUT)), partition_specs.BATCH), Record()
+            return constrain(self._add_ffn(x, y, drop.at(Site.FFN_OUTPUT)), partition_specs.BATCH), Record()
         y, report, routing = self.moe(
             h,
             None if self.route_padding else rows.as_keys > 0,
@@ -183,5 +196,5 @@ class Block(nnx.Module):
             train=train,
             rng=rng,
         )
-        x = self.add(self.ffn_norm, x, y, drop.at(Site.FFN_OUTPUT))
+        x = self._add_ffn(x, y, drop.at(Site.FFN_OUTPUT))
         return constrain(x, partition_specs.BATCH), Record(report, routing)

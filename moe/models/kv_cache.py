@@ -199,10 +199,9 @@ def _run(
 
 def mixed(block: Block, x: Array, cache: Cache, mix: Mix) -> tuple[Array, Cache]:
     """x plus the output of a block's mixer, and its cache."""
-    norm = block.attention_norm
-    h = block.input_of(norm, x)
+    h = block.mixer_input(x)
     heads, cache = mix(block, h, cache)
-    return block.add(norm, x, block.token_mixer.join(heads, h), KEEP_ALL), cache
+    return block.add_mixed(x, block.token_mixer.join(heads, h), KEEP_ALL), cache
 
 
 def next_logits(model: Model, x: Float[Array, "B 1 D"]) -> Float[Array, "B V"]:
