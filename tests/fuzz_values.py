@@ -131,6 +131,7 @@ PLAUSIBLE: dict[str, tuple[Any, ...]] = {
     "model.q_lora_rank": (0, 4),
     "model.value_dim": (0, 6),
     "model.sliding_window": (0, 1, 5, 100),
+    "model.window_rope_theta": (0.0, 100.0),
     "model.qk_norm": ("none", "head", "full", "rotated"),
     "model.norms": ("before", "after", "both"),
     "model.embedding_scale": (0.5, 12.0),

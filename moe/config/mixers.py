@@ -120,6 +120,7 @@ class GroupedQuery(Mixer):
     causal: bool = True  # a query sees earlier positions and its own; else all
     scale: float = 0.0  # of query·key; 0: 1/sqrt(H)
     rotated: bool = True  # whether queries and keys have rotary positions, unless distances have biases
+    theta: float = 0.0  # base of the rotary frequencies, not scaled; 0: that of the model, with its scaling
     buckets: int = 0  # of distances that have a bias (T5); 0: rotary positions
     qk_norm: QKNorm = "none"
     bias: AttentionBias = "none"
@@ -299,4 +300,5 @@ def attention_of(config: Any, *, windowed: bool) -> Mixer:
     window = config.sliding_window if windowed else 0
     if config.kv_lora_rank:
         return MultiHeadLatent.of(config, window=window)
-    return GroupedQuery.of(config, window=window, rotated=windowed or config.rotated_layers == "all")
+    rotated = windowed or config.rotated_layers == "all"
+    return GroupedQuery.of(config, window=window, rotated=rotated, theta=config.window_rope_theta if windowed else 0.0)

@@ -86,6 +86,8 @@ class ModelConfig(Section, path=_MODEL):
     rope_dim: int = setting(0, page=True)  # rotated dimensions of a head, even; 0: all
     #: layers with rotary positions: all, or those with windows; the others then have no positions (EXAONE-MoE)
     rotated_layers: RotatedLayers = setting("all", page=True)
+    #: base of the rotary frequencies, not scaled, in layers with windows (Mellum); 0: rope_theta, scaled as elsewhere
+    window_rope_theta: float = setting(0.0, least=0, page=True)
     rope_interleaved: bool = setting(False, page=True)  # rotate pairs (2i, 2i+1) (DeepSeek) instead of (i, i + H/2)
     #: dimension of the latent of keys and values (DeepSeek-V2); 0: grouped-query attention
     kv_lora_rank: int = setting(0, least=0, most=2**16, split="fsdp", page=True)
@@ -245,7 +247,9 @@ class ModelConfig(Section, path=_MODEL):
     def _check_stacks(self) -> None:
         encoder, buckets, distance = self.encoder_layers, self.relative_buckets, self.relative_max_distance
         if encoder or buckets:
-            self._require_defaults("model.encoder_layers or model.relative_buckets", rotated_layers="all")
+            self._require_defaults(
+                "model.encoder_layers or model.relative_buckets", rotated_layers="all", window_rope_theta=0.0
+            )
         one_stack = not (encoder or buckets)
         allowed = "must be 0 with model.encoder_layers or model.relative_buckets"
         self._require("prediction_layers", not self.prediction_layers or one_stack, allowed)
@@ -277,6 +281,8 @@ class ModelConfig(Section, path=_MODEL):
             value = getattr(scaling, name)
             right = all(factor > 0 for factor in value) and (scaling.kind != "longrope" or len(value) == size // 2)
             require(right, f"{ROPE}{name}", value, allowed)
+        windowed = self.sliding_window > 0 or not self.window_rope_theta
+        self._require("window_rope_theta", windowed, "must be 0 without model.sliding_window")
         divides = self.num_heads % self.num_kv_heads == 0
         self._require("num_kv_heads", divides, f"must divide model.num_heads={self.num_heads}")
 
@@ -295,6 +301,7 @@ class ModelConfig(Section, path=_MODEL):
         self._require("num_kv_heads", self.num_kv_heads == self.num_heads, allowed)
         none = {"qk_norm": "none", "attention_bias": "none", "attention_sinks": False, "clip_qkv": 0.0}
         none |= {"gated_attention": False, "zero_centred_norms": False, "rotated_layers": "all"}
+        none |= {"window_rope_theta": 0.0}
         self._require_defaults("model.kv_lora_rank", **none, attention_scale=0.0)
 
     @property

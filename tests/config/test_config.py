@@ -52,6 +52,7 @@ def changed(**overrides):
         ({"model__residual_scale": 0.0}, "model.residual_scale=0.0: must be positive"),
         ({"model__attention_scale": -1.0}, "model.attention_scale=-1.0: must be at least 0"),
         ({"model__norms": "after", "model__encoder_layers": 2}, "model.norms='after': must be before where"),
+        ({"model__window_rope_theta": 5.0}, "model.window_rope_theta=5.0: must be 0 without model.sliding_window"),
         ({"model__vocab_size": 0}, "model.vocab_size=0: must be at least 1"),
         ({"model__moe__gate": "mixtrall"}, "model.moe.gate='mixtrall': must be one of none,"),
         ({"model__moe__gate__k": 9}, "model.moe.gate.k=9: must be at most num_experts=8"),

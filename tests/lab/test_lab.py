@@ -579,7 +579,7 @@ def test_neutral_values_are_fixed():
         "sliding_window_layers": (), "qk_norm": "none", "attention_bias": "none", "attention_sinks": False,
         "clip_qkv": 0.0, "tie_embeddings": False, "scale_logits": False, "dropout": 0.0, "init_scale": 1.0,
         "dtype": "float32", "low_precision": "none", "low_precision_in": "ffn", "norms": "before",
-        "fake_quantize": "none", "rotated_layers": "all",
+        "fake_quantize": "none", "rotated_layers": "all", "window_rope_theta": 0.0,
         "embedding_scale": 1.0, "residual_scale": 1.0, "attention_scale": 0.0, "logit_scale": 1.0,
         "prediction_layers": 0, "prediction_weight": 0.3, "gated_attention": False, "zero_centred_norms": False,
         "layer_norm": False, "logit_bias": False, "base_d_model": 0, "base_num_layers": 0, "base_head_dim": 0,

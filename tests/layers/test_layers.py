@@ -14,6 +14,7 @@ from flax import nnx
 
 from moe.config import ModelConfig
 from moe.config.mixers import GroupedQuery
+from moe.config.rope_section import RopeScalingConfig
 from moe.conformance import reference
 from moe.dispatch.ffn import ExpertDropout, activate
 from moe.layers.attention.scoring import rotate
@@ -77,9 +78,12 @@ def test_rotate(rng):
 
 def test_rotate_by_hand():
     # H = 4, theta 100: pair (0, 2) turns by the position, pair (1, 3) by a tenth of it (100^(-2/4)).
-    turned = rotate(jnp.asarray([1.0, 1.0, 0.0, 0.0]).reshape(1, 1, 1, 4), jnp.asarray([[2]]), CONFIG_100)
+    head, position = jnp.asarray([1.0, 1.0, 0.0, 0.0]).reshape(1, 1, 1, 4), jnp.asarray([[2]])
     expected = [math.cos(2), math.cos(0.2), math.sin(2), math.sin(0.2)]
-    np.testing.assert_allclose(turned.reshape(4), expected, rtol=1e-6)
+    np.testing.assert_allclose(rotate(head, position, CONFIG_100).reshape(4), expected, rtol=1e-6)
+    # A base of its own is not scaled.
+    scaled = ModelConfig(rope_theta=7.0, rope_scaling=RopeScalingConfig(kind="linear", factor=4.0))
+    np.testing.assert_allclose(rotate(head, position, scaled, theta=100.0).reshape(4), expected, rtol=1e-6)
 
 
 def test_rotated_products_depend_on_relative_positions_alone(rng):

@@ -93,7 +93,12 @@ def append_sink(
 
 
 def rotate(
-    x: Float[Array, "B T N H"], positions: Int[Array, "B T"], config: ModelConfig, *, interleaved: bool = False
+    x: Float[Array, "B T N H"],
+    positions: Int[Array, "B T"],
+    config: ModelConfig,
+    *,
+    interleaved: bool = False,
+    theta: float = 0.0,
 ) -> Float[Array, "B T N H"]:
     """Rotate the first ``model.rope_dim`` dimensions of each head by angles proportional to the position.
 
@@ -103,19 +108,21 @@ def rotate(
         config: base and scaling.
         interleaved: whether pairs are neighbours (2i, 2i + 1), as in RoFormer and DeepSeek, or halves (i, i + H/2), as
             in most open checkpoints.
+        theta: base in place of the config's, without its scaling; 0: the config's.
     """
+    base, scaling = (theta, RopeScalingConfig()) if theta else (config.rope_theta, config.rope_scaling)
     size = config.rope_dim or x.shape[-1]
     if size >= x.shape[-1]:
-        return _rotate_all(x, positions, config, interleaved)
+        return _rotate_all(x, positions, base, scaling, interleaved)
     rotated, rest = jnp.split(x, [size], axis=-1)
-    return jnp.concatenate([_rotate_all(rotated, positions, config, interleaved), rest], axis=-1)
+    return jnp.concatenate([_rotate_all(rotated, positions, base, scaling, interleaved), rest], axis=-1)
 
 
-def _rotate_all(x: Array, positions: Array, config: ModelConfig, interleaved: bool) -> Array:
-    length = _document_lengths(positions)[..., None] if config.rope_scaling.follows_length else 0
-    frequencies = inverse_frequencies(x.shape[-1], config.rope_theta, config.rope_scaling, length)
+def _rotate_all(x: Array, positions: Array, theta: float, scaling: RopeScalingConfig, interleaved: bool) -> Array:
+    length = _document_lengths(positions)[..., None] if scaling.follows_length else 0
+    frequencies = inverse_frequencies(x.shape[-1], theta, scaling, length)
     angles = positions.astype(jnp.float32)[..., None, None] * frequencies  # [B,T,1,H/2]
-    factor = attention_factor(config.rope_scaling)
+    factor = attention_factor(scaling)
     cos, sin = jnp.cos(angles) * factor, jnp.sin(angles) * factor
     x32 = x.astype(jnp.float32)
     if interleaved:

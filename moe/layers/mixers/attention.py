@@ -180,7 +180,8 @@ class Attention(MixerLayer):
         if clip:
             heads = jnp.clip(heads, -clip, clip)
         if positions is not None and self.mixer.rotated and not self.mixer.buckets:
-            heads = rotate(heads, positions, self.config, interleaved=self.config.rope_interleaved)
+            interleaved = self.config.rope_interleaved
+            heads = rotate(heads, positions, self.config, interleaved=interleaved, theta=self.mixer.theta)
         return constrain(heads, partition_specs.HEADS)
 
     def join(self, heads: Float[Array, "B T N H"], x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
