@@ -220,6 +220,7 @@ def test_a_factor_of_attention_scores_is_read_only_with_yarn(kind):
 
 
 #: (family, field of config.json, values that are refused)
+_SCALED_WINDOWS = {"full_attention": {"rope_theta": 5.0}, "sliding_attention": {"rope_type": "linear", "factor": 2.0}}
 WRONG_VALUES = [
     ("mixtral", "model_type", (None, 3, ["mixtral"], {})),
     ("mixtral", "num_hidden_layers", (0, -1, 1.5, 10**9, 10**400, True, "2", [2], {})),
@@ -252,6 +253,9 @@ WRONG_VALUES = [
     ("t5", "is_gated_act", (False,)),
     ("switch_transformers", "router_dtype", ("bfloat16", "float16")),
     ("glm4_moe_lite", "mlp_layer_types", (["dense"] * 2, ["moe"] * 3)),
+    ("afmoe", "attention_bias", (True,)),
+    ("mellum", "rope_parameters", (3, {"rope_theta": 5.0}, {"full_attention": 3}, _SCALED_WINDOWS)),
+    ("granitemoe_swa", "layer_rope_theta", ([5.0], [5.0, 2.0, 2.0, 3.0], [5.0, 0, 0, 0], [-1, 2, 2, 2], "5")),
 ]
 CASES = [
     pytest.param(family, field, value, id=f"{family}.{field}={json.dumps(value)[:20]}")

@@ -182,6 +182,8 @@ def test_deepseek_without_experts_is_dense(experts):
         ("hy_v3", "router_scaling_factor", 2.826),
         ("flint", "shared_expert_intermediate_size", 1024),
         ("sarvam_mla", "q_lora_rank", None),
+        ("afmoe", "num_shared_experts", 2),
+        ("mellum", "moe_intermediate_size", 896),
     ],
 )
 def test_an_absent_field_has_the_default_of_the_library(name, absent, value):
@@ -271,7 +273,7 @@ def test_published_losses_of_olmoe_and_epsilon_of_deepseek_moe():
 
 @pytest.mark.parametrize(
     ("name", "heads"),
-    [("mixtral", 8), ("qwen2", 32), ("qwen3_moe", 4), ("flint", 4), ("exaone_moe", 32), ("olmoe", None)],
+    [("mixtral", 8), ("qwen2", 32), ("qwen3_moe", 4), ("flint", 4), ("mellum", 4), ("exaone_moe", 32), ("olmoe", None)],
 )
 def test_an_absent_number_of_key_heads_has_the_default_of_the_library(name, heads):
     """Null, or a family without a default, means as many as query heads."""
@@ -279,6 +281,24 @@ def test_an_absent_number_of_key_heads_has_the_default_of_the_library(name, head
     del fields["num_key_value_heads"]
     assert FAMILIES[name].schema.model_validate(fields).num_key_value_heads == heads
     assert FAMILIES[name].schema.model_validate(fields | {"num_key_value_heads": None}).num_key_value_heads is None
+
+
+def test_positions_of_each_kind_of_layers():
+    """Granite's base 0 means no positions, which only the layers without windows may lack; Mellum's bases are equal, or
+    the library's default."""
+    granite = json.loads((HERE / "granitemoe_swa" / "config.json").read_text())
+    for bases, want in (
+        ([0, 9.0, 9.0, 9.0], (9.0, 0.0, "sliding")),
+        ([9.0] * 4, (9.0, 0.0, "all")),
+        (None, (10_000.0, 0.0, "all")),
+    ):
+        model = read_open_config(granite | {"layer_rope_theta": bases}).model
+        assert (model.rope_theta, model.window_rope_theta, model.rotated_layers) == want
+    mellum = json.loads((HERE / "mellum" / "config.json").read_text())
+    one = {"rope_type": "yarn", "rope_theta": 9.0, "factor": 2.0}
+    for rope, want in (({"full_attention": one, "sliding_attention": one}, (9.0, 0.0)), (None, (5e5, 1e4))):
+        model = read_open_config(mellum | {"rope_parameters": rope}).model
+        assert (model.rope_theta, model.window_rope_theta) == want
 
 
 def test_null_is_false_in_deepseek_v3():

@@ -15,6 +15,7 @@ FAMILIES = {
         qwen.QWEN2_MOE,
         deepseek.DEEPSEEK,
         qwen.QWEN3_MOE,
+        qwen.MELLUM,
         qwen.FLINT,
         qwen.QWEN3_NEXT,
         qwen.QWEN3_5_MOE_TEXT,
@@ -25,6 +26,7 @@ FAMILIES = {
         glm.GLM4_MOE,
         glm.DOTS1,
         glm.EXAONE_MOE,
+        glm.AFMOE,
         mistral.MINIMAX_M2,
         others.ERNIE4_5_MOE,
         others.GPT_OSS,
@@ -33,6 +35,7 @@ FAMILIES = {
         mistral.PHIMOE,
         others.GRANITEMOE,
         others.GRANITEMOESHARED,
+        others.GRANITEMOE_SWA,
         glm.SOLAR_OPEN,
         glm.SARVAM_MOE,
         glm.HY_V3,
@@ -46,13 +49,11 @@ _WITHOUT_POSITIONS = "layers without positions"
 _BASE_PER_KIND = "rotary positions of each kind of layers"
 #: Other architectures with experts, and all that they need that no model here computes.
 MISSING = {
-    "afmoe": f"{_WITHOUT_POSITIONS}, norms before and after each half",
     "deepseek_v32": "attention to tokens that an indexer chooses",
     "deepseek_v4": "compressed attention and hyper-connections",
     "gemma4": "norms before and after each half, dense FFN and experts side by side, a router with a norm and a scale "
     "of each expert, heads of another size in some layers, per-layer embeddings",
     "glm_moe_dsa": "attention to tokens that an indexer chooses",
-    "granitemoe_swa": f"{_WITHOUT_POSITIONS}, {_BASE_PER_KIND}",
     "granitemoehybrid": "Mamba layers",
     "jamba": "Mamba layers",
     "kimi_linear": "delta attention layers",
@@ -63,7 +64,6 @@ MISSING = {
     "llama4": "attention within chunks, layers without positions, whose scores grow with the position, norms of "
     "queries and keys without a scale, routing weights on the experts' inputs",
     "longcat_flash": "two attentions and dense FFNs in a layer with experts beside the second, factors of the latents",
-    "mellum": _BASE_PER_KIND,
     "mimo_v2_flash": f"{_BASE_PER_KIND}, another number of key heads and sinks in the layers with windows, values of "
     "another size than keys, a factor of values",
     "minimax": "lightning attention layers",

@@ -9,6 +9,7 @@ from moe.interop.families.family import (
     ATTENTION,
     DENSE,
     EXPERTS,
+    FUSED_EXPERTS,
     OUTSIDE,
     SELECTION_BIAS,
     Family,
@@ -159,6 +160,54 @@ EXAONE_MOE = Family(
         "routed_scaling_factor": 2.5,
     },
     aliases=(("mlp.e_score_correction_bias", "mlp.gate.e_score_correction_bias"),),  # in files, in the library's memory
+)
+_AFMOE_ROUTER = {"moe.router.kernel": "mlp.router.gate.weight"}
+#: AFMoE (Trinity): norms before and after each half, gated attention, positions in the layers with windows alone;
+#: ``mup_enabled`` multiplies the embeddings by the root of their size.
+AFMOE = Family(
+    "afmoe",
+    "AfmoeForCausalLM",
+    (
+        always("norms", "both"),
+        always("qk_norm", "head"),
+        always("gated_attention", True),
+        Row("attention_bias", type=Off, default=False),
+        *groups.windows(lambda layer, file: (layer + 1) % file.global_attn_every_n_layers != 0),
+        Row("global_attn_every_n_layers", type=Count, default=4),
+        always("rotated_layers", "sliding"),
+        Row(
+            "mup_enabled",
+            "embedding_scale",
+            bool,
+            False,
+            here=lambda file: file.hidden_size**0.5 if file.mup_enabled else None,
+            there=lambda m: m.embedding_scale != 1,
+        ),
+        always("moe.gate", {**groups.PLAIN_GATE, "renormalise": True}),
+        Row("route_scale", "moe.gate.scale", Positive, 1.0),
+        Row("num_experts", "moe.num_experts", NumExperts, 64),
+        Row("moe_intermediate_size", "moe.d_ff", Size, 1408),
+        groups.shared_size("num_shared_experts", 2),
+        groups.leading_dense("num_dense_layers", 1),
+    ),
+    TENSORS
+    | {
+        "attention.gate": "self_attn.gate_proj.weight",
+        "attention_output_norm.scale": "post_attention_layernorm.weight",
+        "ffn_norm.scale": "pre_mlp_layernorm.weight",
+        "ffn_output_norm.scale": "post_mlp_layernorm.weight",
+        "moe.router.bias": "mlp.expert_bias",
+    }
+    | _AFMOE_ROUTER,
+    defaults={
+        "max_position_embeddings": 16384,
+        "head_dim": 128,
+        "rms_norm_eps": 1e-5,
+        "num_experts_per_tok": 6,
+        "sliding_window": 1024,
+        "router_aux_loss_coef": 0.0,
+    },
+    fused=FUSED_EXPERTS | _AFMOE_ROUTER,
 )
 #: dots.llm1: QK-norm per head, windows in the upper layers.
 DOTS1 = Family(

@@ -128,15 +128,21 @@ SHARED_AND_ROUTED = (
     Row("moe_intermediate_size", "moe.d_ff", Size),
     shared_size("n_shared_experts", 0),
 )
-#: Dense layers, then MoE layers.
-LEADING_DENSE = Row(
-    "first_k_dense_replace",
-    "moe.layers",
-    OptionalCount,
-    0,
-    here=lambda file: some_layers(range(file.first_k_dense_replace, file.num_hidden_layers), file),
-    there=first_sparse,
-)
+
+
+def leading_dense(theirs: str, default: int) -> Row:
+    """A number of dense layers, after which all are MoE layers."""
+    return Row(
+        theirs,
+        "moe.layers",
+        OptionalCount,
+        default,
+        here=lambda file: some_layers(range(getattr(file, theirs), file.num_hidden_layers), file),
+        there=first_sparse,
+    )
+
+
+LEADING_DENSE = leading_dense("first_k_dense_replace", 0)
 
 
 def listed_layers(dense: Callable[[Any], int]) -> Row:

@@ -5,12 +5,13 @@ from typing import Annotated, Any
 
 import pydantic
 
-from moe.config import ModelConfig, RopeScalingConfig, sparse_layers
+from moe.config import ConfigError, ModelConfig, RopeScalingConfig, layer_kinds, sparse_layers
 from moe.dispatch.ffn import SWIGLU_LIMIT, SWIGLU_SLOPE
 from moe.interop.families import groups
 from moe.interop.families.family import ATTENTION, DENSE, EXPERTS, FUSED_EXPERTS, Family, Tensor, shared_expert
 from moe.interop.families.rows import ABSENT, Row, always, constant
 from moe.interop.schema import (
+    Coefficient,
     Count,
     Experts,
     NumExperts,
@@ -287,16 +288,80 @@ GRANITEMOE = Family(
         ("block_sparse_moe.output_linear.weight", "block_sparse_moe.experts.down_proj"),
     ),
 )
+_SHARED_TENSORS: dict[str, str | Tensor] = {
+    **_GRANITE_TENSORS,
+    "moe.shared.dense.gate": Tensor("shared_mlp.input_linear.weight", 0, 2),
+    "moe.shared.dense.up": Tensor("shared_mlp.input_linear.weight", 1, 2),
+    "moe.shared.dense.down": Tensor("shared_mlp.output_linear.weight"),
+}
 #: Granite-MoE with a shared expert.
 GRANITEMOESHARED = dataclasses.replace(
     GRANITEMOE,
     model_type="granitemoeshared",
     architecture="GraniteMoeSharedForCausalLM",
     rows=(*GRANITEMOE.rows, Row("shared_intermediate_size", "moe.shared_d_ff", OptionalCount, 0)),
-    tensors={
-        **_GRANITE_TENSORS,
-        "moe.shared.dense.gate": Tensor("shared_mlp.input_linear.weight", 0, 2),
-        "moe.shared.dense.up": Tensor("shared_mlp.input_linear.weight", 1, 2),
-        "moe.shared.dense.down": Tensor("shared_mlp.output_linear.weight"),
+    tensors=_SHARED_TENSORS,
+)
+
+
+def _bases(file: Any) -> tuple[float, float]:
+    """Bases of the layers without and with windows; 0: no positions."""
+    thetas = file.layer_rope_theta
+    if thetas is None:
+        return file.rope.rope_theta, file.rope.rope_theta
+    if len(thetas) != file.num_hidden_layers:
+        raise ConfigError(f"config.json: layer_rope_theta has {len(thetas)} entries, not {file.num_hidden_layers}")
+    kinds = file.layer_types or ["sliding_attention" if layer % 4 else "full_attention" for layer in range(len(thetas))]
+    found = [
+        {t for t, kind in zip(thetas, kinds, strict=True) if (kind == "full_attention") == f} for f in (True, False)
+    ]
+    full, sliding = ({*each} or {*other} for each, other in (found, found[::-1]))
+    if len(full) > 1 or len(sliding) > 1:
+        raise ConfigError("config.json: layer_rope_theta: must be one number for each kind of layer_types")
+    return full.pop(), sliding.pop()
+
+
+def _base(file: Any) -> float:
+    full, sliding = _bases(file)
+    if not sliding:
+        raise ConfigError("config.json: layer_rope_theta=0 in layers with windows: must be above 0 there")
+    return full or sliding
+
+
+def _base_of_windows(file: Any) -> float | None:
+    full, sliding = _bases(file)
+    if full in (0, sliding):
+        return None
+    if file.rope.rope_type != "default":
+        raise ConfigError("config.json: layer_rope_theta: must be one number, or 0, where positions are scaled")
+    return sliding
+
+
+def _layer_bases(model: ModelConfig) -> list[float]:
+    mixers: list[Any] = [kind.mixer for kind in layer_kinds(model)]
+    return [(mixer.theta or model.rope_theta) if mixer.rotated else 0.0 for mixer in mixers]
+
+
+#: Granite-MoE with a shared expert, attention sinks, windows, and a base of positions for each kind of layers.
+GRANITEMOE_SWA = dataclasses.replace(
+    GRANITEMOESHARED,
+    model_type="granitemoe_swa",
+    architecture="GraniteMoeSWAForCausalLM",
+    rows=(
+        *GRANITEMOESHARED.rows,
+        always("attention_sinks", True),
+        *groups.windows(lambda layer, file: layer % 4 != 0),
+        Row("layer_rope_theta", "rope_theta", list[Coefficient] | None, None, here=_base, there=_layer_bases),
+        Row("", "window_rope_theta", here=_base_of_windows),
+        groups.rotated_windows(lambda file: not _bases(file)[0]),
+    ),
+    tensors=_SHARED_TENSORS
+    | {
+        "attention.sinks": "self_attn.sinks",
+        "moe.router.kernel": "block_sparse_moe.router.weight",
+        "moe.experts.gate": Tensor("block_sparse_moe.experts.gate_up_proj", 0, 2),
+        "moe.experts.up": Tensor("block_sparse_moe.experts.gate_up_proj", 1, 2),
+        "moe.experts.down": Tensor("block_sparse_moe.experts.down_proj"),
     },
+    defaults={"sliding_window": 128},
 )

@@ -5,12 +5,24 @@ from typing import Annotated, Any, ClassVar
 
 import pydantic
 
-from moe.config import ModelConfig, layer_kinds, pattern, sparse_layers
+from moe.config import ConfigError, ModelConfig, layer_kinds, pattern, sparse_layers
 from moe.config.mixers import GatedDelta
 from moe.interop.families import groups
 from moe.interop.families.family import ATTENTION, DENSE, EXPERTS, Family, Tensor, shared_expert
 from moe.interop.families.rows import Row, always
-from moe.interop.schema import Count, HiddenAct, LayerNumbers, OpenConfig, OptionalNumExperts, Size, Window
+from moe.interop.rope import write_scaling
+from moe.interop.schema import (
+    Count,
+    HiddenAct,
+    Json,
+    LayerNumbers,
+    NumExperts,
+    OpenConfig,
+    OptionalNumExperts,
+    RopeParameters,
+    Size,
+    Window,
+)
 
 # --- Dense -----------------------------------------------------------------------------------------------------------
 _DENSE_DEFAULTS = {"max_position_embeddings": 32768, "num_key_value_heads": 32}
@@ -100,6 +112,77 @@ QWEN3_MOE = Family(
         "num_experts": 128,
         "num_experts_per_tok": 8,
     },
+)
+
+
+class _RopeByKind(OpenConfig):
+    """Rotary positions of each kind of layers: ``rope_parameters`` holds those of either."""
+
+    sliding_rope: RopeParameters | None = None
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _split(cls, tree: Any) -> Any:
+        if not isinstance(tree, dict):
+            return tree
+        kinds = tree.get("rope_parameters") or {
+            "full_attention": _ROPE | {"rope_theta": 5e5},
+            "sliding_attention": _ROPE,
+        }
+        if not isinstance(kinds, dict) or not kinds.keys() <= {"full_attention", "sliding_attention"}:
+            raise ValueError("rope_parameters must have full_attention and sliding_attention")
+        full, sliding = (kinds.get(f"{kind}_attention") for kind in ("full", "sliding"))
+        return tree | {"rope_parameters": full or sliding, "sliding_rope": sliding or full, "rope_scaling": None}
+
+
+_ROPE: Json = {"rope_type": "default", "rope_theta": 1e4}
+
+
+def _window_theta(file: Any) -> float | None:
+    full, sliding = file.rope_parameters, file.sliding_rope
+    if sliding == full:
+        return None
+    if sliding.rope_type != "default" or sliding.partial_rotary_factor != 1 or sliding.rope_theta is None:
+        raise ConfigError(
+            "config.json: rope_parameters of sliding_attention: must be those of full_attention, or a base"
+        )
+    return sliding.rope_theta
+
+
+def _rope_by_kind(model: ModelConfig) -> Json:
+    scaling = write_scaling(model)
+    full = {"rope_type": "default", "rope_theta": model.rope_theta} | scaling.get("rope_scaling", {})
+    sliding = _ROPE | {"rope_theta": model.window_rope_theta} if model.window_rope_theta else full
+    return {"full_attention": full, "sliding_attention": sliding}
+
+
+#: Mellum 2: Qwen3-MoE with dense layers listed one by one, and rotary positions of each kind of layers.
+MELLUM = Family(
+    "mellum",
+    "MellumForCausalLM",
+    (
+        always("qk_norm", "head"),
+        groups.ALL_BIASES,
+        *groups.windows(lambda layer, file: False),
+        Row("", "window_rope_theta", here=_window_theta),
+        Row("rope_parameters", there=_rope_by_kind),
+        Row("num_experts", "moe.num_experts", NumExperts, 64),
+        Row("moe_intermediate_size", "moe.d_ff", Size, 896),
+        groups.SOFTMAX_GATE,
+        groups.listed_layers(lambda file: 0),
+    ),
+    ATTENTION | DENSE | EXPERTS,
+    defaults={
+        "max_position_embeddings": 131072,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "sliding_window": 1024,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+    },
+    base=_RopeByKind,
+    unwritten=("rope_theta", "rope_scaling"),
+    skipped={"mtp.": "multi-token prediction"},
 )
 #: Flint: sigmoids without a bias, an ungated shared expert, attention sinks; without a list the first two layers are
 #: dense, and these, every fourth and the last one have neither windows nor positions.
