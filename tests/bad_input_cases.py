@@ -268,6 +268,7 @@ CASES = [
     script("evaluate", "--workdir={run}", "--domains=poems", says=("data.domains", "literature")),
     script("evaluate", "--workdir={run}", "--batch_size=-8", says="train.batch_size"),
     script("evaluate", "--workdir={run}", "--sequence_length=x", says="sequence_length"),
+    script("evaluate", "--workdir={run}", "--eval_k=1", says="eval_k"),
     script("import_hf", "--source=/nowhere", "--out={new}/out", says="/nowhere"),
     script("import_hf", "--source={open}", "--out={run}", says="checkpoints"),
     script("import_hf", "--source={open}", "--out={new}/out", "--dtype=int8", says=("dtype", "float32")),

@@ -205,6 +205,8 @@ _LAYERS = {
     "cosine": MoEConfig(gate=newer_gates.Cosine(), losses=Losses(balance=0.01)),
     # ZAYA1 2026, released code: top-1 of 16 experts and one that returns 0. How it is balanced is not published.
     "zaya": MoEConfig(gate=newer_gates.Zaya(), num_experts=16, zero_experts=1, losses=Losses(), dispatch="dropless"),
+    # M-MoE 2025 (arXiv 2509.26520); the balance loss is Switch's
+    "matryoshka": MoEConfig(gate=newer_gates.Matryoshka(), losses=Losses(balance=0.01), dispatch="dropless"),
     # ERC 2025 (arXiv 2512.23447): α = 1 of 64 experts; OLMoE's other losses
     "coupled": MoEConfig(gate=newer_gates.Coupled(), num_experts=64, losses=Losses(balance=0.01, z=1e-3)),
     # EMO 2026 (arXiv 2605.06663), released code: 7 of 128 experts beside a shared one, which is shared_d_ff here. Its

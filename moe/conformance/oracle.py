@@ -174,6 +174,7 @@ def drawn(case: Case, seed: int) -> tuple[jax.Array | None, dict[str, np.ndarray
         "noisy_topk": lambda: jax.random.normal(gate_key, (*shape, case.e)),
         "switch_sampled": lambda: jax.random.gumbel(gate_key, (*shape, case.e)),
         "gshard": lambda: jax.random.uniform(gate_key, shape),
+        "matryoshka": lambda: jax.random.randint(gate_key, (), 1, case.k + 1),
         "st_moe": lambda: jax.random.uniform(gate_key, (*shape, case.k)),
         "random": lambda: jax.random.uniform(gate_key, (*shape, case.e)),
     }

@@ -88,6 +88,7 @@ CASES = (
     Case("smebu", 2, 7, 5, 2, 2, 0.2, rule=Rule(renormalise=True)),
     Case("sinkhorn", 2, 7, 5, 2, 2, 0.2, LEAK),
     Case("coupled", 2, 7, 5, 2, 2, 0.2),
+    Case("matryoshka", 2, 7, 5, 3, 2, 0.2, draws=True),
     Case("cosine", 2, 7, 5, 2, 2, 0.2, full=False),
     Case("zaya", 2, 7, 5, 2, 2, 0.2, rule=Rule(null=(1, 0, 0, 0)), full=False),
     Case("mixtral", 2, 7, 5, 2, 2, 0.2, {"router_softcap": 0.5}, Rule(softcap=0.5), full=False),

@@ -137,6 +137,8 @@ def _sent(gate: str, logits: np.ndarray, experts: list[int], rule: Rule, token: 
     if gate in THRESHOLDS:
         return softmax(logits) + rule.bias > 0
     sent = np.ones(len(experts), bool)
+    if gate == "matryoshka" and rule.draws is not None:
+        sent[int(rule.draws) :] = False  # M-MoE 2025: the first of K_l assignments
     if gate == "gshard" and rule.draws is not None:
         second = float(weights(gate, logits, experts)[1])
         sent[1] = 2 * second > rule.draws[token]

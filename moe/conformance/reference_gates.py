@@ -34,7 +34,8 @@ class Rule:
         overflow: an overflowing assignment is retried once on the token's next-best expert, after all others.
         token_ids: [G,S], for the gate hash.
         draws: the gate's random numbers, uniform: [G,S] of gshard, [G,S,K] of st_moe, [G,S,E] of random; standard
-            normal: [G,S,E] of noisy_topk; standard Gumbel: [G,S,E] of switch_sampled. None: none are drawn.
+            normal: [G,S,E] of noisy_topk; standard Gumbel: [G,S,E] of switch_sampled; the integer K of matryoshka.
+            None: none are drawn.
         priorities: [G,S], of the policy random.
         null: numbers of zero, copy, constant and novice experts: the router's last columns, without a capacity.
         pool: number of experts in a group's pool, of the gate emo; 0: all.

@@ -14,6 +14,9 @@ from moe.programs import cli
 
 _WORKDIR = cli.WorkdirFlags()
 _ROWS = flags.DEFINE_integer("rows", None, "Rows per domain instead of the workdir's data.heldout_rows.")
+_EVAL_K = flags.DEFINE_integer(
+    "eval_k", None, "K of a model whose K was drawn in training (gate matryoshka) instead of the workdir's."
+)
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "Join the other processes, for a model that one host cannot hold."
 )
@@ -44,7 +47,8 @@ def _evaluate() -> dict[str, Any]:
     from moe.training.agreement import refuse_other_inputs
     from moe.training.open_workdir import open_workdir
 
-    opened = open_workdir(_WORKDIR.path, _WORKDIR.instead | {("data", "heldout_rows"): _ROWS.value})
+    own = {("data", "heldout_rows"): _ROWS.value, ("model.moe.gate", "eval_k"): _EVAL_K.value}
+    opened = open_workdir(_WORKDIR.path, _WORKDIR.instead | own)
     program = opened.program
     refuse_other_inputs(program.config, opened.prepared)
     with jax.set_mesh(program.mesh):

@@ -143,6 +143,42 @@ class Zaya(TopK):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Matryoshka(TopK):
+    """Top-K whose K is drawn in training, for every layer and microbatch, so that K may be chosen in evaluation (M-MoE:
+    Wang et al. 2025, arXiv 2509.26520: K_l uniform from k_min to k_max, independently in each layer). The default
+    range, 1 to 6, is not from the paper.
+
+    A token's experts at a smaller K are the first of those at a larger one, with the same weights: the softmax over all
+    experts, not renormalised.
+    """
+
+    k: int = setting(6, least=1)  # k_max
+    least_k: int = setting(1, least=1)  # k_min
+    eval_k: int = setting(0, least=0)  # experts per token in evaluation; 0: k
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        where = "model.moe.gate."
+        for name in ("least_k", "eval_k"):
+            value = getattr(self, name)
+            require(value <= self.k, f"{where}{name}", value, f"must be at most k={self.k}")
+        same = "must be False where K is drawn: an expert's weight would depend on how many follow it"
+        require(not self.renormalise, f"{where}renormalise", self.renormalise, same)
+        fixed = "must be none, sign or momentum where K is drawn: the quantile is of a fixed K"
+        require(self.bias != "quantile", f"{where}bias", self.bias, fixed)
+
+    def route(self, router_logits: Float[Array, "G S E"], inputs: GateInputs) -> GateOutput:
+        """Send the first of K assignments: as many as are drawn, or without a key those of evaluation."""
+        output, sent = self.select(router_logits, inputs), self.eval_k or self.k
+        if inputs.train:
+            sent = self.k
+        if inputs.rng is not None:
+            sent = jax.random.randint(inputs.rng, (), self.least_k, self.k + 1)
+        accepted = jnp.broadcast_to(jnp.arange(self.k) < sent, output.expert_index.shape)
+        return output._replace(accepted=accepted)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Coupled(TopK):
     """Top-K with a loss that couples each router column to its expert: the expert must respond more to its own column
     than to others, and more than other experts do (ERC: Lv et al. 2025, arXiv 2512.23447, equation 3)."""

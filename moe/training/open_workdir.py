@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -82,7 +84,7 @@ def open_workdir(path: str, instead: dict[tuple[str, str], Any]) -> Workdir:
 
     Args:
         path: folder with config.json, a tokenizer and checkpoints.
-        instead: (section, field) → value that replaces the workdir's; None keeps the workdir's.
+        instead: (section, field) → value that replaces the workdir's; None keeps the workdir's. Sections may be dotted.
 
     Raises:
         moe.config.ConfigError: a file is missing, or the settings are impossible.
@@ -90,7 +92,7 @@ def open_workdir(path: str, instead: dict[tuple[str, str], Any]) -> Workdir:
     tree = to_dict(read_config(path))
     for (section, name), value in instead.items():
         if value is not None:
-            tree[section][name] = value
+            functools.reduce(operator.getitem, section.split("."), tree)[name] = value
     others = [instead.get(("data", name)) is not None for name in ("dataset", "domains")]
     if any(others):  # weights and domains belong to the workdir's own text
         tree["data"]["weights"] = ()

@@ -328,6 +328,35 @@ def test_sizes_of_pools_are_drawn_by_document(rng):
             dataclasses.replace(LAYERS["emo"].gate, **fields)
 
 
+def test_k_is_drawn_in_training_by_layer(rng):
+    """M-MoE: each of 2 to 4 experts is drawn with a probability of a third, for all tokens of a layer at once."""
+    logits = rng.normal(size=(2, 5, 6))
+    fixed = routed("matryoshka", logits, 4)
+    counts = []
+    for seed in range(90):
+        drawn = routed("matryoshka", logits, 4, rng=jax.random.key(seed), train=True, least_k=2)
+        counts.append(int(drawn.chosen[0, 0].sum()))
+        assert (drawn.chosen == (np.arange(4) < counts[-1])).all(), "the first experts, of every token"
+        np.testing.assert_array_equal(drawn.expert_index, fixed.expert_index)
+        np.testing.assert_array_equal(drawn.combine_weights, np.where(drawn.chosen, fixed.combine_weights, 0))
+    # 30 of 90 each; four standard deviations are 4·√(90·2/9) = 18.
+    assert all(12 <= counts.count(k) <= 48 for k in (2, 3, 4))
+    # K = 1 in evaluation: the same first expert with the same weight, and the second is not sent.
+    fewer = routed("matryoshka", LOGITS, 2, eval_k=1)
+    np.testing.assert_array_equal(fewer.chosen, [[[True, False]] * 2])
+    np.testing.assert_allclose(fewer.combine_weights, [[[6 / 12, 0], [9 / 16, 0]]], rtol=1e-6)
+    # Without a key a step of training sends all, whatever K evaluation has.
+    assert routed("matryoshka", logits, 4, train=True, eval_k=1).chosen.all()
+    for message, fields in (
+        ("least_k=7: must be at most k=6", {"least_k": 7}),
+        ("eval_k=7: must be at most k=6", {"eval_k": 7}),
+        ("renormalise=True: must be False where K is drawn", {"renormalise": True}),
+        ("bias='quantile': must be none, sign or momentum where K", {"bias": "quantile"}),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            dataclasses.replace(LAYERS["matryoshka"].gate, **fields)
+
+
 @pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize(
     ("fields", "rule"),
