@@ -13,7 +13,7 @@ from moe.config import ConfigError
 from moe.data.json_tokenizer import JSON_CONFIG_FILE, JSON_FILE, TEMPLATE_FILE, JsonTokenizer
 from moe.data.tokenizer import Tokenizer
 from moe.data.wheels import MISTRAL_COMMON, fetch_wheel
-from moe.system.sealed_folder import read_checked
+from moe.system.sealed_folder import is_there, read_checked
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 T5_FILE = "spiece.model"  # also SentencePiece, as named beside T5's checkpoints
@@ -39,7 +39,7 @@ def read_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
         return Tokenizer.from_file(file)
     name = f"data.tokenizer={os.fspath(path)!r}"
     settings, template = (
-        read_checked(file.parent / beside) if (file.parent / beside).exists() else None
+        read_checked(file.parent / beside) if is_there(file.parent / beside) else None
         for beside in (JSON_CONFIG_FILE, TEMPLATE_FILE)
     )
     return JsonTokenizer(read_checked(file, name), settings, name, template)
@@ -49,10 +49,10 @@ def find_tokenizer(workdir: str | os.PathLike[str], *, chat: bool = False) -> To
     """Read the tokenizer of a run or an import from its workdir; for chat, prefer tokenizer.json.
 
     Raises:
-      ConfigError: the workdir has none.
+      ConfigError: the workdir has none, or lacks one that it was written with.
     """
     for name in (JSON_FILE, *_VOCABULARIES) if chat else _VOCABULARIES:
-        if (epath.Path(workdir) / name).exists():
+        if is_there(epath.Path(workdir) / name):
             return read_tokenizer(epath.Path(workdir) / name)
     raise ConfigError(
         f"{os.fspath(workdir)}: has neither {SENTENCEPIECE_FILE}, {JSON_FILE} nor {T5_FILE}; copy one there"
@@ -60,9 +60,10 @@ def find_tokenizer(workdir: str | os.PathLike[str], *, chat: bool = False) -> To
 
 
 def companions(workdir: str | os.PathLike[str]) -> dict[str, bytes]:
-    """Contents of the :data:`COMPANIONS` that a folder has. Raises ConfigError for one that cannot be read."""
+    """Contents of the :data:`COMPANIONS` that a folder has. Raises ConfigError for one that cannot be read, or was
+    there when the folder was written."""
     folder = epath.Path(workdir)
-    return {name: read_checked(folder / name) for name in COMPANIONS if (folder / name).exists()}
+    return {name: read_checked(folder / name) for name in COMPANIONS if is_there(folder / name)}
 
 
 def named_tokenizer(name: str, directory: epath.Path, progress: Callable[[str], None]) -> Tokenizer:

@@ -19,7 +19,7 @@ from moe.checkpoints.manager import refuse_unusable_path
 from moe.checkpoints.workdir import read_config as read_run_config
 from moe.checkpoints.workdir import write_config as write_run_config
 from moe.config import Config, ConfigError
-from moe.data.tokenizer_files import COMPANIONS, GENERATION_FILE, companions, find_tokenizer
+from moe.data.tokenizer_files import GENERATION_FILE, companions, find_tokenizer
 from moe.interop.config_json import BIAS_DTYPE, TOKEN_IDS, keep_fields, write_config
 from moe.interop.families import FAMILIES
 from moe.interop.layout import Parameter, Piece, get_leaf, set_leaf
@@ -32,7 +32,7 @@ from moe.interop.tensor_files import TensorFolder
 from moe.interop.whole_models import rename_modules
 from moe.system.atomic_files import new_folder, refuse_files, write_atomic
 from moe.system.foreign_files import read_object
-from moe.system.sealed_folder import read_checked, read_checked_object
+from moe.system.sealed_folder import is_there, read_checked, read_checked_object
 
 #: Copy in a workdir of the ``config.json`` that was imported; an export keeps its fields that did not change.
 SOURCE_FILE = "huggingface_config.json"
@@ -54,7 +54,7 @@ def import_checkpoint(
     Args:
         source: holds ``config.json`` and safetensors files.
         workdir: gets ``config.json``, ``checkpoints/0``, :data:`SOURCE_FILE`, :data:`SCALES_FILE` if the weights are
-            FP8, and the :data:`COMPANIONS`; must be new or empty.
+            FP8, and the files named in ``moe.data.tokenizer_files.COMPANIONS``; must be new or empty.
         dtype: of activations and matmuls, and of dequantised weights.
         prediction: include the layers of multi-token prediction (DeepSeek-V3), which are skipped otherwise.
 
@@ -145,7 +145,8 @@ def export_checkpoint(
             else with the largest absolute weight of a block over 448.
 
     Raises:
-        ConfigError: see there; or the workdir has no checkpoint, or was not imported in FP8.
+        ConfigError: see there; or the workdir has no checkpoint, was not imported in FP8, or lacks a file that was
+            written with it.
     """
     refuse_files(Path(directory))
     config = read_run_config(workdir)
@@ -168,7 +169,7 @@ def export_checkpoint(
         tree = stored.read_parameters(workdir, config.model, dtype=dtype or None, only=path, step=step)
         return get_leaf(tree, path)
 
-    beside = [path for name in COMPANIONS if (path := epath.Path(workdir) / name).exists()]
+    beside = [epath.Path(workdir) / name for name in companions(workdir)]
     with new_folder(epath.Path(directory)):
         write_folder(written, config.model, fetch, Path(directory), fused=fused, encoders=encoders, copied=beside)
 
@@ -188,7 +189,7 @@ def open_source(
     two are None for a run that does not come from an import.
 
     Raises:
-        ConfigError: no open architecture computes this model.
+        ConfigError: no open architecture computes this model, or the import's file is missing or damaged.
     """
     origin = _origin(epath.Path(workdir), config)
     source = read_checked_object(origin / SOURCE_FILE) if origin else None
@@ -203,7 +204,7 @@ def _quantization_of_export(source: Json) -> Json:
 def _fp8_encoders(origin: epath.Path | None, source: Json) -> Encoders:
     """Functions that encode the FP8 tensors of an import again, by tensor name."""
     quantization = read_quantization(source)
-    if origin is None or not isinstance(quantization, FP8Config) or not (origin / SCALES_FILE).exists():
+    if origin is None or not isinstance(quantization, FP8Config) or not is_there(origin / SCALES_FILE):
         raise ConfigError("quantized: must be False for a model that was not imported in FP8")
     encoders: Encoders = {}
     for name, scales in unpack_scales(read_checked(origin / SCALES_FILE)).items():
@@ -221,7 +222,7 @@ def _origin(workdir: epath.Path, config: Config) -> epath.Path | None:
     seen = set()
     while str(workdir) not in seen:
         seen.add(str(workdir))
-        if (workdir / SOURCE_FILE).exists():
+        if is_there(workdir / SOURCE_FILE):
             return workdir
         if not config.start.checkpoint:
             return None
@@ -236,7 +237,7 @@ def _origin(workdir: epath.Path, config: Config) -> epath.Path | None:
 def _token_ids(workdir: epath.Path, written: Json) -> Json:
     """Token ids of begin, end and padding: those in ``written``, else the generation config's or the tokenizer's."""
     known = {name: written[name] for name in TOKEN_IDS if written.get(name) is not None}
-    if (workdir / GENERATION_FILE).exists():
+    if is_there(workdir / GENERATION_FILE):
         source = read_checked_object(workdir / GENERATION_FILE)
         return {name: source.get(name) for name in TOKEN_IDS} | known
     try:

@@ -47,10 +47,10 @@ def _start_token(workdir: str, pad_id: int, vocab_size: int) -> int:
 
     from moe.config import ConfigError
     from moe.data.tokenizer_files import GENERATION_FILE
-    from moe.system.sealed_folder import read_checked_object
+    from moe.system.sealed_folder import is_there, read_checked_object
 
     path = epath.Path(workdir) / GENERATION_FILE
-    start: Any = read_checked_object(path).get("decoder_start_token_id") if path.exists() else None
+    start: Any = read_checked_object(path).get("decoder_start_token_id") if is_there(path) else None
     if start is None:
         return max(pad_id, 0)
     if type(start) is not int or not 0 <= start < vocab_size:

@@ -59,6 +59,20 @@ def read_sums(folder: epath.Path) -> dict[str, int]:
     return saved if isinstance(saved, dict) else {}
 
 
+def is_there(path: str | os.PathLike[str]) -> bool:
+    """Whether there is a file beside a config.json. Raises ConfigError where there is none but the config has its
+    checksum, so that nothing else is taken in its place."""
+    file = epath.Path(path)
+    if file.exists():
+        return True
+    if file.name in read_sums(file.parent):
+        raise ConfigError(
+            f"{os.fspath(path)}: is missing, though {CONFIG} has its checksum; restore it, or, if it was deleted on "
+            f'purpose, delete "{SUMS}" from {CONFIG}'
+        )
+    return False
+
+
 def read_checked(path: str | os.PathLike[str], name: str = "") -> bytes:
     """Read a file beside a config.json as :func:`moe.system.reading.read_small_file` does, and compare its checksum
     with the one that the config holds, if it does. Raises ConfigError."""

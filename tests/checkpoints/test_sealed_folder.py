@@ -13,9 +13,9 @@ from moe.config import Config, ConfigError, TrainConfig, inherited, to_dict
 from moe.config.files import read_run
 from moe.data.tokenizer import train_tokenizer
 from moe.data.tokenizer_files import companions, find_tokenizer
-from moe.interop import import_checkpoint
+from moe.interop import export_checkpoint, import_checkpoint
 from moe.interop.workdirs import SOURCE_FILE, open_source
-from moe.system.sealed_folder import CONFIG, read_checked_object
+from moe.system.sealed_folder import CONFIG, read_checked_object, read_sums
 from moe.training.averaging import write_average
 
 OPEN = Path(__file__).parents[1] / "data" / "checkpoints" / "mistral"
@@ -64,6 +64,37 @@ def test_a_flipped_bit_of_a_small_file_is_noticed(imported, tmp_path, kind):
                 assert name in str(error) or "start.checkpoint" in str(error), error  # noqa: PT017
         (workdir / name).write_bytes(content)
         assert refused > 5, name
+
+
+def test_a_missing_file_is_named_in_place_of_a_substitute(imported, tmp_path):
+    """Without the import's own config.json an export would have another one's defaults."""
+    workdir = tmp_path / "run"
+    shutil.copytree(imported / "run", workdir)
+    names = read_sums(epath.Path(workdir))
+    assert {*names} == {SOURCE_FILE, "tokenizer.model", "generation_config.json"}
+    for name in names:
+        content = (workdir / name).read_bytes()
+        (workdir / name).unlink()
+        with pytest.raises(ConfigError, match=rf'/{name}: is missing, though .*restore it.*delete "checksums"'):
+            export_checkpoint(workdir, tmp_path / "out")
+        if name == "tokenizer.model":
+            with pytest.raises(ConfigError, match=r"tokenizer\.model: is missing"):
+                find_tokenizer(workdir)
+        (workdir / name).write_bytes(content)
+    written = json.loads((workdir / CONFIG).read_text())
+    del written["checksums"]
+    (workdir / CONFIG).write_text(json.dumps(written))
+    (workdir / SOURCE_FILE).unlink()
+    assert open_source(workdir, read_config(workdir))[:2] == (None, None)
+
+
+def test_an_export_does_not_copy_a_damaged_tokenizer(imported, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(imported / "run", workdir)
+    content = (workdir / "tokenizer.model").read_bytes()
+    (workdir / "tokenizer.model").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(ConfigError, match=r"tokenizer\.model: differs from what was written"):
+        export_checkpoint(workdir, tmp_path / "out")
 
 
 def test_a_changed_digit_is_named_with_the_remedy(imported, tmp_path):
