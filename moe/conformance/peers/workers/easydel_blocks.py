@@ -1,4 +1,4 @@
-"""EasyDeL's MoE blocks, on one device."""
+"""EasyDeL's MoE blocks, on a mesh of one device unless another is named."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ TEXT = """
 import operator
 from flax import nnx
 from easydel.modules.{model} import {name}Config, modeling_{file}
-config = {name}Config(hidden_size=16, num_experts_per_tok=K, sharding_axis_dims=(1, 1, 1, 1, 1), **{settings})
+config = {name}Config(hidden_size=16, num_experts_per_tok=K, sharding_axis_dims={axes}, **{settings})
 built = modeling_{file}.{block}(config, {arguments}dtype=np.float32, param_dtype=np.float32, rngs=nnx.Rngs(0))
 graph, state = nnx.split(built)
 def layer(weights, x, mask):
@@ -41,16 +41,18 @@ def easydel(
     experts: tuple[str, ...] = NAMES,
     shared: str = "",
     arguments: str = "",
+    axes: tuple[int, ...] = (1, 1, 1, 1, 1),
     **claims: Any,
 ) -> Block:
-    """A block of easydel.modules on a mesh of one device; ``shared``: its shared expert's last matrix, which is 0."""
+    """A block of easydel.modules; ``shared``: its shared expert's last matrix, which is 0; ``axes``: sizes of dp, fsdp,
+    ep, tp and sp."""
     parameters = {"gate.kernel": "router"}
     for theirs, ours in zip(experts, ("gate", "up", "down"), strict=True):
         parameters[f"experts.{theirs}.kernel"] = ours
     parameters |= {"gate.e_score_correction_bias": "bias"} if claims.get("bias") else {}
     result = LOSS if claims.get("has_balance") else "return block(x)[0]"
     result = f"block.{shared}.value *= 0\n        {result}" if shared else result
-    names = {"model": model, "name": name, "file": file or model, "block": block, "settings": settings}
+    names = {"model": model, "name": name, "file": file or model, "block": block, "settings": settings, "axes": axes}
     text = TEXT.format(**names, arguments=arguments, parameters=parameters, result=result)
     return Block(text=text + (IMPORT if claims.get("has_balance") else ""), **claims)
 
