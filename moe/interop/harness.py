@@ -141,12 +141,15 @@ class WorkdirLM(TemplateLM):
         return [results[i] for i in range(len(requests))]
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of each whole text, in windows of T tokens that are each predicted once."""
+        """Log-likelihood of each whole text, in windows of T tokens that are each predicted once.
+
+        As in the harness's ``hf`` models, a bos with which the text begins is predicted too, after the prefix token.
+        """
         del disable_tqdm
         windows: list[_Request] = []
         owners = []
         for number, request in enumerate(requests):
-            ids = self.tok_encode(request.args[0], add_special_tokens=False)
+            ids = self.tok_encode(request.args[0])
             for pair in get_rolling_token_windows(ids, self.prefix_token_id, self._length, 1):
                 windows.append(("", *make_disjoint_window(pair)))
                 owners.append(number)

@@ -84,8 +84,10 @@ def test_likelihoods_equal_those_of_the_model(model, log_probs):
 
 
 def test_every_token_of_a_long_text_is_scored_once_in_windows(model, log_probs):
-    ids = model.tok_encode(TEXT[0] * 2, add_special_tokens=False)
+    ids = model.tok_encode(TEXT[0] * 2)
     assert len(ids) > 2 * 24
+    # Like any other token, a bos of the text is scored after the prefix token, as hf does it.
+    assert [model.prefix_token_id, ids[0]] == [model._tokenizer.bos_id] * 2
     (total,) = model.loglikelihood_rolling(_requests((TEXT[0] * 2,)), disable_tqdm=True)
     whole = [model.prefix_token_id, *ids]
     expected = 0.0
