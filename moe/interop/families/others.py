@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import pydantic
 
 from moe.config import ConfigError, ModelConfig, RopeScalingConfig, layer_kinds, sparse_layers
+from moe.config.mixers import GroupedQuery
 from moe.dispatch.ffn import SWIGLU_LIMIT, SWIGLU_SLOPE
 from moe.interop.families import groups
 from moe.interop.families.family import ATTENTION, DENSE, EXPERTS, FUSED_EXPERTS, Family, Tensor, shared_expert
@@ -338,8 +339,10 @@ def _base_of_windows(file: Any) -> float | None:
 
 
 def _layer_bases(model: ModelConfig) -> list[float]:
-    mixers: list[Any] = [kind.mixer for kind in layer_kinds(model)]
-    return [(mixer.theta or model.rope_theta) if mixer.rotated else 0.0 for mixer in mixers]
+    """Of mixers without positions the family has none; write_config reports what is lost."""
+    mixers = [kind.mixer for kind in layer_kinds(model)]
+    rotated = [mixer if isinstance(mixer, GroupedQuery) and mixer.rotated else None for mixer in mixers]
+    return [(mixer.theta or model.rope_theta) if mixer else 0.0 for mixer in rotated]
 
 
 #: Granite-MoE with a shared expert, attention sinks, windows, and a base of positions for each kind of layers.
