@@ -85,6 +85,16 @@ def change(name: str, **fields) -> Callable[[Path], None]:
     return edit
 
 
+def rewrite(name: str, content: str) -> Callable[[Path], None]:
+    """Put a small file in a workdir, and drop the workdir's checksums."""
+
+    def edit(folder: Path) -> None:
+        write(name, content)(folder)
+        change(f"{Path(name).parent}/config.json")(folder)
+
+    return edit
+
+
 def cut(pattern: str, keep: float) -> Callable[[Path], None]:
     """Truncate the files of a pattern to a share of their size."""
 

@@ -8,9 +8,11 @@ with the library's modules.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import io
 import json
 import logging
+import os
 import shutil
 from pathlib import Path
 
@@ -33,6 +35,7 @@ from moe.interop import (
     import_checkpoint,
     load_balancing_loss,
     load_huggingface,
+    save,
     save_huggingface,
     workdirs,
 )
@@ -454,13 +457,18 @@ def test_the_last_file_of_an_import_and_of_an_export_is_config_json(tmp_path, mo
     assert names[-1] == "config.json"
 
 
-def test_a_failed_import_or_export_leaves_no_folders(tmp_path):
+def test_a_failed_import_or_export_leaves_no_folders(tmp_path, monkeypatch):
     import_checkpoint(HERE / "mixtral", tmp_path / "run")
-    (tmp_path / "run" / "tokenizer.model").mkdir()  # cannot be copied, which fails after the weights
+
+    def fail(path, content):
+        del content
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(save, "write_atomic", fail)  # of config.json, after the weights
     (tmp_path / "empty").mkdir()
     before = sorted(tmp_path.rglob("*"))
     for out in ("new/below", "empty"):
-        with pytest.raises(ConfigError, match=r"cannot be written, and nothing was left: .*Is a directory"):
+        with pytest.raises(ConfigError, match=r"cannot be written, and nothing was left: .*No space left"):
             export_checkpoint(tmp_path / "run", tmp_path / out)
         with pytest.raises(ConfigError, match="checkpoints cannot be kept under a path with"):
             import_checkpoint(HERE / "mixtral", tmp_path / out / "a[x]" / "run")
