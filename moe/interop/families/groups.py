@@ -49,21 +49,23 @@ USE_WINDOW = Row("use_sliding_window", type=bool, default=False, there=lambda m:
 MAX_WINDOW_LAYERS = Row("max_window_layers", type=OptionalCount, default=28)
 
 
+def windowed_layers(file: Any, has_window: Callable[[int, Any], bool]) -> list[int]:
+    """Numbers of the layers with a window; ``has_window`` tells those of files without ``layer_types``."""
+    numbers = range(file.num_hidden_layers)
+    if not window(file):
+        return []
+    if file.layer_types:
+        return [layer for layer in numbers if file.layer_types[layer] == "sliding_attention"]
+    return [layer for layer in numbers if has_window(layer, file)]
+
+
 def windows(
     has_window: Callable[[int, Any], bool], write_kinds: Callable[[ModelConfig], Any] = window_kinds
 ) -> tuple[Row, Row]:
     """``sliding_window`` and ``layer_types``; ``has_window`` tells the layers of files without the second field."""
 
-    def layers(file: Any) -> list[int]:
-        numbers = range(file.num_hidden_layers)
-        if not window(file):
-            return []
-        if file.layer_types:
-            return [layer for layer in numbers if file.layer_types[layer] == "sliding_attention"]
-        return [layer for layer in numbers if has_window(layer, file)]
-
     def words(file: Any) -> str | None:
-        windowed, numbers = {*layers(file)}, range(file.num_hidden_layers)
+        windowed, numbers = {*windowed_layers(file, has_window)}, range(file.num_hidden_layers)
         if len(windowed) in (0, len(numbers)):
             return None
         return pattern.write(["sliding" if layer in windowed else "attention" for layer in numbers])
@@ -74,7 +76,7 @@ def windows(
             "sliding_window",
             Window,
             4096,
-            here=lambda file: window(file) if layers(file) else 0,
+            here=lambda file: window(file) if windowed_layers(file, has_window) else 0,
             there=lambda m: window_of(m) or None,
         ),
         Row("layer_types", "pattern", here=words, there=write_kinds),

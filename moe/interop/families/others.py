@@ -305,6 +305,11 @@ GRANITEMOESHARED = dataclasses.replace(
 )
 
 
+def _has_window(layer: int, file: Any) -> bool:
+    del file
+    return layer % 4 != 0
+
+
 def _bases(file: Any) -> tuple[float, float]:
     """Bases of the layers without and with windows; 0: no positions."""
     thetas = file.layer_rope_theta
@@ -312,10 +317,8 @@ def _bases(file: Any) -> tuple[float, float]:
         return file.rope.rope_theta, file.rope.rope_theta
     if len(thetas) != file.num_hidden_layers:
         raise ConfigError(f"config.json: layer_rope_theta has {len(thetas)} entries, not {file.num_hidden_layers}")
-    kinds = file.layer_types or ["sliding_attention" if layer % 4 else "full_attention" for layer in range(len(thetas))]
-    found = [
-        {t for t, kind in zip(thetas, kinds, strict=True) if (kind == "full_attention") == f} for f in (True, False)
-    ]
+    windowed = {*groups.windowed_layers(file, _has_window)}
+    found = [{theta for layer, theta in enumerate(thetas) if (layer in windowed) == has} for has in (False, True)]
     full, sliding = ({*each} or {*other} for each, other in (found, found[::-1]))
     if len(full) > 1 or len(sliding) > 1:
         raise ConfigError("config.json: layer_rope_theta: must be one number for each kind of layer_types")
@@ -339,7 +342,7 @@ def _base_of_windows(file: Any) -> float | None:
 
 
 def _layer_bases(model: ModelConfig) -> list[float]:
-    """Of mixers without positions the family has none; write_config reports what is lost."""
+    """Base of each layer, 0 for one without positions: so is every other mixer, which write_config reports."""
     mixers = [kind.mixer for kind in layer_kinds(model)]
     rotated = [mixer if isinstance(mixer, GroupedQuery) and mixer.rotated else None for mixer in mixers]
     return [(mixer.theta or model.rope_theta) if mixer else 0.0 for mixer in rotated]
@@ -353,7 +356,7 @@ GRANITEMOE_SWA = dataclasses.replace(
     rows=(
         *GRANITEMOESHARED.rows,
         always("attention_sinks", True),
-        *groups.windows(lambda layer, file: layer % 4 != 0),
+        *groups.windows(_has_window),
         Row("layer_rope_theta", "rope_theta", list[Coefficient] | None, None, here=_base, there=_layer_bases),
         Row("", "window_rope_theta", here=_base_of_windows),
         groups.rotated_windows(lambda file: not _bases(file)[0]),
