@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from moe.config import ConfigError
+from moe.config import Config, ConfigError, load_python_file
+from moe.config.parse import from_config_dict
 from moe.dispatch import quantized
 from moe.planner import calibration, counts, excess
 from moe.planner.counts import Counts
 from moe.planner.kinds import kind_of
 from moe.planner.plan import Plan, cost_words
 from moe.planner.topology import all_names, of_slices, tpu_name
+from moe.system import shipped
 from moe.system.atomic_files import sole_writer, write_atomic
 from moe.system.escaping import markdown_table, markdown_text
 from moe.system.foreign_files import Amount, Fields, Interval, Positive, kept_whole, read_rows
@@ -273,8 +275,16 @@ def page(kept: _Row) -> str:
     )
 
 
+def config_of(kept: Mapping[str, Any]) -> Config:
+    """Config of a kept plan: a shipped file with the plan's settings."""
+    name, _, argument = kept["config"].partition(":")
+    fields: Any = load_python_file(shipped.CONFIGS / f"{name}.py").get_config(*[argument] if argument else [])
+    fields.update_from_flattened_dict(kept["flags"])
+    return from_config_dict(fields)
+
+
 def _reasons(kept: _Row, most: int = 5) -> list[str]:
-    """What takes a kept plan far from its floor (:func:`moe.planner.excess.reasons`)."""
+    """Instructions that keep a plan far from its floor (:func:`moe.planner.excess.reasons`)."""
     step = Counts.model_validate(kept["counts"])
     return excess.reasons(step, kind_of(kept["topology"]), kept["step_seconds"], kept["limits"], most)
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moe.config import Config, load_python_file, to_dict
+from moe.config import to_dict
 from moe.config.parse import from_config_dict
 from moe.planner import calibration, counts, kept_plans, make_plan
 from moe.planner.arithmetic import Flops
@@ -21,7 +21,6 @@ from moe.planner.counts import Counts
 from moe.planner.exchanges import Exchange
 from moe.planner.kinds import kind_of
 from moe.planner.topology import Topology
-from moe.system import shipped
 from moe.system.escaping import markdown_table
 from moe.system.foreign_files import Amount, Fields, Positive, kept_whole, read_rows
 
@@ -88,7 +87,7 @@ def plan_of(entry: Entry, plans: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def settings(entry: Entry, plan: Mapping[str, Any]) -> list[str]:
     """MaxText's settings for as many rows and tokens as the kept plan; all others are its own defaults."""
-    config = _config(entry, plan)
+    config = kept_plans.config_of(plan)
     rows = config.train.batch_size // plan["chips"]
     return [
         f"model_name={entry.maxtext}",
@@ -96,18 +95,6 @@ def settings(entry: Entry, plan: Mapping[str, Any]) -> list[str]:
         f"per_device_batch_size={rows}",
         f"max_target_length={config.data.sequence_length}",
     ]
-
-
-def _config(entry: Entry, plan: Mapping[str, Any]) -> Config:
-    """The config of a kept plan."""
-    config: Any = load_python_file(shipped.CONFIGS / f"{entry.config}.py").get_config()
-    for name, value in plan["flags"].items():
-        *sections, field = name.split(".")
-        section = config
-        for each in sections:
-            section = section[each]
-        section[field] = value
-    return from_config_dict(config)
 
 
 def row(entry: Entry, plan: Mapping[str, Any], topology: Topology, record: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,7 +106,7 @@ def row(entry: Entry, plan: Mapping[str, Any], topology: Topology, record: Mappi
         topology: of the slice.
         record: as ``maxtext_step.py`` wrote it.
     """
-    tree = to_dict(_config(entry, plan))
+    tree = to_dict(kept_plans.config_of(plan))
     tree["mesh"] |= {"data": 1, "fsdp": len(topology.devices), "expert": 1}
     config = from_config_dict(tree)
     size = record["memory"]

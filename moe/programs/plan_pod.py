@@ -229,17 +229,12 @@ def _programs() -> Path | None:
 
 def _remake() -> None:
     """Make the kept plans again; programs that --programs holds are not compiled."""
-    from moe.config import load_python_file
-    from moe.config.parse import from_config_dict
     from moe.planner import compiled, kept_plans, make_plan, topology
 
     for kept in kept_plans.read(shipped.PLANS):
-        name, _, argument = kept["config"].partition(":")
-        fields = load_python_file(shipped.CONFIGS / f"{name}.py").get_config(*[argument] if argument else [])
-        fields.update_from_flattened_dict(kept["flags"])
         slices, _, shape = kept["topology"].rpartition(" x ")
         where = topology.get_topology(shape, int(slices or 1))
-        config = from_config_dict(fields)
+        config = kept_plans.config_of(kept)
         made = make_plan.read_step(config, where, compiled.read_or_compile(config, where, _programs(), apart=True))
         cloud_name = next((each for each in kept["slices"] if each != kept["topology"]), kept["topology"])
         _record(made, kept["config"], kept["flags"], cloud_name)

@@ -1,7 +1,7 @@
 """MaxText's train step, compiled by its own compile-only program for a slice that is absent.
 
 maxtext_step.py FILE NAME=VALUE...: the names are MaxText's settings. FILE becomes a compressed record of the compiled
-program's text, its memory, and the ids of the devices in the order of its mesh.
+program's text, its memory, and the places of the devices in the order of its mesh.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ def main(path: Path, settings: list[str]) -> None:
         kept["text"] = compiled.as_text()
         kept["memory"] = {name: getattr(memory, f"{name}_size_in_bytes", 0) for name in MEMORY}
         kept["peak"] = getattr(memory, "peak_memory_in_bytes", 0)
-        kept["order"] = [device.id for device in mesh.devices.flat]
         kept["coords"] = [list(device.coords) for device in mesh.devices.flat]
         kept["seconds"] = time.perf_counter() - start
         return compiled
