@@ -35,7 +35,8 @@ class Excess:
 
     Attributes:
         name: of the kernel with its sizes, of the operation, or of the exchange.
-        seconds: of a step; least: those at the instructions' own limit, 0 for an exchange that the device waits for.
+        seconds: of a step.
+        least: seconds at the instructions' own limit, 0 for an exchange that the device waits for.
     """
 
     name: str

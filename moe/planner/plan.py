@@ -179,7 +179,7 @@ class Plan:
 
     @property
     def reasons(self) -> list[str]:
-        """What takes the step far from its floor (:func:`moe.planner.excess.reasons`)."""
+        """Instructions that keep the step far from its floor (:func:`moe.planner.excess.reasons`)."""
         step = counts.Counts.model_validate(self.counts)
         return excess.reasons(step, kind_of(self.topology), self.step_seconds, self.limits)
 

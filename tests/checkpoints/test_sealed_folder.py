@@ -36,7 +36,7 @@ def imported(tmp_path_factory):
 
 
 def _read_all(workdir):
-    """What programs take from the small files of a workdir."""
+    """Contents of the small files of a workdir, as programs read them."""
     config = read_config(workdir)
     settings = read_run(str(workdir / CONFIG)), inherited({"start.checkpoint": str(workdir)})
     beside = open_source(workdir, config)[1] if (workdir / SOURCE_FILE).exists() else None

@@ -412,8 +412,8 @@ def test_counts_by_hand():
 
 
 def test_what_keeps_a_step_from_its_floor():
-    """Of 10 s, 2 at peak: 3.6 s of links at nine tenths are 4 s of waiting, and norms take 4 s more than their bytes; a
-    kernel that is as fast as its limit is not named."""
+    """A step of 10 s, 2 at peak: 3.6 s of links at nine tenths are 4 s of waiting, and norms take 4 s more than their
+    bytes; a kernel that is as fast as its limit is not named."""
     norms = {"name": "attention, forward, rms/mul (fusion.1)", "seconds": 5.0, "least": 1.0}
     gather = {"all-gather over fsdp, weights": 3.6}
     step = counts.Counts.model_validate(
