@@ -32,7 +32,7 @@ from moe.interop.tensor_files import TensorFolder
 from moe.interop.whole_models import rename_modules
 from moe.system.atomic_files import new_folder, refuse_files, write_atomic
 from moe.system.foreign_files import read_object
-from moe.system.sealed_folder import is_there, read_checked, read_checked_object
+from moe.system.sealed_folder import CONFIG, is_there, read_checked, read_checked_object
 
 #: Copy in a workdir of the ``config.json`` that was imported; an export keeps its fields that did not change.
 SOURCE_FILE = "huggingface_config.json"
@@ -218,7 +218,8 @@ def _encode(name: str, scales: np.ndarray, quantization: FP8Config, tensor: np.n
 
 
 def _origin(workdir: epath.Path, config: Config) -> epath.Path | None:
-    """The workdir of the import: this one, or the one it started from, or that one's, and so on."""
+    """The workdir of the import: this one, or the one it started from, or that one's, and so on. Raises ConfigError
+    where the config of one of them is damaged."""
     seen = set()
     while str(workdir) not in seen:
         seen.add(str(workdir))
@@ -227,10 +228,9 @@ def _origin(workdir: epath.Path, config: Config) -> epath.Path | None:
         if not config.start.checkpoint:
             return None
         workdir = epath.Path(config.start.checkpoint)
-        try:
-            config = read_run_config(workdir)
-        except ConfigError:  # it was moved or deleted since
+        if not (workdir / CONFIG).exists():  # it was moved or deleted since
             return None
+        config = read_run_config(workdir)
     return None
 
 

@@ -1,5 +1,6 @@
 """Checksums of the small files of a workdir: one flipped bit anywhere is named, and what was meant is read."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 from etils import epath
 
 from moe.checkpoints.workdir import read_config, record_changes, write_run_files
-from moe.config import Config, ConfigError, TrainConfig, inherited, to_dict
+from moe.config import Config, ConfigError, StartConfig, TrainConfig, inherited, to_dict
 from moe.config.files import read_run
 from moe.data.tokenizer import train_tokenizer
 from moe.data.tokenizer_files import companions, find_tokenizer
@@ -86,6 +87,33 @@ def test_a_missing_file_is_named_in_place_of_a_substitute(imported, tmp_path):
     (workdir / CONFIG).write_text(json.dumps(written))
     (workdir / SOURCE_FILE).unlink()
     assert open_source(workdir, read_config(workdir))[:2] == (None, None)
+
+
+def test_every_bit_of_the_name_of_the_checksums_counts(imported, tmp_path):
+    """A config under another name of its checksums is not one of an earlier version, which has none."""
+    content = (imported / "run" / CONFIG).read_bytes()
+    start = content.index(b'"checksums"')
+    for place in range(8 * start, 8 * (start + len(b'"checksums"'))):
+        flipped = bytearray(content)
+        flipped[place // 8] ^= 1 << place % 8
+        (tmp_path / CONFIG).write_bytes(flipped)
+        with pytest.raises(ConfigError, match=r"config\.json"):
+            read_config(tmp_path)
+
+
+def test_a_run_whose_import_is_damaged_is_not_exported_as_one_without(imported, tmp_path):
+    """Without the import's own config.json an export would have another one's defaults."""
+    source = tmp_path / "import"
+    shutil.copytree(imported / "run", source)
+    run = dataclasses.replace(read_config(source), start=StartConfig(checkpoint=str(source)))
+    assert open_source(tmp_path / "run", run)[0] == epath.Path(source)
+    content = (source / CONFIG).read_bytes()
+    for damaged in (content[:-9], content.replace(b'"seed": 0', b'"seed": 1')):
+        (source / CONFIG).write_bytes(damaged)
+        with pytest.raises(ConfigError, match=r"import/config\.json: "):
+            open_source(tmp_path / "run", run)
+    (source / CONFIG).unlink()  # the import was deleted since
+    assert open_source(tmp_path / "run", run)[0] is None
 
 
 def test_an_export_does_not_copy_a_damaged_tokenizer(imported, tmp_path):
