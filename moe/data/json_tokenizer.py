@@ -227,6 +227,10 @@ class JsonTokenizer(Tokenizer):
         encoded = self._encode(self._with_special, text)
         return np.asarray(encoded.ids, np.int32), encoded.offsets
 
+    def encode_with_special(self, text: str) -> np.ndarray:
+        """Return the ids [n] int32 of the text with special tokens recognised, as the transformers library reads it."""
+        return self.encode_rendered(text)[0]
+
     @functools.cached_property
     def _with_special(self) -> tokenizers.Tokenizer:
         """The tokenizer as the file has it, which finds special tokens in text."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import io
 import os
+import re
 from collections.abc import Iterable
 
 import numpy as np
@@ -101,6 +102,21 @@ class Tokenizer:
             ids += [self._byte_ids[byte] for byte in _SPACE.encode()] if number else []
             ids += self._processor.encode(part)
         return np.asarray(ids, np.int32)
+
+    def encode_with_special(self, text: str) -> np.ndarray:
+        """Return the ids [n] int32 of the text, in which names of control tokens such as ``<s>`` are these tokens, as
+        the transformers library reads a text. Neither bos nor eos is added."""
+        if not self._controls:
+            return self.encode(text)
+        parts = re.split(f"({'|'.join(map(re.escape, self._controls))})", text)
+        ids = [[self._controls[part]] if part in self._controls else self.encode(part) for part in parts if part]
+        return np.concatenate([np.zeros(0, np.int32), *ids], dtype=np.int32)
+
+    @functools.cached_property
+    def _controls(self) -> dict[str, int]:
+        """Name → id of each control token."""
+        ids = (i for i in range(self.vocab_size) if self._processor.is_control(i))
+        return {self._processor.id_to_piece(i): i for i in ids}
 
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
         """Return the text of ids [n]; control tokens, and ids beyond the vocabulary, are skipped."""

@@ -115,9 +115,11 @@ class WorkdirLM(TemplateLM):
         return self._tokenizer.bos_id if self._tokenizer.bos_id >= 0 else self._tokenizer.eos_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Ids of a text, after bos where the harness was asked for it, unless ``add_special_tokens`` is False."""
-        begins = self._adds_bos and add_special_tokens is not False
-        return [self._tokenizer.bos_id] * begins + self._tokenizer.encode(string).tolist()
+        """Ids of a text, whose special tokens are recognised as in the harness's ``hf`` models, after bos where texts
+        begin with it: if ``add_special_tokens`` is None not where this text does already, if False never."""
+        bos, ids = self._tokenizer.bos_id, self._tokenizer.encode_with_special(string).tolist()
+        added = ids[:1] != [bos] if add_special_tokens is None else add_special_tokens
+        return [bos] * (self._adds_bos and added) + ids
 
     def _loglikelihood_tokens(self, requests: list[_Request], **_: Any) -> list[tuple[float, bool]]:
         """(log-likelihood, greedy) of each continuation; a context too long for a row loses its beginning."""

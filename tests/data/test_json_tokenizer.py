@@ -74,6 +74,17 @@ def test_bos_is_added_as_transformers_does(template, settings, adds):
     assert found.encode("a").tolist() == [260]  # in training the pipeline puts bos in front
 
 
+def test_special_tokens_are_read_on_request_only():
+    """A document's ``<s>`` is text; the same text in another library's tokenizer is the token."""
+    name, (bos, eos) = "<s>a</s>", (1, 2)
+    for tokenizer in (JsonTokenizer(byte_fallback()), train_tokenizer(["some text\n" * 99], 272)):
+        a = tokenizer.encode("a").tolist()
+        assert tokenizer.encode_with_special(name).tolist() == [bos, *a, eos]
+        assert tokenizer.encode_with_special(f"a{name}").tolist() == [*a, bos, *a, eos]
+        assert not {bos, eos} & {*tokenizer.encode(name).tolist()}
+        assert tokenizer.encode_with_special("").size == 0
+
+
 def test_marks_of_words_are_no_text():
     """WordPiece marks what continues a word, older BPE models its end: ``##ing`` is 3 bytes, ``b</w>`` is b and a
     blank."""

@@ -185,6 +185,16 @@ def test_texts_begin_with_bos_as_the_tokenizer_has_it_in_transformers(workdir, m
         WorkdirLM(str(workdir), add_bos_token=True)
 
 
+def test_special_tokens_of_a_text_are_read_and_bos_is_not_repeated(model):
+    """As hf reads a text that a task or a template begins with bos itself, or separates by eos."""
+    tokenizer = model._tokenizer
+    one, two = (tokenizer.encode(text).tolist() for text in ("one two", " three"))
+    expected = [tokenizer.bos_id, *one, tokenizer.eos_id, *two]
+    assert model.tok_encode("<s>one two</s> three") == model.tok_encode("one two</s> three") == expected
+    assert model.tok_encode("<s>one two", add_special_tokens=True) == [tokenizer.bos_id, tokenizer.bos_id, *one]
+    assert model.tok_encode("<s>one two", add_special_tokens=False) == [tokenizer.bos_id, *one]
+
+
 def test_a_task_from_local_files(model, tmp_path, monkeypatch):
     from lm_eval import evaluator, tasks
 
