@@ -22,8 +22,8 @@ AttentionBias = Literal["none", "qkv", "all"]
 FIELD = "model.mixer"
 
 #: Abilities that not every mixer has: to let all tokens of a document see its prefix (prefix LM), to split rows over
-#: ``mesh.context``, and to take back rejected tokens (drafting).
-Ability = Literal["prefix", "context", "drafting"]
+#: ``mesh.context``, to take back rejected tokens (drafting), and to scale each head's scores (QK-clip).
+Ability = Literal["prefix", "context", "drafting", "clipping"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -134,10 +134,13 @@ class GroupedQuery(Mixer):
         return 2 * self.head_dim
 
     def lacks(self, ability: Ability) -> str:
-        """Windows know no prefix; biases of distances need whole rows."""
+        """Windows know no prefix; biases of distances need whole rows; norms and limits undo a scaling."""
+        biased = "relative_buckets" if self.buckets else ""
+        limited = "qk_norm" if self.qk_norm != "none" else "clip_qkv" if self.clip else ""
         reasons: dict[Ability, str] = {
             "prefix": "sliding_window" if self.window else "",
-            "context": "relative_buckets" if self.buckets else "",
+            "context": biased,
+            "clipping": biased or limited,
         }
         return reasons.get(ability, "")
 
@@ -218,9 +221,9 @@ class GatedDelta(Mixer):
     conv_width: int  # W, tokens that the convolution of queries, keys and values sees
 
     def lacks(self, ability: Ability) -> str:
-        """Every ability is lacking: its memory runs over whole rows in order, and keeps rejected tokens."""
-        del ability
-        return "pattern"
+        """Nearly every ability is lacking: its memory runs over whole rows in order, and keeps rejected tokens. It has
+        no scores that could be too large."""
+        return "" if ability == "clipping" else "pattern"
 
     def flops(self, length: int) -> float:
         """3 products with the H x V memory of each of the N heads, whatever the length: to read what is replaced, to

@@ -133,6 +133,9 @@ class OptimizerConfig(Section, path="optimizer."):
     #: standard deviations above the mean of the last 128 steps from which a loss or gradient norm is a spike, whose
     #: update is skipped (OLMo-core: 6); 0: none is
     skip_sigmas: float = setting(0.0, least=0, most=1e6)
+    #: largest attention score of a head in a step, above which its queries and keys are scaled down (Kimi K2's QK-clip:
+    #: 100); 0: none
+    qk_clip: float = setting(0.0, least=0, most=1e6)
     muon_heads: bool = False  # muon: each head of attention is a matrix of its own (GLM-5), instead of all heads
 
     def __post_init__(self) -> None:

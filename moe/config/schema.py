@@ -55,6 +55,7 @@ class Config(Section):
         _check_objective(self)
         _check_steps(self)
         _check_lora(self)
+        _check_clipping(self)
         _check_transfer(self)
         self.objective.check(self)
         if self.model.moe.gate is not None:
@@ -144,6 +145,25 @@ def _check_lora(config: Config) -> None:
         if field.name != "checkpoint" and getattr(start, field.name) != field.default
     ]
     require(not changed, "lora.rank", rank, f"adapts start.checkpoint as it is; unset start.{', start.'.join(changed)}")
+
+
+def _check_clipping(config: Config) -> None:
+    """Check that QK-clip can scale all scores of the model's heads."""
+    model = config.model
+    if not config.optimizer.qk_clip:
+        return
+    where = "with optimizer.qk_clip"
+    for name, value, allowed in (
+        ("model.encoder_layers", model.encoder_layers, 0),
+        ("model.prediction_layers", model.prediction_layers, 0),
+        ("lora.rank", config.lora.rank, 0),
+    ):
+        require(value == allowed, name, value, f"must be {allowed} {where}")
+    frozen = config.optimizer.frozen
+    require("attention" not in frozen, "optimizer.frozen", frozen, f"must not name attention {where}")
+    require_ability(model, "clipping", where)
+    scored = any(kind.mixer.score_dims for kind in layer_kinds(model))
+    require(scored, "optimizer.qk_clip", config.optimizer.qk_clip, "needs a layer with attention")
 
 
 def _check_causality(model: ModelConfig) -> None:

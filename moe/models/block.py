@@ -29,11 +29,13 @@ from moe.routing.routing import Choices, Routing
 
 
 class Record(NamedTuple):
-    """Reports of a block: of its MoE layer with the layer's routing, and of a token mixer that has experts."""
+    """Reports of a block: of its MoE layer with the layer's routing, of a token mixer that has experts, and the largest
+    attention score of each head [N] where training reads it."""
 
     report: LayerReport | None = None
     routing: Routing | None = None
     mixer: LayerReport | None = None
+    scores: Array | None = None
 
 
 class Stream(NamedTuple):
@@ -94,6 +96,7 @@ class Block(nnx.Module):
         self.route_padding = config.moe.route_padding
         self.norms = config.norms
         self.residual_scale = config.residual_scale
+        self.reports_scores = False
         if kind.sparse:
             self.moe = create_layer(config, gate=kind.gate, rngs=rngs)
         else:
@@ -123,6 +126,9 @@ class Block(nnx.Module):
         # The scopes name the parts of a layer in profiles and in plans.
         with jax.named_scope("attention"):
             mixer = self.mixer_report(x, rows)
+            scores = (
+                self.token_mixer.largest_scores(self.mixer_input(x), rows) if train and self.reports_scores else None
+            )
             x = self.mix(x, rows, drop)
         if self.kind.role == "cross":
             with jax.named_scope("cross_attention"):
@@ -130,7 +136,7 @@ class Block(nnx.Module):
         with jax.named_scope("moe" if self.kind.sparse else "ffn"):
             settings: dict[str, Any] = {"routing": routing, "train": train, "rng": rng}
             x, record = self.feed_forward(x, rows, carry=carry, generating=generating, **settings)
-        return x, record._replace(mixer=mixer)
+        return x, record._replace(mixer=mixer, scores=scores)
 
     def mix(self, x: Float[Array, "B T D"], rows: Rows, drop: Dropout = KEEP_ALL) -> Float[Array, "B T D"]:
         """The first part: x + mixer(norm(x))."""
@@ -198,3 +204,10 @@ class Block(nnx.Module):
         )
         x = self._add_ffn(x, y, drop.at(Site.FFN_OUTPUT))
         return constrain(x, partition_specs.BATCH), Record(report, routing)
+
+
+def report_scores(model: nnx.Module) -> None:
+    """Let every layer of a model that computes attention scores report the largest ones in training."""
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, Block) and module.kind.mixer.score_dims:
+            module.reports_scores = True

@@ -41,6 +41,8 @@ class Output:
             of ``layers``.
         mixers: a LayerReport of token mixers with experts, whose arrays lead with their layers and each one's routers;
             None without any.
+        scores: the largest attention score of each layer that has attention, and of its heads, in training with
+            QK-clip; else None.
     """
 
     logits: Float[Array, "B T V"]
@@ -50,6 +52,7 @@ class Output:
     encoder_hidden: Float[Array, "B U D"] | None = None
     further: tuple[Float[Array, "B T inputs"], ...] = ()
     mixers: LayerReport | None = None
+    scores: Float[Array, "layers N"] | None = None
 
 
 class LanguageModel(nnx.Module):
@@ -139,7 +142,15 @@ class Transformer(LanguageModel, Stack):
             further, more = predict(self.prediction, self.config, self.embed, x, rows, train=train, rng=rng)
             layers = join_reports(layers, more)
         further = tuple(map(self.scaled, further))
-        return Output(self.logits(hidden), hidden, layers, records.routing, further=further, mixers=records.mixers)
+        return Output(
+            self.logits(hidden),
+            hidden,
+            layers,
+            records.routing,
+            further=further,
+            mixers=records.mixers,
+            scores=records.scores,
+        )
 
 
 def join_reports(first: LayerReport | None, second: LayerReport | None) -> LayerReport | None:

@@ -38,11 +38,10 @@ from moe.models.state import TrainState
 from moe.parallel import partition_specs
 from moe.parallel.mesh import axis_of, axis_size, constrain
 from moe.parallel.parameters import read_as
-from moe.routing.balancing import LayerReport
 from moe.system.fields import require
 
-#: (model, output, microbatch, number of targets) → (share of the loss, (numbers to sum, layer reports))
-Loss = Callable[[Any, Output, dict[str, Array], Array], tuple[Array, tuple[Any, LayerReport | None]]]
+#: (model, output, microbatch, number of targets) → (share of the loss, (numbers to sum, reports that lead with layers))
+Loss = Callable[[Any, Output, dict[str, Array], Array], tuple[Array, tuple[Any, Any]]]
 
 
 def check(config: Config, sizes: Mapping[str, int]) -> None:
@@ -273,8 +272,8 @@ def gradients(
     batch: dict[str, Array],
     rng: Array,
     count: Array,
-) -> tuple[tuple[Array, Any, LayerReport | None], Any]:
-    """(loss, numbers, layer reports [A,L]) and gradients of microbatches [A,b,T], as without a pipeline.
+) -> tuple[tuple[Array, Any, Any], Any]:
+    """(loss, numbers, reports [A,L,...]) and gradients of microbatches [A,b,T], as without a pipeline.
 
     Args:
         loss: see :data:`Loss`.

@@ -38,12 +38,13 @@ Body = Callable[[Block, Any, Any, Int[Array, ""]], tuple[Any, Any]]
 
 
 class Records(NamedTuple):
-    """Reports of a stack's layers: of its MoE layers with their routing, and of token mixers with experts, each
-    stacked over the layers that have one; None without any."""
+    """Reports of a stack's layers: of its MoE layers with their routing, of token mixers with experts, and the largest
+    attention scores [L,N], each stacked over the layers that have one; None without any."""
 
     layers: LayerReport | None = None
     routing: Routing | None = None
     mixers: LayerReport | None = None
+    scores: Array | None = None
 
 
 def join_records(records: LayerStates) -> Records:
@@ -53,7 +54,7 @@ def join_records(records: LayerStates) -> Records:
         return join_moe_layers([[read(record) for record in unit] for unit in records])
 
     layers, mixers = join(operator.attrgetter("report")), join(operator.attrgetter("mixer"))
-    return Records(layers, join(operator.attrgetter("routing")), mixers)
+    return Records(layers, join(operator.attrgetter("routing")), mixers, join(operator.attrgetter("scores")))
 
 
 def carry_of(moe: MoEConfig, layers: tuple[LayerKind, ...]) -> Any:

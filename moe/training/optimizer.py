@@ -19,6 +19,7 @@ from moe.config.references import import_object
 from moe.models.segments import part_of
 from moe.system.fields import raised_as_errors
 from moe.training import spikes
+from moe.training.qk_clip import qk_clip
 from moe.training.rates import gains, is_matrix, matrix_axes, rates
 
 
@@ -83,10 +84,12 @@ Factory = Callable[[OptimizerConfig, optax.Schedule], optax.GradientTransformati
 def make_optimizer(
     config: OptimizerConfig, num_steps: int, model: ModelConfig | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    """The optimizer that ``config.name`` names; its ``update`` takes ``norm=``, the result of :func:`gradient_norm`.
+    """The optimizer that ``config.name`` names; its ``update`` takes ``norm=``, the result of :func:`gradient_norm`,
+    and with ``qk_clip`` also ``scores=`` (:func:`moe.training.qk_clip.qk_clip`).
 
     Args:
-        model: its parameters get individual rates if it has a base model's sizes; None: one rate for all.
+        model: whose parameters get individual rates if it has a base model's sizes, and whose heads are clipped; None:
+            one rate for all, and no clipping of heads.
 
     Raises:
         ConfigError: no such optimizer, or a user's function that does not return one.
@@ -102,6 +105,8 @@ def make_optimizer(
         optimizer = optax.chain(_clip(config.gradient_clip), optimizer)
     if config.frozen:
         optimizer = _without_frozen(config, optimizer)
+    if model is not None and config.qk_clip:
+        optimizer = optax.chain(optimizer, qk_clip(model, config.qk_clip))
     if config.ema_decay:
         optimizer = optax.chain(optimizer, _averaging(config.ema_decay))
     optimizer = optax.with_extra_args_support(optimizer)
@@ -312,13 +317,20 @@ def _named(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientT
     return optax.GradientTransformationExtraArgs(init, optax.with_extra_args_support(optimizer).update)
 
 
-def probe_own(config: OptimizerConfig, optimizer: optax.GradientTransformation, parameters: Any, state: Any) -> None:
+def probe_own(
+    config: OptimizerConfig,
+    optimizer: optax.GradientTransformation,
+    parameters: Any,
+    state: Any,
+    scores: Any = None,
+) -> None:
     """Refuse an optimizer of a user's module that cannot update a model; nothing is computed.
 
     Args:
         optimizer: of :func:`make_optimizer`.
         parameters: ShapeDtypeStructs of what is trained.
         state: ShapeDtypeStructs of its state.
+        scores: ShapeDtypeStruct of the attention scores that ``qk_clip`` reads; None without it.
 
     Raises:
         ConfigError: update raises, or changes the structure, a shape or a type of the updates or of the state.
@@ -327,7 +339,8 @@ def probe_own(config: OptimizerConfig, optimizer: optax.GradientTransformation, 
         return
     where, update = f"optimizer.name={config.name!r}", optax.with_extra_args_support(optimizer).update
     with raised_as_errors(f"{where}: its update"):
-        found = jax.eval_shape(lambda tree, state: update(tree, state, tree, norm=jnp.ones(())), parameters, state)
+        known = {"norm": jnp.ones(())} | ({} if scores is None else {"scores": jnp.ones(scores.shape)})
+        found = jax.eval_shape(lambda tree, state: update(tree, state, tree, **known), parameters, state)
     if not (isinstance(found, tuple) and len(found) == 2):
         raise ConfigError(f"{where}: its update must return (updates, state), not {type(found).__name__}")
     for name, before, after in (("updates", parameters, found[0]), ("state", state, found[1])):

@@ -19,6 +19,7 @@ from moe.layers.moe_layer import replace_gate
 from moe.layers.router import SelectionBias
 from moe.models import pipeline
 from moe.models.adapters import initial_adapters
+from moe.models.block import report_scores
 from moe.models.factory import Model, abstract_model, create_model, variable_specs
 from moe.models.stack import carry_of
 from moe.models.stages import Schedule
@@ -30,6 +31,7 @@ from moe.routing.routing import is_own, probe
 from moe.training.batches import Batch, batch_shapes
 from moe.training.losses import describe_auxiliary
 from moe.training.optimizer import learning_rate_schedule, make_optimizer, probe_own
+from moe.training.qk_clip import shape_of_scores
 from moe.training.update import EvalMetrics, Parts, TrainMetrics, eval_step, train_step
 
 #: A teacher's model config and variables.
@@ -99,7 +101,7 @@ def build(
     teacher_model, teacher_variables = teacher or (config.model, None)
     parts = Parts(
         config,
-        _graphdef(config.model, gate),
+        _graphdef(config.model, gate, scores=config.optimizer.qk_clip > 0),
         _graphdef(teacher_model),
         make_optimizer(config.optimizer, config.train.num_steps, None if config.lora.rank else config.model),
         learning_rate_schedule(config.optimizer, config.train.num_steps),
@@ -107,7 +109,8 @@ def build(
     )
     init = functools.partial(_init, parts)
     shapes = jax.eval_shape(init, 0)
-    probe_own(config.optimizer, parts.optimizer, shapes.parameters, shapes.optimizer)
+    scores = shape_of_scores(config.model) if config.optimizer.qk_clip else None
+    probe_own(config.optimizer, parts.optimizer, shapes.parameters, shapes.optimizer, scores)
     state_shardings = partition_specs.shardings(mesh, state_specs(config, shapes))
     if config.optimizer.memory == "host":
         stored = jax.tree.map(_in_host_memory, shapes.optimizer, state_shardings.optimizer)
@@ -196,8 +199,10 @@ def _probe_own_gates(config: Config) -> None:
             probe_rule(gate, columns)
 
 
-def _graphdef(model: ModelConfig, gate: Gate | None = None) -> nnx.GraphDef[Model]:
+def _graphdef(model: ModelConfig, gate: Gate | None = None, *, scores: bool = False) -> nnx.GraphDef[Model]:
     abstract = abstract_model(model)
+    if scores:
+        report_scores(abstract)
     if gate is not None:
         replace_gate(abstract, gate)
     return nnx.graphdef(abstract)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,8 @@ class TrainMetrics:
         learning_rate: [] of the schedule, before the factors of a base model.
         skipped: [] float32, 1 if the loss or a gradient was not finite or a spike and nothing was updated, else 0.
         layers: LayerReport with leading axis [L], or None in a dense model.
-        terms: further numbers of the objective by name, [] each, and :data:`MIXER_METRICS`.
+        terms: further numbers of the objective by name, [] each, :data:`MIXER_METRICS`, and with QK-clip
+            ``largest_score``, [L] by layer with attention, and ``clipped_heads``, [] of all layers.
     """
 
     loss: Array
@@ -77,6 +78,23 @@ class EvalMetrics:
     layers: LayerReport | None
 
 
+class Reports(NamedTuple):
+    """Reports of the layers in training.
+
+    Attributes:
+        layers: LayerReport with leading axis [L], or None in a dense model.
+        scores: [L,N] largest attention scores of the layers with attention; None without QK-clip.
+    """
+
+    layers: LayerReport | None = None
+    scores: Array | None = None
+
+    def over_microbatches(self) -> Reports:
+        """Reports of a step from those of its microbatches, stacked over a leading axis."""
+        layers = self.layers if self.layers is None else mean_reports(self.layers)
+        return Reports(layers, self.scores if self.scores is None else jnp.max(self.scores, axis=0))
+
+
 @dataclasses.dataclass(frozen=True)
 class Parts:
     """Static parts of a run that the traced functions share."""
@@ -94,19 +112,21 @@ def train_step(
 ) -> tuple[TrainState, TrainMetrics]:
     """Compute gradients, then update unless the loss or a gradient is not finite, or a spike."""
     rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-    (loss, (cross_entropy, terms), layers), gradients = _gradients(parts, state, batch, rng, teacher_variables)
+    (loss, (cross_entropy, terms), reports), gradients = _gradients(parts, state, batch, rng, teacher_variables)
     norm = gradient_norm(parts.config.optimizer, gradients)
     learning_rate = jnp.asarray(parts.schedule(state.step))
-    biases = _next_biases(parts.config, state.biases, layers)
+    biases = _next_biases(parts.config, state.biases, reports.layers)
     if parts.config.optimizer.memory == "host":
         # After the gradients: fetched earlier, it would be in memory together with the activations.
         stored, norm = jax.lax.optimization_barrier((state.optimizer, norm))
         state = dataclasses.replace(state, optimizer=jax.device_put(stored, jax.memory.Space.Device))
     spike = spikes.is_spike(state.optimizer, parts.config.optimizer.skip_sigmas, loss, norm)
     sound = jnp.isfinite(loss) & jnp.isfinite(norm) & ~spike
-    metrics = TrainMetrics(loss, cross_entropy, norm, learning_rate, 1.0 - sound.astype(jnp.float32), layers, terms)
+    terms = terms | _score_metrics(parts.config, reports.scores)
+    skipped = 1.0 - sound.astype(jnp.float32)
+    metrics = TrainMetrics(loss, cross_entropy, norm, learning_rate, skipped, reports.layers, terms)
     # A select joins the loop that writes the update; a branch would keep old and new state side by side.
-    updated = (*_update(parts, gradients, norm, state), biases)
+    updated = (*_update(parts, gradients, norm, reports.scores, state), biases)
     kept = state.parameters, set_schedule_step(state.optimizer, state.step + 1), state.biases
     parameters, optimizer_state, biases = jax.tree.map(functools.partial(jnp.where, sound), updated, kept)
     optimizer_state = spikes.recorded(optimizer_state, loss, norm)
@@ -116,7 +136,7 @@ def train_step(
 
 def _gradients(
     parts: Parts, state: TrainState, batch: Batch, rng: Array, teacher_variables: dict[str, Any] | None
-) -> tuple[tuple[Array, tuple[Array, dict[str, Array]], LayerReport | None], Any]:
+) -> tuple[tuple[Array, tuple[Array, dict[str, Array]], Reports], Any]:
     """(loss, cross-entropy and terms, reports) and gradients of a batch, in ``accumulation_steps`` microbatches."""
     microbatches = parts.config.train.accumulation_steps
     count = parts.objective.count(batch)
@@ -132,29 +152,29 @@ def _gradients(
 
     value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
     if microbatches == 1:
-        (loss, (shown, layers)), gradients = value_and_grad(state.parameters, batch, rng)
-        return (loss, shown, layers), gradients
+        (loss, (shown, reports)), gradients = value_and_grad(state.parameters, batch, rng)
+        return (loss, shown, reports), gradients
 
     def accumulate(sums, inputs):
         microbatch, index = inputs
         result = value_and_grad(state.parameters, microbatch, jax.random.fold_in(rng, index), totals)
-        (loss, ((nll, terms), layers)), gradients = result
-        return jax.tree.map(jnp.add, sums, (loss, nll, gradients)), (terms, layers)
+        (loss, ((nll, terms), reports)), gradients = result
+        return jax.tree.map(jnp.add, sums, (loss, nll, gradients)), (terms, reports)
 
     # [B,T,...] → [B/A,A,T,...] → [A,B/A,T,...]: microbatch i takes every A-th row, so that each device keeps its rows.
     split = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
     if axis_size("pipeline") > 1:
         loss = functools.partial(_loss, parts)
-        (loss, shown, layers), gradients = pipeline.gradients(
+        (loss, shown, reports), gradients = pipeline.gradients(
             parts.config, parts.graphdef, loss, state, split, rng, count
         )
-        return (loss, shown, layers if layers is None else mean_reports(layers)), gradients
+        return (loss, shown, reports.over_microbatches()), gradients
     split = jax.tree.map(lambda x: constrain(x, partition_specs.MICROBATCHES), split)
     totals = _balance_totals(parts, state, split, rng) if parts.config.model.moe.losses.scope == "step" else None
     zeros = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.parameters))
-    (loss, nll, gradients), (terms, layers) = jax.lax.scan(accumulate, zeros, (split, jnp.arange(microbatches)))
+    (loss, nll, gradients), (terms, reports) = jax.lax.scan(accumulate, zeros, (split, jnp.arange(microbatches)))
     terms = jax.tree.map(lambda values: jnp.sum(values, axis=0), terms)
-    return (loss, (nll, terms), layers if layers is None else mean_reports(layers)), gradients
+    return (loss, (nll, terms), reports.over_microbatches()), gradients
 
 
 def _noise_key(parts: Parts, rng: Array) -> Array | None:
@@ -184,7 +204,7 @@ def _loss(
     count: Array,
     teacher: tuple[Model, Output] | None = None,
     totals: BalanceSums | None = None,
-) -> tuple[Array, tuple[tuple[Array, dict[str, Array]], LayerReport | None]]:
+) -> tuple[Array, tuple[tuple[Array, dict[str, Array]], Reports]]:
     """A microbatch's share of the batch's loss, and (its shares of cross-entropy and terms, layer reports); with the
     totals of the step, its load-balancing loss is over the step."""
     config = parts.config
@@ -201,13 +221,22 @@ def _loss(
         routers = jax.tree.map(lambda values: values.reshape(-1, *values.shape[2:]) / microbatches, output.mixers)
         loss += jnp.sum(routers.sparsity_penalty)
         terms = terms | {f"mixer_{name}": getattr(routers, name) for name in MIXER_METRICS}
-    return loss, ((cross_entropy, terms), layers)
+    return loss, ((cross_entropy, terms), Reports(layers, output.scores))
 
 
-def _update(parts: Parts, gradients: Any, norm: Array, state: TrainState) -> tuple[Any, Any]:
+def _score_metrics(config: Config, scores: Array | None) -> dict[str, Array]:
+    """Metrics of the largest attention scores [L,N], if there are any."""
+    if scores is None:
+        return {}
+    clipped = jnp.sum(scores > config.optimizer.qk_clip).astype(jnp.float32)
+    return {"largest_score": jnp.max(scores, axis=1), "clipped_heads": clipped}
+
+
+def _update(parts: Parts, gradients: Any, norm: Array, scores: Array | None, state: TrainState) -> tuple[Any, Any]:
     """(parameters, optimizer state) after an update, at the learning rate of ``state.step``."""
     optimizer_state = set_schedule_step(state.optimizer, state.step)
-    updates, optimizer_state = parts.optimizer.update(gradients, optimizer_state, state.parameters, norm=norm)
+    known = {"norm": norm} | ({} if scores is None else {"scores": scores})
+    updates, optimizer_state = parts.optimizer.update(gradients, optimizer_state, state.parameters, **known)
     return optax.apply_updates(state.parameters, updates), optimizer_state
 
 

@@ -253,8 +253,8 @@ def _carry(program: Program, source: Config, fresh: Any, step: int) -> Any:
     if jax.tree.structure(carried, is_leaf=_is_tree) != jax.tree.structure(fresh, is_leaf=_is_tree) or len(names) > 1:
         raise ConfigError(
             f"start.optimizer='carry': the optimizer of {start.checkpoint} has another kind of state; set "
-            "optimizer.name, frozen, and whether gradient_clip, skip_sigmas and ema_decay are 0 as there, or use "
-            "'reset'"
+            "optimizer.name, frozen, and whether gradient_clip, skip_sigmas, qk_clip and ema_decay are 0 as there, "
+            "or use 'reset'"
         )
     if names != {"adamw"} or source.optimizer.frozen:
         raise ConfigError(

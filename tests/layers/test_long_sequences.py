@@ -39,7 +39,7 @@ FORMS = [
 )
 def test_forms_of_attention_are_equal(dtype, window, kv_heads, monkeypatch):
     """JAX's attention over all T x T scores, the loop over blocks of queries, and the implementation for CPUs."""
-    monkeypatch.setattr(attend, "_block_size", lambda length, largest: 16)  # 6 blocks of 96 positions
+    monkeypatch.setattr(attend, "largest_divisor", lambda length, largest: 16)  # 6 blocks of 96 positions
     monkeypatch.setattr(cpu, "_SMALLEST_BLOCK", 20)  # 5 blocks, the last of 16
     keys = jax.random.split(jax.random.key(0), 4)
     query = jax.random.normal(keys[0], (2, 96, 4, 16), dtype)
@@ -202,7 +202,7 @@ def test_cudnn_gets_blocks_of_queries_with_their_mask(monkeypatch):
 
     device = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H100", compute_capability="9.0")
     monkeypatch.setattr(jax, "devices", lambda: [device])
-    monkeypatch.setattr(attend, "_block_size", lambda length, largest: 16)
+    monkeypatch.setattr(attend, "largest_divisor", lambda length, largest: 16)
     keys = jax.random.split(jax.random.key(0), 3)
     query, key, value = (jax.random.normal(k, (2, 64, 4, 16), jnp.bfloat16) for k in keys)
     segment_ids = jnp.repeat(jnp.arange(4), 16)[None].repeat(2, axis=0)

@@ -67,7 +67,7 @@ def test_the_gradient_of_a_sink_is_a_sum_in_float32():
 @pytest.mark.parametrize("window", [slow_case(0), 7])
 def test_forms_of_attention_with_sinks(window, monkeypatch):
     """All forms equal a softmax over the scores and the sink, in values and gradients, including those of the sinks."""
-    monkeypatch.setattr(attend, "_block_size", lambda length, largest: 8)
+    monkeypatch.setattr(attend, "largest_divisor", lambda length, largest: 8)
     monkeypatch.setattr(cpu, "_SMALLEST_BLOCK", 10)
     keys = jax.random.split(jax.random.key(0), 4)
     query = jax.random.normal(keys[0], (2, 32, 4, 8))

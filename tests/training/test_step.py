@@ -177,7 +177,7 @@ def test_a_non_finite_gradient_skips_the_update(monkeypatch):
     state = TrainState(jnp.zeros((), jnp.int32), parameters, {}, optimizer.init(parameters), key)
     for value, skipped in ((jnp.inf, 1), (1.0, 0)):
         gradients = {"dense": {"up": jnp.ones((2, 2)).at[0, 0].set(value)}}
-        found = (jnp.ones(()), (jnp.ones(()), {}), None), gradients
+        found = (jnp.ones(()), (jnp.ones(()), {}), update.Reports()), gradients
         monkeypatch.setattr(update, "_gradients", lambda *_, found=found: found)
         after, metrics = update.train_step(parts, state, {})
         assert metrics.skipped == skipped
@@ -203,7 +203,7 @@ def test_a_spike_skips_the_update(monkeypatch):
         (seen, 64, jnp.nan, 1),
         (seen, 130, 8.05, 1),
     ):
-        found = (jnp.asarray(loss), (jnp.ones(()), {}), None), {"dense": {"up": jnp.ones((2, 2))}}
+        found = (jnp.asarray(loss), (jnp.ones(()), {}), update.Reports()), {"dense": {"up": jnp.ones((2, 2))}}
         monkeypatch.setattr(update, "_gradients", lambda *_, found=found: found)
         history = spikes.History(jnp.asarray(number), seen, norms)
         before = dataclasses.replace(state, optimizer=state.optimizer._replace(history=history))

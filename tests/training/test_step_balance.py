@@ -46,7 +46,7 @@ def batch(program):
 def gradients(program, state=None):
     """Loss, reports and gradients of a step's objective, from a given state or the initial one."""
     with jax.set_mesh(program.mesh):
-        (loss, _, layers), gradient = step_gradients(program, seed=0)(state or program.init(), batch(program))
+        (loss, _, (layers, _)), gradient = step_gradients(program, seed=0)(state or program.init(), batch(program))
     return loss, layers, gradient
 
 
@@ -119,7 +119,7 @@ def test_microbatches_draw_separately_and_the_balance_of_the_step_uses_the_same_
         return SimpleNamespace(drawn=drawn, layers=SimpleNamespace(sums=drawn))
 
     def loss(parts, model, output, batch, count, teacher, totals):
-        return totals, ((output.drawn, {}), None)
+        return totals, ((output.drawn, {}), update.Reports())
 
     monkeypatch.setattr(update, "forward", forward)
     monkeypatch.setattr(update, "_loss", loss)

@@ -94,13 +94,13 @@ def blocked_attention(
     factor = scoring.factor(head_dim)
     # JAX's function takes heads of one dimension: the shorter ones are padded with zeros.
     query, key, value = (_widen(x, max(head_dim, value_dim)) for x in (query, key, value))
-    size = _block_size(length, _LARGEST_BLOCK if scoring.window else _CUDNN_BLOCK)
+    size = largest_divisor(length, _LARGEST_BLOCK if scoring.window else _CUDNN_BLOCK)
     # Documents are given as a mask [size,U]: cuDNN's own form of them, offsets, fixes their number in the shapes.
     plain = bias is None and key.shape[1] % 2 == 0 and not one_block
     width = query.shape[-1] + (0 if scoring.sinks is None else ADDED)
     implementation = "cudnn" if plain and runs_cudnn(query, size, width) else None
     if implementation is None:
-        size = length if one_block else _block_size(length, _LARGEST_BLOCK)
+        size = length if one_block else largest_divisor(length, _LARGEST_BLOCK)
 
     def block(inputs: tuple[Array, Array, Array], seen: tuple[Array, Array, Array], low: Array | int) -> Array:
         """Attention of a block of queries to these keys, the first of which is at position ``low``."""
@@ -195,7 +195,7 @@ def _with_dropout(
     return jnp.einsum("bmntu,bumh->btmnh", weights, value).reshape(batch, length, heads, head_dim)
 
 
-def _block_size(length: int, largest: int) -> int:
+def largest_divisor(length: int, largest: int) -> int:
     """Largest divisor of ``length`` that is at most ``largest``."""
     return next(size for size in range(min(length, largest), 0, -1) if length % size == 0)
 

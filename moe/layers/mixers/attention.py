@@ -17,6 +17,7 @@ from moe.config.mixers import GroupedQuery
 from moe.dispatch import quantized
 from moe.layers.attention.attend import attend
 from moe.layers.attention.cache import LayerCache, slots
+from moe.layers.attention.largest import largest_scores
 from moe.layers.attention.scoring import Scoring, append_sink, rotate
 from moe.layers.inputs import KEEP_ALL, Dropout, Rows
 from moe.layers.mixers.interface import MixerLayer
@@ -86,6 +87,23 @@ class Attention(MixerLayer):
         scoring = Scoring(self.mixer.window, self.mixer.causal, rows.bias, rows.prefix, drop=drop)
         heads = self._attend(query, key, value, rows.segment_ids, rows.key_segment_ids, scoring=scoring)
         return heads, (key, value)
+
+    def largest_scores(self, x: Float[Array, "B T D"], rows: Rows) -> Float[Array, " N"]:
+        """Largest score of each head."""
+        query, key, _ = self.project_cached(x, rows.positions)
+        scoring = Scoring(self.mixer.window, self.mixer.causal, prefix=rows.prefix, scale=self.scale)
+        return largest_scores(query, key, rows.segment_ids, rows.as_keys, scoring)
+
+    @classmethod
+    def score_factors(cls, mixer: GroupedQuery, factors: Float[Array, "*layers N"]) -> dict[str, Float[Array, ...]]:
+        """The root of the smallest factor of the heads that share keys, for their queries and for these keys."""
+        shared = factors.reshape(*factors.shape[:-1], mixer.kv_heads, -1)
+        key = jnp.sqrt(jnp.min(shared, axis=-1))
+        query = jnp.repeat(key, shared.shape[-1], axis=-1)
+        parts = {"query": query[..., None], "key": key[..., None]}  # [...,N,1], as the biases [N,H]
+        return {name: part[..., None, :, :] for name, part in parts.items()} | {
+            f"{name}_bias": part for name, part in parts.items()
+        }
 
     def fill(self, state: LayerCache, found: tuple[Array, Array], lengths: Int[Array, " B"]) -> LayerCache:
         """Cache the keys and values of prompts."""

@@ -71,6 +71,20 @@ class MixerLayer(nnx.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} has no method report(x, rows)")
 
+    def largest_scores(self, x: Float[Array, "B T D"], rows: Rows) -> Float[Array, " N"]:
+        """Largest attention score of each head, of a mixer with the ability to be clipped."""
+        raise NotImplementedError(f"{type(self).__name__} has no method largest_scores(x, rows)")
+
+    @classmethod
+    def score_factors(cls, mixer: Any, factors: Float[Array, "*layers N"]) -> dict[str, Float[Array, ...]]:
+        """Factors of the layer's parameters, by name, that multiply each head's scores by at most these factors.
+
+        Args:
+            mixer: of the layers.
+            factors: of each layer and head, at most 1.
+        """
+        raise NotImplementedError(f"{cls.__name__} has no method score_factors(mixer, factors)")
+
     def join(self, heads: Float[Array, "B T N V"], x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Output of the layer from its heads and its input."""
         raise NotImplementedError(f"{type(self).__name__} has no method join(heads, x)")

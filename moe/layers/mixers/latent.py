@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -13,6 +15,7 @@ from moe.config.mixers import MultiHeadLatent
 from moe.dispatch import quantized
 from moe.layers.attention.attend import attend
 from moe.layers.attention.cache import LayerCache, slots
+from moe.layers.attention.largest import largest_scores
 from moe.layers.attention.scoring import Scoring, rotate, yarn_mscale
 from moe.layers.inputs import KEEP_ALL, Dropout, Rows
 from moe.layers.mixers.attention import project_in
@@ -69,8 +72,32 @@ class LatentAttention(MixerLayer):
     ) -> tuple[Float[Array, "B T N V"], Float[Array, "B T 1 R"]]:
         """Attend over expanded keys and values; return the heads and what is cached."""
         rows.require_plain()
+        query, key, value, latent = self._expanded(x, rows.positions)
+        scoring = dataclasses.replace(self._scoring(), drop=drop)
+        return attend(query, key, value, rows.segment_ids, kind=self.config.attention, scoring=scoring), latent
+
+    def largest_scores(self, x: Float[Array, "B T D"], rows: Rows) -> Float[Array, " N"]:
+        """Largest score of each head."""
+        query, key, *_ = self._expanded(x, rows.positions)
+        return largest_scores(query, key, rows.segment_ids, rows.as_keys, self._scoring())
+
+    @classmethod
+    def score_factors(cls, mixer: MultiHeadLatent, factors: Float[Array, "*layers N"]) -> dict[str, Float[Array, ...]]:
+        """The root for what is not rotated of queries and keys; the factor itself for rotated queries, because all
+        heads share the rotated key."""
+        root, unrotated = jnp.sqrt(factors), mixer.head_dim - mixer.rope_dim
+
+        def matrix_of(first: Array, second: Array, count: int) -> Array:
+            columns = [jnp.repeat(first[..., None], unrotated, -1), jnp.repeat(second[..., None], count, -1)]
+            return jnp.concatenate(columns, axis=-1)[..., None, :, :]  # [...,1,N,H]
+
+        query = matrix_of(root, factors, mixer.rope_dim)
+        return {"query": query, "query_up": query, "kv_up": matrix_of(root, jnp.ones_like(root), mixer.value_dim)}
+
+    def _expanded(self, x: Array, positions: Array) -> tuple[Array, Array, Array, Array]:
+        """[B,T,D] → queries and keys [B,T,N,H], values [B,T,N,V], latents [B,T,1,rank + rope_dim]."""
         m = self.mixer
-        query, latent = self._query(x, rows.positions), self._latent(x, rows.positions)
+        query, latent = self._query(x, positions), self._latent(x, positions)
         key_up, value_up = jnp.split(gather_for_matmul(self.kv_up, x.dtype), [self.unrotated_dim], axis=-1)
         # Keys are one product with the whole latent, in which an identity matrix copies the rotated part to every head:
         # a separate broadcast and concatenation would each be a pass over all keys.
@@ -80,8 +107,10 @@ class LatentAttention(MixerLayer):
         key = jnp.einsum("buor,rnh->bunh", latent, key_up)
         value = jnp.einsum("buor,rnh->bunh", latent[..., : m.rank], value_up)
         query, key, value = (constrain(heads, partition_specs.HEADS) for heads in (query, key, value))
-        scoring = Scoring(window=m.window, drop=drop, scale=self._score_scale())
-        return attend(query, key, value, rows.segment_ids, kind=self.config.attention, scoring=scoring), latent
+        return query, key, value, latent
+
+    def _scoring(self) -> Scoring:
+        return Scoring(window=self.mixer.window, scale=self._score_scale())
 
     def fill(self, state: LayerCache, found: Array, lengths: Int[Array, " B"]) -> LayerCache:
         """Cache the latents of prompts."""
