@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
-from typing import Literal
+from typing import Any, Literal
 
 from moe.config.objectives import OBJECTIVES
 from moe.config.references import check_path
@@ -166,6 +167,9 @@ class TrainConfig(Section, path="train."):
     #: B, of T tokens, per optimizer step, over all devices
     batch_size: int = setting(8, least=1, most=2**24, unit="rows", neutral=None)
     accumulation_steps: int = setting(1, least=1, unit="microbatches")  # per optimizer step; divides batch_size
+    #: batch ramp-up: rows of the first steps' batches, in stages; each a multiple of a microbatch's rows; (): none
+    rampup_rows: tuple[int, ...] = ()
+    rampup_steps: tuple[int, ...] = ()  # number of steps of each of these stages, before those of batch_size
     #: times that a microbatch passes all stages of mesh.pipeline, each of which holds as many groups of layers
     pipeline_rounds: int = setting(1, least=1, resume="free")
     log_every: int = setting(10, least=1, resume="free", unit="steps")  # between rows of metrics
@@ -199,11 +203,49 @@ class TrainConfig(Section, path="train."):
         self._require("keep_every", self.keep_every % self.save_every == 0, allowed)
         divides = self.batch_size % self.accumulation_steps == 0
         self._require("accumulation_steps", divides, f"must divide train.batch_size={self.batch_size}")
+        self._check_rampup()
+
+    def _check_rampup(self) -> None:
+        rows, steps = self.rampup_rows, self.rampup_steps
+        unit = self.microbatch_rows
+        allowed = (
+            f"must be increasing multiples of train.batch_size / train.accumulation_steps = {unit}, the rows of a "
+        )
+        allowed += f"microbatch, below train.batch_size={self.batch_size}"
+        grows = all(low < high for low, high in itertools.pairwise((0, *rows, self.batch_size)))
+        self._require("rampup_rows", grows and all(number % unit == 0 for number in rows), allowed)
+        each = len(steps) == len(rows) and all(number > 0 for number in steps)
+        allowed = f"must be a positive number of steps for each of the {len(rows)} stages of train.rampup_rows"
+        self._require("rampup_steps", each, allowed)
+        allowed = f"must add up to less than train.num_steps={self.num_steps}"
+        self._require("rampup_steps", sum(steps) < self.num_steps, allowed)
 
     @property
     def microbatch_rows(self) -> int:
         """Rows of one microbatch, over all devices."""
         return self.batch_size // self.accumulation_steps
+
+    @property
+    def rows_read(self) -> int:
+        """Rows that are read at once, over all devices: a batch, or a microbatch if batches grow."""
+        return self.microbatch_rows if self.rampup_rows else self.batch_size
+
+    def rows_until(self, step: int) -> int:
+        """Rows of the batches of the first steps, up to this one."""
+        rows, before = 0, 0
+        for size, number in zip(self.rampup_rows, self.rampup_steps, strict=True):
+            rows += size * min(max(step - before, 0), number)
+            before += number
+        return rows + self.batch_size * max(step - before, 0)
+
+    def rows_at(self, step: int) -> int:
+        """Rows of the batch of a step; steps count from 1."""
+        return self.rows_until(step) - self.rows_until(step - 1)
+
+    def of_rows(self, rows: int, accumulation_steps: int) -> TrainConfig:
+        """The section with batches of so many rows in every step."""
+        own: dict[str, Any] = {"batch_size": rows, "accumulation_steps": accumulation_steps}
+        return dataclasses.replace(self, **own, rampup_rows=(), rampup_steps=())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -69,8 +69,12 @@ class Config(Section):
 
     @property
     def tokens_per_step(self) -> int:
-        """B·T; for an encoder-decoder, of the decoder."""
+        """B·T, after any ramp-up; for an encoder-decoder, of the decoder."""
         return self.train.batch_size * self.data.sequence_length
+
+    def tokens_until(self, step: int) -> int:
+        """Tokens of the first steps, up to this one, with the smaller batches of a ramp-up."""
+        return self.train.rows_until(step) * self.data.sequence_length
 
 
 def _filled(data: DataConfig, encoder: bool) -> DataConfig:
@@ -111,8 +115,9 @@ def _check_steps(config: Config) -> None:
     optimizer = config.optimizer
     tokens = config.tokens_per_step
     require(tokens <= LARGEST, "train.batch_size * data.sequence_length", tokens, f"must be at most {LARGEST}")
-    divides = data.streams == 0 or train.batch_size % data.streams == 0
-    allowed = f"must divide train.batch_size={train.batch_size}, or be 0"
+    divides = data.streams == 0 or train.rows_read % data.streams == 0
+    what = "the rows of a microbatch, " if train.rampup_rows else "train.batch_size="
+    allowed = f"must divide {what}{train.rows_read}, or be 0"
     require(divides, "data.streams", data.streams, allowed)
     allowed = f"must be below train.num_steps={train.num_steps}"
     require(optimizer.warmup_steps < train.num_steps, "optimizer.warmup_steps", optimizer.warmup_steps, allowed)

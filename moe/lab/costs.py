@@ -22,7 +22,7 @@ def executed_flops(config: Config, dropped_share: float) -> float:
     moe = config.model.moe
     data = config.data
     lengths = data.sequence_length, data.input_length
-    tokens = config.train.num_steps * config.tokens_per_step
+    tokens = config.tokens_until(config.train.num_steps)
     per_token = flops.train_flops_per_token(model, *lengths)
     per_token -= dropped_share * flops.expert_flops_per_token(model, *lengths)
     if moe.gate is not None and moe.dispatch == "einsum" and not moe.gate.slots_per_expert:

@@ -19,7 +19,7 @@ from moe.config.parse import from_config_dict
 from moe.lab import identity
 from moe.lab.identity import Canonical
 from moe.models import flops
-from moe.system.fields import LARGEST
+from moe.system.fields import LARGEST, require
 
 #: Sizes of a suite: minutes to hours on two CPU cores, or an accelerator pod.
 SIZES = ("laptop", "pod")
@@ -288,7 +288,10 @@ class Suite:
             if self.whole_batch_groups and is_sparse and not changes.model.moe.group_size:
                 rows = changes.train.batch_size // changes.train.accumulation_steps
                 changes.model.moe.group_size = rows * changes.data.sequence_length
-            return from_config_dict(changes)
+            config = from_config_dict(changes)
+            rampup = config.train.rampup_rows
+            require(not rampup, "train.rampup_rows", rampup, "must be () in a suite, where equal steps read equal text")
+            return config
         except (ConfigError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"suite {self.name!r}, variant {variant!r}: {' '.join(str(error).split())}") from error
 

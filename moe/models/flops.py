@@ -52,10 +52,10 @@ def buffer_rows_per_token(config: ModelConfig, sequence_length: int) -> float:
     return moe.num_experts * layer_capacity(moe, group_size) / group_size
 
 
-def train_flops(config: Config, steps: int = 1) -> float:
-    """Model FLOPs of a run's steps; see :func:`train_flops_per_token`."""
+def train_flops(config: Config, steps: int | None = None) -> float:
+    """Model FLOPs of a run's first steps, or of one with the whole batch; see :func:`train_flops_per_token`."""
     data = config.data
-    tokens = steps * config.tokens_per_step
+    tokens = config.tokens_per_step if steps is None else config.tokens_until(steps)
     return tokens * train_flops_per_token(config.model, data.sequence_length, data.input_length)
 
 

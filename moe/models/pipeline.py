@@ -75,6 +75,7 @@ def check(config: Config, sizes: Mapping[str, int]) -> None:
         ("model.encoder_layers", config.model.encoder_layers, 0),
         ("distill.teacher", config.distill.teacher, ""),
         ("lora.rank", config.lora.rank, 0),
+        ("train.rampup_rows", train.rampup_rows, ()),
     ):
         require(value == only, name, value, f"must be {only!r} {field}")
     able, objective = "pipeline" in config.objective.abilities, config.data.objective

@@ -113,7 +113,7 @@ def for_generation(config: Config, num_devices: int) -> Config:
     """
     if why := looks_ahead(config.model):
         raise ConfigError(why)
-    train = dataclasses.replace(config.train, batch_size=num_devices, accumulation_steps=1)
+    train = config.train.of_rows(num_devices, 1)
     model, data = without_drops(config.model), dataclasses.replace(config.data, streams=0)
     model = dataclasses.replace(model, moe=dataclasses.replace(model.moe, exchange_chunks=1, exchange_hosts=1))
     return dataclasses.replace(config, model=model, data=data, train=train)

@@ -152,6 +152,8 @@ def train_online(program: Program, workdir: str, task: Task, engine: Engine, rou
             f"train.batch_size={batch_size} and train.num_steps={config.train.num_steps}: must be divisible by "
             f"group_size={count} and updates={rounds.updates}"
         )
+    rampup = config.train.rampup_rows
+    require(not rampup, "train.rampup_rows", rampup, "must be () where rollouts are sampled while training")
     writers = find_writers(config.train.writers)
     new = not (directory / CONFIG).exists()
     if new:

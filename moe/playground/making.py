@@ -81,10 +81,10 @@ def _examples(prepared: Prepared) -> list[dict[str, str]]:
 
 
 def _about(config: Config, step: int, losses: dict[str, dict[str, float]], tokens: int) -> str:
-    per_step = config.tokens_per_step
+    read = config.tokens_until(step)
     domains = ", ".join(f"{name} {loss:.2f}" for name, loss in losses["int8"].items() if name != "all")
     return (
-        f"Trained for {step:,} steps of {per_step:,} tokens ({step * per_step / 1e6:.1f}M). Matrices are int8 with a "
+        f"Trained for {step:,} steps of {read // max(step, 1):,} tokens ({read / 1e6:.1f}M). Matrices are int8 with a "
         f"scale for each row; norms and routers are float32. Loss on {tokens:,} held-out tokens: "
         f"{losses['int8']['all']:.3f} nats per token, {losses['float32']['all']:.3f} before rounding ({domains})."
     )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
@@ -51,6 +53,16 @@ def _recorded_choices(experts: Array, group_size: int) -> Choices:
     layers = jnp.moveaxis(experts.astype(jnp.int32), 2, 0)
     index = layers.reshape(len(layers), -1, group_size or experts.shape[1], experts.shape[3])
     return Choices(index, jnp.ones(index.shape, bool))
+
+
+def joined(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """One batch of the rows of several, such that the train step makes a microbatch of each again
+    (:data:`moe.parallel.partition_specs.MICROBATCHES`), on any number of processes."""
+    if len(parts) == 1:
+        return parts[0]
+    return {
+        key: np.stack([part[key] for part in parts], axis=1).reshape(-1, *parts[0][key].shape[1:]) for key in parts[0]
+    }
 
 
 def place(batch: dict[str, Any], mesh: Mesh) -> Batch:

@@ -21,7 +21,7 @@ from moe.system import process
 from moe.system.metrics_files import METRICS, TIMING, MetricsWriter
 from moe.system.signals import StopSignals
 from moe.training import progress
-from moe.training.batches import place
+from moe.training.batches import joined, place
 from moe.training.evaluation import Heldout, evaluate
 from moe.training.metric_writers import find_writers
 from moe.training.metrics import StepClock, Throughput, mean_row, step_metrics
@@ -98,7 +98,7 @@ class Loop:
         self._progress = shown
         self._config = start.program.config.train
         self._pending: list[Any] = start.saved.get("pending", [])
-        self._health = Health(self._config.spike_sigmas, self._config.batch_size, start.saved.get("health"))
+        self._health = Health(self._config.spike_sigmas, self._config, start.saved.get("health"))
         self._recovery = Recovery(start.program, start.checkpoints)
         self._throughput = Throughput(start.program.config)
         self._clock = StepClock()
@@ -120,7 +120,8 @@ class Loop:
             for step in range(first, end):
                 last = step == config.num_steps
                 with self._clock:
-                    batch = next_batch(self._iterator, step, self._checkpoints)
+                    count = config.rows_at(step) // config.rows_read
+                    batch = joined([next_batch(self._iterator, step, self._checkpoints) for _ in range(count)])
                 state, metrics = self._program.train_step(state, place(batch, self._program.mesh))
                 self._pending.append(metrics)
                 if step == first:
@@ -151,7 +152,9 @@ class Loop:
         """Write the row of the pending steps; return the state to continue with, an earlier one after a rollback."""
         steps, self._pending = [step_metrics(metrics) for metrics in self._pending], []
         row = mean_row(steps)
-        timing = self._throughput.row(*self._clock.lap())
+        rows = self._config.rows_until(step) - self._config.rows_until(step - self._clock.steps)
+        whole = rows / self._clock.steps / self._config.batch_size
+        timing = self._throughput.row(*self._clock.lap(), whole)
         self._clock.restart()  # the first row measures the matmul rate
         warnings = self._health.look(step, steps, row)
         self._writer.write(step, "train", row)

@@ -83,10 +83,14 @@ class StepClock:
     def __exit__(self, *_: Any) -> None:
         self._waited += time.perf_counter() - self._entered
 
+    @property
+    def steps(self) -> int:
+        """Steps of the current interval; 1 before the first has begun."""
+        return max(self._steps, 1)
+
     def lap(self) -> tuple[float, float]:
         """(seconds per step, seconds of waiting per step) of the interval; starts a new one."""
-        steps = max(self._steps, 1)
-        result = (time.perf_counter() - self._start) / steps, self._waited / steps
+        result = (time.perf_counter() - self._start) / self.steps, self._waited / self.steps
         self.restart()
         return result
 
@@ -105,17 +109,23 @@ class Throughput:
         """FLOP/s of all devices, measured once, on each at the same time."""
         return profiling.measured_matmul_rate(self._dtype) * axis_size(*AXES)
 
-    def row(self, seconds: float, waited: float) -> dict[str, float]:
+    def row(self, seconds: float, waited: float, batches: float = 1.0) -> dict[str, float]:
         """Row for ``timing.jsonl``; the first call measures the matmul rate, the denominator of ``mfu``.
 
         Where the datasheet's peak is known, ``mfu_datasheet`` has that as its denominator.
+
+        Args:
+            seconds: per step.
+            waited: of these, for data.
+            batches: rows per step as a share of ``train.batch_size``.
         """
+        tokens, executed = batches * self._tokens, batches * self._flops
         row = {
             "step_seconds": seconds,
-            "tokens_per_second": self._tokens / seconds,
-            "mfu": self._flops / seconds / self._peak,
+            "tokens_per_second": tokens / seconds,
+            "mfu": executed / seconds / self._peak,
             "data_wait_share": waited / seconds,
         }
         if self._datasheet:
-            row["mfu_datasheet"] = self._flops / seconds / (self._datasheet * axis_size(*AXES))
+            row["mfu_datasheet"] = executed / seconds / (self._datasheet * axis_size(*AXES))
         return row

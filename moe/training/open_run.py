@@ -100,7 +100,7 @@ def _with_streams(config: Config, mesh: Mesh, begun: Config | None, say: Callabl
     run whose processes cannot share the default number, the smallest that they can."""
     if config.data.streams:
         return config
-    number, size = 0, config.train.batch_size
+    number, size = 0, config.train.rows_read
     if begun is not None:
         number = begun.data.streams
     elif jax.process_count() > 1:

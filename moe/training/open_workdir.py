@@ -99,7 +99,7 @@ def open_workdir(path: str, instead: dict[tuple[str, str], Any]) -> Workdir:
         tree["data"]["domains"] = tree["data"]["domains"] if others[1] else ()
     tree["data"]["chat_template"] = ""  # the workdir's tokenizer has it
     tree["data"]["streams"] = 0
-    tree["train"]["accumulation_steps"] = 1
+    tree["train"] |= {"accumulation_steps": 1, "rampup_rows": (), "rampup_steps": ()}
     # Nothing is trained here, so the optimizer of a user's module is not imported.
     tree["optimizer"]["name"] = OptimizerConfig().name
     # A checkpoint can be restored onto any mesh.

@@ -9,7 +9,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -61,18 +61,27 @@ class Console:
 class Progress:
     """Shows losses and speed while a run trains."""
 
-    def __init__(self, start: int, num_steps: int, quiet: bool, epochs_per_step: Mapping[str, float] | None = None):
+    def __init__(
+        self,
+        start: int,
+        num_steps: int,
+        quiet: bool,
+        epochs_per_step: Mapping[str, float] | None = None,
+        whole_steps: Callable[[int], float] = float,
+    ):
         """
         Args:
             start: steps done.
             num_steps: steps of the whole run.
             quiet: show nothing.
             epochs_per_step: domain → share of its training text that a step reads; None: not shown.
+            whole_steps: number of steps → how many steps with whole batches read as much.
         """
         self._active = not quiet and jax.process_index() == 0
         self._start = start
         self._num_steps = num_steps
         self._epochs = epochs_per_step or {}
+        self._whole_steps = whole_steps
         self._steps = start
         self._since = 0.0
         self._shown: dict[str, str] = {}
@@ -115,7 +124,7 @@ class Progress:
         if not self._shown:
             return
         if "lr" in self._shown and self._epochs:
-            shares = [step * share for share in self._epochs.values()]
+            shares = [self._whole_steps(step) * share for share in self._epochs.values()]
             low, high = (f"{number:.2f}" for number in (min(shares), max(shares)))
             self._shown["epoch"] = low if low == high else f"{low} to {high}"
         values = [f"{name} {self._shown[name]}" for name in _ORDER if name in self._shown]

@@ -12,7 +12,7 @@ import numpy as np
 
 from moe.checkpoints.integrity import DamagedError
 from moe.checkpoints.manager import Checkpoints
-from moe.config import ConfigError
+from moe.config import ConfigError, TrainConfig
 from moe.models.state import TrainState, continue_at
 from moe.training.step import Program
 
@@ -23,15 +23,15 @@ MIN_HISTORY = 16  # losses needed before a spike is reported
 class Health:
     """Running statistics of a run; they are saved in its checkpoints."""
 
-    def __init__(self, spike_sigmas: float, rows_per_step: int, memory: dict[str, Any] | None = None):
+    def __init__(self, spike_sigmas: float, train: TrainConfig, memory: dict[str, Any] | None = None):
         """
         Args:
             spike_sigmas: report a loss this many deviations above the running median; 0: never.
-            rows_per_step: B, to compute positions in the data.
+            train: rows of every step, to compute positions in the data.
             memory: result of :meth:`memory` from a checkpoint.
         """
         self._sigmas = spike_sigmas
-        self._rows = rows_per_step
+        self._train = train
         self._losses: list[float] = list((memory or {}).get("losses", ()))
         self._dead: list[list[int]] = list((memory or {}).get("dead", ()))
         self.skipped_in_a_row = 0  # at the last step seen
@@ -63,10 +63,10 @@ class Health:
 
     def _skipped(self, at: int, metrics: dict[str, Any]) -> dict[str, Any]:
         loss, norm = metrics["loss"], metrics["gradient_norm"]
-        first = (at - 1) * self._rows  # step n always takes the n-th batch
+        first, after = self._train.rows_until(at - 1), self._train.rows_until(at)  # step n takes the n-th batch
         text = (
             f"step {at}: loss {loss}, gradient norm {norm}: the update is skipped "
-            f"(rows {first} to {first + self._rows - 1} of the run's data)"
+            f"(rows {first} to {after - 1} of the run's data)"
         )
         return {"what": "skipped", "at": at, "first_row": first, "loss": loss, "gradient_norm": norm, "text": text}
 

@@ -68,10 +68,9 @@ def start_run(
     teacher = read_teacher(config, run.mesh, prepared.tokenizer, pinned.teacher)
     program = make_program(config, run.mesh, teacher)
     profiling.refuse_too_large(program, teacher and teacher[1])
-    rows = local_rows(run.mesh, config.train.batch_size)
-    iterator = pipeline.train_iterator(
-        prepared, config.data, batch_size=config.train.batch_size, seed=config.seed, rows=rows
-    )
+    size = config.train.rows_read
+    rows = local_rows(run.mesh, size)
+    iterator = pipeline.train_iterator(prepared, config.data, batch_size=size, seed=config.seed, rows=rows)
     resources.callback(iterator.close)  # its thread would abort the process if it were still at work at the exit
     step, saved = 0, {}
     state = None

@@ -106,11 +106,21 @@ class Parts:
     schedule: optax.Schedule
     objective: Objective
 
+    def of_rows(self, rows: int) -> Parts:
+        """Parts of a step whose batch has so many rows, in microbatches of the same size: those of batch ramp-up have
+        fewer than others."""
+        train = self.config.train
+        if rows == train.batch_size:
+            return self
+        train = train.of_rows(rows, rows // train.microbatch_rows)
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, train=train))
+
 
 def train_step(
     parts: Parts, state: TrainState, batch: Batch, teacher_variables: dict[str, Any] | None = None
 ) -> tuple[TrainState, TrainMetrics]:
     """Compute gradients, then update unless the loss or a gradient is not finite, or a spike."""
+    parts = parts.of_rows(len(batch["tokens"]))
     rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
     (loss, (cross_entropy, terms), reports), gradients = _gradients(parts, state, batch, rng, teacher_variables)
     norm = gradient_norm(parts.config.optimizer, gradients)

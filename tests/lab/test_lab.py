@@ -592,7 +592,8 @@ def test_neutral_values_are_fixed():
         "input_length": 0, "pack": True, "corruption_rate": 0.15, "mean_span": 3.0, "streams": 0,
         "shuffle_window": 512, "schedule": "cosine", "decay_steps": 0, "b1": 0.9, "b2": 0.95, "eps": 1e-8,
         "weight_decay": 0.1, "gradient_clip": 1.0, "moment_dtype": "float32", "frozen": (), "ema_decay": 0.0,
-        "skip_sigmas": 0.0, "qk_clip": 0.0, "muon_heads": False, "accumulation_steps": 1, "expert_noise": 0.0,
+        "skip_sigmas": 0.0, "qk_clip": 0.0, "muon_heads": False, "accumulation_steps": 1, "rampup_rows": (),
+        "rampup_steps": (), "expert_noise": 0.0,
         "virtual_groups": False, "expert_scale": 1.0, "drop_share": 0.0, "fresh": (),
     }  # fmt: skip
     assert identity._MOE == {

@@ -172,12 +172,12 @@ def test_a_rollback_frees_the_state_before_it_reads_another():
 def test_spikes_and_dead_experts_by_hand():
     """Losses 1, 2, 1, 2, ...: median 1.5, every deviation 0.5, sigma 0.7413; a spike is above 1.5 + 6 sigma =
     5.9478."""
-    watch = recovery.Health(6.0, 8)
+    watch = recovery.Health(6.0, TrainConfig())
     metrics = [{"skipped": 0.0, "cross_entropy": 1.0 + step % 2} for step in range(16)]
     load = [[0.5, 0.5, 0.0], [0.2, 0.4, 0.4]]
     (dead,) = watch.look(16, metrics, {"expert_load": load})
     assert (dead["what"], dead["experts"]) == ("dead", [[0, 2]])
-    resumed = recovery.Health(6.0, 8, json.loads(json.dumps(watch.memory())))
+    resumed = recovery.Health(6.0, TrainConfig(), json.loads(json.dumps(watch.memory())))
     for follower in (watch, resumed):
         assert follower.look(17, [{"skipped": 1.0, "loss": 9.0, "gradient_norm": np.inf}], {})[0]["what"] == "skipped"
     assert watch.look(18, [{"skipped": 0.0, "cross_entropy": 5.9}], {"expert_load": load}) == []
@@ -186,7 +186,10 @@ def test_spikes_and_dead_experts_by_hand():
     assert (watch.skipped_in_a_row, resumed.skipped_in_a_row) == (0, 0)
     (dead,) = resumed.look(19, [], {"expert_load": [[0.5, 0.5, 0.0], [0.0, 0.4, 0.6]]})
     assert dead["experts"] == [[1, 0]]  # the other one is already known to be dead
-    assert recovery.Health(0.0, 8, watch.memory()).look(20, [{"skipped": 0.0, "cross_entropy": 99.0}], {}) == []
+    assert (
+        recovery.Health(0.0, TrainConfig(), watch.memory()).look(20, [{"skipped": 0.0, "cross_entropy": 99.0}], {})
+        == []
+    )
 
 
 def test_dead_experts_of_a_large_model_cost_no_time():
@@ -203,7 +206,7 @@ def test_dead_experts_of_a_large_model_cost_no_time():
 
     load = np.zeros((61, 256))
     load[:, ::2] = 1 / 128
-    watch = recovery.Health(6.0, 8)
+    watch = recovery.Health(6.0, TrainConfig())
     assert len(watch.look(1, [], {"expert_load": load})[0]["experts"]) == 61 * 128
     watch._dead = [Pair(pair) for pair in watch._dead]
     assert watch.look(2, [], {"expert_load": load}) == []
