@@ -15,7 +15,6 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 from jax_blocks import Block, main
 
 TEXT = """
-import operator
 from flax import nnx
 from flax.linen import partitioning
 from maxtext.configs import pyconfig
@@ -25,13 +24,12 @@ config = pyconfig.initialize(["", base], num_experts_per_tok=K, **SETTINGS)
 sizes = [DEVICES if name == "expert" else 1 for name in config.mesh_axes]
 axes = jax.sharding.Mesh(np.array(jax.devices()[:DEVICES]).reshape(sizes), config.mesh_axes)
 init = moe.nd_dense_init(1.0, "fan_in", "truncated_normal")
-graph, state = nnx.split(moe.RoutedMoE(config, 8, K, axes, init, ("embed", None), nnx.Rngs(0), 24))
 def layer(weights, x, mask):
-    module = nnx.merge(graph, state, copy=True)
-    for name, source in {"gate.kernel": "router", "wi_0": "gate", "wi_1": "up", "wo": "down"}.items():
-        operator.attrgetter(name)(module).value = weights[source]
+    block = moe.RoutedMoE(config, 8, K, axes, init, ("embed", None), nnx.Rngs(0), 24)
+    for place, name in ((block.gate.kernel, "router"), (block.wi_0, "gate"), (block.wi_1, "up"), (block.wo, "down")):
+        place.value = weights[name]
     with axes, partitioning.axis_rules(config.logical_axis_rules):
-        y, (chosen, index) = module(x)[0], module.get_topk(*module.gate(x))
+        y, (chosen, index) = block(x)[0], block.get_topk(*block.gate(x))
     return y, {"expert_index": index, "combine_weights": chosen}
 """
 SETTINGS: dict[str, Any] = {"num_experts": 8, "base_emb_dim": 16, "base_mlp_dim": 24, "base_moe_mlp_dim": 24}
