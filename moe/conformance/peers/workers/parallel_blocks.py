@@ -59,14 +59,15 @@ OLMOE = ("olmoe", "OlmoeSparseMoeBlock")
 TENSOR = {"tp_size": 2, "tp_plan": "auto"}
 EXPERT = {"tp_size": 2, "enable_expert_parallel": True}
 ADAPTERS: dict[str, Block] = {
-    f"{name}, tensor parallel over 2 processes": Parallel(name, block, plan=TENSOR, **rule)
+    f"{name}, {how} over 2 processes": Parallel(name, block, plan=plan, **rule)
+    for how, plan in (("tensor parallel", TENSOR), ("experts", TENSOR | {"ep_size": 2}))
     for name, block, rule in (
         ("mixtral", "MixtralSparseMoeBlock", MIXTRAL),
         ("qwen3_moe", "Qwen3MoeSparseMoeBlock", MIXTRAL),
         ("olmoe", "OlmoeSparseMoeBlock", {}),
     )
 }
-#: Its issue 48687 is in 5.17 and mended in 5.18, whose plans have experts over processes; 5.24 needs FSDP for them.
+#: Its issue 48687 is in 5.17 and mended in 5.18.
 CONTROLS: dict[str, Block] = {
     f"olmoe, {implementation}, experts over 2 processes": Parallel(*OLMOE, plan=EXPERT, implementation=implementation)
     for implementation in ("batched_mm", "grouped_mm")
