@@ -259,6 +259,16 @@ def test_cosines_by_hand(rng):
     np.testing.assert_allclose(np.exp(fresh.log_scale[...]), [1 / 0.07], rtol=1e-6)
 
 
+def test_the_gradient_of_one_number_is_compared_with_the_routers():
+    """2e-5 beside 4 is 5e-6, whatever the sum over tokens cancels to; a wrong factor of that sum is 0.05."""
+    exact = {"router": np.array([[4.0, -1.0]]), "router_parts.log_scale": np.array([0.2]), "up": np.array([0.2, 0.1])}
+    near = {name: gradient + 2e-5 for name, gradient in exact.items()}
+    measured = oracle.errors(near, exact)
+    assert measured == pytest.approx({"router": 5e-6, "router_parts.log_scale": 5e-6, "up": 1e-4})
+    wrong = oracle.errors(exact | {"router_parts.log_scale": np.array([0.4])}, exact)
+    assert wrong == pytest.approx({"router": 0, "router_parts.log_scale": 0.05, "up": 0})
+
+
 def test_coupling_loss_by_hand(rng):
     # Columns (1, 0) and (0, 2); the experts' matrices are diag(3, 4)·1 and diag(6, 1). Norms M: 3, 6; 8, 2.
     compiled = jax.jit(coupling_loss, static_argnums=2)
