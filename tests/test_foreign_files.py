@@ -186,6 +186,24 @@ def test_a_file_that_is_not_a_plan_is_refused_in_one_sentence(tmp_path, content)
     assert len(str(caught.value)) < 300
 
 
+def test_a_plan_of_nested_settings_is_compared_or_refused(tmp_path):
+    good = {name: 1 for name in ("exposed_seconds", "step_seconds", "counted_seconds", "memory_total", "mfu")}
+    good |= {
+        "tokens_per_second_per_chip": 1,
+        "step_interval": [1, 2],
+        "memory": {"capacity": 1},
+        "cost": "",
+        "where": [],
+    }
+    good |= {"config": "@", "topology": "v5p:4x4x4", "platform": "tpu", "scenario": ""}
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(good).replace('"@"', '{"a": ' * 30 + "1" + "}" * 30))
+    assert differences.settings(differences.read(path), differences.read(path)) == []
+    path.write_text(json.dumps(good).replace('"@"', '{"a": ' * 3000 + "1" + "}" * 3000))
+    with pytest.raises(ConfigError, match=r"a\.json: "):
+        differences.read(path)
+
+
 def test_a_field_with_two_values_is_refused(tmp_path):
     config = json.dumps(to_dict(Config()))
     (tmp_path / "config.json").write_text(config[:-1] + ', "model": {}}')
@@ -264,6 +282,10 @@ def test_names_of_kept_plans_are_escaped_in_table_cells():
 def test_a_file_without_kept_plans_is_refused_in_one_sentence(tmp_path, content):
     (tmp_path / "plans.json").write_text(content)
     with pytest.raises(ConfigError, match=r"plans\.json(: (not|must)|, entry 1: (must|has no))"):
+        kept_plans.read(tmp_path / "plans.json")
+    (tmp_path / "plans.json").unlink()
+    os.mkfifo(tmp_path / "plans.json")
+    with pytest.raises(ConfigError, match=r"plans\.json: is not a regular file"):
         kept_plans.read(tmp_path / "plans.json")
 
 
