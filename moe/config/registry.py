@@ -183,6 +183,12 @@ _LAYERS = {
         num_experts=16,
         losses=Losses(),
     ),
+    # Kolibri-1 2026, released code: top-6 of 384 experts. How it is balanced is not published; V3's rule is used.
+    "kolibri": MoEConfig(
+        gate=newer_gates.BiasedLogits(bias="sign", bias_rate=1e-3),
+        num_experts=16,
+        losses=Losses(),
+    ),
     # MoE++ 2024, section 3
     "moe_plus_plus": MoEConfig(
         gate=gates.TopK(k=2),

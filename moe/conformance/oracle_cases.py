@@ -86,6 +86,7 @@ CASES = (
     Case("deepseek_v4_hash", 2, 7, 5, 2, 2, 0.2, rule=Rule(renormalise=True, scale=1.5)),
     Case("quantile_balancing", 2, 7, 5, 2, 2, 0.2, rule=Rule(renormalise=True)),
     Case("smebu", 2, 7, 5, 2, 2, 0.2, rule=Rule(renormalise=True)),
+    Case("kolibri", 2, 7, 5, 2, 2, 0.2),
     Case("sinkhorn", 2, 7, 5, 2, 2, 0.2, LEAK),
     Case("coupled", 2, 7, 5, 2, 2, 0.2),
     Case("matryoshka", 2, 7, 5, 3, 2, 0.2, draws=True),

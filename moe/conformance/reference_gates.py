@@ -81,10 +81,10 @@ def sigmoid(z: Any) -> Any:
 
 
 def scores_of(gate: str, logits: Any) -> Any:
-    """Scores of one token: the sigmoids of DeepSeek-V3, Kimi K3 and Trinity, DeepSeek-V4's sqrt(ln(1 + e^z)), or the
+    """Scores of one token: the sigmoids of DeepSeek-V3, Kimi K3, Trinity and Kolibri, V4's sqrt(ln(1 + e^z)), or the
     softmax."""
     xp = jnp if isinstance(logits, jax.Array) else np
-    if gate in ("deepseek_v3", "quantile_balancing", "smebu"):
+    if gate in ("deepseek_v3", "quantile_balancing", "smebu", "kolibri"):
         return sigmoid(logits)
     return xp.sqrt(xp.log1p(xp.exp(logits))) if gate.startswith("deepseek_v4") else softmax(logits)
 
@@ -100,6 +100,8 @@ def choose(gate: str, logits: np.ndarray, k: int, rule: Rule = PLAIN) -> list[in
         return list(range(num_experts))
     biased = gate in ("deepseek_v3", "deepseek_v4", "quantile_balancing", "smebu")
     scores, best = scores_of(gate, logits) + rule.bias if biased else logits, 2 if gate == "deepseek_v3" else 1
+    if gate == "kolibri":
+        scores = logits + rule.bias
     if gate == "zaya":  # the last one, which returns 0, starts with a bias of -1
         scores = scores_of(gate, logits) - (np.arange(num_experts) == num_experts - 1)
     size = num_experts // rule.groups

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moe.routing.balancing_rules import BalancingRule, RunningThreshold
 from moe.routing.gates import TopK, every_expert, require_weights_that_differ
-from moe.routing.interface import Gate, GateInputs, GateOutput, Scored, pick, rank, top_k
+from moe.routing.interface import Gate, GateInputs, GateOutput, Scored, ScoreFunction, pick, rank, top_k
 from moe.system.fields import require, setting
 
 
@@ -87,6 +87,24 @@ class RunningThresholds(Gate):
     def balancing(self) -> BalancingRule:
         """The rule of the thresholds."""
         return RunningThreshold(self.threshold_rate)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BiasedLogits(TopK):
+    """Top-K of the logits + selection bias, weighted by the scores of the logits alone (Kolibri-1's released code:
+    Aleph Alpha 2026, ``transformers.models.kolibri1``).
+
+    The code does not say how the biases move in training: ``bias`` offers the rules of :class:`TopK`.
+    """
+
+    biases_logits: ClassVar[bool] = True
+
+    k: int = setting(6, least=1)
+    score: ScoreFunction = "sigmoid"
+
+    def route(self, router_logits: Float[Array, "G S E"], inputs: GateInputs) -> GateOutput:
+        """Select by logit, bias and groups."""
+        return self.select(router_logits, inputs, router_logits)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

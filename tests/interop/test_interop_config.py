@@ -184,6 +184,7 @@ def test_deepseek_without_experts_is_dense(experts):
         ("sarvam_mla", "q_lora_rank", None),
         ("afmoe", "num_shared_experts", 2),
         ("mellum", "moe_intermediate_size", 896),
+        ("kolibri1", "shared_expert_intermediate_size", 512),
     ],
 )
 def test_an_absent_field_has_the_default_of_the_library(name, absent, value):

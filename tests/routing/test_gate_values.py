@@ -85,6 +85,14 @@ HAND_COMPUTED = [
     ("deepseek_v4", SOFTPLUS_LOGITS, RAW | {"groups": 2, "kept_groups": 1}, [[3, 2]], [[4.0, 3.0]]),
     ("quantile_balancing", SIGMOID_LOGITS, {}, [[0, 2], [3, 2]], [[8 / 14, 6 / 14], [9 / 13, 4 / 13]]),
     ("smebu", SIGMOID_LOGITS, {}, [[0, 2], [3, 2]], [[8 / 14, 6 / 14], [9 / 13, 4 / 13]]),
+    # Logits (ln 4, 0, ln 1.5, -ln 4) with 2 on expert 3, where a bias of its sigmoid would put it first.
+    (
+        "kolibri",
+        SIGMOID_LOGITS,
+        {"selection_bias": jnp.asarray([0.0, 0.0, 0.0, 2.0])},
+        [[0, 3], [3, 2]],
+        [[0.8, 0.2], [0.9, 0.4]],
+    ),
     ("cosine", LOGITS, {}, [[0, 1], [2, 3]], [[6 / 12, 3 / 12], [9 / 16, 4 / 16]]),
     ("matryoshka", LOGITS, {}, [[0, 1], [2, 3]], [[6 / 12, 3 / 12], [9 / 16, 4 / 16]]),
     ("coupled", LOGITS, {}, [[0, 1], [2, 3]], [[6 / 12, 3 / 12], [9 / 16, 4 / 16]]),

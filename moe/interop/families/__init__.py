@@ -27,6 +27,7 @@ FAMILIES = {
         glm.DOTS1,
         glm.EXAONE_MOE,
         glm.AFMOE,
+        glm.KOLIBRI1,
         mistral.MINIMAX_M2,
         others.ERNIE4_5_MOE,
         others.GPT_OSS,
@@ -57,7 +58,6 @@ MISSING = {
     "granitemoehybrid": "Mamba layers",
     "jamba": "Mamba layers",
     "kimi_linear": "delta attention layers",
-    "kolibri1": f"{_WITHOUT_POSITIONS}, norms before and after each half",
     "laguna": f"{_BASE_PER_KIND}, another number of heads in some layers, gates of heads by softplus, a scale of the "
     "experts' sum, a soft cap of router logits",
     "lara_mini": f"{_WITHOUT_POSITIONS}, windows beside gated DeltaNet",

@@ -209,6 +209,44 @@ AFMOE = Family(
     },
     fused=FUSED_EXPERTS | _AFMOE_ROUTER,
 )
+#: Kolibri-1: norms before and after each half, positions in the layers with windows alone, a selection bias of logits;
+#: its files do not have the hidden size of dense layers.
+KOLIBRI1 = Family(
+    "kolibri1",
+    "Kolibri1ForCausalLM",
+    (
+        always("norms", "both"),
+        always("qk_norm", "head"),
+        *groups.windows(lambda layer, file: (layer + 1) % 5 != 0),
+        groups.rotated_windows(lambda file: groups.window(file) > 0),
+        always("moe.gate.name", "kolibri"),
+        Row("norm_topk_prob", "moe.gate.renormalise"),
+        Row("num_experts", "moe.num_experts", NumExperts, 384),
+        Row("moe_intermediate_size", "moe.d_ff", Size, 512),
+        Row("shared_expert_intermediate_size", "moe.shared_d_ff", Size, 512),
+    ),
+    TENSORS
+    | {
+        "attention_output_norm.scale": "post_attn_norm.weight",
+        "ffn_output_norm.scale": "post_ffn_norm.weight",
+        "moe.router.bias": "moe.router.expert_bias",
+    },
+    defaults={
+        "max_position_embeddings": 262144,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "intermediate_size": 512,
+        "sliding_window": 513,
+        "num_experts_per_tok": 6,
+        "router_aux_loss_coef": 0.0,
+    },
+    unwritten=("intermediate_size",),
+    aliases=(  # in files, in the library's memory
+        ("moe.router.expert_bias", "mlp.gate.e_score_correction_bias"),
+        ("post_attn_norm.", "post_self_attn_layernorm."),
+        ("post_ffn_norm.", "post_mlp_layernorm."),
+    ),
+)
 #: dots.llm1: QK-norm per head, windows in the upper layers.
 DOTS1 = Family(
     "dots1",
