@@ -55,7 +55,7 @@ _OURS = (
     *("qwen2", "qwen3", "kimi_k2", "dots1", "glm4_moe_lite", "minimax_m2", "ernie4_5_moe"),
     *("flex_olmo", "hunyuan_v1_moe", "granitemoe", "granitemoeshared"),
     *("qwen3_next", "qwen3_5_moe_text", "phimoe", "solar_open", "sarvam_moe", "hy_v3", "sarvam_mla"),
-    *("exaone_moe", "flint", "afmoe", "mellum", "granitemoe_swa", "kolibri1"),
+    *("exaone_moe", "flint", "afmoe", "mellum", "granitemoe_swa", "kolibri1", "lara_mini"),
 )
 OURS = [HERE / name for name in _OURS]
 _DENSE = ("mistral", "llama", "llama_dynamic", "llama_longrope", "qwen2", "qwen3")

@@ -184,6 +184,7 @@ def test_deepseek_without_experts_is_dense(experts):
         ("sarvam_mla", "q_lora_rank", None),
         ("afmoe", "num_shared_experts", 2),
         ("mellum", "moe_intermediate_size", 896),
+        ("lara_mini", "shared_expert_intermediate_size", 512),
         ("kolibri1", "shared_expert_intermediate_size", 512),
     ],
 )
@@ -300,6 +301,14 @@ def test_positions_of_each_kind_of_layers():
     for rope, want in (({"full_attention": one, "sliding_attention": one}, (9.0, 0.0)), (None, (5e5, 1e4))):
         model = read_open_config(mellum | {"rope_parameters": rope}).model
         assert (model.rope_theta, model.window_rope_theta) == want
+
+
+def test_kinds_of_layers_without_layer_types():
+    """Lara's reference has its default, of period 5; in Kolibri every fifth layer has neither window nor positions."""
+    lara, kolibri = (json.loads((HERE / name / "config.json").read_text()) for name in ("lara_mini", "kolibri1"))
+    assert read_open_config(lara | {"layer_types": None}).model == read_open_config(lara).model
+    changes = {"layer_types": None, "num_hidden_layers": 10}
+    assert read_open_config(kolibri | changes).model.pattern == "sliding x 4 attention"
 
 
 def test_null_is_false_in_deepseek_v3():

@@ -1,6 +1,6 @@
 """Families of open checkpoints by vendor. A new family is a table of rows, and its name in :data:`FAMILIES`."""
 
-from moe.interop.families import deepseek, glm, google, mistral, others, qwen
+from moe.interop.families import deepseek, glm, google, lara, mistral, others, qwen
 
 #: By ``model_type``, in the order in which an export tries them.
 FAMILIES = {
@@ -19,6 +19,7 @@ FAMILIES = {
         qwen.FLINT,
         qwen.QWEN3_NEXT,
         qwen.QWEN3_5_MOE_TEXT,
+        lara.LARA_MINI,
         deepseek.DEEPSEEK_V2,
         deepseek.DEEPSEEK_V3,
         deepseek.KIMI_K2,
@@ -46,8 +47,6 @@ FAMILIES = {
     )
 }
 
-_WITHOUT_POSITIONS = "layers without positions"
-_BASE_PER_KIND = "rotary positions of each kind of layers"
 #: Other architectures with experts, and all that they need that no model here computes.
 MISSING = {
     "deepseek_v32": "attention to tokens that an indexer chooses",
@@ -58,14 +57,13 @@ MISSING = {
     "granitemoehybrid": "Mamba layers",
     "jamba": "Mamba layers",
     "kimi_linear": "delta attention layers",
-    "laguna": f"{_BASE_PER_KIND}, another number of heads in some layers, gates of heads by softplus, a scale of the "
-    "experts' sum, a soft cap of router logits",
-    "lara_mini": f"{_WITHOUT_POSITIONS}, windows beside gated DeltaNet",
+    "laguna": "another number of heads in some layers, another rotated share of heads in the layers with windows, "
+    "gates of heads by softplus",
     "llama4": "attention within chunks, layers without positions, whose scores grow with the position, norms of "
     "queries and keys without a scale, routing weights on the experts' inputs",
     "longcat_flash": "two attentions and dense FFNs in a layer with experts beside the second, factors of the latents",
-    "mimo_v2_flash": f"{_BASE_PER_KIND}, another number of key heads and sinks in the layers with windows, values of "
-    "another size than keys, a factor of values",
+    "mimo_v2_flash": "another number of key heads and sinks in the layers with windows alone, values of another size "
+    "than keys, a factor of values",
     "minimax": "lightning attention layers",
     "mistral4": "queries that grow with the position",
     "nemotron_h": "Mamba layers",

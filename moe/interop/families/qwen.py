@@ -255,6 +255,14 @@ def _kinds(model: ModelConfig) -> list[str]:
     return ["linear_attention" if is_linear else "full_attention" for is_linear in linear]
 
 
+#: Sizes of gated DeltaNet.
+DELTA_NET = (
+    Row("linear_num_key_heads", "delta_net.key_heads", Count, 16),
+    Row("linear_num_value_heads", "delta_net.value_heads", Count, 32),
+    Row("linear_key_head_dim", "delta_net.key_dim", Count, 128),
+    Row("linear_value_head_dim", "delta_net.value_dim", Count, 128),
+    Row("linear_conv_kernel_dim", "delta_net.conv_width", Count, 4),
+)
 #: Gated DeltaNet in most layers, gated attention in the others, zero-centred norms.
 _HYBRID = (
     always("qk_norm", "head"),
@@ -264,11 +272,7 @@ _HYBRID = (
     groups.PARTIAL_ROTATION,
     Row("full_attention_interval", type=Count, default=4),
     Row("layer_types", "pattern", here=_words, there=_kinds),
-    Row("linear_num_key_heads", "delta_net.key_heads", Count, 16),
-    Row("linear_num_value_heads", "delta_net.value_heads", Count, 32),
-    Row("linear_key_head_dim", "delta_net.key_dim", Count, 128),
-    Row("linear_value_head_dim", "delta_net.value_dim", Count, 128),
-    Row("linear_conv_kernel_dim", "delta_net.conv_width", Count, 4),
+    *DELTA_NET,
     *_SHARED,
     groups.PREDICTION,
     Row("use_sliding_window", type=bool, default=False),
@@ -286,27 +290,35 @@ _HYBRID_DEFAULTS = {
 
 
 def _hybrid_tensors(model: ModelConfig) -> dict[str, str | Tensor]:
-    """Attention with queries and gates alternating by head; convolutions [channels, 1, width] in one tensor."""
+    """Attention with queries and gates alternating by head."""
     result: dict[str, str | Tensor] = {
         **ATTENTION,
         **EXPERTS,
         **_SHARED_TENSORS,
-        "delta_net.decay_bias": "linear_attn.dt_bias",
-        "delta_net.log_decay_scale": "linear_attn.A_log",
-        "delta_net.norm.scale": "linear_attn.norm.weight",
-        "delta_net.out": "linear_attn.out_proj.weight",
+        **delta_tensors(model),
     }
     for part, name in enumerate(("query", "gate")):
         for end, kind in (("", "weight"), ("_bias", "bias")):
             turns = (model.head_dim, model.head_dim)
             result[f"attention.{name}{end}"] = Tensor(f"self_attn.q_proj.{kind}", part, turns=turns)
+    return result
+
+
+def delta_tensors(model: ModelConfig) -> dict[str, str | Tensor]:
+    """Tensors of gated DeltaNet without its projections of x; convolutions [channels, 1, width] lie in one."""
+    result: dict[str, str | Tensor] = {
+        "delta_net.decay_bias": "linear_attn.dt_bias",
+        "delta_net.log_decay_scale": "linear_attn.A_log",
+        "delta_net.norm.scale": "linear_attn.norm.weight",
+        "delta_net.out": "linear_attn.out_proj.weight",
+    }
     for part, name in enumerate(("query", "key", "value")):
-        conv = Tensor("linear_attn.conv1d.weight", part, turns=_channels(model), axes=((1, 2), (), (0,)))
+        conv = Tensor("linear_attn.conv1d.weight", part, turns=delta_channels(model), axes=((1, 2), (), (0,)))
         result[f"delta_net.{name}_conv"] = conv
     return result
 
 
-def _channels(model: ModelConfig) -> tuple[int, int, int]:
+def delta_channels(model: ModelConfig) -> tuple[int, int, int]:
     """Channels of all heads of queries, keys and values."""
     d = model.delta_net
     return d.key_heads * d.key_dim, d.key_heads * d.key_dim, d.value_heads * d.value_dim
@@ -331,7 +343,7 @@ def _separate_tensors(model: ModelConfig, stack: str) -> dict[str, str | Tensor]
     del stack
     result = _hybrid_tensors(model)
     for part, name in enumerate(("query", "key", "value")):
-        result[f"delta_net.{name}"] = Tensor("linear_attn.in_proj_qkv.weight", part, turns=_channels(model))
+        result[f"delta_net.{name}"] = Tensor("linear_attn.in_proj_qkv.weight", part, turns=delta_channels(model))
     named = {"gate": "z", "beta": "b", "decay": "a"}
     return result | {f"delta_net.{name}": f"linear_attn.in_proj_{theirs}.weight" for name, theirs in named.items()}
 
