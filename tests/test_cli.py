@@ -77,6 +77,8 @@ def test_a_workdir_without_a_config_flag_continues_with_its_own_config(tmp_path)
     added = f"--config={tmp_path}/config.json"
     words = ["main.py", f"--workdir={tmp_path}", "--config.seed=1"]
     assert cli._with_config_file(words, NEEDED) == [*words, added]
+    changed = ["main.py", f"--workdir={tmp_path}", "--change", "--config.train.num_steps=9"]
+    assert cli._with_config_file(changed, NEEDED) == [*changed, added]
     assert cli._with_config_file(words, ("workdir",)) == words  # a program without a config
 
 

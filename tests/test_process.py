@@ -339,9 +339,11 @@ def test_a_current_directory_that_was_deleted_is_refused(tmp_path, monkeypatch, 
         (("conform.py", "--scale=1e308"), "flag --scale=1e308"),
         (("conformance.py", "--layers=nowhere"), "--layers=nowhere: holds no npz files"),
         (("conformance.py", "--out=nowhere/table.md"), "--out=nowhere/table.md: must be a file in a folder"),
+        (("count_params.py", "--config=tiny"), "--config: no such option"),
+        (("settings_pages.py", "--folder=nowhere"), "nowhere/run.md"),
     ],
 )
-def test_a_wrong_flag_of_conformance_is_refused_before_the_work(command, says, monkeypatch):
+def test_a_wrong_flag_is_refused_before_the_work(command, says, monkeypatch):
     monkeypatch.setattr("moe.conformance.table.run", lambda _: pytest.fail("the work of minutes has begun"))
     ended = run_here(f"scripts/{command[0]}", [command[1]], monkeypatch)
     assert (ended.code, ended.output) == (1, "")

@@ -238,6 +238,8 @@ def test_settings_of_the_command_line_are_words_of_three_forms(parse, monkeypatc
     ):
         with pytest.raises(ConfigError, match=message):
             parse(GIVEN, word)
+    with pytest.raises(ConfigError, match=r"train\.num_steps='1\.5': must be int"):
+        parse(GIVEN, "--config.train.num_steps", "1.5")
 
 
 CHANGED = st.dictionaries(st.sampled_from(sorted(PLAUSIBLE)), st.integers(0, 30), max_size=6)
