@@ -120,7 +120,8 @@ def train_step(
     parts: Parts, state: TrainState, batch: Batch, teacher_variables: dict[str, Any] | None = None
 ) -> tuple[TrainState, TrainMetrics]:
     """Compute gradients, then update unless the loss or a gradient is not finite, or a spike."""
-    parts = parts.of_rows(len(batch["tokens"]))
+    if parts.config.train.rampup_rows:
+        parts = parts.of_rows(len(batch["tokens"]))
     rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
     (loss, (cross_entropy, terms), reports), gradients = _gradients(parts, state, batch, rng, teacher_variables)
     norm = gradient_norm(parts.config.optimizer, gradients)

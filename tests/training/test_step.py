@@ -131,7 +131,7 @@ def test_each_step_has_its_own_noise_key(monkeypatch):
     for number in (3, 4):
         state = TrainState(jnp.asarray(number), {}, {}, None, jax.random.key_data(run))
         with pytest.raises(Interrupted):
-            update.train_step(None, state, {})
+            update.train_step(SimpleNamespace(config=Config()), state, {})
         np.testing.assert_array_equal(keys[-1], jax.random.key_data(jax.random.fold_in(run, number)))
 
 
