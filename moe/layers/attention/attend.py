@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 
 from moe.config import ConfigError
 from moe.layers.attention.cpu import causal_attention
-from moe.layers.attention.scoring import ADDED, Scoring, append_sink, bias_of_rows, sees
+from moe.layers.attention.scoring import ADDED, Scoring, append_sink, bias_of_rows
 from moe.layers.attention.tpu import runs_splash, splash_attention
 from moe.layers.inputs import Dropout
 from moe.parallel import partition_specs, target
@@ -89,7 +89,6 @@ def blocked_attention(
     ``first`` on. Causal self-attention leaves out the keys before a block's window, or after its part of the row."""
     batch, length, heads, head_dim = query.shape
     bias = scoring.bias
-    prefix = scoring.prefix
     value_dim = value.shape[-1]
     factor = scoring.factor(head_dim)
     # JAX's function takes heads of one dimension: the shorter ones are padded with zeros.
@@ -105,11 +104,7 @@ def blocked_attention(
     def block(inputs: tuple[Array, Array, Array], seen: tuple[Array, Array, Array], low: Array | int) -> Array:
         """Attention of a block of queries to these keys, the first of which is at position ``low``."""
         (part, part_segments, start), (key, value, key_segments) = inputs, seen
-        mask = part_segments[:, :, None] == key_segments[:, None, :]
-        if scoring.causal:
-            distance = start + jnp.arange(size)[:, None] - (low + jnp.arange(key.shape[1]))  # [size,U]
-            visible = sees(distance, scoring.window)
-            mask &= visible if prefix is None else visible | (prefix[:, None, :] > 0)
+        mask = scoring.mask(part_segments, key_segments, start, low)
         block_bias = None
         if bias is not None:  # from the distance between the block's last query and the first key on
             distance_bias = jax.lax.dynamic_slice_in_dim(bias, length - size - start, size + key.shape[1] - 1, axis=1)
@@ -135,7 +130,7 @@ def blocked_attention(
 
     starts = first + jnp.arange(0, length, size, dtype=jnp.int32)
     blocks = split(query), split(segment_ids), starts
-    ordered = scoring.causal and bias is None and prefix is None and key.shape[1] == length
+    ordered = scoring.causal and bias is None and scoring.prefix is None and key.shape[1] == length
     # Keys given to a block: the window before it and the block itself; at the start of a row also keys after it.
     span = math.ceil((size + scoring.window - 1) / _KEYS) * _KEYS
 

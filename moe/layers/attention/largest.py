@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
 from moe.layers.attention.attend import largest_divisor
-from moe.layers.attention.scoring import Scoring, sees
+from moe.layers.attention.scoring import Scoring
 from moe.parallel import partition_specs
 from moe.parallel.mesh import axis_of, axis_size, on_mesh
 
@@ -39,7 +41,8 @@ def largest_scores(
         if split:
             key, key_segment_ids = (jax.lax.all_gather(x, axis, axis=1, tiled=True) for x in (key, key_segment_ids))
             first = jax.lax.axis_index(axis) * query.shape[1]
-        return _largest(query, key, segment_ids, key_segment_ids, prefix, scoring, first)[:, None]
+        own = dataclasses.replace(scoring, prefix=prefix)
+        return _largest(query, key, segment_ids, key_segment_ids, own, first)[:, None]
 
     query, key = jax.lax.stop_gradient((query, key))
     arrays = query, key, segment_ids, key_segment_ids, scoring.prefix
@@ -55,7 +58,6 @@ def _largest(
     key: Array,
     segment_ids: Array,
     key_segment_ids: Array,
-    prefix: Array | None,
     scoring: Scoring,
     first: Array | int,
 ) -> Float[Array, "B N"]:
@@ -68,10 +70,7 @@ def _largest(
         part, documents, start = inputs
         part = part.reshape(batch, size, key.shape[2], -1, head_dim)
         scores = factor * jnp.einsum("bqmnh,bumh->bmnqu", part, key, preferred_element_type=jnp.float32)
-        mask = (documents[:, :, None] == key_segment_ids[:, None]) & (key_segment_ids > 0)[:, None]
-        if scoring.causal:
-            visible = sees(start + jnp.arange(size)[:, None] - jnp.arange(key.shape[1]), scoring.window)
-            mask &= visible if prefix is None else visible | (prefix[:, None] > 0)
+        mask = scoring.mask(documents, key_segment_ids, start, 0) & (key_segment_ids > 0)[:, None]
         return jnp.max(scores, axis=(3, 4), where=mask[:, None, None], initial=-jnp.inf).reshape(batch, heads)
 
     # [B,T,...] → [T/size,B,size,...]

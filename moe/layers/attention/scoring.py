@@ -51,6 +51,21 @@ class Scoring:
         """Factor of query·key."""
         return head_dim**-0.5 if self.scale is None else self.scale
 
+    def mask(
+        self,
+        segment_ids: Int[Array, "B Q"],
+        key_segment_ids: Int[Array, "B U"],
+        first: Int[Array, ""] | int,
+        first_key: Int[Array, ""] | int,
+    ) -> Bool[Array, "B Q U"]:
+        """Pairs that attention sees, of queries and keys from these positions on."""
+        mask = segment_ids[:, :, None] == key_segment_ids[:, None, :]
+        if self.causal:
+            distance = first + jnp.arange(mask.shape[1])[:, None] - (first_key + jnp.arange(mask.shape[2]))  # [Q,U]
+            visible = sees(distance, self.window)
+            mask &= visible if self.prefix is None else visible | (self.prefix[:, None, :] > 0)
+        return mask
+
 
 def sees(distance: Int[Array, "*batch"], window: int) -> Bool[Array, "*batch"]:
     """Whether a query of a causal model sees a key at this distance.
