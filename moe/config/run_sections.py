@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
-from typing import Any, Literal
+from typing import Literal
 
 from moe.config.objectives import OBJECTIVES
 from moe.config.references import check_path
@@ -210,8 +210,8 @@ class TrainConfig(Section, path="train."):
         unit = self.microbatch_rows
         allowed = (
             f"must be increasing multiples of train.batch_size / train.accumulation_steps = {unit}, the rows of a "
+            f"microbatch, below train.batch_size={self.batch_size}"
         )
-        allowed += f"microbatch, below train.batch_size={self.batch_size}"
         grows = all(low < high for low, high in itertools.pairwise((0, *rows, self.batch_size)))
         self._require("rampup_rows", grows and all(number % unit == 0 for number in rows), allowed)
         each = len(steps) == len(rows) and all(number > 0 for number in steps)
@@ -238,14 +238,19 @@ class TrainConfig(Section, path="train."):
             before += number
         return rows + self.batch_size * max(step - before, 0)
 
+    def batches_until(self, step: int) -> float:
+        """Rows of the batches of the first steps, in batches of ``batch_size``."""
+        return self.rows_until(step) / self.batch_size
+
     def rows_at(self, step: int) -> int:
         """Rows of the batch of a step; steps count from 1."""
         return self.rows_until(step) - self.rows_until(step - 1)
 
     def of_rows(self, rows: int, accumulation_steps: int) -> TrainConfig:
         """The section with batches of so many rows in every step."""
-        own: dict[str, Any] = {"batch_size": rows, "accumulation_steps": accumulation_steps}
-        return dataclasses.replace(self, **own, rampup_rows=(), rampup_steps=())
+        return dataclasses.replace(
+            self, batch_size=rows, accumulation_steps=accumulation_steps, rampup_rows=(), rampup_steps=()
+        )
 
 
 @dataclasses.dataclass(frozen=True)

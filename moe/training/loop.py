@@ -152,9 +152,9 @@ class Loop:
         """Write the row of the pending steps; return the state to continue with, an earlier one after a rollback."""
         steps, self._pending = [step_metrics(metrics) for metrics in self._pending], []
         row = mean_row(steps)
-        rows = self._config.rows_until(step) - self._config.rows_until(step - self._clock.steps)
-        whole = rows / self._clock.steps / self._config.batch_size
-        timing = self._throughput.row(*self._clock.lap(), whole)
+        steps_timed, until = self._clock.steps, self._config.batches_until
+        batches = (until(step) - until(step - steps_timed)) / steps_timed
+        timing = self._throughput.row(*self._clock.lap(), batches)
         self._clock.restart()  # the first row measures the matmul rate
         warnings = self._health.look(step, steps, row)
         self._writer.write(step, "train", row)

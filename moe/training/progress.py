@@ -67,7 +67,7 @@ class Progress:
         num_steps: int,
         quiet: bool,
         epochs_per_step: Mapping[str, float] | None = None,
-        whole_steps: Callable[[int], float] = float,
+        batches_until: Callable[[int], float] = float,
     ):
         """
         Args:
@@ -75,13 +75,13 @@ class Progress:
             num_steps: steps of the whole run.
             quiet: show nothing.
             epochs_per_step: domain → share of its training text that a step reads; None: not shown.
-            whole_steps: number of steps → how many steps with whole batches read as much.
+            batches_until: number of steps → number of whole batches that they read.
         """
         self._active = not quiet and jax.process_index() == 0
         self._start = start
         self._num_steps = num_steps
         self._epochs = epochs_per_step or {}
-        self._whole_steps = whole_steps
+        self._batches_until = batches_until
         self._steps = start
         self._since = 0.0
         self._shown: dict[str, str] = {}
@@ -124,7 +124,7 @@ class Progress:
         if not self._shown:
             return
         if "lr" in self._shown and self._epochs:
-            shares = [self._whole_steps(step) * share for share in self._epochs.values()]
+            shares = [self._batches_until(step) * share for share in self._epochs.values()]
             low, high = (f"{number:.2f}" for number in (min(shares), max(shares)))
             self._shown["epoch"] = low if low == high else f"{low} to {high}"
         values = [f"{name} {self._shown[name]}" for name in _ORDER if name in self._shown]

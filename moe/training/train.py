@@ -79,9 +79,7 @@ def _train_steps(start: Start, signals: StopSignals, console: Console) -> TrainS
     if start.step == num_steps:  # a run that was shortened to its newest checkpoint has rows of later steps
         MetricsWriter(start.directory, start.step, to_dict(config)).close()
         return start.state
-    epochs, train = pipeline.epochs_per_step(start.prepared, config), config.train
-    shown = Progress(
-        start.step, num_steps, not console.shows, epochs, lambda step: train.rows_until(step) / train.batch_size
-    )
+    epochs = pipeline.epochs_per_step(start.prepared, config)
+    shown = Progress(start.step, num_steps, not console.shows, epochs, config.train.batches_until)
     console.stage("compiling the train step (later starts find it in train.compilation_cache)")
     return Loop(start, signals, shown).run(start.state)
