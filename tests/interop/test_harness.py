@@ -186,7 +186,7 @@ def test_texts_begin_with_bos_as_the_tokenizer_has_it_in_transformers(workdir, m
 
 
 def test_special_tokens_of_a_text_are_read_and_bos_is_not_repeated(model):
-    """As hf reads a text that a task or a template begins with bos itself, or separates by eos."""
+    """Texts that a task or a template begins with bos itself, or separates by eos, are read as by ``hf``."""
     tokenizer = model._tokenizer
     one, two = (tokenizer.encode(text).tolist() for text in ("one two", " three"))
     expected = [tokenizer.bos_id, *one, tokenizer.eos_id, *two]
