@@ -59,6 +59,18 @@ def windowed_layers(file: Any, has_window: Callable[[int, Any], bool]) -> list[i
     return [layer for layer in numbers if has_window(layer, file)]
 
 
+def window_size(has_window: Callable[[int, Any], bool]) -> Row:
+    """``sliding_window`` of files some of whose layers may have one (:func:`windowed_layers`)."""
+    return Row(
+        "sliding_window",
+        "sliding_window",
+        Window,
+        4096,
+        here=lambda file: window(file) if windowed_layers(file, has_window) else 0,
+        there=lambda m: window_of(m) or None,
+    )
+
+
 def windows(
     has_window: Callable[[int, Any], bool], write_kinds: Callable[[ModelConfig], Any] = window_kinds
 ) -> tuple[Row, Row]:
@@ -70,17 +82,7 @@ def windows(
             return None
         return pattern.write(["sliding" if layer in windowed else "attention" for layer in numbers])
 
-    return (
-        Row(
-            "sliding_window",
-            "sliding_window",
-            Window,
-            4096,
-            here=lambda file: window(file) if windowed_layers(file, has_window) else 0,
-            there=lambda m: window_of(m) or None,
-        ),
-        Row("layer_types", "pattern", here=words, there=write_kinds),
-    )
+    return window_size(has_window), Row("layer_types", "pattern", here=words, there=write_kinds)
 
 
 def rotated_windows(alone: Callable[[Any], bool]) -> Row:

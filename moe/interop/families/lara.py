@@ -7,7 +7,7 @@ from moe.config.mixers import GatedDelta
 from moe.interop.families import groups, qwen
 from moe.interop.families.family import ATTENTION, FUSED_EXPERTS, Family, Tensor, shared_expert
 from moe.interop.families.rows import Row, always
-from moe.interop.schema import NumExperts, Size, Window
+from moe.interop.schema import NumExperts, Size
 
 _WORDS: dict[str, pattern.Word] = {
     "linear_attention": "delta",
@@ -54,14 +54,7 @@ LARA_MINI = Family(
         always("qk_norm", "head"),
         groups.ALL_BIASES,
         always("rotated_layers", "sliding"),
-        Row(
-            "sliding_window",
-            "sliding_window",
-            Window,
-            512,
-            here=lambda file: groups.window(file) if "sliding_attention" in _kinds_here(file) else 0,
-            there=lambda m: groups.window_of(m) or None,
-        ),
+        groups.window_size(lambda layer, file: _kinds_here(file)[layer] == "sliding_attention"),
         Row(
             "layer_types",
             "pattern",
@@ -80,6 +73,7 @@ LARA_MINI = Family(
         "num_key_value_heads": 4,
         "head_dim": 128,
         "intermediate_size": 512,
+        "sliding_window": 512,
         "tie_word_embeddings": True,
         "linear_num_key_heads": 8,
         "linear_num_value_heads": 16,
