@@ -20,7 +20,6 @@ from moe.planner.records import HOST, KINDS, Collective, CompiledProgram, Groupe
 #: ``estimated_cycles`` of a TPU fusion that the compiler has no model for, such as those on the SparseCore.
 _UNKNOWN_CYCLES = 2**63 - 1
 
-
 _NO_PRICE = Price(0.0, 0.0, 0.0, "")
 _AT_BANDWIDTH = Price(1.0, 1.0, 1.0, "memory bandwidth")
 
