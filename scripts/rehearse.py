@@ -6,8 +6,9 @@ Trains the config at toy width on fake devices of several processes, which join 
 other loses a process at --kill random steps, with SIGKILL; the rest must end with exit code 75, and all start again.
 With --shrink it then goes on with the share of the pod that so many hosts are. With --skew the router sends the first
 device of the expert axis so many times the mean rows, or as many as in a recorded run. Prints the largest difference
-of the losses; the exit code is 1 where they differ: by a bit on the same mesh, by more than 1e-6 on a smaller one. The
-pod's memory and time are those of `moe plan`. docs/pods.md is the guide.
+of the losses; the exit code is 1 where they differ: by a bit on the same mesh, by more than 1e-6 on a smaller one.
+--compile then compiles the real widths for the topology, at that skew; the exit code is 1 too if that does not fit.
+docs/pods.md is the guide.
 """
 
 from moe.system import process
@@ -52,6 +53,7 @@ _SHRINK = flags.DEFINE_integer("shrink", 0, "Hosts (or chips / 4) that are left 
 _SKEW = flags.DEFINE_string(
     "skew", "", "Rows of the busiest device over the mean, or the workdir of a run that had it."
 )
+_COMPILE = flags.DEFINE_bool("compile", False, "Compile the real widths too: memory at that skew, and the step.")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the moments of the kills.")
 _FOLDER = cli.define_path("folder", "Folder that keeps the runs; default: a temporary one.")
 
@@ -224,10 +226,10 @@ def _remove(folder: Path) -> None:
 def main() -> None:
     """Parse flags and run."""
     from moe.config import ConfigError
-    from moe.planner import rehearsal, topology
+    from moe.planner import real_width, rehearsal, topology
     from moe.system.atomic_files import write_atomic
 
-    pod = topology.get_topology(str(_TOPOLOGY.value), compiles=False)
+    pod = topology.get_topology(str(_TOPOLOGY.value), compiles=_COMPILE.value)
     share = _SHRINK.value / _hosts(pod) if _SHRINK.value else 1.0
     if share > 1:
         raise ConfigError(f"--shrink={_SHRINK.value}: {_TOPOLOGY.value} has {_hosts(pod)} hosts")
@@ -235,13 +237,21 @@ def main() -> None:
         (folder / "text").mkdir(parents=True, exist_ok=True)
         for path in (*_ROOT.glob("docs/*.md"), _ROOT / "README.md"):
             write_atomic(folder / "text" / f"{path.stem}.txt", path.read_text())
-        made = rehearsal.make(cli.load_config(_CONFIG), pod.num_chips, _DEVICES.value, folder / "text")
+        config = cli.load_config(_CONFIG)
+        made = rehearsal.make(config, pod.num_chips, _DEVICES.value, folder / "text")
         if made.devices % _PROCESSES.value:
             raise ConfigError(f"--processes={_PROCESSES.value}: must divide the {made.devices} fake devices")
         print(f"{_TOPOLOGY.value}: {_described(made.pod_mesh)}; here {_described(made.mesh)}", flush=True)
         skew = _skew(made.mesh["expert"])
         code = rehearse(made, folder, share, skew)
-        print(_at_real_width(made.config.model.moe.dispatch, skew))
+        print(f"At its real width: {_command(config.model.moe.dispatch, skew)}")
+        for line in (_kept_plan(), real_width.rounds(config, skew)):
+            if line:
+                print(f"  {line}")
+        if _COMPILE.value:
+            line, fits = real_width.compiled(config, pod, skew)
+            print(f"  {line}")
+            code = code or int(not fits)
         if code:
             sys.exit(code)
 
@@ -261,31 +271,23 @@ def _skew(devices: int) -> float:
         return rehearsal.recorded_skew(Path(_SKEW.value), devices)
 
 
-def _at_real_width(dispatch: str, skew: float) -> str:
-    """Memory of the pod's own program at that skew: of the kept plan, or how to make one."""
-    from moe.dispatch.exchange import ROUND_SIZE
-    from moe.planner import kept_plans
-
-    name, _, argument = str(_CONFIG.value).partition(":")
-    where = argument or str(_TOPOLOGY.value)
-    plan = kept_plans.best(kept_plans.read(shipped.PLANS), Path(name).stem, where)
-    config = Path(name).stem if Path(name).parent == shipped.CONFIGS else _CONFIG.value
+def _command(dispatch: str, skew: float) -> str:
+    """The command that plans the pod's own program at that skew."""
+    path, _, _ = str(_CONFIG.value).partition(":")
+    config = Path(path).stem if Path(path).parent == shipped.CONFIGS else _CONFIG.value
     words = ["moe", "plan", f"--config={config}", f"--topology={_TOPOLOGY.value}"]
     if dispatch == "dropless" and skew > 1:
         words += ["--compile", f"--skew={skew:g}"]
-    lines = [f"At its real width: {shlex.join(words)}"]
-    if plan is not None:
-        total, capacity = plan["memory_total"] / 2**30, plan["capacity"] / 2**30
-        lines.append(f"  the kept plan takes {total:.1f} of {capacity:.0f} GiB a device")
-    if skew > 1 and dispatch == "dropless":
-        rounds = math.ceil(skew / ROUND_SIZE)
-        lines.append(
-            f"  a buffer holds {ROUND_SIZE:g} times the mean rows: a skew of {skew:.3g} takes {rounds} rounds of "
-            "exchange, each in the memory of the first"
-        )
-    elif skew > 1:
-        lines.append("  with a capacity the skew drops tokens and takes no memory")
-    return "\n".join(lines)
+    return shlex.join(words)
+
+
+def _kept_plan() -> str:
+    """Memory of the kept plan of this config and pod; "" without one."""
+    from moe.planner import kept_plans, real_width
+
+    path, _, argument = str(_CONFIG.value).partition(":")
+    plan = kept_plans.best(kept_plans.read(shipped.PLANS), Path(path).stem, argument or str(_TOPOLOGY.value))
+    return real_width.kept(plan) if plan is not None else ""
 
 
 if __name__ == "__main__":
@@ -296,5 +298,6 @@ if __name__ == "__main__":
             "python scripts/rehearse.py --topology=h100:16x8 --kill=3 --skew=2 --shrink=14",
             "python scripts/rehearse.py --config=configs/mixtral_8x7b.py:v5p-128 --topology=v5p-128",
             "python scripts/rehearse.py --config=configs/olmoe_1b_7b.py --topology=h100:2x8 --kill=1 --shrink=1",
+            "python scripts/rehearse.py --config=configs/olmoe_1b_7b.py --topology=v6e:2x4 --kill=1 --compile",
         ),
     )

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -13,7 +14,8 @@ import jax.numpy as jnp
 import pytest
 
 from moe.config import ConfigError, command_line
-from moe.planner import rehearsal
+from moe.planner import make_plan, real_width, rehearsal
+from moe.planner.memory_errors import DoesNotFitError
 from moe.routing.interface import GateInputs
 from moe.system import shipped
 
@@ -87,6 +89,38 @@ def test_the_skew_of_a_recorded_run(tmp_path):
     assert rehearsal.recorded_skew(tmp_path, 2) == pytest.approx(2 * 0.7)
     with pytest.raises(ConfigError, match="has no loads of experts that 3 devices could hold evenly"):
         rehearsal.recorded_skew(tmp_path, 3)
+
+
+def test_the_real_width_says_what_fits_in_which_round(monkeypatch):
+    """A skew of 2 is two rounds of 5/4 of the mean rows; with a capacity there is one, whatever the skew."""
+    made = types.SimpleNamespace(
+        step_interval=(1.0, 3.0), step_seconds=2.0, memory=types.SimpleNamespace(total=7 * 2**30, capacity=16 * 2**30)
+    )
+    asked = []
+    monkeypatch.setattr(make_plan, "make_plan", lambda *arguments: asked.append(arguments[2].skew) or made)
+    dropless, dropping = _dispatched("dropless"), _dispatched("gather")
+    fits = "compiled, it takes 7.0 of 16 GiB a device, in each of 2 rounds, and 2 s a step (1 to 3)", True
+    assert real_width.compiled(dropless, None, 2.0) == fits
+    assert real_width.compiled(dropping, None, 2.0) == (fits[0].replace(", in each of 2 rounds", ""), True)
+    assert asked == [2.0, 1.0]
+
+    def refuse(*_):
+        raise DoesNotFitError("does not fit: 20 GiB a device of 16", 20 * 2**30)
+
+    monkeypatch.setattr(make_plan, "make_plan", refuse)
+    assert real_width.compiled(dropless, None, 2.0) == ("round 1 of 2: does not fit: 20 GiB a device of 16", False)
+
+
+def test_rounds_of_a_skew():
+    assert real_width.rounds(_dispatched("dropless"), 1.0) == ""
+    assert "a skew of 2.6 takes 3 rounds" in real_width.rounds(_dispatched("dropless"), 2.6)
+    assert "drops tokens" in real_width.rounds(_dispatched("gather"), 2.0)
+
+
+def _dispatched(dispatch):
+    config = _config("olmoe_1b_7b")
+    moe = dataclasses.replace(config.model.moe, dispatch=dispatch)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe))
 
 
 PLANTED = """
