@@ -290,7 +290,11 @@ class TensorWriter:
     def _flush(self) -> None:
         self._files.append(list(self._shard))
         self.directory.mkdir(parents=True, exist_ok=True)
-        save_file(self._shard, self._temporary(len(self._files)), metadata={"format": "pt"})
+        path = self._temporary(len(self._files))
+        path.touch()  # with the mode of the umask: safetensors renames a file of mode 0600 to the path
+        mode = path.stat().st_mode
+        save_file(self._shard, path, metadata={"format": "pt"})
+        path.chmod(mode)
         self._shard, self._size = {}, 0
 
     def _temporary(self, number: int) -> Path:

@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import shutil
+import stat
 from pathlib import Path
 
 import jax
@@ -41,6 +42,7 @@ from moe.interop import (
 )
 from moe.interop.config_json import read_config as read_open_config
 from moe.interop.families import FAMILIES
+from moe.interop.tensor_files import TensorWriter
 from moe.models.decoder import Transformer
 from moe.models.factory import Model, abstract_model
 from moe.parallel.mesh import make_mesh
@@ -498,6 +500,22 @@ def test_an_export_keeps_what_fine_tuning_did_not_change(length, exported, tmp_p
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert written == original | {"max_position_embeddings": exported}
     assert read_open_config(written).model == read_open_config(original).model
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
+def test_an_export_has_the_permissions_of_the_umask(mask, mode, tmp_path):
+    """safetensors writes a file for its owner alone, which other users of a folder could not load."""
+    before = os.umask(mask)
+    try:
+        writer = TensorWriter(tmp_path, max_shard_bytes=16)
+        for name in ("one", "two"):
+            writer.add(name, np.zeros(4, np.float32))
+        writer.finish()
+    finally:
+        os.umask(before)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert [stat.S_IMODE(path.stat().st_mode) for path in files] == [mode, mode]
+    assert load_file(files[1])["two"].tolist() == [0] * 4
 
 
 #: Architectures whose code is not part of transformers.
