@@ -202,16 +202,6 @@ class JsonTokenizer(Tokenizer):
         """Id of the beginning of a text; -1 if there is none."""
         return self._bos
 
-    @functools.cached_property
-    def adds_bos(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Whether the transformers library begins every text with bos: ``add_bos_token`` of the settings, or else the
-        post-processor of the file. A model may name a bos and be trained without it."""
-        chosen = self._named.get("add_bos_token")
-        if isinstance(chosen, bool):
-            return chosen and self._bos >= 0
-        first = self._encode(self._with_special, "a", special_tokens=True).ids[:1]
-        return self._bos >= 0 and first == [self._bos]
-
     @property
     def eos_id(self) -> int:
         """Id of the end of a text."""
@@ -227,9 +217,11 @@ class JsonTokenizer(Tokenizer):
         encoded = self._encode(self._with_special, text)
         return np.asarray(encoded.ids, np.int32), encoded.offsets
 
-    def encode_with_special(self, text: str) -> np.ndarray:
-        """Return the ids [n] int32 of the text with special tokens recognised, as the transformers library reads it."""
-        return self.encode_rendered(text)[0]
+    def encode_with_special(self, text: str, *, added: bool = False) -> np.ndarray:
+        """Return the ids [n] int32 of the text with special tokens recognised, as the transformers library reads it; if
+        ``added`` with those that the file's post-processor puts around it. ``add_bos_token`` and ``add_eos_token`` of
+        the settings count for nothing there, and a model may name a bos and be trained without it."""
+        return np.asarray(self._encode(self._with_special, text, special_tokens=added).ids, np.int32)
 
     @functools.cached_property
     def _with_special(self) -> tokenizers.Tokenizer:

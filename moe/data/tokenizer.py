@@ -83,11 +83,6 @@ class Tokenizer:
         return self._processor.bos_id()
 
     @property
-    def adds_bos(self) -> bool:
-        """Whether the transformers library begins every text with bos."""
-        return self.bos_id >= 0  # as LlamaTokenizer does with a SentencePiece model
-
-    @property
     def eos_id(self) -> int:
         """Id at the end of every document."""
         return self._processor.eos_id()
@@ -103,14 +98,15 @@ class Tokenizer:
             ids += self._processor.encode(part)
         return np.asarray(ids, np.int32)
 
-    def encode_with_special(self, text: str) -> np.ndarray:
+    def encode_with_special(self, text: str, *, added: bool = False) -> np.ndarray:
         """Return the ids [n] int32 of the text, in which names of control tokens such as ``<s>`` are these tokens, as
-        the transformers library reads a text. Neither bos nor eos is added."""
+        the transformers library reads a text; if ``added`` after bos, as its LlamaTokenizer begins texts."""
+        ids = [np.asarray([self.bos_id] * (added and self.bos_id >= 0), np.int32)]
         if not self._controls:
-            return self.encode(text)
+            return np.concatenate([*ids, self.encode(text)], dtype=np.int32)
         parts = re.split(f"({'|'.join(map(re.escape, self._controls))})", text)
-        ids = [[self._controls[part]] if part in self._controls else self.encode(part) for part in parts if part]
-        return np.concatenate([np.zeros(0, np.int32), *ids], dtype=np.int32)
+        ids += [[self._controls[part]] if part in self._controls else self.encode(part) for part in parts if part]
+        return np.concatenate(ids, dtype=np.int32)
 
     @functools.cached_property
     def _controls(self) -> dict[str, int]:

@@ -55,8 +55,8 @@ class WorkdirLM(TemplateLM):
             step: of the checkpoint; None: the newest.
             batch_size: rows at once.
             max_length: T, longest row in tokens; 0: data.sequence_length, with which the model was trained.
-            add_bos_token: whether texts begin with bos; None: as the tokenizer does it in the transformers library, so
-                that scores are those of the harness's own ``hf`` models.
+            add_bos_token: whether texts begin with bos; None: special tokens are added as the tokenizer does it in the
+                transformers library, so that scores are those of the harness's own ``hf`` models.
 
         Raises:
             ConfigError: a file is missing, or the model's gate routes by later tokens.
@@ -67,8 +67,8 @@ class WorkdirLM(TemplateLM):
             raise ConfigError(f"--workdir={workdir}: an encoder-decoder; the harness takes decoder-only models")
         sampling.check_prompts(config.model, [[0]])
         self._tokenizer = find_tokenizer(workdir)
-        self._adds_bos = self._tokenizer.adds_bos if add_bos_token is None else add_bos_token
-        if self._adds_bos and self._tokenizer.bos_id < 0:
+        self._adds_bos = add_bos_token
+        if add_bos_token and self._tokenizer.bos_id < 0:
             raise ConfigError("--add_bos_token: the tokenizer has no bos")
         self._rows, self._length = batch_size, max_length or config.data.sequence_length
         self._mesh = make_mesh(MeshConfig(data=1, fsdp=-1))
@@ -115,11 +115,16 @@ class WorkdirLM(TemplateLM):
         return self._tokenizer.bos_id if self._tokenizer.bos_id >= 0 else self._tokenizer.eos_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Ids of a text, whose special tokens are recognised as in the harness's ``hf`` models, after bos where texts
-        begin with it: if ``add_special_tokens`` is None not where this text does already, if False never."""
-        bos, ids = self._tokenizer.bos_id, self._tokenizer.encode_with_special(string).tolist()
-        added = ids[:1] != [bos] if add_special_tokens is None else add_special_tokens
-        return [bos] * (self._adds_bos and added) + ids
+        """Ids of a text, whose special tokens are recognised as in the harness's ``hf`` models, with bos and eos where
+        its tokenizer adds them: if ``add_special_tokens`` is None not where the text begins with the prefix token
+        already, if False never."""
+        ids = self._tokenizer.encode_with_special(string).tolist()
+        added = ids[:1] != [self.prefix_token_id] if add_special_tokens is None else add_special_tokens
+        if not added:
+            return ids
+        if self._adds_bos is None:
+            return self._tokenizer.encode_with_special(string, added=True).tolist()
+        return [self._tokenizer.bos_id] * self._adds_bos + ids
 
     def _loglikelihood_tokens(self, requests: list[_Request], **_: Any) -> list[tuple[float, bool]]:
         """(log-likelihood, greedy) of each continuation; a context too long for a row loses its beginning."""

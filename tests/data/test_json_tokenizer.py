@@ -54,23 +54,26 @@ def test_text_survives_the_round_trip_and_bytes_are_counted(make):
 
 
 @pytest.mark.parametrize(
-    ("template", "settings", "adds"),
+    ("template", "settings", "ids"),
     [
-        (None, {}, False),  # names <s>, and adds nothing
-        ("<s> $A", {}, True),
-        ("$A </s>", {}, False),
-        ("<s> $A", {"add_bos_token": False}, False),
-        (None, {"add_bos_token": True}, True),
-        ("<s> $A", {"bos_token": None}, False),
+        (None, {}, [260]),  # names <s>, and adds nothing
+        ("<s> $A", {}, [1, 260]),
+        ("$A </s>", {}, [260, 2]),
+        ("<s> $A </s>", {}, [1, 260, 2]),
+        ("<s> $A", {"add_bos_token": False, "add_eos_token": True}, [1, 260]),
+        (None, {"add_bos_token": True}, [260]),
+        ("<s> $A", {"bos_token": None}, [1, 260]),
     ],
 )
-def test_bos_is_added_as_transformers_does(template, settings, adds):
+def test_special_tokens_are_added_as_transformers_does(template, settings, ids):
+    """All seven were read by AutoTokenizer of transformers 5.24."""
     tokenizer = tokenizers.Tokenizer.from_str(byte_fallback().decode())
     if template:
         special = [("<s>", 1), ("</s>", 2)]
         tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=special)
     found = JsonTokenizer(tokenizer.to_str().encode(), json.dumps(settings | {"eos_token": "</s>"}).encode())
-    assert found.adds_bos == adds
+    assert found.encode_with_special("a", added=True).tolist() == ids
+    assert found.encode_with_special("a").tolist() == [260]
     assert found.encode("a").tolist() == [260]  # in training the pipeline puts bos in front
 
 

@@ -149,7 +149,6 @@ def test_texts_begin_without_bos_where_the_tokenizer_has_none(model, sampled, mo
     begin, three = (tokenizer.encode(text).tolist() for text in ("one two", " three"))
     assert model.tok_encode("one two") == [tokenizer.bos_id, *begin]
     monkeypatch.setattr(type(tokenizer), "bos_id", property(lambda _: -1))
-    monkeypatch.setattr(model, "_adds_bos", tokenizer.adds_bos)
     assert model.tok_encode("one two") == begin
     scored = []
 
@@ -168,18 +167,25 @@ def test_texts_begin_without_bos_where_the_tokenizer_has_none(model, sampled, mo
     assert [prompt for prompt, _, _ in sampled] == [[eos], begin]
 
 
-def test_texts_begin_with_bos_as_the_tokenizer_has_it_in_transformers(workdir, monkeypatch):
-    """A tokenizer may name a bos that its model never saw; in front of every text it moved choices by 27 nats."""
+def test_special_tokens_are_added_as_the_tokenizer_does_in_transformers(workdir, monkeypatch):
+    """A tokenizer may name a bos that its model never saw; in front of every text it moved choices by 27 nats. Another
+    ends every text with eos, contexts too, unless --add_bos_token decides: as ``hf`` does."""
     from moe.data.tokenizer import Tokenizer
     from moe.interop.harness import WorkdirLM
 
-    monkeypatch.setattr(Tokenizer, "adds_bos", property(lambda _: False))
-    without, asked = (WorkdirLM(str(workdir), add_bos_token=choice) for choice in (None, True))
-    ids = without._tokenizer.encode("one two").tolist()
-    assert without.tok_encode("one two") == ids
-    assert asked.tok_encode("one two") == [asked._tokenizer.bos_id, *ids]
-    assert asked.tok_encode("one two", add_special_tokens=False) == ids
-    assert without.prefix_token_id == without._tokenizer.bos_id  # before a text without context, as hf has it
+    plain = Tokenizer.encode_with_special
+
+    def ended(self, text, *, added=False):
+        return np.asarray([*plain(self, text), *[self.eos_id] * added], np.int32)
+
+    monkeypatch.setattr(Tokenizer, "encode_with_special", ended)
+    own, asked, never = (WorkdirLM(str(workdir), add_bos_token=choice) for choice in (None, True, False))
+    ids, bos, eos = own._tokenizer.encode("one two").tolist(), own._tokenizer.bos_id, own._tokenizer.eos_id
+    assert own.tok_encode("one two") == [*ids, eos]
+    assert asked.tok_encode("one two") == [bos, *ids]
+    assert never.tok_encode("one two") == own.tok_encode("one two", add_special_tokens=False) == ids
+    assert own.tok_encode("<s>one two") == [bos, *ids]
+    assert own.prefix_token_id == bos  # before a text without context, as hf has it
     monkeypatch.setattr(Tokenizer, "bos_id", property(lambda _: -1))
     with pytest.raises(ConfigError, match="--add_bos_token: the tokenizer has no bos"):
         WorkdirLM(str(workdir), add_bos_token=True)
