@@ -18,6 +18,7 @@ from moe.layers.moe_layer import MoELayer
 from moe.models.block import Block, Stream
 from moe.models.decoder import make_rows
 from moe.models.segments import join_moe_layers, restack_layers, unstack_layers
+from moe.system.fields import require
 from moe.training.batches import PREFIX_KEY, Batch, place
 from moe.training.step import Program
 
@@ -51,7 +52,14 @@ class _TokenMean:
     _sum: _Sum
 
     def __init__(self, program: Program):
-        """Prepare the model's program; compiled at the first call."""
+        """Prepare the model's program; compiled at the first call. Raises a ConfigError where only the experts' sum has
+        an output."""
+        require(
+            not program.config.model.moe.latent_norm,
+            "model.moe.latent_norm",
+            True,
+            "must be False to measure outputs of single experts, since the norm is of their sum",
+        )
         self._mesh = program.mesh
         self._layers = jax.jit(lambda variables, batch: _by_layer(program.model(variables), batch, self._sum))
 

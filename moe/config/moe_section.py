@@ -67,6 +67,8 @@ class MoEConfig(Section, path=_MOE):
     bias: MoEBias = setting("none", page=True)
     #: dimension of tokens inside the experts (LatentMoE); 0: model.d_model
     latent_dim: int = setting(0, least=0, split="fsdp", page=True)
+    #: RMSNorm of the combined output of latent experts before it is projected back (Kimi K3)
+    latent_norm: bool = setting(False, page=True)
     zero_experts: int = setting(0, least=0, page=True)  # experts that return 0 (MoE++), beside the E FFNs
     copy_experts: int = setting(0, least=0, page=True)  # experts that return the token
     constant_experts: int = setting(0, least=0, page=True)  # experts that mix the token and a learned vector
@@ -107,6 +109,7 @@ class MoEConfig(Section, path=_MOE):
         if self.gate is None:  # a dense model reads none of the other fields
             return
         self._require("shared_gate", self.shared_d_ff > 0 or not self.shared_gate, "needs shared_d_ff above 0")
+        self._require("latent_norm", self.latent_dim > 0 or not self.latent_norm, "needs latent_dim above 0")
         alike = self.expert_rank == 0 or self.bias != "all"
         self._require("expert_rank", alike, "must be 0 with bias=all: biases are not shared")
         self.gate.check_experts(self.num_experts, self.null_experts)

@@ -22,7 +22,7 @@ from moe.config import Capacity, ConfigError, MeshConfig
 from moe.config.registry import LAYERS, find_gate
 from moe.conformance import reference, reference_gates, rounding
 from moe.conformance.oracle_cases import LEAK, REFUSED_MODES, Case, null_of, refused
-from moe.conformance.rows import FLOAT32, Row, close, error
+from moe.conformance.rows import FLOAT32, Row, close, error, spelled
 from moe.dispatch.modes import CONFIG_MODES
 from moe.interop.layers import single_layer
 from moe.layers.moe_layer import MoELayer
@@ -41,13 +41,14 @@ def weights_of(
     seed: int,
     slots: int = 0,
     null: tuple[int, ...] = (0, 0, 0, 0),
-    latent: int = 0,
+    latent_dim: int = 0,
     gate: str = "",
+    latent_norm: bool = False,
 ) -> dict[str, np.ndarray]:
     """Random matrices, large enough that nothing is nearly uniform or nearly linear; further parameters of the gate's
     router are ``router_parts.`` and their names."""
     rng, parts = np.random.default_rng(seed), ROUTER_PARTS.get(gate)
-    inner, columns = latent or d, e + sum(null)
+    inner, columns = latent_dim or d, e + sum(null)
     _, _, constant, novice = null
 
     def draw(*shape: int, scale: float) -> np.ndarray:
@@ -65,8 +66,11 @@ def weights_of(
         weights[f"router_parts.{name}"] = np.float32(base) + draw(
             *shape, scale=2 / shape[0] ** 0.5 if len(shape) > 1 else 0.3
         )
-    if latent:
-        weights |= {"latent_down": draw(d, latent, scale=2 / d**0.5), "latent_up": draw(latent, d, scale=1.0)}
+    if latent_dim:
+        weights["latent_down"] = draw(d, latent_dim, scale=2 / d**0.5)
+        weights["latent_up"] = draw(latent_dim, d, scale=1.0)
+    if latent_norm:
+        weights["latent_norm"] = np.float32(1) + draw(latent_dim, scale=0.3)
     if constant:
         weights |= {"null_vectors": draw(constant, d, scale=1.0), "null_mix": draw(constant, d, 2, scale=2 / d**0.5)}
     if novice:
@@ -124,6 +128,7 @@ GRADIENTS = {
     "down": ("experts", "down"),
     "latent_down": ("latent", "down"),
     "latent_up": ("latent", "up"),
+    "latent_norm": ("latent", "norm", "scale"),
     "null_vectors": ("null", "vectors"),
     "null_mix": ("null", "mix"),
     "novices": ("null", "novices"),
@@ -151,9 +156,8 @@ def program(layer: MoELayer, *, train: bool = False) -> Callable[..., Any]:
         token_ids = jnp.zeros(x.shape[:2], jnp.int32) if token_ids is None else token_ids
         gradients, (y, report) = differentiate(parameters, x, jnp.asarray(mask), cotangent, token_ids, rng)
         of = nnx.to_pure_dict(gradients[0])
-        named = {
-            ours: of[owner][name] for ours, (owner, name) in GRADIENTS.items() if owner in of and name in of[owner]
-        }
+        flat = traverse_util.flatten_dict(of)
+        named = {ours: flat[path] for ours, path in GRADIENTS.items() if path in flat}
         further = traverse_util.flatten_dict(of.get("router", {}), sep=".")
         named |= {
             f"router_parts.{name}": gradient for name, gradient in further.items() if name not in ("kernel", "noise")
@@ -200,7 +204,8 @@ def oracle(
             if parts := router_parts(weights):
                 given["router_parts"] = parts
             if "latent_down" in weights:
-                given["latent"] = weights["latent_down"], weights["latent_up"]
+                names = ("latent_down", "latent_up", "latent_norm")
+                given["latent"] = tuple(weights[name] for name in names if name in weights)
             y = reference.moe_output(*arrays, gate=case.gate, decisions=decisions, rule=rule, null=weights, **given)
         return jnp.sum(y * cotangent), y
 
@@ -244,7 +249,8 @@ def against_oracle(case: Case, seed: int, d: int = 6, f: int = 5) -> Iterator[Ro
     tau = LAYERS[case.gate].losses.null
     section = own_fields(case.gate) | case.gate_fields
     slots = gate.slots_per_expert
-    weights = weights_of(d, f, case.e, seed, slots, case.rule.null, case.fields.get("latent_dim", 0), case.gate)
+    latent = {name: case.fields[name] for name in ("latent_dim", "latent_norm") if name in case.fields}
+    weights = weights_of(d, f, case.e, seed, slots, case.rule.null, gate=case.gate, **latent)
     parts = router_parts(weights)
     # Numbers that are exact in bfloat16, so that both precisions route alike.
     x = jnp.asarray(rng.normal(size=(case.g, case.s, d)), jnp.bfloat16).astype(jnp.float32)
@@ -271,8 +277,8 @@ def against_oracle(case: Case, seed: int, d: int = 6, f: int = 5) -> Iterator[Ro
         masks |= {", one real token per group": alone, ", all padding": np.zeros_like(mask)}
     known: dict[bytes, dict[str, Any]] = {}  # the oracle's results, by batch and kept assignments
     for mode in CONFIG_MODES:
-        # The latent dimension is read off the matrices.
-        fields = {name: value for name, value in case.fields.items() if name not in ("gate", "latent_dim")}
+        # Those of latent experts are read off the arrays.
+        fields = {name: value for name, value in case.fields.items() if name != "gate" and name not in latent}
         if not soft:  # its slots are its capacity
             fields["capacity"] = Capacity(eval=case.c * (case.e + sum(case.rule.null) / tau) / (case.k * case.s))
         try:
@@ -330,8 +336,9 @@ def _nearest(what: str, worst: dict[str, float], bound: dict[str, float]) -> Row
     return Row(ORACLE, what, f"oracle, to {bound[tight]:.2g} ({tight})", f"{worst[tight]:.2g}", passes)
 
 
-def device_counts(gate: str, latent: int) -> Iterator[Row]:
-    """A gate's layer, with its jitter, noise, draws and drops, on 1, 2, 4 and 8 devices; latent is ``latent_dim``."""
+def device_counts(gate: str, **latent: Any) -> Iterator[Row]:
+    """A gate's layer, with its jitter, noise, draws and drops, on 1, 2, 4 and 8 devices; ``latent``: fields of latent
+    experts."""
     rng = np.random.default_rng(11)
     x = jnp.asarray(rng.normal(size=(8, 6, 8)), jnp.float32)
     mask, cotangent = rng.random((8, 6)) >= 0.2, rng.normal(size=x.shape).astype(np.float32)
@@ -345,7 +352,7 @@ def device_counts(gate: str, latent: int) -> Iterator[Row]:
     fields: dict[str, Any] = {"capacity": {"train": 1.0}} | (LEAK if rule.looks_ahead else {})
     if gate == "mixtral":
         fields |= LEAK | {"drop_policy": "random"}
-    weights = weights_of(8, 8, 8, 11, rule.slots_per_expert, null_of(gate, {}), latent, gate)
+    weights = weights_of(8, 8, 8, 11, rule.slots_per_expert, null_of(gate, {}), gate=gate, **latent)
     given = arguments(read_by(gate, weights))
     for mode in CONFIG_MODES:
         if (gate, mode) in REFUSED_MODES:
@@ -360,7 +367,7 @@ def device_counts(gate: str, latent: int) -> Iterator[Row]:
                 spread = run(placed, mask, cotangent, tokens, key)
             yield close(
                 DEVICES,
-                f"{gate}{', latent_dim=4' if latent else ''}, {mode}, {count} device{'s' if count > 1 else ''}",
+                f"{gate}{spelled(latent)}, {mode}, {count} device{'s' if count > 1 else ''}",
                 "without a mesh",
                 error(spread, alone),
                 FLOAT32,

@@ -67,6 +67,8 @@ ONE_GROUP = {"gate": {"groups": 1, "kept_groups": 1, "scores_per_group": 1}}
 OVERFLOW = LEAK | {"overflow_to_next": True}
 NULL = Rule(null=(1, 1, 2, 0))
 BY_PROBABILITY = Rule(policy="probability")
+#: Latent experts whose combined output is normalised.
+NORMALISED = Case("mixtral", 2, 7, 5, 2, 2, 0.2, {"latent_dim": 4, "latent_norm": True}, full=False)
 #: Every gate, E no power of two, S not divisible by E; then every rule that is not a gate's own.
 CASES = (
     Case("dense_mixture", 2, 5, 3, 3, 5, 0.3),
@@ -101,6 +103,7 @@ CASES = (
     Case("expert_choice", 2, 7, 3, 2, 5, 0.3, LEAK),
     Case("expert_threshold", 2, 7, 3, 2, 3, 0.3, LEAK),
     Case("mixtral", 2, 7, 5, 2, 2, 0.2, {"latent_dim": 4}, full=False),
+    NORMALISED,
     Case("deepseek_v3", 2, 7, 6, 3, 2, 0.2, GROUPED | {"latent_dim": 4}, Rule(3, 2, True, 2.5), full=False),
     Case("soft_moe", 2, 5, 3, 3, 5, 0.3, LEAK | {"gate": {"slots": 2}}),
     Case("hash", 2, 7, 5, 2, 2, 0.2),

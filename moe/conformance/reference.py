@@ -30,6 +30,9 @@ from moe.conformance.reference_gates import (
     weights,
 )
 
+#: Added to mean squares by norms: the default of model.norm_eps.
+NORM_EPSILON = 1e-5
+
 
 @dataclasses.dataclass(frozen=True)
 class Decisions:
@@ -200,7 +203,7 @@ def moe_output(
     rule: Rule = PLAIN,
     noise: jax.Array | None = None,
     null: Mapping[str, jax.Array] | None = None,
-    latent: tuple[jax.Array, jax.Array] | None = None,
+    latent: tuple[jax.Array, ...] | None = None,
     router_parts: Mapping[str, jax.Array] = types.MappingProxyType({}),
 ) -> jax.Array:
     """y_t = sum of weight·expert(x_t) over the kept choices of t; differentiable in every array.
@@ -215,7 +218,7 @@ def moe_output(
         rule: of the gate.
         noise: [D,E], W_noise of noisy_topk where the rule has its draws.
         null: null_vectors [n,D] and null_mix W [n,D,2] of the constant experts; novices [n,D].
-        latent: [D,P] and [P,D], around the FFNs.
+        latent: [D,P] and [P,D], around the FFNs; and the scale [P] of an RMSNorm of their sum, if there is one.
         router_parts: further parameters of the router, see :func:`router_logits`.
     """
     rows = []
@@ -229,6 +232,8 @@ def moe_output(
             if noise is not None and rule.draws is not None:
                 logits = noisy(logits, noise.T @ x[g, s], rule.draws[g, s])
             y = jnp.zeros_like(x[g, s])
+            inner = x[g, s] if latent is None else latent[0].T @ x[g, s]
+            combined = jnp.zeros_like(inner)  # of the FFNs
             for choice, weight in enumerate(assignment_weights(gate, logits, named, placed, rule)):
                 if decisions.kept[g, s, choice]:
                     e = placed[choice]
@@ -236,12 +241,18 @@ def moe_output(
                         y = y + weight * null_expert(x[g, s], e - len(up), rule, null)
                         continue
                     matrix = None if gate_matrix is None else gate_matrix[e]
-                    inner = x[g, s] if latent is None else latent[0].T @ x[g, s]
-                    output = ffn(inner, up[e], matrix, down[e], activation)
-                    y = y + weight * (output if latent is None else latent[1].T @ output)
-            rows.append(y)
+                    combined = combined + weight * ffn(inner, up[e], matrix, down[e], activation)
+            rows.append(y + (combined if latent is None else project_up(combined, *latent[1:])))
     # G·S of [D] → [G,S,D]
     return jnp.stack(rows).reshape(x.shape)
+
+
+def project_up(combined: jax.Array, up: jax.Array, scale: jax.Array | None = None) -> jax.Array:
+    """The combined output of latent experts [P], normalised with the scale if there is one, → [D]."""
+    if scale is None:
+        return up.T @ combined
+    root = jnp.sqrt(jnp.sum(combined**2) / len(combined) + NORM_EPSILON)
+    return up.T @ (combined / root * scale)
 
 
 def soft_output(

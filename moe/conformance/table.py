@@ -214,8 +214,10 @@ def run(layers: Path | None) -> Iterator[Row]:
     yield from bad_input()
     for seed, case in enumerate((*CASES, *edges(), NOVICES)):
         yield from against_oracle(case, seed)
-    for gate, latent in (*((gate, 0) for gate in LAYERS), ("mixtral", 4)):
-        yield from device_counts(gate, latent)
+    for gate in LAYERS:
+        yield from device_counts(gate)
+    for latent in ({"latent_dim": 4}, {"latent_dim": 4, "latent_norm": True}):
+        yield from device_counts("mixtral", **latent)
 
 
 def summary(rows: list[Row]) -> list[str]:

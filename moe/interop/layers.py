@@ -43,6 +43,7 @@ def single_layer(
     router_parts: Mapping[str, Any] = types.MappingProxyType({}),
     latent_down: Any = None,
     latent_up: Any = None,
+    latent_norm: Any = None,
     null_vectors: Any = None,
     null_mix: Any = None,
     novices: Any = None,
@@ -67,6 +68,7 @@ def single_layer(
             and ``log_scale``, [1], of cosine; ``down``, ``norm.scale`` and so on of zaya.
         latent_down: [D,P] before the experts, whose matrices then have P in place of D.
         latent_up: [P,D] after them.
+        latent_norm: [P], scale of the RMSNorm before latent_up; None: no norm.
         null_vectors: [n,D] of constant experts.
         null_mix: [n,D,2] of constant experts.
         novices: [n,D].
@@ -82,6 +84,7 @@ def single_layer(
         "num_experts": num_experts,
         "d_ff": d_ff,
         "latent_dim": 0 if latent_down is None else d_inner,
+        "latent_norm": latent_norm is not None,
         "shared_d_ff": 0 if shared_up is None else np.shape(shared_up)[1],
     }
     moe = build(MoEConfig, {"gate": gate, **sizes, **fields}, "model.moe.")
@@ -108,6 +111,7 @@ def single_layer(
         "gate_matrix": (layer.experts, "gate", gate_matrix),
         "latent_down": (layer.latent, "down", latent_down),
         "latent_up": (layer.latent, "up", latent_up),
+        "latent_norm": (getattr(layer.latent, "norm", None), "scale", latent_norm),
         "null_vectors": (layer.null, "vectors", null_vectors),
         "null_mix": (layer.null, "mix", null_mix),
         "novices": (layer.null, "novices", novices),

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from moe.config import ModelConfig, MoEConfig
+from moe.layers.norms import RMSNorm
 from moe.layers.parameter import matrix
 from moe.parallel.parameters import gather_for_matmul
 from moe.parallel.partition_specs import REPLICATED, STORED
@@ -119,7 +120,11 @@ class NullExperts(Wrapper):
 
 class Latent(Wrapper):
     """Projections of tokens to ``moe.latent_dim`` before they are dispatched and back after they are combined, so that
-    exchanges and experts are smaller; router and shared expert see D (LatentMoE: Nemotron 3 2025, section 2.2)."""
+    exchanges and experts are smaller; router and shared expert see D (LatentMoE: Nemotron 3 2025, section 2.2).
+
+    With ``moe.latent_norm`` the combined output is normalised before it is projected back, since its scale varies with
+    the experts that are chosen and their weights (normalised LatentMoE: Kimi K3 2026, section 2.3.1, equation 11).
+    """
 
     name = "latent"
 
@@ -127,6 +132,7 @@ class Latent(Wrapper):
         d, latent = config.d_model, config.moe.latent_dim
         self.down = matrix(rngs, (d, latent), P(STORED, None), fan_in=d, scale=config.init_scale)
         self.up = matrix(rngs, (latent, d), P(None, STORED), fan_in=latent, scale=config.init_scale)
+        self.norm = RMSNorm.of(config, latent) if config.moe.latent_norm else None
 
     @classmethod
     def is_in(cls, moe: MoEConfig) -> bool:
@@ -147,5 +153,6 @@ class Latent(Wrapper):
         return x @ gather_for_matmul(self.down, x.dtype)
 
     def project_up(self, x: Float[Array, "G S P"], dtype: jnp.dtype) -> Float[Array, "G S D"]:
-        """P → D, in the compute dtype."""
+        """P → D, in the compute dtype, normalised first with ``moe.latent_norm``."""
+        x = x if self.norm is None else self.norm(x)
         return x.astype(dtype) @ gather_for_matmul(self.up, dtype)

@@ -597,7 +597,8 @@ def test_neutral_values_are_fixed():
         "virtual_groups": False, "expert_scale": 1.0, "drop_share": 0.0, "fresh": (),
     }  # fmt: skip
     assert identity._MOE == {
-        "expert_rank": 0, "bias": "none", "latent_dim": 0, "zero_experts": 0, "copy_experts": 0, "constant_experts": 0,
+        "expert_rank": 0, "bias": "none", "latent_dim": 0, "latent_norm": False, "zero_experts": 0, "copy_experts": 0,
+        "constant_experts": 0,
         "novice_experts": 0, "shared_gate": False, "route_padding": False, "jitter": 0.0, "router_dtype": "float32",
         "expert_dropout": 0.0, "router_softcap": 0.0,
     }  # fmt: skip
