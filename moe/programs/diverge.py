@@ -32,7 +32,7 @@ class _Side:
 
     Attributes:
         name: as given.
-        dtype: of activations.
+        model: its config.
         routed: its forward pass.
         alone: the same on one device, whose rounding is followed.
         variables: of its checkpoint.
@@ -40,11 +40,16 @@ class _Side:
     """
 
     name: str
-    dtype: str
+    model: Any
     routed: Any
     alone: Any
     variables: Any
     batches: Any
+
+    @property
+    def dtype(self) -> str:
+        """Dtype of activations."""
+        return self.model.dtype
 
 
 def _open(given: str) -> _Side:
@@ -98,7 +103,7 @@ def _open(given: str) -> _Side:
     batches = [
         batch for rows in heldout_rows(Recorder(spread), opened.prepared, _TOKENS.value).values() for batch in rows
     ]
-    return _Side(given, config.model.dtype, Routed(spread), Routed(single), variables, batches)
+    return _Side(given, config.model, Routed(spread), Routed(single), variables, batches)
 
 
 def main() -> None:
@@ -121,15 +126,19 @@ def main() -> None:
     given = str(_OTHER.value)
     recorded = trace.read(given) if given.endswith(".npz") else None
     other = None if recorded is not None else _open(given)
+    rounds = other  # the side whose rounding bounds the second run's
+    if recorded is not None and recorded.dtype not in (None, one.dtype):
+        rounds = _open(f"{_ONE.value},model.dtype={recorded.dtype}")
+    alike = rounds is None or trace.round_alike(one.model, rounds.model)
     found: dict[str, list[Any]] = {"one": [], "other": [], "rounding of one": [], "rounding of other": []}
     start = 0
     for batch in one.batches:
         replay, start = trace.replayed(recorded, batch, start, one.routed, one.variables)
         found["one"].append(one.routed(one.variables, batch, replay))
-        sides = [("rounding of one", one)]
         if other is not None:
             found["other"].append(other.routed(other.variables, batch, replay))
-            sides += [("rounding of other", other)] if other.dtype != one.dtype else []
+        sides = [("rounding of one", one)]
+        sides += [] if rounds is None or alike else [("rounding of other", rounds)]
         for name, side in sides:
             rounding = bounds.rounding(side.alone, jax.device_get(side.variables), batch, replay, draws=_DRAWS.value)
             found[name].append(rounding)
@@ -138,7 +147,7 @@ def main() -> None:
     rounding = bounds.joined(found["rounding of one"])
     again = bounds.joined(found["rounding of other"]) if found["rounding of other"] else rounding
     result = compare.compare(first, second, (rounding, again), trace.ranking(one.alone.program.config.model))
-    names, dtypes = (one.name, given), (one.dtype, other.dtype if other else one.dtype)
+    names, dtypes = (one.name, given), (one.dtype, rounds.dtype if rounds else one.dtype)
     page = compare.page(names, result, dtypes)
     if _OUTPUT.value:
         folder = epath.Path(_OUTPUT.value)

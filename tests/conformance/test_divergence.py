@@ -79,10 +79,18 @@ def test_float64_reference_is_within_the_rounding_of_float32(float32):
 
 
 @pytest.mark.slow
-def test_bfloat16_is_called_rounding(float32):
+def test_bfloat16_is_called_rounding(float32, tmp_path):
     _, variables, replay, one, rounding = float32
     low, _ = opened(dtype="bfloat16")
     other = low(variables, BATCH, replay)
+    # A trace says in which dtype each layer rounded, also when it comes from a file.
+    assert one.dtype == "float32"
+    other.write(tmp_path / "low.npz")
+    other = trace.read(str(tmp_path / "low.npz"))
+    assert other.dtype == "bfloat16"
+    np.testing.assert_array_equal(other.precision, [7, 7])
+    halved = other.router_input.astype(ml_dtypes.bfloat16).astype(np.float32)
+    np.testing.assert_array_equal(halved, other.router_input)
     again = bounds.rounding(low, jax.device_get(variables), BATCH, replay, draws=4)
     found = compare.compare(one, other, (rounding, again))
     assert found.is_rounding, found
@@ -218,12 +226,23 @@ def test_experts_of_another_backend_are_called_rounding(float32, monkeypatch, tm
         ({"expert_index": np.ones((1, 2))}, "not integers"),
         ({"expert_index": np.ones((1, 2, 1), int), "router_logits": np.ones((1, 3, 4))}, "router_logits has the shape"),
         ({"expert_index": np.ones((1, 2, 1), int), "logits": np.ones(1)}, "has expert_index, logits"),
+        ({"expert_index": np.ones((1, 2, 1), int), "precision": np.array([8])}, "precision has 8 bits"),
     ],
 )
 def test_bad_traces_are_refused(tmp_path, arrays, words):
     np.savez(tmp_path / "bad.npz", **arrays)
     with pytest.raises(ConfigError, match=words):
         trace.read(str(tmp_path / "bad.npz"))
+
+
+def test_one_rounding_bounds_models_that_compute_the_same_in_the_same_dtypes():
+    """The router's dtype counts as that of the activations does; how rows move does not."""
+    model = tiny_model(gate="mixtral", num_experts=4, capacity=Capacity(eval=3.0))
+    assert trace.round_alike(
+        model, tiny_model(gate="mixtral", num_experts=4, dispatch="einsum", capacity=Capacity(eval=3.0))
+    )
+    low = dataclasses.replace(model, moe=dataclasses.replace(model.moe, router_dtype="bfloat16"))
+    assert not trace.round_alike(model, low)
 
 
 @pytest.mark.parametrize(("mode", "capacity"), [("dropless", 2.0), ("gather", 3.0), ("einsum", 3.0)])  # E / K = 2

@@ -24,7 +24,9 @@ from moe.training.step import Program
 
 #: Arrays that a trace must have, and those that it may have.
 REQUIRED = ("expert_index",)
-OPTIONAL = ("tokens", "chosen", "router_input", "router_logits", "scores", "parameters")
+OPTIONAL = ("tokens", "chosen", "router_input", "router_logits", "scores", "precision", "parameters")
+#: Bits of a mantissa → dtype of activations.
+DTYPES = {int(jnp.finfo(name).nmant): name for name in ("bfloat16", "float16", "float32")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +41,8 @@ class Trace:
         router_logits: [L,n,E] float32; None: not recorded.
         scores: [L,n,E] float32, which rank the experts with the selection bias; None: the logits rank them, or they
             were not recorded.
+        precision: [L] int, bits of the mantissa in which each layer's router input was computed; the input itself is
+            stored in float32, which holds it exactly; None: not recorded.
         parameters: 32 bytes, a hash of the model's parameters; None: not recorded.
     """
 
@@ -48,6 +52,7 @@ class Trace:
     router_input: np.ndarray | None = None
     router_logits: np.ndarray | None = None
     scores: np.ndarray | None = None
+    precision: np.ndarray | None = None
     parameters: np.ndarray | None = None
 
     @property
@@ -56,6 +61,11 @@ class Trace:
         ranked = self.router_logits if self.scores is None else self.scores
         assert ranked is not None
         return ranked
+
+    @property
+    def dtype(self) -> str | None:
+        """Dtype of the activations, the narrowest of any layer; None: not recorded."""
+        return None if self.precision is None else DTYPES[int(self.precision.min())]
 
     def write(self, path: Path) -> None:
         """Write the arrays to an npz file."""
@@ -79,9 +89,14 @@ def read(path: str) -> Trace:
     if index.ndim != 3 or index.dtype.kind not in "iu":
         raise ConfigError(f"{path}: expert_index is {index.dtype} {index.shape}, not integers [L,n,K]")
     for name, array in arrays.items():
-        expected = {"tokens": index.shape[1:2], "chosen": index.shape}.get(name, index.shape[:2])
+        shapes = {"tokens": index.shape[1:2], "chosen": index.shape, "precision": index.shape[:1]}
+        expected = shapes.get(name, index.shape[:2])
         if name != "parameters" and array.shape[: len(expected)] != expected:
             raise ConfigError(f"{path}: {name} has the shape {array.shape}, for expert_index {index.shape}")
+    unknown = sorted(set(np.ravel(arrays.get("precision", ())).tolist()) - set(DTYPES))
+    if unknown:
+        known = ", ".join(f"{bits} ({name})" for bits, name in DTYPES.items())
+        raise ConfigError(f"{path}: precision has {unknown[0]} bits of a mantissa, must be {known}")
     chosen = arrays.pop("chosen", np.ones(index.shape, bool))
     return Trace(index.astype(np.int64), chosen.astype(bool), **arrays)
 
@@ -126,13 +141,16 @@ class Routed:
             (index, chosen, logits), named = jax.device_get(self._run(variables, self.placed(batch), replay))
         real = np.asarray(batch["segment_ids"]).reshape(-1) > 0
         layers, width = len(index), real.size
-        arrays = (index, chosen, logits, *map(np.stack, named))
+        inputs = named[0]
+        widened = [np.stack([np.asarray(part, np.float32) for part in parts]) for parts in named]
+        arrays = (index, chosen, logits, *widened)
         flat = [np.reshape(array, (layers, width, -1))[:, real] for array in arrays]
         return Trace(
             flat[0].astype(np.int64),
             flat[1].astype(bool),
             tokens=np.asarray(batch["tokens"]).reshape(-1)[real],
             router_logits=flat[2],
+            precision=np.array([jnp.finfo(part.dtype).nmant for part in inputs]),
             **dict(zip(("router_input", "scores"), flat[3:], strict=False)),
         )
 
@@ -142,7 +160,9 @@ def joined(traces: list[Trace], parameters: np.ndarray | None) -> Trace:
     arrays: dict[str, Any] = {}
     for field in dataclasses.fields(Trace):
         parts = [getattr(trace, field.name) for trace in traces]
-        if parts[0] is not None:
+        if field.name == "precision":
+            arrays["precision"] = parts[0]
+        elif parts[0] is not None:
             arrays[field.name] = np.concatenate(parts, axis=0 if field.name == "tokens" else 1)
     return Trace(**arrays, parameters=parameters)
 
@@ -169,6 +189,11 @@ def ranking(model: ModelConfig) -> Ranking:
     if len(found) > 1:
         raise ConfigError("model.moe.layer_gates: diverge compares gates of equal groups, kept_groups and so on")
     return found.pop()
+
+
+def round_alike(one: ModelConfig, other: ModelConfig) -> bool:
+    """Whether one rounding bounds both models: they compute the same in the same dtypes, apart from how rows move."""
+    return without_loops(one) == without_loops(other)
 
 
 def without_loops(model: ModelConfig) -> ModelConfig:
