@@ -1,8 +1,10 @@
 """The suite of other libraries' blocks: cases, verdicts and the scoreboard, on a library that is made of the oracle."""
 
 import dataclasses
+import importlib
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -65,6 +67,7 @@ class OracleLibrary:
             results = {name: value for name, value in found.items() if name.startswith(("grad", "y", "expert_index"))}
             np.savez(job["out"] + ".npz", **results, **{"state.gate.weight": layer.router.T})
             Path(job["out"] + ".code").write_text("block = None")
+            Path(job["out"] + ".json").write_text('"{}"')
         return ""
 
 
@@ -103,6 +106,26 @@ def test_verdicts_and_page(tmp_path, monkeypatch):
     script = (tmp_path / "reproduce" / "oracle.detaches.grad_router.py").read_text()
     assert "block.gate.weight.grad.mT" in script
     assert len(script.splitlines()) <= 20
+
+
+@pytest.mark.parametrize("worker", ["easydel_blocks", "maxtext_blocks"])
+def test_scripts_in_jax_are_short(worker, monkeypatch):
+    """20 lines of 120 columns at most, for every quantity of every block on one device."""
+    monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"])  # a worker sets it
+    monkeypatch.syspath_prepend(str(suite.WORKERS))
+    blocks = {
+        name: block for name, block in importlib.import_module(worker).ADAPTERS.items() if "4 devices" not in name
+    }
+    assert blocks
+    for name, block in blocks.items():
+        claims = block.claims()
+        layer = suite.layer_of_claims(claims, cases.CASES[0])
+        for quantity, expression in reproduction._in_jax(claims, layer).items():
+            script = reproduction.script(f"{name}: {quantity}", reproduction._jax_text(block.code(2), expression))
+            compile(script, name, "exec")
+            lines = script.splitlines()
+            assert len(lines) <= 20, (name, quantity, len(lines))
+            assert max(map(len, lines)) <= 120, (name, quantity, max(lines, key=len))
 
 
 def test_scripts_run_apart(tmp_path):

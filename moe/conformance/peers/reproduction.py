@@ -1,10 +1,11 @@
-"""An npz file and a script of about 20 lines that show a deviation with the library alone."""
+"""An npz file and a script of at most 20 lines that show a deviation with the library alone."""
 
 from __future__ import annotations
 
+import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,40 +19,32 @@ from moe.conformance.rule import Layer, Variant
 from moe.system.atomic_files import write_atomic
 from moe.system.npz_files import write_arrays
 
-#: A script's microbatches in JAX.
-_PARTS = """rows = np.split(np.arange(len(a["x"])), {parts})
-parts = [a | {{name: a[name][part] for name in ("x", "mask", "cotangent")}} for part in rows]"""
-#: A script that starts itself in several processes.
-_PROCESSES = """
-import os, subprocess, sys
-if "RANK" not in os.environ:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node={processes}", __file__]
-    sys.exit(subprocess.call(launch))
-torch.distributed.init_process_group("gloo")"""
 _TORCH = """import numpy as np
-import torch{launch}
-a = {{name: torch.from_numpy(array) for name, array in np.load(__file__[:-2] + "npz").items()}}
+import torch
+{begin}given = np.load(__file__[:-2] + "npz")
 {code}
-block.eval().load_state_dict({{name[6:]: array for name, array in a.items() if name.startswith("state.")}}){spread}
-whole, outputs = a["x"].requires_grad_(True), []
-for x, cotangent, mask in zip(*(array.chunk({parts}) for array in (whole, a["cotangent"], a["mask"]))):
-    y = {run}
-    outputs.append((y[0] if isinstance(y, tuple) else y).reshape(x.shape))
-{loss}    ((outputs[-1] * cotangent).sum(){weighted}).backward()
-found, expected = ({expression}).detach().double().numpy(), a["expected"].numpy()
+{load}
+{spread}parts, cotangent, mask = (torch.from_numpy(given[name]) for name in ("x", "cotangent", "mask"))
+outputs = [{run} for x in parts.requires_grad_(True)]
+y = torch.cat([(y[0] if isinstance(y, tuple) else y).reshape(parts[0].shape) for y in outputs])
+{backward}found = {expression}.detach().double().numpy()
 """
+_LOAD = (
+    "block.eval().load_state_dict("
+    '{name[6:]: torch.from_numpy(given[name]) for name in given if name.startswith("state.")})'
+)
 _JAX = """import jax
 import numpy as np
+given = np.load(__file__[:-2] + "npz")
 {code}
-a = {{name: array.astype(np.float32) for name, array in np.load(__file__[:-2] + "npz").items()}}
-def run(a):
-    y = jax.tree.leaves(layer(a, a["x"], a["mask"] > 0))[0]
-    return (y * a["cotangent"]).sum(), y
-{split}
-results = [jax.jit(jax.grad(run, has_aux=True))(part) for part in parts]
-found, expected = np.asarray({expression}), a["expected"]
+weights = {{name[8:]: given[name] for name in given if name.startswith("weights.")}}
+{gradient}found = {expression}
 """
-_LAST = 'print("largest difference", abs(found - expected).max(), "of", abs(expected).max())\n'
+_GRADIENT = (
+    "gradient = jax.jit(jax.grad(lambda weights, x, cotangent: (layer(weights, x)[0] * cotangent).sum(), (0, 1)))\n"
+)
+_PARTS = 'for part in zip(given["x"], given["cotangent"])'
+_LAST = 'print("largest difference", abs(found - given["expected"]).max(), "of", abs(given["expected"]).max())\n'
 _PRINTED = re.compile(r"^largest difference (\S+) of (\S+)$", re.MULTILINE)
 
 
@@ -79,26 +72,42 @@ def _write(out: Path, library: Library, cell: Cell) -> None:
     made = out / library.name / "results" / f"{cell.block}.{cell.case}"
     code, layer = made.with_name(made.name + ".code").read_text(), layer_of_claims(claims, case)
     in_jax = claims.get("framework") == "jax"
-    expressions = _in_jax(layer) if in_jax else _in_torch(claims, case)
+    expressions = _in_jax(claims, layer) if in_jax else _in_torch(claims, case)
     quantity = cell.quantity if cell.quantity in expressions else "y"
     expected = equations.compute(rule_of(claims, case), Variant(**claims["documented"]), layer)[quantity]
     cotangent = np.asarray(layer.cotangent) * layer.mask[..., None]
-    state = _weights(layer) if in_jax else _state(made.with_name(made.name + ".npz"))
-    arrays: dict[str, Any] = {"x": layer.x, "cotangent": cotangent, **state}
-    arrays = {name: np.asarray(array, np.float32) for name, array in arrays.items()}
-    script = path(out, cell)
-    script.parent.mkdir(exist_ok=True)
-    write_arrays(script.with_suffix(".npz"), arrays | {"mask": layer.mask, "expected": expected})
-    first = f'"""{cell.block} of {library.name}, {cell.column}: {quantity} beside what its claimed rule gives."""\n'
+    state = _weights(claims, layer) if in_jax else _state(made.with_name(made.name + ".npz"))
+    inputs = {"x": layer.x, "cotangent": cotangent, "mask": layer.mask}
+    arrays: dict[str, Any] = state | {name: np.stack(np.split(array, case.parts)) for name, array in inputs.items()}
+    arrays = {name: array if array.dtype == bool else array.astype(np.float32) for name, array in arrays.items()}
+    settings = json.loads(made.with_name(made.name + ".json").read_text())
+    arrays |= {"settings": np.array(settings)} if settings else {}
+    place = path(out, cell)
+    place.parent.mkdir(exist_ok=True)
+    write_arrays(place.with_suffix(".npz"), arrays | {"expected": expected})
+    processes = claims.get("processes", 1)
+    launch = f" Run by torchrun --nproc_per_node={processes}." if processes > 1 else ""
+    what = f"{cell.block} of {library.name}, {cell.column}: {quantity} beside what its claimed rule gives.{launch}"
     expression = expressions[quantity]
-    text = _jax_text(code, expression, case) if in_jax else _torch_text(code, expression, claims, case)
-    write_atomic(script, first + text)
+    text = _jax_text(code, expression) if in_jax else _torch_text(code, expression, claims, case)
+    write_atomic(place, script(what, text))
 
 
-def _weights(layer: Layer) -> dict[str, np.ndarray]:
-    """Weights of a layer in JAX, by the names that it reads."""
+def script(what: str, body: str) -> str:
+    """A script's text: what it shows, then what it runs."""
+    return f'"""{what}"""\n{"import json\n" if "json." in body else ""}{body}'
+
+
+def _weights(claims: Mapping[str, Any], layer: Layer) -> dict[str, np.ndarray]:
+    """Weights of a layer in JAX as ``weights.NAME``, by the names that it reads."""
     arrays = {name: array for name, array in layer.weights.items() if name != "x"}
-    return arrays if layer.bias is None else arrays | {"bias": layer.bias}
+    arrays |= {} if layer.bias is None else {"bias": layer.bias}
+    return {f"weights.{path}": arrays[name] for path, name in _paths(claims, arrays).items() if name in arrays}
+
+
+def _paths(claims: Mapping[str, Any], names: Iterable[str]) -> dict[str, str]:
+    """Name that a layer in JAX reads → name of the weight."""
+    return claims["parameters"] or {name: name for name in names}
 
 
 def _state(file: Path) -> dict[str, np.ndarray]:
@@ -107,44 +116,44 @@ def _state(file: Path) -> dict[str, np.ndarray]:
         return {name: archive[name] for name in archive.files if name.startswith("state.")}
 
 
-def _in_jax(layer: Layer) -> dict[str, str]:
+def _in_jax(claims: Mapping[str, Any], layer: Layer) -> dict[str, str]:
     """Quantity → its expression in a script in JAX."""
-    gradients = {f"grad_{name}": f"sum(part[0]['{name}'] for part in results)" for name in layer.weights}
-    joined = {"grad_x": "np.concatenate([part[0]['x'] for part in results])"}
-    return gradients | joined | {"y": "np.concatenate([part[1] for part in results])"}
+    found = {"y": 'np.concatenate([jax.jit(layer)(weights, x)[0] for x in given["x"]])'}
+    found["grad_x"] = f"np.concatenate([gradient(weights, *part)[1] {_PARTS}])"
+    for path, name in _paths(claims, layer.weights).items():
+        found[f"grad_{name}"] = f'sum(gradient(weights, *part)[0]["{path}"] {_PARTS})'
+    return found
 
 
 def _in_torch(claims: Mapping[str, Any], case: Case) -> dict[str, str]:
     """Quantity → its expression in a script in PyTorch."""
     losses = {"balance_loss": "loss"} if case.balance else {}
-    return claims["gradients"] | {"grad_x": "whole.grad", "y": "torch.cat(outputs)"} | losses
+    return claims["gradients"] | {"grad_x": "parts.grad.flatten(0, 1)", "y": "y"} | losses
 
 
-def _jax_text(code: str, expression: str, case: Case) -> str:
+def _jax_text(code: str, expression: str) -> str:
     """A script in JAX."""
-    split = _PARTS.format(parts=case.parts) if case.parts > 1 else "parts = [a]"
-    return _JAX.format(code=code, split=split, expression=expression) + _LAST
+    gradient = _GRADIENT if "gradient(" in expression else ""
+    return _JAX.format(code=code, gradient=gradient, expression=expression) + _LAST
 
 
 def _torch_text(code: str, expression: str, claims: Mapping[str, Any], case: Case) -> str:
     """A script in PyTorch, of one process or several."""
-    processes, spread = claims.get("processes", 1), claims.get("spread_code", "").strip()
-    launch, last = "", _LAST
-    if processes > 1:
-        launch = _PROCESSES.format(processes=processes)
+    spread, begin = claims.get("spread_code", "").strip(), ""
+    if claims.get("processes", 1) > 1:
+        begin = 'torch.distributed.init_process_group("gloo")\n'
         expression = f"getattr({expression}, 'full_tensor', lambda: {expression})()"
-        last = f"if torch.distributed.get_rank() == 0:\n    {_LAST}"
-    body = _TORCH.format(
-        code=code,
-        run=claims["run"],
-        parts=case.parts,
-        launch=launch,
-        spread=f"\n{spread}" if spread else "",
-        loss="    loss = balance_loss(mask)\n" if case.balance else "",
-        weighted=f" + {BALANCE_WEIGHT} * loss" if case.balance else "",
-        expression=expression,
-    )
-    return body + last
+    backward = "(y * cotangent.flatten(0, 1)).sum().backward()\n" if "grad" in expression else ""
+    if case.balance:
+        backward = f"loss = balance_loss(mask[0])\n((y * cotangent[0]).sum() + {BALANCE_WEIGHT} * loss).backward()\n"
+    made = {
+        "begin": begin,
+        "code": code,
+        "load": _LOAD,
+        "spread": f"{spread}\n" if spread else "",
+        "run": claims["run"],
+    }
+    return _TORCH.format(**made, backward=backward, expression=expression) + _LAST
 
 
 def run(out: Path, environment: Environment, cells: Sequence[Cell]) -> dict[str, float]:

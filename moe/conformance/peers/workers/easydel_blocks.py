@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 from typing import Any
 
 from jax_blocks import Block, main
 
 TEXT = """
-import operator
-from flax import nnx
+from flax import nnx, traverse_util
 from easydel.modules.{model} import {name}Config, modeling_{file}
-config = {name}Config(hidden_size=16, num_experts_per_tok=K, sharding_axis_dims={axes}, **{settings})
-built = modeling_{file}.{block}(config, {arguments}dtype=np.float32, param_dtype=np.float32, rngs=nnx.Rngs(0))
-graph, state = nnx.split(built)
-def layer(weights, x, mask):
-    block = nnx.merge(graph, state, copy=True)
-    for name, source in {parameters}.items():
-        operator.attrgetter(name)(block).value = weights[source]
+config = {name}Config(**json.loads(str(given["settings"])))
+def layer(weights, x, mask=None):
+    block = modeling_{file}.{block}(config, {arguments}dtype=np.float32, param_dtype=np.float32, rngs=nnx.Rngs(0))
+    nnx.update(block, traverse_util.unflatten_dict(weights, sep="."))
     with config.mesh:
         {result}
 """
 LOSS = """y, logits = block(x)
         return y, {"balance_loss": balance_loss(logits, 8, K, jax.numpy.asarray(mask)) / K}"""
-IMPORT = "\nfrom easydel.infra.loss_utils import auxiliary_load_balancing_loss_func as balance_loss"
+IMPORT = "from easydel.infra.loss_utils import auxiliary_load_balancing_loss_func as balance_loss"
 NAMES = ("gate_proj", "up_proj", "down_proj")
 V3 = {"score": "sigmoid", "renormalise": True, "scale": 2.5, "groups": 4, "kept_groups": 3, "scores_per_group": 2}
 GROUPED = {"n_routed_experts": 8, "routed_scaling_factor": 2.5, "n_group": 4, "topk_group": 3}
@@ -50,11 +47,12 @@ def easydel(
     for theirs, ours in zip(experts, ("gate", "up", "down"), strict=True):
         parameters[f"experts.{theirs}.kernel"] = ours
     parameters |= {"gate.e_score_correction_bias": "bias"} if claims.get("bias") else {}
-    result = LOSS if claims.get("has_balance") else "return block(x)[0]"
+    result = LOSS if claims.get("has_balance") else "return block(x)[0], {}"
     result = f"block.{shared}.value *= 0\n        {result}" if shared else result
-    names = {"model": model, "name": name, "file": file or model, "block": block, "settings": settings, "axes": axes}
-    text = TEXT.format(**names, arguments=arguments, parameters=parameters, result=result)
-    return Block(text=text + (IMPORT if claims.get("has_balance") else ""), **claims)
+    fields = {"hidden_size": 16, "num_experts_per_tok": "K", "sharding_axis_dims": axes} | settings
+    names = {"model": model, "name": name, "file": file or model, "block": block, "arguments": arguments}
+    text = (IMPORT if claims.get("has_balance") else "") + TEXT.format(**names, result=result)
+    return Block(text=text, settings=json.dumps(fields), parameters=parameters, **claims)
 
 
 RAW: dict[str, Any] = {

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jobs import Arrays, run
+from jobs import Arrays, run, start
 
 #: E, D, F of every case.
 NUM_EXPERTS = 8
@@ -27,13 +28,17 @@ class Block:
     """One block of a library; the fields are those of ``torch_blocks.Block``.
 
     Attributes:
-        text: lines, after ``import jax`` and ``import numpy as np``, that define ``layer(weights, x, mask)`` with the
+        text: lines, after imports of jax, numpy as np and json, that define ``layer(weights, x, mask=None)`` with the
             library alone, in which K is the number of experts per token, and ``mesh`` if it is to run on one. It
-            returns y [G,S,D], or y and ``expert_index``, ``combine_weights``, ``balance_loss`` and ``z_loss`` by name.
+            returns y [G,S,D], and ``expert_index``, ``combine_weights``, ``balance_loss`` and ``z_loss`` by name.
             weights: router [D,E], gate and up [E,D,F], down [E,F,D], bias [E].
+        settings: text, or texts, that the lines read from ``given["settings"]``.
+        parameters: path → which of these weights it is, where ``layer`` takes them by their paths in the library.
     """
 
     text: str
+    settings: str | list[str] = ""
+    parameters: dict[str, str] = dataclasses.field(default_factory=dict)
     rule: dict[str, Any] = dataclasses.field(default_factory=dict)
     bias: bool = False
     biases: bool = False
@@ -45,9 +50,21 @@ class Block:
     has_balance: bool = False
     has_z: bool = False
 
+    def given(self, k: int) -> str | list[str]:
+        """The settings, with K."""
+        texts = [self.settings] if isinstance(self.settings, str) else self.settings
+        named = [text.replace('"K"', str(k)) for text in texts]
+        return named[0] if isinstance(self.settings, str) else named
+
     def code(self, k: int) -> str:
         """Lines that define the layer."""
-        return f"K = {k}\n{self.text.strip()}"
+        return re.sub(r"\bK\b", str(k), self.text.strip())
+
+    def named(self, weights: Any) -> Any:
+        """Weights as the layer takes them."""
+        if not self.parameters:
+            return weights
+        return {path: weights[name] for path, name in self.parameters.items() if name in weights}
 
     def losses(self, k: int) -> str:
         """Nothing: the layer returns its losses."""
@@ -61,8 +78,7 @@ class Block:
 
 def measure(adapter: Block, job: dict[str, Any], arrays: Arrays) -> Arrays:
     """Results of a block on a case."""
-    scope: dict[str, Any] = {"jax": jax, "np": np}
-    exec(adapter.code(job["k"]), scope)
+    scope = start(adapter, job, jax=jax)
     dtype = jnp.dtype(job["dtype"])
     weights = {name: jnp.asarray(array, dtype) for name, array in arrays.items() if name not in FIXED}
     fixed = {"bias": jnp.asarray(arrays["bias"], jnp.float32)} if "bias" in arrays else {}
@@ -71,8 +87,7 @@ def measure(adapter: Block, job: dict[str, Any], arrays: Arrays) -> Arrays:
     cotangent = arrays["cotangent"]
 
     def objective(weights: Any, x: Any, rows: slice) -> tuple[Any, Any]:
-        output = scope["layer"](weights | fixed, x, mask[rows])
-        y, further = output if isinstance(output, tuple) else (output, {})
+        y, further = scope["layer"](adapter.named(weights | fixed), x, mask[rows])
         total = jnp.sum(y.astype(jnp.float32) * mask[rows, :, None] * cotangent[rows])
         total += job["balance"] * further.get("balance_loss", 0.0) + job["z"] * further.get("z_loss", 0.0)
         return total, {"y": y, **further}

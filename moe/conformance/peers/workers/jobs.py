@@ -26,12 +26,19 @@ def lines(adapter: Any, job: dict[str, Any]) -> str:
     return f"{code}\n{adapter.losses(job['k'])}" if job["balance"] or job["z"] else code
 
 
+def start(adapter: Any, job: dict[str, Any], **names: Any) -> dict[str, Any]:
+    """Names after the block's lines, which find its settings in ``given`` as its script does."""
+    scope = names | {"json": json, "np": np, "given": {"settings": np.array(adapter.given(job["k"]))}}
+    exec(lines(adapter, job), scope)
+    return scope
+
+
 def run(version: str, adapters: Mapping[str, Any], measure: Callable[[Any, dict[str, Any], Arrays], Arrays]) -> None:
     """Answer the command line.
 
     Args:
         version: of the library and of its framework.
-        adapters: block → an object with ``claims()``, ``code(k)`` and ``losses(k)``.
+        adapters: block → an object with ``claims()``, ``given(k)``, ``code(k)`` and ``losses(k)``.
         measure: adapter, job and arrays of a case → results.
     """
     if sys.argv[1] == "--list":
@@ -48,6 +55,8 @@ def run(version: str, adapters: Mapping[str, Any], measure: Callable[[Any, dict[
             np.savez(job["out"] + ".npz", **measure(adapter, job, arrays))
             with open(job["out"] + ".code", "w") as file:
                 file.write(lines(adapter, job))
+            with open(job["out"] + ".json", "w") as file:
+                json.dump(adapter.given(job["k"]), file)
         except Exception as error:
             with open(job["out"] + ".txt", "w") as file:
                 file.write(f"{type(error).__name__}: {error}\n\n{traceback.format_exc()}")

@@ -40,7 +40,7 @@ def layer(weights, x, mask):
     tokens, experts = P(("data", "expert"), None), P("expert", None, None)
     arrays = [put(a, tokens) for a in (rows, index, chosen)] + [put(both, experts), put(weights["down"], experts)]
     y = moe_mlp(*arrays, implementation=IMPLEMENTATION, mesh=mesh, capacity_factor=8.0)
-    return put(y, P(None, None)).reshape(x.shape)
+    return put(y, P(None, None)).reshape(x.shape), {}
 """
 MIXTRAL = {"renormalise": True}
 CALLER = {"precision": "its caller routes"}

@@ -15,22 +15,18 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 from jax_blocks import Block, main
 
 TEXT = """
-from flax import nnx
+from flax import nnx, traverse_util
 from flax.linen import partitioning
 from maxtext.configs import pyconfig
 from maxtext.layers import moe
-base = pyconfig.__file__.replace("pyconfig.py", "base.yml")
-config = pyconfig.initialize(["", base], num_experts_per_tok=K, **SETTINGS)
-sizes = [DEVICES if name == "expert" else 1 for name in config.mesh_axes]
-axes = jax.sharding.Mesh(np.array(jax.devices()[:DEVICES]).reshape(sizes), config.mesh_axes)
+config = pyconfig.initialize(["", pyconfig.__file__.replace("pyconfig.py", "base.yml"), *given["settings"]])
+axes = jax.sharding.Mesh(np.array(jax.devices()[:DEVICES]).reshape(SIZES), config.mesh_axes)
 init = moe.nd_dense_init(1.0, "fan_in", "truncated_normal")
-def layer(weights, x, mask):
+def layer(weights, x, mask=None):
     block = moe.RoutedMoE(config, 8, K, axes, init, ("embed", None), nnx.Rngs(0), 24)
-    for place, name in ((block.gate.kernel, "router"), (block.wi_0, "gate"), (block.wi_1, "up"), (block.wo, "down")):
-        place.value = weights[name]
+    nnx.update(block, traverse_util.unflatten_dict(weights, sep="."))
     with axes, partitioning.axis_rules(config.logical_axis_rules):
-        y, (chosen, index) = block(x)[0], block.get_topk(*block.gate(x))
-    return y, {"expert_index": index, "combine_weights": chosen}
+        return block(x)[0], dict(zip(("combine_weights", "expert_index"), block.get_topk(*block.gate(x))))
 """
 SETTINGS: dict[str, Any] = {"num_experts": 8, "base_emb_dim": 16, "base_mlp_dim": 24, "base_moe_mlp_dim": 24}
 SETTINGS |= {"capacity_factor": -1.0, "decoder_block": "mixtral", "max_target_length": 16}
@@ -40,6 +36,7 @@ SKIP = {
     "precision": "the dtype is a setting of its config",
     "balance": "its loss is the mean of those of each sequence",
 }
+PARAMETERS = {"gate.kernel": "router", "wi_0": "gate", "wi_1": "up", "wo": "down"}
 DENSE = {"sparse_matmul": False, "megablox": False}
 RAGGED = {"sparse_matmul": True, "megablox": False}
 RING = {"sparse_matmul": True, "megablox": True, "use_ring_of_experts": True}
@@ -50,8 +47,13 @@ def routed(more: dict[str, Any], devices: int = 1, **claims: Any) -> Block:
     settings = SETTINGS | more
     if devices > 1:
         settings |= {"ici_expert_parallelism": devices, "per_device_batch_size": 4 / devices}
-    text = TEXT.replace("SETTINGS", str(settings)).replace("DEVICES", str(devices))
-    return Block(text=text, **{"skip": SKIP} | claims)
+    named = [f"{name}={value}" for name, value in settings.items()]
+    sizes = f"[{devices} if name == 'expert' else 1 for name in config.mesh_axes]"
+    text = TEXT.replace("SIZES", sizes if devices > 1 else "[1] * len(config.mesh_axes)")
+    text = text.replace("DEVICES", str(devices))
+    return Block(
+        text=text, settings=['num_experts_per_tok="K"', *named], parameters=PARAMETERS, **{"skip": SKIP} | claims
+    )
 
 
 UNEVEN = SKIP | {"parts": "two of its rows do not divide over four devices"}

@@ -23,8 +23,8 @@ torch.distributed.broadcast_object_list(folder)
 if torch.distributed.get_rank() == 0:
     model.save_pretrained(folder[0])
 torch.distributed.barrier()
-settings = {"dtype": torch.float32, "experts_implementation": "IMPLEMENTATION"}
-model = type(model).from_pretrained(folder[0], distributed_config=DistributedConfig(**PLAN), **settings).eval()
+plan = DistributedConfig(PLAN)
+model = type(model).from_pretrained(folder[0], distributed_config=plan, experts_implementation="IMPLEMENTATION").eval()
 block = model.model.layers[0].mlp
 """
 
@@ -42,14 +42,16 @@ class Parallel(Transformers):
     def __post_init__(self) -> None:
         """Choices are those of one process's experts, and balance losses those of the model."""
         self.settings = ONE | self.settings
-        self.spread_code = SPREAD.replace("IMPLEMENTATION", self.implementation).replace("PLAN", str(self.plan))
+        plan = ", ".join(f"{name}={value!r}" for name, value in self.plan.items())
+        self.spread_code = SPREAD.replace("IMPLEMENTATION", self.implementation).replace("PLAN", plan)
         self.skip = {"precision": "choices are not recorded"}
 
     def code(self, k: int) -> str:
         """The model, then its block."""
         model = self.name.replace("SparseMoeBlock", "ForCausalLM")
         lines = f"model = modeling_{self.model}.{model}(config).eval()\nblock = model.model.layers[0].mlp"
-        return f"{super().code(k)}\n{lines}"
+        config = super().code(k).rsplit("\n", 1)[0]
+        return f"{config}\n{lines}"
 
     def watch(self, block: nn.Module, seen: dict[str, torch.Tensor]) -> None:
         """Nothing: a process sees the choices of its own experts."""

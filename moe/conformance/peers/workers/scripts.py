@@ -2,13 +2,16 @@
 
     python scripts.py FIRST.py SECOND.py ...
 
-Prints each script's path before its output. A script that raises an error prints it, and the next one runs.
+Prints each script's path before its output. A script that raises an error prints it, and the next one
+runs. One whose first line names torchrun is started by it.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import runpy
+import subprocess
 import sys
 
 
@@ -18,6 +21,11 @@ def main(paths: list[str]) -> None:
         exec("".join(line for line in file if line.startswith(("import ", "from "))), {})
     for path in paths:
         print(path, flush=True)
+        with open(path) as file:
+            processes = re.search(r"torchrun (--nproc_per_node=\d+)", file.readline())
+        if processes:
+            subprocess.run([sys.executable, "-m", "torch.distributed.run", processes[1], path], check=False)
+            continue
         process = os.fork()
         if process == 0:
             try:

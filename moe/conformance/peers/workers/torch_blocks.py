@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jobs import Arrays, lines, run
+from jobs import Arrays, run, start
 from torch import distributed, multiprocessing, nn
 from torch.distributed.tensor import DTensor
 
@@ -57,6 +57,10 @@ class Block:
     splits: bool = True
     spread_code: str = ""
 
+    def given(self, k: int) -> str:
+        """JSON of the settings that the lines of :meth:`code` read from ``given["settings"]``."""
+        return ""
+
     def code(self, k: int) -> str:
         """Lines that make ``block`` with the library alone."""
         raise NotImplementedError
@@ -93,8 +97,7 @@ class Block:
 
 def measure(adapter: Block, job: dict[str, Any], arrays: Arrays) -> Arrays:
     """Results of a block on a case, and its state before the run as ``state.NAME``."""
-    scope: dict[str, Any] = {"torch": torch}
-    exec(lines(adapter, job), scope)
+    scope = start(adapter, job, torch=torch)
     dtype, seen = getattr(torch, job["dtype"]), {}
     block = scope["block"].to(dtype)
     block.eval()

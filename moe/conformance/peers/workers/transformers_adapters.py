@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import json
 from typing import Any
 
 import torch
@@ -68,23 +69,27 @@ class Transformers(Block):
     def _module(self, kind: str) -> Any:
         return importlib.import_module(f"transformers.models.{self.model}.{kind}_{self.model}")
 
-    def code(self, k: int) -> str:
-        """Config with this project's sizes, then the block."""
+    def _config(self) -> type:
         classes = dict(inspect.getmembers(self._module("configuration"), inspect.isclass))
         names = [name for name in classes if name.endswith("Config") and self.name.startswith(name[:-6])]
-        config = self.config or max(names, key=len)
+        return classes[self.config or max(names, key=len)]
+
+    def given(self, k: int) -> str:
+        """Fields of the config with this project's sizes."""
         values = {name: size for size, names in SIZES.items() for name in names} | dict.fromkeys(K, k)
         values |= dict.fromkeys(SCALE, self.rule.get("scale", 1.0)) | dict.fromkeys(ACTIVATION, "silu")
         values |= {"norm_topk_prob": self.rule.get("renormalise", False)}
         values |= {"n_group": self.rule.get("groups", 1), "topk_group": self.rule.get("kept_groups", 1)}
-        made = classes[config]()
+        made = self._config()()
         values = {name: value for name, value in values.items() if hasattr(made, name)} | self.settings
-        values["_experts_implementation"] = "eager"
+        return json.dumps(values | {"_experts_implementation": "eager"})
+
+    def code(self, k: int) -> str:
+        """The config, then the block."""
         lines = [
             f"from transformers.models.{self.model} import configuration_{self.model}, modeling_{self.model}",
-            f"config = configuration_{self.model}.{config}()",
-            f"for name, value in {values}.items():",
-            "    setattr(config, name, value)",
+            f"config = configuration_{self.model}.{self._config().__name__}()",
+            'config.update(json.loads(str(given["settings"])))',
             f"block = modeling_{self.model}.{self.name}(config{self.arguments})",
         ]
         return "\n".join([*lines, self.then] if self.then else lines)
