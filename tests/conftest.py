@@ -1,6 +1,7 @@
 """Eight fake CPU devices for every test; tests/fixtures.py has the fixtures that several files share."""
 
 import gc
+import importlib.util
 import os
 
 gc.disable()  # until all tests are imported
@@ -29,7 +30,12 @@ from moe.system import process  # noqa: E402
 
 def pytest_configure(config: pytest.Config) -> None:
     """Register the marker of tests that are skipped without JAX's CUDA plugin, and the fixtures in processes that run
-    tests: the controller of several workers would only wait for their imports."""
+    tests: the controller of several workers would only wait for their imports. Refuse ``-m transformers`` without
+    what it compares with: every test would be skipped."""
+    if config.option.markexpr == "transformers" and importlib.util.find_spec("torch") is None:
+        raise pytest.UsageError(
+            "-m transformers needs the packages of tests/transformers.txt: run it by the uv command of CONTRIBUTING.md"
+        )
     if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
         config.pluginmanager.import_plugin("tests.fixtures")
     config.addinivalue_line("markers", "gpu_compile: compiles for absent NVIDIA GPUs; needs jax[cuda13], no driver")
