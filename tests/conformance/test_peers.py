@@ -63,7 +63,11 @@ class OracleLibrary:
             with np.load(job["arrays"]) as archive:
                 arrays = {name: array.astype(np.float64) for name, array in archive.items()}
             layer = Layer(**(arrays | {"mask": arrays["mask"].astype(bool), "logits": None}))
-            found = equations.compute(Rule(**claims["rule"], k=job["k"]), variant, layer)
+            rule = Rule(**claims["rule"], k=job["k"])
+            if job["forward_only"]:  # the case of choices alone
+                found = vars(equations.decide(rule, variant, layer))
+            else:
+                found = equations.compute(rule, variant, layer)
             results = {name: value for name, value in found.items() if name.startswith(("grad", "y", "expert_index"))}
             np.savez(job["out"] + ".npz", **results, **{"state.gate.weight": layer.router.T})
             Path(job["out"] + ".code").write_text("block = None")
