@@ -21,7 +21,8 @@ import threading
 import time
 
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored where tests run in the background
-from moe.system import process
+from moe.system import process, stop_watch
+stop_watch.PATIENCE = 1.0
 process.prepare()
 process.raise_on_stop_signals()
 from moe.system.stop_watch import STOP_WATCH
@@ -116,7 +117,7 @@ UNFINISHED = """
 left = [True]
 
 def write():
-    time.sleep(7)
+    time.sleep(3)  # longer than the watch's patience
     print("written", flush=True)
     left.clear()
 
