@@ -269,6 +269,12 @@ def test_the_gradient_of_one_number_is_compared_with_the_routers():
     assert wrong == pytest.approx({"router": 0, "router_parts.log_scale": 0.05, "up": 0})
 
 
+def test_float32_gradients_are_not_compared_at_saturated_tokens():
+    """Softmax of (5, 0, 0) has 148 / 150 = 0.987 as its largest probability, that of (6, 0, 0) 403 / 405 = 0.995."""
+    x, router = jnp.array([[[5.0], [6.0]]]), np.array([[1.0, 0.0, 0.0]], np.float32)
+    np.testing.assert_array_equal(oracle.unsaturated(x, router), [[[5.0], [1.5]]])
+
+
 def test_coupling_loss_by_hand(rng):
     # Columns (1, 0) and (0, 2); the experts' matrices are diag(3, 4)·1 and diag(6, 1). Norms M: 3, 6; 8, 2.
     compiled = jax.jit(coupling_loss, static_argnums=2)
