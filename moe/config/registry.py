@@ -215,6 +215,10 @@ _LAYERS = {
     "matryoshka": MoEConfig(gate=newer_gates.Matryoshka(), losses=Losses(balance=0.01), dispatch="dropless"),
     # ERC 2025 (arXiv 2512.23447): α = 1 of 64 experts; OLMoE's other losses
     "coupled": MoEConfig(gate=newer_gates.Coupled(), num_experts=64, losses=Losses(balance=0.01, z=1e-3)),
+    # MPI 2026 (arXiv 2606.12397), tables 7 and 8; columns of length 4/√E
+    "power_iteration": MoEConfig(
+        gate=newer_gates.PowerIteration(), num_experts=64, losses=Losses(balance=0.01), dispatch="dropless"
+    ),
     # EMO 2026 (arXiv 2605.06663), released code: 7 of 128 experts beside a shared one, which is shared_d_ff here. Its
     # weight of the balance loss, 0.1, is that of its code, whose loss is 1 at balance as here.
     "emo": MoEConfig(

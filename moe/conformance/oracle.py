@@ -243,6 +243,8 @@ def unsaturated_router(case: Case, x: np.ndarray, weights: Mapping[str, np.ndarr
 def logits_of(case: Case, x: np.ndarray, weights: Mapping[str, np.ndarray], rule: reference_gates.Rule) -> np.ndarray:
     """Router logits [G,S,E] of tokens [G,S,D], one by one."""
     router, parts = weights["router"], router_parts(weights)
+    if case.gate == "power_iteration":
+        router = reference_gates.tied_router(router, weights["gate_matrix"])
     return np.stack([[reference_gates.router_logits(case.gate, token, router, parts, rule) for token in g] for g in x])
 
 

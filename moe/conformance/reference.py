@@ -27,6 +27,7 @@ from moe.conformance.reference_gates import (
     probabilities,
     router_logits,
     softmax,
+    tied_router,
     weights,
 )
 
@@ -222,6 +223,8 @@ def moe_output(
         router_parts: further parameters of the router, see :func:`router_logits`.
     """
     rows = []
+    if gate == "power_iteration":
+        router = tied_router(router, up if gate_matrix is None else gate_matrix)
     for g in range(x.shape[0]):
         for s in range(x.shape[1]):
             named = [int(e) for e in decisions.original[g, s]]

@@ -180,6 +180,14 @@ def zaya_logits(x: Any, router: Any, parts: Mapping[str, Any]) -> Any:
     return router.T @ hidden
 
 
+def tied_router(router: Any, matrices: Any, length: float = 4.0) -> Any:
+    """Columns [D,E] of a router tied to its experts: each is W·(Wᵀ·c) of the expert's matrix [D,F], at the length
+    ``length``/√E (MPI 2026, equations 4 and 5; C′ = 4)."""
+    xp = jnp if isinstance(router, jax.Array) else np
+    powered = [matrix @ (matrix.T @ column) for column, matrix in zip(router.T, matrices, strict=True)]
+    return xp.stack([length / len(powered) ** 0.5 * column / xp.sqrt(column @ column) for column in powered], axis=1)
+
+
 def router_logits(gate: str, x: Any, router: Any, parts: Mapping[str, Any], rule: Rule = PLAIN) -> Any:
     """Logits of one token x [D] by the router of a gate, with the router's further parameters."""
     if gate == "zaya":

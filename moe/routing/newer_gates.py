@@ -242,6 +242,32 @@ def coupling_loss(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class PowerIteration(TopK):
+    """Top-K of logits whose columns are tied to the experts: W_g after a step of power iteration on each expert's gate
+    matrix, in columns of one length (MPI: Wu et al. 2026, arXiv 2606.12397, equations 4 to 6).
+
+    8 of 64 experts as in the paper, whose sweep has its best ``length``, C′, at 4 (table 6); weights are not
+    renormalised, as in its figure 1.
+    """
+
+    layer: ClassVar[str] = "moe.layers.power_iteration:PowerIterationMoE"
+
+    k: int = setting(8, least=1)
+    length: float = setting(4.0, above=0, most=1e6)  # C′: columns have the length C′/√E
+
+    def check_experts(self, num_experts: int, null_experts: int = 0) -> None:
+        """Check K, and that every column has an expert's matrix."""
+        super().check_experts(num_experts, null_experts)
+        kinds = "model.moe zero, copy, constant and novice experts"
+        allowed = f"must be 0 with the gate {self.name!r}, whose columns are made of the experts' matrices"
+        require(null_experts == 0, kinds, null_experts, allowed)
+
+    def route(self, router_logits: Float[Array, "G S E"], inputs: GateInputs) -> GateOutput:
+        """Select by score, bias and groups."""
+        return self.select(router_logits, inputs)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DocumentPools(TopK):
     """Top-K within the pool of a token's document: the experts with the largest sums of the softmax over the document's
     tokens; weights are of the softmax over the pool (EMO 2026, arXiv 2605.06663, and its released code).
