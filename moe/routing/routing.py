@@ -238,13 +238,22 @@ def probe(
 
     Raises:
         ConfigError: the rule raises, returns something other than a GateOutput of the right shapes and types, an expert
-            that does not exist or twice for one token, or a weight that is negative or not finite.
+            that does not exist or twice for one token, or a weight that is negative or not finite; or it is no pure
+            function, or reads later tokens without ``looks_ahead``.
     """
     for groups, size in shapes:
         for rng in (None, jax.random.key(1)):
             _probe(gate, num_experts, null_experts, groups, size, rng)
     if gate.generates:
         _probe(gate, num_experts, null_experts, 2, 1, None, generating=True)
+
+
+def _require_alike(message: str, one: Routing, other: Routing, tokens: int) -> None:
+    """Raise a ConfigError with this message unless the first tokens of all groups have the same experts and weights."""
+    for name in ("expert_index", "chosen", "combine_weights"):
+        a, b = (np.asarray(getattr(routing, name))[:, :tokens] for routing in (one, other))
+        if not np.array_equal(a, b, equal_nan=a.dtype.kind == "f"):
+            raise ConfigError(message)
 
 
 def _probe(
@@ -274,9 +283,11 @@ def _probe(
         return _routing(gate, gate.route(logits, inputs), logits, inputs.mask, inputs.mask, None, inputs.carry)
 
     with raised_as_errors(f"{name}: route"):
-        for _ in range(2):  # a gate that keeps a tracer fails the second time
-            jax.eval_shape(apply, logits)
-        routing = jax.jit(apply)(logits)
+        compiled = jax.jit(apply)
+        routing = compiled(logits)
+        again = jax.jit(lambda logits: apply(logits))(logits)  # traced anew: a gate that keeps a tracer fails now
+        half, may_look = (size + 1) // 2, gate.looks_ahead and not (rng is None and gate.generates)
+        other = routing if may_look else compiled(logits.at[:, half:].multiply(-1.0))
     index, weights = np.asarray(routing.expert_index), np.asarray(routing.combine_weights)
     if index.shape[-1] != k:
         raise ConfigError(f"{name}: route returns {index.shape[-1]} experts a token, must be K = {k}")
@@ -292,3 +303,9 @@ def _probe(
             raise ConfigError(f"{name}: {field} must be finite and not negative")
     if routing.needed_bias is not None and np.isnan(routing.needed_bias).any():
         raise ConfigError(f"{name}: needed_bias must not be NaN")
+    same = (
+        "other experts or weights when it is called again: it must be a pure function that draws from inputs.rng alone"
+    )
+    _require_alike(f"{name}: route returns {same}", routing, again, size)
+    later = "depend on later tokens: read earlier ones alone, or set looks_ahead = True in the gate"
+    _require_alike(f"{name}: the experts or weights of a token {later}", routing, other, half)

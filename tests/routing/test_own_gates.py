@@ -68,6 +68,7 @@ class Needy(Last):
 
 layer = MoEConfig(gate=Last(), capacity=Capacity(train=1.5, eval=2.5), losses=Losses())
 number = 3
+calls = []
 
 class Slots(Last):
     router = "slots"
@@ -97,6 +98,10 @@ class Wrong(Gate):
             "exits": lambda: sys.exit(0),
             "probs": lambda: output._replace(probs=router_logits / 0),
             "three": lambda: Last(k=3).route(router_logits, inputs),
+            "counts": lambda: calls.append(0) or output._replace(expert_index=(output.expert_index + len(calls)) % 6),
+            "future": lambda: output._replace(
+                weights=output.weights * jax.nn.sigmoid(jnp.sum(router_logits, axis=(1, 2), keepdims=True))
+            ),
         }[self.what]()
 """
 
@@ -174,6 +179,11 @@ def test_what_cannot_be_a_gate_is_refused_in_one_sentence(module, gate, message)
         ("exits", r"route raises ImportError: it calls sys\.exit\(0\)"),
         ("probs", "probs must be finite and not negative"),
         ("three", "returns 3 experts a token, must be K = 2"),
+        ("counts", "route returns other experts or weights when it is called again: it must be a pure function"),
+        (
+            "future",
+            "the experts or weights of a token depend on later tokens: read earlier ones alone, or set looks_ahead",
+        ),
     ],
 )
 def test_a_wrong_rule_is_refused_in_one_sentence(module, what, message):
