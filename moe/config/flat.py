@@ -42,7 +42,9 @@ PLACES: Mapping[str, str] = types.MappingProxyType(
 )
 
 _RATES = ("bias_rate", "penalty_rate", "threshold_rate")
-_PLAIN: Mapping[str, Any] = types.MappingProxyType({"score": "softmax", "scale": 1.0, "slots": 1, "renormalise": False})
+_PLAIN: Mapping[str, Any] = types.MappingProxyType(
+    {"score_function": "softmax", "renormalise": False, "routing_scale": 1.0, "slots_per_expert": 1}
+)
 
 
 def is_flat(moe: Mapping[str, Any]) -> bool:
@@ -105,22 +107,23 @@ def _gate_fields(gate: Gate, values: dict[str, Any], moe: Mapping[str, Any]) -> 
     for name, value in values.items():
         if name in own:
             found[name] = value
-        elif not _is_neutral(name, value, gate, moe):
-            field = next(flat for flat, place in PLACES.items() if place == f"gate.{name}")
+            continue
+        field = next(flat for flat, place in PLACES.items() if place == f"gate.{name}")
+        if not _is_neutral(field, value, gate, moe):
             raise ConfigError(f"model.moe.{field}={value!r}: the gate {gate.name!r} does not read it")
     return found
 
 
-def _is_neutral(name: str, value: Any, gate: Gate, moe: Mapping[str, Any]) -> bool:
-    if name == "k":
+def _is_neutral(field: str, value: Any, gate: Gate, moe: Mapping[str, Any]) -> bool:
+    if field in _PLAIN:
+        return value == _PLAIN[field]
+    if field == "experts_per_token":
         return value == gate.experts_per_token(moe.get("num_experts", 8))
-    if name == "bias":
+    if field == "bias_update":
         return value == (gate.balancing.name if gate.balancing else "none")
-    if name == "bias_rate":
+    if field == "bias_update_rate":
         return value == getattr(gate.balancing, "rate", 0.0)
-    if name in ("groups", "kept_groups", "scores_per_group"):
-        return value == 1 or moe.get("device_balance_weight", 0) in (0, -1)
-    return value == _PLAIN[name]
+    return value == 1 or moe.get("device_balance_weight", 0) in (0, -1)  # groups of experts
 
 
 def place_of(name: str) -> str:

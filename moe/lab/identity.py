@@ -30,6 +30,7 @@ from moe.config import (
     layer_kinds,
     sparse_layers,
 )
+from moe.config.flat import PLACES
 from moe.config.pattern import Word
 from moe.config.registry import find_gate, find_layer
 from moe.config.user_code import user_code
@@ -97,10 +98,12 @@ _LOSSES = {
     "balance": "balance_weight", "z": "z_loss_weight", "importance": "importance_weight", "load": "load_weight",
     "device": "device_balance_weight", "scope": "balance_scope", "null": "null_balance",
 }  # fmt: skip
+#: Fields of a gate, and their names in the flat form of ``model.moe``.
 _GATE = {
-    "score": "score", "renormalise": "renormalise", "scale": "routing_scale", "groups": "expert_groups",
-    "kept_groups": "kept_expert_groups", "scores_per_group": "scores_per_group", "slots": "slots_per_expert",
-}  # fmt: skip
+    place.removeprefix("gate."): name
+    for name, place in PLACES.items()
+    if place.startswith("gate.") and place not in ("gate.k", "gate.bias", "gate.bias_rate")
+} | {"score": "score"}
 
 
 def canonical(config: Config) -> Canonical:
