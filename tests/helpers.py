@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import functools
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -239,3 +241,17 @@ def rounded(array: Any, axis: int, precision: str) -> np.ndarray:
     """Quantise numbers along an axis and dequantise them."""
     values, scales = quantized.quantize(jnp.asarray(array), axis, precision)
     return np.asarray(values.astype(jnp.float32)) * np.asarray(scales)
+
+
+@contextlib.contextmanager
+def fill_disk(files: int):
+    """Leave the disk room for this many more files of ``write_atomic``."""
+    left = iter(range(files))
+
+    def fsync(_: int) -> None:
+        if next(left, None) is None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        yield

@@ -19,7 +19,9 @@ from moe.analysis.syntax import CLASSES, byte_classes, token_classes
 from moe.config import ConfigError
 from moe.data.preparation import Prepared
 from moe.data.tokenizer import train_tokenizer
+from moe.programs import cli
 from tests.analysis_helpers import tiny_program
+from tests.helpers import fill_disk
 
 # --- Documents and syntax --------------------------------------------------------------------------------------------
 
@@ -232,6 +234,11 @@ def test_an_analysis_from_text_to_files(tokenizer, tmp_path):
         if before.startswith("|") and line.startswith("|"):  # rows of one table have equal numbers of cells
             assert line.replace(r"\|", "").count("|") == before.replace(r"\|", "").count("|")
     assert r"\$\_\$ \|" in text
+    for room, name in enumerate(names[:4]):  # texts, and the first figure: a full disk is said with file and advice
+        with fill_disk(room), pytest.raises(OSError, match="No space left") as caught:
+            analyse.write(analysis, epath.Path(tmp_path), "Tiny | model")
+        advice = "No space left on device; free space, and run the same command again"
+        assert cli._refusal(caught.value) == f"{tmp_path / name}: {advice}"
     assert "\x1b" not in markdown.markdown(found, "evil \x1b[31m\nname")
     first = found["repetition"]["first"]["words"][1]
     assert f"{100 * first['observed']:.1f} ({100 * first['shuffled_mean']:.1f} ± " in text

@@ -13,6 +13,8 @@ from moe.lab.claims.registration import Part, Primary, hashes_at_start, read_cla
 from moe.lab.loading import with_seeds
 from moe.lab.report import answer, claims_page, sections
 from moe.lab.table import Table
+from moe.programs import cli
+from tests.helpers import fill_disk
 from tests.lab_helpers import (
     CLAIMS,
     DENSE,
@@ -341,6 +343,13 @@ def test_all_claims_on_one_page(tmp_path):
     assert all(f"| {number} | {text_of} |" in text for number, text_of in named.items())
     assert f"not tested: {len(CLAIMS)}" in text
     assert REGISTERED.digest in text
+
+
+def test_a_full_disk_is_said_with_the_page_and_advice(tmp_path):
+    with fill_disk(0), pytest.raises(OSError, match="No space left") as caught:
+        claims_page.write_page(tmp_path, REGISTERED, {})
+    advice = "No space left on device; free space, and run the same command again"
+    assert cli._refusal(caught.value) == f"{tmp_path / 'claims.md'}: {advice}"
 
 
 @pytest.mark.parametrize(
