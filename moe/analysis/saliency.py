@@ -116,7 +116,7 @@ def _by_layer(model: Any, batch: Batch, sum_of: _Sum) -> tuple[Float[Array, "L E
 
     def body(block: Block, stream: Stream, state: Any, layer: Array) -> tuple[Stream, Any]:
         del state, layer
-        x = block.mix(stream.x, rows)
+        x = block.mix(block.recall(stream.x, rows), rows)
         h = block.ffn_input(x)
         stream, record = stream.after(*block.feed_forward(x, rows, carry=stream.carry))
         routing, h = record.routing, h.reshape(-1, h.shape[-1])  # [n,D]

@@ -5,6 +5,7 @@ from moe.config.changes import Changes, changes_of
 from moe.config.command_line import build_layers
 from moe.config.files import inherited, read_run
 from moe.config.layer_kinds import LayerKind, layer_kinds, stacks
+from moe.config.memory_section import MemoryConfig
 from moe.config.model_section import DeltaNetConfig, ModelConfig, sparse_layers
 from moe.config.moe_section import Capacity, Losses, MoEConfig
 from moe.config.names import check_field
@@ -47,6 +48,7 @@ __all__ = [
     "LayerKind",
     "LoraConfig",
     "Losses",
+    "MemoryConfig",
     "MeshConfig",
     "MoEConfig",
     "ModelConfig",

@@ -6,6 +6,7 @@ import functools
 import operator
 from typing import Literal, NamedTuple
 
+from moe.config.memory_section import Ngrams
 from moe.config.mixers import BUILT_IN, Ability, GatedDelta, GroupedQuery, Mixer, attention_of
 from moe.config.model_section import ModelConfig, sparse_layers
 from moe.config.pattern import Word
@@ -25,21 +26,27 @@ class LayerKind(NamedTuple):
     mixer: Mixer
     role: Role = "decoder"
     gate: Gate | None = None  # of an MoE layer
+    memory: Ngrams | None = None  # of a layer that begins with a look-up of n-grams
 
     @property
     def window(self) -> int:
         """Tokens that a query attends to, including its own; 0: all, or no attention."""
         return getattr(self.mixer, "window", 0)
 
+    def lacks(self, ability: Ability) -> str:
+        """The setting because of which the layer lacks an ability (:meth:`moe.config.mixers.Mixer.lacks`)."""
+        forgets = self.memory is None or ability != "drafting"
+        return self.mixer.lacks(ability) or ("" if forgets else "memory.layers")
+
 
 def require_ability(config: ModelConfig, ability: Ability, where: str) -> None:
-    """Raise a ConfigError that names the setting because of which a layer's mixer lacks an ability.
+    """Raise a ConfigError that names the setting because of which a layer lacks an ability.
 
     Args:
         where: end of the message: what needs the ability.
     """
     for kind in layer_kinds(config):
-        if setting := kind.mixer.lacks(ability):
+        if setting := kind.lacks(ability):
             value, default = (operator.attrgetter(setting)(model) for model in (config, type(config)()))
             value = value.name if isinstance(value, Mixer) else value
             require(False, f"{_MODEL}{setting}", value, f"must be {default!r} {where}")
@@ -71,8 +78,14 @@ def stacks(config: ModelConfig) -> dict[str, tuple[LayerKind, ...]]:
             "encoder": tuple(LayerKind(is_sparse, of_source, "encoder", gate) for is_sparse, gate in encoder),
             "decoder": tuple(LayerKind(is_sparse, causal, "cross", gate) for is_sparse, gate in decoder),
         }
-    layers = zip(sparse, config.mixer_words, gates, strict=True)
-    return {"": tuple(LayerKind(is_sparse, _mixer(config, word), gate=gate) for is_sparse, word, gate in layers)}
+    memories = config.memory.hashes(config.vocab_size)
+    layers = enumerate(zip(sparse, config.mixer_words, gates, strict=True))
+    return {
+        "": tuple(
+            LayerKind(is_sparse, _mixer(config, word), gate=gate, memory=memories.get(layer))
+            for layer, (is_sparse, word, gate) in layers
+        )
+    }
 
 
 def _mixer(config: ModelConfig, word: Word) -> Mixer:

@@ -7,6 +7,7 @@ import itertools
 import math
 from typing import Literal
 
+from moe.config.memory_section import MEMORY, MemoryConfig
 from moe.config.mixers import FIELD, AttentionBias, Mixer, QKNorm
 from moe.config.moe_section import DType, MoEConfig
 from moe.config.pattern import Word, parse
@@ -107,6 +108,7 @@ class ModelConfig(Section, path=_MODEL):
     delta_net: DeltaNetConfig = DeltaNetConfig()
     #: a token mixer in place of attention: switch_head, or module:object (docs/own_mixers.md); None: attention
     mixer: Mixer | None = setting(None, page=True)
+    memory: MemoryConfig = MemoryConfig()
     #: clip queries, keys and values to [-c, c] before the rotation (OLMoE); 0: no clipping
     clip_qkv: float = setting(0.0, least=0, page=True)
     tie_embeddings: bool = False  # logits = x E^T
@@ -159,6 +161,7 @@ class ModelConfig(Section, path=_MODEL):
         self._check_attention()
         self._check_latent_attention()
         self._check_pattern()
+        self._check_memory()
         if self.moe.gate is not None:
             self._check_moe_layers()
             count = sum(sparse_layers(self))
@@ -335,6 +338,17 @@ class ModelConfig(Section, path=_MODEL):
         require("mixer" in used, FIELD, self.mixer.name, f"is in no layer of model.pattern={text!r}")
         if {*used} <= {"mixer", "delta"}:
             self._require_defaults(f"{where} is in all layers and", kv_lora_rank=0, sliding_window=0)
+
+    def _check_memory(self) -> None:
+        layers, field = self.memory.layers, f"{MEMORY}layers"
+        if not layers:
+            return
+        _require_layers(field, layers, self.num_layers)
+        require(not self.encoder_layers, field, layers, "must be empty with model.encoder_layers")
+        require(not self.has_base, field, layers, "must be empty with model.base_*: its rates do not follow the width")
+        own = not self.prediction_layers or layers[-1] < self.num_layers - 1
+        require(own, field, layers, "must not have the last layer with model.prediction_layers, which are of its kind")
+        self.memory.hashes(self.vocab_size)
 
     def _check_moe_layers(self) -> None:
         moe, num_layers = self.moe, self.encoder_layers + self.num_layers

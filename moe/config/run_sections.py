@@ -102,7 +102,7 @@ class MeshConfig(Section, path="mesh."):
 #: Parts of a model that optimizer.frozen and start.fresh can name. Each parameter belongs to one: relative biases and
 #: norms inside attention to attention, norms before and after layers to norms, a shared expert's FFN to shared.
 Part = Literal[
-    "embedding", "unembedding", "attention", "dense", "router", "experts", "shared", "latent", "null", "norms"
+    "embedding", "unembedding", "memory", "attention", "dense", "router", "experts", "shared", "latent", "null", "norms"
 ]
 
 

@@ -229,6 +229,8 @@ def validate_mesh(config: Config, sizes: Mapping[str, int]) -> None:
     for mixer in {kind.mixer for kind in layer_kinds(config.model)}:
         for field, axis in facts_of(type(mixer), "split").items():
             divides((axis,), f"{mixers.FIELD}.{field}", getattr(mixer, field))
+    for ngrams in config.model.memory.hashes(config.model.vocab_size).values():
+        divides(("fsdp",), "model.memory.rows: rows of a layer's table", ngrams.rows)
     if config.model.prediction_layers:  # their projection from 2 D to D is split over its outputs
         divides(("tensor",), "model.d_model", config.model.d_model)
     if moe.gate is None:

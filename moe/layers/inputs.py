@@ -58,6 +58,7 @@ class Site(enum.Enum):
     FFN_OUTPUT = 7
     CROSS_WEIGHTS = 8
     CROSS_OUTPUT = 9
+    MEMORY_OUTPUT = 10
 
 
 class StackSite(enum.Enum):

@@ -19,6 +19,7 @@ from moe.layers.mixers.attention import Attention
 from moe.layers.mixers.interface import MixerLayer
 from moe.layers.mixers.table import layer_class
 from moe.layers.moe_layer import create_layer
+from moe.layers.ngram_memory import NgramMemory
 from moe.layers.norms import RMSNorm
 from moe.parallel import partition_specs
 from moe.parallel.mesh import constrain
@@ -80,9 +81,11 @@ class CrossAttention(nnx.Module):
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + FFN(norm(x)), the FFN dense or MoE; between them, in the decoder of an
     encoder-decoder, x + cross-attention(norm(x)). With ``model.norms="after"``, x + norm(attention(x)) (OLMo 2); with
-    both, x + norm'(attention(norm(x))) (Trinity)."""
+    both, x + norm'(attention(norm(x))) (Trinity). A layer with a memory of n-grams adds what it reads there first."""
 
     def __init__(self, config: ModelConfig, kind: LayerKind, *, rngs: nnx.Rngs):
+        if kind.memory is not None:
+            self.memory = NgramMemory(config, kind.memory, rngs=rngs)
         self.attention_norm = RMSNorm.of(config)
         setattr(self, kind.mixer.path, layer_class(kind.mixer)(config, kind.mixer, rngs=rngs))
         if kind.role == "cross":
@@ -124,6 +127,9 @@ class Block(nnx.Module):
         x = checkpoint_name(x, partition_specs.LAYER_INPUT)
         drop = Dropout(self.dropout, rng if train else None)
         # The scopes name the parts of a layer in profiles and in plans.
+        if self.kind.memory is not None:
+            with jax.named_scope("memory"):
+                x = self.recall(x, rows, drop)
         with jax.named_scope("attention"):
             mixer = self.mixer_report(x, rows)
             scores = (
@@ -138,8 +144,18 @@ class Block(nnx.Module):
             x, record = self.feed_forward(x, rows, carry=carry, generating=generating, **settings)
         return x, record._replace(mixer=mixer, scores=scores)
 
+    def recall(self, x: Float[Array, "B T D"], rows: Rows, drop: Dropout = KEEP_ALL) -> Float[Array, "B T D"]:
+        """x, and what the memory of n-grams adds, if the layer has one."""
+        if self.kind.memory is None:
+            return x
+        return self.add_recalled(x, self.memory.prefill(x, rows, drop.at(Site.MEMORY_OUTPUT))[0])
+
+    def add_recalled(self, x: Float[Array, "B T D"], y: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Add the output of the memory to x."""
+        return x + times(y, self.residual_scale)
+
     def mix(self, x: Float[Array, "B T D"], rows: Rows, drop: Dropout = KEEP_ALL) -> Float[Array, "B T D"]:
-        """The first part: x + mixer(norm(x))."""
+        """x + mixer(norm(x))."""
         h = self.mixer_input(x)
         heads, _ = self.token_mixer.prefill(h, rows, drop.at(Site.ATTENTION_WEIGHTS))
         return self.add_mixed(x, self.token_mixer.join(heads, h), drop.at(Site.ATTENTION_OUTPUT))

@@ -19,11 +19,19 @@ from moe.parallel.parameters import flat_variables
 
 
 def count_parameters(config: ModelConfig) -> tuple[int, int]:
-    """(total, active): active leaves out the experts that a token does not visit; both count all embeddings, and
-    selection biases, as the published counts do."""
-    others = sum(size for path, size in _sizes(config) if not _is_of_one_expert(config, path))
+    """(total, active): active leaves out the experts that a token does not visit, and the rows of a memory's tables
+    that it does not read; both count all embeddings, and selection biases, as the published counts do."""
+    total = sum(size for _, size in _sizes(config))
+    return total, total - sum(sparse_parameters(config))
+
+
+def sparse_parameters(config: ModelConfig) -> tuple[int, int]:
+    """Parameters that are not active: of experts, and of tables of n-grams, whose part of both is 1 - rho of the paper
+    on these memories (Engram 2026, equation 7)."""
     experts = sum(size for path, size in _sizes(config) if _is_of_one_expert(config, path))
-    return others + experts, others + experts * config.moe.experts_per_token // config.moe.num_experts
+    tables = sum(size for path, size in _sizes(config) if _is_table(path))
+    read = len(config.memory.layers) * config.memory.joined_dim
+    return experts - experts * config.moe.experts_per_token // config.moe.num_experts, tables - read
 
 
 @functools.cache
@@ -106,10 +114,17 @@ def _is_of_one_expert(config: ModelConfig, path: tuple[str, ...]) -> bool:
     return "experts" in path and (config.moe.expert_rank == 0 or "pairs" in path)
 
 
+def _is_table(path: tuple[str, ...]) -> bool:
+    """Whether a parameter is a memory's table, of which a token reads a few rows and multiplies none."""
+    return path[-2:] == ("memory", "vectors")
+
+
 def _multiplied(config: ModelConfig, lengths: dict[str, int]) -> dict[tuple[str, ...], float]:
     """Parameters that multiply a token of the decoder and its share of the encoder's tokens, by path."""
     found = {}
     for path, size in _sizes(config):
+        if _is_table(path):
+            continue
         stack = path[0] if path[0] in lengths else ""
         rows = expert_rows_per_token(config, lengths[stack]) if "experts" in path else 1.0
         if config.moe.expert_rank:  # a row is multiplied by the sum of the shared matrix and the expert's product

@@ -17,7 +17,9 @@ from jaxtyping import Array, Bool, Float, Int
 from moe.config import ModelConfig, stacks
 from moe.config.layer_kinds import LayerKind
 from moe.layers.inputs import KEEP_ALL, Rows
+from moe.layers.mixers.interface import MixerLayer
 from moe.layers.mixers.table import layer_class
+from moe.layers.ngram_memory import NgramMemory
 from moe.models.block import Block, Stream
 from moe.models.encoder_decoder import EncoderDecoder, encoder_rows
 from moe.models.factory import Model
@@ -40,11 +42,11 @@ class Encoded:
     mask: Array
 
 
-#: State of one layer (:class:`moe.layers.mixers.interface.MixerLayer`).
+#: State of one layer (:class:`moe.layers.mixers.interface.MixerLayer`); with that of its memory if it has one.
 Cache = Any
 
-#: (block, normalised x, cache) → (heads [B,T,N,H], cache)
-Mix = Callable[[Block, Array, Cache], tuple[Array, Cache]]
+#: (mixer or memory, its input [B,T,D], its state) → (heads [B,T,N,H] or output [B,T,D], state)
+Mix = Callable[[MixerLayer | NgramMemory, Array, Cache], tuple[Array, Cache]]
 
 
 def empty(config: ModelConfig, rows: int, length: int, *, ahead: int = 0) -> LayerStates:
@@ -64,7 +66,8 @@ def empty_layers(
 ) -> Cache:
     """The cache of equal layers, stacked over the repeats; ``length`` and ``ahead`` are those of :func:`empty`."""
     layer = layer_class(kind.mixer)
-    return layer.empty_state(config, kind.mixer, (repeats, rows), length, ahead=ahead)
+    state = layer.empty_state(config, kind.mixer, (repeats, rows), length, ahead=ahead)
+    return state if kind.memory is None else (state, NgramMemory.empty_state(config, (repeats, rows)))
 
 
 def encode(model: EncoderDecoder, token_ids: Int[Array, "B U"], lengths: Int[Array, " B"]) -> Encoded:
@@ -123,9 +126,9 @@ def prompt_rows(token_ids: Int[Array, "B T"], lengths: Int[Array, " B"]) -> Rows
 def prompt_mix(rows: Rows, lengths: Int[Array, " B"]) -> Mix:
     """Mixing of prompts that fills the caches."""
 
-    def mix(block: Block, x: Array, cache: Cache) -> tuple[Array, Cache]:
-        heads, found = block.token_mixer.prefill(x, rows)
-        return heads, block.token_mixer.fill(cache, found, lengths)
+    def mix(part: MixerLayer | NgramMemory, x: Array, cache: Cache) -> tuple[Array, Cache]:
+        heads, found = part.prefill(x, rows)
+        return heads, part.fill(cache, found, lengths)
 
     return mix
 
@@ -160,8 +163,8 @@ def next_rows(token_ids: Int[Array, "B T"], positions: Int[Array, "B T"], active
 def next_mix(rows: Rows) -> Mix:
     """Mixing of further tokens with those in the caches, to which they are added first."""
 
-    def mix(block: Block, x: Array, cache: Cache) -> tuple[Array, Cache]:
-        return block.token_mixer.step(x, rows, cache)
+    def mix(part: MixerLayer | NgramMemory, x: Array, cache: Cache) -> tuple[Array, Cache]:
+        return part.step(x, rows, cache)
 
     return mix
 
@@ -198,10 +201,16 @@ def _run(
 
 
 def mixed(block: Block, x: Array, cache: Cache, mix: Mix) -> tuple[Array, Cache]:
-    """x plus the output of a block's mixer, and its cache."""
+    """x plus the outputs of a block's memory and mixer, and its cache."""
+    memory = None
+    if block.kind.memory is not None:
+        cache, memory = cache
+        recalled, memory = mix(block.memory, x, memory)
+        x = block.add_recalled(x, recalled)
     h = block.mixer_input(x)
-    heads, cache = mix(block, h, cache)
-    return block.add_mixed(x, block.token_mixer.join(heads, h), KEEP_ALL), cache
+    heads, cache = mix(block.token_mixer, h, cache)
+    x = block.add_mixed(x, block.token_mixer.join(heads, h), KEEP_ALL)
+    return x, cache if memory is None else (cache, memory)
 
 
 def next_logits(model: Model, x: Float[Array, "B 1 D"]) -> Float[Array, "B V"]:

@@ -73,6 +73,7 @@ def check(config: Config, sizes: Mapping[str, int]) -> None:
     for name, value, only in (
         ("mesh.tensor", sizes.get("tensor", 1), 1),
         ("model.encoder_layers", config.model.encoder_layers, 0),
+        ("model.memory.layers", config.model.memory.layers, ()),
         ("distill.teacher", config.distill.teacher, ""),
         ("lora.rank", config.lora.rank, 0),
         ("train.rampup_rows", train.rampup_rows, ()),

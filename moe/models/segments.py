@@ -62,7 +62,7 @@ def part_of(names: Collection[str]) -> str:
     if "relative_bias" in names or not PATHS.isdisjoint(names):
         return "attention"
     # A shared expert is made of a dense FFN, so the order counts.
-    for part in ("shared", "latent", "null", "router", "experts", "dense", "embedding", "unembedding"):
+    for part in ("memory", "shared", "latent", "null", "router", "experts", "dense", "embedding", "unembedding"):
         if part in names:
             return part
     return "norms"

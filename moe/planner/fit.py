@@ -259,6 +259,8 @@ def _layer(config: Config, sizes: Mapping[str, int], arrays: _Arrays, kind: Laye
     in_blocks = kind.sparse and _in_row_blocks(config, sizes, arrays, tokens)
     hidden *= arrays.in_blocks if in_blocks else arrays.hidden
     alive = hidden * (matmuls_into + 1) / 3 + arrays.tokens * (attention + model.d_model)
+    if kind.memory is not None:  # vectors for the tokens of all devices that share its table
+        alive += arrays.tokens * model.memory.joined_dim * sizes["fsdp"] * sizes["expert"]
     if exchanged and (hosts := moe.hosts(sizes["expert"])) > 1:
         rows_in += (hosts + min(hosts, moe.experts_per_token)) * model.expert_dim  # received, and sent
     if exchanged and moe.exchange == "all_gather":

@@ -34,11 +34,12 @@ What is decayed, and who moves it, follows from the same roles:
 role                                                                  decayed  with ``muon``
 ====================================================================  =======  ==================
 matrix: attention, FFNs, experts, latents, prediction's projection    yes      Muon
-router, shared expert's gate, mix of constant experts                 yes      AdamW
+router, shared expert's gate, mix of constant experts, memory's key,  yes      AdamW
+value
 embedding, unembedding                                                yes      AdamW
 vector: norm scales, biases, tables of relative biases, sinks,        no       AdamW
-constant and novice experts' vectors, a delta net's rates and
-convolutions (a filter for each channel)
+constant and novice experts' and memories' vectors, a delta net's
+rates, convolutions (a filter for each channel)
 ====================================================================  =======  ==================
 
 Decay (decoupled, Loshchilov and Hutter 2019) acts on what multiplies activations: it would pull to 0 what constant

@@ -131,6 +131,9 @@ def _description(program: Program) -> str:
     total, active = flops.count_parameters(model)
     axes = " x ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items())
     text = f"model: {total:,} parameters, {active:,} active per token; mesh: {axes} ({jax.default_backend()})"
+    if model.memory.layers:
+        _, tables = flops.sparse_parameters(model)
+        text += f"\nmemory of n-grams: {tables / (total - active):.1%} of the {total - active:,} sparse parameters"
     if not any(sparse_layers(model)):
         return text
     hosts = model.moe.hosts(program.mesh.shape["expert"])

@@ -14,7 +14,7 @@ import optax
 import pytest
 from flax import nnx
 
-from moe.config import ConfigError, OptimizerConfig
+from moe.config import ConfigError, MemoryConfig, OptimizerConfig
 from moe.config.parse import from_config_dict
 from moe.config.run_sections import Part
 from moe.models.factory import abstract_parameters
@@ -201,7 +201,7 @@ def test_muon_makes_each_experts_update_orthogonal(rng):
 
 
 #: One model with every kind of parameter: latent attention, a dense layer, shared, latent, constant and novice experts,
-#: a prediction layer.
+#: a prediction layer, a memory of n-grams.
 EVERYTHING = {
     "kv_lora_rank": 6,
     "q_lora_rank": 5,
@@ -215,6 +215,7 @@ EVERYTHING = {
     "latent_dim": 8,
     "novice_experts": 2,
     "prediction_layers": 1,
+    "memory": MemoryConfig(layers=(0,), heads=2, dim=4, rows=5),
 }
 
 #: Matrices that Muon updates, by the last two names of their paths.
@@ -234,6 +235,7 @@ def test_which_parameters_muon_updates_and_which_decay():
     leaves = jax.tree_util.tree_leaves_with_path(parameters)
     names = {jax.tree_util.keystr(path): ".".join(key.key for key in path[-2:]) for path, _ in leaves}
     others = {"router.kernel", "shared.gate", "null.vectors", "null.mix", "null.novices", "embedding.table"}
+    others |= {"memory.key", "memory.value", "memory.vectors", "memory.conv"}
     assert set(names.values()) > ORTHOGONAL | others
     config = dataclasses.replace(CONFIG, name="muon", weight_decay=0.5)
     optimizer = make_optimizer(config, 10)
@@ -247,7 +249,7 @@ def test_which_parameters_muon_updates_and_which_decay():
     zeros = jax.tree.map(jnp.zeros_like, parameters)
     updates, _ = jax.jit(optimizer.update)(zeros, state, parameters, norm=jnp.ones(()))
     for path, update in jax.tree_util.tree_leaves_with_path(updates):
-        spared = names[jax.tree_util.keystr(path)].endswith(("scale", "bias", "null.vectors", "null.novices"))
+        spared = names[jax.tree_util.keystr(path)].endswith(("scale", "bias", ".vectors", "null.novices", "conv"))
         np.testing.assert_allclose(update, 0.0 if spared else -0.05, rtol=1e-4, atol=1e-9, err_msg=str(path))
 
 
