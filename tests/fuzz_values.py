@@ -87,6 +87,7 @@ PLAUSIBLE: dict[str, tuple[Any, ...]] = {
     "model.moe.every": (1, 2),
     "model.moe.layers": ((), (0,), (1,)),
     "model.moe.first_dense": (0, 1),
+    "model.moe.shortcut": (True, False),
     "model.moe.group_size": (0, 8, 32, 128),
     "model.moe.dispatch": ("gather", "einsum", "dropless"),
     "model.moe.exchange": ("all_to_all", "all_gather"),

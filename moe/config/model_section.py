@@ -359,6 +359,11 @@ class ModelConfig(Section, path=_MODEL):
             moe.layers,
             f"lists the MoE layers itself: leave {_MOE}every at 1 and {_MOE}first_dense at 0",
         )
+        if moe.shortcut:
+            self._require_defaults(f"{_MOE}shortcut", encoder_layers=0, norms="before")
+            followed = not any(one and other for one, other in itertools.pairwise((*sparse_layers(self), True)))
+            allowed = f"needs a dense layer after each MoE layer, as {_MOE}layers=(0, 2) of 4 has"
+            require(followed, f"{_MOE}shortcut", True, allowed)
         require(
             any(sparse_layers(self)),
             f"{_MOE}every={moe.every}, {_MOE}first_dense",

@@ -73,6 +73,8 @@ class MoEConfig(Section, path=_MOE):
     copy_experts: int = setting(0, least=0, page=True)  # experts that return the token
     constant_experts: int = setting(0, least=0, page=True)  # experts that mix the token and a learned vector
     novice_experts: int = setting(0, least=0, page=True)  # experts that return a learned vector (MoNE)
+    #: the experts' output, without a shared expert's, is added after the next layer's FFN, a dense one (LongCat-Flash)
+    shortcut: bool = setting(False, page=True)
     shared_gate: bool = setting(False, page=True)  # multiply the shared expert's output by sigmoid(x w) (Qwen2-MoE)
     every: int = setting(1, least=1)  # every n-th layer is MoE: layers n, 2n, ... of either stack, counted from 1
     layers: tuple[int, ...] = ()  # MoE layers, from 0, an encoder's before the decoder's; empty: every, first_dense

@@ -59,6 +59,7 @@ class Site(enum.Enum):
     CROSS_WEIGHTS = 8
     CROSS_OUTPUT = 9
     MEMORY_OUTPUT = 10
+    SHORTCUT = 11
 
 
 class StackSite(enum.Enum):

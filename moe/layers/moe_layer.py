@@ -242,15 +242,26 @@ class MoELayer(nnx.Module):
     def _finish(
         self, x: Float[Array, "B T D"], tokens: Tokens, routing: Routing, experts: RunExperts
     ) -> tuple[Float[Array, "B T D"], balancing.LayerReport, Routing]:
-        """Wrap the FFN experts and run them, add the shared expert, report."""
+        """Wrap the FFN experts and run them, add the shared expert unless there is a shortcut, report."""
         for part in (getattr(self, wrapper.name) for wrapper in self.wrappers):
             experts = experts if part is None else part.around(experts)
         y, kept = experts(jnp.where(routing.broken[..., None], 0, tokens.x), routing)  # zeroed as padding is
         y = constrain(y.astype(x.dtype).reshape(x.shape), partition_specs.BATCH)
-        if self.shared is not None:
-            y = y + self.shared(jnp.where(tokens.mask.reshape(*x.shape[:2], 1), x, 0))
+        beside = None if self.config.shortcut else self.beside(x, tokens.mask.reshape(x.shape[:2]))
+        y = y if beside is None else y + beside
         report = self._report(routing, tokens.mask, kept, rows=x.shape[0])
         return y, report, dataclasses.replace(routing, smooth_load=None, needed_bias=None)
+
+    def beside(self, x: Float[Array, "B T D"], mask: Bool[Array, "B T"] | None) -> Float[Array, "B T D"] | None:
+        """Output of the shared expert, 0 for padding; None without one.
+
+        Args:
+            x: normalised activations.
+            mask: real tokens; None: all are.
+        """
+        if self.shared is None:
+            return None
+        return self.shared(x if mask is None else jnp.where(mask[..., None], x, 0))
 
     def _check_replay(self, routing: Routing | Choices | None, tokens: Tokens) -> None:
         if routing is None:

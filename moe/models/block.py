@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, PRNGKeyArray
@@ -31,12 +32,13 @@ from moe.routing.routing import Choices, Routing
 
 class Record(NamedTuple):
     """Reports of a block: of its MoE layer with the layer's routing, of a token mixer that has experts, and the largest
-    attention score of each head [N] where training reads it."""
+    attention score of each head [N] where training reads it; and what the block hands on (:class:`Stream`)."""
 
     report: LayerReport | None = None
     routing: Routing | None = None
     mixer: LayerReport | None = None
     scores: Array | None = None
+    late: Array | None = None
 
 
 class Stream(NamedTuple):
@@ -45,20 +47,30 @@ class Stream(NamedTuple):
     Attributes:
         x: [B,T,D] activations.
         carry: pytree of [B,T,...] float32 that each MoE layer's router hands on to that of the next; None: nothing.
+        late: [B,T,D] output of the experts of the layer below, which is added after this one; 0 if that layer was
+            dense; None in a model without shortcuts. The dense path runs while rows travel (shortcut-connected MoE: Cai
+            et al. 2024, arXiv 2404.05019), as LongCat-Flash arranges it (2025, arXiv 2509.01322, section 2): with n of
+            the norms, a_i of attention and f_i of dense FFNs, f_1 the shared expert,
+
+                h = x + a_1(n x)    u = h + f_1(n h)    v = u + a_2(n u)    y = v + f_2(n v) + experts(n h)
     """
 
     x: Array
     carry: Any = None
+    late: Array | None = None
 
     def after(self, x: Array, record: Record) -> tuple[Stream, Record]:
         """The stream after a layer, and the layer's record without what it handed on. A dense layer, and one that
         replays a whole routing, leave the carry as it is."""
-        routing = record.routing
+        routing, late = record.routing, record.late
+        if self.late is not None and late is None:
+            x, late = x + self.late, jnp.zeros_like(self.late)
+        record = record._replace(late=None)
         if routing is None:
-            return Stream(x, self.carry), record
+            return Stream(x, self.carry, late), record
         carry = self.carry if routing.carry is None else regrouped(routing.carry, x.shape[:2])
         carry = jax.tree.map(lambda leaf: constrain(leaf, partition_specs.BATCH), carry)
-        return Stream(x, carry), record._replace(routing=dataclasses.replace(routing, carry=None))
+        return Stream(x, carry, late), record._replace(routing=dataclasses.replace(routing, carry=None))
 
 
 class CrossAttention(nnx.Module):
@@ -97,6 +109,7 @@ class Block(nnx.Module):
         self.kind = kind
         self.dropout = config.dropout
         self.route_padding = config.moe.route_padding
+        self.shortcut = config.moe.shortcut
         self.norms = config.norms
         self.residual_scale = config.residual_scale
         self.reports_scores = False
@@ -201,15 +214,16 @@ class Block(nnx.Module):
         train: bool = False,
         rng: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "B T D"], Record]:
-        """The last part: x + FFN(norm(x)); ``generating``: gates that draw or count tokens do so by a token's position,
-        so that no row depends on the others."""
+        """The last part: x + FFN(norm(x)), without the experts' output where there is a shortcut; ``generating``: gates
+        that draw or count tokens do so by a token's position, so that no row depends on the others."""
         h, drop = self.ffn_input(x), Dropout(self.dropout, rng if train else None)
         if not self.kind.sparse:
             y = self.dense(h, drop.at(Site.FFN_HIDDEN))
             return constrain(self._add_ffn(x, y, drop.at(Site.FFN_OUTPUT)), partition_specs.BATCH), Record()
+        mask = None if self.route_padding else rows.as_keys > 0
         y, report, routing = self.moe(
             h,
-            None if self.route_padding else rows.as_keys > 0,
+            mask,
             token_ids=rows.token_ids,
             positions=rows.positions if generating else None,
             segment_ids=rows.segment_ids,
@@ -218,8 +232,12 @@ class Block(nnx.Module):
             train=train,
             rng=rng,
         )
-        x = self._add_ffn(x, y, drop.at(Site.FFN_OUTPUT))
-        return constrain(x, partition_specs.BATCH), Record(report, routing)
+        late = None
+        if self.shortcut:
+            late, y = times(drop.at(Site.SHORTCUT)(y), self.residual_scale), self.moe.beside(h, mask)
+            late = constrain(late, partition_specs.BATCH)
+        x = x if y is None else self._add_ffn(x, y, drop.at(Site.FFN_OUTPUT))
+        return constrain(x, partition_specs.BATCH), Record(report, routing, late=late)
 
 
 def report_scores(model: nnx.Module) -> None:

@@ -132,7 +132,8 @@ class Stack(nnx.Module):
 
     def begin(self, x: Float[Array, "B T D"]) -> Stream:
         """Input of the first layer. Raises ConfigError if routers hand on different shapes."""
-        return Stream(x, of_tokens(carry_of(self.config.moe, self.kinds), x.shape[:2]))
+        late = jnp.zeros_like(x) if self.config.moe.shortcut else None
+        return Stream(x, of_tokens(carry_of(self.config.moe, self.kinds), x.shape[:2]), late)
 
     @property
     def _first(self) -> int:

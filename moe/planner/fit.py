@@ -213,7 +213,7 @@ def _layers(config: Config, sizes: Mapping[str, int], arrays: _Arrays, rows: int
         for unit, repeats in segments(kinds):
             layers = [_layer(config, sizes, arrays, kind, rows * length) for kind in unit]
             kept_inputs = {"offload": 0, "offload_inputs": 0, "none": 1, "dots": 1, "full": 1}.get(remat, len(unit))
-            inputs = float(kept_inputs * config.model.d_model)
+            inputs = float(kept_inputs * config.model.d_model * (1 + config.model.moe.shortcut))
             kept += repeats * length * (inputs + sum(layer.kept for layer in layers))
             alive = max(alive, length * sum(layer.alive for layer in layers))
             if sizes["fsdp"] > 1:
