@@ -161,6 +161,33 @@ def test_pins_are_exact():
     for environment in environments.read(Path("nowhere")).values():
         assert (suite.WORKERS / environment.worker).is_file()
         assert all("==" in package for package in environment.packages), environment.name
+        assert bool(environment.python and environment.packages) is not environment.here, environment.name
+
+
+def test_own_layers_need_no_environment(tmp_path):
+    own = [environment for environment in environments.read(tmp_path).values() if environment.here]
+    assert [environment.name for environment in own] == ["own", "own-parallel"]
+    for environment in own:
+        environment.make()
+        assert environment.interpreter == Path(sys.executable)
+        assert environment.control
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "block"), [("own", "deepseek_v3, gather"), ("own-parallel", "mixtral, dropless, expert=2")]
+)
+def test_own_layers_raise_no_alarm(name, block, tmp_path, monkeypatch):
+    monkeypatch.setattr(suite, "CASES", TESTED)
+    environment = environments.read(tmp_path)[name]
+    library = suite.describe(environment)
+    library = dataclasses.replace(library, blocks={block: library.blocks[block]})
+    suite.measure(environment, library, tmp_path)
+    cells = {cell.column: cell.status for cell in suite.judge(library, tmp_path)}
+    assert set(cells) == {*suite.MAIN, "router product"}
+    assert {status for column, status in cells.items() if column in suite.MAIN} == {"equal"}
+    assert cells["router product"] == "not applicable"  # its config refuses K = 1
 
 
 def test_missing_uv_is_one_error(tmp_path, monkeypatch):

@@ -28,7 +28,8 @@ class Environment:
         folder: where it is.
         options: further options of ``uv pip install``.
         alone: requirements that are installed without what they ask for, after ``packages``, which have what is needed.
-        control: holds known bugs, which must deviate.
+        control: holds known bugs, which must deviate, or this package's layers, which must not.
+        here: the running environment, which nothing is installed into.
     """
 
     name: str
@@ -39,11 +40,12 @@ class Environment:
     options: tuple[str, ...] = ()
     alone: tuple[str, ...] = ()
     control: bool = False
+    here: bool = False
 
     @property
     def interpreter(self) -> Path:
         """Its Python."""
-        return self.folder / "bin" / "python"
+        return Path(sys.executable) if self.here else self.folder / "bin" / "python"
 
     def make(self) -> None:
         """Create it where it is missing or was made of other pins.
@@ -51,6 +53,8 @@ class Environment:
         Raises:
             ConfigError: uv is missing, or cannot install the packages.
         """
+        if self.here:
+            return
         beside = os.pathsep.join((os.path.dirname(sys.executable), os.environ.get("PATH", "")))
         uv = shutil.which("uv", path=beside)
         if uv is None:
@@ -88,13 +92,14 @@ def read(folder: Path) -> dict[str, Environment]:
     return {
         name: Environment(
             name,
-            table["python"],
-            tuple(table["packages"]),
+            table.get("python", ""),
+            tuple(table.get("packages", ())),
             table["worker"],
             folder / name,
             tuple(table.get("options", ())),
             tuple(table.get("alone", ())),
             table.get("control", False),
+            table.get("here", False),
         )
         for name, table in tables.items()
     }

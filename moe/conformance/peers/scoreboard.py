@@ -43,7 +43,7 @@ def write(
         command: that made them.
         order: names of all libraries, as on the page.
         reproduced: results of its scripts (reproduction.run); empty if they were not run.
-        control: the library holds known bugs, and counts in no sum.
+        control: the library is no other's, or holds known bugs, and counts in no sum.
     """
     path = out / "scoreboard.json"
     kept = json.loads(path.read_text()) if path.exists() else {}
