@@ -40,7 +40,7 @@ _SUITE = flags.DEFINE_enum("suite", None, ["peers"], "Compare the MoE blocks of 
 _OUT = cli.define_path("out", "Folder for the scoreboard of --suite.")
 _LIBRARIES = flags.DEFINE_list("libraries", [], "Tables of environments.toml; default: all.")
 _ENVIRONMENTS = cli.define_path("environments", "Folder of the libraries' environments; default: OUT/environments.")
-_REPRODUCE = flags.DEFINE_bool("reproduce", False, "Also run the script of each deviating cell of --suite.")
+_REPRODUCE = flags.DEFINE_bool("reproduce", False, "Also run the script of each deviating or failing cell of --suite.")
 _TOLERANCE = flags.DEFINE_float("tolerance", 1e-4, "Relative error within which values are equal.", lower_bound=0.0)
 
 _EXAMPLE = "moe.conformance.example:layer"

@@ -39,6 +39,7 @@ BLOCKS = {
         Variant(weighs_input=True),
     ),
     "detaches": (CLAIMS, Variant(router_gradient="none")),
+    "fails": (CLAIMS | {"read": "its own fault"}, None),
 }
 TESTED = tuple(case for case in cases.CASES if case.name in ("main", "precision"))
 
@@ -50,12 +51,18 @@ class OracleLibrary:
 
     def run(self, program: Path, *arguments: str) -> str:
         if program.name == "scripts.py":
-            return "".join(f"{script}\nlargest difference 0.5 of 2.0\n" for script in arguments)
+            words = {True: "a warning\nValueError: of a block", False: "largest difference 0.5 of 2.0"}
+            return "".join(f"{script}\n{words['.fails.' in script]}\n" for script in arguments)
         (argument,) = arguments
         if argument == "--list":
             return json.dumps({"version": "oracle 1", "blocks": {name: claims for name, (claims, _) in BLOCKS.items()}})
         for job in json.loads(Path(argument).read_text()):
             claims, variant = BLOCKS[job["block"]]
+            Path(job["out"] + ".code").write_text("block = None")
+            Path(job["out"] + ".json").write_text('"{}"')
+            if variant is None:
+                Path(job["out"] + ".txt").write_text("ValueError: of a block\n\nTraceback")
+                continue
             if job["dtype"] == "bfloat16":
                 variant = dataclasses.replace(
                     variant, router_dtype="bfloat16" if job["block"] == "right" else "float32"
@@ -70,8 +77,6 @@ class OracleLibrary:
                 found = equations.compute(rule, variant, layer)
             results = {name: value for name, value in found.items() if name.startswith(("grad", "y", "expert_index"))}
             np.savez(job["out"] + ".npz", **results, **{"state.gate.weight": layer.router.T})
-            Path(job["out"] + ".code").write_text("block = None")
-            Path(job["out"] + ".json").write_text('"{}"')
         return ""
 
 
@@ -96,20 +101,37 @@ def test_verdicts_and_page(tmp_path, monkeypatch):
     # Twins are one bfloat16 step apart, so that a bfloat16 product cannot tell them apart.
     assert cells["right", "router product"].status == "bfloat16"
     assert cells["detaches", "router product"].status == "equal"
+    failing = [cell for cell in cells.values() if cell.block == "fails"]
+    assert {cell.status for cell in failing} == {"raises"}
+    assert {cell.text for cell in failing} == {"ValueError: of a block: its own fault"}
     reproduction.write_all(tmp_path, library, list(cells.values()))
     reproduced = reproduction.run(tmp_path, OracleLibrary(), list(cells.values()))
-    assert reproduced == {"detaches, grad tokens": 0.25, "detaches, grad router": 0.25}
+    errors = {f"fails, {cell.column}": math.inf for cell in failing}
+    assert reproduced == {"detaches, grad tokens": 0.25, "detaches, grad router": 0.25} | errors
     order = ["oracle", "another"]
     scoreboard.write(tmp_path, library, list(cells.values()), "conform.py", order, reproduced=reproduced)
     page = (tmp_path / "scoreboard.md").read_text()
-    assert "3 blocks of 1 library," in page
-    assert "| oracle 1 | 3 |" in page
+    assert "4 blocks of 1 library," in page
+    assert "| oracle 1 | 4 |" in page
     assert "## Not checked, and why" in page
     assert "- detaches (grad tokens, grad router, up to" in page
-    assert "2 of 2 deviating cells are reproduced by their script alone, by 0.25 or more." in page
+    assert "9 of 9 cells that deviate or raise an error are reproduced by their script alone" in page
+    assert "deviations by 0.25 or more." in page
     script = (tmp_path / "reproduce" / "oracle.detaches.grad_router.py").read_text()
     assert "block.gate.weight.grad.mT" in script
     assert len(script.splitlines()) <= 20
+    script = (tmp_path / "reproduce" / "oracle.fails.output.py").read_text()
+    assert "fails of oracle, output: raises an error." in script
+    assert "load_state_dict" not in script
+
+
+def test_a_script_that_shows_nothing_reproduces_nothing():
+    """NaN: another error than the cell's, an error instead of a difference, no output."""
+    failed = suite.Cell("oracle", "fails", "output", "raises", "ValueError: of a block: its own fault")
+    deviating = suite.Cell("oracle", "detaches", "output", "deviates")
+    for cell, text in ((failed, "TypeError: of a block"), (failed, "ValueError: 1"), (failed, ""), (deviating, "")):
+        assert math.isnan(reproduction._printed(cell, text))
+    assert reproduction.sentence({"a": math.nan, "b": 0.5, "c": math.inf}).startswith("2 of 3 cells")
 
 
 @pytest.mark.parametrize("worker", ["easydel_blocks", "maxtext_blocks"])

@@ -1,4 +1,4 @@
-"""An npz file and a script of at most 20 lines that show a deviation with the library alone."""
+"""An npz file and a script of at most 20 lines that show a deviation, or an error, with the library alone."""
 
 from __future__ import annotations
 
@@ -23,15 +23,14 @@ _TORCH = """import numpy as np
 import torch
 {begin}given = np.load(__file__[:-2] + "npz")
 {code}
-{load}
-{spread}parts, cotangent, mask = (torch.from_numpy(given[name]) for name in ("x", "cotangent", "mask"))
+{load}{spread}parts, cotangent, mask = (torch.from_numpy(given[name]) for name in ("x", "cotangent", "mask"))
 outputs = [{run} for x in parts.requires_grad_(True)]
 y = torch.cat([(y[0] if isinstance(y, tuple) else y).reshape(parts[0].shape) for y in outputs])
 {backward}found = {expression}.detach().double().numpy()
 """
 _LOAD = (
     "block.eval().load_state_dict("
-    '{name[6:]: torch.from_numpy(given[name]) for name in given if name.startswith("state.")})'
+    '{name[6:]: torch.from_numpy(given[name]) for name in given if name.startswith("state.")})\n'
 )
 _JAX = """import jax
 import numpy as np
@@ -46,6 +45,7 @@ _GRADIENT = (
 _PARTS = 'for part in zip(given["x"], given["cotangent"])'
 _LAST = 'print("largest difference", abs(found - given["expected"]).max(), "of", abs(given["expected"]).max())\n'
 _PRINTED = re.compile(r"^largest difference (\S+) of (\S+)$", re.MULTILINE)
+SHOWN = ("deviates", "raises")
 
 
 def path(out: Path, cell: Cell) -> Path:
@@ -54,18 +54,19 @@ def path(out: Path, cell: Cell) -> Path:
 
 
 def write_all(out: Path, library: Library, cells: Sequence[Cell]) -> None:
-    """Write the script and npz of each deviating cell, instead of those of an earlier run."""
+    """Write the script and npz of each cell that deviates or raises an error, instead of those of an earlier run."""
     for stale in (out / "reproduce").glob(f"{library.name}.*"):
         stale.unlink()
     for cell in cells:
-        if cell.status == "deviates":
+        if cell.status in SHOWN:
             _write(out, library, cell)
 
 
 def _write(out: Path, library: Library, cell: Cell) -> None:
     """Write a cell's script and, beside it, its npz, which show the quantity that differs most.
 
-    A choice, or combine weights, are shown by y, since not every library returns them.
+    A choice, or combine weights, are shown by y, since not every library returns them. An error is shown with the
+    weights that the block has when it is made.
     """
     claims = library.blocks[cell.block]
     case = next(case for case in CASES if case.name == cell.case)
@@ -73,10 +74,12 @@ def _write(out: Path, library: Library, cell: Cell) -> None:
     code, layer = made.with_name(made.name + ".code").read_text(), layer_of_claims(claims, case)
     in_jax = claims.get("framework") == "jax"
     expressions = _in_jax(claims, layer) if in_jax else _in_torch(claims, case)
-    quantity = cell.quantity if cell.quantity in expressions else "y"
+    raises = cell.status == "raises"
+    wanted = "grad_x" if raises and not case.forward_only else cell.quantity
+    quantity = wanted if wanted in expressions else "y"
     expected = equations.compute(rule_of(claims, case), Variant(**claims["documented"]), layer)[quantity]
     cotangent = np.asarray(layer.cotangent) * layer.mask[..., None]
-    state = _weights(claims, layer) if in_jax else _state(made.with_name(made.name + ".npz"))
+    state = _weights(claims, layer) if in_jax else {} if raises else _state(made.with_name(made.name + ".npz"))
     inputs = {"x": layer.x, "cotangent": cotangent, "mask": layer.mask}
     arrays: dict[str, Any] = state | {name: np.stack(np.split(array, case.parts)) for name, array in inputs.items()}
     arrays = {name: array if array.dtype == bool else array.astype(np.float32) for name, array in arrays.items()}
@@ -87,9 +90,10 @@ def _write(out: Path, library: Library, cell: Cell) -> None:
     write_arrays(place.with_suffix(".npz"), arrays | {"expected": expected})
     processes = claims.get("processes", 1)
     launch = f" Run by torchrun --nproc_per_node={processes}." if processes > 1 else ""
-    what = f"{cell.block} of {library.name}, {cell.column}: {quantity} beside what its claimed rule gives.{launch}"
-    expression = expressions[quantity]
-    text = _jax_text(code, expression) if in_jax else _torch_text(code, expression, claims, case)
+    shows = "raises an error" if raises else f"{quantity} beside what its claimed rule gives"
+    what = f"{cell.block} of {library.name}, {cell.column}: {shows}.{launch}"
+    load, expression = "" if raises else _LOAD, expressions[quantity]
+    text = _jax_text(code, expression) if in_jax else _torch_text(code, expression, claims, case, load)
     write_atomic(place, script(what, text))
 
 
@@ -137,7 +141,7 @@ def _jax_text(code: str, expression: str) -> str:
     return _JAX.format(code=code, gradient=gradient, expression=expression) + _LAST
 
 
-def _torch_text(code: str, expression: str, claims: Mapping[str, Any], case: Case) -> str:
+def _torch_text(code: str, expression: str, claims: Mapping[str, Any], case: Case, load: str) -> str:
     """A script in PyTorch, of one process or several."""
     spread, begin = claims.get("spread_code", "").strip(), ""
     if claims.get("processes", 1) > 1:
@@ -149,7 +153,7 @@ def _torch_text(code: str, expression: str, claims: Mapping[str, Any], case: Cas
     made = {
         "begin": begin,
         "code": code,
-        "load": _LOAD,
+        "load": load,
         "spread": f"{spread}\n" if spread else "",
         "run": claims["run"],
     }
@@ -157,28 +161,41 @@ def _torch_text(code: str, expression: str, claims: Mapping[str, Any], case: Cas
 
 
 def run(out: Path, environment: Environment, cells: Sequence[Cell]) -> dict[str, float]:
-    """Run the script of each deviating cell in its library's environment.
+    """Run the script of each cell that deviates or raises an error, in its library's environment.
 
     Returns:
-        block, column → the relative difference that the script printed; NaN where it failed.
+        block, column → the relative difference that the script printed, infinite where it raised the cell's error; NaN
+        where it did neither.
     """
-    deviating = [cell for cell in cells if cell.status == "deviates"]
-    if not deviating:
+    shown = [cell for cell in cells if cell.status in SHOWN]
+    if not shown:
         return {}
-    scripts = [str(path(out, cell)) for cell in deviating]
+    scripts = [str(path(out, cell)) for cell in shown]
     printed = environment.run(WORKERS / "scripts.py", *scripts)
     found = {}
-    for cell, script in zip(deviating, scripts, strict=True):
+    for cell, script in zip(shown, scripts, strict=True):
         text = printed.split(f"{script}\n", 1)[1].split(str(out / "reproduce"), 1)[0]
-        numbers = _PRINTED.search(text)
-        if numbers is None:
+        difference = _printed(cell, text)
+        if math.isnan(difference):
             print(f"  {script}: {text.strip()}")
-        found[f"{cell.block}, {cell.column}"] = float(numbers[1]) / float(numbers[2]) if numbers else math.nan
+        found[f"{cell.block}, {cell.column}"] = difference
     return found
 
 
+def _printed(cell: Cell, text: str) -> float:
+    """What :func:`run` returns for a script that printed ``text``."""
+    if cell.status == "raises":
+        kind = cell.text.split(":", 1)[0]
+        same = any(line.startswith(f"{kind}:") and cell.text.startswith(line) for line in text.splitlines())
+        return math.inf if same else math.nan
+    numbers = _PRINTED.search(text)
+    return float(numbers[1]) / float(numbers[2]) if numbers else math.nan
+
+
 def sentence(reproduced: Mapping[str, float]) -> str:
-    """Number of cells whose script shows a difference above the tolerance."""
+    """Number of cells whose script shows a difference above the tolerance, or the cell's error."""
     shown = [difference for difference in reproduced.values() if difference > TOLERANCE]
-    smallest = f", by {min(shown):.2g} or more" if shown else ""
-    return f"{len(shown)} of {len(reproduced)} deviating cells are reproduced by their script alone{smallest}"
+    sizes = [difference for difference in shown if math.isfinite(difference)]
+    smallest = f", deviations by {min(sizes):.2g} or more" if sizes else ""
+    cells = f"{len(shown)} of {len(reproduced)} cells that deviate or raise an error"
+    return f"{cells} are reproduced by their script alone{smallest}"

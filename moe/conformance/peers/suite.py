@@ -186,6 +186,8 @@ def judge(library: Library, out: Path) -> Iterator[Cell]:
                 status: Status = "not applicable" if skipped else "raises"
                 failed = path.with_suffix(".txt")
                 text = skipped or (failed.read_text().splitlines()[0] if failed.exists() else "no result")
+                if not skipped and claims["read"]:
+                    text += f": {claims['read']}"
                 yield from (Cell(library.name, block, column, status, text, case=case.name) for column in columns)
                 continue
             with np.load(path, allow_pickle=False) as archive:

@@ -12,14 +12,15 @@ from jax_blocks import main
 
 #: XLA for processors has no ragged all-to-all, by which it exchanges tokens otherwise.
 RING = {"use_ring_of_experts": True}
+ROWS = {"read": "_sparse_call takes a slice whose length is traced"}
 EXPERTS, TENSOR = (1, 1, 4, 1, 1), (1, 1, 1, 4, 1)
 MIXTRAL_BLOCK = ("mixtral", "Mixtral", "MixtralSparseMoeBlock")
 ADAPTERS = {
     "mixtral, ring of experts, 4 devices": easydel(
-        *MIXTRAL_BLOCK, **MIXTRAL | {"settings": MIXTRAL["settings"] | RING}, axes=EXPERTS, skip=NORMALISED
+        *MIXTRAL_BLOCK, **MIXTRAL | {"settings": MIXTRAL["settings"] | RING}, axes=EXPERTS, skip=NORMALISED, **ROWS
     ),
     "mixtral, tensor parallel, 4 devices": easydel(*MIXTRAL_BLOCK, **MIXTRAL, axes=TENSOR, skip=NORMALISED),
-    "qwen3_moe, ring of experts, 4 devices": easydel(*QWEN, WIDTHS | RING, axes=EXPERTS, skip=SOFTMAX),
+    "qwen3_moe, ring of experts, 4 devices": easydel(*QWEN, WIDTHS | RING, axes=EXPERTS, skip=SOFTMAX, **ROWS),
     "qwen3_moe, tensor parallel, 4 devices": easydel(*QWEN, WIDTHS, axes=TENSOR, skip=SOFTMAX),
 }
 

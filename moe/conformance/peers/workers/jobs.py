@@ -52,11 +52,11 @@ def run(version: str, adapters: Mapping[str, Any], measure: Callable[[Any, dict[
         with np.load(job["arrays"]) as archive:
             arrays = dict(archive)
         try:
-            np.savez(job["out"] + ".npz", **measure(adapter, job, arrays))
             with open(job["out"] + ".code", "w") as file:
                 file.write(lines(adapter, job))
             with open(job["out"] + ".json", "w") as file:
                 json.dump(adapter.given(job["k"]), file)
+            np.savez(job["out"] + ".npz", **measure(adapter, job, arrays))
         except Exception as error:
             with open(job["out"] + ".txt", "w") as file:
                 file.write(f"{type(error).__name__}: {error}\n\n{traceback.format_exc()}")

@@ -158,6 +158,7 @@ def adapters() -> dict[str, Block]:
             settings={"zero_expert_num": 0},
             rule={"scale": 2.5},
             bias=True,
+            read="LongcatFlashExperts squeezes the axis of K out of its mask",
         ),
         "gpt_oss": Transformers("gpt_oss", "GptOssMLP", router="router.weight", layout="interleaved", **GPT_OSS),
         "openai_privacy_filter": Transformers(
