@@ -101,6 +101,7 @@ def main() -> None:
 def _peers() -> None:
     """Run the suite, print each library's counts and write the scoreboard."""
     import collections
+    import time
 
     from moe.conformance.peers import environments, reproduction, scoreboard, suite
 
@@ -115,6 +116,7 @@ def _peers() -> None:
             raise ConfigError(f"--libraries={name}: known are {', '.join(known)}")
     for name in _LIBRARIES.value or known:
         known[name].make()
+        start = time.perf_counter()
         library = suite.describe(known[name])
         print(f"{library.version}: {len(library.blocks)} blocks", flush=True)
         suite.measure(known[name], library, out / name)
@@ -127,7 +129,8 @@ def _peers() -> None:
         if reproduced:
             print(f"  {reproduction.sentence(reproduced)}", flush=True)
         command += " --reproduce" if _REPRODUCE.value else ""
-        scoreboard.write(out, library, cells, command, list(known), reproduced=reproduced, control=known[name].control)
+        taken = {"seconds": time.perf_counter() - start, "reproduced": reproduced, "control": known[name].control}
+        scoreboard.write(out, library, cells, command, list(known), **taken)
     print(out / "scoreboard.md")
 
 

@@ -108,11 +108,12 @@ def test_verdicts_and_page(tmp_path, monkeypatch):
     reproduced = reproduction.run(tmp_path, OracleLibrary(), list(cells.values()))
     errors = {f"fails, {cell.column}": math.inf for cell in failing}
     assert reproduced == {"detaches, grad tokens": 0.25, "detaches, grad router": 0.25} | errors
-    order = ["oracle", "another"]
-    scoreboard.write(tmp_path, library, list(cells.values()), "conform.py", order, reproduced=reproduced)
+    order, taken = ["oracle", "another"], {"seconds": 61.4, "reproduced": reproduced}
+    scoreboard.write(tmp_path, library, list(cells.values()), "conform.py", order, **taken)
     page = (tmp_path / "scoreboard.md").read_text()
     assert "4 blocks of 1 library," in page
     assert "| oracle 1 | 4 |" in page
+    assert ", 61 s; `conform.py`" in page
     assert "## Not checked, and why" in page
     assert "- detaches (grad tokens, grad router, up to" in page
     assert "9 of 9 cells that deviate or raise an error are reproduced by their script alone" in page

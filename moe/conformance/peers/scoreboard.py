@@ -31,6 +31,7 @@ def write(
     command: str,
     order: Sequence[str],
     *,
+    seconds: float,
     reproduced: Mapping[str, float],
     control: bool = False,
 ) -> None:
@@ -42,6 +43,7 @@ def write(
         cells: its verdicts.
         command: that made them.
         order: names of all libraries, as on the page.
+        seconds: that it took, without making the environment.
         reproduced: results of its scripts (reproduction.run); empty if they were not run.
         control: the library is no other's, or holds known bugs, and counts in no sum.
     """
@@ -52,6 +54,7 @@ def write(
         "control": control,
         "date": datetime.date.today().isoformat(),
         "command": command,
+        "seconds": round(seconds),
         "reproduced": reproduced,
     }
     kept[library.name] = row | {"cells": [dataclasses.asdict(cell) for cell in cells]}
@@ -90,7 +93,7 @@ def page(libraries: Mapping[str, Mapping[str, Any]]) -> str:
             "",
             f"## {'Control: ' if row['control'] else ''}{name}",
             "",
-            f"{row['version']}; {row['date']}; `{row['command']}`",
+            f"{row['version']}; {row['date']}, {row['seconds']} s; `{row['command']}`",
             "",
         ]
         lines += [f"| block | {' | '.join(COLUMNS)} |", f"|---|{'---|' * len(COLUMNS)}"]
