@@ -46,7 +46,9 @@ ADAPTERS: dict[str, Block] = {
     # The loss is K at perfect balance.
     "minimind 797": mixtral(changed=" * 2"),
     "transformers 48687, torchtitan 2416": mixtral(then=ONE_OF_TWO_DEVICES),
+    "transformers 48687, torchtitan 2416, fixed": mixtral(then=ONE_OF_TWO_DEVICES.replace(".detach()", "")),
     "torchtitan 4054": mixtral(then=HALF_OF_THE_WIDTH),
+    "torchtitan 4054, fixed": mixtral(then=HALF_OF_THE_WIDTH.replace(".detach()", "")),
     "PyTorch 160285": mixtral(then=DOUBLED),
 }
 

@@ -64,6 +64,7 @@ ADAPTERS = {
     "RoutedMoE, experts over 4 devices": routed(DENSE, 4, **MIXTRAL),
     "RoutedMoE, ring of experts, 4 devices": routed(RING, 4, skip=UNEVEN, **MIXTRAL),
     "RoutedMoE, envy-switch-base": routed(DENSE, k=1),
+    "RoutedMoE, gemma4's decoder, K = 1": routed(DENSE | {"decoder_block": "gemma4"}, k=1),
 }
 
 if __name__ == "__main__":
