@@ -145,6 +145,8 @@ def test_planted_faults_are_never_called_rounding(float32):
     faults = list(planted(variables))
     assert len(faults) >= 30
     found = {fault: smallest(routed, variables, replay, one, rounding, fault) for fault in faults}
+    for (path, layer, change), size in found.items():  # shown by pytest -rP
+        print(f"smallest size found {'none' if size is None else f'{size:.0e}'}: {change}, layer {layer}, {path}")
     assert None not in found.values(), [fault for fault, size in found.items() if size is None]
     assert np.median(list(found.values())) <= 1e-4
 
