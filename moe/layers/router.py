@@ -62,8 +62,8 @@ class Router(nnx.Module):
             carry: ``GateInputs.carry``; not read here.
         """
         del carry
-        x = jittered(x, jitter, rng)
-        x = checkpoint_name(x, partition_specs.ROUTER_INPUT)
+        # Named in its own dtype, which says how it was rounded.
+        x = jittered(checkpoint_name(x, partition_specs.ROUTER_INPUT), jitter, rng)
         features, columns = self.features(x), self.columns()
         logits = matmul(features.astype(self.dtype), columns.astype(self.dtype)).astype(jnp.float32)
         logits = logits if self.logit_bias is None else logits + self.logit_bias[...]
@@ -95,7 +95,7 @@ def _state_variables(gate: Gate, num_experts: int) -> SelectionBias | nnx.Dict |
 
 
 def jittered(x: Float[Array, "G S D"], jitter: float, rng: Array | None) -> Float[Array, "G S D"]:
-    """x in float32, times factors uniform in [1 − jitter, 1 + jitter]; without a key, x."""
+    """x in float32, times factors uniform in [1 − jitter, 1 + jitter]; without a key, x in float32."""
     x = x.astype(jnp.float32)
     if rng is None or jitter == 0.0:
         return x

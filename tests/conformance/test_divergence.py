@@ -7,11 +7,13 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from flax import nnx
 
 from moe.config import Capacity, ConfigError
 from moe.conformance.divergence import bounds, compare, rounded, trace
 from moe.conformance.divergence.ranking import Ranking, highest
 from moe.dispatch import backends
+from moe.layers.router import Router
 from tests.analysis_helpers import random_batch, tiny_program
 from tests.helpers import tiny_model
 
@@ -76,6 +78,14 @@ def test_float64_reference_is_within_the_rounding_of_float32(float32):
     assert compare.compare(one, exact, (rounding, rounding)).is_rounding
     relative = bounds.bound_each(rounding.logits) / np.abs(one.router_logits).mean()
     assert 1e-7 < relative.mean() < 1e-4
+
+
+def test_a_router_names_its_input_in_its_own_dtype():
+    """A trace tells by it in which dtype a layer rounded, though the router computes in float32."""
+    model = tiny_model()
+    traced = jax.make_jaxpr(Router(model, rngs=nnx.Rngs(0)))(jnp.zeros((1, 2, model.d_model), jnp.bfloat16))
+    named = [equation.invars[0].aval.dtype for equation in traced.eqns if equation.primitive.name == "name"]
+    assert named == [jnp.bfloat16]
 
 
 @pytest.mark.slow
