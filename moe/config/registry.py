@@ -219,6 +219,8 @@ _LAYERS = {
     "power_iteration": MoEConfig(
         gate=newer_gates.PowerIteration(), num_experts=64, losses=Losses(balance=0.01), dispatch="dropless"
     ),
+    # Ahrac et al. 2026 (arXiv 2605.12476), released code: 6 of 64 experts beside a shared one, here shared_d_ff
+    "k_means": MoEConfig(gate=newer_gates.KMeans(), num_experts=64, losses=Losses(), dispatch="dropless"),
     # EMO 2026 (arXiv 2605.06663), released code: 7 of 128 experts beside a shared one, which is shared_d_ff here. Its
     # weight of the balance loss, 0.1, is that of its code, whose loss is 1 at balance as here.
     "emo": MoEConfig(

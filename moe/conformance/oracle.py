@@ -66,6 +66,8 @@ def weights_of(
         weights[f"router_parts.{name}"] = np.float32(base) + draw(
             *shape, scale=2 / shape[0] ** 0.5 if len(shape) > 1 else 0.3
         )
+    if gate == "k_means":
+        weights["router_parts.bias.centroids"] = draw(columns, d, scale=1.0)
     if latent_dim:
         weights["latent_down"] = draw(d, latent_dim, scale=2 / d**0.5)
         weights["latent_up"] = draw(latent_dim, d, scale=1.0)
@@ -78,6 +80,8 @@ def weights_of(
     return weights
 
 
+#: Arrays of a router that have no gradient.
+STATE = ("router_parts.bias.centroids",)
 #: H, the inner dimension of routers that have one.
 ROUTER_DIM = 3
 #: Gate whose router has further parameters → D → their shapes by name.
@@ -115,7 +119,7 @@ def router_parts(weights: Mapping[str, Any]) -> dict[str, Any]:
 def read_by(gate: str, weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Matrices that a layer of this gate has."""
     kind = find_gate(gate).router
-    absent = ({"router"} if kind == "none" else set()) | (set() if kind == "noisy" else {"noise"})
+    absent = ({"router"} if kind == "none" or gate == "k_means" else set()) | (set() if kind == "noisy" else {"noise"})
     return {name: array for name, array in weights.items() if name not in absent}
 
 
@@ -210,7 +214,7 @@ def oracle(
         return jnp.sum(y * cotangent), y
 
     differentiate = jax.grad(loss, argnums=(0, 1), has_aux=True)
-    names = [name for name in read_by(case.gate, weights) if name != "noise" or noise]
+    names = [name for name in read_by(case.gate, weights) if (name != "noise" or noise) and name not in STATE]
 
     def run(x: jax.Array, cotangent: Any) -> dict[str, Any]:
         gradients, y = differentiate(jax.tree.map(jnp.asarray, weights), x, cotangent)

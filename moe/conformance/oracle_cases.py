@@ -92,6 +92,7 @@ CASES = (
     Case("sinkhorn", 2, 7, 5, 2, 2, 0.2, LEAK),
     Case("coupled", 2, 7, 5, 2, 2, 0.2),
     Case("power_iteration", 2, 7, 5, 2, 2, 0.2, full=False),
+    Case("k_means", 2, 7, 5, 2, 2, 0.2, full=False),
     Case("matryoshka", 2, 7, 5, 3, 2, 0.2, draws=True),
     Case("cosine", 2, 7, 5, 2, 2, 0.2, full=False),
     Case("zaya", 2, 7, 5, 2, 2, 0.2, rule=Rule(null=(1, 0, 0, 0)), full=False),

@@ -81,11 +81,13 @@ def sigmoid(z: Any) -> Any:
 
 
 def scores_of(gate: str, logits: Any) -> Any:
-    """Scores of one token: the sigmoids of DeepSeek-V3, Kimi K3, Trinity and Kolibri, V4's sqrt(ln(1 + e^z)), or the
-    softmax."""
+    """Scores of one token: the sigmoids of DeepSeek-V3, Kimi K3, Trinity and Kolibri, V4's sqrt(ln(1 + e^z)), the
+    cosines of k_means, or the softmax."""
     xp = jnp if isinstance(logits, jax.Array) else np
     if gate in ("deepseek_v3", "quantile_balancing", "smebu", "kolibri"):
         return sigmoid(logits)
+    if gate == "k_means":
+        return logits
     return xp.sqrt(xp.log1p(xp.exp(logits))) if gate.startswith("deepseek_v4") else softmax(logits)
 
 
@@ -98,7 +100,7 @@ def choose(gate: str, logits: np.ndarray, k: int, rule: Rule = PLAIN) -> list[in
     num_experts = len(logits)
     if gate in ("dense_mixture", "expert_choice", *THRESHOLDS, "remoe"):
         return list(range(num_experts))
-    biased = gate in ("deepseek_v3", "deepseek_v4", "quantile_balancing", "smebu")
+    biased = gate in ("deepseek_v3", "deepseek_v4", "quantile_balancing", "smebu", "k_means")
     scores, best = scores_of(gate, logits) + rule.bias if biased else logits, 2 if gate == "deepseek_v3" else 1
     if gate == "kolibri":
         scores = logits + rule.bias
@@ -169,6 +171,12 @@ def cosine_logits(x: Any, router: Any, project: Any, log_scale: Any) -> Any:
     return xp.stack(cosines) * xp.exp(log_scale[0])
 
 
+def centroid_cosines(x: Any, centroids: Any) -> Any:
+    """Cosines [E] of one token x [D] with the centroids [E,D] (Ahrac et al. 2026)."""
+    xp = jnp if isinstance(x, jax.Array) else np
+    return xp.stack([x @ centroid / xp.sqrt((x @ x) * (centroid @ centroid)) for centroid in centroids])
+
+
 def zaya_logits(x: Any, router: Any, parts: Mapping[str, Any]) -> Any:
     """Logits [E+1] of one token x [D] in the lowest layer: the MLP of its projection (ZAYA1's released code)."""
     xp = jnp if isinstance(router, jax.Array) else np
@@ -189,9 +197,11 @@ def tied_router(router: Any, matrices: Any, length: float = 4.0) -> Any:
 
 
 def router_logits(gate: str, x: Any, router: Any, parts: Mapping[str, Any], rule: Rule = PLAIN) -> Any:
-    """Logits of one token x [D] by the router of a gate, with the router's further parameters."""
+    """Logits of one token x [D] by the router of a gate, with the router's further arrays."""
     if gate == "zaya":
         logits = zaya_logits(x, router, parts)
+    elif gate == "k_means":
+        logits = centroid_cosines(x, parts["bias.centroids"])
     else:
         logits = cosine_logits(x, router, parts["project"], parts["log_scale"]) if gate == "cosine" else router.T @ x
     xp = jnp if isinstance(router, jax.Array) else np

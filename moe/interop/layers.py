@@ -65,7 +65,8 @@ def single_layer(
         selection_bias: [E] of a gate with one; None: zeros.
         noise: [D,E] of noisy_topk; None: zeros.
         router_parts: all further parameters of a router that has some, by their dotted names in it: ``project``, [D,P],
-            and ``log_scale``, [1], of cosine; ``down``, ``norm.scale`` and so on of zaya.
+            and ``log_scale``, [1], of cosine; ``down``, ``norm.scale`` and so on of zaya; ``bias.centroids``, [E,D], of
+            k_means, which has no ``router``.
         latent_down: [D,P] before the experts, whose matrices then have P in place of D.
         latent_up: [P,D] after them.
         latent_norm: [P], scale of the RMSNorm before latent_up; None: no norm.
@@ -96,7 +97,8 @@ def single_layer(
         biases = layer.router.bias
         arrays: Any = stored(moe.gate.balancing.first_state(num_experts + moe.null_experts))
         for name, array in arrays.items():
-            biases[name].set_value(array)
+            if biases[name].get_value().shape == array.shape:  # others are given, such as centroids
+                biases[name].set_value(array)
     given: dict[str, tuple[Any, str, Any]] = {
         f"router_parts {name}": (operator.attrgetter(f"router.{owner}".rstrip("."))(layer), leaf, value)
         for name, value in router_parts.items()

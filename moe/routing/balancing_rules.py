@@ -181,6 +181,38 @@ class Momentum(BalancingRule):
 
 
 @dataclasses.dataclass(frozen=True)
+class Centroids(BalancingRule):
+    """Online k-means: an expert's centroid is the moving average of the mean of the tokens sent to it in a step, and
+    stays where there are none; beside a selection bias as :class:`Sign` (Ahrac et al. 2026, arXiv 2605.12476)."""
+
+    rate: float = setting(0.0, least=0)  # u of the bias
+    centroid_rate: float = setting(0.01, share=True)  # 1 − α
+    short = "centroids"
+
+    def first_state(self, num_experts: int) -> dict[str, Float[Array, " E"]]:
+        """The bias, zeros; a router that knows D adds ``centroids`` [E,D], whose place this holds without a D."""
+        return {"bias": jnp.zeros((num_experts,), jnp.float32), "centroids": jnp.zeros((num_experts, 0), jnp.float32)}
+
+    def signal(self, layers: LayerReport, experts_per_token: int) -> dict[str, Array]:
+        """Signs of the loads' errors, and the sums [L,E,D] and numbers [L,E,1] of the tokens sent."""
+        routed = layers.sums.routed
+        signs = Sign(self.rate).signal(layers, experts_per_token)
+        return {"signs": signs, "sums": routed[..., :-1], "counts": routed[..., -1:]}
+
+    def next_state(self, state: dict[str, Array], report: dict[str, Array]) -> dict[str, Array]:
+        """Move the bias by the signs and the centroids to the means."""
+        counts, centroids = report["counts"], state["centroids"]
+        means = report["sums"] / jnp.maximum(counts, jnp.finfo(jnp.float32).tiny)
+        moved = centroids + self.centroid_rate * (means - centroids)
+        bias = Sign(self.rate).next_state(state["bias"], report["signs"])
+        return {"bias": bias, "centroids": jnp.where(counts > 0, moved, centroids)}
+
+    def selection_bias(self, state: dict[str, Array]) -> Float[Array, " E"]:
+        """The bias."""
+        return state["bias"]
+
+
+@dataclasses.dataclass(frozen=True)
 class Penalty(BalancingRule):
     """λ·(1 + u)^sign(mean number of active experts − K), the strength of a sparsity penalty, one for all layers (ReMoE
     2024, equation 8); at least float32's smallest normal number, since 0 would never grow again."""

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from moe.routing.balancing_rules import BalancingRule, RunningThreshold
+from moe.routing.balancing_rules import BalancingRule, BiasRule, Centroids, RunningThreshold
 from moe.routing.gates import TopK, every_expert, require_weights_that_differ
 from moe.routing.interface import Gate, GateInputs, GateOutput, Scored, ScoreFunction, pick, rank, top_k
 from moe.system.fields import require, setting
@@ -265,6 +265,43 @@ class PowerIteration(TopK):
     def route(self, router_logits: Float[Array, "G S E"], inputs: GateInputs) -> GateOutput:
         """Select by score, bias and groups."""
         return self.select(router_logits, inputs)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KMeans(TopK):
+    """Top-K of the cosines of a token with the experts' centroids + selection bias, weighted by the cosines; centroids
+    are moving averages of the tokens sent to the experts, and the router learns nothing by gradient (Ahrac et al. 2026,
+    arXiv 2605.12476, and ``MoECentroidRouter`` of the authors' released code).
+
+    The rates are those of their training script at its highest learning rate, to which it keeps both proportional.
+    """
+
+    layer: ClassVar[str] = "moe.layers.k_means:KMeansMoE"
+
+    k: int = setting(6, least=1)
+    bias: BiasRule = "sign"
+    bias_rate: float = setting(1e-3, least=0, most=1e6)
+    centroid_rate: float = setting(0.01, share=True)  # 1 − α of the centroids
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        where = "model.moe.gate."
+        for name, value in (("score", "softmax"), ("bias", "sign")):
+            allowed = f"must be {value} with centroids, whose weights are cosines and whose bias moves by signs"
+            require(getattr(self, name) == value, f"{where}{name}", getattr(self, name), allowed)
+
+    def scores(self, router_logits: Float[Array, "G S E"]) -> Float[Array, "G S E"]:
+        """The cosines."""
+        return router_logits
+
+    def route(self, router_logits: Float[Array, "G S E"], inputs: GateInputs) -> GateOutput:
+        """Select by cosine and bias."""
+        return self.select(router_logits, inputs)
+
+    @property
+    def balancing(self) -> BalancingRule:
+        """The rule of the bias and the centroids."""
+        return Centroids(self.bias_rate, self.centroid_rate)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

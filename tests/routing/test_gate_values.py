@@ -96,6 +96,14 @@ HAND_COMPUTED = [
     ("cosine", LOGITS, {}, [[0, 1], [2, 3]], [[6 / 12, 3 / 12], [9 / 16, 4 / 16]]),
     ("matryoshka", LOGITS, {}, [[0, 1], [2, 3]], [[6 / 12, 3 / 12], [9 / 16, 4 / 16]]),
     ("coupled", LOGITS, {}, [[0, 1], [2, 3]], [[6 / 12, 3 / 12], [9 / 16, 4 / 16]]),
+    # Cosines are their own weights; a bias of 0.5 on expert 3 puts it before 0.6 and 0.4.
+    (
+        "k_means",
+        np.array([[[0.8, 0.3, 0.6, 0.2], [-0.1, 0.4, 0.1, 0.9]]]),
+        {"selection_bias": jnp.asarray([0.0, 0.0, 0.0, 0.5])},
+        [[0, 3], [3, 1]],
+        [[0.8, 0.2], [0.9, 0.4]],
+    ),
     ("power_iteration", LOGITS, {}, [[0, 1], [2, 3]], [[6 / 12, 3 / 12], [9 / 16, 4 / 16]]),
     ("sinkhorn", LOGITS, {}, [[0, 1], [2, 3]], [[6 / 12, 3 / 12], [9 / 16, 4 / 16]]),
     ("moe_plus_plus", LOGITS, {}, [[0, 1], [2, 3]], [[6 / 12, 3 / 12], [9 / 16, 4 / 16]]),
