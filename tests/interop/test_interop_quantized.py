@@ -446,6 +446,12 @@ def test_values_are_the_other_libraries_bit_for_bit(dtype, rng):
         want = theirs.contiguous().view(torch.int32 if dtype == "float32" else torch.int16).numpy()
         np.testing.assert_array_equal(form.read(arrays, (), ours).view(want.dtype), want)
 
+    # An edge block: of 24 rows in blocks of 16 the library scales 12 and 12, DeepSeek's code and we 16 and 8.
+    edge = Arrays(w=np.ones((24, 16), FP8), s=np.array([[0.5], [2.0]], np.float32))
+    theirs = fp8.Fp8Dequantize(None)._dequantize_one(tensor(edge["w"]), tensor(edge["s"]), kind).float().numpy()
+    read = FP8Blocks("w", "s", (24, 16), (16, 16)).read(edge, (), FLOAT32)
+    assert (theirs[:, 0].tolist(), read[:, 0].tolist()) == ([0.5] * 12 + [2.0] * 12, [0.5] * 16 + [2.0] * 8)
+
     (_, arrays), *_ = _random_forms(rng)
     arrays = Arrays(w=arrays["w"][0].copy(), s=np.abs(arrays["s"][0, :1, :1]).repeat(50, 0).astype(BF16))
     arguments = quantization.QuantizationArgs(num_bits=8, type="float", symmetric=True, strategy="channel")
