@@ -16,7 +16,7 @@ from moe.system.fields import ConfigError, Section, require, setting
 
 Activation = Literal["swiglu", "swiglu_clamped", "geglu", "geglu_exact", "reglu", "gelu", "relu"]
 Norms = Literal["before", "after", "both"]
-Attention = Literal["full", "blocked"]
+Attention = Literal["full", "blocked", "ring"]
 RotatedLayers = Literal["all", "sliding"]
 Remat = Literal["none", "hidden", "outputs", "attention", "offload", "offload_inputs", "dots", "routes", "full"]
 LowPrecision = Literal["none", "int8", "float8", "mxfp8"]
@@ -99,7 +99,8 @@ class ModelConfig(Section, path=_MODEL):
     sliding_window: int = setting(0, least=0, unit="tokens", page=True)
     #: RMSNorm of queries, keys: head (over H, Qwen3), full (N*H, OLMoE), rotated (H; Hunyuan)
     qk_norm: QKNorm = setting("none", page=True)
-    #: full: all scores at once; blocked: without a T x T array, for TPUs and long rows
+    #: full: all scores at once; blocked: without a T x T array, for TPUs and long rows; ring: so, and keys of rows that
+    #: mesh.context splits pass from device to device instead of being gathered
     attention: Attention = setting("full", result="none")
     attention_bias: AttentionBias = setting("none", page=True)  # qkv (Qwen2); all: of the output too
     gated_attention: bool = setting(False, page=True)  # multiply the heads by sigmoid(x W) (Qwen3-Next)

@@ -112,7 +112,7 @@ def _levers(config: Config) -> list[str]:
     levers = []
     if model.remat != "full":
         levers.append(f"model.remat=full (now {model.remat})")
-    if model.attention != "blocked" and config.data.sequence_length > 1024:
+    if model.attention == "full" and config.data.sequence_length > 1024:
         levers.append(f"model.attention=blocked (now {model.attention}), which never holds T x T")
     gate = model.moe.gate
     if gate is not None and not gate.slots_per_expert and model.moe.dispatch == "einsum":

@@ -78,6 +78,7 @@ def _gradients(config: Config, mesh: MeshConfig) -> list[np.ndarray]:
             SPLIT[1], {"model.moe.dispatch": "dropless", "model.attention": "blocked", "model.attention_sinks": True}
         ),
         slow_case(SPLIT[2], {"model.moe.dispatch": "einsum", "model.tie_embeddings": True}),
+        slow_case(SPLIT[1], {"model.attention": "ring", "model.moe.dispatch": "einsum"}),
     ],
 )
 def test_a_split_row_has_the_values_and_gradients_of_a_whole_one(mesh, overrides):

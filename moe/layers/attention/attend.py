@@ -21,6 +21,7 @@ from jaxtyping import Float, Int
 
 from moe.config import ConfigError
 from moe.layers.attention.cpu import causal_attention
+from moe.layers.attention.ring import Ring, ring_attention
 from moe.layers.attention.scoring import ADDED, Scoring, append_sink, bias_of_rows
 from moe.layers.attention.tpu import runs_splash, splash_attention
 from moe.layers.inputs import Dropout
@@ -214,19 +215,20 @@ def attend(
         segment_ids: document of each query.
         key_segment_ids: of each key; None: those of the queries.
         kind: "full" computes all scores at once. "blocked" never holds T x U scores: splash attention on TPUs where its
-            shapes allow, elsewhere a loop over blocks of queries.
+            shapes allow, elsewhere a loop over blocks of queries. "ring" does so too where rows are split, without
+            gathering keys (:mod:`moe.layers.attention.ring`), and is "blocked" elsewhere.
         scoring: which keys are seen, and what else the weights depend on.
     """
     key_segment_ids = segment_ids if key_segment_ids is None else key_segment_ids
-    splash = kind == "blocked" and scoring.is_plain and axis_size("context") == 1
+    splash = kind != "full" and scoring.is_plain and axis_size("context") == 1
     if splash and runs_splash(query, value):
         return splash_attention(query, key, value, segment_ids, scoring)
     query, key, value = (checkpoint_name(heads, ATTENTION) for heads in (query, key, value))
     if axis_size("context") > 1:
         if scoring.bias is not None or scoring.prefix is not None or scoring.drop.active:
             raise ConfigError("mesh.context: must be 1 with relative positions, a prefix or dropout")
-        heads = _attend_split(query, key, value, segment_ids, key_segment_ids, scoring)
-    elif kind == "blocked" and in_pipeline() and scoring.bias is None and not scoring.drop.active:
+        heads = _attend_split(query, key, value, segment_ids, key_segment_ids, scoring, kind=kind)
+    elif kind != "full" and in_pipeline() and scoring.bias is None and not scoring.drop.active:
         # cuDNN's kernel may compute this, and XLA cannot partition it within a pipeline.
         heads = _attend_split(query, key, value, segment_ids, key_segment_ids, scoring)
     elif kind == "full" and scoring.is_plain and target.is_cpu():
@@ -239,14 +241,25 @@ def attend(
 
 
 def _attend_split(
-    query: Array, key: Array, value: Array, segment_ids: Array, key_segment_ids: Array, scoring: Scoring
+    query: Array,
+    key: Array,
+    value: Array,
+    segment_ids: Array,
+    key_segment_ids: Array,
+    scoring: Scoring,
+    *,
+    kind: str = "blocked",
 ) -> Float[Array, "B T N V"]:
     """Attention by each device for its own rows and heads; where rows are split over ``context``, each device gathers
-    the keys and values for its queries."""
+    the keys and values for its queries, or with "ring" receives them part by part."""
     axis, split = axis_of("context"), axis_size("context") > 1
 
     def local(query, key, value, segment_ids, key_segment_ids, sinks, prefix):
         first = 0
+        if split and kind == "ring":
+            block = largest_divisor(query.shape[1], _LARGEST_BLOCK)
+            ring = Ring(axis, axis_size("context"), scoring.window, scoring.factor(query.shape[-1]), block)
+            return ring_attention(query, key, value, segment_ids, key_segment_ids, sinks, ring)
         if split:
             key, value, key_segment_ids = (
                 jax.lax.all_gather(x, axis, axis=1, tiled=True) for x in (key, value, key_segment_ids)
