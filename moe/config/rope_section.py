@@ -29,6 +29,8 @@ class RopeScalingConfig(Section, path=ROPE):
     attention_factor: float = setting(0.0, least=0)
     mscale: float = setting(0.0, least=0)  # yarn: constant of attention_factor's numerator (DeepSeek); 0: not used
     mscale_all_dim: float = setting(0.0, least=0)  # yarn: that of its denominator; scales latent attention's scores too
+    #: yarn: β of the factor 1 + β·ln(1 + ⌊position / original_length⌋) of rotated queries (Mistral 4); 0: none
+    query_growth: float = setting(0.0, least=0)
     short_factors: tuple[float, ...] = ()  # longrope: divisor of each pair's frequency up to original_length
     long_factors: tuple[float, ...] = ()  # longrope: the same for longer rows
     #: llama3: rotations in the original context below which a pair is interpolated fully
@@ -39,6 +41,8 @@ class RopeScalingConfig(Section, path=ROPE):
         super().__post_init__()
         long = self.original_length >= 2 or self.kind in ("none", "linear")
         self._require("original_length", long, "must be at least 2")
+        grows = not self.query_growth or self.kind == "yarn"
+        self._require("query_growth", grows, f"must be 0 without {ROPE}kind=yarn")
         low = self.low_freq_factor
         allowed = f"must be above low_freq_factor={low}, which must be positive"
         self._require("high_freq_factor", self.high_freq_factor > low, allowed)

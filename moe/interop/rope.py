@@ -22,6 +22,7 @@ def read_scaling(fields: OpenConfig) -> RopeScalingConfig:
         raise ConfigError(
             f"config.json: short_mscale or long_mscale of rotary positions: must be absent for {fields.model_type}"
         )
+    _check_growth(fields)
     if rope.rope_type == "default":
         return RopeScalingConfig()
     # In the library's order: stated beside the scaling, or in it, else the longest context.
@@ -47,7 +48,29 @@ def _constants(rope: RopeParameters) -> Json:
         return factors | {"attention_factor": rope.attention_factor or 0.0}
     if rope.rope_type != "yarn":
         return {}
-    return {name: getattr(rope, name) for name in _YARN if getattr(rope, name) is not None}
+    constants = {name: getattr(rope, name) for name in _YARN if getattr(rope, name) is not None}
+    return constants | {"query_growth": rope.llama_4_scaling_beta or 0.0}
+
+
+def _check_growth(fields: OpenConfig) -> None:
+    rope, kind = fields.rope, fields.model_type
+    if not fields.grown_queries:
+        if rope.llama_4_scaling_beta is not None:
+            raise ConfigError(f"config.json: llama_4_scaling_beta: must be absent for {kind}")
+        return
+    if rope.rope_type != "yarn":
+        raise ConfigError(f"config.json: rope_type={rope.rope_type!r}: must be 'yarn' for {kind}")
+    for name in ("llama_4_scaling_beta", "original_max_position_embeddings"):
+        if getattr(rope, name) is None:
+            raise ConfigError(f"config.json: rotary positions: need {name} for {kind}")
+
+
+def write_grown(model: ModelConfig) -> Json:
+    """``rope_parameters`` of families whose queries grow with the position."""
+    written = write_scaling(model)
+    share = model.rope_dim / model.head_dim if model.rope_dim else 1.0
+    result = written.get("rope_scaling", {}) | {"rope_theta": written["rope_theta"], "partial_rotary_factor": share}
+    return result | {"llama_4_scaling_beta": model.rope_scaling.query_growth}
 
 
 def write_scaling(model: ModelConfig) -> Json:

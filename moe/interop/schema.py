@@ -110,6 +110,8 @@ class RopeParameters(Fields):
     long_mscale: Positive | None = None
     low_freq_factor: Positive = 1.0
     high_freq_factor: Positive = 4.0
+    llama_4_scaling_beta: Coefficient | None = None  # only Mistral 4 and Ministral 3
+    max_position_embeddings: Context | None = None  # in files of Mistral 4; unused
     finetuned: bool | None = None  # in files of YaRN's authors; unused
 
     @pydantic.model_validator(mode="before")
@@ -126,6 +128,8 @@ class OpenConfig(Fields):
 
     #: Kinds of layers that the family computes.
     kinds: ClassVar[tuple[str, ...]] = ("sliding_attention", "full_attention")
+    #: Whether queries grow with the position.
+    grown_queries: ClassVar[bool] = False
 
     model_type: str
     vocab_size: Size

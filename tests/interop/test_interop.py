@@ -58,9 +58,10 @@ _OURS = (
     *("flex_olmo", "hunyuan_v1_moe", "granitemoe", "granitemoeshared"),
     *("qwen3_next", "qwen3_5_moe_text", "phimoe", "solar_open", "sarvam_moe", "hy_v3", "sarvam_mla"),
     *("exaone_moe", "flint", "afmoe", "mellum", "granitemoe_swa", "kolibri1", "lara_mini"),
+    *("mistral4", "ministral3"),
 )
 OURS = [HERE / name for name in _OURS]
-_DENSE = ("mistral", "llama", "llama_dynamic", "llama_longrope", "qwen2", "qwen3")
+_DENSE = ("mistral", "llama", "llama_dynamic", "llama_longrope", "qwen2", "qwen3", "ministral3")
 MOE = [path for path in OURS if path.name not in (*_DENSE, "granitemoe", "granitemoeshared", "granitemoe_swa")]
 _THEIRS = (
     *("mistral", "llama", "mixtral", "mixtral_fused", "olmoe", "qwen3_moe", "deepseek_v2_lite", "deepseek_v3"),

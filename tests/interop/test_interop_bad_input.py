@@ -219,6 +219,21 @@ def test_a_factor_of_attention_scores_is_read_only_with_yarn(kind):
         read_config(source | {"rope_scaling": scaling, "rope_parameters": None})
 
 
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("mistral4", {"rope_type": "linear"}, "rope_type='linear': must be 'yarn' for mistral4"),
+        ("ministral3", {"llama_4_scaling_beta": None}, "need llama_4_scaling_beta for ministral3"),
+        ("deepseek_v3", {"llama_4_scaling_beta": 0.1}, "llama_4_scaling_beta: must be absent for deepseek_v3"),
+    ],
+)
+def test_only_some_families_have_queries_that_grow(family, changes, message):
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "llama_4_scaling_beta": 0.1}
+    source = json.loads((HERE / family / "config.json").read_text())
+    with pytest.raises(ConfigError, match=message):
+        read_config(source | {"rope_scaling": None, "rope_parameters": yarn | changes})
+
+
 #: (family, field of config.json, values that are refused)
 _SCALED_WINDOWS = {"full_attention": {"rope_theta": 5.0}, "sliding_attention": {"rope_type": "linear", "factor": 2.0}}
 WRONG_VALUES = [

@@ -186,6 +186,7 @@ def test_deepseek_without_experts_is_dense(experts):
         ("mellum", "moe_intermediate_size", 896),
         ("lara_mini", "shared_expert_intermediate_size", 512),
         ("kolibri1", "shared_expert_intermediate_size", 512),
+        ("mistral4", "n_shared_experts", 1),
     ],
 )
 def test_an_absent_field_has_the_default_of_the_library(name, absent, value):

@@ -14,7 +14,7 @@ from flax import nnx
 from moe.config import Config, ConfigError, MeshConfig, ModelConfig, MoEConfig, RopeScalingConfig
 from moe.config.mixers import MultiHeadLatent
 from moe.interop import load_huggingface, save_huggingface
-from moe.layers.attention.scoring import attention_factor, inverse_frequencies
+from moe.layers.attention.scoring import attention_factor, grow, inverse_frequencies
 from moe.layers.inputs import Rows
 from moe.layers.mixers.latent import LATENT_NORM_EPS, LatentAttention
 from moe.models.decoder import Transformer
@@ -179,6 +179,15 @@ def test_scaled_frequencies_by_hand():
     assert attention_factor(dataclasses.replace(yarn, mscale=0.7, mscale_all_dim=0.7)) == 1
 
 
+def test_queries_that_grow_by_hand():
+    """β = 0.5, context 8: positions 0 to 7 stay; 8 to 15 are times 1 + 0.5·ln 2, 16 to 23 times 1 + 0.5·ln 3."""
+    scaling = RopeScalingConfig(kind="yarn", factor=4.0, original_length=8, query_growth=0.5)
+    positions = jnp.array([[0, 7, 8, 15, 16]])
+    want = [1, 1, 1 + 0.5 * math.log(2), 1 + 0.5 * math.log(2), 1 + 0.5 * math.log(3)]
+    grown = grow(jnp.ones((1, 5, 2, 4)), positions, scaling)
+    np.testing.assert_allclose(grown, np.broadcast_to(np.reshape(want, (1, 5, 1, 1)), grown.shape), rtol=1e-6)
+
+
 def test_frequencies_that_depend_on_the_length_by_hand():
     """theta 10^4, 4 dims, context 8. Dynamic, factor 2: rows of 16 get theta·(2·16/8 - 1)^(4/2) = 9·10^4."""
     dynamic = RopeScalingConfig(kind="dynamic", factor=2.0, original_length=8)
@@ -249,6 +258,7 @@ def test_a_document_has_its_own_length(scaling, rng):
         ({"kind": "dynamic", "factor": 2.0}, "original_length=0: must be at least 2"),
         ({"kind": "yarn", "factor": 4.0}, "original_length=0"),
         ({"factor": 0.5}, r"factor=0\.5"),
+        ({"query_growth": 0.1}, r"query_growth=0\.1: must be 0 without model\.rope_scaling\.kind=yarn"),
         (
             {"kind": "longrope", "original_length": 8, "short_factors": (1.0, 1.0), "long_factors": (1.0,)},
             r"short_factors=\(1\.0, 1\.0\): must be positive, and one for each of the 1 rotated pairs",

@@ -42,6 +42,8 @@ FAMILIES = {
         glm.SARVAM_MOE,
         glm.HY_V3,
         deepseek.SARVAM_MLA,
+        deepseek.MISTRAL4,
+        mistral.MINISTRAL3,
         google.T5,
         google.SWITCH_TRANSFORMERS,
     )
@@ -65,7 +67,6 @@ MISSING = {
     "mimo_v2_flash": "another number of key heads and sinks in the layers with windows alone, values of another size "
     "than keys, a factor of values",
     "minimax": "lightning attention layers",
-    "mistral4": "queries that grow with the position",
     "nemotron_h": "Mamba layers",
 }
 

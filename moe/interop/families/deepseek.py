@@ -6,7 +6,15 @@ import pydantic
 
 from moe.config import ConfigError, ModelConfig, sparse_layers
 from moe.interop.families import groups
-from moe.interop.families.family import ATTENTION, DENSE, EXPERTS, SELECTION_BIAS, Family, shared_expert
+from moe.interop.families.family import (
+    ATTENTION,
+    DENSE,
+    EXPERTS,
+    FUSED_EXPERTS,
+    SELECTION_BIAS,
+    Family,
+    shared_expert,
+)
 from moe.interop.families.groups import LEADING_DENSE, SEQUENCE_LOSS, SHARED_AND_ROUTED, SIGMOID_GATE, NullIsFalse
 from moe.interop.families.rows import Row, always, constant, gate_field
 from moe.interop.schema import Coefficient, Count, Off, OptionalCount, Positive, RopeParameters, named
@@ -216,4 +224,31 @@ SARVAM_MLA = DEEPSEEK_V3.renamed(
     topk_group=1,
     first_k_dense_replace=1,
     num_nextn_predict_layers=0,
+)
+#: Mistral Small 4, whose files hold the experts of a layer together: V3's layers without a selection bias, softmax
+#: scores, queries that grow with the position.
+MISTRAL4 = Family(
+    "mistral4",
+    "Mistral4ForCausalLM",
+    (
+        *LATENT,
+        always("moe.gate.name", "deepseek_moe"),
+        *SIGMOID_GATE[1:],
+        Row("norm_topk_prob", type=NullIsFalse, default=True),
+        Row("rope_interleave", "rope_interleaved", NullIsFalse, True),
+        groups.BATCH_LOSS,
+        groups.GROWN_ROTATION,
+        Row("head_dim", there=lambda m: m.head_dim),
+    ),
+    LATENT_ATTENTION | DENSE | FUSED_EXPERTS | shared_expert("shared_experts"),
+    defaults={
+        "max_position_embeddings": 1 << 20,
+        "rope_parameters": groups.grown_rotation(theta=10_000.0, factor=128.0, original=8192),
+        "q_lora_rank": 1024,
+        "n_shared_experts": 1,
+        "n_routed_experts": 128,
+        "num_experts_per_tok": 4,
+    },
+    base=groups.GrownQueries,
+    unwritten=groups.NOT_BESIDE_GROWN,
 )

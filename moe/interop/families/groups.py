@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
 
 from moe.config import ConfigError, ModelConfig, layer_kinds, pattern, sparse_layers
 from moe.interop.families.rows import Row, always, selection_rule
-from moe.interop.schema import Count, Fraction, OptionalCount, Positive, RoutedExperts, Size, Window, named
+from moe.interop.rope import write_grown
+from moe.interop.schema import (
+    Count,
+    Fraction,
+    OpenConfig,
+    OptionalCount,
+    Positive,
+    RopeParameters,
+    RoutedExperts,
+    Size,
+    Window,
+    named,
+)
 
 #: Boolean whose null the library reads as false, not as the default.
 NullIsFalse = Annotated[bool | None, pydantic.AfterValidator(bool)]
@@ -23,6 +35,34 @@ PARTIAL_ROTATION = Row(
     here=lambda file: int(file.dim_of_head * file.rope.partial_rotary_factor),
     there=lambda m: (m.rope_dim or m.head_dim) / m.head_dim,
 )
+
+
+class GrownQueries(OpenConfig):
+    """Fields of ``config.json`` of families whose queries grow with the position."""
+
+    grown_queries: ClassVar[bool] = True
+
+
+#: Their rotary positions, with the growth among them, and the fields in whose place they stand.
+GROWN_ROTATION = Row("rope_parameters", there=write_grown)
+NOT_BESIDE_GROWN = ("rope_scaling", "rope_theta")
+
+
+def grown_rotation(theta: float, factor: float, original: int) -> RopeParameters:
+    """What the library takes where a file of theirs states no rotary positions."""
+    return RopeParameters.model_validate(
+        {
+            "rope_type": "yarn",
+            "rope_theta": theta,
+            "factor": factor,
+            "original_max_position_embeddings": original,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.1,
+        }
+    )
+
+
 #: Multi-token prediction, which the reader of tensors sets where a file holds its layers.
 PREDICTION = Row("num_nextn_predict_layers", type=OptionalCount, default=0, there=lambda m: m.prediction_layers)
 

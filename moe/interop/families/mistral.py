@@ -35,6 +35,22 @@ MISTRAL = Family(
     ATTENTION | DENSE,
     defaults={"max_position_embeddings": 131072, "num_key_value_heads": 8},
 )
+#: Ministral 3: dense layers whose queries grow with the position.
+MINISTRAL3 = Family(
+    "ministral3",
+    "Ministral3ForCausalLM",
+    (groups.WINDOW, always("moe.gate.name", "none"), groups.GROWN_ROTATION),
+    ATTENTION | DENSE,
+    defaults={
+        "max_position_embeddings": 262144,
+        "rope_parameters": groups.grown_rotation(theta=1e6, factor=16.0, original=16384),
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "rms_norm_eps": 1e-5,
+    },
+    base=groups.GrownQueries,
+    unwritten=groups.NOT_BESIDE_GROWN,
+)
 EXPERTS = {
     "moe.router.kernel": "block_sparse_moe.gate.weight",
     "moe.experts.gate": "block_sparse_moe.experts.{expert}.w1.weight",

@@ -149,6 +149,17 @@ def _rotate_all(x: Array, positions: Array, theta: float, scaling: RopeScalingCo
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
+def grow(
+    query: Float[Array, "B T N H"], positions: Int[Array, "B T"], scaling: RopeScalingConfig
+) -> Float[Array, "B T N H"]:
+    """Scale queries by 1 + β·ln(1 + ⌊p/L⌋) at position p of a document, L being the context of pre-training: keys are
+    sharper told apart among more of them (Llama 4 and Mistral 4, ``transformers.models.mistral4``)."""
+    if not scaling.query_growth:
+        return query
+    times = jnp.log1p((positions // scaling.original_length).astype(jnp.float32))
+    return query * (1 + scaling.query_growth * times)[..., None, None].astype(query.dtype)
+
+
 def _document_lengths(positions: Int[Array, "B T"]) -> Int[Array, "B T"]:
     """Length of each token's document: 1 + the position of its last token in the row."""
     columns = positions.shape[1]

@@ -18,7 +18,7 @@ from moe.dispatch import quantized
 from moe.layers.attention.attend import attend
 from moe.layers.attention.cache import LayerCache, slots
 from moe.layers.attention.largest import largest_scores
-from moe.layers.attention.scoring import Scoring, append_sink, rotate
+from moe.layers.attention.scoring import Scoring, append_sink, grow, rotate
 from moe.layers.inputs import KEEP_ALL, Dropout, Rows
 from moe.layers.mixers.interface import MixerLayer
 from moe.layers.norms import RMSNorm
@@ -166,14 +166,22 @@ class Attention(MixerLayer):
         return self.project_query(x, positions), *self.project_keys(x, positions)
 
     def project_query(self, x: Float[Array, "B T D"], positions: Int[Array, "B T"] | None) -> Float[Array, "B T N H"]:
-        """Queries, rotated where they have positions."""
-        return self._rotated("query", x, positions)
+        """Queries, rotated and scaled where they have positions."""
+        query = self._rotated("query", x, positions)
+        if positions is None or not self._rotates or self.mixer.theta:
+            return query
+        return grow(query, positions, self.config.rope_scaling)
 
     def project_keys(
         self, x: Float[Array, "B U D"], positions: Int[Array, "B U"] | None
     ) -> tuple[Float[Array, "B U M H"], Float[Array, "B U M H"]]:
         """Keys and values; keys are rotated where they have positions."""
         return self._rotated("key", x, positions), self._finish(self.project_heads("value", x), None)
+
+    @property
+    def _rotates(self) -> bool:
+        """Whether queries and keys have rotary positions."""
+        return self.mixer.rotated and not self.mixer.buckets
 
     def _rotated(self, name: str, x: Array, positions: Array | None) -> Array:
         """Queries or keys, normalised before the rotation or after it."""
@@ -197,7 +205,7 @@ class Attention(MixerLayer):
         clip = self.mixer.clip
         if clip:
             heads = jnp.clip(heads, -clip, clip)
-        if positions is not None and self.mixer.rotated and not self.mixer.buckets:
+        if positions is not None and self._rotates:
             interleaved = self.config.rope_interleaved
             heads = rotate(heads, positions, self.config, interleaved=interleaved, theta=self.mixer.theta)
         return constrain(heads, partition_specs.HEADS)

@@ -16,7 +16,7 @@ from moe.dispatch import quantized
 from moe.layers.attention.attend import attend
 from moe.layers.attention.cache import LayerCache, slots
 from moe.layers.attention.largest import largest_scores
-from moe.layers.attention.scoring import Scoring, rotate, yarn_mscale
+from moe.layers.attention.scoring import Scoring, grow, rotate, yarn_mscale
 from moe.layers.inputs import KEEP_ALL, Dropout, Rows
 from moe.layers.mixers.attention import project_in
 from moe.layers.mixers.interface import MixerLayer
@@ -156,6 +156,7 @@ class LatentAttention(MixerLayer):
         ups = jnp.split(gather_for_matmul(up, x.dtype), [self.unrotated_dim], axis=-1)
         query, rotated = (self._up(x, part) for part in (ups[0], self._in_halves(ups[1])))
         query = jnp.concatenate([query, rotate(rotated, positions, self.config)], axis=-1)
+        query = grow(query, positions, self.config.rope_scaling)
         return constrain(query, partition_specs.HEADS)
 
     def _down(self, x: Array, weights: nnx.Param[Array]) -> Array:
