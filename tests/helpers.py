@@ -23,6 +23,7 @@ from moe.config.changes import Changes
 from moe.config.parse import build
 from moe.config.registry import LAYERS
 from moe.dispatch import quantized
+from moe.layers.moe_layer import MoELayer
 from moe.models.factory import Model, abstract_model
 from moe.models.state import TrainState
 from moe.parallel import target
@@ -137,6 +138,11 @@ def gate_named(name: str, k: int | None = None, **fields: Any) -> Gate:
     if k == 1 and isinstance(gate, TopK):  # the only weight would always be 1
         fields.setdefault("renormalise", False)
     return dataclasses.replace(gate, **fields)
+
+
+def outputs(layer: MoELayer) -> Any:
+    """Jitted call of a layer that returns y and the routing, without the report, which is half of the program."""
+    return jax.jit(lambda *args, **named: layer(*args, **named)[::2])
 
 
 @functools.partial(jax.jit, static_argnames=("gate", "fixed"))

@@ -17,7 +17,7 @@ from moe import ConfigError, MoELayer, SoftMoE
 from moe.config import to_dict
 from moe.config.parse import from_config_dict
 from moe.routing import gates
-from tests.helpers import slow_case
+from tests.helpers import outputs, slow_case
 
 SIZES = {"d_model": 8, "d_ff": 12, "num_experts": 4}
 
@@ -78,14 +78,14 @@ def test_a_soft_moe_gate_given_as_a_value_needs_no_capacity():
 
 
 def test_without_a_mask_all_tokens_are_real():
-    run, x = jax.jit(_layer().__call__), _x(2, 6)
+    run, x = outputs(_layer()), _x(2, 6)
     np.testing.assert_array_equal(run(x)[0], run(x, np.ones((2, 6), bool))[0])
 
 
 def test_the_layer_under_grad_scan_and_vmap():
     layer, x = _layer(dispatch="dropless"), _x(3, 2, 6)
     graphdef, state = nnx.split(layer)
-    run = jax.jit(layer.__call__)
+    run = outputs(layer)
     expected = np.stack([run(part)[0] for part in x])
 
     def apply(part):
@@ -115,7 +115,7 @@ def test_the_layer_in_a_linen_model():
 def test_the_layer_in_a_users_mesh(dispatch):
     """Axes without a role are ignored; with mesh_roles the experts are split over the user's axis."""
     layer, x = _layer(dispatch=dispatch, capacity=moe.Capacity(4.0, 4.0)), _x(8, 6)
-    expected = jax.jit(layer.__call__)(x)[0]
+    expected = outputs(layer)(x)[0]
     mesh = jax.make_mesh((4, 2), ("ep", "replica"), axis_types=(AxisType.Auto,) * 2)
     graphdef, state = nnx.split(layer)
     with jax.set_mesh(mesh):
@@ -132,7 +132,7 @@ def test_the_layer_in_a_users_mesh(dispatch):
 def test_experts_over_an_axis_called_data(dispatch):
     """A user's axis ``data`` that has the role of the experts has no other role."""
     layer, x = _layer(dispatch=dispatch, capacity=moe.Capacity(4.0, 4.0)), _x(8, 6)
-    expected = jax.jit(layer.__call__)(x)[0]
+    expected = outputs(layer)(x)[0]
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
     graphdef, state = nnx.split(layer)
     with jax.set_mesh(mesh), moe.mesh_roles({"expert": "data"}):

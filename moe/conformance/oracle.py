@@ -142,16 +142,17 @@ GRADIENTS = {
 def program(layer: MoELayer, *, train: bool = False) -> Callable[..., Any]:
     """(x, mask, cotangent, token_ids, rng) → y, gradients by name of sum(y·cotangent), and the report as one array.
 
-    In training the auxiliary losses are added to the objective.
+    In training the auxiliary losses are added to the objective; otherwise the report is left out, half of the program.
     """
     graphdef, parameters, rest = nnx.split(layer, nnx.Param, ...)
 
     def loss(parameters: Any, x: jax.Array, mask: Any, cotangent: Any, token_ids: Any, rng: Any) -> Any:
         y, report, _ = nnx.merge(graphdef, parameters, rest)(x, mask, token_ids=token_ids, train=train, rng=rng)
         total = jnp.sum(y * cotangent)
-        if train:
-            total += report.load_balancing_loss + report.device_balance_loss + report.router_z_loss
-            total += report.importance_loss + report.load_loss + report.sparsity_penalty
+        if not train:
+            return total, (y, None)
+        total += report.load_balancing_loss + report.device_balance_loss + report.router_z_loss
+        total += report.importance_loss + report.load_loss + report.sparsity_penalty
         return total, (y, jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(report)]))
 
     differentiate = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))

@@ -56,7 +56,8 @@ def test_parity(path):
     @jax.jit
     def run(decoder_tokens):
         mask = expected["attention_mask"]
-        return model(decoder_tokens, encoder_tokens=expected["input_ids"], encoder_mask=mask, return_routing=True)
+        output = model(decoder_tokens, encoder_tokens=expected["input_ids"], encoder_mask=mask, return_routing=True)
+        return dataclasses.replace(output, layers=None)  # which nothing here reads
 
     output = jax.device_get(run(expected["decoder_input_ids"]))
     known = expected["labels"] >= 0

@@ -46,10 +46,15 @@ def test_broken_logits_are_counted_in_a_train_step_and_harm_no_other_token(rng):
     mask = jnp.ones((1, 6), bool)
     for mode in CONFIG_MODES:
         layer = single_layer("switch", **weights, capacity=Capacity(eval=3.0), dispatch=mode)
-        run = jax.jit(lambda x, layer=layer: layer(x, mask))
-        expected, _, _ = run(x)
-        y, report, _ = run(x.at[0, 2].set(jnp.nan))
-        assert float(report.broken_tokens) == 1
+
+        @jax.jit
+        def run(x, layer=layer):
+            y, report, _ = layer(x, mask)
+            return y, report.broken_tokens
+
+        expected, _ = run(x)
+        y, broken = run(x.at[0, 2].set(jnp.nan))
+        assert float(broken) == 1
         others = np.arange(6) != 2
         np.testing.assert_allclose(y[0, others], expected[0, others], rtol=1e-5, atol=1e-6)
         np.testing.assert_array_equal(y[0, 2], np.zeros(4))
@@ -98,20 +103,30 @@ def test_routing_is_recorded_and_replayed_under_another_mode_and_mesh(rng):
     )
     model = random_model(config)
     tokens = jnp.asarray(rng.integers(0, 48, (8, 6)))
-    recorded = jax.jit(lambda tokens: model(tokens, return_routing=True))(tokens)
-    assert recorded.routing.expert_index.shape == (2, 8, 6, 2)
-    assert 0 < float(recorded.layers.fraction_tokens_dropped.mean()) < 1
+
+    @jax.jit
+    def record(tokens):
+        output = model(tokens, return_routing=True)
+        return output.logits, output.routing, output.layers.fraction_tokens_dropped.mean()
+
+    logits, routing, dropped = record(tokens)
+    assert routing.expert_index.shape == (2, 8, 6, 2)
+    assert 0 < float(dropped) < 1
     other = random_model(dataclasses.replace(config, moe=dataclasses.replace(config.moe, dispatch="einsum")))
     # By itself this router would choose the two worst of eight experts instead of the two best.
     router = other.segment_1.block_0.moe.router
     router.kernel[...] = -router.kernel[...]
     mesh = make_mesh(MeshConfig(data=2, expert=4))
     with jax.set_mesh(mesh):
-        replayed = jax.jit(lambda tokens, routing: other(tokens, routing=routing, return_routing=True))(
-            tokens, recorded.routing
-        )
-    np.testing.assert_allclose(replayed.logits, recorded.logits, rtol=1e-4, atol=1e-5)
-    np.testing.assert_array_equal(replayed.routing.expert_index, recorded.routing.expert_index)
+
+        @jax.jit
+        def replay(tokens, routing):
+            output = other(tokens, routing=routing, return_routing=True)
+            return output.logits, output.routing.expert_index
+
+        replayed, index = replay(tokens, routing)
+    np.testing.assert_allclose(replayed, logits, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(index, routing.expert_index)
 
 
 def test_replay_in_other_groups_is_refused(rng):

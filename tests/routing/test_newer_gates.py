@@ -26,7 +26,7 @@ from moe.routing.balancing_rules import Momentum, Penalty, Quantile, Threshold
 from moe.routing.gates import TopK
 from moe.routing.newer_gates import column_potentials, coupling_loss
 from tests.gate_helpers import LOGITS, SOFTPLUS_LOGITS
-from tests.helpers import random_model, routed, slow_case, tiny_model
+from tests.helpers import outputs, random_model, routed, slow_case, tiny_model
 
 quantile = jax.jit(interface.quantile)
 
@@ -508,8 +508,8 @@ def test_latent_experts_are_experts_of_projected_tokens(mode, rng):
     for name in ("up", "gate", "down"):
         getattr(small.experts, name)[...] = getattr(layer.experts, name)[...]
     x = jnp.asarray(rng.normal(size=(2, 8, config.d_model)), jnp.float32)
-    y, _, routing = jax.jit(layer.__call__)(x)
-    expected, _, _ = jax.jit(small.__call__)(x @ layer.latent.down[...], routing=routing)
+    y, routing = outputs(layer)(x)
+    expected, _ = outputs(small)(x @ layer.latent.down[...], routing=routing)
     np.testing.assert_allclose(y, expected @ layer.latent.up[...], rtol=1e-4, atol=1e-6)
 
 
@@ -534,22 +534,27 @@ def test_layers_have_gates_of_their_own(rng, mesh):
     assert model.segment_2.block_0.moe.router is None
     assert model.segment_1.block_0.moe.gate.score == "sqrt_softplus"
     tokens = jnp.asarray(rng.integers(1, 48, (8, 6)))
-    run = jax.jit(lambda tokens: model(tokens, return_routing=True))
-    output = run(tokens)
-    index = np.asarray(output.routing.expert_index)
+
+    @jax.jit
+    def run(tokens):
+        output = model(tokens, return_routing=True)
+        over = balancing.over_step(output.layers, output.layers.sums, 1.0, 1)
+        losses = over.load_balancing_loss, output.layers.importance_loss, output.layers.load_loss
+        return output.logits, output.routing.expert_index, losses
+
+    logits, index, losses = jax.device_get(run(tokens))
     assert index.shape == (4, 8, 6, 2)
     hashed = routed("hash", np.zeros((8, 6, 8)), 2, token_ids=tokens).expert_index
     np.testing.assert_array_equal(index[:2], np.stack([hashed, hashed]))
     assert (index[2] != hashed).any()
     # The hash layer's losses, which have no gradient, are 0, over the batch and over a step.
-    over = balancing.over_step(output.layers, output.layers.sums, 1.0, 1)
-    for losses in (over.load_balancing_loss, output.layers.importance_loss, output.layers.load_loss):
-        assert float(losses[1]) == 0
-        assert float(losses[2]) > 0
+    for loss in losses:
+        assert float(loss[1]) == 0
+        assert float(loss[2]) > 0
     if mesh:
         with jax.set_mesh(make_mesh(mesh)):
-            spread = run(tokens)
-        np.testing.assert_allclose(spread.logits, output.logits, rtol=1e-4, atol=1e-5)
+            spread, *_ = run(tokens)
+        np.testing.assert_allclose(spread, logits, rtol=1e-4, atol=1e-5)
 
 
 def test_probabilities_of_other_scores_sum_to_one():

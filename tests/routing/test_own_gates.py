@@ -41,7 +41,7 @@ from moe.training.step import _probe_own_gates
 from moe.training.step import build as build_program
 from moe.training.train import train
 from tests import run_helpers
-from tests.helpers import set_moe
+from tests.helpers import outputs, set_moe
 from tests.tiny_text import build
 
 MODULE = """
@@ -318,9 +318,9 @@ def test_a_gate_may_route_by_document():
     moe = MoEConfig(gate=ByDocument(), num_experts=4, losses=Losses(), dispatch="dropless", group_size=8)
     model = Transformer(ModelConfig(vocab_size=32, d_model=8, num_layers=2, d_ff=8, moe=moe), rngs=nnx.Rngs(0))
     documents = jnp.asarray([[1, 1, 1, 2], [1, 2, 3, 0]])  # two rows in a group; 0 is padding
-    output = nnx.jit(lambda model: model(jnp.ones((2, 4), jnp.int32), documents))(model)
+    load = nnx.jit(lambda model: model(jnp.ones((2, 4), jnp.int32), documents).layers.expert_load)(model)
     # Of seven tokens, documents 1, 2 and 3 have 4, 2 and 1.
-    np.testing.assert_allclose(output.layers.expert_load, [[0, 4 / 7, 2 / 7, 1 / 7]] * 2, rtol=1e-6)
+    np.testing.assert_allclose(load, [[0, 4 / 7, 2 / 7, 1 / 7]] * 2, rtol=1e-6)
 
 
 SIZES = {"d_model": 8, "d_ff": 12, "num_experts": 4}
@@ -331,18 +331,23 @@ def test_a_layer_of_the_guide_has_a_parameter_and_a_loss(guide):
     layer, plain = gate.layer(**SIZES, gate=gate, rngs=nnx.Rngs(0)), MoELayer(**SIZES, rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(1), (1, 6, 8))
     layer.router.log_scale[...] = jnp.log(jnp.asarray([2.0, 1.0, 1.0, 1.0]))
-    _, report, routing = jax.jit(layer.__call__)(x)
-    expected = jax.jit(plain.router.__call__)(x) * np.asarray([2.0, 1.0, 1.0, 1.0])
-    np.testing.assert_allclose(routing.router_logits, expected, rtol=1e-5)
+
+    @jax.jit
+    def run(x):
+        _, report, routing = layer(x)
+        return routing.router_logits, report.sparsity_penalty, plain.router(x)
+
+    logits, penalty, expected = run(x)
+    np.testing.assert_allclose(logits, expected * np.asarray([2.0, 1.0, 1.0, 1.0]), rtol=1e-5)
     # ln 2 once and 0 thrice: variance 3/16 · (ln 2)²
-    np.testing.assert_allclose(report.sparsity_penalty, 0.01 * 3 / 16 * np.log(2) ** 2, rtol=1e-5)
+    np.testing.assert_allclose(penalty, 0.01 * 3 / 16 * np.log(2) ** 2, rtol=1e-5)
 
 
 def test_a_layer_of_the_guide_adds_experts_that_groups_share(guide):
     gate = find_layer("my_layers:Grove").gate
     layer = gate.layer(**SIZES, gate=gate, dispatch="dropless", rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(1), (1, 3, 8))
-    (y, _, routing), (plain, _, _) = jax.jit(lambda x: (layer(x), MoELayer.__call__(layer, x)))(x)
+    (y, routing), plain = jax.jit(lambda x: (layer(x)[::2], MoELayer.__call__(layer, x)[0]))(x)
     w, added = layer.adjugate.experts.weights, np.asarray(y - plain)
     gate_proj, up, down, weights, experts, x = map(
         np.asarray, (w.gate, w.up, w.down, routing.combine_weights, routing.expert_index, x)
@@ -373,7 +378,7 @@ def test_a_layer_class_lists_the_parts_around_its_experts():
         wrappers = (*MoELayer.wrappers, Doubled)
 
     x = jax.random.normal(jax.random.key(1), (1, 6, 8))
-    y, plain = (jax.jit(kind(**SIZES, rngs=nnx.Rngs(0)).__call__)(x)[0] for kind in (DoubledMoE, MoELayer))
+    y, plain = (outputs(kind(**SIZES, rngs=nnx.Rngs(0)))(x)[0] for kind in (DoubledMoE, MoELayer))
     np.testing.assert_array_equal(y, 2 * plain)
 
 

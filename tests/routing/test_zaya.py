@@ -13,7 +13,7 @@ from moe.conformance import oracle, oracle_cases
 from moe.interop.layers import single_layer
 from moe.parallel import partition_specs
 from moe.parallel.mesh import make_mesh
-from tests.helpers import moe_config, slow_case
+from tests.helpers import moe_config, outputs, slow_case
 
 #: Inputs, weights and outputs of ``ZayaSparseMoeBlock`` of transformers 5.24.0, layers 0 and 1, top-1 of four experts.
 REFERENCE = Path(__file__).parents[1] / "data" / "zaya.npz"
@@ -59,7 +59,7 @@ def test_two_layers_equal_those_of_transformers(dispatch):
     carry, skipped = None, 0
     for layer in range(2):
         x = jnp.asarray(arrays[f"{layer}/x"])
-        y, _, routing = layer_of(arrays, layer, dispatch)(x, carry=carry)
+        y, routing = outputs(layer_of(arrays, layer, dispatch))(x, carry=carry)
         carry = routing.carry
         logits = arrays[f"{layer}/logits"].reshape(*x.shape[:2], -1)
         np.testing.assert_allclose(routing.router_logits, logits, rtol=1e-5, atol=2e-6)
@@ -89,7 +89,7 @@ def test_one_token_by_hand():
             gate_matrix=one,
             down=3 * one,
         )
-        y, _, routing = layer(jnp.ones((1, 1, 1)), carry=jnp.full((1, 1, 1), 4.0))
+        y, routing = outputs(layer)(jnp.ones((1, 1, 1)), carry=jnp.full((1, 1, 1), 4.0))
         np.testing.assert_allclose(routing.router_logits, [[[z, -z]]], rtol=1e-5)
         np.testing.assert_allclose(routing.carry, [[[5.0]]])
         np.testing.assert_allclose(y, [[[3 * weight / (1 + math.exp(-1))]]], rtol=1e-5)
@@ -129,7 +129,7 @@ def test_logits_are_capped_by_hand(dispatch, rng):
     """x = (3, -1), W_g the identity: logits 2·tanh(3/2) and 2·tanh(-1/2); a router without logits has no cap."""
     fields = {"router": np.eye(2), "up": np.ones((2, 2, 3)), "down": np.ones((2, 3, 2)), "activation": "relu"}
     layer = single_layer("switch", **fields, dispatch=dispatch, router_softcap=2.0)
-    _, _, routing = layer(jnp.asarray([[[3.0, -1.0]]]))
+    _, routing = outputs(layer)(jnp.asarray([[[3.0, -1.0]]]))
     np.testing.assert_allclose(routing.router_logits, [[[2 * math.tanh(1.5), 2 * math.tanh(-0.5)]]], rtol=1e-6)
     with pytest.raises(ConfigError, match=r"model\.moe\.router_softcap=2\.0: must be 0: the gate 'hash' has no router"):
         moe_config(gate="hash", router_softcap=2.0)
