@@ -33,8 +33,12 @@ def matrix(
 ) -> nnx.Param[Array]:
     """Float32 parameter from a truncated normal, sigma = sqrt(scale / fan_in), cut at two sigma (Switch 2021,
     section 2.4)."""
-    draw = jax.nn.initializers.truncated_normal((scale / fan_in) ** 0.5)
-    return parameter(draw(rngs.params(), shape, jnp.float32), spec, inputs=inputs)
+    return parameter(draw(rngs.params(), shape, (scale / fan_in) ** 0.5), spec, inputs=inputs)
+
+
+def draw(key: Array, shape: tuple[int, ...], sigma: float) -> Array:
+    """Float32 numbers from a normal with this sigma, cut at two sigma."""
+    return jax.nn.initializers.truncated_normal(sigma)(key, shape, jnp.float32)
 
 
 def zeros(shape: tuple[int, ...], spec: P = REPLICATED, *, inputs: int = 0) -> nnx.Param[Array]:

@@ -44,6 +44,8 @@ from tests import run_helpers
 from tests.helpers import outputs, set_moe
 from tests.tiny_text import build
 
+pytestmark = pytest.mark.usefixtures("uniform_parameters")
+
 MODULE = """
 import dataclasses
 import sys
