@@ -71,11 +71,21 @@ def partial_checksum(part: np.ndarray, start: int) -> int:
     return total % 2**32
 
 
+def _is_on_host(array: Array | np.ndarray) -> bool:
+    """Whether NumPy reads an array where it is: its own ones, and those of CPUs of this process."""
+    if not isinstance(array, jax.Array):
+        return True
+    return array.is_fully_addressable and {device.platform for device in array.devices()} == {"cpu"}
+
+
 def checksums(tree: Any) -> dict[str, int]:
-    """Key path → checksum of every array of a tree, with elements of 8 to 32 bits; the same on every mesh."""
+    """Key path → checksum of every array of a tree, with elements of 8 to 32 bits; the same on every mesh.
+
+    Without a program where NumPy reads the arrays: one for each shape would be compiled.
+    """
     leaves = [(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree) if leaf is not UNREAD]
-    with jax.set_mesh(NO_MESH):
-        sums = [_checksum(leaf) for _, leaf in leaves]  # all are dispatched before one is waited for
+    with jax.set_mesh(NO_MESH):  # all programs are dispatched before one is waited for
+        sums = [partial_checksum(np.asarray(leaf), 0) if _is_on_host(leaf) else _checksum(leaf) for _, leaf in leaves]
     return {jax.tree_util.keystr(path): int(value) for (path, _), value in zip(leaves, sums, strict=True)}
 
 

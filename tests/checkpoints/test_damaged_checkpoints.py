@@ -266,7 +266,11 @@ def test_one_number_that_is_not_finite_is_found():
         assert integrity.is_finite({"a": np.zeros(3), "b": np.asarray([1.0, number])}) == finite
 
 
-def test_a_checksum_depends_on_every_bit_and_not_on_the_mesh():
+@pytest.mark.parametrize("on_host", [True, False])
+def test_a_checksum_depends_on_every_bit_and_not_on_the_mesh(on_host, monkeypatch):
+    """By NumPy, and by the program for arrays of accelerators and of other processes."""
+    if not on_host:
+        monkeypatch.setattr(integrity, "_is_on_host", lambda _: False)
     values = np.random.default_rng(0).normal(size=(8, 6)).astype(np.float32)
     words = values.view(np.uint32).ravel().astype(np.uint64)
     by_hand = int((words * (2 * np.arange(48, dtype=np.uint64) + 1)).sum() % 2**32)

@@ -429,6 +429,7 @@ def test_the_checksum_of_an_array_that_is_written_in_parts(monkeypatch, dtype):
     values = np.random.default_rng(0).normal(size=100).astype(dtype)
     parts = sum(integrity.partial_checksum(values[start:end], start) for start, end in ((0, 1), (1, 40), (40, 100)))
     assert {"": parts % 2**32} == integrity.checksums(values)
+    assert parts % 2**32 == int(integrity._checksum(values))
 
 
 @pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
