@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 from moe.config.exchange import AllGather, AllToAll
+from moe.routing.balancing_rules import RunningThreshold, Threshold
 from moe.routing.gates import TopK
 from moe.routing.interface import BalanceCounts, BalanceScope, Gate
 from moe.system.fields import ConfigError, Section, require, setting
@@ -41,7 +42,7 @@ class Losses(Section, path=f"{_MOE}losses."):
     importance: float = setting(0.0, least=0, most=1e6)  # Shazeer's importance loss
     load: float = setting(0.0, least=0, most=1e6)  # Shazeer's load loss; gate noisy_topk only
     device: float = setting(0.0, least=0, most=1e6)  # balance over the gate's groups of experts
-    scope: BalanceScope = "batch"  # tokens over which one load-balancing loss is computed
+    scope: BalanceScope = "batch"  # tokens over which one load-balancing loss is computed, and step: a quantile
     counts: BalanceCounts = "assignments"  # what f of that loss counts: all, first choices, or the top K scores
     null: float = setting(1.0, least=0)  # tau, weight of experts without an FFN in that loss; below 1: used more
 
@@ -212,6 +213,9 @@ class MoEConfig(Section, path=_MOE):
         allowed = f"must have the model's balancing rule, {rule}, or none"
         allowed = "must have no balancing rule, as the model's gate" if rule is None else allowed
         require(gate.balancing in (None, rule), field, gate.name, allowed)
+        same = gate.balancing == rule or not isinstance(rule, (Threshold, RunningThreshold))
+        every = "must have the model's balancing rule where losses.scope is step, since its quantiles are over a step"
+        require(same or self.losses.scope != "step", field, gate.name, every)
 
     def _check_router(self, gate: Gate) -> None:
         if gate.router == "none":

@@ -22,7 +22,7 @@ from moe.routing.routing import Routing
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RoutedSums(BalanceSums):
     """Sums of a training step with those of the tokens that each expert was sent.
 

@@ -303,6 +303,7 @@ class MoELayer(nnx.Module):
             parts=parts,
             k=None if self.gate.experts_choose else moe.experts_per_token,  # None: the measured mean
             null_experts=moe.null_experts,
+            keeps_needed=moe.losses.scope == "step",
             weights=balancing.balance_weights(moe.num_experts, moe.null_experts, moe.losses.null),
             expert_groups=groups,
             strength=None if rule is None or state is None else rule.penalty(state),

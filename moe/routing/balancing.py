@@ -27,6 +27,20 @@ from moe.system.fields import ConfigError, raised_as_errors
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class NeededBias:
+    """Selection biases that the tokens of a layer need, for a quantile over all microbatches of a step.
+
+    Attributes:
+        values: [G,S,E] float32, see :class:`moe.routing.interface.GateOutput`; infinite for tokens that are not routed.
+        share: [] of the tokens that an expert takes at balance.
+    """
+
+    values: Array
+    share: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class BalanceSums:
     """Sums over tokens that add up over microbatches, and the selection bias that they call for; not logged.
 
@@ -36,6 +50,7 @@ class BalanceSums:
         tokens: [] real tokens.
         assignments: [] chosen assignments.
         bias_target: [E] selection bias that would have balanced these tokens; zeros unless the gate needs one.
+        needed: of these tokens, where the bias is to balance all of a step; None: it is not.
     """
 
     counts: Array
@@ -43,6 +58,7 @@ class BalanceSums:
     tokens: Array
     assignments: Array
     bias_target: Array
+    needed: NeededBias | None = None
 
 
 #: Field of :class:`LayerReport` with an auxiliary loss → (field of ``model.moe.losses`` with its weight, its name).
@@ -188,6 +204,20 @@ def over_step(report: LayerReport, totals: BalanceSums, weights: np.ndarray | fl
     return dataclasses.replace(report, load_balancing_loss=loss)
 
 
+def step_target(needed: NeededBias, tokens: Float[Array, "A L"]) -> Float[Array, "L E"]:
+    """Selection bias of each layer that would have balanced all tokens of a step.
+
+    Args:
+        needed: of A microbatches and L layers, [A,L,G,S,E] and [A,L].
+        tokens: real ones.
+    """
+    share = jnp.sum(needed.share * tokens, axis=0) / jnp.maximum(jnp.sum(tokens, axis=0), 1)
+    # [A,L,G,S,E] → [L,G,A,S,E] → [L,G,A·S,E]: G, which devices share, stays an axis of its own.
+    values = jnp.moveaxis(needed.values, 0, 2)
+    values = values.reshape(*values.shape[:2], -1, values.shape[-1])
+    return jax.vmap(quantile)(values, jnp.isfinite(values[..., 0]), share)
+
+
 def squared_variation(values: Float[Array, " E"]) -> Float[Array, ""]:
     """CV², the variance divided by the squared mean; 0 if all values are 0."""
     mean = jnp.mean(values)
@@ -241,6 +271,7 @@ def report(
     weights: np.ndarray | float = 1.0,
     expert_groups: int = 1,
     strength: Float[Array, ""] | None = None,
+    keeps_needed: bool = False,
 ) -> LayerReport:
     """All losses and metrics of one layer.
 
@@ -253,6 +284,7 @@ def report(
         weights: see :func:`balance_weights`.
         expert_groups: groups of the device-level loss.
         strength: λ of the sparsity penalty; None: no penalty.
+        keeps_needed: report the selection biases that the tokens need, if the gate gives them.
     """
     num_experts = routing.router_probs.shape[-1]
     load = count_per_expert(routing.expert_index, routing.chosen, num_experts)
@@ -262,9 +294,12 @@ def report(
     entropy = jnp.sum(jax.scipy.special.entr(jax.lax.stop_gradient(routing.router_probs)), axis=-1)
     active = jnp.sum(load[: num_experts - null_experts]) / jnp.maximum(jnp.sum(valid), 1)
     taken = active if k is None else k
-    target = jnp.zeros((num_experts,), jnp.float32)
+    target, needed = jnp.zeros((num_experts,), jnp.float32), None
     if routing.needed_bias is not None:
         target = quantile(routing.needed_bias, valid, taken / num_experts)
+        if keeps_needed:
+            values = jnp.where(valid[..., None], jax.lax.stop_gradient(routing.needed_bias), jnp.inf)
+            needed = NeededBias(values, jnp.asarray(taken / num_experts, jnp.float32))
     counted, probs, tokens = (values[0] for values in _sums(routing, valid, 1, counts))
     return LayerReport(
         load_balancing_loss=load_balancing_loss(routing, valid, counts=counts, parts=parts, weights=weights),
@@ -278,7 +313,7 @@ def report(
         router_entropy=token_mean(entropy, valid),
         active_experts=active,
         sparsity_penalty=jnp.zeros(()) if strength is None else sparsity_penalty(routing, valid, taken, strength),
-        sums=BalanceSums(counted, probs, tokens, jnp.sum(routing.chosen).astype(jnp.float32), target),
+        sums=BalanceSums(counted, probs, tokens, jnp.sum(routing.chosen).astype(jnp.float32), target, needed),
     )
 
 

@@ -14,7 +14,7 @@ from moe.config import MoEConfig
 from moe.parallel import partition_specs, target
 from moe.parallel.mesh import TOKEN_AXES, axis_size, constrain
 from moe.parallel.parameters import read_as
-from moe.routing.balancing import AUXILIARY, PER_ASSIGNMENT, LayerReport
+from moe.routing.balancing import AUXILIARY, PER_ASSIGNMENT, LayerReport, step_target
 
 #: Named scope of the chunked loss, by which the planner finds it in a compiled program.
 LOSS_SCOPE = "loss"
@@ -209,13 +209,23 @@ def auxiliary_loss(layers: LayerReport | None, config: MoEConfig) -> Array:
     return sum((jnp.sum(term) for term in (*terms, layers.sparsity_penalty)), jnp.zeros((), jnp.float32))
 
 
+def without_needed(reports: LayerReport) -> LayerReport:
+    """The reports without the selection biases that single tokens need, which are large."""
+    return dataclasses.replace(reports, sums=dataclasses.replace(reports.sums, needed=None))
+
+
 def mean_reports(reports: LayerReport) -> LayerReport:
     """One report of a step's microbatches, stacked over a leading axis.
 
     Losses are means over microbatches, as in the objective. Metrics are those of all tokens together: shares of
-    assignments, means over tokens, and ``broken_tokens`` as a sum.
+    assignments, means over tokens, and ``broken_tokens`` as a sum; so is the selection bias that would have balanced
+    them, if the reports have what each token needs.
     """
+    needed, reports = reports.sums.needed, without_needed(reports)
     mean = jax.tree.map(lambda values: jnp.mean(values, axis=0), reports)
+    if needed is not None:
+        target = step_target(needed, reports.sums.tokens)
+        mean = dataclasses.replace(mean, sums=dataclasses.replace(mean.sums, bias_target=target))
 
     def together(name: str, counts: Array) -> Array:
         values = getattr(reports, name)

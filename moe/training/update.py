@@ -26,7 +26,7 @@ from moe.routing.balancing import BalanceSums, LayerReport, balance_weights, ove
 from moe.routing.balancing_rules import restored, stored
 from moe.training import spikes
 from moe.training.batches import Batch, forward
-from moe.training.losses import auxiliary_loss, mean_reports, row_cross_entropy
+from moe.training.losses import auxiliary_loss, mean_reports, row_cross_entropy, without_needed
 from moe.training.optimizer import gradient_norm
 
 #: Fields of the reports of token mixers with experts that are logged, as ``mixer_<field>``, [routers,...]: by layer, by
@@ -93,6 +93,10 @@ class Reports(NamedTuple):
         """Reports of a step from those of its microbatches, stacked over a leading axis."""
         layers = self.layers if self.layers is None else mean_reports(self.layers)
         return Reports(layers, self.scores if self.scores is None else jnp.max(self.scores, axis=0))
+
+    def of_one_batch(self) -> Reports:
+        """Reports of a step without microbatches."""
+        return self._replace(layers=self.layers if self.layers is None else without_needed(self.layers))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +168,7 @@ def _gradients(
     value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
     if microbatches == 1:
         (loss, (shown, reports)), gradients = value_and_grad(state.parameters, batch, rng)
-        return (loss, shown, reports), gradients
+        return (loss, shown, reports.of_one_batch()), gradients
 
     def accumulate(sums, inputs):
         microbatch, index = inputs
@@ -181,7 +185,8 @@ def _gradients(
         )
         return (loss, shown, reports.over_microbatches()), gradients
     split = jax.tree.map(lambda x: constrain(x, partition_specs.MICROBATCHES), split)
-    totals = _balance_totals(parts, state, split, rng) if parts.config.model.moe.losses.scope == "step" else None
+    losses = parts.config.model.moe.losses
+    totals = _balance_totals(parts, state, split, rng) if losses.scope == "step" and losses.balance else None
     zeros = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.parameters))
     (loss, nll, gradients), (terms, reports) = jax.lax.scan(accumulate, zeros, (split, jnp.arange(microbatches)))
     terms = jax.tree.map(lambda values: jnp.sum(values, axis=0), terms)
@@ -201,7 +206,7 @@ def _balance_totals(parts: Parts, state: TrainState, split: Batch, rng: Array) -
         model = nnx.merge(parts.graphdef, state.variables)
         key = _noise_key(parts, jax.random.fold_in(rng, index))
         layers = forward(model, microbatch, train=True, rng=key).layers
-        return None, None if layers is None else layers.sums
+        return None, None if layers is None else layers.sums  # what tokens need is not read of them
 
     _, sums = jax.lax.scan(measure, None, (split, jnp.arange(parts.config.train.accumulation_steps)))
     return jax.tree.map(lambda values: jnp.sum(values, axis=0), sums)

@@ -8,17 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe.config import Changes, Config, TrainConfig
+from moe.config import Changes, Config, ConfigError, TrainConfig
 from moe.config.parse import from_config_dict
 from moe.models.state import TrainState
 from moe.parallel.mesh import make_mesh
+from moe.routing.balancing import NeededBias, step_target
 from moe.training import update
 from moe.training.batches import place
 from moe.training.step import build
-from tests.helpers import random_state, set_moe, slow_case, step_gradients, tiny_model
+from tests.helpers import moe_config, random_state, set_moe, slow_case, step_gradients, tiny_model
 
 
-def program(devices=1, mesh=None, accumulation=1, remat="none", weight=3.0, layers=2, **moe):
+def program(devices=1, mesh=None, accumulation=1, remat="none", weight=3.0, layers=2, rows=8, **moe):
     """A tiny model whose objective is dominated by the load-balancing loss."""
     tree = Changes()
     tree.model.update(vocab_size=48, d_model=16, num_layers=layers, num_heads=4, num_kv_heads=4, head_dim=4, d_ff=16)
@@ -26,7 +27,7 @@ def program(devices=1, mesh=None, accumulation=1, remat="none", weight=3.0, laye
     set_moe(tree, **(fields | {"capacity_factor": 4.0} | moe))
     tree.model.remat = remat
     tree.data.sequence_length = 8
-    tree.train.update(batch_size=8, accumulation_steps=accumulation, num_steps=4)
+    tree.train.update(batch_size=rows, accumulation_steps=accumulation, num_steps=4)
     tree.optimizer.update(warmup_steps=0)
     tree.mesh.update(mesh or {"data": 1})
     config = from_config_dict(tree)
@@ -34,12 +35,13 @@ def program(devices=1, mesh=None, accumulation=1, remat="none", weight=3.0, laye
 
 
 def batch(program):
-    """Eight rows, some of them mostly padding, so that microbatches differ in their number of tokens."""
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(1, 48, (8, 9)).astype(np.int32)
-    segments = (np.arange(8) < np.array([8, 8, 3, 2, 8, 5, 1, 8])[:, None]).astype(np.int32)
+    """Rows, some of them mostly padding, so that microbatches differ in their number of tokens."""
+    rng, count = np.random.default_rng(0), program.config.train.batch_size
+    tokens = rng.integers(1, 48, (count, 9)).astype(np.int32)
+    lengths = np.resize([8, 8, 3, 2, 8, 5, 1, 8], (count, 1))
+    segments = (np.arange(8) < lengths).astype(np.int32)
     rows = {"tokens": tokens[:, :-1], "targets": np.where(segments > 0, tokens[:, 1:], -1), "segment_ids": segments}
-    rows["positions"] = np.broadcast_to(np.arange(8, dtype=np.int32), (8, 8))
+    rows["positions"] = np.broadcast_to(np.arange(8, dtype=np.int32), (count, 8))
     return place(rows, program.mesh)
 
 
@@ -138,6 +140,68 @@ def test_microbatches_draw_separately_and_the_balance_of_the_step_uses_the_same_
     assert draws[0] != draws[1]
     np.testing.assert_allclose(nll, sum(draws), rtol=1e-6)
     np.testing.assert_allclose(totals, 2 * sum(draws), rtol=1e-6)  # each microbatch receives the sum over the step
+
+
+def test_quantiles_over_microbatches_are_those_of_all_tokens(rng):
+    """Two layers and three microbatches, of 2·4 tokens each, a quarter of them not routed; two of four experts: the
+    value at which half of the tokens are below it."""
+    values = rng.normal(size=(3, 2, 2, 4, 4)).astype(np.float32)
+    routed = rng.random((3, 2, 2, 4)) < 0.75
+    needed = NeededBias(jnp.asarray(np.where(routed[..., None], values, np.inf)), jnp.full((3, 2), 0.5))
+    found = jax.jit(step_target)(needed, jnp.asarray(routed.sum((2, 3)), jnp.float32))
+    for layer in range(2):
+        alone = np.sort(values[:, layer][routed[:, layer]], axis=0)  # [tokens,E]
+        np.testing.assert_allclose(found[layer], alone[len(alone) // 2], atol=1e-5)
+    # A measured share is that of the tokens together: 8·(1/4) + 16·(1/2) of 24 are 10.
+    values = jnp.arange(24.0).reshape(3, 1, 2, 4, 1)
+    measured = NeededBias(values, jnp.asarray([[0.25], [0.5], [0.5]]))
+    np.testing.assert_allclose(jax.jit(step_target)(measured, jnp.full((3, 1), 8.0)), [[10.0]], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("gate", "scope", "mesh"),
+    [
+        ("quantile_balancing", "step", {"data": 1}),
+        slow_case("k_means", "batch", {"data": 1}),
+        slow_case("running_thresholds", "step", {"data": 1}),
+        slow_case("quantile_balancing", "step", {"data": 2, "fsdp": 2, "expert": 2}),
+        slow_case("k_means", "batch", {"data": 2, "fsdp": 2, "expert": 2}),
+    ],
+)
+def test_states_after_microbatches_are_those_after_one_batch(gate, scope, mesh):
+    """The state after a step of one batch on one device equals that of two microbatches, on eight devices too."""
+    given = {"gate": gate, "experts_per_token": 2, "weight": 0.0, "layers": 1, "rows": 16}
+    once = program(**given, dispatch="dropless")
+    with jax.set_mesh(once.mesh):
+        state = jax.tree.map(np.asarray, random_state(once))  # on no device, for both meshes
+    runs = {"whole": once}
+    size = int(np.prod(list(mesh.values())))
+    apart = {"mesh": mesh, "devices": size, "accumulation": 2, "dispatch": "dropless"}
+    runs["step"] = program(**given, **apart, balance_scope=scope)
+    if (gate, size) == ("quantile_balancing", 1):
+        runs["mean"] = program(**given, **apart)
+    after = {}
+    for name, run in runs.items():
+        with jax.set_mesh(run.mesh):
+            (_, _, (layers, _)), _ = jax.jit(step_gradients(run, seed=0))(state, batch(run))
+        assert layers.sums.needed is None
+        biases, signals = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), (state.biases, layers))
+        after[name] = jax.tree.map(np.asarray, update._next_biases(run.config, biases, signals))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), after["step"], after["whole"])
+    changed = jax.tree.map(lambda new, old: np.abs(new - np.asarray(old)).max(), after["step"], state.biases)
+    assert max(jax.tree.leaves(changed)) > 1e-4
+    if "mean" in after:
+        (whole,), (mean,) = jax.tree.leaves(after["whole"]), jax.tree.leaves(after["mean"])
+        assert np.abs(whole - mean).max() > 1e-3
+
+
+def test_layer_gates_without_quantiles_are_refused_over_a_step():
+    fields = {"gate": "quantile_balancing", "experts_per_token": 2, "layer_gates": ("hash",)}
+    assert moe_config(**fields).layer_gates
+    with pytest.raises(
+        ConfigError, match=r"layer_gates='hash': must have the model's balancing rule where losses\.scope"
+    ):
+        moe_config(**fields, balance_scope="step")
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
