@@ -63,7 +63,7 @@ def test_groups_of_a_dropless_model_change_nothing():
 
 #: Fields that the page reads under another name, that a checked field switches off, or that no forward pass reads.
 READ_OTHERWISE = {
-    "num_layers", "d_ff", "rope_scaling", "delta_net", "tie_embeddings", "scale_logits", "logit_scale", "moe",
+    "num_layers", "d_ff", "rope_scaling", "delta_net", "memory", "tie_embeddings", "scale_logits", "logit_scale", "moe",
     "encoder_vocab_size", "relative_max_distance", "q_lora_rank", "value_dim", "attention",
     "prediction_weight", "dropout", "init_scale", "dtype", "low_precision_in", "scan_layers",
     "scan_unroll", "remat",
