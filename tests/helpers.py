@@ -1,4 +1,4 @@
-"""Small models, a reader of the collectives in a compiled program, and disks that fill."""
+"""Small models, layers on eight devices, a reader of the collectives in a compiled program, and disks that fill."""
 
 from __future__ import annotations
 
@@ -18,15 +18,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moe.config import ModelConfig, MoEConfig, flat
+from moe.config import MeshConfig, ModelConfig, MoEConfig, flat
 from moe.config.changes import Changes
 from moe.config.parse import build
 from moe.config.registry import LAYERS
+from moe.conformance import oracle
 from moe.dispatch import quantized
 from moe.layers.moe_layer import MoELayer
 from moe.models.factory import Model, abstract_model
 from moe.models.state import TrainState
-from moe.parallel import target
+from moe.parallel import partition_specs, target
+from moe.parallel.mesh import make_mesh
 from moe.routing.gates import TopK
 from moe.routing.interface import Gate, GateInputs
 from moe.routing.routing import Routing, route
@@ -143,6 +145,24 @@ def gate_named(name: str, k: int | None = None, **fields: Any) -> Gate:
 def outputs(layer: MoELayer) -> Any:
     """Jitted call of a layer that returns y and the routing, without the report, which is half of the program."""
     return jax.jit(lambda *args, **named: layer(*args, **named)[::2])
+
+
+def eight_devices_equal_one(layer: MoELayer, rng: np.random.Generator) -> Any:
+    """Assert that a layer of D = 8 has on eight devices the output, gradients and report of a training step that it has
+    on one, to 2e-6 of each array's largest number or of 1; return those of one device."""
+    run = oracle.program(layer, train=True)
+    x = jnp.asarray(rng.normal(size=(8, 6, 8)), jnp.float32)
+    mask, cotangent = rng.random((8, 6)) >= 0.2, rng.normal(size=x.shape).astype(np.float32)
+    alone = run(x, mask, cotangent)
+    with jax.set_mesh(mesh := make_mesh(MeshConfig(data=1, fsdp=2, expert=4))):
+        spread = run(jax.device_put(x, partition_specs.shardings(mesh, partition_specs.BATCH)), mask, cotangent)
+    expected = dict(jax.tree_util.tree_leaves_with_path(alone))
+    found = dict(jax.tree_util.tree_leaves_with_path(spread))
+    assert found.keys() == expected.keys()
+    for path, array in found.items():
+        largest = max(1, np.abs(expected[path]).max())
+        np.testing.assert_allclose(array, expected[path], rtol=0, atol=2e-6 * largest, err_msg=str(path))
+    return alone
 
 
 @functools.partial(jax.jit, static_argnames=("gate", "fixed"))

@@ -9,15 +9,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moe.config import ConfigError, MeshConfig
+from moe.config import ConfigError
 from moe.config.registry import LAYERS
 from moe.conformance import oracle, oracle_cases
 from moe.interop.layers import single_layer
 from moe.layers.k_means import KMeansMoE
-from moe.parallel import partition_specs
-from moe.parallel.mesh import make_mesh
 from moe.routing.balancing_rules import Centroids
-from tests.helpers import gate_named, slow_case
+from tests.helpers import eight_devices_equal_one, gate_named, slow_case
 
 MODES = ["einsum", slow_case("gather"), slow_case("dropless")]
 
@@ -86,15 +84,7 @@ def test_values_and_gradients_equal_the_oracle():
 def test_eight_devices_compute_what_one_does(mode, rng):
     """Also the sums of the tokens that experts were sent, which the report contains."""
     given = oracle.arguments(oracle.read_by("k_means", oracle.weights_of(8, 8, 8, 11, gate="k_means")))
-    run = oracle.program(single_layer({"name": "k_means", "k": 3}, **given, dispatch=mode), train=True)
-    x = jnp.asarray(rng.normal(size=(8, 6, 8)), jnp.float32)
-    mask, cotangent = rng.random((8, 6)) >= 0.2, rng.normal(size=x.shape).astype(np.float32)
-    alone = run(x, mask, cotangent)
-    with jax.set_mesh(mesh := make_mesh(MeshConfig(data=1, fsdp=2, expert=4))):
-        spread = run(jax.device_put(x, partition_specs.shardings(mesh, partition_specs.BATCH)), mask, cotangent)
-    for path, found in jax.tree_util.tree_leaves_with_path(spread):
-        expected = dict(jax.tree_util.tree_leaves_with_path(alone))[path]
-        np.testing.assert_allclose(found, expected, atol=2e-6 * max(1, np.abs(expected).max()), err_msg=str(path))
+    eight_devices_equal_one(single_layer({"name": "k_means", "k": 3}, **given, dispatch=mode), rng)
 
 
 def test_impossible_settings_are_refused():

@@ -5,13 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe.config import ConfigError, MeshConfig
+from moe.config import ConfigError
 from moe.conformance import oracle, oracle_cases
 from moe.interop.layers import single_layer
 from moe.layers.power_iteration import power_step, retracted
-from moe.parallel import partition_specs
-from moe.parallel.mesh import make_mesh
-from tests.helpers import moe_config, outputs, slow_case
+from tests.helpers import eight_devices_equal_one, moe_config, outputs, slow_case
 
 MODES = ["einsum", slow_case("gather"), slow_case("dropless")]
 
@@ -83,15 +81,7 @@ def cases():
 @pytest.mark.parametrize("mode", MODES)
 def test_eight_devices_compute_what_one_does(mode, rng):
     weights = oracle.read_by("power_iteration", oracle.weights_of(8, 8, 8, 11))
-    run = oracle.program(single_layer({"name": "power_iteration", "k": 3}, **weights, dispatch=mode), train=True)
-    x = jnp.asarray(rng.normal(size=(8, 6, 8)), jnp.float32)
-    mask, cotangent = rng.random((8, 6)) >= 0.2, rng.normal(size=x.shape).astype(np.float32)
-    alone = run(x, mask, cotangent)
-    with jax.set_mesh(mesh := make_mesh(MeshConfig(data=1, fsdp=2, expert=4))):
-        spread = run(jax.device_put(x, partition_specs.shardings(mesh, partition_specs.BATCH)), mask, cotangent)
-    for path, found in jax.tree_util.tree_leaves_with_path(spread):
-        expected = dict(jax.tree_util.tree_leaves_with_path(alone))[path]
-        np.testing.assert_allclose(found, expected, atol=2e-6 * max(1, np.abs(expected).max()), err_msg=str(path))
+    eight_devices_equal_one(single_layer({"name": "power_iteration", "k": 3}, **weights, dispatch=mode), rng)
 
 
 def test_columns_without_a_matrix_are_refused():

@@ -3,17 +3,14 @@
 import math
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe.config import ConfigError, MeshConfig
+from moe.config import ConfigError
 from moe.conformance import oracle, oracle_cases
 from moe.interop.layers import single_layer
-from moe.parallel import partition_specs
-from moe.parallel.mesh import make_mesh
-from tests.helpers import moe_config, outputs, slow_case
+from tests.helpers import eight_devices_equal_one, moe_config, outputs, slow_case
 
 #: Inputs, weights and outputs of ``ZayaSparseMoeBlock`` of transformers 5.24.0, layers 0 and 1, top-1 of four experts.
 REFERENCE = Path(__file__).parents[1] / "data" / "zaya.npz"
@@ -99,16 +96,7 @@ def test_one_token_by_hand():
 def test_eight_devices_compute_what_one_does(mode, rng):
     weights = oracle.weights_of(8, 8, 8, 11, null=(1, 0, 0, 0), gate="zaya")
     given = oracle.arguments(oracle.read_by("zaya", weights))
-    run = oracle.program(single_layer(oracle.own_fields("zaya"), **given, dispatch=mode), train=True)
-    x = jnp.asarray(rng.normal(size=(8, 6, 8)), jnp.float32)
-    mask, cotangent = rng.random((8, 6)) >= 0.2, rng.normal(size=x.shape).astype(np.float32)
-    alone = run(x, mask, cotangent)
-    mesh = make_mesh(MeshConfig(data=1, fsdp=2, expert=4))
-    with jax.set_mesh(mesh):
-        spread = run(jax.device_put(x, partition_specs.shardings(mesh, partition_specs.BATCH)), mask, cotangent)
-    for path, found in jax.tree_util.tree_leaves_with_path(spread):
-        expected = dict(jax.tree_util.tree_leaves_with_path(alone))[path]
-        np.testing.assert_allclose(found, expected, atol=2e-6 * max(1, np.abs(expected).max()), err_msg=str(path))
+    eight_devices_equal_one(single_layer(oracle.own_fields("zaya"), **given, dispatch=mode), rng)
 
 
 @pytest.mark.slow
