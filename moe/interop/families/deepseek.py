@@ -233,7 +233,7 @@ MISTRAL4 = Family(
     (
         *LATENT,
         always("moe.gate.name", "deepseek_moe"),
-        *SIGMOID_GATE[1:],
+        *groups.GROUPS_AND_SCALE,
         Row("norm_topk_prob", type=NullIsFalse, default=True),
         Row("rope_interleave", "rope_interleaved", NullIsFalse, True),
         groups.BATCH_LOSS,

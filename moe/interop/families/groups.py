@@ -215,15 +215,16 @@ SOFTMAX_GATE = Row(
     names={False: "switch", True: "mixtral"},
     there=lambda m: selection_rule(m.moe) is True,
 )
-#: DeepSeek-V3's gate.
-SIGMOID_GATE = (
-    always("moe.gate.name", "deepseek_v3"),
+#: Groups of experts, and the scale of the weights, of gates like DeepSeek-V3's.
+GROUPS_AND_SCALE = (
     Row("n_group", "moe.gate.groups", Count, 1),
     Row("topk_group", "moe.gate.kept_groups", Count, 1),
     Row("", "moe.gate.scores_per_group", here=lambda file: 2 if file.n_group > 1 else 1),
     Row("norm_topk_prob", "moe.gate.renormalise"),
     Row("routed_scaling_factor", "moe.gate.scale", Positive, 1.0),
 )
+#: DeepSeek-V3's gate.
+SIGMOID_GATE = (always("moe.gate.name", "deepseek_v3"), *GROUPS_AND_SCALE)
 #: The same gate without groups and scale.
 PLAIN_GATE = {"name": "deepseek_v3", "groups": 1, "kept_groups": 1, "scores_per_group": 1, "scale": 1.0}
 #: Balance of each sequence, or of the batch.
