@@ -154,7 +154,7 @@ class NgramMemory(nnx.Module):
     def prefill(
         self, x: Float[Array, "B T D"], rows: Rows, drop: Dropout = KEEP_ALL
     ) -> tuple[Float[Array, "B T D"], MemoryState]:
-        """What the memory adds to the tokens of whole rows, and the state after each row's last token."""
+        """Outputs of the memory for the tokens of whole rows, and the state after each row's last token."""
         m, segment_ids = self.config.memory, rows.segment_ids
         before = [earlier(rows.token_ids, segment_ids, by, m.pad_id) for by in range(m.orders[-1])]
         gated, normalised = self._read(x, before)
@@ -172,7 +172,7 @@ class NgramMemory(nnx.Module):
     def step(
         self, x: Float[Array, "B 1 D"], rows: Rows, state: MemoryState
     ) -> tuple[Float[Array, "B 1 D"], MemoryState]:
-        """What the memory adds to one more token of each row, and the state after it."""
+        """Outputs of the memory for one more token of each row, and the state after it."""
         order = self.config.memory.orders[-1]
         token_ids = jnp.concatenate([state.token_ids, rows.token_ids], axis=1)
         gated, normalised = self._read(x, [token_ids[:, order - 1 - by, None] for by in range(order)])

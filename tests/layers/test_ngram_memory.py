@@ -95,7 +95,7 @@ def test_gate_and_convolution_by_hand():
 
 
 def _oracle(weights, x, token_ids, ngrams, memory):
-    """What is added to every real token, in loops over rows, tokens and heads, hashes in Python's integers."""
+    """Addends of all real tokens, by loops over rows, tokens and heads, with hashes in Python's integers."""
 
     def norm(vector, scale):
         return vector * scale / jnp.sqrt(jnp.mean(vector**2) + 1e-5)

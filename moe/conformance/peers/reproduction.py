@@ -183,7 +183,7 @@ def run(out: Path, environment: Environment, cells: Sequence[Cell]) -> dict[str,
 
 
 def _printed(cell: Cell, text: str) -> float:
-    """What :func:`run` returns for a script that printed ``text``."""
+    """Result of :func:`run` for a script that printed ``text``."""
     if cell.status == "raises":
         kind = cell.text.split(":", 1)[0]
         same = any(line.startswith(f"{kind}:") and cell.text.startswith(line) for line in text.splitlines())

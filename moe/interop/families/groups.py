@@ -49,7 +49,7 @@ NOT_BESIDE_GROWN = ("rope_scaling", "rope_theta")
 
 
 def grown_rotation(theta: float, factor: float, original: int) -> RopeParameters:
-    """What the library takes where a file of theirs states no rotary positions."""
+    """Rotary positions that the library takes for a file of these families that states none."""
     return RopeParameters.model_validate(
         {
             "rope_type": "yarn",

@@ -152,8 +152,8 @@ def _rotate_all(x: Array, positions: Array, theta: float, scaling: RopeScalingCo
 def grow(
     query: Float[Array, "B T N H"], positions: Int[Array, "B T"], scaling: RopeScalingConfig
 ) -> Float[Array, "B T N H"]:
-    """Scale queries by 1 + β·ln(1 + ⌊p/L⌋) at position p of a document, L being the context of pre-training: keys are
-    sharper told apart among more of them (Llama 4 and Mistral 4, ``transformers.models.mistral4``)."""
+    """Scale queries by 1 + β·ln(1 + ⌊p/L⌋) at position p of a document, L being the context of pre-training, so that
+    attention stays sharp over more keys (Mistral 4, ``transformers.models.mistral4``)."""
     if not scaling.query_growth:
         return query
     times = jnp.log1p((positions // scaling.original_length).astype(jnp.float32))
