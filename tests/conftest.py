@@ -31,7 +31,7 @@ from moe.system import process  # noqa: E402
 def pytest_configure(config: pytest.Config) -> None:
     """Register the marker of tests that are skipped without JAX's CUDA plugin, and the fixtures in processes that run
     tests: the controller of several workers would only wait for their imports. Refuse ``-m transformers`` without
-    what it compares with: every test would be skipped."""
+    what it compares with: every test would fail."""
     if config.option.markexpr == "transformers" and importlib.util.find_spec("torch") is None:
         raise pytest.UsageError(
             "-m transformers needs the packages of tests/transformers.txt: run it by the uv command of CONTRIBUTING.md"

@@ -418,11 +418,12 @@ def test_broken_files_are_refused_in_one_sentence(number, change, pattern, tmp_p
 @pytest.mark.transformers
 def test_values_are_the_other_libraries_bit_for_bit(dtype, rng):
     """Needs torch, transformers 5 and compressed-tensors: python -m pytest -m transformers."""
-    torch = pytest.importorskip("torch")
-    fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8")
-    mxfp4 = pytest.importorskip("transformers.integrations.mxfp4")
-    packed = pytest.importorskip("compressed_tensors.compressors")
-    quantization = pytest.importorskip("compressed_tensors.quantization")
+    import torch
+    from compressed_tensors import compressors as packed
+    from compressed_tensors import quantization
+    from transformers.integrations import finegrained_fp8 as fp8
+    from transformers.integrations import mxfp4
+
     kind, ours = getattr(torch, dtype), np.dtype(BF16 if dtype == "bfloat16" else np.float32)
 
     def tensor(array: np.ndarray) -> Any:

@@ -81,7 +81,10 @@ def test_adapters_added_by_hand_equal_the_merged_export(tmp_path, common_a):
 @pytest.mark.parametrize("changes", [{"lora.parts": ("attention",)}, {}, {"lora.common_a": True}])
 def test_peft_loads_exported_adapters(tmp_path, changes):
     """The base with adapters loaded by PEFT has the logits of the merged export."""
-    torch, transformers, peft = (pytest.importorskip(name) for name in ("torch", "transformers", "peft"))
+    import peft
+    import torch
+    import transformers
+
     base, lora = workdirs(tmp_path, **changes)
     export_checkpoint(base, tmp_path / "out_base")
     export_checkpoint(lora, tmp_path / "out_merged")
