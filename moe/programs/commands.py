@@ -116,6 +116,20 @@ def collision(others: list[str]) -> str:
 
 
 #: Entry points of the installed commands ``moe-train``, ``moe-evaluate``, ...
-(train, evaluate, generate, import_, export, analyze, plan, ablate, conform, diff, surgery, playground, advise, *_) = (
-    functools.partial(start, program) for program, _ in COMMANDS.values()
-)
+(
+    train,
+    evaluate,
+    generate,
+    import_,
+    export,
+    analyze,
+    plan,
+    ablate,
+    conform,
+    diff,
+    surgery,
+    playground,
+    advise,
+    diverge,
+    *_,
+) = (functools.partial(start, program) for program, _ in COMMANDS.values())
