@@ -155,6 +155,26 @@ def test_scripts_in_jax_are_short(worker, monkeypatch):
             assert max(map(len, lines)) <= 120, (name, quantity, max(lines, key=len))
 
 
+@pytest.mark.transformers
+@pytest.mark.parametrize("worker", ["transformers_blocks", "control_blocks", "parallel_blocks"])
+def test_scripts_in_pytorch_are_short(worker, monkeypatch):
+    """20 lines at most, for every quantity of every case of every block, on one process and several."""
+    monkeypatch.syspath_prepend(str(suite.WORKERS))
+    module, jobs = importlib.import_module(worker), importlib.import_module("jobs")
+    blocks = module.adapters() if worker == "transformers_blocks" else module.ADAPTERS
+    for name, block in (blocks | getattr(module, "CONTROLS", {})).items():
+        claims = block.claims()
+        for case in cases.CASES:
+            if suite.reason_to_skip(claims, case):
+                continue
+            code = jobs.lines(block, {"k": case.k or block.k, "balance": case.balance, "z": case.z})
+            for quantity, expression in reproduction._in_torch(claims, case).items():
+                text = reproduction._torch_text(code, expression, claims, case, reproduction._LOAD)
+                script = reproduction.script(f"{name}: {quantity}", text)
+                compile(script, name, "exec")
+                assert len(script.splitlines()) <= 20, (name, case.name, quantity)
+
+
 def test_scripts_run_apart(tmp_path):
     """A script that changes a module, and one that raises, leave the next one as it is."""
     texts = {"one": "import math\nmath.pi = 3\nprint(math.pi)", "two": "1 / 0", "three": "import math\nprint(math.pi)"}

@@ -19,9 +19,7 @@ from moe.conformance.rule import Layer, Variant
 from moe.system.atomic_files import write_atomic
 from moe.system.npz_files import write_arrays
 
-_TORCH = """import numpy as np
-import torch
-{begin}given = np.load(__file__[:-2] + "npz")
+_TORCH = """{begin}given = np.load(__file__[:-2] + "npz")
 {code}
 {load}{spread}parts, cotangent, mask = (torch.from_numpy(given[name]) for name in ("x", "cotangent", "mask"))
 outputs = [{run} for x in parts.requires_grad_(True)]
@@ -44,6 +42,8 @@ _GRADIENT = (
 )
 _PARTS = 'for part in zip(given["x"], given["cotangent"])'
 _LAST = 'print("largest difference", abs(found - given["expected"]).max(), "of", abs(given["expected"]).max())\n'
+#: Lines of several processes may interleave.
+_OF_THE_FIRST = "torch.distributed.get_rank() or "
 _PRINTED = re.compile(r"^largest difference (\S+) of (\S+)$", re.MULTILINE)
 SHOWN = ("deviates", "raises")
 
@@ -99,7 +99,7 @@ def _write(out: Path, library: Library, cell: Cell) -> None:
 
 def script(what: str, body: str) -> str:
     """A script's text: what it shows, then what it runs."""
-    return f'"""{what}"""\n{"import json\n" if "json." in body else ""}{body}'
+    return f'"""{what}"""\n{body}'
 
 
 def _weights(claims: Mapping[str, Any], layer: Layer) -> dict[str, np.ndarray]:
@@ -138,7 +138,8 @@ def _in_torch(claims: Mapping[str, Any], case: Case) -> dict[str, str]:
 def _jax_text(code: str, expression: str) -> str:
     """A script in JAX."""
     gradient = _GRADIENT if "gradient(" in expression else ""
-    return _JAX.format(code=code, gradient=gradient, expression=expression) + _LAST
+    begin = "import json\n" if "json." in code else ""
+    return begin + _JAX.format(code=code, gradient=gradient, expression=expression) + _LAST
 
 
 def _torch_text(code: str, expression: str, claims: Mapping[str, Any], case: Case, load: str) -> str:
@@ -157,7 +158,10 @@ def _torch_text(code: str, expression: str, claims: Mapping[str, Any], case: Cas
         "spread": f"{spread}\n" if spread else "",
         "run": claims["run"],
     }
-    return _TORCH.format(**made, backward=backward, expression=expression) + _LAST
+    body = _TORCH.format(**made, backward=backward, expression=expression)
+    body += _OF_THE_FIRST + _LAST if begin else _LAST
+    used = [name for name in ("copy", "json") if f"{name}." in body]
+    return f"import {', '.join([*used, 'numpy as np', 'torch'])}\n{body}"
 
 
 def run(out: Path, environment: Environment, cells: Sequence[Cell]) -> dict[str, float]:

@@ -28,12 +28,9 @@ ONE_OF_TWO_DEVICES = (
 DOUBLED = "[weight.register_hook(lambda gradient: 2 * gradient) for weight in block.experts.parameters()]"
 #: The width of the experts is split over two devices, and gradients of their inputs are those of one half.
 HALF_OF_THE_WIDTH = """\
-def half(module, given, y):
-    if isinstance(module.down_proj, torch.nn.Parameter):
-        part = {"down_proj": module.down_proj * (torch.arange(24) >= 12)}
-        lost = lambda x, weights: torch.func.functional_call(module, part, (x, given[1], weights))
-        return y - lost(given[0], given[2]) + lost(given[0].detach(), given[2].detach())
-block.experts.register_forward_hook(half)"""
+twin, first = copy.copy(block.experts), torch.arange(24) < 12
+part = lambda half, *given: torch.func.functional_call(twin, {"down_proj": twin.down_proj * half}, given)
+block.experts.forward = lambda x, e, w: part(first, x.detach(), e, w.detach()) + part(~first, x, e, w)"""
 ADAPTERS: dict[str, Block] = {
     # At K = 1 a rule that keeps the probability as weight, as Switch's, is what trains the router.
     "minimind 858": qwen(settings={"norm_topk_prob": True}),

@@ -14,18 +14,11 @@ from transformers_adapters import MIXTRAL, Transformers
 #: A model of one layer.
 ONE = {"num_hidden_layers": 1, "vocab_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
 ONE |= {"eos_token_id": 1, "bos_token_id": 1, "pad_token_id": 1}
-#: The model is saved by one process, and loaded spread by both.
+#: from_pretrained, given the weights of the model.
 SPREAD = """
-import tempfile
 from transformers.distributed import DistributedConfig
-folder = [tempfile.mkdtemp()]
-torch.distributed.broadcast_object_list(folder)
-if torch.distributed.get_rank() == 0:
-    model.save_pretrained(folder[0])
-torch.distributed.barrier()
-plan = DistributedConfig(PLAN)
-model = type(model).from_pretrained(folder[0], distributed_config=plan, experts_implementation="IMPLEMENTATION").eval()
-block = model.model.layers[0].mlp
+spread = {"distributed_config": DistributedConfig(PLAN), "experts_implementation": "IMPLEMENTATION"}
+block = type(model).from_pretrained(None, config=config, state_dict=model.state_dict(), **spread).model.layers[0].mlp
 """
 
 
@@ -49,7 +42,7 @@ class Parallel(Transformers):
     def code(self, k: int) -> str:
         """The model, then its block."""
         model = self.name.replace("SparseMoeBlock", "ForCausalLM")
-        lines = f"model = modeling_{self.model}.{model}(config).eval()\nblock = model.model.layers[0].mlp"
+        lines = f"model = modeling_{self.model}.{model}(config)\nblock = model.model.layers[0].mlp"
         config = super().code(k).rsplit("\n", 1)[0]
         return f"{config}\n{lines}"
 

@@ -5,6 +5,7 @@ The command line is that of ``jobs.py``.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import tempfile
 from typing import Any
@@ -97,7 +98,7 @@ class Block:
 
 def measure(adapter: Block, job: dict[str, Any], arrays: Arrays) -> Arrays:
     """Results of a block on a case, and its state before the run as ``state.NAME``."""
-    scope = start(adapter, job, torch=torch)
+    scope = start(adapter, job, torch=torch, copy=copy)
     dtype, seen = getattr(torch, job["dtype"]), {}
     block = scope["block"].to(dtype)
     block.eval()
