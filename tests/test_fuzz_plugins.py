@@ -28,7 +28,8 @@ from moe.config.parse import from_config_dict
 from moe.configs import base
 from moe.routing.balancing_rules import Momentum, Penalty, Quantile, Sign, Threshold
 from moe.routing.interface import Gate, GateInputs, GateOutput, top_k
-from moe.routing.routing import probe, route
+from moe.routing.own_gates import probe
+from moe.routing.routing import route
 from moe.training.metric_writers import find_writers
 from moe.training.optimizer import make_optimizer, probe_own
 from tests.fuzz_helpers import at_most, is_one_sentence

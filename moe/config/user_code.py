@@ -30,16 +30,28 @@ def user_code(config: Config) -> str:
     The code is what their definitions reach by name: in their modules, and in modules that these import. Comments,
     docstrings and formatting are not part of it, nor is any package that is installed.
     """
+    start = _named(config)
+    text = "\n".join(f"{module}:{name}\n{code}" for (module, name), code in sorted(_reached(start).items()))
+    return hashlib.sha256(text.encode()).hexdigest()[:16] if text else ""
+
+
+def user_modules(config: Config) -> set[str]:
+    """Names of the modules whose code :func:`user_code` is about."""
+    start = _named(config)
+    return {module for module, _ in (*start, *_reached(start))}
+
+
+def _named(config: Config) -> list[_Place]:
+    """What the config names."""
     model = config.model
     values = [value for value in (*model.moe.gates, model.mixer) if value is not None and ":" in value.name]
-    start = [(type(value).__module__, type(value).__qualname__) for value in values]
+    places = [(type(value).__module__, type(value).__qualname__) for value in values]
     for field, path in (("data.objective", config.data.objective), ("optimizer.name", config.optimizer.name)):
         if ":" in path:
             import_object(field, path)
             module, _, name = path.partition(":")
-            start.append((module, name))
-    text = "\n".join(f"{module}:{name}\n{code}" for (module, name), code in sorted(_reached(start).items()))
-    return hashlib.sha256(text.encode()).hexdigest()[:16] if text else ""
+            places.append((module, name))
+    return places
 
 
 def _reached(start: Iterable[_Place]) -> dict[_Place, str]:

@@ -25,7 +25,6 @@ def probe(objective: Objective, prepared: Prepared, data: DataConfig) -> None:
         lengths = objective.lengths(data)
     for domain in prepared.domains:
         for documents in (prepared.train[domain], prepared.heldout[domain]):
-            rng = np.random.default_rng(0)
             for text in itertools.islice(documents, _DOCUMENTS):
                 if not lengths:
                     with naming_objective(objective, "encode"):
@@ -33,9 +32,15 @@ def probe(objective: Objective, prepared: Prepared, data: DataConfig) -> None:
                     _check_ids(objective, "encode", ids, prepared)
                     continue
                 with naming_objective(objective, "examples"):
-                    examples = objective.examples(text, rng, data, prepared.tokenizer)
+                    examples, again = (
+                        list(objective.examples(text, np.random.default_rng(0), data, prepared.tokenizer))
+                        for _ in range(2)
+                    )
                 for example in examples:
                     _check_example(objective, example, lengths, prepared)
+                _require_alike(objective, "examples", examples, again)
+                if examples:
+                    _check_row(objective, examples[0], lengths, prepared)
 
 
 def _check_example(objective: Objective, example: Arrays, lengths: dict[str, int], prepared: Prepared) -> None:
@@ -47,6 +52,40 @@ def _check_example(objective: Objective, example: Arrays, lengths: dict[str, int
             raise ConfigError(f"{where}: {name} has {len(values)} elements, and lengths allows {lengths[name]}")
     _check_ids(objective, "examples", example.get("tokens", np.zeros(0, np.int32)), prepared)
     _check_ids(objective, "examples", objective.targets(example), prepared)
+
+
+def _check_row(objective: Objective, example: Arrays, lengths: dict[str, int], prepared: Prepared) -> None:
+    """Check the row that holds one example and padding, as it is trained on and as it is evaluated."""
+
+    def row(method: str) -> Arrays:
+        packed = {}
+        for name, values in example.items():
+            padding = (0, lengths[name] - len(values))
+            packed[name] = np.pad(np.asarray(values), padding)
+            packed[f"{name}_segment_ids"] = np.pad(np.ones(len(values), np.int32), padding)
+            packed[f"{name}_positions"] = np.pad(np.arange(len(values), dtype=np.int32), padding)
+        with naming_objective(objective, method):
+            made = objective.row(packed, prepared.tokenizer.pad_id)
+            return objective.heldout_row(made) if method == "heldout_row" else made
+
+    for method in ("row", "heldout_row"):
+        found = row(method)
+        if "tokens" in found:
+            _check_ids(objective, method, found["tokens"], prepared)
+        _require_alike(objective, method, [found], [row(method)])
+
+
+def _require_alike(objective: Objective, method: str, one: list[Arrays], other: list[Arrays]) -> None:
+    """Refuse a method that gives other arrays when it is called again: a resumed run would read other rows."""
+    same = len(one) == len(other) and all(
+        a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
+        for a, b in zip(one, other, strict=True)
+    )
+    if not same:
+        raise ConfigError(
+            f"{FIELD}={objective.name!r}: {method}: gives other arrays when it is called again: it must be a pure "
+            "function that draws from the given generator alone"
+        )
 
 
 def _check_ids(objective: Objective, method: str, ids: np.ndarray, prepared: Prepared) -> None:

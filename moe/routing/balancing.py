@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import types
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +18,8 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Bool, Float, Int
 
-from moe.routing.carry import first_carry, of_tokens
-from moe.routing.interface import ROUTES, BalanceCounts, Gate, GateInputs, quantile, top_k
-from moe.routing.routing import Routing, route
-from moe.system.fields import ConfigError, raised_as_errors
+from moe.routing.interface import ROUTES, BalanceCounts, quantile, top_k
+from moe.routing.routing import Routing
 
 
 @jax.tree_util.register_dataclass
@@ -315,53 +312,6 @@ def report(
         sparsity_penalty=jnp.zeros(()) if strength is None else sparsity_penalty(routing, valid, taken, strength),
         sums=BalanceSums(counted, probs, tokens, jnp.sum(routing.chosen).astype(jnp.float32), target, needed),
     )
-
-
-def probe_rule(gate: Gate, num_experts: int) -> None:
-    """Update the state of a user's balancing rule once, for two layers, and refuse it in one sentence if that fails.
-
-    Args:
-        gate: the gate that has the rule.
-        num_experts: E, columns of the router.
-
-    Raises:
-        ConfigError: the rule raises, or a state or a bias is not of finite float32 arrays [E] in the same pytree.
-    """
-    rule = gate.balancing
-    if rule is None:
-        return
-    name, mask = f"balancing rule {type(rule).__name__}", jnp.ones((1, 8), bool)
-    ids = jnp.arange(8, dtype=jnp.int32)[None]
-    inputs = GateInputs(mask, token_ids=ids, segment_ids=jnp.ones_like(ids))
-    with raised_as_errors(f"{name}: it"):
-        state = rule.first_state(num_experts)
-        _check_state(f"{name}: first_state", state, state, (num_experts,))
-        bias = rule.selection_bias(state)
-        if bias is not None:
-            _check_state(f"{name}: selection_bias", bias, bias, (num_experts,))
-        carry = of_tokens(first_carry([gate], num_experts), mask.shape)
-        inputs = dataclasses.replace(inputs, state=state, selection_bias=bias, carry=carry)
-
-        def reported(logits: Array) -> LayerReport:
-            routing = route(gate, logits, inputs)
-            return report(routing, mask, routing.chosen, k=gate.experts_per_token(num_experts))
-
-        found = jax.jit(reported)(jax.random.normal(jax.random.key(0), (1, 8, num_experts)))
-        states, reports = (jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), tree) for tree in (state, found))
-        following = rule.next_state(states, rule.signal(reports, gate.experts_per_token(num_experts)))
-    _check_state(f"{name}: next_state", following, state, (2, num_experts))
-
-
-def _check_state(where: str, value: Any, like: Any, shape: tuple[int, ...]) -> None:
-    leaves = jax.tree.leaves(value)
-    same = leaves and jax.tree.structure(value) == jax.tree.structure(like)
-    good = all(jnp.shape(leaf) == shape and jnp.asarray(leaf).dtype == jnp.float32 for leaf in leaves)
-    if not (same and good and all(np.isfinite(leaf).all() for leaf in leaves)):
-        found = ", ".join(f"{jnp.asarray(leaf).dtype}{list(jnp.shape(leaf))}" for leaf in leaves)
-        pytree = "the pytree of first_state, of" if value is not like else "a pytree of"
-        raise ConfigError(
-            f"{where} returns {found or 'no arrays'}: must be {pytree} finite float32{list(shape)} arrays"
-        )
 
 
 def max_violation(expert_load: Array | np.ndarray) -> Array | np.ndarray | np.generic:

@@ -91,7 +91,7 @@ class Gate:
 
     Attributes:
         router: router parameters: linear (W_g), noisy (W_g and W_noise, initialised to zero) or none.
-        looks_ahead: the experts of a token depend on later tokens, in training at least.
+        looks_ahead: the experts of a token depend on later tokens, or on others of the batch, in training at least.
         chooses: the router's logits, if there are any, decide where a token goes, and not only its weights.
         experts_choose: each expert takes C tokens, so K is an average.
         lists_all: the output has a column for every expert, whatever K is.

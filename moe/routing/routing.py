@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float
 
-from moe.routing.carry import first_carry, handed_on, of_tokens
+from moe.routing.carry import handed_on
 from moe.routing.interface import ROUTES, Gate, GateInputs, GateOutput
 from moe.system.fields import LARGEST, ConfigError, raised_as_errors
 from moe.system.npz_files import read_arrays, write_arrays
@@ -140,7 +139,7 @@ def route(
     with raised_as_errors(f"gate {type(gate).__name__}: route"):
         output = gate.route(router_logits, inputs)
         routing = _routing(gate, output, router_logits, mask, finite, replay, inputs.carry)
-        return routing if replay is not None else _without_wrong_choices(routing, mask)
+        return routing if replay is not None else _without_wrong_choices(routing, mask, inputs.selection_bias)
 
 
 def is_own(gate: Gate) -> bool:
@@ -148,21 +147,38 @@ def is_own(gate: Gate) -> bool:
     return type(gate).__module__.partition(".")[0] != "moe"
 
 
-def _without_wrong_choices(routing: Routing, mask: Array) -> Routing:
-    """Call tokens broken that have an expert twice, one that does not exist, or a weight that is negative or not
-    finite: :func:`probe` sees few tokens, and these would be trained without a word."""
+def _without_wrong_choices(routing: Routing, mask: Array, selection_bias: Array | None) -> Routing:
+    """Call tokens broken that have an expert twice, one that does not exist, or a weight or probability that is
+    negative or not finite, and all of them if the selection bias is not finite: :func:`moe.routing.own_gates.probe`
+    sees few tokens, and these would be trained without a word."""
     index, k = routing.expert_index, routing.expert_index.shape[-1]
     ordered = jnp.sort(jnp.where(routing.chosen, index, -1 - jnp.arange(k)), axis=-1)
     exists = (index >= 0) & (index < routing.router_logits.shape[-1])
     weights = jnp.isfinite(routing.combine_weights) & (routing.combine_weights >= 0)
     sound = jnp.all((exists & weights) | ~routing.chosen, axis=-1)
     sound &= jnp.all(ordered[..., 1:] != ordered[..., :-1], axis=-1)
+    sound &= True if selection_bias is None else jnp.all(jnp.isfinite(selection_bias))
+    shares = {"router_probs": routing.router_probs, "smooth_load": routing.smooth_load}
+    shares = {name: share for name, share in shares.items() if share is not None}
+    for share in shares.values():
+        sound &= jnp.all(jnp.isfinite(share) & (share >= 0), axis=-1)
     return dataclasses.replace(
         routing,
+        **{name: jnp.where(sound[..., None], share, 0.0) for name, share in shares.items()},
         chosen=routing.chosen & sound[..., None],
         combine_weights=jnp.where(sound[..., None], routing.combine_weights, 0.0),
         broken=routing.broken | (mask & ~sound),
     )
+
+
+def checked_routing(gate: Gate, router_logits: Array, inputs: GateInputs) -> Routing:
+    """The routing of finite logits by a user's gate, whose output's types and shapes are checked, and no values.
+
+    Raises:
+        ConfigError: see :func:`route`.
+    """
+    output = gate.route(router_logits, inputs)
+    return _routing(gate, output, router_logits, inputs.mask, jnp.ones_like(inputs.mask), None, inputs.carry)
 
 
 def _routing(
@@ -204,7 +220,7 @@ def _routing(
 
 def _check_output(gate: Gate, output: object, router_logits: Array) -> None:
     """Refuse outputs of wrong types, shapes or dtypes; values of indices and weights, which are known only at run time,
-    are checked by :func:`probe` and :func:`_without_wrong_choices`."""
+    are checked by :func:`moe.routing.own_gates.probe` and :func:`_without_wrong_choices`."""
     name = f"gate {type(gate).__name__}"
     if not isinstance(output, GateOutput):
         raise ConfigError(f"{name}: route must return a GateOutput, not {type(output).__name__}")
@@ -222,90 +238,3 @@ def _check_output(gate: Gate, output: object, router_logits: Array) -> None:
         if value is not None and (jnp.shape(value) != wanted or value.dtype != dtype):
             is_now = f"{value.dtype}{list(jnp.shape(value))}"
             raise ConfigError(f"{name}: {field} is {is_now}, must be {jnp.dtype(dtype).name}{list(wanted)}")
-
-
-def probe(
-    gate: Gate, num_experts: int, *, null_experts: int = 0, shapes: Iterable[tuple[int, int]] = ((2, 8),)
-) -> None:
-    """Run a user's gate on random logits, in training, evaluation and generation, and refuse it in one sentence if it
-    cannot route them.
-
-    Args:
-        gate: of a user's module.
-        num_experts: FFN experts.
-        null_experts: further experts, without an FFN.
-        shapes: numbers of groups and of tokens per group to try.
-
-    Raises:
-        ConfigError: the rule raises, returns something other than a GateOutput of the right shapes and types, an expert
-            that does not exist or twice for one token, or a weight that is negative or not finite; or it is no pure
-            function, or reads later tokens without ``looks_ahead``.
-    """
-    for groups, size in shapes:
-        for rng in (None, jax.random.key(1)):
-            _probe(gate, num_experts, null_experts, groups, size, rng)
-    if gate.generates:
-        _probe(gate, num_experts, null_experts, 2, 1, None, generating=True)
-
-
-def _require_alike(message: str, one: Routing, other: Routing, tokens: int) -> None:
-    """Raise a ConfigError with this message unless the first tokens of all groups have the same experts and weights."""
-    for name in ("expert_index", "chosen", "combine_weights"):
-        a, b = (np.asarray(getattr(routing, name))[:, :tokens] for routing in (one, other))
-        if not np.array_equal(a, b, equal_nan=a.dtype.kind == "f"):
-            raise ConfigError(message)
-
-
-def _probe(
-    gate: Gate, num_experts: int, null_experts: int, groups: int, size: int, rng: Array | None, generating: bool = False
-) -> None:
-    """Run a gate once: in training if there is a key, else in evaluation, or in generation."""
-    columns = num_experts + null_experts
-    logits = jax.random.normal(jax.random.key(0), (groups, size, columns))
-    ids = jnp.arange(groups * size, dtype=jnp.int32).reshape(groups, size)
-    k = columns if gate.lists_all else gate.experts_per_token(num_experts)
-    name, rule = f"gate {type(gate).__name__}", gate.balancing
-    state = None if rule is None else rule.first_state(columns)
-    inputs = GateInputs(
-        jnp.ones((groups, size), bool),
-        rng=rng,
-        train=rng is not None,
-        noise_logits=logits if rng is not None and gate.router == "noisy" else None,
-        selection_bias=None if rule is None else rule.selection_bias(state),
-        state=state,
-        token_ids=ids,
-        positions=jnp.full((groups, size), 8, jnp.int32) if generating else None,
-        segment_ids=jnp.ones((groups, size), jnp.int32),
-        carry=of_tokens(first_carry([gate], columns), (groups, size)),
-    )
-
-    def apply(logits: Array) -> Routing:
-        return _routing(gate, gate.route(logits, inputs), logits, inputs.mask, inputs.mask, None, inputs.carry)
-
-    with raised_as_errors(f"{name}: route"):
-        compiled = jax.jit(apply)
-        routing = compiled(logits)
-        again = jax.jit(lambda logits: apply(logits))(logits)  # traced anew: a gate that keeps a tracer fails now
-        half, may_look = (size + 1) // 2, gate.looks_ahead and not (rng is None and gate.generates)
-        other = routing if may_look else compiled(logits.at[:, half:].multiply(-1.0))
-    index, weights = np.asarray(routing.expert_index), np.asarray(routing.combine_weights)
-    if index.shape[-1] != k:
-        raise ConfigError(f"{name}: route returns {index.shape[-1]} experts a token, must be K = {k}")
-    ordered = np.sort(index, axis=-1)
-    if index.min() < 0 or index.max() >= columns or (ordered[..., 1:] == ordered[..., :-1]).any():
-        raise ConfigError(
-            f"{name}: expert_index must be different experts from 0 to {columns - 1} for each token; it is not for "
-            f"{groups} groups of {size} tokens in {'training' if rng is not None else 'evaluation'}"
-        )
-    shares = {"weights": weights, "probs": routing.router_probs, "smooth_load": routing.smooth_load}
-    for field, values in shares.items():
-        if values is not None and not (np.isfinite(values).all() and np.min(values) >= 0):
-            raise ConfigError(f"{name}: {field} must be finite and not negative")
-    if routing.needed_bias is not None and np.isnan(routing.needed_bias).any():
-        raise ConfigError(f"{name}: needed_bias must not be NaN")
-    same = (
-        "other experts or weights when it is called again: it must be a pure function that draws from inputs.rng alone"
-    )
-    _require_alike(f"{name}: route returns {same}", routing, again, size)
-    later = "depend on later tokens: read earlier ones alone, or set looks_ahead = True in the gate"
-    _require_alike(f"{name}: the experts or weights of a token {later}", routing, other, half)

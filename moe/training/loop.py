@@ -26,6 +26,7 @@ from moe.training.evaluation import Heldout, evaluate
 from moe.training.metric_writers import find_writers
 from moe.training.metrics import StepClock, Throughput, mean_row, step_metrics
 from moe.training.optimizer import averaged_weights
+from moe.training.own_code import PureCode
 from moe.training.recovery import DivergedError, Health, Recovery, next_batch
 from moe.training.step import Program
 from moe.training.update import TrainMetrics
@@ -43,6 +44,7 @@ class Start:
         step: steps done.
         state: after these steps.
         saved: JSON that :class:`Loop` left in the checkpoint of that step; empty at step 0.
+        own_code: checked again when all programs are traced.
     """
 
     program: Program
@@ -54,6 +56,7 @@ class Start:
     step: int
     state: TrainState
     saved: dict[str, Any]
+    own_code: PureCode
 
 
 def refuse_wrong_choices(config: Config, metrics: TrainMetrics, step: int) -> None:
@@ -94,6 +97,7 @@ class Loop:
         self._checkpoints = start.checkpoints
         self._directory = start.directory
         self._start = start.step
+        self._own_code = start.own_code
         self._signals = signals
         self._progress = shown
         self._config = start.program.config.train
@@ -129,6 +133,7 @@ class Loop:
                     refuse_wrong_choices(self._program.config, metrics, step)
                     self._progress.write(f"[{process.seconds_running():6.1f} s] step {step}, the first one, is done")
                     self._compile_evaluation(state)
+                    self._own_code.check()
                     after_first.enter_context(self._signals.at_steps())
                     self._timed = step % config.log_every != 0 and not last
                     if self._timed:  # later rows do not count the compilation

@@ -36,6 +36,8 @@ from moe.training.agreement import refuse_other_inputs, refuse_other_workdir
 from moe.training.evaluation import check_domains, load_heldout
 from moe.training.loop import Start
 from moe.training.open_run import OpenRun
+from moe.training.own_code import PureCode
+from moe.training.own_parts import probe_parts
 from moe.training.progress import Console
 from moe.training.report import prompts
 from moe.training.step import Program, build
@@ -67,6 +69,8 @@ def start_run(
     pinned = pinned_steps(config, directory if run.contents.is_run else None)
     teacher = read_teacher(config, run.mesh, prepared.tokenizer, pinned.teacher)
     program = make_program(config, run.mesh, teacher)
+    probe_parts(config)
+    own_code = PureCode(program, config)
     profiling.refuse_too_large(program, teacher and teacher[1])
     size = config.train.rows_read
     rows = local_rows(run.mesh, size)
@@ -107,7 +111,7 @@ def start_run(
         note_code(config, directory)
     assert state is not None  # made above, or restored
     heldout = functools.cache(lambda: load_heldout(program, prepared))  # at the first evaluation
-    return Start(program, prepared, iterator, heldout, checkpoints, directory, step, state, saved)
+    return Start(program, prepared, iterator, heldout, checkpoints, directory, step, state, saved, own_code)
 
 
 def _prepared(run: OpenRun, console: Console) -> pipeline.Prepared:

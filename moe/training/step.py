@@ -25,9 +25,10 @@ from moe.models.stack import carry_of
 from moe.models.stages import Schedule
 from moe.models.state import AdaptedState, TrainState, state_specs
 from moe.parallel import partition_specs, target
-from moe.routing.balancing import probe_rule
 from moe.routing.interface import Gate
-from moe.routing.routing import is_own, probe
+from moe.routing.own_gates import probe
+from moe.routing.own_rules import probe_rule
+from moe.routing.routing import is_own
 from moe.training.batches import Batch, batch_shapes
 from moe.training.losses import describe_auxiliary
 from moe.training.optimizer import learning_rate_schedule, make_optimizer, probe_own
@@ -49,6 +50,7 @@ class Program:
         eval_step: (variables, Batch, token_bytes [V] int32) → EvalMetrics; deterministic.
         state: TrainState of ShapeDtypeStructs with shardings.
         batch: Batch of ShapeDtypeStructs with shardings.
+        traced: the operations of train_step and eval_step, traced anew in each call.
         about: line about the objective, printed when a run begins; empty: none.
     """
 
@@ -61,6 +63,7 @@ class Program:
     eval_step: Callable[[dict[str, Any], Batch, ArrayLike], EvalMetrics]
     state: TrainState
     batch: dict[str, jax.ShapeDtypeStruct]
+    traced: Callable[[], tuple[Any, ...]]
     about: str = ""
 
     def init(self) -> TrainState:
@@ -128,6 +131,19 @@ def build(
         donate_argnums=0,
         compiler_options=options,
     )
+    batch = {
+        key: jax.ShapeDtypeStruct((config.train.batch_size, *shape), dtype, sharding=batch_sharding)
+        for key, (shape, dtype) in batch_shapes(config).items()
+    }
+
+    def traced() -> tuple[Any, ...]:
+        teaching = () if teacher_variables is None else (teacher_variables,)
+        variables = jax.eval_shape(lambda state: state.variables, shapes)
+        bytes_of_ids = jax.ShapeDtypeStruct((config.model.vocab_size,), jnp.int32)
+        trained = jax.make_jaxpr(functools.partial(train_step, parts))(shapes, batch, *teaching)
+        evaluated = jax.make_jaxpr(functools.partial(eval_step, parts.graphdef))(variables, batch, bytes_of_ids)
+        return trained, evaluated
+
     return Program(
         config=config,
         mesh=mesh,
@@ -148,10 +164,8 @@ def build(
             shapes,
             state_shardings,
         ),
-        batch={
-            key: jax.ShapeDtypeStruct((config.train.batch_size, *shape), dtype, sharding=batch_sharding)
-            for key, (shape, dtype) in batch_shapes(config).items()
-        },
+        batch=batch,
+        traced=traced,
         about=_about(config),
     )
 
@@ -182,7 +196,7 @@ _PROBED = 1 << 24
 
 def _probe_own_gates(config: Config) -> None:
     """Refuse a gate of a user's module that cannot route the groups of this run; see
-    :func:`moe.routing.routing.probe`. The first step checks all of its tokens."""
+    :func:`moe.routing.own_gates.probe`. The first step checks all of its tokens."""
     model, moe = config.model, config.model.moe
     columns = moe.num_experts + moe.null_experts
     shapes = [(2, 8)]

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -43,6 +44,7 @@ from moe.parallel.mesh import make_mesh
 from moe.parallel.parameters import parameter_shardings
 from moe.planner import fit
 from moe.playground import supported
+from moe.training.own_parts import probe_parts
 from moe.training.train import train
 from tests import run_helpers
 from tests.helpers import random_parameters, tiny_model
@@ -161,6 +163,40 @@ def test_the_layer_is_the_recurrence_within_each_document(guide, small, rng):
                 k = phi(x[0, t] @ key[:, n])
                 memory, total, q = memory + np.outer(k, x[0, t] @ value[:, n]), total + k, phi(x[0, t] @ query[:, n])
                 np.testing.assert_allclose(heads[0, t, n], q @ memory / (q @ total), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("jnp.tril(same)", "same", "depends on later tokens"),
+        (
+            "rows.segment_ids[:, :, None] == rows.segment_ids[:, None]",
+            "jnp.ones((len(x), *2 * x.shape[1:2]), bool)",
+            "doc",
+        ),
+        (
+            "return heads.astype(x.dtype), (",
+            "return (heads - heads.mean(0)).astype(x.dtype), (",
+            "depends on other rows",
+        ),
+        ("key = jnp.where(rows.segment_ids[..., None, None] > 0, key, 0)", "pass", "prefill and step give a token"),
+        ("return heads[:, None].astype", "return 2 * heads[:, None].astype", "prefill and step give a token that is"),
+    ],
+)
+def test_a_layer_that_mixes_what_it_may_not_is_refused(guide, old, new, message):
+    code = Path(guide.__file__).read_text()
+    assert old in code
+    module = types.ModuleType("wrong_mixer")
+    sys.modules["wrong_mixer"] = module  # dataclasses look it up
+    exec(code.replace(old, new), module.__dict__)
+    config = Config(model=ModelConfig(vocab_size=32, d_model=8, num_layers=1, mixer=module.Linear(heads=2, dim=3)))
+    with pytest.raises(ConfigError, match=f"model.mixer='wrong_mixer:Linear': .*{message}"):
+        probe_parts(config)
+    del sys.modules["wrong_mixer"]
+
+
+def test_the_layer_of_the_guide_mixes_what_it_may(small):
+    probe_parts(Config(model=ModelConfig(vocab_size=32, d_model=8, num_layers=1, mixer=small)))
 
 
 def test_greedy_text_with_its_state_equals_that_without(small):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import itertools
 import json
 import re
 import shutil
@@ -174,6 +175,9 @@ def test_records_of_a_suite_name_it_and_its_code(guide):
     assert identity.canonical(config)["code"] == user_code(config) != user_code(Config())
 
 
+COUNT = itertools.count(1)
+
+
 @pytest.mark.parametrize(
     ("method", "wrong", "message"),
     [
@@ -187,6 +191,16 @@ def test_records_of_a_suite_name_it_and_its_code(guide):
             "lengths",
             lambda self, data: dict.fromkeys(["tokens", "targets", "middle"], 2),
             "examples: .*, and lengths allows 2",
+        ),
+        (
+            "examples",
+            lambda self, *_: [dict.fromkeys(["tokens", "targets", "middle"], np.full(2, next(COUNT)))],
+            "examples: gives other arrays when it is called again",
+        ),
+        (
+            "heldout_row",
+            lambda self, row: row | {"tokens": np.roll(row["tokens"], next(COUNT))},
+            "heldout_row: gives other arrays when it is called again",
         ),
         (
             "sentinel_ids",

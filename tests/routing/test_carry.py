@@ -28,7 +28,7 @@ from moe.parallel import partition_specs
 from moe.parallel.mesh import make_mesh
 from moe.routing.carry import first_carry
 from moe.routing.gates import TopK
-from moe.routing.routing import probe
+from moe.routing.own_gates import probe
 from tests.helpers import random_parameters, slow_case, tiny_model
 from tests.models.test_generate import GREEDY, PROMPTS, _without_cache
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import itertools
 import json
 import re
 import shutil
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 from etils import epath
 from flax import nnx
+from jax.experimental import io_callback
 
 from moe.analysis import surgery
 from moe.checkpoints import noted_code
@@ -31,12 +33,15 @@ from moe.models.decoder import Transformer
 from moe.models.factory import abstract_parameters
 from moe.parallel.mesh import make_mesh
 from moe.routing import balancing
-from moe.routing.balancing import probe_rule
 from moe.routing.balancing_rules import BalancingRule
 from moe.routing.interface import Gate, GateInputs, GateOutput, top_k
-from moe.routing.routing import probe, route
+from moe.routing.own_gates import probe
+from moe.routing.own_rules import probe_rule
+from moe.routing.routing import route
 from moe.system.fields import setting
 from moe.training import evaluation, loop, open_workdir, start_run
+from moe.training.own_code import PureCode
+from moe.training.own_parts import probe_parts
 from moe.training.step import _probe_own_gates
 from moe.training.step import build as build_program
 from moe.training.train import train
@@ -104,6 +109,19 @@ class Wrong(Gate):
             "future": lambda: output._replace(
                 weights=output.weights * jax.nn.sigmoid(jnp.sum(router_logits, axis=(1, 2), keepdims=True))
             ),
+            "even": lambda: output._replace(
+                weights=output.weights * jnp.max(jnp.abs(router_logits), axis=(1, 2), keepdims=True)
+            ),
+            "ids": lambda: output._replace(
+                expert_index=(output.expert_index + jnp.roll(inputs.token_ids, -1, axis=1)[..., None]) % 6
+            ),
+            "padding": lambda: output._replace(weights=output.weights * jnp.mean(inputs.mask, axis=1)[:, None, None]),
+            "batch": lambda: Last(k=2).route(router_logits - jnp.mean(router_logits, axis=0), inputs),
+            "before": lambda: Last(k=2).route(jnp.cumsum(router_logits, axis=1), inputs),
+            "place": lambda: output._replace(
+                expert_index=(output.expert_index + jnp.arange(router_logits.shape[1])[:, None]) % 6
+            ),
+            "alone": lambda: output._replace(weights=output.weights / router_logits.shape[1]),
         }[self.what]()
 """
 
@@ -165,6 +183,10 @@ def test_what_cannot_be_a_gate_is_refused_in_one_sentence(module, gate, message)
     assert "\n" not in str(error.value)
 
 
+OTHERS = "the experts, weights or carry of a token depend on other tokens: read its own numbers alone, or set looks_a"
+GENERATED = "gives a token of a text that is generated other experts, weights or carry than in evaluation: use the"
+
+
 @pytest.mark.parametrize(
     ("what", "message"),
     [
@@ -182,10 +204,14 @@ def test_what_cannot_be_a_gate_is_refused_in_one_sentence(module, gate, message)
         ("probs", "probs must be finite and not negative"),
         ("three", "returns 3 experts a token, must be K = 2"),
         ("counts", "route returns other experts or weights when it is called again: it must be a pure function"),
-        (
-            "future",
-            "the experts or weights of a token depend on later tokens: read earlier ones alone, or set looks_ahead",
-        ),
+        ("future", OTHERS),
+        ("even", OTHERS),
+        ("ids", OTHERS),
+        ("padding", OTHERS),
+        ("batch", OTHERS),
+        ("before", OTHERS),
+        ("place", GENERATED),
+        ("alone", GENERATED),
     ],
 )
 def test_a_wrong_rule_is_refused_in_one_sentence(module, what, message):
@@ -280,6 +306,13 @@ def test_a_rule_of_the_guide_has_momentum(guide):
     np.testing.assert_allclose(state["bias"], [1.018, 1.05], rtol=1e-6)
 
 
+COUNT = itertools.count(1)
+
+
+def moved(state, by):
+    return jax.tree.map(lambda leaf: leaf + by, state)
+
+
 @pytest.mark.parametrize(
     ("name", "method", "message"),
     [
@@ -292,6 +325,15 @@ def test_a_rule_of_the_guide_has_momentum(guide):
         ("next_state", lambda self, state, report: state["bias"], "next_state returns float32[2, 4]: must be the"),
         ("next_state", lambda self, state, report: 1 / 0, "it raises ZeroDivisionError"),
         ("selection_bias", lambda self, state: jnp.zeros(3), "selection_bias returns float32[3]"),
+        ("first_state", lambda self, e: dict.fromkeys(("bias", "speed"), np.zeros(e, np.float32)), "first_state ret"),
+        ("penalty", lambda self, state: jnp.nan, "penalty returns nan: must be a number of at least 0, or None"),
+        ("next_state", lambda self, state, report: moved(state, jnp.log(report.expert_load)), "next_state returns"),
+        ("next_state", lambda self, state, report: moved(state, next(COUNT)), "it returns another state when it is"),
+        (
+            "next_state",
+            lambda self, state, report: moved(state, jnp.max(report.expert_load)),
+            "next_state depends on which layers it is given together",
+        ),
     ],
 )
 def test_a_wrong_rule_is_refused(guide, monkeypatch, name, method, message):
@@ -494,6 +536,88 @@ def test_a_users_gate_trains_resumes_and_evaluates(module, tmp_path):
     np.testing.assert_allclose(results["all"]["loss"], last["loss"], rtol=1e-5)
 
 
+CHANGED = []
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Changing(Gate):
+    """Another rule after something has changed, as of a counter."""
+
+    k: int = 2
+
+    def route(self, router_logits, inputs):
+        values, index = top_k(router_logits, self.k)
+        return GateOutput(index, jax.nn.softmax(values * (1.0 + len(CHANGED)), axis=-1))
+
+
+@pytest.mark.slow
+def test_a_rule_that_changed_before_the_programs_were_traced_ends_the_first_step(monkeypatch, tmp_path):
+    def placed(batch, mesh, place=loop.place):
+        CHANGED.append(1)
+        return place(batch, mesh)
+
+    monkeypatch.setattr(loop, "place", placed)
+    settings = run_helpers.SETTINGS | {"model.moe.gate": f"{__name__}:Changing", "train.num_steps": 3}
+    config = run_helpers.tiny(build(tmp_path / "data"), **settings)
+    with pytest.raises(ConfigError, match=r"tests\.routing\.test_own_gates: the model computes something else when"):
+        train(config, str(tmp_path / "run"), jax.devices()[:1], quiet=True)
+    assert not (tmp_path / "run" / "checkpoints" / "1").exists()
+
+
+def test_code_that_is_traced_as_something_else_is_refused():
+    """Programs are traced once: a counter, or a file that is read, makes other rules in training and evaluation."""
+    tree = tree_with(f"{__name__}:Changing")
+    tree.model.update({"vocab_size": 32, "d_model": 8, "num_layers": 1, "num_heads": 1, "num_kv_heads": 1})
+    config = from_config_dict(tree)
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    CHANGED.clear()
+    with jax.set_mesh(mesh):
+        pure = PureCode(build_program(config, mesh), config)
+        pure.check()
+        CHANGED.append(1)
+        with pytest.raises(ConfigError, match="the model computes something else when its code is called again"):
+            pure.check()
+    CHANGED.clear()
+
+    def refused(function, message):
+        program = types.SimpleNamespace(traced=lambda: (jax.make_jaxpr(function)(1.0),))
+        with pytest.raises(ConfigError, match=message):
+            PureCode(program, config)
+
+    answer = jax.ShapeDtypeStruct((), jnp.float32)
+    refused(
+        lambda x: jax.lax.cond(x > 0, lambda: jax.pure_callback(np.float32, answer, x), lambda: x), r"\(pure_callback\)"
+    )
+    refused(lambda x: x + io_callback(np.float32, answer, x), r"calls back into Python \(io_callback\)")
+    refused(lambda x: x + [][0], rf"{re.escape(__file__)}, line \d+: IndexError: list index out of range")
+    constants = types.SimpleNamespace(traced=lambda: (jax.make_jaxpr(lambda x: x + np.arange(9) * len(CHANGED))(1.0),))
+    pure = PureCode(constants, config)
+    CHANGED.append(1)
+    with pytest.raises(ConfigError, match="the model computes something else"):
+        pure.check()
+    CHANGED.clear()
+
+
+@pytest.mark.parametrize(
+    "after", [lambda y, x: y + jnp.mean(y, axis=1, keepdims=True), lambda y, x: y - x[::-1], lambda y, x: y * jnp.nan]
+)
+def test_a_layer_that_reads_other_tokens_is_refused(guide, monkeypatch, after):
+    layer = dataclasses.replace(find_layer("my_layers:Tempered"), num_experts=4, d_ff=8)
+    config = Config(model=ModelConfig(vocab_size=32, d_model=8, num_layers=2, moe=layer))
+    probe_parts(config)
+
+    def call(self, x, mask=None, **options):
+        y, report, routing = MoELayer.__call__(self, x, mask, **options)
+        return after(y, x), report, routing
+
+    monkeypatch.setattr(guide[1].TemperedMoE, "__call__", call)
+    with pytest.raises(ConfigError, match=r"gate 'my_layers:Tempered': the output of its layer (for a|is not finite)"):
+        probe_parts(config)
+    monkeypatch.setattr(guide[1].TemperedMoE, "__call__", lambda self, x, *_, **__: (x, None, None))
+    with pytest.raises(ConfigError, match="its layer must return y, a LayerReport and a Routing, not Array, NoneType"):
+        probe_parts(config)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Late(Gate):
     """Right for the first tokens of a group, or in training alone."""
@@ -519,7 +643,7 @@ class Late(Gate):
         ("later", "each token; it is not for 4 groups of 16 tokens in evaluation"),
         ("many groups", "each token; it is not for 4 groups of 16 tokens in evaluation"),
         ("evaluation", "each token; it is not for 2 groups of 8 tokens in evaluation"),
-        ("generation", "each token; it is not for 2 groups of 1 tokens in evaluation"),
+        ("generation", "each token; it is not for 14 groups of 1 tokens in generation"),
     ],
 )
 def test_a_gate_is_probed_in_the_shapes_of_the_run_and_outside_of_training(where, message):
@@ -555,6 +679,14 @@ def test_wrong_choices_of_a_step_are_found_inside_the_program():
         unsent = output._replace(accepted=jnp.asarray([[[True, False]]]))  # what is not sent may be anything
         fixed = type("Fixed", (Gate,), {"route": lambda self, logits, inputs, output=unsent: output, "k": 2})()
         assert not route(fixed, logits[:, :1], GateInputs(mask[:, :1])).broken.any()
+    right = GateOutput(jnp.asarray([[[0, 1]]]), jnp.ones((1, 1, 2)))
+    negative = right._replace(probs=jnp.asarray([[[1.0, -1.0, 1.0]]]))
+    fixed = type("Fixed", (Gate,), {"route": lambda self, logits, inputs: negative, "k": 2})()
+    assert route(fixed, logits[:, :1], GateInputs(mask[:, :1])).broken.all()
+    fixed = type("Fixed", (Gate,), {"route": lambda self, logits, inputs: right, "k": 2})()
+    for bias, broken in ((0.0, False), (-jnp.inf, True)):  # a balancing rule's, such as the logarithm of a load of 0
+        inputs = GateInputs(mask[:, :1], selection_bias=jnp.asarray([0.0, bias, 0.0]))
+        assert route(fixed, logits[:, :1], inputs).broken.item() is broken
     config = types.SimpleNamespace(model=types.SimpleNamespace(moe=types.SimpleNamespace(gates=(gate,))))
     metrics = types.SimpleNamespace(layers=types.SimpleNamespace(broken_tokens=np.asarray([0.0, 1.0])))
     with pytest.raises(ConfigError, match=r"gate Late: step 1 has .* expert twice.*, per MoE layer: \[0, 1\]$"):

@@ -1,0 +1,77 @@
+"""Checks of a user's gates, mixers, layers, objective and optimizer in the programs of a run.
+
+JAX calls Python once for each program and keeps what it traced: a rule that counts its calls, draws from NumPy or reads
+a file that changes is compiled as another rule in training, in evaluation and after a resume.
+"""
+
+from __future__ import annotations
+
+import re
+import traceback
+
+import numpy as np
+
+from moe.config import Config, ConfigError
+from moe.config.user_code import user_code, user_modules
+from moe.system.fields import exits_as_errors
+from moe.training.step import Program
+
+_CALLBACKS = ("io_callback", "pure_callback")  # debug callbacks return nothing
+_ADDRESS = re.compile(r"0x[0-9a-f]+")
+
+
+class PureCode:
+    """What the train step and the evaluation compute, to be compared with what they compute when traced again."""
+
+    def __init__(self, program: Program, config: Config):
+        """Trace both; nothing is compiled.
+
+        Raises:
+            ConfigError: an exception in the user's code, or a program that calls back into Python.
+        """
+        self._program, self._config = program, config
+        self._text = _traced(program, config) if user_code(config) else ""
+
+    def check(self) -> None:
+        """Trace both again, after the programs of the run were.
+
+        Raises:
+            ConfigError: they compute something else now.
+        """
+        if self._text and _traced(self._program, self._config) != self._text:
+            raise ConfigError(
+                f"{_modules(self._config)}: the model computes something else when its code is called again: it "
+                "must be pure functions, without counts, draws other than from the given keys, and files that change"
+            )
+
+
+def _traced(program: Program, config: Config) -> str:
+    """The programs' operations and constants."""
+    try:
+        with exits_as_errors():
+            traced = program.traced()
+    except ConfigError:
+        raise
+    except Exception as error:
+        modules = user_modules(config)
+        frames = [
+            f"{frame.f_code.co_filename}, line {line}"
+            for frame, line in traceback.walk_tb(error.__traceback__)
+            if frame.f_globals.get("__name__") in modules
+        ]
+        if not frames:
+            raise
+        raise ConfigError(f"{frames[-1]}: {type(error).__name__}: {error}") from error
+    text = "\n".join(_ADDRESS.sub("", str(jaxpr)) for jaxpr in traced)
+    for name in _CALLBACKS:
+        if f"{name}[" in text:
+            raise ConfigError(
+                f"{_modules(config)}: the model calls back into Python ({name}), whose answers JAX may keep or ask "
+                "for any number of times: compute them with jax.numpy"
+            )
+    constants = (np.asarray(constant) for jaxpr in traced for constant in jaxpr.consts)
+    return "\n".join([text, *(f"{array.dtype}{array.shape}{array.tobytes().hex()}" for array in constants)])
+
+
+def _modules(config: Config) -> str:
+    return ", ".join(sorted(user_modules(config)))
