@@ -19,6 +19,8 @@ NOTE = "user_code.json"
 
 class _Note(Fields):
     sha256: str
+    computed: str = ""
+    under: str = ""
 
 
 _NOTE = pydantic.TypeAdapter(_Note)
@@ -37,7 +39,25 @@ def edited_code(config: Config, workdir: epath.Path) -> dict[str, list[Any]]:
     return {"code of the user's modules": [old, new]} if old and old != new else {}
 
 
-def note_code(config: Config, workdir: epath.Path) -> None:
+def other_values(computed: dict[str, str], workdir: epath.Path) -> dict[str, list[Any]]:
+    """The change to record if the same code computes something else than at the run's last start, under the same
+    settings and versions: it reads a file, a variable of the environment or a device that is another one now.
+
+    Args:
+        computed: of :attr:`moe.training.own_code.PureCode.computed`.
+
+    Raises:
+        ConfigError: a damaged note.
+    """
+    path = workdir / NOTE
+    if not computed or not path.exists():
+        return {}
+    old = read_json(path, _NOTE)
+    same = old.under != computed["under"] or old.computed in ("", computed["computed"])
+    return {} if same else {"what the user's modules compute": [old.computed, computed["computed"]]}
+
+
+def note_code(config: Config, workdir: epath.Path, computed: dict[str, str] | None = None) -> None:
     """Write the note; without code of a user there is none."""
     if jax.process_index() == 0 and (code := user_code(config)):
-        write_atomic(workdir / NOTE, json.dumps({"sha256": code}))
+        write_atomic(workdir / NOTE, json.dumps({"sha256": code, **(computed or {})}))

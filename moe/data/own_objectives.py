@@ -33,11 +33,12 @@ def probe(objective: Objective, prepared: Prepared, data: DataConfig) -> None:
                     continue
                 with naming_objective(objective, "examples"):
                     examples, again = (
-                        list(objective.examples(text, np.random.default_rng(0), data, prepared.tokenizer))
-                        for _ in range(2)
+                        objective.examples(text, np.random.default_rng(0), data, prepared.tokenizer) for _ in range(2)
                     )
-                for example in examples:
-                    _check_example(objective, example, lengths, prepared)
+                    if not isinstance(examples, list):
+                        raise TypeError(f"gives {type(examples).__name__}, must be a list")
+                    for example in examples:
+                        _check_example(objective, example, lengths, prepared)
                 _require_alike(objective, "examples", examples, again)
                 if examples:
                     _check_row(objective, examples[0], lengths, prepared)
@@ -48,6 +49,8 @@ def _check_example(objective: Objective, example: Arrays, lengths: dict[str, int
     if example.keys() != lengths.keys():
         raise ConfigError(f"{where}: has arrays {sorted(example)}, and lengths has {sorted(lengths)}")
     for name, values in example.items():
+        if not (isinstance(values, np.ndarray) and values.ndim == 1):
+            raise ConfigError(f"{where}: {name} must be an array [n] of numpy")
         if len(values) > lengths[name]:
             raise ConfigError(f"{where}: {name} has {len(values)} elements, and lengths allows {lengths[name]}")
     _check_ids(objective, "examples", example.get("tokens", np.zeros(0, np.int32)), prepared)

@@ -335,7 +335,10 @@ def create_layer(config: ModelConfig, *, gate: Gate | None = None, rngs: nnx.Rng
     """Create the MoE layer for a model's gate, or for a layer's own gate; see :func:`layer_class`."""
     rule = config.moe.gate if gate is None else gate
     kind = MoELayer if rule is None else layer_class(rule)
-    return kind(config, gate=gate, rngs=rngs)
+    if rule is None or not is_own(rule):
+        return kind(config, gate=gate, rngs=rngs)
+    with raised_as_errors(f"gate {rule.name}: its layer"):
+        return kind(config, gate=gate, rngs=rngs)
 
 
 def replace_gate(model: nnx.Module, gate: Gate) -> None:

@@ -6,12 +6,16 @@ a file that changes is compiled as another rule in training, in evaluation and a
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
+import json
 import re
 import traceback
 
+import jax
 import numpy as np
 
-from moe.config import Config, ConfigError
+from moe.config import Config, ConfigError, to_dict
 from moe.config.user_code import user_code, user_modules
 from moe.system.fields import exits_as_errors
 from moe.training.step import Program
@@ -31,6 +35,16 @@ class PureCode:
         """
         self._program, self._config = program, config
         self._text = _traced(program, config) if user_code(config) else ""
+
+    @property
+    def computed(self) -> dict[str, str]:
+        """Digests of what the programs compute, and of all else that decides their operations; empty without own
+        code."""
+        if not self._text:
+            return {}
+        versions = (jax.__version__, importlib.metadata.version("moe-jax"), jax.device_count(), jax.default_backend())
+        settings = json.dumps([to_dict(self._config), versions], sort_keys=True, default=str)
+        return {"computed": _digest(self._text), "under": _digest(settings)}
 
     def check(self) -> None:
         """Trace both again, after the programs of the run were.
@@ -59,9 +73,8 @@ def _traced(program: Program, config: Config) -> str:
             for frame, line in traceback.walk_tb(error.__traceback__)
             if frame.f_globals.get("__name__") in modules
         ]
-        if not frames:
-            raise
-        raise ConfigError(f"{frames[-1]}: {type(error).__name__}: {error}") from error
+        where = frames[-1] if frames else f"{_modules(config)}: tracing the model with its code"
+        raise ConfigError(f"{where}: {type(error).__name__}: {error}") from error
     text = "\n".join(_ADDRESS.sub("", str(jaxpr)) for jaxpr in traced)
     for name in _CALLBACKS:
         if f"{name}[" in text:
@@ -71,6 +84,10 @@ def _traced(program: Program, config: Config) -> str:
             )
     constants = (np.asarray(constant) for jaxpr in traced for constant in jaxpr.consts)
     return "\n".join([text, *(f"{array.dtype}{array.shape}{array.tobytes().hex()}" for array in constants)])
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _modules(config: Config) -> str:

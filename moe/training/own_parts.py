@@ -37,6 +37,9 @@ def probe_parts(config: Config) -> None:
     Raises:
         ConfigError: the part is named, and what it reads.
     """
+    parts = [*map(layer_class, config.model.moe.gates), *map(mixer_class, filter(None, [config.model.mixer]))]
+    if not any(map(_is_own, parts)):
+        return
     model = dataclasses.replace(config.model, dtype="float32")
     with jax.set_mesh(make_mesh(MeshConfig(data=1), jax.local_devices()[:1])):
         mixer = model.mixer

@@ -11,7 +11,7 @@ import jax
 from etils import epath
 
 from moe.checkpoints.manager import Checkpoints
-from moe.checkpoints.noted_code import edited_code, note_code
+from moe.checkpoints.noted_code import edited_code, note_code, other_values
 from moe.checkpoints.orbax_threads import no_background_tracebacks
 from moe.checkpoints.pinned import pinned_steps
 from moe.checkpoints.workdir import (
@@ -107,8 +107,9 @@ def start_run(
             step, restored, saved = checkpoint
             state = restored if state is None else state.restored(restored)
             console.say(f"resuming {directory} at step {step} of {config.train.num_steps}")
-        _apply_changes(config, run.changes, step, directory, console.say)
-        note_code(config, directory)
+        changes = run.changes | other_values(own_code.computed, directory)
+        _apply_changes(config, changes, step, directory, console.say)
+        note_code(config, directory, own_code.computed)
     assert state is not None  # made above, or restored
     heldout = functools.cache(lambda: load_heldout(program, prepared))  # at the first evaluation
     return Start(program, prepared, iterator, heldout, checkpoints, directory, step, state, saved, own_code)

@@ -226,6 +226,9 @@ def _loss(
     config = parts.config
     with naming_objective(parts.objective, "sums"):
         sums = parts.objective.sums(config, model, output, batch, teacher)
+        numbers = {"loss": sums.loss, "cross_entropy": sums.cross_entropy, **sums.terms}
+        if wrong := [name for name, value in numbers.items() if jnp.shape(value)]:
+            raise ValueError(f"{wrong[0]} is an array {list(jnp.shape(numbers[wrong[0]]))}, must be a number")
     loss, *shown = jax.tree.map(lambda x: x / jnp.maximum(count, 1), (sums.loss, sums.cross_entropy, sums.terms))
     layers, microbatches = output.layers, config.train.accumulation_steps
     if layers is not None and totals is not None:

@@ -34,6 +34,7 @@ from moe.models import pipeline as stages
 from moe.objectives.encoder_decoder import EncoderDecoder
 from moe.parallel.mesh import make_mesh
 from moe.training import evaluation
+from moe.training.losses import Sums
 from moe.training.step import build
 from moe.training.train import train
 from tests import run_helpers
@@ -192,6 +193,12 @@ COUNT = itertools.count(1)
             lambda self, data: dict.fromkeys(["tokens", "targets", "middle"], 2),
             "examples: .*, and lengths allows 2",
         ),
+        ("examples", lambda self, *_: iter([]), "examples raises TypeError: gives list_iterator, must be a list"),
+        (
+            "examples",
+            lambda self, *_: [{name: [3, 4] for name in ("tokens", "targets", "middle")}],
+            r"examples: \w+ must be an array \[n\] of numpy",
+        ),
         (
             "examples",
             lambda self, *_: [dict.fromkeys(["tokens", "targets", "middle"], np.full(2, next(COUNT)))],
@@ -226,6 +233,10 @@ def test_a_loss_that_raises_is_named(guide, monkeypatch):
     with jax.set_mesh(mesh):
         program = build(config, mesh)
         with pytest.raises(ConfigError, match=f"data.objective='{NAME}': sums raises ZeroDivisionError"):
+            program.train_step.lower(program.state, program.batch)
+        wrong = Sums(jnp.ones(()), jnp.ones(()), {"middle": jnp.ones(3)})
+        monkeypatch.setattr(guide.FillInTheMiddle, "sums", lambda self, *_: wrong)
+        with pytest.raises(ConfigError, match=r"sums raises ValueError: middle is an array \[3\], must be a number"):
             program.train_step.lower(program.state, program.batch)
 
 

@@ -1,6 +1,7 @@
 """Gates from a user's module: model.moe.gate=module:object."""
 
 import dataclasses
+import functools
 import importlib
 import itertools
 import json
@@ -437,6 +438,17 @@ def test_models_have_the_layer_that_a_gate_names(guide):
         MoELayer(**SIZES, gate="my_layers:Tempered", rngs=nnx.Rngs(0))
 
 
+def test_a_layer_that_cannot_be_made_is_one_sentence(guide, monkeypatch):
+    def init(self, *arguments, **settings):
+        MoELayer.__init__(self, *arguments, **settings)
+        raise KeyError("scale")
+
+    monkeypatch.setattr(guide[1].TemperedMoE, "__init__", init)
+    model = ModelConfig(vocab_size=32, d_model=8, num_layers=2, moe=find_layer("my_layers:Tempered"))
+    with pytest.raises(ConfigError, match=r"gate my_layers:Tempered: its layer raises KeyError: 'scale'"):
+        abstract_parameters(model)
+
+
 @pytest.mark.parametrize("layer", [3, dict])
 def test_a_layer_that_is_no_moe_layer_is_refused(guide, monkeypatch, layer):
     monkeypatch.setattr(guide[1].Grove, "layer", layer)
@@ -564,7 +576,7 @@ def test_a_rule_that_changed_before_the_programs_were_traced_ends_the_first_step
     assert not (tmp_path / "run" / "checkpoints" / "1").exists()
 
 
-def test_code_that_is_traced_as_something_else_is_refused():
+def test_code_that_is_traced_as_something_else_is_refused(tmp_path):
     """Programs are traced once: a counter, or a file that is read, makes other rules in training and evaluation."""
     tree = tree_with(f"{__name__}:Changing")
     tree.model.update({"vocab_size": 32, "d_model": 8, "num_layers": 1, "num_heads": 1, "num_kv_heads": 1})
@@ -589,10 +601,22 @@ def test_code_that_is_traced_as_something_else_is_refused():
         lambda x: jax.lax.cond(x > 0, lambda: jax.pure_callback(np.float32, answer, x), lambda: x), r"\(pure_callback\)"
     )
     refused(lambda x: x + io_callback(np.float32, answer, x), r"calls back into Python \(io_callback\)")
+    elsewhere = types.SimpleNamespace(traced=functools.partial(jax.make_jaxpr(jnp.reshape), 1.0))
+    with pytest.raises(ConfigError, match=r"tests\.routing\.test_own_gates: tracing the model with its code: TypeErr"):
+        PureCode(elsewhere, config)
     refused(lambda x: x + [][0], rf"{re.escape(__file__)}, line \d+: IndexError: list index out of range")
     constants = types.SimpleNamespace(traced=lambda: (jax.make_jaxpr(lambda x: x + np.arange(9) * len(CHANGED))(1.0),))
     pure = PureCode(constants, config)
+    folder = epath.Path(tmp_path)
+    assert not noted_code.other_values(pure.computed, folder)
+    noted_code.note_code(config, folder, pure.computed)
+    assert not noted_code.other_values(pure.computed, folder)
     CHANGED.append(1)
+    later = PureCode(constants, config).computed  # as after a resume, with another file or environment
+    ((name, (old, new)),) = noted_code.other_values(later, folder).items()
+    assert (name, old, new) == ("what the user's modules compute", pure.computed["computed"], later["computed"])
+    longer = dataclasses.replace(config, data=dataclasses.replace(config.data, sequence_length=8))
+    assert not noted_code.other_values(PureCode(constants, longer).computed, folder)  # other shapes, other operations
     with pytest.raises(ConfigError, match="the model computes something else"):
         pure.check()
     CHANGED.clear()
