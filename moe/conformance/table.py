@@ -242,7 +242,9 @@ def page(rows: list[Row]) -> str:
         "roundoff 2⁻⁸ alone: three times the root mean square error of the exact equations when every number that the",
         "layer stores gets an independent rounding error of that size (`moe/conformance/rounding.py`). A row that",
         "covers several arrays shows and names the one nearest its bound. Sizes: G groups of S tokens, E experts, K",
-        "per token, C slots per expert and group.",
+        "per token, C slots per expert and group. What is no gate has tests of its own: n-gram memory",
+        "(`tests/layers/test_ngram_memory.py`), ring attention (`tests/layers/test_ring_attention.py`), shortcuts",
+        "(`tests/models/test_shortcut.py`).",
     ]
     lines += ["", *summary(rows)]
     section = None
