@@ -142,9 +142,10 @@ def route(
         return routing if replay is not None else _without_wrong_choices(routing, mask, inputs.selection_bias)
 
 
-def is_own(gate: Gate) -> bool:
-    """Whether a gate is of a user's module."""
-    return type(gate).__module__.partition(".")[0] != "moe"
+def is_own(part: Gate | type[Any]) -> bool:
+    """Whether a gate, or a class of layers or mixers, is of a user's module."""
+    kind = part if isinstance(part, type) else type(part)
+    return kind.__module__.partition(".")[0] != "moe"
 
 
 def _without_wrong_choices(routing: Routing, mask: Array, selection_bias: Array | None) -> Routing:

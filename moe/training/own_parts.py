@@ -22,7 +22,7 @@ from moe.layers.moe_layer import create_layer, layer_class
 from moe.parallel.mesh import make_mesh
 from moe.routing.balancing import LayerReport
 from moe.routing.interface import Gate
-from moe.routing.routing import Routing
+from moe.routing.routing import Routing, is_own
 from moe.system.fields import raised_as_errors
 
 #: Most parameters of a part whose numbers are computed; larger ones are checked in their shapes alone.
@@ -38,23 +38,19 @@ def probe_parts(config: Config) -> None:
         ConfigError: the part is named, and what it reads.
     """
     parts = [*map(layer_class, config.model.moe.gates), *map(mixer_class, filter(None, [config.model.mixer]))]
-    if not any(map(_is_own, parts)):
+    if not any(map(is_own, parts)):
         return
     model = dataclasses.replace(config.model, dtype="float32")
     with jax.set_mesh(make_mesh(MeshConfig(data=1), jax.local_devices()[:1])):
         mixer = model.mixer
-        if mixer is not None and _is_own(mixer_class(mixer)):
+        if mixer is not None and is_own(mixer_class(mixer)):
             where, kind = f"{FIELD}={mixer.name!r}", mixer_class(mixer)
             with raised_as_errors(f"{where}: it"):
                 _probe_mixer(where, model, lambda: kind(model, mixer, rngs=nnx.Rngs(0)))
         for gate in {layer_class(gate): gate for gate in model.moe.gates}.values():
-            if _is_own(layer_class(gate)) and not gate.looks_ahead:
+            if is_own(layer_class(gate)) and not gate.looks_ahead:
                 with raised_as_errors(f"gate {gate.name!r}: its layer"):
                     _probe_layer(model, gate)
-
-
-def _is_own(kind: type[Any]) -> bool:
-    return kind.__module__.partition(".")[0] != "moe"
 
 
 def _is_small(make: Callable[[], nnx.Module]) -> bool:
