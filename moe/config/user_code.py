@@ -42,7 +42,7 @@ def user_modules(config: Config) -> set[str]:
 
 
 def _named(config: Config) -> list[_Place]:
-    """What the config names."""
+    """Definitions outside of the package that the config names."""
     model = config.model
     values = [value for value in (*model.moe.gates, model.mixer) if value is not None and ":" in value.name]
     places = [(type(value).__module__, type(value).__qualname__) for value in values]

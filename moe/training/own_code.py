@@ -25,7 +25,7 @@ _ADDRESS = re.compile(r"0x[0-9a-f]+")
 
 
 class PureCode:
-    """What the train step and the evaluation compute, to be compared with what they compute when traced again."""
+    """Operations of the train step and the evaluation, to be compared with those when both are traced again."""
 
     def __init__(self, program: Program, config: Config):
         """Trace both; nothing is compiled.
