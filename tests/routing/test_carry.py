@@ -122,7 +122,7 @@ def _by_hand(gate: str, config: ModelConfig, parameters: Any, tokens: Any) -> An
         ),
         slow_case({}, {"num_layers": 6, "layers": (1, 2, 4, 5), "remat": "full"}),
         slow_case({}, {"num_layers": 3, "first_dense": 1, "scan_layers": False}),
-        slow_case({"fsdp": 2, "expert": 2, "context": 2}, {"num_layers": 2, "remat": "attention"}),
+        slow_case({"fsdp": 2, "expert": 2, "context": 2}, {"num_layers": 2, "remat": "attention", "group_size": 4}),
     ],
 )
 def test_values_and_gradients_are_those_of_a_plain_loop(gate, sizes, settings):
