@@ -1,10 +1,12 @@
 """The suite of other libraries' blocks: cases, verdicts and the scoreboard, on a library that is made of the oracle."""
 
+import ast
 import dataclasses
 import importlib
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -205,6 +207,57 @@ def test_pins_are_exact():
         assert (suite.WORKERS / environment.worker).is_file()
         assert all("==" in package for package in environment.packages), environment.name
         assert bool(environment.python and environment.packages) is not environment.here, environment.name
+
+
+def test_adapters_are_short():
+    """At most 40 lines: each class, function, text and entry of a table of blocks; what all libraries share aside."""
+    workers = {environment.worker for environment in environments.read(Path("nowhere")).values()}
+    shared_by_transformers = {"transformers_adapters.py", "transformers_models.py", "stacked_experts.py"}
+    entries = 0
+    for name in workers | shared_by_transformers:
+        for node in ast.parse((suite.WORKERS / name).read_text()).body:
+            parts = [node]
+            if re.match(r"(ADAPTERS|CONTROLS)\b|def adapters\b", ast.unparse(node)):  # tables of blocks
+                parts = [value for table in ast.walk(node) if isinstance(table, ast.Dict) for value in table.values]
+                entries += len(parts)
+            for part in parts:
+                assert part.end_lineno - part.lineno < 40, (name, part.lineno)
+    assert entries > 100
+
+
+#: Columns of the README's table → columns of the page.
+GROUPS = {
+    "routing": ("choice", "weights"),
+    "output": ("output",),
+    "gradients": ("grad tokens", "grad router", "grad experts"),
+    "K=1,empty,ties": ("K = 1", "empty expert", "ties", "negative bias"),
+    "losses": ("balance loss", "z-loss"),
+    "accumulation": ("accumulation",),
+    "router": ("router product",),
+}
+
+
+def test_the_table_of_the_readme_sums_up_the_page():
+    root = Path(__file__).parents[2]
+    page = (root / "docs" / "results" / "scoreboard.md").read_text()
+    blocks = {}
+    for section in re.findall(r"^## (?!Control|Not)[^\n]*\n\n(.*?)(?=^## )", page, re.MULTILINE | re.DOTALL):
+        header, _, *rows = [[cell.strip() for cell in row] for row in _rows(section)]
+        blocks.setdefault(section.split()[0], []).extend(dict(zip(header, row, strict=True)) for row in rows)
+    expected = {}
+    for library, found in blocks.items():
+        expected[library] = [str(len(found))]
+        for columns in GROUPS.values():
+            signs = [block[column].strip("*") for block in found for column in columns]
+            counts = [f"{signs.count(sign)}{sign}" for sign in ("=", "doc", "bf16", "≠", "!") if sign in signs]
+            expected[library].append("<br>".join(counts) or "·")
+    header, _, *rows = _rows((root / "README.md").read_text().split("scoreboard.md)")[1].split("\n## ")[0])
+    assert header == ["library", "blocks", *GROUPS]
+    assert {row[0]: row[1:] for row in rows} == expected
+
+
+def _rows(text):
+    return [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
 
 
 def test_own_layers_need_no_environment(tmp_path):

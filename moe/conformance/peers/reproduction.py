@@ -22,8 +22,8 @@ from moe.system.npz_files import write_arrays
 _TORCH = """{begin}given = np.load(__file__[:-2] + "npz")
 {code}
 {load}{spread}parts, cotangent, mask = (torch.from_numpy(given[name]) for name in ("x", "cotangent", "mask"))
-outputs = [{run} for x in parts.requires_grad_(True)]
-y = torch.cat([(y[0] if isinstance(y, tuple) else y).reshape(parts[0].shape) for y in outputs])
+y = torch.cat([y[0] if isinstance(y := {run}, tuple) else y for x in parts.requires_grad_(True)])\
+.reshape(-1, *parts[0].shape[1:])
 {backward}found = {expression}.detach().double().numpy()
 """
 _LOAD = (
@@ -153,7 +153,7 @@ def _torch_text(code: str, expression: str, claims: Mapping[str, Any], case: Cas
         backward = f"loss = balance_loss(mask[0])\n((y * cotangent[0]).sum() + {BALANCE_WEIGHT} * loss).backward()\n"
     made = {
         "begin": begin,
-        "code": code,
+        "code": code.strip(),
         "load": load,
         "spread": f"{spread}\n" if spread else "",
         "run": claims["run"],

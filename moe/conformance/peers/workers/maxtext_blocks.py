@@ -1,7 +1,7 @@
-"""MaxText's RoutedMoE on one device, and with its experts over four of eight fake devices; softmax over the K highest.
+"""MaxText's RoutedMoE on one device, and with its experts or their matrices over four of eight fake devices.
 
-The block ``envy-switch-base`` has the K = 1 of the shipped config of that name and claims Switch's rule, by which a
-token's weight is its expert's probability.
+The rule is a softmax over the K highest. The block ``envy-switch-base`` has the K = 1 of the shipped config of that
+name and claims Switch's rule, by which a token's weight is its expert's probability.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ RAGGED = {"sparse_matmul": True, "megablox": False}
 RING = {"sparse_matmul": True, "megablox": True, "use_ring_of_experts": True}
 
 
-def routed(more: dict[str, Any], devices: int = 1, **claims: Any) -> Block:
-    """RoutedMoE with settings of its products, on devices of its expert axis."""
+def routed(more: dict[str, Any], devices: int = 1, axis: str = "expert", **claims: Any) -> Block:
+    """RoutedMoE with settings of its products, on devices of an axis."""
     settings = SETTINGS | more
     if devices > 1:
-        settings |= {"ici_expert_parallelism": devices, "per_device_batch_size": 4 / devices}
+        settings |= {f"ici_{axis}_parallelism": devices, "per_device_batch_size": 4 / devices}
     named = [f"{name}={value}" for name, value in settings.items()]
-    sizes = f"[{devices} if name == 'expert' else 1 for name in config.mesh_axes]"
+    sizes = f"[{devices} if name == '{axis}' else 1 for name in config.mesh_axes]"
     text = TEXT.replace("SIZES", sizes if devices > 1 else "[1] * len(config.mesh_axes)")
     text = text.replace("DEVICES", str(devices))
     return Block(
@@ -63,6 +63,8 @@ ADAPTERS = {
     "RoutedMoE, ragged_dot": routed(RAGGED, **MIXTRAL),
     "RoutedMoE, experts over 4 devices": routed(DENSE, 4, **MIXTRAL),
     "RoutedMoE, ring of experts, 4 devices": routed(RING, 4, skip=UNEVEN, **MIXTRAL),
+    "RoutedMoE, tensor parallel, 4 devices": routed(DENSE, 4, "tensor", **MIXTRAL),
+    "RoutedMoE, ragged_dot, tensor parallel, 4 devices": routed(RAGGED, 4, "tensor", **MIXTRAL),
     "RoutedMoE, envy-switch-base": routed(DENSE, k=1),
     "RoutedMoE, gemma4's decoder, K = 1": routed(DENSE | {"decoder_block": "gemma4"}, k=1),
 }

@@ -1,4 +1,7 @@
-"""megablocks' dropless layer with grouped products; PyTorch's loops and indexing stand in for its CUDA kernels."""
+"""megablocks' dropless layer with grouped products, alone and with its experts over four gloo processes.
+
+PyTorch's loops and indexing stand in for its CUDA kernels.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +29,7 @@ def gmm(x, weights, sizes, trans_b=False):
 grouped_gemm_util.ops.gmm, ops.gather, ops.scatter, ops.inclusive_cumsum = gmm, gather, scatter, torch.cumsum
 ops.sort = lambda x, end_bit: torch.sort(x, stable=True)
 ops.histogram = lambda x, size: torch.bincount(x, minlength=size)
+ops.replicate = lambda x, bins, size: x.repeat_interleave(bins.diff(prepend=bins.new_zeros(1)), 1)
 """
 STANDS_IN = f"{IMPORTS.rstrip()}{row_weights.MOVES}{PRODUCTS}"
 LOSSES = """
@@ -80,10 +84,36 @@ class Megablocks(Block):
         return LOSSES
 
 
+@dataclasses.dataclass
+class SpreadMegablocks(Megablocks):
+    """Two of eight experts in each of four processes, by moe_expert_model_parallelism."""
+
+    has_balance: bool = False
+    has_z: bool = False
+    processes: int = 4
+    spread_code: str = """
+import dataclasses
+from torch.distributed.tensor import Shard, distribute_tensor
+settings = {"moe_expert_model_parallelism": True, "expert_parallel_group": torch.distributed.group.WORLD}
+whole, block = block, dmoe.dMoE(dataclasses.replace(block.experts.args, **settings)).eval()
+block.router, mesh = whole.router, torch.distributed.init_device_mesh("cpu", (4,))
+for name, weight in whole.experts.mlp.named_parameters():
+    part = distribute_tensor(weight.data, mesh, [Shard(0)])
+    setattr(block.experts.mlp, name, torch.nn.Parameter(part))
+"""
+
+    def gradients(self) -> dict[str, str]:
+        """Sums over the processes' losses; the library scales the experts' as the mean (MLP.gradient_scale)."""
+        found = super().gradients()
+        return {name: text if name == "grad_router" else f"{self.processes} * {text}" for name, text in found.items()}
+
+
 NO_MASK = {"documented": {"balance_padding": True}, "source": "both losses take no mask: all tokens count"}
 ADAPTERS: dict[str, Block] = {
     "dMoE": Megablocks(**NO_MASK),
     "dMoE, normalised": Megablocks(rule={"renormalise": True}, **NO_MASK),
+    "dMoE, experts over 4 processes": SpreadMegablocks(),
+    "dMoE, normalised, experts over 4 processes": SpreadMegablocks(rule={"renormalise": True}),
 }
 
 if __name__ == "__main__":

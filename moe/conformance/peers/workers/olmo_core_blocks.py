@@ -1,4 +1,7 @@
-"""OLMo-core's dropless MoE layer; its Triton kernels that move rows are replaced by PyTorch's indexing."""
+"""OLMo-core's dropless MoE layer, alone and with its experts spread over four gloo processes.
+
+PyTorch's indexing stands in for its Triton kernels that move rows.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,8 @@ import torch
 from torch import nn
 from torch_blocks import NUM_EXPERTS, Block, D, F, main
 
-IMPORTS = """
-import torch
-from olmo_core.nn.moe import MoEConfig, MoERouterConfig, MoEType
-from olmo_core.nn.moe import parallel_mlp
-"""
-STANDS_IN = (
-    f"{IMPORTS.rstrip()}{row_weights.MOVES}parallel_mlp.ops.gather, parallel_mlp.ops.scatter = gather, scatter\n"
-)
+IMPORTS = "from olmo_core.nn.moe import MoEConfig, MoERouterConfig, MoEType, parallel_mlp"
+STANDS_IN = f"{IMPORTS}{row_weights.MOVES}parallel_mlp.ops.gather, parallel_mlp.ops.scatter = gather, scatter\n"
 #: Both losses, of all tokens: they have no mask.
 LOSSES = """
 from olmo_core.nn.moe import loss
@@ -64,23 +61,47 @@ class Olmo(Block):
         return row_weights.gradients(NAMES) | {"grad_router": router}
 
     def watch(self, block: nn.Module, seen: dict[str, torch.Tensor]) -> None:
-        """The router's results."""
+        """The router's results, where its tokens are those of ``x``."""
 
         def routed(module: nn.Module, arguments: tuple[Any, ...], result: Any) -> None:
             seen["combine_weights"], seen["expert_index"] = (array.flatten(0, 1) for array in result[:2])
 
-        block.router.register_forward_hook(routed)
+        if self.splits:
+            block.router.register_forward_hook(routed)
 
     def losses(self, k: int) -> str:
         """olmo_core.nn.moe.loss."""
         return LOSSES
 
 
+@dataclasses.dataclass
+class SpreadOlmo(Olmo):
+    """Two of eight experts in each of four processes, by apply_ep, or by apply_tp, where choices are of parts."""
+
+    has_balance: bool = False
+    has_z: bool = False
+    processes: int = 4
+    spread_code: str = """
+mesh = torch.distributed.init_device_mesh("cpu", (4,), mesh_dim_names=("ep",))
+block.apply_ep(mesh)
+"""
+
+
+#: Its tensor parallelism: processes have parts of the sequence, and of the experts.
+TENSOR = """
+mesh, whole = torch.distributed.init_device_mesh("cpu", (4,)), torch.distributed.tensor.Replicate()
+block.apply_tp(mesh, input_layout=whole, output_layout=whole)
+"""
+SHARES: dict[str, Any] = {"splits": False, "spread_code": TENSOR, "skip": {"precision": "choices are not recorded"}}
+READ = "MoELinearRouter's weight, alike in all processes, has in each the gradient of its part of the sequence alone"
 NO_MASK = {"documented": {"balance_padding": True}, "source": "both losses take no mask: all tokens count"}
 ADAPTERS: dict[str, Block] = {
     "softmax": Olmo(**NO_MASK),
     "softmax, normalised": Olmo(rule={"renormalise": True}, **NO_MASK),
     "sigmoid, bias": Olmo(rule={"score": "sigmoid"}, bias=True, has_balance=False, **NO_MASK),
+    "softmax, experts over 4 processes": SpreadOlmo(),
+    "sigmoid, bias, experts over 4 processes": SpreadOlmo(rule={"score": "sigmoid"}, bias=True),
+    "softmax, tensor parallel over 4 processes": SpreadOlmo(read=READ, **SHARES),
 }
 
 if __name__ == "__main__":

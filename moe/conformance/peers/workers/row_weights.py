@@ -12,7 +12,7 @@ def gather(x, indices, bin_ids, bins, top_k):
     return x[indices.long() // top_k]
 def scatter(x, indices, bin_ids, weights, bins, top_k):
     y = torch.zeros_like(x).index_copy(0, indices.long(), x)
-    return (y.view(-1, top_k, x.shape[-1]) * weights.view(-1, top_k, 1)).sum(1)
+    return y if weights is None else (y.view(-1, top_k, x.shape[-1]) * weights.view(-1, top_k, 1)).sum(1)
 """
 
 

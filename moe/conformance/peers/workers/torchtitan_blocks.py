@@ -1,4 +1,4 @@
-"""torchtitan's MoE layer in four of its settings, and with its experts spread over four gloo processes."""
+"""torchtitan's MoE layer in four of its settings, and over four gloo processes: its experts, or its matrices."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from torchtitan.distributed import expert_parallel
 from torchtitan.models.moe import kernels, utils
 
 #: PyTorch's histc of integers has no CPU kernel.
-COUNTS = """import torch
-from torchtitan.models.moe.moe import MoE, MoEArgs
+COUNTS = """from torchtitan.models.moe.moe import MoE, MoEArgs
 torch.histc = lambda x, bins, min, max: torch.bincount(x.view(-1), minlength=bins)
 """
 
@@ -77,6 +76,18 @@ class SpreadTitan(Titan):
         return scope["block"]
 
 
+#: The plan of its models, whose layers take and return parts of the sequence; here every process has all of it.
+TENSOR = """
+from torchtitan.models.llama4.infra.parallelize import apply_moe_ep_tp
+mesh, layer = torch.distributed.init_device_mesh("cpu", (4,)), torch.nn.ModuleDict({"moe": block})
+layer.moe_enabled, layer.layers = True, {"0": layer}
+apply_moe_ep_tp(layer, mesh, None, None, None)
+local, split = torch.distributed.tensor.DTensor.from_local, [torch.distributed.tensor.Shard(1)]
+block.register_forward_pre_hook(lambda _, x: (local(x[0], mesh).redistribute(mesh, split),), prepend=True)
+block.register_forward_hook(lambda _, x, y: local(y, mesh, split).full_tensor())
+"""
+SHARES: dict[str, Any] = {"processes": 4, "splits": False, "spread_code": TENSOR}
+READ = "gradients of scores, and by them of tokens, are those of a process's share of the width (its pull request 2416)"
 V3 = {"score": "sigmoid", "renormalise": True, "scale": 2.5, "groups": 4, "kept_groups": 3, "scores_per_group": 2}
 ADAPTERS: dict[str, Block] = {
     "softmax, normalised": Titan(rule={"renormalise": True}),
@@ -84,6 +95,8 @@ ADAPTERS: dict[str, Block] = {
     "deepseek_v3": Titan(rule=V3, bias=True),
     "softmax, experts over 4 processes": SpreadTitan(rule={"renormalise": True}),
     "deepseek_v3, experts over 4 processes": SpreadTitan(rule=V3, bias=True),
+    "softmax, tensor parallel over 4 processes": Titan(rule={"renormalise": True}, read=READ, **SHARES),
+    "deepseek_v3, tensor parallel over 4 processes": Titan(rule=V3, bias=True, read=READ, **SHARES),
     "default (llama4)": Titan(
         rule={"score": "sigmoid"},
         before=True,
