@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from moe.analysis.record import Records
@@ -18,8 +20,9 @@ from moe.layers.moe_layer import MoELayer
 from moe.models.block import Block, Stream
 from moe.models.decoder import make_rows
 from moe.models.segments import join_moe_layers, restack_layers, unstack_layers
+from moe.routing.newer_gates import DocumentPools
 from moe.system.fields import require
-from moe.training.batches import PREFIX_KEY, Batch, place
+from moe.training.batches import PREFIX_KEY, Batch, forward, place
 from moe.training.step import Program
 
 
@@ -40,6 +43,22 @@ def _shares(records: Records, amounts: np.ndarray) -> np.ndarray:
         np.add.at(sums[layer], records.expert_index[layer], amounts[layer])
     totals = sums.sum(1, keepdims=True)
     return sums / np.where(totals > 0, totals, 1)  # 0 in a layer that no token uses
+
+
+def _totals(
+    sums: Callable[[dict[str, Any], Batch], Any],
+    mesh: Mesh,
+    variables: dict[str, Any],
+    batches: Mapping[str, Sequence[Mapping[str, np.ndarray]]],
+) -> Any:
+    """Sums of a program's results, a pytree, over the batches of each domain, in float64."""
+    total: Any = None
+    for batch in itertools.chain.from_iterable(batches.values()):
+        with jax.set_mesh(mesh):
+            found = sums(variables, place(dict(batch), mesh))
+        found = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), found)
+        total = found if total is None else jax.tree.map(np.add, total, found)
+    return total
 
 
 #: (layer, its input [n,D], combine weights [n,E] and choices [n,E] of the tokens) → sum over tokens for each expert.
@@ -67,12 +86,7 @@ class _TokenMean:
         self, variables: dict[str, Any], batches: Mapping[str, Sequence[Mapping[str, np.ndarray]]]
     ) -> np.ndarray:
         """The mean on held-out batches of each domain."""
-        sums: Any = 0.0
-        tokens: Any = 0.0
-        for batch in (batch for of_domain in batches.values() for batch in of_domain):
-            with jax.set_mesh(self._mesh):
-                more, seen = self._layers(variables, place(dict(batch), self._mesh))
-            sums, tokens = sums + np.asarray(more, np.float64), tokens + np.asarray(seen, np.float64)
+        sums, tokens = _totals(self._layers, self._mesh, variables, batches)
         return sums / np.maximum(tokens, 1).reshape(*tokens.shape, *[1] * (sums.ndim - tokens.ndim))
 
 
@@ -97,6 +111,32 @@ class OutputMoments(_TokenMean):
             return mine[:, e].astype(y.dtype) @ jnp.concatenate([y, squares], axis=-1)
 
         return for_each_expert(layer, x, one)
+
+
+class PoolSums:
+    """Sum over the tokens of the softmax over all experts, [L,E]: the pool of a document has the experts with the
+    largest (EMO 2026, arXiv 2605.06663)."""
+
+    def __init__(self, program: Program):
+        """Prepare the model's program; compiled at the first call. Raises a ConfigError for a gate without pools."""
+        gate = program.config.model.moe.gate
+        allowed = "must be emo, whose documents have pools, with --by=pool"
+        require(isinstance(gate, DocumentPools), "model.moe.gate", program.config.model.moe.gate_name, allowed)
+        self._mesh = program.mesh
+
+        def sums(variables: dict[str, Any], batch: Batch) -> Array:
+            routing: Any = forward(program.model(variables), batch, return_routing=True).routing
+            real = (batch["segment_ids"] > 0).reshape(routing.router_logits.shape[1:3])
+            probs = jax.nn.softmax(routing.router_logits, axis=-1)
+            return jnp.sum(jnp.where(real[..., None], probs, 0.0), axis=(1, 2))  # [L,G,S,E] → [L,E]
+
+        self._sums = jax.jit(sums)
+
+    def __call__(
+        self, variables: dict[str, Any], batches: Mapping[str, Sequence[Mapping[str, np.ndarray]]]
+    ) -> np.ndarray:
+        """The sums over batches of each domain."""
+        return _totals(self._sums, self._mesh, variables, batches)
 
 
 def mean_output(moments: np.ndarray) -> np.ndarray:

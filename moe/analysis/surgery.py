@@ -14,10 +14,11 @@ from flax import nnx
 
 from moe.config import ConfigError, ModelConfig
 from moe.config.layer_kinds import layer_kinds
+from moe.config.registry import find_gate
 from moe.models.factory import abstract_parameters
 from moe.models.segments import restack_layers, unstack_layers
 from moe.routing.interface import Selecting
-from moe.routing.newer_gates import Cosine
+from moe.routing.newer_gates import Cosine, DocumentPools
 
 #: Arrays whose last axis is the hidden units; in ``down`` it is the one before the last.
 _INTO = ("up", "gate", "up_bias", "gate_bias")
@@ -73,6 +74,14 @@ def prune(
         added = {layer: novices[number, columns[layer][-novice:]] for number, layer in enumerate(columns)}
         edited = _with_novices(smaller, edited, added if novice else {})
     return smaller, edited, _edited(model, biases, cut)
+
+
+def as_one_pool(model: ModelConfig) -> ModelConfig:
+    """The config of a model whose experts are one pool of the gate ``emo``: plain top-K of the softmax over them."""
+    gate: Any = model.moe.gate
+    changed = {"k": gate.k, "renormalise": gate.renormalise, "scale": gate.scale}
+    plain = dataclasses.replace(find_gate("deepseek_moe"), **changed)
+    return dataclasses.replace(model, moe=dataclasses.replace(model.moe, gate=plain, accept_future_leak=False))
 
 
 def _with_novices(model: ModelConfig, parameters: dict[str, Any], added: dict[int, np.ndarray]) -> dict[str, Any]:
@@ -168,6 +177,23 @@ def groups_of_tokens(member: np.ndarray, order: np.ndarray, groups: int) -> floa
         groups: number of groups.
     """
     return float(member[:, order].reshape(len(member), groups, -1).any(-1).sum(1).mean())
+
+
+def experts_left(model: ModelConfig, share: float) -> int:
+    """Number of experts without this share of them. Raises a ConfigError where the gate cannot choose among so many."""
+    gate: Any = model.moe.gate
+    size, groups = model.moe.num_experts, getattr(gate, "groups", 1)
+    count = round(share * size)
+    left, where = size - count, f"--prune={share:g}"
+    if not 0 < count < size:
+        raise ConfigError(f"{where}: must leave out 1 to {size - 1} of {size} experts, not {count}")
+    if count % groups:
+        equally = f"must leave out equally many experts of each of the gate's {groups} groups, not {count} in all"
+        raise ConfigError(f"{where}: {equally}")
+    if left < (k := gate.experts_per_token(left)):
+        smallest = ", the smallest pool of a document" if isinstance(gate, DocumentPools) else ""
+        raise ConfigError(f"{where}: must leave the K={k} experts of a token{smallest}, not {left} of {size}")
+    return left
 
 
 def check_groups(model: ModelConfig, groups: int) -> None:

@@ -5,10 +5,11 @@
 standard deviation (variance), or what the loss rises by where an expert returns zero (ablation: an evaluation of every
 expert). Their tokens choose again, unless --others=zero keeps them as experts that return 0, or --others=novice as
 experts that return one vector, the mean of their outputs; --others=merge averages each into the expert that is most
-like it. --split=N makes N finer experts of each, which compute the same; --merge=N joins each N; --regroup=N sorts them
-so that a token's experts lie in few of N groups, such as the devices of an expert axis. NEW is a workdir to evaluate,
-fine-tune (start.checkpoint) or export; the table has the held-out loss before and after, and with --topology the memory
-and the step that the planner predicts for both. docs/surgery.md shows one.
+like it. --by=pool keeps the pool that the gate emo has for the text of --domains, as a plain top-K model. --split=N
+makes N finer experts of each, which compute the same; --merge=N joins each N; --regroup=N sorts them so that a
+token's experts lie in few of N groups, such as the devices of an expert axis. NEW is a workdir to evaluate, fine-tune
+(start.checkpoint) or export; the table has the held-out loss before and after, and with --topology the memory and the
+step that the planner predicts for both. docs/surgery.md shows one.
 """
 
 import dataclasses
@@ -27,7 +28,7 @@ _WORKDIR = cli.WorkdirFlags()
 _OUT = cli.define_path("out", "Workdir to create.")
 _PRUNE = flags.DEFINE_float("prune", None, "Share of the experts to leave out.", lower_bound=0.0, upper_bound=1.0)
 _BY = flags.DEFINE_enum(
-    "by", "weight", ["frequency", "weight", "reap", "variance", "ablation"], "Measure of an expert's saliency."
+    "by", "weight", ["frequency", "weight", "reap", "variance", "ablation", "pool"], "Measure of an expert's saliency."
 )
 _OTHERS = flags.DEFINE_enum(
     "others", "drop", ["drop", "zero", "novice", "merge"], "What replaces the experts left out."
@@ -65,11 +66,15 @@ def main() -> None:
     cli.only_with(_PRUNE.value is not None, "is read only with --prune", _BY, _OTHERS)
     calibrated = _PRUNE.value is not None or _REGROUP.value is not None
     cli.only_with(calibrated, "is read only with --prune and --regroup", _CALIBRATION)
+    if _BY.value == "pool" and _OTHERS.value != "drop":
+        raise ConfigError(f"--others={_OTHERS.value}: must be drop with --by=pool, which keeps one pool of experts")
     out = str(_OUT.value)
     refuse_files(out)
     opened = open_workdir(_WORKDIR.path, _WORKDIR.instead)
     config, model = opened.program.config, opened.program.config.model
     surgery.check(model)
+    if _PRUNE.value is not None:
+        surgery.experts_left(model, float(_PRUNE.value))
     if _REGROUP.value is not None:
         surgery.check_groups(model, int(_REGROUP.value))
     step = opened.step_or_newest(_WORKDIR.step)
@@ -126,19 +131,11 @@ def _pruned(program: Any, whole: Any, recorder: Any, losses: Any, rows: Any) -> 
     import numpy as np
 
     from moe.analysis import merging, saliency, surgery
-    from moe.config import ConfigError
     from moe.models.state import join
     from moe.training.open_workdir import on_devices
 
     model, before, biases = whole
     size = model.moe.num_experts
-    count, groups = round(float(_PRUNE.value or 0) * size), getattr(model.moe.gate, "groups", 1)
-    if not 0 < count < size:
-        allowed = f"must leave out 1 to {size - 1} of {size} experts, not {count}"
-        raise ConfigError(f"--prune={_PRUNE.value}: {allowed}")
-    if count % groups:
-        allowed = f"must leave out equally many experts of each of the gate's {groups} groups, not {count} in all"
-        raise ConfigError(f"--prune={_PRUNE.value}: {allowed}")
     merges, by = _OTHERS.value == "merge", str(_BY.value)
     variables = on_devices(program, join(before, biases))
     records: Any = recorder(variables, rows) if merges or by in ("frequency", "weight", "variance") else None
@@ -149,19 +146,23 @@ def _pruned(program: Any, whole: Any, recorder: Any, losses: Any, rows: Any) -> 
         found = saliency.ablation(
             model, before, lambda tree: float(np.nanmean(losses(on_devices(program, join(tree, biases)), rows)))
         )
+    elif by == "pool":
+        found = saliency.PoolSums(program)(variables, rows)
     elif by == "reap":
         found = saliency.Reap(program)(variables, rows)
     else:
         found = (saliency.weight if by == "weight" else saliency.frequency)(records)[:, :size]
         found = found * saliency.deviation(moments) if by == "variance" else found
-    kept = saliency.most_salient(found, size - count, groups)
+    left, groups = surgery.experts_left(model, float(_PRUNE.value or 0)), getattr(model.moe.gate, "groups", 1)
+    kept = saliency.most_salient(found, left, groups)
     for layer, experts in enumerate(kept):
         print(f"MoE layer {layer}: without {sorted(set(range(size)) - set(experts.tolist()))}")
     if merges:
         usage = saliency.frequency(records)[:, :size]
         return merging.absorb(model, before, biases, kept, usage)
     novices = saliency.mean_output(moments) if _OTHERS.value == "novice" else None
-    return surgery.prune(model, before, biases, kept, null=_OTHERS.value == "zero", novices=novices)
+    pruned = surgery.prune(model, before, biases, kept, null=_OTHERS.value == "zero", novices=novices)
+    return (surgery.as_one_pool(pruned[0]), *pruned[1:]) if by == "pool" else pruned
 
 
 def _regrouped(whole: Any, records: Any) -> Any:
@@ -256,5 +257,6 @@ def run() -> None:
         examples=(
             "moe surgery --workdir=/tmp/quickstart --out=/tmp/pruned --prune=0.25 --by=ablation",
             "moe surgery --workdir=/tmp/quickstart --out=/tmp/finer --split=2",
+            "moe surgery --workdir=/tmp/emo --out=/tmp/python --prune=0.75 --by=pool --domains=python",
         ),
     )
