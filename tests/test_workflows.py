@@ -18,6 +18,7 @@ from moe.config import DistillConfig, StartConfig
 from moe.interop import export_checkpoint, import_checkpoint
 from moe.lab import records
 from moe.lab.running import runner
+from moe.lab.running.programs import Programs
 from moe.parallel.mesh import make_mesh
 from moe.training.train import train
 from tests.lab_helpers import tiny_base, tiny_suite, write_page
@@ -30,7 +31,7 @@ STEPS = 4
 @pytest.fixture(scope="module")
 def programs():
     """A make_program that compiles each program once."""
-    return runner.Programs()
+    return Programs()
 
 
 class Workflow:

@@ -21,8 +21,9 @@ from moe.lab import records, results, step_seconds
 from moe.lab.benchmarks import train_steps
 from moe.lab.loading import with_seeds
 from moe.lab.records import DIVERGED, FINISHED, PRIMARY
-from moe.lab.running import jobs, last_tenth, probes, progress, runner
+from moe.lab.running import evaluation, jobs, last_tenth, probes, progress, runner
 from moe.lab.running.heldout import dropless
+from moe.lab.running.programs import Programs
 from moe.lab.schedule import PlannedRuns
 from moe.lab.suite import Sweep, Variant
 from moe.parallel.mesh import make_mesh
@@ -95,7 +96,7 @@ def test_an_arm_of_adapters_starts_from_another(tmp_path):
     lora = Variant({"lora.rank": 2}, starts_from="parent")
     suite = suite_of({"parent": SWITCH, "lora": lora, "rank_4": dataclasses.replace(lora, overrides={"lora.rank": 4})})
     assert suite.config("lora").start.checkpoint == "parent"
-    programs, mesh = runner.Programs(), make_mesh(MeshConfig(), jax.devices()[:1])
+    programs, mesh = Programs(), make_mesh(MeshConfig(), jax.devices()[:1])
     first, second = (suite.config("lora", seed, starts_from=str(tmp_path / str(seed))) for seed in (0, 1))
     programs(first, mesh), programs(suite.config("rank_4"), mesh)
     assert (len(programs._programs), programs(second, mesh).config) == (2, second)
@@ -219,10 +220,10 @@ def test_a_stopped_run_is_evaluated_at_the_same_checkpoints_as_others(tmp_path, 
 
 
 def test_what_counts_as_diverged():
-    assert runner._outcome(np.asarray([3.0, 4.0]), 400)[0] == FINISHED
-    assert runner._outcome(np.asarray([3.0, math.nan]), 400)[0] == DIVERGED
-    assert runner._outcome(np.asarray([6.9, 6.9]), 400)[0] == FINISHED  # ln 400 = 5.99
-    status, reason = runner._outcome(np.asarray([7.0, 7.0]), 400)
+    assert evaluation.outcome(np.asarray([3.0, 4.0]), 400)[0] == FINISHED
+    assert evaluation.outcome(np.asarray([3.0, math.nan]), 400)[0] == DIVERGED
+    assert evaluation.outcome(np.asarray([6.9, 6.9]), 400)[0] == FINISHED  # ln 400 = 5.99
+    status, reason = evaluation.outcome(np.asarray([7.0, 7.0]), 400)
     assert (status, reason) == (DIVERGED, "held-out loss 7.00, more than a nat above that of a uniform guess")
 
 
@@ -428,8 +429,8 @@ def test_a_suite_trains_and_is_reproducible(tmp_path):
 
 def test_the_primary_loss_is_the_mean_over_the_named_domains():
     losses, domains = {4: np.asarray([1.0, 3.0, 8.0])}, ["a", "a", "b"]
-    assert (4, "loss", PRIMARY, "", 5.0) in runner._mixed_rows("loss", losses, domains, ("a", "b"))  # (2 + 8) / 2
-    assert (4, "loss", PRIMARY, "", 2.0) in runner._mixed_rows("loss", losses, domains, ("a",))
+    assert (4, "loss", PRIMARY, "", 5.0) in evaluation._mixed_rows("loss", losses, domains, ("a", "b"))  # (2 + 8) / 2
+    assert (4, "loss", PRIMARY, "", 2.0) in evaluation._mixed_rows("loss", losses, domains, ("a",))
 
 
 def test_losses_of_the_last_tenth_by_batch(tmp_path):

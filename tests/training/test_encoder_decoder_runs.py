@@ -19,7 +19,7 @@ from moe.data import pipeline
 from moe.data.tokenizer_files import find_tokenizer
 from moe.lab.benchmarks.train_steps import random_rows
 from moe.lab.running.heldout import RowLosses, mixed_rows
-from moe.lab.running.runner import Programs
+from moe.lab.running.programs import Programs
 from moe.parallel.mesh import make_mesh
 from moe.training.batches import place
 from moe.training.evaluation import evaluate, load_heldout

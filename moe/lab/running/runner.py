@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import math
 import os
 import shutil
 import statistics
@@ -22,46 +21,30 @@ from typing import Any
 
 import filelock
 import jax
-import numpy as np
 
 from moe.checkpoints.workdir import read_config
-from moe.config import Config, ConfigError, DistillConfig, StartConfig
+from moe.config import Config, ConfigError
 from moe.data import pipeline
 from moe.lab import identity, records, results, schedule
 from moe.lab.claims.decide import arms_of
 from moe.lab.claims.registration import Claim, hashes_at_start
-from moe.lab.records import DIVERGED, DROPLESS, FINISHED, OWN, PRIMARY, Key, Record, read_all, run_name
+from moe.lab.records import DIVERGED, FINISHED, Key, Record, read_all, run_name
 from moe.lab.running import last_tenth, probes
-from moe.lab.running.heldout import RowLosses, dropless, mixed_rows, with_unseen
+from moe.lab.running.evaluation import Evaluated, Evaluators, outcome
+from moe.lab.running.heldout import dropless, with_unseen
+from moe.lab.running.programs import Programs
 from moe.lab.running.progress import Progress
 from moe.lab.suite import Suite
 from moe.lab.table import Table
 from moe.parallel.mesh import make_mesh
 from moe.system.checkout import commit
 from moe.training.recovery import DivergedError
-from moe.training.step import Program, build
+from moe.training.step import Program
 from moe.training.train import train
 
 RUNS = "runs"
 #: Seconds until a process looks again for runs that depend on those of other processes.
 _LOOK_AGAIN = 5.0
-
-
-class Programs:
-    """Compiled programs by config; runs that differ only in seed and starting point share one."""
-
-    def __init__(self) -> None:
-        self._programs: dict[Config, Program] = {}
-
-    def __call__(self, config: Config, mesh: Any, teacher: Any = None) -> Program:
-        """See :func:`moe.training.step.build`."""
-        if teacher is not None:  # the teacher's variables are part of the program
-            return build(config, mesh, teacher)
-        start = StartConfig("any" if config.lora.rank else "")  # adapters need one; which is not part of the program
-        key = dataclasses.replace(config, seed=0, start=start, distill=DistillConfig())
-        if key not in self._programs:
-            self._programs[key] = build(config, mesh)
-        return dataclasses.replace(self._programs[key], config=config)
 
 
 def only(suite: Suite, arms: Sequence[str], horizons: Sequence[str]) -> Callable[[Key], bool]:
@@ -124,7 +107,7 @@ class Worker:
         self._only = only
         self._claims = claims
         self._programs = Programs()
-        self._evaluators: dict[str, tuple[RowLosses, RowLosses | None]] = {}
+        self._evaluate = Evaluators(suite, self._programs)
         self._models: dict[str, probes.Model] = {}
         self._failed: dict[Key, str] = {}
         self._waiting: dict[Key, Key] = {}  # run → unfinished parent that it needs
@@ -226,11 +209,7 @@ class Worker:
         hashes = hashes_at_start(self._workdir / RUNS / f"{found.run(key)}.claims.json", self._claims)
         rate, path = key.learning_rate, directory / last_tenth.FILE
         config = suite.config(key.variant, key.seed, steps=key.steps, learning_rate=rate, **folders)
-        status = FINISHED
-        reason = ""
-        evaluated = ""
-        losses: list[float] = []
-        domains: list[str] = []
+        status, reason, evaluated = FINISHED, "", Evaluated([], [], [], "")
         with self._progress.following(key, directory):
             try:
                 train(config, str(directory), make_program=functools.partial(self._recorded, path), quiet=True)
@@ -241,9 +220,8 @@ class Worker:
         rows.append((key.steps, "last_tenth_loss", "", "", statistics.fmean(last)))
         prepared = with_unseen(pipeline.prepare_run(config, progress=lambda _: None), config, suite.unseen)
         if status == FINISHED:
-            losses, domains, further, evaluated = self._evaluate(key, config, prepared, directory)
-            rows += further
-            status, reason = _outcome(losses, config.model.vocab_size)
+            evaluated = self._evaluate(key, config, prepared, directory)
+            status, reason = outcome(evaluated.losses, config.model.vocab_size)
         record = Record(
             *key,
             status=status,
@@ -254,12 +232,12 @@ class Worker:
             hardware=hardware(),
             seconds=time.monotonic() - start,
             costs=suite.costs(key.variant, key.steps),
-            rows=rows,
-            row_domains=domains,
-            row_losses=losses,
+            rows=rows + evaluated.rows,
+            row_domains=evaluated.domains,
+            row_losses=evaluated.losses,
             run=found.run(key),
             form=suite.form(key.variant, key.seed, steps=key.steps, learning_rate=rate, parents=parents),
-            evaluated=evaluated,
+            evaluated=evaluated.how,
             last_losses=last,
         )
         record.write(self._workdir)
@@ -268,43 +246,6 @@ class Worker:
 
     def _recorded(self, path: Path, config: Config, mesh: Any, teacher: Any = None) -> Program:
         return last_tenth.recording(self._programs(config, mesh, teacher), path)
-
-    def _evaluate(
-        self, key: Key, config: Config, prepared: pipeline.Prepared, directory: Path
-    ) -> tuple[list[float], list[str], list[results.Row], str]:
-        """(loss of each held-out row at the last step, its domain, rows of means at all steps, how it was measured).
-
-        Losses are without drops, since arms differ in capacity; at the arm's own capacity for the last checkpoint only.
-        """
-        mesh, primary = make_mesh(config.mesh), self._suite.primary_domains or config.data.domains
-        trained = [name for name in prepared.domains if name not in self._suite.unseen]
-        with jax.set_mesh(mesh):
-            if key.variant not in self._evaluators:
-                self._evaluators[key.variant] = self._evaluator(config, prepared, trained, mesh)
-            free, own = self._evaluators[key.variant]
-            # Learning curves are drawn only for the longest horizon and the suite's seeds.
-            curve = key.steps == self._suite.longest and key.seed in self._suite.seeds
-            steps = results.checkpoint_steps(directory, config.train.save_every) if curve else [key.steps]
-            losses = {step: free(directory, step) for step in steps}
-            rows = _mixed_rows("loss", losses, free.rows.domains, primary or trained)
-            own_losses = losses[key.steps] if own is None else own(directory, key.steps)
-            domains = free.rows.domains if own is None else own.rows.domains
-            rows += _mixed_rows("own_loss", {key.steps: own_losses}, domains, primary or trained)
-        evaluated = OWN if dropless(config) is None else DROPLESS
-        return losses[key.steps].tolist(), free.rows.domains, rows, evaluated
-
-    def _evaluator(
-        self, config: Config, prepared: pipeline.Prepared, trained: Sequence[str], mesh: Any
-    ) -> tuple[RowLosses, RowLosses | None]:
-        """Row losses without drops on all domains, and at the arm's own capacity (None without one) on trained domains.
-
-        Under a capacity every batch is mixed as in training.
-        """
-        count, free = self._suite.heldout_rows, dropless(config) or config
-        every = RowLosses(self._programs(free, mesh), mixed_rows(prepared, config, count))
-        if free == config:
-            return every, None
-        return every, RowLosses(self._programs(config, mesh), mixed_rows(prepared, config, count, trained))
 
     def measure(self) -> None:
         """Measure the missing probes of finished runs, such as runs whose rate was not chosen yet when they ended, if
@@ -375,27 +316,6 @@ class Worker:
             return
         for step in results.checkpoint_steps(directory)[:-1]:
             shutil.rmtree(directory / "checkpoints" / str(step))
-
-
-def _mixed_rows(
-    quantity: str, losses: dict[int, np.ndarray], domains: list[str], primary: Sequence[str]
-) -> list[results.Row]:
-    """Mean loss per domain and over the primary domains, at every evaluated step."""
-    rows = []
-    for step, values in losses.items():
-        means = {name: float(values[[d == name for d in domains]].mean()) for name in dict.fromkeys(domains)}
-        rows += [(step, quantity, name, "", value) for name, value in means.items()]
-        rows.append((step, quantity, PRIMARY, "", statistics.fmean(means[name] for name in primary)))
-    return rows
-
-
-def _outcome(losses: Sequence[float], vocab_size: int) -> tuple[str, str]:
-    """(status, reason): diverged if a loss is not finite, or more than a nat worse on average than a uniform guess."""
-    if not np.isfinite(losses).all():
-        return DIVERGED, "held-out loss not finite at the last step"
-    if np.mean(losses) > math.log(vocab_size) + 1:
-        return DIVERGED, f"held-out loss {np.mean(losses):.2f}, more than a nat above that of a uniform guess"
-    return FINISHED, ""
 
 
 def hardware() -> str:
