@@ -61,7 +61,8 @@ _DENSE = {"gate": "none"}
 PUBLISHED = {
     "Mixtral-8x7B, 64 H100": Published(
         "mixtral_8x7b", "h100:8x8", 2, 4096, "Megatron-Core, README of its MoE: 468 TFLOP/s per GPU",
-        "fsdp 8 x expert 8, 2 rows per GPU, weights gathered every layer; theirs: parallelism and batch not stated",
+        "fsdp 8 x expert 8, 2 rows per GPU, weights gathered every layer; theirs: TP 1, EP 8, PP 4 of 8 virtual stages "
+        "each, 1 row per microbatch, 256 per step, tabled for an earlier version",
         {"remat": "hidden"}, {"dispatch": "dropless"}, {"fsdp": 8, "expert": 8}, tflops=468,
         first_look=-0.350,
     ),
