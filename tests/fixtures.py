@@ -55,7 +55,7 @@ def small_matmul():
         yield
 
 
-_FIGURE = report.figure
+_FIGURE, _DRAW = report.figure, parameter.draw
 
 
 @functools.partial(jax.jit, static_argnames="shape")
@@ -71,13 +71,19 @@ def _uniform(key: jax.Array, shape: tuple[int, ...], sigma: float) -> jax.Array:
     return (bits.astype(jnp.float32) * 2.0**-31 - 1.0) * (3**0.5 * 0.8796 * sigma)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session", autouse=True)
 def uniform_parameters():
     """Draw parameters from another distribution with the same standard deviation: to compile the draws of a truncated
     normal takes as long as to compile a small model's training step."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parameter, "draw", _uniform)
         yield
+
+
+@pytest.fixture
+def drawn_parameters(monkeypatch: pytest.MonkeyPatch):
+    """Draw parameters as programs do in this test."""
+    monkeypatch.setattr(parameter, "draw", _DRAW)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -19,8 +19,6 @@ from moe.config.parse import from_config_dict
 from moe.routing import gates
 from tests.helpers import outputs, slow_case
 
-pytestmark = pytest.mark.usefixtures("uniform_parameters")
-
 SIZES = {"d_model": 8, "d_ff": 12, "num_experts": 4}
 
 

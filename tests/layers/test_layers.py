@@ -353,6 +353,7 @@ def test_tied_embeddings_are_one_parameter(tied):
     assert ("unembedding" in _params(shapes)) == (not tied)
 
 
+@pytest.mark.usefixtures("drawn_parameters")
 @pytest.mark.parametrize("scale", [1.0, 0.1])
 def test_matrices_are_truncated_normal(scale):
     values = np.asarray(matrix(nnx.Rngs(0), (400, 100), jax.P(), fan_in=400, scale=scale)[...])
@@ -365,6 +366,7 @@ def test_matrices_are_truncated_normal(scale):
     assert values.dtype == np.float32
 
 
+@pytest.mark.usefixtures("drawn_parameters")
 def test_every_matrix_is_scaled_by_its_own_fan_in():
     """Standard deviation 0.8796·sqrt(scale/fan_in), where fan_in is the number of inputs that an output sums over."""
     config = tiny_model(d_model=64, num_heads=8, num_kv_heads=4, head_dim=16, d_ff=160, moe_d_ff=96, init_scale=0.5)

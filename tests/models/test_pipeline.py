@@ -108,6 +108,7 @@ def _check_equal(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> No
 @pytest.mark.parametrize(
     ("sizes", "rounds", "model"),
     [
+        ({"pipeline": 2}, 1, {"gate": "switch", "dispatch": "gather", "num_layers": 2, "remat": "none"}),
         slow_case({"pipeline": 2}, 1, {"gate": "none", "num_layers": 2}),
         # One layer of each kind before and after the pipelined layers, and multi-token prediction at the end.
         slow_case(
@@ -120,7 +121,7 @@ def _check_equal(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> No
         slow_case({"expert": 2, "pipeline": 4}, 1, {"gate": "noisy_topk", "dispatch": "dropless"}),
         slow_case({"fsdp": 2, "pipeline": 2}, 2, {"gate": "switch", "dispatch": "gather", "jitter": 0.1}),
         # Stages that do not divide the layers: one layer, or two, belong to no stage. Routers hand on a vector.
-        (
+        slow_case(
             {"pipeline": 2},
             1,
             {"gate": "tests.routing.test_carry:Vector", "dispatch": "einsum", "num_layers": 3, "remat": "none"},

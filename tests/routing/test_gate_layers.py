@@ -21,8 +21,6 @@ from moe.parallel.mesh import make_mesh
 from moe.routing import balancing
 from tests.helpers import random_model, routed, tiny_model
 
-pytestmark = pytest.mark.usefixtures("uniform_parameters")
-
 
 def test_the_router_rounds_only_when_asked(rng):
     x, logits = jnp.asarray(rng.normal(size=(1, 4, 16)), jnp.float32), {}

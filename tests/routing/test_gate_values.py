@@ -16,8 +16,6 @@ from moe.routing import balancing
 from tests.gate_helpers import LOGITS, SIGMOID_LOGITS, SOFTPLUS_LOGITS
 from tests.helpers import FOUR, routed, tiny_model
 
-pytestmark = pytest.mark.usefixtures("uniform_parameters")
-
 #: DeepSeek-V3 without renormalisation or scale: weights are the sigmoids.
 RAW = {"renormalise": False, "scale": 1.0}
 

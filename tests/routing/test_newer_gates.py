@@ -28,8 +28,6 @@ from moe.routing.newer_gates import column_potentials, coupling_loss
 from tests.gate_helpers import LOGITS, SOFTPLUS_LOGITS
 from tests.helpers import outputs, random_model, routed, slow_case, tiny_model
 
-pytestmark = pytest.mark.usefixtures("uniform_parameters")
-
 quantile = jax.jit(interface.quantile)
 
 

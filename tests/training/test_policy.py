@@ -45,8 +45,6 @@ from tests.data.test_chat import EXPECTED, HERE
 from tests.helpers import random_parameters, random_state, slow_case, tiny_model
 from tests.run_helpers import ONE, compile_once, rows, state_of, tiny, write_run
 
-pytestmark = pytest.mark.usefixtures("uniform_parameters")
-
 
 def test_advantages_of_four_completions_by_hand():
     """Rewards 1, 0, 0, 1: mean 1/2, variance 4 · 1/4 / 3 = 1/3, so ±1/2 · √3."""

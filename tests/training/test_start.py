@@ -59,8 +59,6 @@ from moe.training.train import train
 from tests.helpers import random_model, random_state, slow_case, tiny_model
 from tests.run_helpers import ONE, SETTINGS, Interrupted, tiny
 
-pytestmark = pytest.mark.usefixtures("uniform_parameters")
-
 HERE = Path(__file__).parents[1] / "data" / "checkpoints"
 T = 8
 
