@@ -40,11 +40,11 @@ def edited_code(config: Config, workdir: epath.Path) -> dict[str, list[Any]]:
 
 
 def other_values(computed: dict[str, str], workdir: epath.Path) -> dict[str, list[Any]]:
-    """The change to record if the same code computes something else than at the run's last start, under the same
-    settings and versions: it reads a file, a variable of the environment or a device that is another one now.
+    """The change to record if the code computes something else than at the run's last start: under the same settings
+    and versions, it reads a file, a variable of the environment, the order of a set or a device that is another one.
 
     Args:
-        computed: of :attr:`moe.training.own_code.PureCode.computed`.
+        computed: of :meth:`moe.training.own_code.PureCode.computed`.
 
     Raises:
         ConfigError: a damaged note.
@@ -53,8 +53,12 @@ def other_values(computed: dict[str, str], workdir: epath.Path) -> dict[str, lis
     if not computed or not path.exists():
         return {}
     old = read_json(path, _NOTE)
-    same = old.under != computed["under"] or old.computed in ("", computed["computed"])
-    return {} if same else {"what the user's modules compute": [old.computed, computed["computed"]]}
+    if old.computed in ("", computed["computed"]):
+        return {}
+    name = "what the user's modules compute"
+    if old.under != computed["under"]:
+        name += ", as other settings or versions may"
+    return {name: [old.computed, computed["computed"]]}
 
 
 def note_code(config: Config, workdir: epath.Path, computed: dict[str, str] | None = None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import types
 from collections.abc import Mapping
 from typing import Any, get_args
@@ -117,6 +118,13 @@ def _check_facts(where: str, gate: Gate) -> None:
     """Refuse a user's gate without a rule, or with properties that no layer supports. Raises ConfigError."""
     if type(gate).route is Gate.route:
         raise ConfigError(f"{where}: has no method route(router_logits, inputs)")
+    for field in dataclasses.fields(gate):
+        try:
+            hash(value := getattr(gate, field.name))
+            json.dumps(value, default=dataclasses.asdict)
+        except TypeError as error:
+            allowed = "must be a number, a text or a tuple of them, which config.json can hold"
+            raise ConfigError(f"{where}: its {field.name}: {allowed} ({error})") from error
     k, rule = gate.experts_per_token(1 << 20), gate.balancing
     require(gate.router in _ROUTERS, f"{where}: its router", gate.router, f"must be one of {', '.join(_ROUTERS)}")
     require(type(k) is int, f"{where}: its K", k, "must be an integer")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 
 import numpy as np
@@ -13,14 +14,18 @@ from moe.data.preparation import Prepared
 _DOCUMENTS = 8  # of each split of a domain
 
 
-def probe(objective: Objective, prepared: Prepared, data: DataConfig) -> None:
+def probe(objective: Objective, prepared: Prepared, data: DataConfig) -> str:
     """Refuse examples of other arrays, lengths or ids than the objective's methods say.
+
+    Returns:
+        Digest of the examples and their rows; empty for an objective of the package.
 
     Raises:
         ConfigError: the method is named, and the array.
     """
     if not of_user(objective):
-        return
+        return ""
+    digest = hashlib.sha256()
     with naming_objective(objective, "lengths"):
         lengths = objective.lengths(data)
     for domain in prepared.domains:
@@ -30,6 +35,7 @@ def probe(objective: Objective, prepared: Prepared, data: DataConfig) -> None:
                     with naming_objective(objective, "encode"):
                         ids = objective.encode(text, prepared.tokenizer)
                     _check_ids(objective, "encode", ids, prepared)
+                    digest.update(_bytes({"row": ids}))
                     continue
                 with naming_objective(objective, "examples"):
                     examples, again = (
@@ -40,8 +46,14 @@ def probe(objective: Objective, prepared: Prepared, data: DataConfig) -> None:
                     for example in examples:
                         _check_example(objective, example, lengths, prepared)
                 _require_alike(objective, "examples", examples, again)
-                if examples:
-                    _check_row(objective, examples[0], lengths, prepared)
+                rows = _checked_rows(objective, examples[0], lengths, prepared) if examples else []
+                for arrays in (*examples, *rows):
+                    digest.update(_bytes(arrays))
+    return digest.hexdigest()
+
+
+def _bytes(arrays: Arrays) -> bytes:
+    return b"".join(name.encode() + np.asarray(values).tobytes() for name, values in sorted(arrays.items()))
 
 
 def _check_example(objective: Objective, example: Arrays, lengths: dict[str, int], prepared: Prepared) -> None:
@@ -57,8 +69,8 @@ def _check_example(objective: Objective, example: Arrays, lengths: dict[str, int
     _check_ids(objective, "examples", objective.targets(example), prepared)
 
 
-def _check_row(objective: Objective, example: Arrays, lengths: dict[str, int], prepared: Prepared) -> None:
-    """Check the row that holds one example and padding, as it is trained on and as it is evaluated."""
+def _checked_rows(objective: Objective, example: Arrays, lengths: dict[str, int], prepared: Prepared) -> list[Arrays]:
+    """The row that holds one example and padding, as it is trained on and as it is evaluated."""
 
     def row(method: str) -> Arrays:
         packed = {}
@@ -68,14 +80,19 @@ def _check_row(objective: Objective, example: Arrays, lengths: dict[str, int], p
             packed[f"{name}_segment_ids"] = np.pad(np.ones(len(values), np.int32), padding)
             packed[f"{name}_positions"] = np.pad(np.arange(len(values), dtype=np.int32), padding)
         with naming_objective(objective, method):
-            made = objective.row(packed, prepared.tokenizer.pad_id)
+            made = objective.row(packed, pad_id=prepared.tokenizer.pad_id)
             return objective.heldout_row(made) if method == "heldout_row" else made
 
+    rows = []
     for method in ("row", "heldout_row"):
         found = row(method)
+        if not isinstance(found, dict) or not all(isinstance(values, np.ndarray) for values in found.values()):
+            raise ConfigError(f"{FIELD}={objective.name!r}: {method}: must return a dictionary of NumPy arrays")
+        rows.append(found)
         if "tokens" in found:
             _check_ids(objective, method, found["tokens"], prepared)
         _require_alike(objective, method, [found], [row(method)])
+    return rows
 
 
 def _require_alike(objective: Objective, method: str, one: list[Arrays], other: list[Arrays]) -> None:

@@ -62,7 +62,7 @@ def prepare(
     own.check_rows(data)
     opened = open_data(data, vocab_size, tokenizer, progress, own)
     prepared = dataclasses.replace(opened, objective=objective)
-    own_objectives.probe(own, prepared, data)
+    prepared = dataclasses.replace(prepared, examples=own_objectives.probe(own, prepared, data))
     for domain in prepared.domains:
         own.check_documents(prepared.train[domain])
         own.check_documents(prepared.heldout[domain])

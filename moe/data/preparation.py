@@ -39,6 +39,7 @@ class Prepared:
     heldout: dict[str, Sequence[str]]
     versions: dict[str, str] = dataclasses.field(default_factory=dict)  # version of each domain's documents
     objective: Objective | None = None  # of the run; None: the one that the data section names
+    examples: str = ""  # digest of the first examples of a user's objective
     _unigram_counts: dict[str, np.ndarray] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
 

@@ -23,6 +23,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Float
 
+from moe.config import ConfigError
 from moe.parallel import target
 from moe.parallel.mesh import AXES, axis_of, axis_size, constrain
 from moe.parallel.partition_specs import REPLICATED, STORED, shardings
@@ -72,11 +73,11 @@ def spec_of(variable: nnx.Variable[Any], name: str = "a parameter") -> P:
     """PartitionSpec of a variable, in roles; without the stack's axis if the variable was sliced to one layer.
 
     Raises:
-        ValueError: it was made without one; the message contains ``name``.
+        ConfigError: it was made without one, or is a plain array; the message contains ``name``.
     """
-    entries = variable.get_metadata("spec", None)
+    entries = variable.get_metadata("spec", None) if isinstance(variable, nnx.Variable) else None
     if entries is None:
-        raise ValueError(f"{name}: made without a PartitionSpec; use moe.layers.parameter.parameter")
+        raise ConfigError(f"{name}: made without a PartitionSpec; use moe.layers.parameter.parameter")
     rank = variable.ndim
     return P(*(None,) * (rank - len(entries)), *entries[max(0, len(entries) - rank) :])
 
@@ -91,9 +92,8 @@ def parameter_specs(variables: nnx.State) -> dict[str, Any]:
     """PartitionSpecs of a model's variables on the mesh in context, as a nested dict.
 
     Raises:
-        ValueError: a variable was made without one.
+        ConfigError: a variable was made without one.
     """
-
     flat = nnx.to_flat_state(variables)
     return traverse_util.unflatten_dict({path: _storage(each, ".".join(map(str, path))) for path, each in flat})
 

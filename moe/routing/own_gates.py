@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 
 from moe.routing.carry import first_carry, of_tokens
 from moe.routing.interface import Gate, GateInputs
@@ -38,29 +39,46 @@ def probe(
     """
     columns = num_experts + null_experts
     for groups, size in shapes:
-        for rng in (None, jax.random.key(1)):
-            _probe(gate, num_experts, columns, groups, size, rng)
+        for train in (False, True):
+            _probe(gate, num_experts, columns, groups, size, train=train)
     if gate.generates:
         _probe_generation(gate, num_experts, columns)
 
 
-def _probe(gate: Gate, num_experts: int, columns: int, groups: int, size: int, rng: Array | None) -> None:
-    """Run a gate in training if there is a key, else in evaluation."""
-    name, tokens = f"gate {type(gate).__name__}", _tokens(gate, columns, groups, size, noisy=rng is not None)
+def one_device() -> Mesh:
+    """A mesh of one device, on which code that reads the mesh computes something else than on a larger one."""
+    return Mesh(np.asarray(jax.local_devices()[:1]), ("data",))
+
+
+def _probe(gate: Gate, num_experts: int, columns: int, groups: int, size: int, *, train: bool) -> None:
+    """Run a gate in training, with a key, or in evaluation."""
+    name = f"gate {type(gate).__name__}"
+
+    def traced() -> tuple[Any, _Tokens]:
+        apply = jax.jit(_applied(gate, columns, jax.random.key(1) if train else None))
+        return apply, _tokens(gate, columns, groups, size, noisy=train)
+
     with raised_as_errors(f"{name}: route"):
-        apply = _applied(gate, columns, rng)
-        compiled = jax.jit(apply)
+        compiled, tokens = traced()
         routing = compiled(tokens)
-        again = jax.jit(lambda tokens: apply(tokens))(tokens)  # traced anew: a gate that keeps a tracer fails now
+        with jax.set_mesh(one_device()):
+            anew, same_tokens = traced()
+            again = anew(same_tokens)  # a gate that keeps a tracer fails now
         others = []
-        if not gate.looks_ahead or (rng is None and gate.generates):
-            others = [compiled(_with_others(gate, tokens, scale)) for scale in (0.3, 3.0)]
-    _check_values(gate, num_experts, columns, routing, "training" if rng is not None else "evaluation")
-    same = "other experts or weights when it is called again: it must be a pure function that draws from inputs.rng"
-    _require_alike(f"{name}: route returns {same} alone", routing, again, np.ones((groups, size), bool))
+        if not gate.looks_ahead or (gate.generates and not train):
+            for kept, scale in ((_kept(groups, size, 0), 0.3), (_kept(groups, size, 1), 3.0)):
+                others.append((kept, compiled(_with_others(gate, tokens, kept, scale))))
+    _check_values(gate, num_experts, columns, routing, "training" if train else "evaluation")
+    same = "other experts or weights when it is called again, or on one device: it must be a pure function that draws"
+    _require_alike(
+        f"{name}: route returns {same} from inputs.rng alone and does not read the mesh",
+        routing,
+        again,
+        np.ones((groups, size), bool),
+    )
     alone = "of a token depend on other tokens: read its own numbers alone, or set looks_ahead = True in the gate"
-    for other in others:
-        _require_alike(f"{name}: the experts, weights or carry {alone}", routing, other, _kept(groups, size))
+    for kept, other in others:
+        _require_alike(f"{name}: the experts, weights or carry {alone}", routing, other, kept)
 
 
 def _probe_generation(gate: Gate, num_experts: int, columns: int) -> None:
@@ -101,15 +119,15 @@ def _tokens(gate: Gate, columns: int, groups: int, size: int, *, noisy: bool) ->
     }
 
 
-def _kept(groups: int, size: int) -> np.ndarray:
-    """Tokens [G,S] that :func:`_with_others` leaves: every second one of the first group."""
+def _kept(groups: int, size: int, first: int) -> np.ndarray:
+    """Tokens [G,S] to leave: every second one of the first group, with its first token or without."""
     kept = np.zeros((groups, size), bool)
-    kept[0, ::2] = True
+    kept[0, first::2] = True
     return kept
 
 
-def _with_others(gate: Gate, tokens: _Tokens, scale: float) -> _Tokens:
-    """The inputs with those of other tokens replaced: other logits, ids and documents, and some are padding."""
+def _with_others(gate: Gate, tokens: _Tokens, kept: np.ndarray, scale: float) -> _Tokens:
+    """The inputs with those of tokens that are not kept replaced: other logits, ids and documents, some are padding."""
     shape = tokens["mask"].shape
     keys = iter(jax.random.split(jax.random.key(2), 2 + len(jax.tree.leaves(tokens["carry"]))))
 
@@ -118,13 +136,12 @@ def _with_others(gate: Gate, tokens: _Tokens, scale: float) -> _Tokens:
 
     other = {
         "logits": drawn(jnp.zeros_like(tokens["logits"])),
-        "mask": (jnp.arange(shape[1]) % 4 != 3) & tokens["mask"] if gate.routes_by_logits else tokens["mask"],
+        "mask": (jnp.arange(shape[1]) % 4 < 2) & tokens["mask"] if gate.routes_by_logits else tokens["mask"],
         "noise_logits": None if tokens["noise_logits"] is None else drawn(tokens["noise_logits"]),
         "token_ids": tokens["token_ids"][::-1, ::-1],
         "segment_ids": tokens["segment_ids"] + 1,
         "carry": jax.tree.map(drawn, tokens["carry"]),
     }
-    kept = jnp.asarray(_kept(*shape))
     return jax.tree.map(lambda a, b: jnp.where(kept.reshape(*shape, *(1,) * (a.ndim - 2)), a, b), tokens, other)
 
 

@@ -14,6 +14,7 @@ from moe.routing.balancing import LayerReport, report
 from moe.routing.balancing_rules import BalancingRule
 from moe.routing.carry import first_carry, of_tokens
 from moe.routing.interface import Gate, GateInputs
+from moe.routing.own_gates import one_device
 from moe.routing.routing import route
 from moe.system.fields import ConfigError, raised_as_errors
 
@@ -43,11 +44,17 @@ def probe_rule(gate: Gate, num_experts: int) -> None:
         if penalty is not None and not (jnp.shape(penalty) == () and np.isfinite(penalty) and penalty >= 0):
             raise ConfigError(f"{name}: penalty returns {penalty}: must be a number of at least 0, or None")
         reports = _reports(gate, num_experts, state, bias)
-        found = [_next_states(rule, reports, gate.experts_per_token(num_experts)) for _ in range(2)]
+        k = gate.experts_per_token(num_experts)
+        found = [_next_states(rule, reports, k)]
+        with jax.set_mesh(one_device()):
+            found.append(_next_states(rule, jax.tree.map(jnp.asarray, jax.tree.map(np.asarray, reports)), k))
     for following in found[0]:
         _check_state(f"{name}: next_state", following, state, (2, num_experts))
     if not _alike(found[0], found[1]) or not _alike(state, rule.first_state(num_experts)):
-        raise ConfigError(f"{name}: it returns another state when it is called again: it must be pure functions")
+        raise ConfigError(
+            f"{name}: it returns another state when it is called again, or on one device: it must be pure functions "
+            "that do not read the mesh"
+        )
     if not _alike(*found[0]):
         raise ConfigError(
             f"{name}: next_state depends on which layers it is given together: read one layer's state and report, "
@@ -75,7 +82,7 @@ def _reports(gate: Gate, num_experts: int, state: Any, bias: Array | None) -> La
 def _next_states(rule: BalancingRule, reports: LayerReport, k: int) -> tuple[Any, Any]:
     """States of two layers after a step, updated together and one by one."""
     first = rule.first_state(reports.expert_load.shape[-1])
-    states = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), first)
+    states = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf + 0.1]), first)  # one layer's may differ from another's
     signal = rule.signal(reports, k)
     together = rule.next_state(jax.tree.map(jnp.copy, states), signal)
     alone = [

@@ -17,6 +17,7 @@ from jax.experimental import multihost_utils
 from moe.checkpoints.manager import complete_steps
 from moe.checkpoints.workdir import REPORT
 from moe.config import Config, ConfigError, to_dict
+from moe.config.user_code import user_code, user_modules
 from moe.data import pipeline
 from moe.system.reading import read_small_file
 from moe.system.sealed_folder import CONFIG
@@ -48,6 +49,23 @@ def refuse_other_inputs(config: Config, prepared: pipeline.Prepared) -> None:
         raise ConfigError(
             f"data.dataset={config.data.dataset!r}: process {other} has other documents, or another tokenizer, than "
             "process 0; copy them to all hosts"
+        )
+
+
+def refuse_other_code(config: Config, computed: dict[str, str]) -> None:
+    """Raise ConfigError unless the user's modules compute the same in all processes.
+
+    Args:
+        config: names the modules.
+        computed: of :meth:`moe.training.own_code.PureCode.computed`.
+    """
+    if jax.process_count() == 1 or not computed:
+        return
+    if (other := _differing_process(json.dumps([user_code(config), computed]))) is not None:
+        raise ConfigError(
+            f"{', '.join(sorted(user_modules(config)))}: the code computes something else in process {other} than in "
+            "process 0: copy it to all hosts, and let it read neither the process, its environment nor the order of a "
+            "set"
         )
 
 

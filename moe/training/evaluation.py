@@ -42,19 +42,19 @@ def load_heldout(program: Program, prepared: pipeline.Prepared) -> Heldout:
     """Load this process's rows of the held-out batches.
 
     Raises:
-        moe.config.ConfigError: the held-out text is shorter than one row, or a domain is called "all".
+        moe.config.ConfigError: the held-out text is shorter than one row or has no target, or a domain is called
+            "all".
     """
     check_domains(prepared)
     config = program.config
     rows = config.train.microbatch_rows * program.mesh.shape.get("pipeline", 1)
     local = local_rows(program.mesh, rows)
-    batches = {
-        domain: [
-            {key: value[local] for key, value in batch.items()}
-            for batch in pipeline.heldout_batches(prepared, config.data, domain=domain, batch_size=rows)
-        ]
-        for domain in prepared.domains
-    }
+    batches = {}
+    for domain in prepared.domains:
+        whole = list(pipeline.heldout_batches(prepared, config.data, domain=domain, batch_size=rows))
+        if not any((batch["targets"] >= 0).any() for batch in whole):
+            raise ConfigError(f"held-out text of {domain}: no token is a target, so that it has no loss")
+        batches[domain] = [{key: value[local] for key, value in batch.items()} for batch in whole]
     return Heldout(batches, token_bytes(program, prepared))
 
 

@@ -1,7 +1,8 @@
 """Checks of a user's gates, mixers, layers, objective and optimizer in the programs of a run.
 
 JAX calls Python once for each program and keeps what it traced: a rule that counts its calls, draws from NumPy or reads
-a file that changes is compiled as another rule in training, in evaluation and after a resume.
+a file that changes is compiled as another rule in training, in evaluation and after a resume. What a layer, a mixer or
+an objective computes from the mesh itself is not compared, since it may split the same function otherwise.
 """
 
 from __future__ import annotations
@@ -13,10 +14,13 @@ import re
 import traceback
 
 import jax
+import jax.core
 import numpy as np
 
-from moe.config import Config, ConfigError, to_dict
+from moe.checkpoints.workdir import FREE_FIELDS, flatten
+from moe.config import Config, ConfigError, MeshConfig, to_dict
 from moe.config.user_code import user_code, user_modules
+from moe.parallel.mesh import make_mesh
 from moe.system.fields import exits_as_errors
 from moe.training.step import Program
 
@@ -36,15 +40,27 @@ class PureCode:
         self._program, self._config = program, config
         self._text = _traced(program, config) if user_code(config) else ""
 
-    @property
-    def computed(self) -> dict[str, str]:
-        """Digests of what the programs compute, and of all else that decides their operations; empty without own
-        code."""
+    def computed(self, examples: str = "") -> dict[str, str]:
+        """Trace both for one device, so that runs on different meshes can be compared.
+
+        Args:
+            examples: digest of the first examples of a user's objective.
+
+        Returns:
+            Digests of what the programs and the objective compute, and of all else that decides it: settings and
+            versions. Empty without own code.
+        """
         if not self._text:
             return {}
-        versions = (jax.__version__, importlib.metadata.version("moe-jax"), jax.device_count(), jax.default_backend())
-        settings = json.dumps([to_dict(self._config), versions], sort_keys=True, default=str)
-        return {"computed": _digest(self._text), "under": _digest(settings)}
+        with jax.set_mesh(make_mesh(MeshConfig(data=1), jax.local_devices()[:1])):
+            text = _traced(self._program, self._config)
+        settings = flatten(to_dict(self._config))
+        for name in FREE_FIELDS:
+            if not name.startswith(("model.", "optimizer.")):
+                del settings[name]
+        versions = (jax.__version__, importlib.metadata.version("moe-jax"), jax.default_backend())
+        under = json.dumps([settings, versions], sort_keys=True, default=str)
+        return {"computed": _digest(text + examples), "under": _digest(under)}
 
     def check(self) -> None:
         """Trace both again, after the programs of the run were.
@@ -82,8 +98,13 @@ def _traced(program: Program, config: Config) -> str:
                 f"{_modules(config)}: the model calls back into Python ({name}), whose answers JAX may keep or ask "
                 "for any number of times: compute them with jax.numpy"
             )
-    constants = (np.asarray(constant) for jaxpr in traced for constant in jaxpr.consts)
-    return "\n".join([text, *(f"{array.dtype}{array.shape}{array.tobytes().hex()}" for array in constants)])
+    constants = [constant for jaxpr in traced for constant in jaxpr.consts]
+    if any(isinstance(constant, jax.core.Tracer) for constant in constants):
+        raise ConfigError(
+            f"{_modules(config)}: the model computes with an array that it kept of an earlier call: keep none"
+        )
+    arrays = map(np.asarray, constants)
+    return "\n".join([text, *(f"{array.dtype}{array.shape}{array.tobytes().hex()}" for array in arrays)])
 
 
 def _digest(text: str) -> str:

@@ -142,14 +142,19 @@ def _probe_layer(model: ModelConfig, gate: Gate) -> None:
         right = len(kinds) == 3 and kinds[1:] == [LayerReport, Routing]
         names = ", ".join("Array" if isinstance(part, Array) else type(part).__name__ for part in found)
         _require(right, where, f"its layer must return y, a LayerReport and a Routing, not {names}")
+        shape = list(jnp.shape(found[1].sparsity_penalty))
+        _require(
+            not shape, where, f"the sparsity_penalty that its layer reports must be a number, not an array {shape}"
+        )
         return found[0]
 
     y = output(x, ids, ones > 0)
     _require(bool(jnp.isfinite(y).all()), where, "the output of its layer is not finite")
-    mask = kept | (jnp.arange(_LENGTH) % 4 != 3)
-    changed = output(jnp.where(kept[..., None], x, other), jnp.where(kept, ids, ids[::-1, ::-1]), mask)
     alone = "the output of its layer for a token depends on other tokens, and the gate has no looks_ahead = True"
-    _require(_alike(changed[kept], y[kept]), where, alone)
+    for left in (kept, kept[::-1, ::-1]):  # of the first row, and of the last one without its first token
+        mask = left | (jnp.arange(_LENGTH) % 4 != 3)
+        changed = output(jnp.where(left[..., None], x, other), jnp.where(left, ids, ids[::-1, ::-1]), mask)
+        _require(_alike(changed[left], y[left]), where, alone)
 
 
 def _alike(one: Array, other: Array) -> bool:

@@ -32,7 +32,7 @@ from moe.models import flops
 from moe.parallel.mesh import local_rows
 from moe.system.metrics_files import METRICS, iterate_rows
 from moe.training import profiling, warm_start
-from moe.training.agreement import refuse_other_inputs, refuse_other_workdir
+from moe.training.agreement import refuse_other_code, refuse_other_inputs, refuse_other_workdir
 from moe.training.evaluation import check_domains, load_heldout
 from moe.training.loop import Start
 from moe.training.open_run import OpenRun
@@ -71,6 +71,8 @@ def start_run(
     program = make_program(config, run.mesh, teacher)
     probe_parts(config)
     own_code = PureCode(program, config)
+    computed = own_code.computed(prepared.examples)
+    refuse_other_code(config, computed)
     profiling.refuse_too_large(program, teacher and teacher[1])
     size = config.train.rows_read
     rows = local_rows(run.mesh, size)
@@ -107,9 +109,9 @@ def start_run(
             step, restored, saved = checkpoint
             state = restored if state is None else state.restored(restored)
             console.say(f"resuming {directory} at step {step} of {config.train.num_steps}")
-        changes = run.changes | other_values(own_code.computed, directory)
+        changes = run.changes | other_values(computed, directory)
         _apply_changes(config, changes, step, directory, console.say)
-        note_code(config, directory, own_code.computed)
+        note_code(config, directory, computed)
     assert state is not None  # made above, or restored
     heldout = functools.cache(lambda: load_heldout(program, prepared))  # at the first evaluation
     return Start(program, prepared, iterator, heldout, checkpoints, directory, step, state, saved, own_code)

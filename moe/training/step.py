@@ -136,12 +136,13 @@ def build(
         for key, (shape, dtype) in batch_shapes(config).items()
     }
 
-    def traced() -> tuple[Any, ...]:
-        teaching = () if teacher_variables is None else (teacher_variables,)
+    def traced() -> tuple[Any, ...]:  # without shardings, so that each mesh may be in context
+        given = (batch,) if teacher_variables is None else (batch, teacher_variables)
+        rows, *teaching = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), given)
         variables = jax.eval_shape(lambda state: state.variables, shapes)
         bytes_of_ids = jax.ShapeDtypeStruct((config.model.vocab_size,), jnp.int32)
-        trained = jax.make_jaxpr(functools.partial(train_step, parts))(shapes, batch, *teaching)
-        evaluated = jax.make_jaxpr(functools.partial(eval_step, parts.graphdef))(variables, batch, bytes_of_ids)
+        trained = jax.make_jaxpr(functools.partial(train_step, parts))(shapes, rows, *teaching)
+        evaluated = jax.make_jaxpr(functools.partial(eval_step, parts.graphdef))(variables, rows, bytes_of_ids)
         return trained, evaluated
 
     return Program(

@@ -170,6 +170,13 @@ def test_it_reads_trains_evaluates_reports_and_resumes(guide, tmp_path, capsys):
     assert evaluation.token_bytes(SimpleNamespace(config=config), prepared)[400:].tolist() == [0, 0, 0]
 
 
+def test_held_out_text_without_targets_is_refused(monkeypatch):
+    monkeypatch.setattr(pipeline, "heldout_batches", lambda *_, **__: iter([{"targets": np.full((8, 4), -1)}]))
+    program = SimpleNamespace(config=Config(), mesh=make_mesh(MeshConfig(), jax.devices()[:1]))
+    with pytest.raises(ConfigError, match="held-out text of stories: no token is a target"):
+        evaluation.load_heldout(program, SimpleNamespace(domains=["stories"]))
+
+
 def test_records_of_a_suite_name_it_and_its_code(guide):
     config = Config(data=DataConfig(objective=NAME))
     assert identity.canonical(config)["objective"] == NAME
@@ -209,6 +216,9 @@ COUNT = itertools.count(1)
             lambda self, row: row | {"tokens": np.roll(row["tokens"], next(COUNT))},
             "heldout_row: gives other arrays when it is called again",
         ),
+        ("row", lambda self, packed, padding: {}, "row raises TypeError: .*unexpected keyword argument 'pad_id'"),
+        ("row", lambda self, packed, *, pad_id: None, "row: must return a dictionary of NumPy arrays"),
+        ("heldout_row", lambda self, row: {"tokens": [1, 2]}, "heldout_row: must return a dictionary of NumPy arrays"),
         (
             "sentinel_ids",
             lambda tokenizer, count: np.array([700, 701, 702]),
@@ -224,6 +234,31 @@ def test_wrong_examples_are_refused_before_a_run(guide, tmp_path, monkeypatch, m
     data = DataConfig(objective=NAME, sequence_length=16)
     with pytest.raises(ConfigError, match=f"data.objective='{NAME}': {message}"):
         pipeline.prepare(data, 403, progress=lambda _: None)
+
+
+@pytest.mark.parametrize("method", ["examples", "row"])
+def test_examples_that_depend_on_the_process_are_noted(guide, monkeypatch, method):
+    """Python orders sets of texts otherwise in each process: a resumed run would read other rows unsaid."""
+    texts = _letters("abcdefghijklmnopqrstuvwxyz")
+    texts = dataclasses.replace(texts, tokenizer=type("Letters", (LetterTokenizer,), {"vocab_size": 400})())
+    monkeypatch.setattr(pipeline, "open_data", lambda *_: texts)
+
+    def examples(name=NAME):
+        data = DataConfig(objective=name, sequence_length=16)
+        return pipeline.prepare(data, 403, progress=lambda _: None).examples
+
+    before, original = examples(), getattr(guide.FillInTheMiddle, method)
+    assert before == examples()
+    assert examples("causal") == ""
+
+    def changed(self, *arguments, **named):
+        found = original(self, *arguments, **named)
+        for arrays in found if method == "examples" else [found]:
+            arrays["tokens"] = arrays["tokens"][::-1]
+        return found
+
+    monkeypatch.setattr(guide.FillInTheMiddle, method, changed)
+    assert examples() != before
 
 
 def test_a_loss_that_raises_is_named(guide, monkeypatch):

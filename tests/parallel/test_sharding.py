@@ -396,6 +396,9 @@ def test_a_variable_without_a_spec_is_refused():
     model.scale = nnx.Param(jnp.ones(3))
     with pytest.raises(ValueError, match=r"scale: made without a PartitionSpec; use .*\.parameter"):
         weights.parameter_specs(nnx.state(model))
+    model.scale = jnp.ones(3)
+    with pytest.raises(ConfigError, match="scale: made without a PartitionSpec"):
+        weights.parameter_specs(nnx.state(model))
     with pytest.raises(ValueError, match="an entry for each axis of a parameter of shape \\(3, 5\\)"):
         zeros((3, 5), P("tensor"))
 

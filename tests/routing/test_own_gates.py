@@ -5,6 +5,7 @@ import functools
 import importlib
 import itertools
 import json
+import math
 import re
 import shutil
 import signal
@@ -23,7 +24,17 @@ from jax.experimental import io_callback
 from moe.analysis import surgery
 from moe.checkpoints import noted_code
 from moe.checkpoints.parameters import read_biases
-from moe.config import Config, ConfigError, DataConfig, Losses, ModelConfig, MoEConfig, TrainConfig, references
+from moe.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    Losses,
+    MeshConfig,
+    ModelConfig,
+    MoEConfig,
+    TrainConfig,
+    references,
+)
 from moe.config.parse import from_config_dict
 from moe.config.registry import find_layer
 from moe.configs import base
@@ -49,8 +60,6 @@ from moe.training.train import train
 from tests import run_helpers
 from tests.helpers import outputs, set_moe
 from tests.tiny_text import build
-
-pytestmark = pytest.mark.usefixtures("uniform_parameters")
 
 MODULE = """
 import dataclasses
@@ -80,6 +89,14 @@ calls = []
 
 class Slots(Last):
     router = "slots"
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Table(Last):
+    table: object = dataclasses.field(default_factory=lambda: jnp.ones(2))
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Function(Last):
+    function: object = len
 
 class Half(Last):
     def experts_per_token(self, num_experts):
@@ -118,9 +135,15 @@ class Wrong(Gate):
             ),
             "padding": lambda: output._replace(weights=output.weights * jnp.mean(inputs.mask, axis=1)[:, None, None]),
             "batch": lambda: Last(k=2).route(router_logits - jnp.mean(router_logits, axis=0), inputs),
+            "first": lambda: output._replace(
+                weights=jnp.where(inputs.segment_ids[..., None] > 1, output.weights[:, :1], output.weights)
+            ),
             "before": lambda: Last(k=2).route(jnp.cumsum(router_logits, axis=1), inputs),
             "place": lambda: output._replace(
                 expert_index=(output.expert_index + jnp.arange(router_logits.shape[1])[:, None]) % 6
+            ),
+            "mesh": lambda: output._replace(
+                weights=output.weights / jax.sharding.get_abstract_mesh().shape.get("data", 1)
             ),
             "alone": lambda: output._replace(weights=output.weights / router_logits.shape[1]),
         }[self.what]()
@@ -167,6 +190,8 @@ def test_a_gate_and_a_layer_resolve(module):
         ("my_gates:number", "must be a Gate, not int"),
         ("my_gates:Slots", "its router='slots': must be one of linear, noisy, none"),
         ("my_gates:Half", r"its K=524288\.0: must be an integer"),
+        ("my_gates:Table", r"its table: must be a number, a text or a tuple of them, .* \(unhashable type"),
+        ("my_gates:Function", "its function: must be a number, a text or a tuple of them, which config.json can hold"),
         ("my_gates:", "must be module:object"),
         (":rule", "must be module:object"),
         ("my gates:rule", "must be module:object"),
@@ -204,12 +229,13 @@ GENERATED = "gives a token of a text that is generated other experts, weights or
         ("exits", r"route raises ImportError: it calls sys\.exit\(0\)"),
         ("probs", "probs must be finite and not negative"),
         ("three", "returns 3 experts a token, must be K = 2"),
-        ("counts", "route returns other experts or weights when it is called again: it must be a pure function"),
+        ("counts", "route returns other experts or weights when it is called again, or on one device: it must be a"),
         ("future", OTHERS),
         ("even", OTHERS),
         ("ids", OTHERS),
         ("padding", OTHERS),
         ("batch", OTHERS),
+        ("first", OTHERS),
         ("before", OTHERS),
         ("place", GENERATED),
         ("alone", GENERATED),
@@ -218,6 +244,17 @@ GENERATED = "gives a token of a text that is generated other experts, weights or
 def test_a_wrong_rule_is_refused_in_one_sentence(module, what, message):
     wrong = importlib.import_module("my_gates").Wrong(what=what)
     with pytest.raises(ConfigError, match=f"^gate Wrong: .*{message}"):
+        probe(wrong, 6)
+
+
+def test_a_rule_that_reads_the_mesh_is_refused(module):
+    """A run that is resumed on another mesh would follow another rule."""
+    wrong = importlib.import_module("my_gates").Wrong(what="mesh")
+    probe(wrong, 6)
+    with (
+        jax.set_mesh(make_mesh(MeshConfig(data=2), jax.devices()[:2])),
+        pytest.raises(ConfigError, match=r"^gate Wrong: route returns other .* or on one device: .* read the mesh$"),
+    ):
         probe(wrong, 6)
 
 
@@ -332,6 +369,11 @@ def moved(state, by):
         ("next_state", lambda self, state, report: moved(state, next(COUNT)), "it returns another state when it is"),
         (
             "next_state",
+            lambda self, state, report: jax.tree.map(lambda leaf: leaf - jnp.mean(leaf, 0, keepdims=True), state),
+            "next_state depends on which layers it is given together",
+        ),
+        (
+            "next_state",
             lambda self, state, report: moved(state, jnp.max(report.expert_load)),
             "next_state depends on which layers it is given together",
         ),
@@ -341,6 +383,20 @@ def test_a_wrong_rule_is_refused(guide, monkeypatch, name, method, message):
     monkeypatch.setattr(guide[0].Momentum, name, method)
     with pytest.raises(ConfigError, match=f"balancing rule Momentum: {re.escape(message)}"):
         probe_rule(find_layer("my_gates:Steered").gate, 4)
+
+
+def test_a_balancing_rule_that_reads_the_mesh_is_refused(guide, monkeypatch):
+    gate = find_layer("my_gates:Steered").gate
+    monkeypatch.setattr(
+        type(gate.balancing),
+        "next_state",
+        lambda self, state, report: moved(state, jax.sharding.get_abstract_mesh().size),
+    )
+    with (
+        jax.set_mesh(make_mesh(MeshConfig(data=2), jax.devices()[:2])),
+        pytest.raises(ConfigError, match=r"it returns another state .* or on one device: .* do not read the mesh$"),
+    ):
+        probe_rule(gate, 4)
 
 
 def test_a_gate_with_a_state_of_before_is_refused(guide, monkeypatch):
@@ -604,26 +660,68 @@ def test_code_that_is_traced_as_something_else_is_refused(tmp_path):
     elsewhere = types.SimpleNamespace(traced=functools.partial(jax.make_jaxpr(jnp.reshape), 1.0))
     with pytest.raises(ConfigError, match=r"tests\.routing\.test_own_gates: tracing the model with its code: TypeErr"):
         PureCode(elsewhere, config)
+    kept = []
+    jax.make_jaxpr(kept.append)(1.0)
+    refused(lambda x: x + kept[0], "computes with an array that it kept of an earlier call")
     refused(lambda x: x + [][0], rf"{re.escape(__file__)}, line \d+: IndexError: list index out of range")
     constants = types.SimpleNamespace(traced=lambda: (jax.make_jaxpr(lambda x: x + np.arange(9) * len(CHANGED))(1.0),))
     pure = PureCode(constants, config)
     folder = epath.Path(tmp_path)
-    assert not noted_code.other_values(pure.computed, folder)
-    noted_code.note_code(config, folder, pure.computed)
-    assert not noted_code.other_values(pure.computed, folder)
-    CHANGED.append(1)
-    later = PureCode(constants, config).computed  # as after a resume, with another file or environment
-    ((name, (old, new)),) = noted_code.other_values(later, folder).items()
-    assert (name, old, new) == ("what the user's modules compute", pure.computed["computed"], later["computed"])
+    first = pure.computed()
+    assert not noted_code.other_values(first, folder)
+    noted_code.note_code(config, folder, first)
+    assert not noted_code.other_values(first, folder)
     longer = dataclasses.replace(config, data=dataclasses.replace(config.data, sequence_length=8))
-    assert not noted_code.other_values(PureCode(constants, longer).computed, folder)  # other shapes, other operations
+    assert not noted_code.other_values(PureCode(constants, longer).computed(), folder)
+    CHANGED.append(1)
+    later = PureCode(constants, config).computed()  # as after a resume, with another file or environment
+    ((name, changed),) = noted_code.other_values(later, folder).items()
+    assert (name, changed) == ("what the user's modules compute", [first["computed"], later["computed"]])
+    ((name, _),) = noted_code.other_values(PureCode(constants, longer).computed(), folder).items()
+    assert name == "what the user's modules compute, as other settings or versions may"
     with pytest.raises(ConfigError, match="the model computes something else"):
         pure.check()
     CHANGED.clear()
 
 
+class PerDevice(Gate):
+    """Weights that the number of devices decides."""
+
+    k: int = 2
+
+    def route(self, router_logits, inputs):
+        values, index = top_k(router_logits, self.k)
+        return GateOutput(index, jax.nn.softmax(values, axis=-1) / jax.device_count())
+
+
+def test_a_gate_that_reads_the_devices_is_said_on_another_mesh(monkeypatch, tmp_path):
+    """Another mesh splits the same operations otherwise: what is compared is traced for one device."""
+    tree = tree_with(f"{__name__}:PerDevice")
+    tree.model.update({"vocab_size": 32, "d_model": 8, "num_layers": 1, "num_heads": 1, "num_kv_heads": 1})
+    folder = epath.Path(tmp_path)
+
+    def computed(**sizes):
+        tree.mesh.update(sizes)
+        config = from_config_dict(tree)
+        mesh = make_mesh(config.mesh, jax.devices()[: math.prod(sizes.values())])
+        with jax.set_mesh(mesh):
+            return config, PureCode(build_program(config, mesh), config).computed()
+
+    config, alone = computed(data=1, expert=1)
+    noted_code.note_code(config, folder, alone)
+    assert not noted_code.other_values(computed(data=2, expert=2)[1], folder)
+    monkeypatch.setattr(jax, "device_count", lambda: 2)
+    assert list(noted_code.other_values(computed(data=2, expert=2)[1], folder)) == ["what the user's modules compute"]
+
+
 @pytest.mark.parametrize(
-    "after", [lambda y, x: y + jnp.mean(y, axis=1, keepdims=True), lambda y, x: y - x[::-1], lambda y, x: y * jnp.nan]
+    "after",
+    [
+        lambda y, x: y + jnp.mean(y, axis=1, keepdims=True),
+        lambda y, x: y - x[::-1],
+        lambda y, x: y + jax.lax.cummax(x, 0),
+        lambda y, x: y * jnp.nan,
+    ],
 )
 def test_a_layer_that_reads_other_tokens_is_refused(guide, monkeypatch, after):
     layer = dataclasses.replace(find_layer("my_layers:Tempered"), num_experts=4, d_ff=8)
@@ -640,6 +738,21 @@ def test_a_layer_that_reads_other_tokens_is_refused(guide, monkeypatch, after):
     monkeypatch.setattr(guide[1].TemperedMoE, "__call__", lambda self, x, *_, **__: (x, None, None))
     with pytest.raises(ConfigError, match="its layer must return y, a LayerReport and a Routing, not Array, NoneType"):
         probe_parts(config)
+
+
+def test_a_layers_penalty_is_a_number(guide, monkeypatch):
+    """An array would be summed into the loss."""
+    layer = dataclasses.replace(find_layer("my_layers:Tempered"), num_experts=4, d_ff=8)
+
+    def call(self, x, mask=None, **options):
+        y, report, routing = MoELayer.__call__(self, x, mask, **options)
+        return y, dataclasses.replace(report, sparsity_penalty=jnp.ones(3)), routing
+
+    monkeypatch.setattr(guide[1].TemperedMoE, "__call__", call)
+    with pytest.raises(
+        ConfigError, match=r"sparsity_penalty that its layer reports must be a number, not an array \[3"
+    ):
+        probe_parts(Config(model=ModelConfig(vocab_size=32, d_model=8, num_layers=2, moe=layer)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from etils import epath
 
-from moe.config import Config, ConfigError, MeshConfig, TrainConfig
+from moe import NextToken
+from moe.config import Config, ConfigError, DataConfig, MeshConfig, TrainConfig
 from moe.config.objectives import find_objective
 from moe.data.preparation import Prepared
 from moe.models import flops
@@ -302,6 +303,10 @@ def test_a_pipeline_without_microbatches_is_refused_on_several_hosts(directory, 
         train(config, str(tmp_path / "run"), jax.devices()[:4], quiet=True)
 
 
+class Own(NextToken):
+    """An objective of a user's module."""
+
+
 @pytest.fixture
 def gathered(monkeypatch):
     """This process as one of two: (digests of process 0, whether this is process 1, which gathers both)."""
@@ -334,6 +339,18 @@ def test_processes_with_another_config_or_other_documents_are_refused(gathered):
         digests[:] = kept
         with pytest.raises(ConfigError, match=words):
             agreement.refuse_other_inputs(own, documents)
+
+
+def test_processes_whose_own_code_computes_something_else_are_refused(gathered):
+    digests, is_second = gathered
+    config = Config(data=DataConfig(objective=f"{__name__}:Own"))
+    agreement.refuse_other_code(config, {"computed": "1", "under": "2"})
+    agreement.refuse_other_code(config, {})  # without own code
+    (kept,), is_second[0] = list(digests), True
+    agreement.refuse_other_code(config, {"computed": "1", "under": "2"})
+    digests[:] = [kept]
+    with pytest.raises(ConfigError, match=r"tests\.training\.test_train: the code computes something else in pro"):
+        agreement.refuse_other_code(config, {"computed": "3", "under": "2"})
 
 
 @pytest.mark.parametrize("name", ["config.json", "report.txt"])
