@@ -81,6 +81,12 @@ def _of_capacity(rule: Rule) -> Iterator[Deviation]:
     yield Deviation("weights are renormalised over the assignments that were kept", {}, {"renormalises_kept": True})
 
 
+def _of_padding(layer: Layer) -> Iterator[Deviation]:
+    if layer.cotangent is not None and not layer.mask.all():
+        ignored = {"routes_padding": True, "computes_padding": True}
+        yield Deviation("the mask is ignored: padding has outputs, and their gradients count", variant=ignored)
+
+
 def _of_experts(rule: Rule, layer: Layer) -> Iterator[Deviation]:
     if layer.gate is not None:
         yield Deviation("gate and up projections are swapped", variant={"swapped": True})
@@ -138,6 +144,7 @@ def deviations(rule: Rule, layer: Layer, devices: tuple[int, ...]) -> list[Devia
         *_of_choices(rule, layer),
         *_of_weights(rule, layer),
         *_of_capacity(rule),
+        *_of_padding(layer),
         *_of_experts(rule, layer),
         *_of_losses(rule, layer, devices),
         *_of_gradients(rule),

@@ -37,7 +37,7 @@ class Decisions:
 
     Attributes:
         expert_index: [G,S,K], first choice first.
-        kept: [G,S,K] bool, of a real token and not dropped.
+        kept: [G,S,K] bool, of a token that is computed and not dropped.
     """
 
     expert_index: np.ndarray
@@ -73,7 +73,7 @@ def decide(rule: Rule, variant: Variant, layer: Layer) -> Decisions:
                 expert = index[g, s, choice]
                 kept[g, s, choice] = taken[expert] < limit
                 taken[expert] += 1
-    return Decisions(index, kept & layer.mask[..., None])
+    return Decisions(index, kept if variant.computes_padding else kept & layer.mask[..., None])
 
 
 def _choose(rule: Rule, variant: Variant, ranked: np.ndarray) -> list[int]:

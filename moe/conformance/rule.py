@@ -74,6 +74,7 @@ class Variant:
         capacity_without_k: C = factor · S / E.
         token_order: a token's second choice takes its place before the next token's first choice.
         routes_padding: padding takes capacity.
+        computes_padding: padding has outputs, whose gradients count.
         renormalises_kept: weights are divided by the sum over the assignments that were not dropped.
         router_gradient: through the weights: all, none, or with the denominator of the renormalisation as a constant.
         detached_input: x gets no gradient through the router.
@@ -100,6 +101,7 @@ class Variant:
     capacity_without_k: bool = False
     token_order: bool = False
     routes_padding: bool = False
+    computes_padding: bool = False
     renormalises_kept: bool = False
     router_gradient: Literal["all", "none", "constant denominator"] = "all"
     detached_input: bool = False

@@ -84,7 +84,7 @@ MUTANTS = {
     "capacity rounded down": (floor_capacity, "the capacity is rounded down"),
     "no capacity": (lambda w, x, m: ours(w, x, m, dispatch="dropless"), "nothing is dropped"),
     "one expert too many": (lambda w, x, m: ours(w, x, m, k=3), "3 experts per token instead of 2"),
-    "padding routed": (lambda w, x, m: ours(w, x, m, counted=jnp.ones_like(m)), "padding"),
+    "padding routed": (lambda w, x, m: ours(w, x, m, counted=jnp.ones_like(m)), "the mask is ignored"),
     "gate and up swapped": (with_weights(lambda w: {"gate": w["up"], "up": w["gate"]}), "projections are swapped"),
     "experts off by one": (
         with_weights(lambda w: {name: jnp.roll(w[name], 1, 0) for name in ("up", "gate", "down")}),
@@ -134,6 +134,18 @@ def test_output_of_one_wrong_token_is_decomposed_into_experts_and_weights():
     text = page(RULE, diagnose(RULE, LAYER, {"y": y}))
     weight = exact["combine"][0, token, first]
     assert f"token {token} of group 0: expert {first} with weight {weight + 0.5:.4g} instead of {weight:.4g}" in text
+
+
+def test_a_layer_without_a_mask_is_named():
+    """Its outputs of real tokens are right, and its gradients hold what padding's outputs add."""
+    rule = dataclasses.replace(RULE, capacity_factor=0.0)
+    exact = equations.compute(rule, Variant(), dataclasses.replace(LAYER, mask=np.ones_like(LAYER.mask)))
+    found = diagnose(rule, LAYER, {name: exact[name] for name in ("y", "z_loss", "grad_router", "grad_up", "grad_x")})
+    assert [check.quantity for check in found.checks if check.passes] == ["y"]
+    text = page(rule, found)
+    assert "the mask is ignored: padding has outputs" in text
+    assert "padding counts in the losses" in text
+    assert not found.unexplained, text
 
 
 def test_hand_computed_layer():
