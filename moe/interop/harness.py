@@ -66,6 +66,11 @@ class WorkdirLM(TemplateLM):
         if config.model.encoder_layers:
             raise ConfigError(f"--workdir={workdir}: an encoder-decoder; the harness takes decoder-only models")
         sampling.check_prompts(config.model, [[0]])
+        if kept := [gate for gate in config.model.moe.gates if gate.keeps_prompt]:
+            raise ConfigError(
+                f"--workdir={workdir}: {config.model.moe.field_of(kept[0])}={kept[0].name!r} chooses experts from the "
+                "prompt, and the harness takes models whose texts it can score whole"
+            )
         self._tokenizer = find_tokenizer(workdir)
         self._adds_bos = add_bos_token
         if add_bos_token and self._tokenizer.bos_id < 0:

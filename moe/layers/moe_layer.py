@@ -120,6 +120,7 @@ class MoELayer(nnx.Module):
         positions: Int[ArrayLike, "B T"] | None = None,
         segment_ids: Int[ArrayLike, "B T"] | None = None,
         carry: Any = None,
+        prompt: Any = None,
         routing: Routing | Choices | None = None,
         train: bool = False,
         rng: PRNGKeyArray | None = None,
@@ -133,6 +134,7 @@ class MoELayer(nnx.Module):
             positions: of the tokens in their texts, given when generating: no row's routing then depends on the others.
             segment_ids: the document of each token within its row, for gates that read it; 0 is padding.
             carry: pytree of [B,T,...] that the MoE layer below handed on; None: the gate's ``first_carry``.
+            prompt: what the gate keeps of the prompt before these tokens; None: nothing (``Gate.of_prompt``).
             routing: recorded routing to replay instead of asking the router, or choices, whose weights it recomputes.
             train: use the training capacity factor and expert dropout.
             rng: key of jitter, the gate's draws, random drops and expert dropout; None: deterministic.
@@ -147,6 +149,7 @@ class MoELayer(nnx.Module):
         if not isinstance(routing, Routing):
             logits, tokens = self._logits(tokens, keys)
             inputs = self._inputs(tokens, keys, train=train, expert_capacity=capacity)
+            inputs = dataclasses.replace(inputs, prompt=prompt)
             routing = route(self.gate, logits, inputs, replay=routing)
 
         def experts(rows: Array, routing: Routing) -> tuple[Array, Array]:

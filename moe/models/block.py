@@ -209,13 +209,15 @@ class Block(nnx.Module):
         rows: Rows,
         *,
         carry: Any = None,
+        prompt: Any = None,
         generating: bool = False,
         routing: Routing | Choices | None = None,
         train: bool = False,
         rng: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "B T D"], Record]:
         """The last part: x + FFN(norm(x)), without the experts' output where there is a shortcut; ``generating``: gates
-        that draw or count tokens do so by a token's position, so that no row depends on the others."""
+        that draw or count tokens do so by a token's position, so that no row depends on the others; ``prompt``: what
+        the gate keeps of the prompt."""
         h, drop = self.ffn_input(x), Dropout(self.dropout, rng if train else None)
         if not self.kind.sparse:
             y = self.dense(h, drop.at(Site.FFN_HIDDEN))
@@ -228,6 +230,7 @@ class Block(nnx.Module):
             positions=rows.positions if generating else None,
             segment_ids=rows.segment_ids,
             **({} if carry is None else {"carry": carry}),
+            **({} if prompt is None else {"prompt": prompt}),
             routing=routing,
             train=train,
             rng=rng,

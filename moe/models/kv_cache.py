@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +20,12 @@ from moe.layers.inputs import KEEP_ALL, Rows
 from moe.layers.mixers.interface import MixerLayer
 from moe.layers.mixers.table import layer_class
 from moe.layers.ngram_memory import NgramMemory
-from moe.models.block import Block, Stream
+from moe.models.block import Block, Record, Stream
 from moe.models.encoder_decoder import EncoderDecoder, encoder_rows
 from moe.models.factory import Model
 from moe.models.segments import LayerStates, create_states, join_moe_layers
 from moe.models.stack import Stack
+from moe.routing.interface import GateInputs
 from moe.routing.routing import Choices
 
 
@@ -42,8 +43,22 @@ class Encoded:
     mask: Array
 
 
-#: State of one layer (:class:`moe.layers.mixers.interface.MixerLayer`); with that of its memory if it has one.
+#: State of one layer (:class:`moe.layers.mixers.interface.MixerLayer`); with that of its memory if it has one, in a
+#: :class:`WithPrompt` if its gate keeps something of the prompt.
 Cache = Any
+
+
+class WithPrompt(NamedTuple):
+    """State of a layer whose gate keeps something of the prompt.
+
+    Attributes:
+        mixer: of its memory and mixer.
+        prompt: pytree of [L,B,...] (:meth:`moe.routing.interface.Gate.of_prompt`); None: before the prompt.
+    """
+
+    mixer: Cache
+    prompt: Any = None
+
 
 #: (mixer or memory, its input [B,T,D], its state) → (heads [B,T,N,H] or output [B,T,D], state)
 Mix = Callable[[MixerLayer | NgramMemory, Array, Cache], tuple[Array, Cache]]
@@ -67,7 +82,8 @@ def empty_layers(
     """The cache of equal layers, stacked over the repeats; ``length`` and ``ahead`` are those of :func:`empty`."""
     layer = layer_class(kind.mixer)
     state = layer.empty_state(config, kind.mixer, (repeats, rows), length, ahead=ahead)
-    return state if kind.memory is None else (state, NgramMemory.empty_state(config, (repeats, rows)))
+    state = state if kind.memory is None else (state, NgramMemory.empty_state(config, (repeats, rows)))
+    return WithPrompt(state) if kind.gate is not None and kind.gate.keeps_prompt else state
 
 
 def encode(model: EncoderDecoder, token_ids: Int[Array, "B U"], lengths: Int[Array, " B"]) -> Encoded:
@@ -191,7 +207,8 @@ def _run(
             query = cross.project_query(normalised, None)
             mask = jnp.broadcast_to(encoded.mask[:, None, None], (len(x), 1, x.shape[1], encoded.mask.shape[1]))
             x = x + cross.join(cross.attend_cached(query, *state[1], mask), normalised)
-        stream, record = stream.after(*block.feed_forward(x, rows, carry=stream.carry, generating=True))
+        x, record, cache = feed_forward(block, x, rows, cache, carry=stream.carry)
+        stream, record = stream.after(x, record)
         return stream, (cache, None if record.routing is None else record.routing.choices)
 
     decoder = _decoder(model)
@@ -202,6 +219,9 @@ def _run(
 
 def mixed(block: Block, x: Array, cache: Cache, mix: Mix) -> tuple[Array, Cache]:
     """x plus the outputs of a block's memory and mixer, and its cache."""
+    if isinstance(cache, WithPrompt):
+        x, own = mixed(block, x, cache.mixer, mix)
+        return x, cache._replace(mixer=own)
     memory = None
     if block.kind.memory is not None:
         cache, memory = cache
@@ -211,6 +231,21 @@ def mixed(block: Block, x: Array, cache: Cache, mix: Mix) -> tuple[Array, Cache]
     heads, cache = mix(block.token_mixer, h, cache)
     x = block.add_mixed(x, block.token_mixer.join(heads, h), KEEP_ALL)
     return x, cache if memory is None else (cache, memory)
+
+
+def feed_forward(block: Block, x: Array, rows: Rows, cache: Cache, *, carry: Any = None) -> tuple[Array, Record, Cache]:
+    """:meth:`moe.models.block.Block.feed_forward`, and the layer's cache, into which the first call puts what the gate
+    keeps of the prompt."""
+    if not isinstance(cache, WithPrompt):
+        return *block.feed_forward(x, rows, carry=carry, generating=True), cache
+    x, record = block.feed_forward(x, rows, carry=carry, prompt=cache.prompt, generating=True)
+    if cache.prompt is None:
+        gate, routing = block.kind.gate, record.routing
+        assert gate is not None
+        assert routing is not None
+        inputs = GateInputs((rows.segment_ids > 0) & ~routing.broken, segment_ids=rows.segment_ids)
+        cache = cache._replace(prompt=gate.of_prompt(routing.router_logits, inputs))
+    return x, record, cache
 
 
 def next_logits(model: Model, x: Float[Array, "B 1 D"]) -> Float[Array, "B V"]:

@@ -186,9 +186,11 @@ def check_tokens(config: ModelConfig, prompts: Sequence[Sequence[int] | np.ndarr
 def looks_ahead(config: ModelConfig) -> str:
     """Why the model cannot generate, or ""."""
     for gate in config.moe.gates:
+        where = f"{config.moe.field_of(gate)}={gate.name!r}"
         if not gate.generates:
-            where = f"{config.moe.field_of(gate)}={gate.name!r}"
             return f"{where}: routes by the other tokens of a group, which differ between generation and training"
+        if gate.keeps_prompt and config.encoder_layers:
+            return f"{where}: chooses experts from the prompt, and a decoder beside an encoder has none"
     return ""
 
 

@@ -186,5 +186,5 @@ def _predict(
     model: Transformer, layer: PredictionLayer, hidden: Array, rows: Rows, cache: Cache, mix: Mix
 ) -> tuple[Float[Array, "B T D"], Cache]:
     x, cache = kv_cache.mixed(layer.block, layer.join(hidden, model.embed(rows.token_ids)), cache, mix)
-    x, _ = layer.block.feed_forward(x, rows, generating=True)
+    x, _, cache = kv_cache.feed_forward(layer.block, x, rows, cache)
     return x, cache

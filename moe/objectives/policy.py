@@ -78,6 +78,9 @@ class Policy(NextToken):
             return
         allowed = "must be 'dropless' with data.objective='policy': rollouts drop no tokens"
         require(moe.dispatch == "dropless", "model.moe.dispatch", moe.dispatch, allowed)
+        for gate in moe.gates:
+            allowed = "must choose the same experts in rollouts, whose prompts decide them, as in training"
+            require(not gate.keeps_prompt, moe.field_of(gate), gate.name, allowed)
         numbered = not config.policy.replay or moe.num_experts + moe.null_experts <= MOST_RECORDED
         allowed = f"must be at most {MOST_RECORDED} with the experts without an FFN, or set policy.replay=False"
         require(numbered, "model.moe.num_experts", moe.num_experts, allowed)

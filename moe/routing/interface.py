@@ -46,6 +46,7 @@ class GateInputs:
         expert_index: [G,S,K] int32, recorded experts whose weights are to be recomputed; None: the gate chooses.
         carry: what the MoE layer below handed on, or in the lowest one the gate's ``first_carry``: a pytree of
             [G,S,...] float32; None: no gate of the model hands anything on.
+        prompt: what :meth:`Gate.of_prompt` returned, for tokens after a prompt; None: of others, and of other gates.
     """
 
     mask: Array
@@ -60,6 +61,7 @@ class GateInputs:
     segment_ids: Array | None = None
     expert_index: Array | None = None
     carry: Any = None
+    prompt: Any = None
 
 
 class GateOutput(NamedTuple):
@@ -187,6 +189,21 @@ class Gate:
         del num_experts
         return None
 
+    def of_prompt(self, router_logits: Array, inputs: GateInputs) -> Any:
+        """What generation keeps of prompts and gives to :meth:`route` for every token after them, so that a rule which
+        reads whole documents generates: a pytree of [G,...] arrays. A rule that overrides this keeps something.
+
+        Args:
+            router_logits: [G,S,E] float32; a group is a row, whose prompt starts in column 0.
+            inputs: the mask of the prompts' tokens and their ``segment_ids``.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no method of_prompt(router_logits, inputs)")
+
+    @property
+    def keeps_prompt(self) -> bool:
+        """Whether the experts of a token that is generated follow from what is kept of the prompt."""
+        return type(self).of_prompt is not Gate.of_prompt
+
     @property
     def routes_by_logits(self) -> bool:
         """Whether a router's logits decide to which experts a token goes."""
@@ -195,7 +212,7 @@ class Gate:
     @property
     def generates(self) -> bool:
         """Whether a token's experts can be known, outside training, without later tokens."""
-        return not self.looks_ahead or isinstance(self.balancing, Threshold)
+        return not self.looks_ahead or self.keeps_prompt or isinstance(self.balancing, Threshold)
 
 
 def pick(scores: Float[Array, "*batch E"], index: Int[Array, "*batch K"]) -> Float[Array, "*batch K"]:

@@ -310,8 +310,8 @@ class DocumentPools(TopK):
     tokens; weights are of the softmax over the pool (EMO 2026, arXiv 2605.06663, and its released code).
 
     In training the size of each document's pool is uniform from ``least_pool`` to ``most_pool``. A document is a run of
-    one ``GateInputs.segment_ids`` within a group, or the group where there are none. Deviation: the z-loss is of the
-    logits of all experts, not of the pool's.
+    one ``GateInputs.segment_ids`` within a group, or the group where there are none. Text is generated with the pool of
+    its prompt. Deviation: the z-loss is of the logits of all experts, not of the pool's.
     """
 
     looks_ahead: ClassVar[bool] = True
@@ -335,7 +335,17 @@ class DocumentPools(TopK):
         return max(self.k, math.ceil(share * num_experts))
 
     def route(self, router_logits: Float[Array, "G S E"], inputs: GateInputs) -> GateOutput:
-        """Choose and weigh within the pools. Without a key, pools have the size of evaluation."""
+        """Choose and weigh within the pools: those of the documents, or after a prompt that of the prompt."""
+        pool = self._pools(router_logits, inputs) if inputs.prompt is None else inputs.prompt[:, None]
+        pooled = jnp.where(pool, router_logits, -jnp.inf)
+        return self.select(pooled, inputs)._replace(probs=jax.nn.softmax(pooled, axis=-1))
+
+    def of_prompt(self, router_logits: Float[Array, "G S E"], inputs: GateInputs) -> Bool[Array, "G E"]:
+        """The pool of each prompt."""
+        return self._pools(router_logits, inputs)[:, 0]
+
+    def _pools(self, router_logits: Float[Array, "G S E"], inputs: GateInputs) -> Bool[Array, "G S E"]:
+        """Experts in the pool of each token's document. Without a key, pools have the size of evaluation."""
         first, last = documents(inputs)
         probs = jnp.where(inputs.mask[..., None], jax.nn.softmax(jax.lax.stop_gradient(router_logits), axis=-1), 0.0)
         # Sums of documents as differences of prefix sums, which are the same numbers for all tokens of a document.
@@ -348,8 +358,7 @@ class DocumentPools(TopK):
         if inputs.rng is not None:
             draws = jax.random.randint(inputs.rng, first.shape, least, most + 1)
             size = jnp.take_along_axis(draws, first, axis=1)
-        pooled = jnp.where(rank(stop - start) < size[..., None], router_logits, -jnp.inf)
-        return self.select(pooled, inputs)._replace(probs=jax.nn.softmax(pooled, axis=-1))
+        return rank(stop - start) < size[..., None]
 
 
 def documents(inputs: GateInputs) -> tuple[Int[Array, "G S"], Int[Array, "G S"]]:

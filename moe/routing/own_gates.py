@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from moe.routing.carry import first_carry, of_tokens
+from moe.routing.carry import describe, first_carry, of_tokens
 from moe.routing.interface import Gate, GateInputs
 from moe.routing.routing import Routing, checked_routing
 from moe.system.fields import ConfigError, raised_as_errors
@@ -65,7 +65,7 @@ def _probe(gate: Gate, num_experts: int, columns: int, groups: int, size: int, *
             anew, same_tokens = traced()
             again = anew(same_tokens)  # a gate that keeps a tracer fails now
         others = []
-        if not gate.looks_ahead or (gate.generates and not train):
+        if not gate.looks_ahead or (gate.generates and not gate.keeps_prompt and not train):
             for kept, scale in ((_kept(groups, size, 0), 0.3), (_kept(groups, size, 1), 3.0)):
                 others.append((kept, compiled(_with_others(gate, tokens, kept, scale))))
     _check_values(gate, num_experts, columns, routing, "training" if train else "evaluation")
@@ -88,6 +88,9 @@ def _probe_generation(gate: Gate, num_experts: int, columns: int) -> None:
     tokens["segment_ids"] = jnp.ones_like(tokens["segment_ids"])
     placed = tokens | {"positions": jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), (groups, size))}
     single = jax.tree.map(lambda leaf: leaf.reshape(-1, 1, *leaf.shape[2:])[::-1], placed)  # the last token first
+    if gate.keeps_prompt:
+        kept = _kept_of_prompt(gate, tokens)
+        single["prompt"] = jax.tree.map(lambda leaf: jnp.repeat(leaf, size, axis=0)[::-1], kept)
     with raised_as_errors(f"{name}: route"):
         evaluated, prompt, steps = (
             jax.jit(_applied(gate, columns, None))(inputs) for inputs in (tokens, placed, single)
@@ -99,11 +102,35 @@ def _probe_generation(gate: Gate, num_experts: int, columns: int) -> None:
     for routing in (prompt, by_row):
         _require_alike(
             f"{name}: route gives a token of a text that is generated other experts, weights or carry than in "
-            "evaluation: use the token's own numbers and inputs.positions, or set looks_ahead = True in the gate",
+            "evaluation: use the token's own numbers, inputs.positions and inputs.prompt, or set looks_ahead = True in "
+            "the gate",
             evaluated,
             routing,
             np.ones((groups, size), bool),
         )
+
+
+def _kept_of_prompt(gate: Gate, tokens: _Tokens) -> Any:
+    """What a gate keeps of these texts. Raises ConfigError if it is not one thing for each row, of its own tokens."""
+    name, (groups, size) = f"gate {type(gate).__name__}: of_prompt", tokens["mask"].shape
+
+    @jax.jit
+    def of_prompt(logits: Array, mask: Array) -> Any:
+        return gate.of_prompt(logits, GateInputs(mask, segment_ids=mask.astype(jnp.int32)))
+
+    logits, mask = tokens["logits"], tokens["mask"]
+    shorter = mask & (jnp.arange(size) < 4)
+    first = shorter & (jnp.arange(groups) == 0)[:, None]  # the prompt of the first row
+    other = jnp.where(first[..., None], logits, jax.random.normal(jax.random.key(3), logits.shape))
+    with raised_as_errors(name):
+        whole, one, two = of_prompt(logits, mask), of_prompt(logits, shorter), of_prompt(other, shorter)
+    leaves = jax.tree.leaves(whole)
+    if not leaves or any(jnp.shape(leaf)[:1] != (groups,) for leaf in leaves):
+        raise ConfigError(f"{name} returns {describe(whole)}: must be arrays whose first axis is the {groups} rows")
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
+        if not np.allclose(a[0], b[0], rtol=1e-5, atol=1e-7, equal_nan=True):
+            raise ConfigError(f"{name} depends on other rows or on padding: read the tokens of inputs.mask, row by row")
+    return whole
 
 
 def _tokens(gate: Gate, columns: int, groups: int, size: int, *, noisy: bool) -> _Tokens:

@@ -265,6 +265,17 @@ def test_a_score_of_a_gate_that_draws_does_not_depend_on_other_rows(tmp_path):
     np.testing.assert_allclose(beside[0], alone[0], rtol=1e-5)
 
 
+def test_pools_of_prompts_are_refused(tmp_path):
+    from moe.interop.harness import WorkdirLM
+
+    changes = {"model.moe.gate": "emo", "model.moe.accept_future_leak": True}
+    write_run(tmp_path / "run", tiny(tmp_path, **changes), {"none": np.zeros(1, np.float32)})
+    with pytest.raises(
+        ConfigError, match="gate='emo' chooses experts from the prompt, and the harness takes models whose"
+    ):
+        WorkdirLM(str(tmp_path / "run"))
+
+
 def test_a_prefix_lm_sees_the_context_in_both_directions(workdir, tmp_path):
     from moe.interop.harness import WorkdirLM
 
