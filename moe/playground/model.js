@@ -46,10 +46,10 @@ function hashes(id, experts) {
 }
 
 const RULES = {
-  // Top-k of the scores (+ selection bias), weighted by the scores.
-  topk(logits, { rule, k, bias }) {
+  // Top-k of the scores (+ selection bias), weighted by the scores; with a pool, of the logits within it.
+  topk(logits, { rule, k, bias, pool }) {
     return logits.map(of => {
-      const scores = SCORES[rule.score](of);
+      const scores = SCORES[rule.score](pool ? of.map((logit, i) => pool.has(i) ? logit : -Infinity) : of);
       const chosen = ranked(scores.map((score, i) => score + bias[i])).slice(0, k);
       const sum = rule.renormalise ? chosen.reduce((total, expert) => total + scores[expert], 1e-18) : 1;
       return chosen.map(expert => ({ expert, weight: scores[expert] / sum * rule.scale }));
@@ -75,7 +75,13 @@ const RULES = {
   },
 };
 
-// Assignments of every token: [{ expert, weight, kept }], first choice first.
+// The experts with the largest sums of the softmax over the text's tokens: a share of all, at least k.
+function poolOf(logits, share, k) {
+  const sums = logits.map(softmax).reduce((a, b) => a.map((sum, i) => sum + b[i]));
+  return new Set(ranked(sums).slice(0, Math.max(k, Math.ceil(share * sums.length))));
+}
+
+// Assignments of every token: [{ expert, weight, kept }], first choice first; and the pool of a rule that has one.
 //   logits: [T][E]; on: experts that may be used; settings: { rule, k, capacity: factor or 0, bias: [E], ids: [T] }.
 function route(logits, on, settings) {
   const tokens = logits.length, k = Math.min(settings.k, on.length);
@@ -83,7 +89,9 @@ function route(logits, on, settings) {
   // Without a capacity factor, an expert takes all tokens that choose it; expert choice then uses a factor of 1.
   const { kind } = settings.rule, factor = settings.capacity || (kind === "choice" ? 1 : Infinity);
   const capacity = expertCapacity(factor, kind === "all" ? on.length : k, tokens, on.length);
-  const found = RULES[kind](logits.map(of => on.map(expert => of[expert])), { ...settings, k, bias, capacity });
+  const own = logits.map(of => on.map(expert => of[expert]));
+  const pool = settings.rule.pool ? poolOf(own, settings.rule.pool, k) : null;
+  const found = RULES[kind](own, { ...settings, k, bias, capacity, pool });
   const columns = found[0].length;
   // Buffers are filled with all first choices in token order, then all second choices, and so on.
   const used = new Array(on.length).fill(0);
@@ -98,7 +106,7 @@ function route(logits, on, settings) {
   if (kind === "all" || kind === "choice") {
     for (const of of assignments) of.sort((a, b) => b.weight - a.weight || a.expert - b.expert);
   }
-  return { assignments, capacity };
+  return { assignments, capacity, pool: pool && on.filter((_, i) => pool.has(i)) };
 }
 
 // --- The model ---
@@ -210,7 +218,7 @@ class Model {
     }
     const on = [...Array(experts).keys()].filter(expert => !settings.off[layer]?.has(expert));
     const bias = this.tensors[`${layer}.bias`]?.values;
-    const { assignments, capacity } = route(logits, on, { ...settings, bias, ids });
+    const { assignments, capacity, pool } = route(logits, on, { ...settings, bias, ids });
     const y = this.tensors[`${layer}.shared.up`] ? this.ffn(x, `${layer}.shared`) : new Float32Array(x.length);
     for (const expert of on) {
       const sent = assignments.flatMap((of, token) => of.filter(
@@ -223,7 +231,7 @@ class Model {
         for (let i = 0; i < width; i++) y[token * width + i] += weight * out[row * width + i];
       });
     }
-    return { y, assignments, capacity };
+    return { y, assignments, capacity, pool };
   }
 
   // ids: the beginning of a text, then its tokens. settings: { rule, k, capacity, off: { layer: Set of experts } }.
@@ -241,9 +249,9 @@ class Model {
       add(this.attention(this.norm(x, `${layer}.attention_norm`), layer));
       const h = this.norm(x, `${layer}.ffn_norm`);
       if (!sparse) return add(this.ffn(h, `${layer}.dense`));
-      const { y, assignments, capacity } = this.moe(h, layer, ids, settings);
+      const { y, ...routed } = this.moe(h, layer, ids, settings);
       add(y);
-      routing.push({ layer, assignments, capacity });
+      routing.push({ layer, ...routed });
     });
     const logits = this.matmul(this.norm(x, "final_norm"), this.tensors.unembedding ? "unembedding" : "embedding");
     const size = this.config.vocab_size, losses = [];

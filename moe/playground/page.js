@@ -153,15 +153,19 @@ function showExperts() {
   const { off } = state.settings;
   [...byId("experts").rows].forEach((row, number) => {
     const layers = number ? [SPARSE[number - 1]] : SPARSE;
-    const of = number && state.result ? shares(state.result.routing[number - 1]) : null;
+    const routed = number && state.result ? state.result.routing[number - 1] : null, of = routed && shares(routed);
     [...row.querySelectorAll("button")].forEach((button, expert) => {
       const pressed = layers.every(layer => off[layer].has(expert));
       button.setAttribute("aria-pressed", pressed);
       button.textContent = of ? rounded(of[expert]) : expert;
-      const share = of ? `, ${percent(of[expert])} of assignments` : "";
-      button.setAttribute("aria-label", `switch expert ${expert} off in ${row.cells[0].textContent}${share}`);
+      const share = of ? `, ${percent(of[expert])} of assignments` : "", pooled = !!routed?.pool?.includes(expert);
+      button.classList.toggle("pooled", pooled);
+      button.setAttribute("aria-label", `switch expert ${expert} off in ${row.cells[0].textContent}${share}${pooled ? ", in the pool" : ""}`);
     });
   });
+  const pool = state.result?.routing[0].pool;
+  byId("pool").textContent = pool ? "A frame marks the text's pool in each layer: the experts with the largest sums of the " +
+    "softmax over its tokens. All of them, and those of a continuation, are routed within it." : "";
 }
 
 // --- Tokens ---

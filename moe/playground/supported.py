@@ -13,12 +13,13 @@ from moe.data.json_tokenizer import JsonTokenizer
 from moe.data.tokenizer import Tokenizer
 from moe.routing.gates import GShard, SampledTopK, STMoE, TopK
 from moe.routing.interface import Gate, Selecting
+from moe.routing.newer_gates import DocumentPools
 from moe.system.fields import facts_of
 
 #: Activations of model.js.
 _ACTIVATIONS = ("swiglu", "geglu", "reglu", "gelu", "relu")
 #: Gates whose rule model.js computes; a subclass may have another.
-_GATES = (TopK, GShard, SampledTopK, STMoE)
+_GATES = (TopK, GShard, SampledTopK, STMoE, DocumentPools)
 
 _BPE = 2  # of TrainerSpec.ModelType
 #: Types of pieces (ModelProto.SentencePiece.Type) as letters: normal, unknown, control, user-defined, byte.
@@ -67,8 +68,9 @@ def rules(gate: Selecting) -> list[dict[str, Any]]:
     def top_k(score: str, renormalise: bool, scale: float = 1.0, **more: Any) -> dict[str, Any]:
         return {"kind": "topk", "score": score, "renormalise": renormalise, "scale": scale, **more}
 
+    pool = {"pool": gate.pool} if isinstance(gate, DocumentPools) else {}  # share of the experts
     return [
-        {"name": f"as trained: {gate.name}", **top_k(gate.score, gate.renormalise, gate.scale, own=True)},
+        {"name": f"as trained: {gate.name}", **top_k(gate.score, gate.renormalise, gate.scale, own=True, **pool)},
         {"name": "Mixtral: top-k, softmax of the k logits", **top_k("softmax", True)},
         {"name": "Switch: top-k, softmax of all logits", **top_k("softmax", False)},
         {"name": "DeepSeek-V3: top-k, sigmoids divided by their sum", **top_k("sigmoid", True)},

@@ -16,6 +16,7 @@ from moe.config import Config, ConfigError, DataConfig, MeshConfig, TrainConfig
 from moe.data.tokenizer import train_tokenizer
 from moe.dispatch.buffers import layer_capacity, make_plan
 from moe.layers.router import SelectionBias
+from moe.models import sampling
 from moe.models.state import join
 from moe.parallel.mesh import make_mesh
 from moe.playground import packed as weights
@@ -188,6 +189,25 @@ def test_other_models_of_a_run(tmp_path, rng, overrides):
     settings = {"rule": 0, "k": packed.model.moe.experts_per_token, "capacity": 0, "off": []}
     found = in_browser(page.render(packed), tmp_path, rows, [settings])
     compare(found[0], in_python(packed.model, *weights.unpack(packed), rows), range(4))
+
+
+@pytest.mark.slow
+@needs_browser
+def test_a_text_has_its_pool_and_is_continued_in_it(tmp_path, rng):
+    """EMO: a text has one pool as a document and as a prompt, so the likeliest token is generation's."""
+    packed = pack(tiny_model(gate={"name": "emo", "k": 2, "pool": 0.6}, dispatch="dropless", accept_future_leak=True))
+    parameters, biases = weights.unpack(packed)
+    rows = rng.integers(0, 48, (4, 11)).astype(np.int32)
+    settings = [{"rule": 0, "k": 2, "capacity": 0, "off": off} for off in ([], [1])]
+    found = in_browser(page.render(packed), tmp_path, rows, settings)
+    compare(found[0], in_python(packed.model, parameters, biases, rows), range(4))
+    pools = [[layer["pool"] for layer in result["routing"]] for result in found[0]]
+    assert all(len(pool) == 3 for layers in pools for pool in layers)  # ceil(0.6 · 4)
+    assert len({str(layers) for layers in pools}) > 1
+    model, fewer, _ = surgery.prune(packed.model, parameters, biases, np.tile([0, 2, 3], (2, 1)))
+    compare(found[1], in_python(model, fewer, {}, rows), [0, 2, 3])  # ceil(0.6 · 3) = 2 of three experts
+    texts = sampling.sample(packed.model, join(parameters, biases), list(rows), 1, sampling.Sampling(temperature=0))
+    assert [result["next"][0]["id"] for result in found[0]] == [int(text[0]) for text in texts]
 
 
 def test_int8_rounding_and_the_round_trip_by_hand(tmp_path):

@@ -57,6 +57,11 @@ def test_a_rule_that_the_page_does_not_know_is_refused():
         supported.check(dataclasses.replace(model, moe=moe))
 
 
+def test_the_page_has_the_share_of_a_pool():
+    gate = supported.check(tiny_model(gate="emo", experts_per_token=2, dispatch="dropless", accept_future_leak=True))
+    assert [rule.get("pool") for rule in supported.rules(gate)] == [0.25, *[None] * 6]
+
+
 def test_groups_of_a_dropless_model_change_nothing():
     assert supported.check(tiny_model(dispatch="dropless", group_size=4)).name == "mixtral"
 
