@@ -31,7 +31,10 @@ from moe.parallel.mesh import make_mesh
 from moe.training.batches import place
 from moe.training.qk_clip import score_factor
 from moe.training.step import build
+from moe.training.train import train
 from tests.helpers import random_state, slow_case, tiny_model
+from tests.run_helpers import ONE as ONE_DEVICE
+from tests.run_helpers import SETTINGS, Interrupted, compile_once, interrupted, rows, state_of, tiny
 
 T = 8
 LATENT = MultiHeadLatent(heads=2, head_dim=5, rope_dim=2, value_dim=3, rank=4)
@@ -181,6 +184,23 @@ def _check(found: tuple[dict, dict], expected: tuple[dict, dict]) -> None:
         for name, values in one.items():
             if name != "cross_entropy":
                 np.testing.assert_allclose(values, other[name], atol=2e-5, err_msg=name)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_continued_writes_the_bytes_of_an_undisturbed_one(directory, tmp_path):
+    """Interrupted before step 4, it goes on from step 2; heads are clipped before and after."""
+    changes = {"optimizer.qk_clip": 0.02, "optimizer.ema_decay": 0.5, "train.num_steps": 5, "train.save_every": 2}
+    config, make_program = tiny(directory, **SETTINGS | changes), compile_once()
+    train(config, str(tmp_path / "whole"), ONE_DEVICE, make_program=make_program)
+    with interrupted(4), pytest.raises(Interrupted):
+        train(config, str(tmp_path / "run"), ONE_DEVICE, make_program=make_program)
+    train(config, str(tmp_path / "run"), ONE_DEVICE, make_program=make_program)
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+    assert all(row["clipped_heads"] > 0 for row in rows(tmp_path / "run", "train"))
+    program = make_program(config, make_mesh(ONE, ONE_DEVICE))
+    states = [state_of(program, tmp_path / name, 5) for name in ("run", "whole")]
+    for one, other in zip(*map(jax.tree.leaves, states), strict=True):
+        assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
 
 
 @pytest.mark.parametrize(
