@@ -148,8 +148,7 @@ class MoELayer(nnx.Module):
         self._check_replay(routing, tokens)
         if not isinstance(routing, Routing):
             logits, tokens = self._logits(tokens, keys)
-            inputs = self._inputs(tokens, keys, train=train, expert_capacity=capacity)
-            inputs = dataclasses.replace(inputs, prompt=prompt)
+            inputs = self._inputs(tokens, keys, prompt=prompt, train=train, expert_capacity=capacity)
             routing = route(self.gate, logits, inputs, replay=routing)
 
         def experts(rows: Array, routing: Routing) -> tuple[Array, Array]:
@@ -205,7 +204,9 @@ class MoELayer(nnx.Module):
         output = self.router(tokens.x, jitter=self.config.jitter, rng=keys.jitter, **carry)
         return (output[0], tokens._replace(carry=output[1])) if isinstance(output, tuple) else (output, tokens)
 
-    def _inputs(self, tokens: Tokens, keys: Keys, *, train: bool, expert_capacity: int = 0) -> GateInputs:
+    def _inputs(
+        self, tokens: Tokens, keys: Keys, *, prompt: Any = None, train: bool, expert_capacity: int = 0
+    ) -> GateInputs:
         """Inputs of the gate beside the logits."""
         router = self.router
         rule = self._rule
@@ -222,6 +223,7 @@ class MoELayer(nnx.Module):
             positions=tokens.positions,
             segment_ids=tokens.segment_ids,
             carry=tokens.carry,
+            prompt=prompt,
         )
 
     @property

@@ -56,6 +56,7 @@ class SoftMoE(MoELayer):
         positions: Int[ArrayLike, "B T"] | None = None,
         segment_ids: Int[ArrayLike, "B T"] | None = None,
         carry: Any = None,
+        prompt: Any = None,
         routing: Routing | Choices | None = None,
         train: bool = False,
         rng: PRNGKeyArray | None = None,
@@ -71,7 +72,8 @@ class SoftMoE(MoELayer):
             raise ValueError("a routing cannot be replayed by Soft MoE: its slots are not in it")
         tokens, keys = self._group(x, mask, token_ids, positions, segment_ids, carry=carry), Keys.split(rng)
         slot_logits, tokens = self._logits(tokens, keys)
-        routing = route(self.gate, expert_logits(slot_logits), self._inputs(tokens, keys, train=train))
+        inputs = self._inputs(tokens, keys, prompt=prompt, train=train)
+        routing = route(self.gate, expert_logits(slot_logits), inputs)
         weights = slot_weights(slot_logits, tokens.mask & ~routing.broken)
 
         def experts(rows: Array, routing: Routing) -> tuple[Array, Array]:
