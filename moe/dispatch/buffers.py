@@ -74,8 +74,10 @@ def plan_assignments(
     """
     _, tokens, choices = routing.chosen.shape
     if config.dispatch == "dropless":
-        exchange = config.exchange_of(tokens, axis_size("expert"))
-        return routing, plan_in_chunks(routing, tokens * choices, exchange)
+        expert_devices = axis_size("expert")
+        if expert_devices == 1:
+            return routing, make_plan(routing, tokens * choices)
+        return routing, plan_in_chunks(routing, tokens * choices, config.exchange_of(tokens, expert_devices))
     # The order of assignments matters only if some can be dropped.
     drop_policy = config.drop_policy if capacity < tokens else "position"
     plan = make_plan(routing, capacity, drop_policy=drop_policy, rng=rng)
@@ -186,6 +188,11 @@ def overflow_to_next(routing: Routing, plan: BufferPlan) -> tuple[Routing, Buffe
     position = jnp.where(overflows, position, plan.position_in_expert)
     kept = plan.kept | (overflows & (position < plan.capacity))
     return routing, dataclasses.replace(plan, position_in_expert=position, kept=kept)
+
+
+def assignment_numbers(routing: Routing) -> Int[Array, "G S K"]:
+    """Number of each assignment in the batch."""
+    return jnp.arange(routing.expert_index.size, dtype=jnp.int32).reshape(routing.expert_index.shape)
 
 
 def load_per_group(routing: Routing, plan: BufferPlan) -> Int[Array, "G E"]:

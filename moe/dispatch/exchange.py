@@ -20,15 +20,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
-from moe.dispatch.backends import backend, cpu, grouped_ffn, whole_tiles
-from moe.dispatch.buffers import Tables, combine_rows, fill_rows, sum_rows, take_rows, weights_of_rows, with_inverse
+from moe.dispatch.backends import cpu, grouped_ffn, whole_tiles
+from moe.dispatch.buffers import Tables, fill_rows, take_rows, with_inverse
 from moe.dispatch.ffn import ExpertDropout, ExpertWeights
 from moe.dispatch.peers import Peers, Route
+from moe.dispatch.sorting import weighted_outputs
 from moe.parallel import target
-from moe.parallel.partition_specs import EXPERT_OUTPUTS
 
 #: Rows of an exchange round, as a multiple of a device's own.
 ROUND_SIZE = 5 / 4
@@ -43,7 +42,7 @@ LOAD_SCOPE = "expert_load"
 ROUTED_SCOPE = "tokens_to_experts"
 
 
-def weighted_outputs(
+def exchanged_outputs(
     x: Float[Array, "S D"],
     combine_weights: Float[Array, "S K"],
     tables: Tables,
@@ -51,38 +50,25 @@ def weighted_outputs(
     weights: ExpertWeights,
     peers: Peers,
 ) -> Float[Array, "S D"]:
-    """Each token's weighted sum of its experts' outputs, in float32.
+    """:func:`moe.dispatch.sorting.weighted_outputs` with experts on several devices.
 
     Args:
         x: this device's tokens.
-        combine_weights: of their assignments.
-        tables: of rows sorted by expert (:func:`moe.dispatch.buffers.index_tables`).
+        combine_weights, tables: of their assignments, as there.
         sizes: rows for each expert of the peers.
-        weights: of this device's experts; dropout, if any, holds the assignments' numbers in their order.
+        weights: of this device's experts.
         peers: the X devices that exchange rows.
     """
-    rows = fill_rows(x, *tables)
-    if weights.dropout is not None:
-        weights = weights.at(take_rows(weights.dropout.assignments.reshape(-1), tables[0]))
-    if not backend().SCALES_HIDDEN or (peers.size > 1 and weights.keeps_outputs):
-        outputs = _exchanged(rows, None, sizes, weights, peers)
-        return combine_rows(checkpoint_name(outputs, EXPERT_OUTPUTS), combine_weights, *tables)
-    # Combine weights are applied before the last matmul, so that the backward pass needs no outputs: for the gradients
-    # of the weights it would recompute and exchange them again. Where outputs are kept, that gradient is a smaller sum.
-    scale = weights_of_rows(combine_weights, *tables)
-    return sum_rows(_exchanged(rows, scale, sizes, weights, peers), *tables)
+    if peers.size == 1:
+        return weighted_outputs(x, combine_weights, tables, sizes, weights)
+    apply, keeps = functools.partial(_exchanged, peers), weights.keeps_outputs
+    return weighted_outputs(x, combine_weights, tables, sizes, weights, apply=apply, keeps_outputs=keeps)
 
 
 def _exchanged(
-    rows: Float[Array, "R D"],
-    scale: Float[Array, " R"] | None,
-    sizes: Int[Array, " E"],
-    weights: ExpertWeights,
-    peers: Peers,
+    peers: Peers, rows: Float[Array, "R D"], sizes: Int[Array, " E"], weights: ExpertWeights, scale: Array | None
 ) -> Float[Array, "R D"]:
-    """The experts' outputs for rows, times the rows' factors ``scale`` if given."""
-    if peers.size == 1:
-        return grouped_ffn(rows, sizes, weights, scale)
+    """The experts' outputs for rows, times the rows' factors ``scale`` [R] if given."""
     if not target.current().has_ragged_exchange:
         return _exchange_in_slots(rows, sizes, weights, peers)
     with jax.named_scope(LOAD_SCOPE):

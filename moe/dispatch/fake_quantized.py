@@ -8,6 +8,7 @@ here, and decode it to the same numbers, bit for bit.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 
 import jax
@@ -65,10 +66,15 @@ def fake_quantize(matrices: Float[Array, "E inputs outputs"], form: str) -> Floa
 
     Args:
         matrices: inputs are divisible by 32, which a config checks.
-        form: a value of ``model.fake_quantize``; none: they are returned as they are.
+        form: a key of :data:`ROUNDINGS`.
     """
-    if form == "none":
-        return matrices
     stopped = jax.lax.stop_gradient(matrices)
     blocks = stopped.reshape(len(matrices), -1, BLOCK, matrices.shape[-1])
     return _straight_through(matrices, ROUNDINGS[form](blocks).reshape(matrices.shape))
+
+
+@functools.cache
+def rounding(form: str) -> Callable[[Array], Array] | None:
+    """:func:`fake_quantize` in the form of ``model.fake_quantize``; None for none. The same object for equal forms, as
+    modules that hold it are compared."""
+    return None if form == "none" else functools.partial(fake_quantize, form=form)

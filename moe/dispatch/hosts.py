@@ -26,7 +26,7 @@ from jaxtyping import Float, Int
 from moe.dispatch import quantized
 from moe.dispatch.backends import whole_tiles
 from moe.dispatch.buffers import Tables, fill_rows, positions, sum_rows, take_rows, with_inverse
-from moe.dispatch.exchange import LOAD_SCOPE, ROUND_SIZE, ROUTED_SCOPE, further_rounds, weighted_outputs
+from moe.dispatch.exchange import LOAD_SCOPE, ROUND_SIZE, ROUTED_SCOPE, exchanged_outputs, further_rounds
 from moe.dispatch.ffn import ExpertWeights
 from moe.dispatch.peers import EVERYONE, Peers, Route
 from moe.parallel import target
@@ -272,7 +272,7 @@ def _window(size: int, peers: Peers, start: Array | int, operands: Any, index: A
     tables = jax.lax.optimization_barrier((assignment_of_row, jnp.where(inside, row_of_assignment - start, size)))
     sizes = jnp.diff(jnp.clip(ends, start, start + size), prepend=start)
     weights = dataclasses.replace(weights, dropout=dropout)
-    return weighted_outputs(slots, scale, tables, sizes, weights, peers)
+    return exchanged_outputs(slots, scale, tables, sizes, weights, peers)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

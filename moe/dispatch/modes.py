@@ -14,27 +14,24 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec as P
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
-from moe.config.exchange import AllGather, AllToAll
-from moe.dispatch.backends import backend, whole_tiles
+from moe.dispatch.backends import backend
 from moe.dispatch.buffers import (
     BufferPlan,
+    assignment_numbers,
     combine_rows,
     fill_rows,
     index_tables,
     load_per_group,
     take_rows,
 )
-from moe.dispatch.exchange import weighted_outputs
 from moe.dispatch.ffn import ExpertWeights, batched_ffn
-from moe.dispatch.hosts import Assignments, apply_by_host, apply_to_gathered
-from moe.dispatch.peers import EVERYONE
+from moe.dispatch.on_mesh import by_sorting_on_mesh
+from moe.dispatch.sorting import by_sorting
 from moe.parallel import partition_specs, target
-from moe.parallel.mesh import AXES, TOKEN_AXES, axis_of, axis_size, constrain, on_mesh
+from moe.parallel.mesh import AXES, TOKEN_AXES, axis_size, constrain
 from moe.parallel.partition_specs import EXPERT_OUTPUTS
-from moe.routing.interface import ROUTES
 from moe.routing.routing import Routing
 
 #: (x [G,S,D], routing, plan, weights) → y [G,S,D] float32: Σ_k weight·expert output, 0 for a dropped token.
@@ -53,11 +50,6 @@ def apply_in_buffers(expert_inputs: Float[Array, "E G C D"], weights: ExpertWeig
     outputs = batched_ffn(rows, weights.gathered(rows.dtype)).reshape(num_experts, groups, capacity, model_dim)
     outputs = constrain(outputs, partition_specs.EXPERT_SLOTS)
     return checkpoint_name(constrain(outputs, partition_specs.GROUPED_SLOTS), EXPERT_OUTPUTS)
-
-
-def _numbers(routing: Routing) -> Int[Array, "G S K"]:
-    """Number of each assignment in the batch."""
-    return jnp.arange(routing.expert_index.size, dtype=jnp.int32).reshape(routing.expert_index.shape)
 
 
 # --- By index into buffers -------------------------------------------------------------------------------------------
@@ -90,7 +82,7 @@ def by_index(
         lambda rows: rows.reshape(num_devices, plan.num_experts, num_rows, *rows.shape[2:]).swapaxes(0, 1),
     )
     if weights.dropout is not None:
-        numbers = _numbers(routing).reshape(num_devices, -1)
+        numbers = assignment_numbers(routing).reshape(num_devices, -1)
         weights = weights.at(buffers(jax.vmap(take_rows)(numbers, tables[0])))
     # [G,S,·] → [X,G/X·S,·]
     x = x.reshape(num_devices, -1, model_dim)
@@ -116,7 +108,7 @@ def by_one_hot(
     combine_weights = jnp.einsum("gske,gskc,gsk->gsec", expert, slot, routing.combine_weights, precision=_EXACT)
     if weights.dropout is not None:
         places = (expert.astype(jnp.int32), slot.astype(jnp.int32))
-        weights = weights.at(jnp.einsum("gske,gskc,gsk->egc", *places, _numbers(routing)))
+        weights = weights.at(jnp.einsum("gske,gskc,gsk->egc", *places, assignment_numbers(routing)))
     return mix(x, dispatch_mask, combine_weights, weights)
 
 
@@ -142,80 +134,7 @@ def mix(
     return jnp.einsum("gsec,egcd->gsd", combine_weights, outputs, precision=_EXACT, preferred_element_type=jnp.float32)
 
 
-# --- Sorted by expert ------------------------------------------------------------------------------------------------
-
-
-def by_sorting(
-    x: Float[Array, "G S D"], routing: Routing, plan: BufferPlan, weights: ExpertWeights
-) -> Float[Array, "G S D"]:
-    """Sort all kept assignments by expert, by counting, and give each expert exactly its rows; returns float32.
-
-    The cost of a row does not depend on the load of its expert, and assignments that are not kept have no row. On a
-    mesh every device sorts its own tokens and, where experts are split, sends each device the rows of its experts; a
-    plan in chunks does so for each chunk of the tokens, and XLA overlaps the exchange of one with the experts of
-    another.
-    """
-    if weights.dropout is not None:
-        weights = weights.at(_numbers(routing))
-    if axis_size(*AXES) == 1:
-        return _sort_and_apply(x, routing, plan, backend().pack(weights.gathered(x.dtype)))
-
-    def local(x: Array, routing: Routing, plan: BufferPlan, shards: ExpertWeights) -> Array:
-        weights, size = backend().pack_shards(shards), x.shape[1] // plan.exchange.chunks
-
-        def chunk(start: int) -> Array:
-            tokens = slice(start, start + size)
-            part = functools.partial(jax.tree.map, lambda array: array[:, tokens])
-            return _sort_and_apply(part(x), part(routing), part(plan), weights.part(tokens))
-
-        return jnp.concatenate([chunk(start) for start in range(0, x.shape[1], size)], axis=1)
-
-    groups = on_mesh(partition_specs.GROUPS)
-    stored = jax.tree.map(on_mesh, weights.specs(), is_leaf=lambda leaf: isinstance(leaf, P))
-    spread = jax.shard_map(local, in_specs=(groups, groups, groups, stored), out_specs=groups, check_vma=False)
-    return spread(x, routing, plan, weights.astype(x.dtype))
-
-
-def _sort_and_apply(
-    x: Float[Array, "G S D"], routing: Routing, plan: BufferPlan, weights: ExpertWeights
-) -> Float[Array, "G S D"]:
-    """One device's part of the experts, applied to its kept assignments."""
-    groups, tokens, _ = x.shape
-    match plan.exchange:
-        case AllGather():
-            flat, chosen = _assignments(x, routing, plan, weights)
-            return _summed(apply_to_gathered(flat, chosen, plan.num_experts, weights).reshape(x.shape))
-        case AllToAll(hosts=hosts) if hosts > 1:
-            flat, chosen = _assignments(x, routing, plan, weights)
-            return _summed(apply_by_host(flat, chosen, plan.num_experts, hosts, weights).reshape(x.shape))
-    load = load_per_group(routing, plan)
-    sizes = jnp.sum(load, axis=0)
-    num_rows = whole_tiles(min(routing.expert_index.size, plan.num_experts * groups * plan.capacity))
-    tables = index_tables(routing, plan, load, jnp.cumsum(sizes) - sizes, num_rows)
-    sizes, tables = checkpoint_name((sizes, tables), ROUTES)
-    # [G,S,·] → [G·S,·]
-    flat, combine_weights = (array.reshape(groups * tokens, -1) for array in (x, routing.combine_weights))
-    y = weighted_outputs(flat, combine_weights, tables, sizes, weights, EVERYONE)
-    return _summed(y.reshape(x.shape))
-
-
-def _assignments(
-    x: Float[Array, "G S D"], routing: Routing, plan: BufferPlan, weights: ExpertWeights
-) -> tuple[Float[Array, "N D"], Assignments]:
-    """Tokens of all groups and their assignments, for exchanges that send a token once."""
-    numbers = None if weights.dropout is None else weights.dropout.assignments
-    expert = jnp.where(plan.kept, routing.expert_index, plan.num_experts)
-    chosen = Assignments(expert, routing.combine_weights, numbers)
-    # [G,S,·] → [G·S,·]
-    return jax.tree.map(lambda array: array.reshape(-1, array.shape[-1]), (x, chosen))
-
-
-def _summed(y: Float[Array, "G S D"]) -> Float[Array, "G S D"]:
-    """Outputs of the whole hidden dim, which is split over ``tensor``: each device of that axis has a partial sum."""
-    return jax.lax.psum(y, axis_of("tensor")) if axis_size("tensor") > 1 else y
-
-
-#: Implementations on a mesh and on accelerators, by the value of ``model.moe.dispatch``.
+#: Implementations by the value of ``model.moe.dispatch``.
 _IMPLEMENTATIONS: dict[str, Implementation] = {"gather": by_index, "einsum": by_one_hot, "dropless": by_sorting}
 
 #: Values of ``model.moe.dispatch``.
@@ -225,20 +144,22 @@ _DESCRIPTIONS: dict[Implementation, str] = {
     by_index: "rows gathered by index into buffers",
     by_one_hot: "one-hot matmuls into buffers",
     by_sorting: "rows sorted by expert",
+    by_sorting_on_mesh: "rows sorted by expert",
 }
 
 
 def _implementation(mode: str) -> Implementation:
     """Implementation of a dispatch in the program being traced."""
-    if mode == "gather" and backend().SORTS_WITH_CAPACITY and axis_size(*AXES) == 1:
-        return by_sorting
-    return _IMPLEMENTATIONS[mode]
+    if axis_size(*AXES) > 1:
+        return by_sorting_on_mesh if mode == "dropless" else _IMPLEMENTATIONS[mode]
+    return by_sorting if mode == "gather" and backend().SORTS_WITH_CAPACITY else _IMPLEMENTATIONS[mode]
 
 
 def describe(mode: str) -> str:
     """Describe in words how the program being traced computes a dispatch."""
     chosen = _implementation(mode)
-    kernel = f"grouped FFN of {target.current().platform}" if chosen is by_sorting else "batched FFN"
+    sorts = chosen in (by_sorting, by_sorting_on_mesh)
+    kernel = f"grouped FFN of {target.current().platform}" if sorts else "batched FFN"
     limit = "without" if mode == "dropless" else "with"
     return f"{mode}: {limit} a capacity, {_DESCRIPTIONS[chosen]}, {kernel}"
 

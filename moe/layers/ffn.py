@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from moe.config import ModelConfig
 from moe.dispatch import quantized
-from moe.dispatch.fake_quantized import fake_quantize
+from moe.dispatch.fake_quantized import rounding
 from moe.dispatch.ffn import GATED_ACTIVATIONS, ExpertWeights, activate
 from moe.layers.inputs import KEEP_ALL, Dropout
 from moe.layers.parameter import matrix, zeros
@@ -72,7 +72,7 @@ class Experts(nnx.Module):
         self.activation = config.activation
         self.precision = config.low_precision
         self.remat = config.remat
-        self.sent_precision, self.fake_quantize = config.sent_precision, config.fake_quantize
+        self.sent_precision, self.rounding = config.sent_precision, rounding(config.fake_quantize)
 
     def matrices(self, name: str) -> Array | None:
         """[E, inputs, outputs] of ``up``, ``gate`` or ``down``; None for an absent gate."""
@@ -83,7 +83,7 @@ class Experts(nnx.Module):
     def weights(self) -> ExpertWeights:
         """The parameters but ``down_bias``, as they are stored, or rounded to ``model.fake_quantize``."""
         up, gate, down = (
-            None if array is None else fake_quantize(array, self.fake_quantize)
+            array if array is None or self.rounding is None else self.rounding(array)
             for array in map(self.matrices, ("up", "gate", "down"))
         )
         assert up is not None
