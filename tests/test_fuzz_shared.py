@@ -17,8 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe.config import ConfigError
-from moe.conformance import evidence
-from moe.conformance.rule import Rule
+from moe.conformance import recorded
+from moe.conformance.judge import evidence
+from moe.conformance.judge.rule import Rule
 from moe.data import chat, chat_rendering, documents
 from moe.data.engines import EngineName, read_experts
 from moe.objectives.policy import Policy
@@ -147,7 +148,7 @@ def test_recorded_layers(data):
         if data.draw(st.integers(0, 3)) == 0:
             path.write_bytes(content[: data.draw(st.integers(0, len(content)))])
         with read_or_refused():
-            layer, _ = evidence.read(str(path))
+            layer, _ = recorded.read(str(path))
             assert all(np.isfinite(array).all() for array in layer.weights.values())
 
 

@@ -48,10 +48,20 @@ _EXAMPLE = "moe.conformance.example:layer"
 
 def main() -> None:
     """Parse flags, compare and print; exit with 1 where the layer does not conform."""
+    from moe.conformance.judge.errors import InputError
+
+    try:
+        _judge()
+    except InputError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _judge() -> None:
     from moe.config.references import import_object
-    from moe.conformance import evidence
-    from moe.conformance.diagnosis import diagnose, page
-    from moe.conformance.rule import Activation, Rule, Score
+    from moe.conformance import recorded
+    from moe.conformance.judge import evidence
+    from moe.conformance.judge.diagnosis import diagnose, page
+    from moe.conformance.judge.rule import Activation, Rule, Score
 
     cli.only_with(_SUITE.value is not None, "is read only with --suite", _OUT, _LIBRARIES, _ENVIRONMENTS, _REPRODUCE)
     if _SUITE.value is not None:
@@ -79,7 +89,7 @@ def main() -> None:
     cli.only_with(_GROUPS.value > 1, "is read only with --groups above 1", _KEPT, _SCORES)
     conforms = True
     if _NPZ.value is not None:
-        runs = [("", *evidence.read(str(_NPZ.value)))]
+        runs = [("", *recorded.read(str(_NPZ.value)))]
     else:
         if _LAYER.value is None:
             print(f"--layer={_EXAMPLE}, a layer to replace by yours\n")
@@ -87,7 +97,7 @@ def main() -> None:
         layer = evidence.random_layer(rule, num_experts=_EXPERTS.value)
         runs = [("", layer, evidence.run(function, rule, layer))]
         for sizes in _MESH.value:
-            runs.append((f"\nmesh {sizes}", layer, evidence.run(function, rule, layer, evidence.parse_mesh(sizes))))
+            runs.append((f"\nmesh {sizes}", layer, evidence.run(function, rule, layer, recorded.parse_mesh(sizes))))
     for name, layer, results in runs:
         diagnosis = diagnose(rule, layer, results, devices=devices, tolerance=_TOLERANCE.value)
         if name:

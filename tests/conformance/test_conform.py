@@ -16,9 +16,11 @@ from flax import nnx
 from moe import MoELayer
 from moe.config import Capacity, ConfigError
 from moe.config.registry import find_gate
-from moe.conformance import equations, evidence
-from moe.conformance.diagnosis import diagnose, page
-from moe.conformance.rule import Layer, Rule, Variant
+from moe.conformance import recorded
+from moe.conformance.judge import equations, evidence
+from moe.conformance.judge.diagnosis import diagnose, page
+from moe.conformance.judge.errors import InputError
+from moe.conformance.judge.rule import Layer, Rule, Variant
 from moe.dispatch import buffers
 from tests.helpers import slow_case
 
@@ -208,8 +210,8 @@ def test_npz_round_trip(tmp_path):
     exact = equations.compute(RULE, Variant(), LAYER)
     results = {name: exact[name] for name in ("y", "expert_index", "grad_router")}
     results["combine_weights"] = np.take_along_axis(exact["combine"], exact["expert_index"], -1)
-    evidence.write(tmp_path / "layer.npz", LAYER, results)
-    layer, read = evidence.read(str(tmp_path / "layer.npz"))
+    recorded.write(tmp_path / "layer.npz", LAYER, results)
+    layer, read = recorded.read(str(tmp_path / "layer.npz"))
     assert diagnose(RULE, layer, read).conforms
     for wrong, says in ((2 * read["combine_weights"], "2 times"), (read["combine_weights"][..., :1], "shape")):
         (check,) = diagnose(RULE, layer, {"combine_weights": wrong}).checks
@@ -244,20 +246,20 @@ def test_bad_files_are_refused(tmp_path, change, words):
     arrays = dict(LAYER.weights) | {"cotangent": LAYER.cotangent, "y": LAYER.x, "grad_router": LAYER.router} | change
     np.savez(tmp_path / "bad.npz", **{name: array for name, array in arrays.items() if array is not None})
     with pytest.raises(ConfigError, match=words):
-        evidence.read(str(tmp_path / "bad.npz"))
+        recorded.read(str(tmp_path / "bad.npz"))
 
 
 @pytest.mark.parametrize("experts", [99, -1, 0.5, np.nan])
 def test_choices_that_are_no_valid_expert_are_refused(experts):
     index = np.full((*LAYER.mask.shape, 2), experts)
-    with pytest.raises(ConfigError, match="expert_index must be whole numbers from 0 to"):
+    with pytest.raises(InputError, match="expert_index must be whole numbers from 0 to"):
         diagnose(RULE, LAYER, {"expert_index": index, "combine_weights": np.ones(index.shape)})
 
 
 def test_impossible_rules_are_refused():
-    with pytest.raises(ConfigError, match="k=5"):
+    with pytest.raises(InputError, match="k=5"):
         diagnose(dataclasses.replace(RULE, k=5), LAYER, {"y": LAYER.x})
-    with pytest.raises(ConfigError, match="groups=3"):
+    with pytest.raises(InputError, match="groups=3"):
         diagnose(dataclasses.replace(RULE, groups=3), LAYER, {"y": LAYER.x})
 
 
@@ -308,7 +310,7 @@ def test_the_recorder_of_the_guide_records_a_router_without_gradient(tmp_path, m
     scope["record"](
         lambda x: x * 1, x, tmp_path / "layer.npz", lambda _, get: {name: get(w) for name, w in weights.items()}
     )
-    layer, results = evidence.read(str(tmp_path / "layer.npz"))
+    layer, results = recorded.read(str(tmp_path / "layer.npz"))
     assert layer.router.shape == (3, 2)
     assert not results["grad_router"].any()
     assert results["grad_up"].shape == (2, 3, 4)

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from moe.conformance import evidence
-from moe.conformance.diagnosis import diagnose, page
-from moe.conformance.rule import Rule
+from moe.conformance.judge import evidence
+from moe.conformance.judge.diagnosis import diagnose, page
+from moe.conformance.judge.rule import Rule
 
 pytestmark = pytest.mark.transformers
 

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moe.conformance import evidence
-from moe.conformance.diagnosis import diagnose, page
-from moe.conformance.rule import Rule
+from moe.conformance import recorded
+from moe.conformance.judge import evidence
+from moe.conformance.judge.diagnosis import diagnose, page
+from moe.conformance.judge.rule import Rule
 
 pytestmark = pytest.mark.transformers
 
@@ -89,7 +90,7 @@ def test_blocks_of_transformers_conform(tmp_path):
     (code,) = re.findall(r"```python\n(import numpy as np, torch.*?)```", guide, re.DOTALL)
     exec(code, scope := {})
     scope["record"](_block("mixtral").float(), scope["torch"].from_numpy(LAYER.x).float(), tmp_path / "layer.npz")
-    found = diagnose(dataclasses.replace(RULE, balance_weight=0.0), *evidence.read(str(tmp_path / "layer.npz")))
+    found = diagnose(dataclasses.replace(RULE, balance_weight=0.0), *recorded.read(str(tmp_path / "layer.npz")))
     assert found.conforms
     assert {check.quantity for check in found.checks} >= {"y", "grad_router", "grad_x", "grad_gate", "grad_down"}
 

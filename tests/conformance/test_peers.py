@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 from moe.config import ConfigError
-from moe.conformance import equations
+from moe.conformance.judge import equations
+from moe.conformance.judge.rule import Layer, Rule, Variant
 from moe.conformance.peers import cases, environments, reproduction, scoreboard, suite
-from moe.conformance.rule import Layer, Rule, Variant
 
 CLAIMS = {
     "rule": {"renormalise": True},

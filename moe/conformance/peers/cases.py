@@ -8,8 +8,8 @@ from collections.abc import Callable
 import ml_dtypes
 import numpy as np
 
-from moe.conformance import evidence
-from moe.conformance.rule import GATED, Layer, Rule
+from moe.conformance.judge import evidence
+from moe.conformance.judge.rule import GATED, Layer, Rule
 
 #: E, D, F of every case.
 NUM_EXPERTS = 8

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from moe.conformance import equations
+from moe.conformance.judge import equations
+from moe.conformance.judge.rule import Layer, Variant
 from moe.conformance.peers.cases import BALANCE_WEIGHT, CASES, Case
 from moe.conformance.peers.environments import Environment
 from moe.conformance.peers.suite import TOLERANCE, WORKERS, Cell, Library, layer_of_claims, rule_of
-from moe.conformance.rule import Layer, Variant
 from moe.system.atomic_files import write_atomic
 from moe.system.npz_files import write_arrays
 

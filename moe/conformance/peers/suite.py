@@ -11,11 +11,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from moe.conformance import equations
-from moe.conformance.diagnosis import Check, diagnose
+from moe.conformance.judge import equations
+from moe.conformance.judge.diagnosis import Check, diagnose
+from moe.conformance.judge.rule import Layer, Rule, Variant
 from moe.conformance.peers.cases import BALANCE_WEIGHT, CASES, Z_WEIGHT, Case, layer_of
 from moe.conformance.peers.environments import Environment
-from moe.conformance.rule import Layer, Rule, Variant
 from moe.system.atomic_files import write_atomic
 from moe.system.npz_files import write_arrays
 
@@ -167,7 +167,7 @@ class Oracle:
         self._known: dict[tuple[Rule, Variant, str], dict[str, np.ndarray]] = {}
 
     def __call__(self, rule: Rule, variant: Variant, layer: Layer) -> dict[str, np.ndarray]:
-        """:func:`moe.conformance.equations.compute`."""
+        """:func:`moe.conformance.judge.equations.compute`."""
         key = rule, variant, layer.fingerprint
         if key not in self._known:
             self._known[key] = equations.compute(rule, variant, layer)

@@ -27,7 +27,7 @@ class Block:
     """One block of a library; subclasses are its adapters.
 
     Attributes:
-        rule: fields of moe.conformance.rule.Rule that the block claims, without k.
+        rule: fields of moe.conformance.judge.rule.Rule that the block claims, without k.
         bias: has a selection bias.
         biases: its products have biases.
         k: K of the cases that do not set it.

@@ -1,13 +1,11 @@
-"""Results of a layer: arrays of an npz file, or the run of a JAX function on random weights and inputs."""
+"""Results of a layer: arrays by name, as of an npz file, or the run of a JAX function on random weights and inputs."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import difflib
 import math
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,11 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from moe.config import ConfigError, MeshConfig
-from moe.conformance.diagnosis import QUANTITIES
-from moe.conformance.rule import GATED, Layer, Rule
-from moe.parallel.mesh import make_mesh, parse_sizes
-from moe.system.npz_files import read_arrays, write_arrays
+from .diagnosis import QUANTITIES
+from .errors import InputError
+from .rule import GATED, Layer, Rule
 
 BIASES = ("router_bias", "up_bias", "gate_bias", "down_bias")
 INPUTS = ("x", "mask", "router", "router_logits", "up", "gate", "gate_up", "down", "bias", "cotangent", *BIASES)
@@ -28,34 +24,34 @@ INPUTS = ("x", "mask", "router", "router_logits", "up", "gate", "gate_up", "down
 JaxLayer = Callable[[Mapping[str, jax.Array], jax.Array, jax.Array], Any]
 
 
-def read(path: str) -> tuple[Layer, dict[str, np.ndarray]]:
-    """Read a layer's weights, inputs and results from an npz file.
+def from_arrays(arrays: Mapping[str, np.ndarray], path: str) -> tuple[Layer, dict[str, np.ndarray]]:
+    """A layer's weights, inputs and results; ``path`` is their name in messages.
 
     Arrays: ``x`` [G,S,D] or [S,D], ``router`` [D,E] or ``router_logits`` [G,S,E], ``up`` and ``gate`` [E,D,F] (or
     ``gate_up`` [E,D,2F], the gate's half first), ``down`` [E,F,D]; optionally ``mask``, ``bias`` [E] and
-    ``cotangent``, and :data:`BIASES` of the products; and any of :data:`moe.conformance.diagnosis.QUANTITIES`.
+    ``cotangent``, and :data:`BIASES` of the products; and any of :data:`QUANTITIES`.
 
     Raises:
-        ConfigError: no such file, an array that is missing, unknown, or of a wrong shape.
+        InputError: an array that is missing, unknown, or of a wrong shape.
     """
-    arrays = read_arrays(path, f"--npz={path}")
+    arrays = dict(arrays)
     for name in arrays:
         if name not in (*INPUTS, *QUANTITIES):
             near = difflib.get_close_matches(name, (*INPUTS, *QUANTITIES), n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"{path}: unknown array {name!r}; known are {', '.join((*INPUTS, *QUANTITIES))}{hint}")
+            raise InputError(f"{path}: unknown array {name!r}; known are {', '.join((*INPUTS, *QUANTITIES))}{hint}")
     if "gate_up" in arrays:
         both = arrays.pop("gate_up")
         if both.ndim != 3 or both.shape[-1] % 2 or {"gate", "up"} & arrays.keys():
-            raise ConfigError(f"{path}: gate_up has the shape {both.shape}, not [E,D,2F], or stands beside gate or up")
+            raise InputError(f"{path}: gate_up has the shape {both.shape}, not [E,D,2F], or stands beside gate or up")
         arrays["gate"], arrays["up"] = np.split(both, 2, axis=-1)
     layer = _layer(path, {name: arrays[name] for name in arrays if name in INPUTS})
     results = {name: array for name, array in arrays.items() if name in QUANTITIES}
     if not results:
-        raise ConfigError(f"{path}: nothing to compare; give one of {', '.join(QUANTITIES)}")
+        raise InputError(f"{path}: nothing to compare; give one of {', '.join(QUANTITIES)}")
     gradients = [name for name in results if name.startswith("grad_")]
     if gradients and layer.cotangent is None:
-        raise ConfigError(f"{path}: {', '.join(gradients)} need the array 'cotangent', the gradient of the loss by y")
+        raise InputError(f"{path}: {', '.join(gradients)} need the array 'cotangent', the gradient of the loss by y")
     for name in ("y", "expert_index", "combine_weights", "grad_x"):
         if name in results:
             results[name] = _by_token(path, name, results[name], layer.mask.shape)
@@ -63,9 +59,9 @@ def read(path: str) -> tuple[Layer, dict[str, np.ndarray]]:
 
 
 def _by_token(path: str, name: str, array: np.ndarray, tokens: tuple[int, ...]) -> np.ndarray:
-    """Reshape an array [G,S,n] or [G·S,n] to [G,S,n]. Raises ConfigError for another shape."""
+    """Reshape an array [G,S,n] or [G·S,n] to [G,S,n]. Raises InputError for another shape."""
     if array.shape[:-1] not in (tokens, (math.prod(tokens),)):
-        raise ConfigError(f"{path}: {name} has the shape {array.shape}, for {tokens[0]} x {tokens[1]} tokens")
+        raise InputError(f"{path}: {name} has the shape {array.shape}, for {tokens[0]} x {tokens[1]} tokens")
     return array.reshape(*tokens, -1)
 
 
@@ -74,20 +70,20 @@ def _layer(path: str, arrays: dict[str, np.ndarray]) -> Layer:
     arrays = {name: np.asarray(array, np.float64) for name, array in arrays.items()}
     for name, array in arrays.items():
         if not np.isfinite(array).all():
-            raise ConfigError(f"{path}: {name} holds values that are not finite")
+            raise InputError(f"{path}: {name} holds values that are not finite")
     _check_shapes(path, arrays)
     x = arrays["x"].reshape(-1, *arrays["x"].shape[-2:])
     groups, tokens, d = x.shape
     mask = _by_token(path, "mask", arrays.get("mask", np.ones((groups, tokens)))[..., None], (groups, tokens))[..., 0]
     if not np.isin(mask, (0, 1)).all() or not mask.any():
-        raise ConfigError(f"{path}: mask must be 1 or True for real tokens, at least one, and 0 or False for others")
+        raise InputError(f"{path}: mask must be 1 or True for real tokens, at least one, and 0 or False for others")
 
     def optional(name: str, width: int) -> np.ndarray | None:
         if name not in arrays:
             return None
         array = _by_token(path, name, arrays[name], (groups, tokens))
         if array.shape[-1] != width:
-            raise ConfigError(f"{path}: {name} has the shape {arrays[name].shape}, not [...,{width}]")
+            raise InputError(f"{path}: {name} has the shape {arrays[name].shape}, not [...,{width}]")
         return array
 
     return Layer(
@@ -105,21 +101,21 @@ def _layer(path: str, arrays: dict[str, np.ndarray]) -> Layer:
 
 
 def _refuse_missing(path: str, arrays: dict[str, np.ndarray]) -> None:
-    """Raise ConfigError unless the weights and inputs, and one of the router and its logits, are there."""
+    """Raise InputError unless the weights and inputs, and one of the router and its logits, are there."""
     for name in ("x", "up", "down"):
         if name not in arrays:
-            raise ConfigError(f"{path}: the array {name!r} is missing")
+            raise InputError(f"{path}: the array {name!r} is missing")
     if "router" not in arrays and "router_logits" not in arrays:
-        raise ConfigError(f"{path}: the array 'router' [D,E] or 'router_logits' [G,S,E] is missing")
+        raise InputError(f"{path}: the array 'router' [D,E] or 'router_logits' [G,S,E] is missing")
     if "router" in arrays and "router_logits" in arrays:
-        raise ConfigError(f"{path}: has both 'router' and 'router_logits'; give only the one that the layer chose by")
+        raise InputError(f"{path}: has both 'router' and 'router_logits'; give only the one that the layer chose by")
 
 
 def _check_shapes(path: str, arrays: dict[str, np.ndarray]) -> None:
-    """Raise ConfigError unless D, E and F of the inputs and weights agree."""
+    """Raise InputError unless D, E and F of the inputs and weights agree."""
     for name, axes, expected in (("x", (2, 3), "[G,S,D] or [S,D]"), ("up", (3,), "[E,D,F]")):
         if arrays[name].ndim not in axes or not arrays[name].size:
-            raise ConfigError(f"{path}: {name} has the shape {arrays[name].shape}, not {expected}")
+            raise InputError(f"{path}: {name} has the shape {arrays[name].shape}, not {expected}")
     d, (num_experts, _, f) = arrays["x"].shape[-1], arrays["up"].shape
     shapes = {
         "router": (d, num_experts),
@@ -134,7 +130,7 @@ def _check_shapes(path: str, arrays: dict[str, np.ndarray]) -> None:
     }
     for name, shape in shapes.items():
         if name in arrays and arrays[name].shape != shape:
-            raise ConfigError(
+            raise InputError(
                 f"{path}: {name} has the shape {arrays[name].shape}, not {shape}: D {d}, E {num_experts}, F {f}"
             )
 
@@ -161,22 +157,6 @@ def random_layer(
     )
 
 
-def parse_mesh(sizes: str) -> Mesh:
-    """Mesh of axes such as ``data=2,expert=4``, over as many devices as their product.
-
-    Raises:
-        ConfigError: an unknown axis, no size, or more devices than there are.
-    """
-    config = MeshConfig(**{"data": 1, **parse_sizes(sizes.split(","))})
-    count = math.prod(dataclasses.astuple(config))
-    if count > jax.device_count():
-        raise ConfigError(
-            f"--mesh={sizes}: needs {count} devices, there are {jax.device_count()}; on a CPU set "
-            f"XLA_FLAGS=--xla_force_host_platform_device_count={count}"
-        )
-    return make_mesh(config, jax.devices()[:count])
-
-
 def run(function: JaxLayer, rule: Rule, layer: Layer, mesh: Mesh | None = None) -> dict[str, np.ndarray]:
     """Results of a JAX layer, its gradients included, in float32.
 
@@ -187,7 +167,7 @@ def run(function: JaxLayer, rule: Rule, layer: Layer, mesh: Mesh | None = None) 
         mesh: set while the layer is traced and run; None: none.
 
     Raises:
-        ConfigError: the function fails, or returns something other than y or (y, quantities).
+        InputError: the function fails, or returns something other than y or (y, quantities).
     """
     weights = {name: jnp.asarray(array, jnp.float32) for name, array in layer.weights.items() if name != "x"}
     x, mask = jnp.asarray(layer.x, jnp.float32), jnp.asarray(layer.mask)
@@ -207,17 +187,16 @@ def run(function: JaxLayer, rule: Rule, layer: Layer, mesh: Mesh | None = None) 
             gradients, results = differentiate(weights, x)
     except Exception as error:
         first = (str(error).splitlines() or [""])[0]
-        raise ConfigError(f"the layer cannot be run and differentiated: {type(error).__name__}: {first}") from error
+        raise InputError(f"the layer cannot be run and differentiated: {type(error).__name__}: {first}") from error
     unknown = sorted(set(results) - set(QUANTITIES))
     if unknown:
-        raise ConfigError(f"the layer returns {', '.join(unknown)}; known quantities are {', '.join(QUANTITIES)}")
+        raise InputError(f"the layer returns {', '.join(unknown)}; known quantities are {', '.join(QUANTITIES)}")
     results |= {"grad_x": gradients[1], **{f"grad_{name}": value for name, value in gradients[0].items()}}
     return {name: np.asarray(value, np.float64) for name, value in results.items()}
 
 
-def write(path: Path, layer: Layer, results: Mapping[str, np.ndarray]) -> None:
-    """Write a layer and its results as :func:`read` reads them."""
+def arrays_of(layer: Layer, results: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Arrays of a layer and its results as :func:`from_arrays` takes them."""
     arrays: dict[str, Any] = {**layer.weights, "mask": layer.mask, **results}
     optional = {"router_logits": layer.logits, "bias": layer.bias, "cotangent": layer.cotangent}
-    arrays |= {name: array for name, array in optional.items() if array is not None}
-    write_arrays(path, arrays)
+    return arrays | {name: array for name, array in optional.items() if array is not None}

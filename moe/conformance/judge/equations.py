@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe.conformance.rule import Activation, Layer, Rule, Score, Variant
+from .rule import Activation, Layer, Rule, Score, Variant
 
 _EXACT_GELU = functools.partial(jax.nn.gelu, approximate=False)
 #: JAX's GELU is the approximation by tanh; PyTorch's is exact, by erf.

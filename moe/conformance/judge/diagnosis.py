@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from moe.config import ConfigError
-from moe.conformance import equations
-from moe.conformance.deviations import Deviation, deviations, factors
-from moe.conformance.rule import Layer, Rule, Variant, check_rule
+from . import equations
+from .deviations import Deviation, deviations, factors
+from .errors import InputError
+from .rule import Layer, Rule, Variant, check_rule
 
 #: Quantities in the order in which a layer computes them; the first that differs is where to look.
 QUANTITIES = (
@@ -84,7 +84,7 @@ def diagnose(
         compute: the oracle; one that remembers its results saves time where many layers have one rule.
 
     Raises:
-        ConfigError: the rule does not fit E experts, or recorded choices are not among them.
+        InputError: the rule does not fit E experts, or recorded choices are not among them.
     """
     check_rule(rule, layer.num_experts)
     results = _checked(results, layer)
@@ -111,15 +111,15 @@ def diagnose(
 
 
 def _checked(results: Mapping[str, np.ndarray], layer: Layer) -> dict[str, np.ndarray]:
-    """Results with valid expert indices, those of padding set to 0. Raises ConfigError for invalid ones."""
+    """Results with valid expert indices, those of padding set to 0. Raises InputError for invalid ones."""
     if "expert_index" not in results:
         return dict(results)
     index, tokens = np.asarray(results["expert_index"], np.float64), layer.mask.shape
     if index.ndim != 3 or index.shape[:2] != tokens:
-        raise ConfigError(f"expert_index has the shape {index.shape}, for {tokens[0]} x {tokens[1]} tokens")
+        raise InputError(f"expert_index has the shape {index.shape}, for {tokens[0]} x {tokens[1]} tokens")
     index = np.where(layer.mask[..., None], index, 0)
     if not ((index == np.floor(index)) & (index >= 0) & (index < layer.num_experts)).all():
-        raise ConfigError(f"expert_index must be whole numbers from 0 to {layer.num_experts - 1}")
+        raise InputError(f"expert_index must be whole numbers from 0 to {layer.num_experts - 1}")
     return {**results, "expert_index": index.astype(int)}
 
 

@@ -10,8 +10,8 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from moe.conformance.equations import ACTIVATIONS
-from moe.conformance.rule import GATED, Layer, Rule, Variant
+from .equations import ACTIVATIONS
+from .rule import GATED, Layer, Rule, Variant
 
 
 @dataclasses.dataclass(frozen=True)

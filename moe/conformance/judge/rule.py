@@ -7,10 +7,10 @@ import functools
 import hashlib
 from typing import Literal
 
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 
-from moe.config import ConfigError
+from .errors import InputError
 
 Score = Literal["softmax", "sigmoid", "sqrt_softplus"]
 Activation = Literal["swiglu", "geglu", "geglu_exact", "gpt_oss", "relu", "relu2", "gelu", "gelu_exact"]
@@ -173,22 +173,20 @@ class Layer:
         bias = 0.0 if self.router_bias is None else self.router_bias
         if variant.router_dtype == "float32":
             return self.x @ self.router + bias
-        rounded = [array.astype(ml_dtypes.bfloat16).astype(np.float64) for array in (self.x, self.router)]
-        return (rounded[0] @ rounded[1] + bias).astype(ml_dtypes.bfloat16).astype(np.float64)
+        rounded = [array.astype(jnp.bfloat16).astype(np.float64) for array in (self.x, self.router)]
+        return (rounded[0] @ rounded[1] + bias).astype(jnp.bfloat16).astype(np.float64)
 
 
 def check_rule(rule: Rule, num_experts: int) -> None:
     """Refuse a rule that does not fit E experts.
 
     Raises:
-        ConfigError: groups that do not divide E, or more experts per token than may be chosen.
+        InputError: groups that do not divide E, or more experts per token than may be chosen.
     """
     if num_experts % rule.groups or not 1 <= rule.kept_groups <= rule.groups:
-        raise ConfigError(
+        raise InputError(
             f"groups={rule.groups}, kept_groups={rule.kept_groups}: groups must divide the {num_experts} experts, "
             "and a token keeps 1 to all of them"
         )
     if not 1 <= rule.k <= num_experts * rule.kept_groups // rule.groups:
-        raise ConfigError(
-            f"k={rule.k}: a token may choose from {num_experts * rule.kept_groups // rule.groups} experts"
-        )
+        raise InputError(f"k={rule.k}: a token may choose from {num_experts * rule.kept_groups // rule.groups} experts")
