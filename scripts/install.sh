@@ -15,7 +15,8 @@ for candidate in python3.13 python3.12 /usr/bin/python3.13 /usr/bin/python3.12 p
     fi
 done
 if [ -z "$python" ]; then
-    echo "install: no Python 3.12 or newer found. On Debian or Ubuntu: apt install python3 python3-venv" >&2
+    echo "install: no Python 3.12 or newer found. Debian 13, Ubuntu 24.04 or newer: apt install python3 python3-venv;" \
+        "elsewhere: uv python install 3.13" >&2
     exit 1
 fi
 
@@ -31,8 +32,14 @@ fi
 extras=
 [ "${1:-}" = dev ] && extras="[dev]"
 echo "install: $("$python" --version), this package$extras into .venv" >&2
-.venv/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e ".$extras" |
+rm -f .venv/failed
+{ .venv/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e ".$extras" || touch .venv/failed; } |
     awk '/^(Collecting|Downloading|Installing|Building)/ { print "install: " substr($0, 1, 72); fflush() }' >&2
+if [ -e .venv/failed ]; then
+    echo "install: pip failed, see above. Where it misses a compiler, use x86-64 or ARM Linux with glibc 2.28 or newer, or" \
+        "macOS on ARM: there all compiled dependencies are wheels, and none is needed" >&2
+    exit 1
+fi
 version=$(cd / && "$OLDPWD/.venv/bin/moe" --version) || {
     echo "install: .venv/bin/moe does not start; another package named moe may be in .venv. Remove .venv and try again" >&2
     exit 1

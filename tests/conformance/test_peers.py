@@ -115,6 +115,7 @@ def test_verdicts_and_page(tmp_path, monkeypatch):
     page = (tmp_path / "scoreboard.md").read_text()
     assert "4 blocks of 1 library," in page
     assert "| oracle 1 | 4 |" in page
+    assert "| library | blocks | routing | output |" in page
     assert ", 61 s; `conform.py`" in page
     assert "## Not checked, and why" in page
     assert "- detaches (grad tokens, grad router, up to" in page
@@ -225,39 +226,30 @@ def test_adapters_are_short():
     assert entries > 100
 
 
-#: Columns of the README's table → columns of the page.
-GROUPS = {
-    "routing": ("choice", "weights"),
-    "output": ("output",),
-    "gradients": ("grad tokens", "grad router", "grad experts"),
-    "K=1,empty,ties": ("K = 1", "empty expert", "ties", "negative bias"),
-    "losses": ("balance loss", "z-loss"),
-    "accumulation": ("accumulation",),
-    "router": ("router product",),
-}
-
-
-def test_the_table_of_the_readme_sums_up_the_page():
-    root = Path(__file__).parents[2]
-    page = (root / "docs" / "results" / "scoreboard.md").read_text()
+def test_the_summary_of_the_scoreboard_counts_its_tables():
+    page = (Path(__file__).parents[2] / "docs" / "results" / "scoreboard.md").read_text()
     blocks = {}
     for section in re.findall(r"^## (?!Control|Not)[^\n]*\n\n(.*?)(?=^## )", page, re.MULTILINE | re.DOTALL):
-        header, _, *rows = [[cell.strip() for cell in row] for row in _rows(section)]
+        header, _, *rows = _rows(section)
         blocks.setdefault(section.split()[0], []).extend(dict(zip(header, row, strict=True)) for row in rows)
     expected = {}
     for library, found in blocks.items():
         expected[library] = [str(len(found))]
-        for columns in GROUPS.values():
+        for columns in scoreboard.GROUPS.values():
             signs = [block[column].strip("*") for block in found for column in columns]
-            counts = [f"{signs.count(sign)}{sign}" for sign in ("=", "doc", "bf16", "≠", "!") if sign in signs]
-            expected[library].append("<br>".join(counts) or "·")
-    header, _, *rows = _rows((root / "README.md").read_text().split("scoreboard.md)")[1].split("\n## ")[0])
-    assert header == ["library", "blocks", *GROUPS]
+            counts = [f"{signs.count(sign)} {sign}" for sign in ("=", "doc", "≠", "bf16", "!") if sign in signs]
+            expected[library].append(", ".join(counts) or "·")
+    summary = page[page.index("| library | blocks | routing") :].partition("\n## ")[0]
+    header, _, *rows = _rows(summary)
+    assert header == ["library", "blocks", *scoreboard.GROUPS]
     assert {row[0]: row[1:] for row in rows} == expected
+    readme = " ".join((Path(__file__).parents[2] / "README.md").read_text().split())
+    assert f"compared {sum(map(len, blocks.values()))} MoE blocks of {len(blocks)} libraries" in readme
 
 
 def _rows(text):
-    return [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
 def test_own_layers_need_no_environment(tmp_path):

@@ -99,6 +99,16 @@ def test_every_interval_names_its_source(page):
     assert not missing, f"{page.name}: write the value behind {missing}"
 
 
+def test_the_decided_claims_at_switchs_scale_are_those_of_the_table():
+    rows = [
+        row for _, rows in tables((RESULTS / "claims.md").read_text()) for row in rows if row[0] in "49 50 51 52 53"
+    ]
+    decided = [row[0] for row in rows if row[2].strip("*") in ("supported", "contradicted")]
+    text = " ".join((RESULTS / "README.md").read_text().split())
+    assert f"(49 to 53; {' and '.join(decided)} are decided)" in text
+    assert text.index("claim 52") < text.index("claim 26") < text.index("claim 42.2")
+
+
 def test_losses_by_seed():
     """Both columns of every row, by the suites and the arm that its comment names."""
     text = (RESULTS / "README.md").read_text().partition("## Losses by seed")[2].partition("\n## ")[0]

@@ -22,6 +22,16 @@ SIGNS = {
     "raises": "**!**",
     "not applicable": "·",
 }
+#: Columns of the summary → columns of a library's table.
+GROUPS = {
+    "routing": ("choice", "weights"),
+    "output": ("output",),
+    "gradients": ("grad tokens", "grad router", "grad experts"),
+    "K = 1, empty, ties": ("K = 1", "empty expert", "ties", "negative bias"),
+    "losses": ("balance loss", "z-loss"),
+    "accumulation": ("accumulation",),
+    "router": ("router product",),
+}
 
 
 def write(
@@ -87,6 +97,7 @@ def page(libraries: Mapping[str, Mapping[str, Any]]) -> str:
         counts = [sum(cell.status == status for cell in cells) for status in SIGNS if status != "not applicable"]
         number = len({cell.block for cell in cells})
         lines.append(f"| {libraries[name]['version']} | {number} | {' | '.join(map(str, counts))} |")
+    lines += _summary([(libraries[cell.library]["version"].split()[0], cell) for cell in every])
     for name, cells in found.items():
         row = libraries[name]
         lines += [
@@ -104,6 +115,21 @@ def page(libraries: Mapping[str, Mapping[str, Any]]) -> str:
         if row.get("reproduced"):
             lines += ["", f"{reproduction.sentence(row['reproduced'])}."]
     return "\n".join([*lines, "", NOT_CHECKED.read_text()])
+
+
+def _summary(every: Sequence[tuple[str, Cell]]) -> list[str]:
+    """Counts of every kind of check by library, over all its blocks without controls."""
+    lines = ["", f"| library | blocks | {' | '.join(GROUPS)} |", f"|---|{'---|' * (len(GROUPS) + 1)}"]
+    for library in dict.fromkeys(name for name, _ in every):
+        cells = [cell for name, cell in every if name == library]
+        counts = []
+        for columns in GROUPS.values():
+            found = [cell.status for cell in cells if cell.column in columns]
+            shown = [f"{found.count(status)} {sign.strip('*')}" for status, sign in SIGNS.items() if status in found]
+            counts.append(", ".join(part for part in shown if not part.endswith("·")) or "·")
+        blocks = len({(cell.library, cell.block) for cell in cells})
+        lines.append(f"| {library} | {blocks} | {' | '.join(counts)} |")
+    return lines
 
 
 def _details(cells: Sequence[Cell]) -> list[str]:
