@@ -7,20 +7,18 @@ the report. Classes are imported when a config is made, since they use packages 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import pkgutil
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 
+from moe.config.guarded_objectives import FIELD, GUARDS
 from moe.config.references import import_named
-from moe.system.fields import check_fields, raised_as_errors
-
-#: Setting that names the objective.
-FIELD = "data.objective"
+from moe.system.fields import check_fields
+from moe.system.guarded import guard_methods
 
 #: Abilities that not every objective has: rows split over ``mesh.context``, layers over ``mesh.pipeline``, layers that
 #: predict later tokens (``model.prediction_layers``), and the playground's page.
@@ -67,6 +65,10 @@ class Objective:
 
     #: Name in configs, messages and records.
     name: str = ""
+
+    def __init_subclass__(cls, **further: Any) -> None:
+        super().__init_subclass__(**further)
+        guard_methods(cls, GUARDS)
 
     def __post_init__(self) -> None:
         check_fields(self, f"{FIELD}.")
@@ -182,18 +184,6 @@ class Objective:
     def show(self, prompt: Any, written: np.ndarray, tokenizer: Any) -> str:
         """Text of a prompt and of what the model wrote."""
         raise NotImplementedError
-
-
-def of_user(objective: Objective) -> bool:
-    """Whether an objective is of a user's module."""
-    return ":" in objective.name
-
-
-@contextlib.contextmanager
-def naming_objective(objective: Objective, method: str) -> Iterator[None]:
-    """Raise errors of a user's method as ConfigErrors that name it; those of the package stay as they are."""
-    with raised_as_errors(f"{FIELD}={objective.name!r}: {method}") if of_user(objective) else contextlib.nullcontext():
-        yield
 
 
 #: Name of each objective → its class.

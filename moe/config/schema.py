@@ -8,9 +8,10 @@ import operator
 from collections.abc import Mapping
 
 from moe.config import mixers
+from moe.config.guarded_objectives import FIELD
 from moe.config.layer_kinds import layer_kinds, require_ability, unread_settings
 from moe.config.model_section import ModelConfig
-from moe.config.objectives import FIELD, Objective, find_objective
+from moe.config.objectives import Objective, find_objective
 from moe.config.run_sections import (
     DataConfig,
     DistillConfig,

@@ -8,7 +8,8 @@ import itertools
 import numpy as np
 
 from moe.config import ConfigError, DataConfig
-from moe.config.objectives import FIELD, Arrays, Objective, naming_objective, of_user
+from moe.config.guarded_objectives import FIELD, naming_objective, of_user
+from moe.config.objectives import Arrays, Objective
 from moe.data.preparation import Prepared
 
 _DOCUMENTS = 8  # of each split of a domain

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import types
 from collections.abc import Mapping
@@ -30,9 +29,10 @@ from moe.parallel.parameters import gather_for_matmul
 from moe.routing import balancing
 from moe.routing.balancing_rules import BalancingRule, restored
 from moe.routing.carry import first_carry, of_tokens, regrouped
-from moe.routing.interface import Gate, GateInputs
-from moe.routing.routing import Choices, Routing, is_own, route
-from moe.system.fields import raised_as_errors
+from moe.routing.gate_values import GateInputs
+from moe.routing.guarded import named_in_errors
+from moe.routing.interface import Gate
+from moe.routing.routing import Choices, Routing, route
 
 
 class Keys(NamedTuple):
@@ -168,11 +168,7 @@ class MoELayer(nnx.Module):
         columns = columns if self.latent is None else self.latent.down[...].T @ columns
         matrices = self.experts.matrices("up" if self.experts.gate is None else "gate")
         assert matrices is not None
-        name = f"gate {type(self.gate).__name__}: parameter_loss"
-        with raised_as_errors(name) if is_own(self.gate) else contextlib.nullcontext():
-            loss = self.gate.parameter_loss(columns, matrices, rng)
-        if loss is not None and jnp.shape(loss):
-            raise ConfigError(f"{name} returns an array {list(jnp.shape(loss))}: must be a number or None")
+        loss = self.gate.parameter_loss(columns, matrices, rng)
         return report if loss is None else dataclasses.replace(report, sparsity_penalty=report.sparsity_penalty + loss)
 
     def _group(self, x: Array, mask: ArrayLike | None, *read: ArrayLike | None, carry: Any = None) -> Tokens:
@@ -188,9 +184,9 @@ class MoELayer(nnx.Module):
         # Zeroed, since a NaN in padding would reach others even through a weight or a gradient of 0.
         grouped = jnp.where(mask[..., None], grouped, 0)
         columns = (None if array is None else jnp.asarray(array).reshape(-1, size) for array in read)
-        if carry is None:
+        if carry is None and self.gate.hands_on:
             carry = of_tokens(first_carry([self.gate], self._num_columns), mask.shape)
-        return Tokens(grouped, mask, *columns, carry=regrouped(carry, mask.shape))
+        return Tokens(grouped, mask, *columns, carry=None if carry is None else regrouped(carry, mask.shape))
 
     @property
     def _num_columns(self) -> int:
@@ -340,9 +336,7 @@ def create_layer(config: ModelConfig, *, gate: Gate | None = None, rngs: nnx.Rng
     """Create the MoE layer for a model's gate, or for a layer's own gate; see :func:`layer_class`."""
     rule = config.moe.gate if gate is None else gate
     kind = MoELayer if rule is None else layer_class(rule)
-    if rule is None or not is_own(rule):
-        return kind(config, gate=gate, rngs=rngs)
-    with raised_as_errors(f"gate {rule.name}: its layer"):
+    with named_in_errors(rule, "its layer"):
         return kind(config, gate=gate, rngs=rngs)
 
 

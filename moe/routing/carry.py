@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from moe.routing.interface import Gate
-from moe.system.fields import ConfigError, raised_as_errors
+from moe.system.fields import ConfigError
 
 
 def first_carry(gates: Iterable[Gate], num_experts: int) -> Any:
@@ -25,8 +25,7 @@ def first_carry(gates: Iterable[Gate], num_experts: int) -> Any:
     """
     first, owner = None, ""
     for gate in gates:
-        with raised_as_errors(f"gate {gate.name}: first_carry"):
-            carry = jax.tree.map(jnp.asarray, gate.first_carry(num_experts))
+        carry = jax.tree.map(jnp.asarray, gate.first_carry(num_experts))
         if carry is None:
             continue
         if any(leaf.dtype != jnp.float32 for leaf in jax.tree.leaves(carry)):

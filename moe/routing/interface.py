@@ -1,10 +1,10 @@
-"""Interface of a gate: its inputs, output and base classes, and the selection that gates share."""
+"""Interface of a gate: its base classes, and the selection that gates share."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Bool, Float, Int
 
 from moe.routing.balancing_rules import BIAS_RULES, BalancingRule, BiasRule, Threshold
+from moe.routing.gate_values import GateInputs, GateOutput
+from moe.routing.guarded import GUARDS
 from moe.system.fields import check_fields, require, setting
+from moe.system.guarded import guard_methods
 
 #: ``jax.ad_checkpoint.checkpoint_name`` of indices of experts and rows, a few bytes per assignment.
 ROUTES = "routes"
@@ -24,66 +27,6 @@ RouterKind = Literal["linear", "noisy", "none"]
 BalanceScope = Literal["batch", "group", "sequence", "step"]
 BalanceCounts = Literal["assignments", "first_choice", "top_scores"]
 ScoreFunction = Literal["softmax", "sigmoid", "sqrt_softplus"]
-
-
-@dataclasses.dataclass(frozen=True)
-class GateInputs:
-    """Inputs of a gate in a call of the layer, besides the router logits.
-
-    Attributes:
-        mask: [G,S] bool, tokens to route: neither padding nor broken.
-        rng: key for the gate's random draws; None: deterministic, as in evaluation.
-        train: whether this is a training step.
-        expert_capacity: C, tokens per expert under expert choice; 0: ceil(K·S/E).
-        noise_logits: [G,S,E] float32, x·W_noise of noisy top-k; None: no noise.
-        selection_bias: [E] float32, added to the scores for selection only; None: zeros.
-        state: of the gate's balancing rule, a pytree of [E] float32 arrays; None: the gate has no rule.
-        token_ids: [G,S] int32, for gates that route by token id.
-        positions: [G,S] int32, position of each token in its text, given when generating: a rule that would draw, or
-            count tokens of the batch, uses them so that no row depends on the others; None: not generating.
-        segment_ids: [G,S] int32, document of each token within its row, from 1; 0: padding. A group may hold several
-            rows. None: a layer that was called without them.
-        expert_index: [G,S,K] int32, recorded experts whose weights are to be recomputed; None: the gate chooses.
-        carry: what the MoE layer below handed on, or in the lowest one the gate's ``first_carry``: a pytree of
-            [G,S,...] float32; None: no gate of the model hands anything on.
-        prompt: what :meth:`Gate.of_prompt` returned, for tokens after a prompt; None: of others, and of other gates.
-    """
-
-    mask: Array
-    rng: Array | None = None
-    train: bool = False
-    expert_capacity: int = 0
-    noise_logits: Array | None = None
-    selection_bias: Array | None = None
-    state: Any = None
-    token_ids: Array | None = None
-    positions: Array | None = None
-    segment_ids: Array | None = None
-    expert_index: Array | None = None
-    carry: Any = None
-    prompt: Any = None
-
-
-class GateOutput(NamedTuple):
-    """Assignments of a gate, before padding and broken tokens are masked out.
-
-    Attributes:
-        expert_index: [G,S,K] int32, first choice first.
-        weights: [G,S,K] float32.
-        accepted: [G,S,K] bool, False where the gate does not send the assignment; None: all are sent.
-        probs: [G,S,E] float32, probabilities for the balancing losses; None: softmax of the logits.
-        smooth_load: [G,S,E] float32, differentiable probability of being chosen; None: not defined by the gate.
-        needed_bias: [G,S,E] float32, selection bias above which the token goes to the expert; None: not needed.
-        carry: what is handed on to the MoE layer above, of the same shapes as ``GateInputs.carry``; None: that.
-    """
-
-    expert_index: Array
-    weights: Array
-    accepted: Array | None = None
-    probs: Array | None = None
-    smooth_load: Array | None = None
-    needed_bias: Array | None = None
-    carry: Any = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,6 +55,10 @@ class Gate:
 
     #: Name in configs, messages and records: that of the layer it was taken from, or module:class.
     name: str = ""
+
+    def __init_subclass__(cls, **further: Any) -> None:
+        super().__init_subclass__(**further)
+        guard_methods(cls, GUARDS)
 
     def __post_init__(self) -> None:
         if not self.name:
@@ -203,6 +150,11 @@ class Gate:
     def keeps_prompt(self) -> bool:
         """Whether the experts of a token that is generated follow from what is kept of the prompt."""
         return type(self).of_prompt is not Gate.of_prompt
+
+    @property
+    def hands_on(self) -> bool:
+        """Whether the router hands anything on to that of the next MoE layer."""
+        return type(self).first_carry is not Gate.first_carry
 
     @property
     def routes_by_logits(self) -> bool:

@@ -12,8 +12,10 @@ from jax import Array
 from jax.sharding import Mesh
 
 from moe.routing.carry import describe, first_carry, of_tokens
-from moe.routing.interface import Gate, GateInputs
-from moe.routing.routing import Routing, checked_routing
+from moe.routing.gate_values import GateInputs
+from moe.routing.guarded import check_output
+from moe.routing.interface import Gate
+from moe.routing.routing import Routing, assigned
 from moe.system.fields import ConfigError, raised_as_errors
 
 #: Inputs of the tokens of a probe: the logits, and fields of GateInputs.
@@ -181,7 +183,10 @@ def _applied(gate: Gate, columns: int, rng: Array | None) -> Any:
     def apply(tokens: _Tokens) -> Routing:
         fields = {name: value for name, value in tokens.items() if name != "logits"}
         inputs = GateInputs(rng=rng, train=rng is not None, selection_bias=bias, state=state, **fields)
-        return checked_routing(gate, tokens["logits"], inputs)
+        logits, finite = tokens["logits"], jnp.ones_like(inputs.mask)
+        # Not guarded: the guard would call tokens with wrong values broken, which are to be refused here.
+        output = check_output(gate, type(gate).route(gate, logits, inputs), logits)
+        return assigned(gate, output, logits, inputs.mask, finite, carry=inputs.carry)
 
     return apply
 

@@ -14,8 +14,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float
 
 from moe.routing.carry import handed_on
-from moe.routing.interface import ROUTES, Gate, GateInputs, GateOutput
-from moe.system.fields import LARGEST, ConfigError, raised_as_errors
+from moe.routing.gate_values import GateInputs, GateOutput
+from moe.routing.interface import ROUTES, Gate
+from moe.system.fields import LARGEST, ConfigError
 from moe.system.npz_files import read_arrays, write_arrays
 
 
@@ -47,7 +48,7 @@ class Routing:
         router_probs: [G,S,E] float32, softmax of the logits over E, or the gate's own probabilities.
         broken: [G,S] bool, real tokens with a NaN or infinite router or noise logit; they are not routed.
         smooth_load: [G,S,E] float32, differentiable probability of being chosen; None: not defined by the gate.
-        needed_bias: [G,S,E] float32, see :class:`moe.routing.interface.GateOutput`. A layer uses it and
+        needed_bias: [G,S,E] float32, see :class:`moe.routing.gate_values.GateOutput`. A layer uses it and
             ``smooth_load`` for its report and omits both from the routing that it returns.
         carry: pytree of [G,S,...] float32, what the router hands on to the MoE layer above, 0 for tokens that are not
             routed; None: nothing. A model omits it from the routing that it returns.
@@ -120,7 +121,7 @@ def route(
         replay: recorded experts to use instead of choosing; their weights are recomputed.
 
     Raises:
-        ConfigError: the gate returns something other than assignments of these tokens to these experts.
+        ConfigError: a user's gate returns something other than assignments of these tokens to these experts.
     """
     router_logits = router_logits.astype(jnp.float32)
     mask = inputs.mask
@@ -134,71 +135,24 @@ def route(
     valid = mask & finite
     recorded = None if replay is None else replay.expert_index
     inputs = dataclasses.replace(inputs, mask=valid, noise_logits=noise_logits, expert_index=recorded)
-    if not is_own(gate):
-        return _routing(gate, gate.route(router_logits, inputs), router_logits, mask, finite, replay, inputs.carry)
-    with raised_as_errors(f"gate {type(gate).__name__}: route"):
-        output = gate.route(router_logits, inputs)
-        routing = _routing(gate, output, router_logits, mask, finite, replay, inputs.carry)
-        return routing if replay is not None else _without_wrong_choices(routing, mask, inputs.selection_bias)
+    return assigned(gate, gate.route(router_logits, inputs), router_logits, mask, finite, replay, inputs.carry)
 
 
-def is_own(part: Gate | type[Any]) -> bool:
-    """Whether a gate, or a class of layers or mixers, is of a user's module."""
-    kind = part if isinstance(part, type) else type(part)
-    return kind.__module__.partition(".")[0] != "moe"
-
-
-def _without_wrong_choices(routing: Routing, mask: Array, selection_bias: Array | None) -> Routing:
-    """Call tokens broken that have an expert twice, one that does not exist, or a weight or probability that is
-    negative or not finite, and all of them if the selection bias is not finite: :func:`moe.routing.own_gates.probe`
-    sees few tokens, and these would be trained without a word."""
-    index, k = routing.expert_index, routing.expert_index.shape[-1]
-    ordered = jnp.sort(jnp.where(routing.chosen, index, -1 - jnp.arange(k)), axis=-1)
-    exists = (index >= 0) & (index < routing.router_logits.shape[-1])
-    weights = jnp.isfinite(routing.combine_weights) & (routing.combine_weights >= 0)
-    sound = jnp.all((exists & weights) | ~routing.chosen, axis=-1)
-    sound &= jnp.all(ordered[..., 1:] != ordered[..., :-1], axis=-1)
-    sound &= True if selection_bias is None else jnp.all(jnp.isfinite(selection_bias))
-    shares = {"router_probs": routing.router_probs, "smooth_load": routing.smooth_load}
-    shares = {name: share for name, share in shares.items() if share is not None}
-    for share in shares.values():
-        sound &= jnp.all(jnp.isfinite(share) & (share >= 0), axis=-1)
-    return dataclasses.replace(
-        routing,
-        **{name: jnp.where(sound[..., None], share, 0.0) for name, share in shares.items()},
-        chosen=routing.chosen & sound[..., None],
-        combine_weights=jnp.where(sound[..., None], routing.combine_weights, 0.0),
-        broken=routing.broken | (mask & ~sound),
-    )
-
-
-def checked_routing(gate: Gate, router_logits: Array, inputs: GateInputs) -> Routing:
-    """The routing of finite logits by a user's gate, whose output's types and shapes are checked, and no values.
-
-    Raises:
-        ConfigError: see :func:`route`.
-    """
-    output = gate.route(router_logits, inputs)
-    return _routing(gate, output, router_logits, inputs.mask, jnp.ones_like(inputs.mask), None, inputs.carry)
-
-
-def _routing(
+def assigned(
     gate: Gate,
-    output: Any,
+    output: GateOutput,
     router_logits: Array,
     mask: Array,
     finite: Array,
-    replay: Choices | None,
+    replay: Choices | None = None,
     carry: Any = None,
 ) -> Routing:
     """The routing of a gate's output, or of recorded choices with its weights; arguments are those of :func:`route`.
 
     Args:
-        output: of the gate, perhaps something else.
         finite: [G,S], tokens whose logits are finite.
         carry: that the gate read.
     """
-    _check_output(gate, output, router_logits)
     valid = mask & finite
     chosen = jnp.broadcast_to(valid[..., None], output.expert_index.shape)
     accepted, expert_index = output.accepted, output.expert_index
@@ -212,30 +166,8 @@ def _routing(
         chosen=chosen,
         router_logits=router_logits,
         router_probs=jax.nn.softmax(router_logits, axis=-1) if output.probs is None else output.probs,
-        broken=mask & ~finite,
+        broken=mask & (~finite if output.broken is None else ~finite | output.broken),
         smooth_load=output.smooth_load,
         needed_bias=output.needed_bias,
-        carry=handed_on(gate, carry, output.carry, valid),
+        carry=None if carry is output.carry is None else handed_on(gate, carry, output.carry, valid),
     )
-
-
-def _check_output(gate: Gate, output: object, router_logits: Array) -> None:
-    """Refuse outputs of wrong types, shapes or dtypes; values of indices and weights, which are known only at run time,
-    are checked by :func:`moe.routing.own_gates.probe` and :func:`_without_wrong_choices`."""
-    name = f"gate {type(gate).__name__}"
-    if not isinstance(output, GateOutput):
-        raise ConfigError(f"{name}: route must return a GateOutput, not {type(output).__name__}")
-    tokens, (shape, kind) = router_logits.shape[:2], (jnp.shape(output.expert_index), output.expert_index.dtype)
-    if len(shape) != 3 or shape[:2] != tokens or not jnp.issubdtype(kind, jnp.integer):
-        raise ConfigError(f"{name}: expert_index is {kind}{list(shape)}, must be integers [{tokens[0]},{tokens[1]},K]")
-    for field, wanted in (
-        ("weights", shape),
-        ("accepted", shape),
-        ("probs", router_logits.shape),
-        ("smooth_load", router_logits.shape),
-        ("needed_bias", router_logits.shape),
-    ):
-        value, dtype = getattr(output, field), jnp.bool_ if field == "accepted" else jnp.float32
-        if value is not None and (jnp.shape(value) != wanted or value.dtype != dtype):
-            is_now = f"{value.dtype}{list(jnp.shape(value))}"
-            raise ConfigError(f"{name}: {field} is {is_now}, must be {jnp.dtype(dtype).name}{list(wanted)}")

@@ -16,8 +16,8 @@ from moe.checkpoints.manager import Checkpoints
 from moe.config import Config, ConfigError, to_dict
 from moe.data import pipeline
 from moe.models.state import TrainState
-from moe.routing.routing import is_own
 from moe.system import process
+from moe.system.guarded import is_own
 from moe.system.metrics_files import METRICS, TIMING, MetricsWriter
 from moe.system.signals import StopSignals
 from moe.training import progress

@@ -22,8 +22,9 @@ from moe.layers.moe_layer import create_layer, layer_class
 from moe.parallel.mesh import make_mesh
 from moe.routing.balancing import LayerReport
 from moe.routing.interface import Gate
-from moe.routing.routing import Routing, is_own
+from moe.routing.routing import Routing
 from moe.system.fields import raised_as_errors
+from moe.system.guarded import is_own
 
 #: Most parameters of a part whose numbers are computed; larger ones are checked in their shapes alone.
 _LARGEST = 1 << 24

@@ -28,7 +28,7 @@ from moe.parallel import partition_specs, target
 from moe.routing.interface import Gate
 from moe.routing.own_gates import probe
 from moe.routing.own_rules import probe_rule
-from moe.routing.routing import is_own
+from moe.system.guarded import is_own
 from moe.training.batches import Batch, batch_shapes
 from moe.training.losses import describe_auxiliary
 from moe.training.optimizer import learning_rate_schedule, make_optimizer, probe_own

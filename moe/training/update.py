@@ -14,7 +14,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from moe.config import Config
-from moe.config.objectives import Objective, naming_objective
+from moe.config.objectives import Objective
 from moe.models import pipeline
 from moe.models.decoder import Output
 from moe.models.factory import Model
@@ -224,11 +224,7 @@ def _loss(
     """A microbatch's share of the batch's loss, and (its shares of cross-entropy and terms, layer reports); with the
     totals of the step, its load-balancing loss is over the step."""
     config = parts.config
-    with naming_objective(parts.objective, "sums"):
-        sums = parts.objective.sums(config, model, output, batch, teacher)
-        numbers = {"loss": sums.loss, "cross_entropy": sums.cross_entropy, **sums.terms}
-        if wrong := [name for name, value in numbers.items() if jnp.shape(value)]:
-            raise ValueError(f"{wrong[0]} is an array {list(jnp.shape(numbers[wrong[0]]))}, must be a number")
+    sums = parts.objective.sums(config, model, output, batch, teacher)
     loss, *shown = jax.tree.map(lambda x: x / jnp.maximum(count, 1), (sums.loss, sums.cross_entropy, sums.terms))
     layers, microbatches = output.layers, config.train.accumulation_steps
     if layers is not None and totals is not None:
