@@ -28,7 +28,8 @@ class NeededBias:
     """Selection biases that the tokens of a layer need, for a quantile over all microbatches of a step.
 
     Attributes:
-        values: [G,S,E] float32, see :class:`moe.routing.gate_values.GateOutput`; infinite for tokens that are not routed.
+        values: [G,S,E] float32, see :class:`moe.routing.gate_values.GateOutput`; infinite for tokens that are not
+            routed.
         share: [] of the tokens that an expert takes at balance.
     """
 
