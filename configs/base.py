@@ -20,7 +20,7 @@ def get_config() -> Changes:
 
 
 def use_best_plan(config: Changes, name: str, hardware: str) -> None:
-    """Set the fields of the fastest plan that is kept in plans.json (scripts/plan_pod.py --record).
+    """Set the fields of the fastest plan that is kept in plans.json (moe plan --record).
 
     Args:
         config: changed in place.

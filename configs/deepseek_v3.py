@@ -2,7 +2,7 @@
 
 Plan it without accelerators, then run the same line on them:
 
-    python scripts/plan_pod.py --config=configs/deepseek_v3.py --topology=v5p:8x8x8
+    moe plan --config=configs/deepseek_v3.py --topology=v5p:8x8x8
     python main.py --config=configs/deepseek_v3.py --workdir=DIR
 
 It was never trained here.

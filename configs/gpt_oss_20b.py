@@ -2,7 +2,7 @@
 
 Plan it without a TPU, then run the same line on one:
 
-    python scripts/plan_pod.py --config=configs/gpt_oss_20b.py --topology=v5p:4x4x4
+    moe plan --config=configs/gpt_oss_20b.py --topology=v5p:4x4x4
     python main.py --config=configs/gpt_oss_20b.py --workdir=DIR
 
 It was never trained here. An import dequantises its published MXFP4 weights.

@@ -1,6 +1,6 @@
 """GShard's six translation models (2020, table 1): encoder-decoders with MoE in every second layer of both stacks.
 
-    python scripts/plan_pod.py --config=configs/gshard_translation.py:2048e36l --topology=v3:32x32
+    moe plan --config=configs/gshard_translation.py:2048e36l --topology=v3:32x32
 
 12 or 36 layers are 6 + 6 or 18 + 18; 64,000 pieces of source, 32,000 of target, tied to the output. Each expert is a
 ReLU FFN of 8192. One expert a core is GShard's rule, so plan 128e on v3:8x8, 512e on v3:16x16, 2048e on v3:32x32.

@@ -2,7 +2,7 @@
 
 Plan it without accelerators, then run the same line on them:
 
-    python scripts/plan_pod.py --config=configs/kimi_k2.py --topology=v5p:8x8x16
+    moe plan --config=configs/kimi_k2.py --topology=v5p:8x8x16
     python main.py --config=configs/kimi_k2.py --workdir=DIR
 
 It was never trained here.

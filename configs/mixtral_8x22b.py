@@ -2,7 +2,7 @@
 
 Plan it without a TPU, then run the same line on one:
 
-    python scripts/plan_pod.py --config=configs/mixtral_8x22b.py --topology=v5p:4x4x4
+    moe plan --config=configs/mixtral_8x22b.py --topology=v5p:4x4x4
     python main.py --config=configs/mixtral_8x22b.py --workdir=DIR
 
 It was never trained here.

@@ -1,7 +1,7 @@
 """The model of the playground page (docs/playground.md): small enough to run in a browser.
 
     python main.py --config=configs/playground.py --workdir=/tmp/playground
-    python scripts/playground.py --workdir=/tmp/playground --output=playground.html
+    moe playground --workdir=/tmp/playground --output=playground.html
 
 4 layers of 128, 8 SwiGLU experts of 128, top-2, dropless; four domains of English text and code. 2,000 steps of 2,048
 tokens, 4.1M in all: about nine minutes on one idle CPU core.

@@ -2,7 +2,7 @@
 
 Plan it without a TPU, then run the same line on one:
 
-    python scripts/plan_pod.py --config=configs/qwen1_5_moe_a2_7b.py --topology=v5p:4x4x4
+    moe plan --config=configs/qwen1_5_moe_a2_7b.py --topology=v5p:4x4x4
     python main.py --config=configs/qwen1_5_moe_a2_7b.py --workdir=DIR
 
 It was neither compiled for a pod nor trained here.

@@ -2,7 +2,7 @@
 
 Plan it without a TPU, then run the same line on one:
 
-    python scripts/plan_pod.py --config=configs/qwen3_next_80b_a3b.py --topology=v5p:4x4x4
+    moe plan --config=configs/qwen3_next_80b_a3b.py --topology=v5p:4x4x4
     python main.py --config=configs/qwen3_next_80b_a3b.py --workdir=DIR
 
 docs/architectures.md says what its program for 64 H100s needs; it was not trained here.

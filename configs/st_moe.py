@@ -1,6 +1,6 @@
 """ST-MoE-L and ST-MoE-32B (Zoph et al. 2022, table 8): T5's blocks, MoE in every fourth layer, top-2.
 
-python scripts/plan_pod.py --config=configs/st_moe.py:32b --topology=v4:8x8x16
+moe plan --config=configs/st_moe.py:32b --topology=v4:8x8x16
 """
 
 from moe.config import Changes, ConfigError

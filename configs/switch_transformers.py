@@ -1,6 +1,6 @@
 """Switch Transformers (2021): Base-8 … Base-256, Large, XXL and C, as the paper's table 9 and as released.
 
-    python scripts/plan_pod.py --config=configs/switch_transformers.py:c --topology=v4:8x16x16
+    moe plan --config=configs/switch_transformers.py:c --topology=v4:8x16x16
 
 T5's blocks with MoE in every second layer of both stacks, in C in all. Where the released configs differ they are rows
 of their own: Large has ReLU 4096 there, C 30 heads, and XXL and C a separate output matrix. XXL has 128 experts: the

@@ -1,6 +1,6 @@
 """T5 1.0 and 1.1 (Raffel et al. 2020; the sizes of the released checkpoints): dense encoder-decoders.
 
-    python scripts/plan_pod.py --config=configs/t5.py:v1_1-xl --topology=v4:4x4x4
+    moe plan --config=configs/t5.py:v1_1-xl --topology=v4:4x4x4
 
 1.0 has ReLU and ties its embeddings, 1.1 has gated GELU and unties them. Objective, optimizer and schedule are the
 paper's: span corruption of 512 tokens, Adafactor, 0.01 for 10,000 steps, then rsqrt. 114 targets are padded to 128.

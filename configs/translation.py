@@ -1,7 +1,7 @@
 """English to German with GShard's layer, on user-interface strings (GShard 2020, section 4, in small).
 
     python main.py --config=configs/translation.py --workdir=/tmp/translation
-    python scripts/translate.py --workdir=/tmp/translation
+    moe translate --workdir=/tmp/translation
 
 23,684 pairs of Home Assistant's translations, 1,246 held out.
 """

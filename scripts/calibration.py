@@ -9,7 +9,7 @@ pip install "jax[tpu]" "jax[cuda13]".
 
 --check names the kept plans and steps whose numbers are not those of today's prices; the exit code is then 1.
 
---score compares docs/results/predictions.jsonl, plans that plan_pod.py --register wrote down before a number was known,
+--score compares docs/results/predictions.jsonl, plans that moe plan --register wrote down before a number was known,
 with the numbers that docs/results/outcomes.jsonl has since: coverage, log score and bias. Nothing is compiled.
 """
 

@@ -51,6 +51,12 @@ def script(
     return Case(f"scripts/{name}.py", arguments, (says,) if isinstance(says, str) else says, break_it)
 
 
+def command(
+    name: str, *arguments: str, says: str | tuple[str, ...], break_it: Callable[[Path], None] | None = None
+) -> Case:
+    return Case(f"moe {name}", arguments, (says,) if isinstance(says, str) else says, break_it)
+
+
 def fifo(name: str) -> Callable[[Path], None]:
     """Create a FIFO without a writer in the case's folder: reading it blocks for ever."""
     return lambda folder: os.mkfifo(folder / name)

@@ -27,14 +27,16 @@ class Ended(NamedTuple):
 
 
 def run_here(script: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> Ended:
-    """Run ``python script arguments`` in this process; ``script`` is relative to the repository."""
-    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    """Run ``python script arguments`` in this process; ``script`` is relative to the repository, or ``moe COMMAND``."""
+    program, *command = script.split()
+    path = ROOT / ("moe/__main__.py" if command else script)
+    monkeypatch.setattr(sys, "argv", [program, *command, *arguments])
     monkeypatch.setattr(os, "environ", os.environ.copy() | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"})
     monkeypatch.chdir(ROOT)
     output, errors = io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors), _handlers(), _programs():
-            runpy.run_path(str(ROOT / script), run_name="__main__")
+            runpy.run_path(str(path), run_name="__main__")
     except SystemExit as end:
         if isinstance(end.code, str):  # what the interpreter would print
             return Ended(1, output.getvalue(), errors.getvalue() + end.code)

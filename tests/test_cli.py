@@ -225,22 +225,27 @@ def test_another_distribution_with_a_package_of_the_same_name_is_named(tmp_path,
 _HELP = """
 import os, runpy, sys
 from moe.programs import cli
-folder, *paths = sys.argv[1:]
-for path in paths:
+folder, *programs = sys.argv[1:]
+for program in programs:
     child = os.fork()
     if child:
-        assert os.waitpid(child, 0)[1] == 0, path
+        assert os.waitpid(child, 0)[1] == 0, program
         continue
-    sys.argv, sys.stdout = [path, "--help"], open(os.path.join(folder, os.path.basename(path)), "w")
+    path, *command = program.split()
+    sys.argv, sys.stdout = [path, *command, "--help"], open(os.path.join(folder, os.path.basename(program)), "w")
     try:
-        runpy.run_path(path, run_name="__main__")
+        runpy.run_path("moe/__main__.py" if command else path, run_name="__main__")
     except SystemExit as ended:
         assert not ended.code
     assert "jax" not in sys.modules, "JAX was imported"
     sys.stdout.close()
     os._exit(0)
 """
-_PROGRAMS = [ROOT / "main.py", *sorted((ROOT / "scripts").glob("*.py"))]
+_PROGRAMS = [
+    "main.py",
+    *(f"moe {name}" for name in commands.COMMANDS if name not in ("configs", "completion")),
+    *sorted(f"scripts/{path.name}" for path in (ROOT / "scripts").glob("*.py")),
+]
 
 
 @pytest.fixture(scope="module")
@@ -254,10 +259,10 @@ def help_texts(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("path", _PROGRAMS, ids=lambda path: path.stem)
-def test_help_of_every_program_has_one_form_and_imports_nothing_heavy(path, help_texts):
+@pytest.mark.parametrize("program", _PROGRAMS)
+def test_help_of_every_program_has_one_form_and_imports_nothing_heavy(program, help_texts):
     """A program that ran would import JAX."""
-    text = (help_texts / path.name).read_text()
+    text = (help_texts / Path(program).name).read_text()
     _, _, options = text.partition("\noptions\n")
     examples, _, codes = options.partition("\nexit codes")
     commands = [line for line in examples.partition("\nexamples\n")[2].splitlines() if re.match(r"  \w", line)]

@@ -234,12 +234,12 @@ def test_a_users_gate_through_every_program(folder):
     run(folder, *main, says="unigram loss")
     assert '"my_gates:Cold"' in (folder / "run" / "config.json").read_text()
     run(folder, *main, "--change", "--config.train.num_steps=6", says="resuming run at step 4 of 6")
-    scripts, trusted = ROOT / "scripts", "--allow_module=my_gates"
-    run(folder, scripts / "generate.py", "--workdir=run", "--prompt=the red", "--tokens=4", trusted, says="the red")
-    run(folder, scripts / "evaluate.py", "--workdir=run", trusted, says="perplexity")
+    moe, trusted = ("-m", "moe"), "--allow_module=my_gates"
+    run(folder, *moe, "generate", "--workdir=run", "--prompt=the red", "--tokens=4", trusted, says="the red")
+    run(folder, *moe, "evaluate", "--workdir=run", trusted, says="perplexity")
     short = ("--tokens=128", "--shuffles=5")
-    run(folder, scripts / "analyze_routing.py", "--workdir=run", *short, trusted, says="experts.html")
-    run(folder, scripts / "ablate.py", "--suite=my_suite.py", "--workdir=suite", says="report.md")
+    run(folder, *moe, "analyze", "--workdir=run", *short, trusted, says="experts.html")
+    run(folder, *moe, "ablate", "--suite=my_suite.py", "--workdir=suite", says="report.md")
     report = (folder / "suite" / "mine" / "report.md").read_text()
     assert "cold" in report
     assert "mixtral" in report
@@ -250,7 +250,9 @@ def test_a_missing_gate_module_is_refused_in_one_sentence(folder):
     result = subprocess.run(
         [
             folder / ".venv" / "bin" / "python",
-            ROOT / "scripts" / "evaluate.py",
+            "-m",
+            "moe",
+            "evaluate",
             "--workdir=../run",
             "--allow_module=my_gates",
         ],

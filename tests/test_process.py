@@ -137,7 +137,7 @@ def start(*redirections: str, **variables: str) -> subprocess.Popen[str]:
     ("number", "code", "seconds", "prepare"),
     [
         *((number, code, wait, "prepare") for number, code in STOPS for wait in (0.0, 0.5)),
-        *((number, code, 0.0, "use_tpu_compiler") for number, code in STOPS),  # plan_pod.py and scaling.py
+        *((number, code, 0.0, "use_tpu_compiler") for number, code in STOPS),  # moe plan and scaling.py
     ],
 )
 def test_a_signal_during_startup_ends_the_program_without_a_traceback(number, code, seconds, prepare):
@@ -336,16 +336,16 @@ def test_a_current_directory_that_was_deleted_is_refused(tmp_path, monkeypatch, 
 @pytest.mark.parametrize(
     ("command", "says"),
     [
-        (("conform.py", "--scale=1e308"), "flag --scale=1e308"),
-        (("conformance.py", "--layers=nowhere"), "--layers=nowhere: holds no npz files"),
-        (("conformance.py", "--out=nowhere/table.md"), "--out=nowhere/table.md: must be a file in a folder"),
-        (("count_params.py", "--config=tiny"), "--config: no such option"),
-        (("settings_pages.py", "--folder=nowhere"), "nowhere/run.md"),
+        (("moe conform", "--scale=1e308"), "flag --scale=1e308"),
+        (("scripts/conformance.py", "--layers=nowhere"), "--layers=nowhere: holds no npz files"),
+        (("scripts/conformance.py", "--out=nowhere/table.md"), "--out=nowhere/table.md: must be a file in a folder"),
+        (("scripts/count_params.py", "--config=tiny"), "--config: no such option"),
+        (("scripts/settings_pages.py", "--folder=nowhere"), "nowhere/run.md"),
     ],
 )
 def test_a_wrong_flag_is_refused_before_the_work(command, says, monkeypatch):
     monkeypatch.setattr("moe.conformance.table.run", lambda _: pytest.fail("the work of minutes has begun"))
-    ended = run_here(f"scripts/{command[0]}", [command[1]], monkeypatch)
+    ended = run_here(command[0], [command[1]], monkeypatch)
     assert (ended.code, ended.output) == (1, "")
     assert says in ended.errors
     assert "Traceback" not in ended.errors

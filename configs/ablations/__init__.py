@@ -1,1 +1,1 @@
-"""Suites for scripts/ablate.py: each file has get_suite(size)."""
+"""Suites for moe ablate: each file has get_suite(size)."""

@@ -1,6 +1,6 @@
 """No balancing, auxiliary losses of three weights, the z-loss, and loss-free biases, all dropless.
 
-python scripts/ablate.py --suite=configs/ablations/balancing.py --workdir=/tmp/lab --jobs=2
+moe ablate --suite=configs/ablations/balancing.py --workdir=/tmp/lab --jobs=2
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
 """Four more ways of balancing and coupling of 2022 to 2026, and a cosine router, beside Mixtral's layer, ten seeds.
 
-    python scripts/ablate.py --suite=configs/ablations/balancing_2026.py --workdir=/tmp/lab --jobs=2
+    moe ablate --suite=configs/ablations/balancing_2026.py --workdir=/tmp/lab --jobs=2
 
 Momentum biases, thresholds in training and Sinkhorn's plan without a balance loss, against sign biases and a balance
 loss; the coupling loss and cosines against Mixtral's layer, from which they differ in nothing else. Each with its own

@@ -1,6 +1,6 @@
 """Capacity factors in training, for top-1 and top-2, and in evaluation of the same frozen models.
 
-python scripts/ablate.py --suite=configs/ablations/capacity_factor.py --workdir=/tmp/lab --jobs=2
+moe ablate --suite=configs/ablations/capacity_factor.py --workdir=/tmp/lab --jobs=2
 
 Shares the runs at factor 1.25 with switch_vs_mixtral.py in the same workdir.
 """

@@ -1,6 +1,6 @@
 """Worth of a learnt router and of more parameters: hash and random routing, and a dense model eight times as wide.
 
-python scripts/ablate.py --suite=configs/ablations/controls.py --workdir=/tmp/lab --jobs=2
+moe ablate --suite=configs/ablations/controls.py --workdir=/tmp/lab --jobs=2
 
 Shares the runs of dense, top1_free and top2_free with switch_vs_mixtral.py in the same workdir. About ten minutes a run
 on one idle CPU core, dense_x8 about 30.

@@ -1,6 +1,6 @@
 """A sparse teacher's probabilities as targets of a dense student.
 
-python scripts/ablate.py --suite=configs/ablations/distillation.py --workdir=/tmp/lab --jobs=2
+moe ablate --suite=configs/ablations/distillation.py --workdir=/tmp/lab --jobs=2
 """
 
 from moe.configs.ablations import common

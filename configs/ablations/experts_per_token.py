@@ -1,6 +1,6 @@
 """Experts per token alone: 1, 2 and 4 with one gate, at equal FLOPs and parameters, and of the same experts.
 
-python scripts/ablate.py --suite=configs/ablations/experts_per_token.py --workdir=/tmp/lab --jobs=2
+moe ablate --suite=configs/ablations/experts_per_token.py --workdir=/tmp/lab --jobs=2
 """
 
 from moe.configs.ablations import common

@@ -1,6 +1,6 @@
 """How top-1 routing explores: not at all, by jitter of the router's input, or by sampling the expert.
 
-python scripts/ablate.py --suite=configs/ablations/exploration.py --workdir=/tmp/lab --jobs=2
+moe ablate --suite=configs/ablations/exploration.py --workdir=/tmp/lab --jobs=2
 
 Shares argmax and jitter with switch_vs_mixtral.py in the same workdir.
 """

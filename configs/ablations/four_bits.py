@@ -1,6 +1,6 @@
 """Experts trained for 4 bits beside bfloat16: matrices rounded to MXFP4 or INT4, with a straight-through gradient.
 
-    python scripts/ablate.py --suite=configs/ablations/four_bits.py --workdir=/tmp/lab --jobs=2
+    moe ablate --suite=configs/ablations/four_bits.py --workdir=/tmp/lab --jobs=2
 
 Runs of one seed start from the same parameters and see the same batches, as in `precision`. Fifteen runs of about eight
 minutes: two core-hours. No run had used seeds 80 to 84 when claims 73 and 74 were registered.

@@ -1,6 +1,6 @@
 """The same parameters and FLOPs as few wide experts or many narrow ones, without and with one of them shared.
 
-python scripts/ablate.py --suite=configs/ablations/granularity.py --workdir=/tmp/lab --jobs=2
+moe ablate --suite=configs/ablations/granularity.py --workdir=/tmp/lab --jobs=2
 """
 
 from moe.configs.ablations import common

@@ -1,6 +1,6 @@
 """Dense, Switch's and Mixtral's layers from matrices of scale 0.1, which Switch's paper prescribes, and of scale 1.0.
 
-    python scripts/ablate.py --suite=configs/ablations/initial_scale.py --workdir=/tmp/lab --jobs=2
+    moe ablate --suite=configs/ablations/initial_scale.py --workdir=/tmp/lab --jobs=2
 
 The arms at 1.0 are those of switch_vs_mixtral. Switch at 0.1 is an arm of router_init_and_precision, whose seeds 5 to 9
 had been seen when claims 42 and 43 were registered; of dense and Mixtral at 0.1 no run had been made.

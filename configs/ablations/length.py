@@ -1,6 +1,6 @@
 """Dense, Switch's, Mixtral's and DeepSeekMoE's arms on twice the tokens: 16,000 steps with their own decay, five seeds.
 
-    python scripts/ablate.py --suite=configs/ablations/length.py --workdir=/tmp/lab --jobs=2
+    moe ablate --suite=configs/ablations/length.py --workdir=/tmp/lab --jobs=2
 
 Twenty runs of 20 to 33 minutes: 7 to 11 core-hours. 64 tokens for each active parameter, two epochs of the smallest
 domain and 0.8 of the largest: text that is seen twice is part of what differs from 8,000 steps. All arms start at scale

@@ -1,6 +1,6 @@
 """1 to 128 experts of one size, top-1, dropless: more parameters at equal FLOPs.
 
-python scripts/ablate.py --suite=configs/ablations/num_experts.py --workdir=/tmp/lab --jobs=2
+moe ablate --suite=configs/ablations/num_experts.py --workdir=/tmp/lab --jobs=2
 
 Shares the runs of 1 and 8 experts with switch_vs_mixtral.py in the same workdir.
 """

@@ -1,6 +1,6 @@
 """Which layer suits your own text: dense, Switch or Mixtral at equal FLOPs, each at its best learning rate.
 
-python scripts/ablate.py --suite=configs/ablations/own_text.py:/path/to/folder --workdir=/tmp/own --jobs=2
+moe ablate --suite=configs/ablations/own_text.py:/path/to/folder --workdir=/tmp/own --jobs=2
 
 The folder holds .txt, .md, .jsonl, .parquet or other text files (docs/data.md); each folder in it is a domain. A
 template: copy the file and change what follows. 3 arms of 4 layers of 64, 1,000 steps of 2,048 tokens: about 80 seconds

@@ -1,6 +1,6 @@
 """Dense, the 2 × 2, Switch and Mixtral at the initial scale of Switch's paper, 0.1, on ten new seeds.
 
-    python scripts/ablate.py --suite=configs/ablations/paper_scale.py --workdir=/tmp/lab --jobs=2
+    moe ablate --suite=configs/ablations/paper_scale.py --workdir=/tmp/lab --jobs=2
 
 Seventy runs: 12 core-hours on idle cores, 19 at the pace of the recorded runs, which shared theirs. Dense, Switch and
 Mixtral come first, seed by seed, so that claims 52 and 53 have their runs after thirty. The learning rate is that of

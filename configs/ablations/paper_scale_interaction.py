@@ -1,6 +1,6 @@
 """The 2 × 2 of paper_scale on twenty seeds, as an interaction needs: does dropping act alike on top-1 and top-2?
 
-    python scripts/ablate.py --suite=configs/ablations/paper_scale_interaction.py --workdir=/tmp/lab --jobs=2
+    moe ablate --suite=configs/ablations/paper_scale_interaction.py --workdir=/tmp/lab --jobs=2
 
 Eighty runs, of which forty are those of paper_scale in the same workdir: 7 to 11 core-hours for the rest. At scale 1.0
 the interaction has a standard deviation of 0.022 over seeds: twenty show equivalence within ± 0.017 if there is none,

@@ -1,6 +1,6 @@
 """Cost of arithmetic in fewer bits: bfloat16, products in 8 bits, and moments of the optimizer in bfloat16.
 
-python scripts/ablate.py --suite=configs/ablations/precision.py --workdir=/tmp/lab --jobs=2
+moe ablate --suite=configs/ablations/precision.py --workdir=/tmp/lab --jobs=2
 
 Runs of one seed start from the same parameters and see the same batches, so that their losses differ by the arithmetic
 alone, and 2,000 steps show it.

@@ -1,6 +1,6 @@
 """Whether one learning rate serves three widths and three numbers of experts, with and without muP.
 
-python scripts/ablate.py --suite=configs/ablations/rate_transfer.py --workdir=/tmp/lab --jobs=2
+moe ablate --suite=configs/ablations/rate_transfer.py --workdir=/tmp/lab --jobs=2
 
 Short: 2 layers, 300 steps of 1,024 tokens, so that 52 runs take about two hours on a CPU core. The sweep finds
 the best rate of each arm; arms that end in _shared take width 64's instead, and claims 30 to 32 are on what that costs.

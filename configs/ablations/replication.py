@@ -1,6 +1,6 @@
 """The primary contrasts of switch_vs_mixtral once more, on ten seeds that no run had used.
 
-    python scripts/ablate.py --suite=configs/ablations/replication.py --workdir=/tmp/lab --jobs=2
+    moe ablate --suite=configs/ablations/replication.py --workdir=/tmp/lab --jobs=2
 
 Seventy runs, 18 core-hours at 20,000 tokens/s. Claims 37 to 41 are the primary family's, registered for these seeds.
 """

@@ -1,6 +1,6 @@
 """The scale of the initial weights, and the precision of the model and of its router, at the start of training.
 
-python scripts/ablate.py --suite=configs/ablations/router_init_and_precision.py --workdir=/tmp/lab --jobs=2
+moe ablate --suite=configs/ablations/router_init_and_precision.py --workdir=/tmp/lab --jobs=2
 """
 
 from moe.configs.ablations import common

@@ -1,6 +1,6 @@
 """Ways of balancing and routing of 2025 and 2026 beside Switch, Mixtral and a hash, at equal parameters, ten seeds.
 
-    python scripts/ablate.py --suite=configs/ablations/routers_2026.py --workdir=/tmp/lab --jobs=2
+    moe ablate --suite=configs/ablations/routers_2026.py --workdir=/tmp/lab --jobs=2
 
 Sign biases without a loss, their gate with a balance loss instead, and quantile balancing; each with its own sweep of
 three rates on two reserved seeds. Seventy compared runs and about 36 of the sweep, of ten to 17 minutes: 18 to 30

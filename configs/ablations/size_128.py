@@ -1,6 +1,6 @@
 """Dense, Switch's and Mixtral's arms at width 128, 32 tokens for each active parameter, three seeds.
 
-python scripts/ablate.py --suite=configs/ablations/size_128.py --workdir=/tmp/lab --jobs=2
+moe ablate --suite=configs/ablations/size_128.py --workdir=/tmp/lab --jobs=2
 
 15 runs of about 95 minutes: 24 core-hours on one idle core, the sweep included. Before they start, the page of sizes
 predicts this width's contrasts from widths 32 to 96, and the predictions are registered as claims of this suite

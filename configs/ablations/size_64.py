@@ -1,6 +1,6 @@
 """Dense, Switch's and Mixtral's arms at width 64, 32 tokens for each active parameter, five seeds.
 
-python scripts/ablate.py --suite=configs/ablations/size_64.py --workdir=/tmp/lab --jobs=2
+moe ablate --suite=configs/ablations/size_64.py --workdir=/tmp/lab --jobs=2
 
 21 runs of about ten minutes: 4 core-hours on one idle core, the sweep included.
 """

@@ -5,7 +5,7 @@ The suites of sizes have 32 tokens for each active parameter, those of lengths 4
 Every width has four heads, experts and FFNs of four times the width (Mixtral's of half of that), and initial scale 0.1.
 Rates follow muP from width 64, which `rate_transfer` supports for widths 64 to 256; each width still tries half and
 twice the rate on one reserved seed. A width's runs are compared at its own number of steps; the slope of a contrast in
-log N, and what it predicts for another width, are on the page of sizes (`scripts/ablate.py --claims`).
+log N, and what it predicts for another width, are on the page of sizes (`moe ablate --claims`).
 """
 
 import dataclasses

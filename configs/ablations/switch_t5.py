@@ -1,6 +1,6 @@
 """Switch against a dense T5 at equal FLOPs, pre-trained by span corruption (Switch 2021, figures 4 and 5 in small).
 
-    python scripts/ablate.py --suite=configs/ablations/switch_t5.py --workdir=/tmp/lab --jobs=2
+    moe ablate --suite=configs/ablations/switch_t5.py --workdir=/tmp/lab --jobs=2
 
 The loss is in nats per target, sentinels included; its exponential is the perplexity on the targets.
 """

@@ -1,6 +1,6 @@
 """Switch against Mixtral, taken apart: experts per token × dropping, beside the dense model and the papers' constants.
 
-    python scripts/ablate.py --suite=configs/ablations/switch_vs_mixtral.py --workdir=/tmp/lab --jobs=2
+    moe ablate --suite=configs/ablations/switch_vs_mixtral.py --workdir=/tmp/lab --jobs=2
 
 Every sparse arm has eight times the dense model's FFN parameters and uses an eighth of them for a token. About ten
 minutes a run on one idle CPU core: 15 core-hours for ten seeds. A pilot on seed 100, which no comparison uses, gave

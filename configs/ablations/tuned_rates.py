@@ -1,6 +1,6 @@
 """The arms of switch_vs_mixtral once more, each at the best of its own learning rates.
 
-    python scripts/ablate.py --suite=configs/ablations/tuned_rates.py --workdir=/tmp/lab --jobs=2
+    moe ablate --suite=configs/ablations/tuned_rates.py --workdir=/tmp/lab --jobs=2
 
 Four sweeps on seeds 100 and 101: of dense, top-1, top-2 and DeepSeekMoE; arms of one kind share theirs. Where the best
 rate is the base config's, the runs are those of switch_vs_mixtral. When claims 44 to 48 were registered, dense's and

@@ -1,6 +1,6 @@
 """Experts copied from a trained dense model, against experts from scratch, and against more dense training.
 
-python scripts/ablate.py --suite=configs/ablations/upcycling.py --workdir=/tmp/lab --jobs=2
+moe ablate --suite=configs/ablations/upcycling.py --workdir=/tmp/lab --jobs=2
 
 An upcycled run of n steps has cost its parent's n dense steps too: from scratch with twice the steps is its match in
 FLOPs, and is the next horizon's run where the horizons double.

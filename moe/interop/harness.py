@@ -1,6 +1,6 @@
 """Adapter of workdirs to EleutherAI's lm-evaluation-harness, an optional dependency (``pip install lm_eval``).
 
-Importing this module imports lm_eval; ``scripts/downstream.py`` is its command.
+Importing this module imports lm_eval; ``moe downstream`` is its command.
 """
 
 from __future__ import annotations

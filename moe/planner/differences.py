@@ -48,7 +48,7 @@ _PLAN = pydantic.TypeAdapter(_Plan)
 
 
 def read(path: Path) -> _Json:
-    """A plan that ``scripts/plan_pod.py --json`` printed. Raises ConfigError if the file holds something else."""
+    """A plan that ``moe plan --json`` printed. Raises ConfigError if the file holds something else."""
     plan = read_object(path)
     check(plan, _PLAN, f"{path}: not a plan that --json printed")
     try:

@@ -176,7 +176,7 @@ def write_table(path: Path, page: Path) -> None:
     Raises:
         ConfigError: the page has no marks.
     """
-    before, start, rest = page.read_text().partition("<!-- plans: made by scripts/plan_pod.py --record -->\n")
+    before, start, rest = page.read_text().partition("<!-- plans: made by moe plan --record -->\n")
     _, end, after = rest.partition("<!-- end of plans -->")
     if not start or not end:
         raise ConfigError(f"{page}: has no marks around the table of plans")

@@ -143,7 +143,7 @@ SEARCHED = (
 
 
 def overrides(config: Config) -> str:
-    """Flags of main.py and plan_pod.py that select a candidate: the mesh and :data:`SEARCHED`."""
+    """Flags of ``moe train`` and ``moe plan`` that select a candidate: the mesh and :data:`SEARCHED`."""
     named: dict[str, Any] = {f"mesh.{axis}": size for axis, size in dataclasses.asdict(config.mesh).items()}
     unread = "model.moe." if config.model.moe.gate is None else ()
     named |= {name: operator.attrgetter(name)(config) for name in SEARCHED if not name.startswith(unread)}

@@ -146,7 +146,7 @@ def _command() -> str:
         for name, value in flags_given.items()
         if value != defaults[name]
     ]
-    return f"python scripts/ablate.py --suite={_SUITE.value} --workdir=DIR{''.join(others)}"
+    return f"moe ablate --suite={_SUITE.value} --workdir=DIR{''.join(others)}"
 
 
 def _names(registered: Registered) -> list[str]:

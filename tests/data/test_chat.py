@@ -483,7 +483,7 @@ def test_prompts_and_standard_input_give_the_same_chat(tmp_path):
     write_run(run, config, parameters)
     for name, content in tokenizer("llama3").files.items():
         (run / name).write_bytes(content)
-    command = [sys.executable, "scripts/generate.py", f"--workdir={run}", "--chat", "--tokens=6", "--temperature=0"]
+    command = [sys.executable, "-m", "moe", "generate", f"--workdir={run}", "--chat", "--tokens=6", "--temperature=0"]
 
     def talk(*words, typed=""):
         done = subprocess.run([*command, *words], cwd=ROOT, input=typed, capture_output=True, text=True)

@@ -66,8 +66,15 @@ def _write_checkpoint(folder: Path, num_files: int) -> int:
 
 def _peak(folder: Path, parameters: str, *flags: str) -> int:
     """Peak memory in bytes of importing folder/source; checks that the output contains the number of parameters."""
-    script = Path(__file__).parents[2] / "scripts" / "import_hf.py"
-    command = [sys.executable, str(script), f"--source={folder / 'source'}", f"--out={folder / 'out'}", *flags]
+    command = [
+        sys.executable,
+        "-m",
+        "moe",
+        "import",
+        f"--source={folder / 'source'}",
+        f"--out={folder / 'out'}",
+        *flags,
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     with process.stdout as lines:

@@ -287,10 +287,10 @@ def test_each_job_is_pinned_to_one_core(monkeypatch, tmp_path):
     before = os.sched_getaffinity(0)
     monkeypatch.setattr(jobs.subprocess, "Popen", Job)
     monkeypatch.setattr(jobs.tempfile, "gettempdir", lambda: str(tmp_path))
-    jobs.start(1, ["scripts/ablate.py", "--workdir=w"])
+    jobs.start(1, ["-m", "moe", "ablate", "--workdir=w"])
     ((cores, command, _),) = started
     assert cores == {min(before)}
-    assert command[1:] == ["scripts/ablate.py", "--workdir=w"]
+    assert command[1:] == ["-m", "moe", "ablate", "--workdir=w"]
     assert os.sched_getaffinity(0) == before
     with pytest.raises(ConfigError, match=r"--jobs=4096: at most"):
         jobs.start(4096, [])

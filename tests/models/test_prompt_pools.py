@@ -148,7 +148,7 @@ def test_moe_generate_continues_a_prompt(tmp_path, monkeypatch):
     tokenizer = train_tokenizer(iter(["one two three four five six seven eight"] * 40), 280)
     (tmp_path / "run" / "tokenizer.model").write_bytes(tokenizer.model_bytes)
     arguments = [f"--workdir={tmp_path}/run", "--prompt=one two three", "--tokens=3", "--temperature=0"]
-    ended = run_here("scripts/generate.py", arguments, monkeypatch)
+    ended = run_here("moe generate", arguments, monkeypatch)
     assert ended.code == 0, ended.errors
     assert ended.output.startswith("one two three")
     assert len(ended.output) > len("one two three\n")

@@ -173,7 +173,7 @@ def test_launched_processes_have_the_losses_of_one_process(settings, alone, tmp_
 def test_processes_evaluate_a_model_together(source):
     """The first one prints; the last evaluation of the run was of the same rows, in one process."""
     environment = _environment(JAX_NUM_PROCESSES="2")
-    command = [sys.executable, "scripts/evaluate.py", "--distributed", "--json", f"--workdir={source}"]
+    command = [sys.executable, "-m", "moe", "evaluate", "--distributed", "--json", f"--workdir={source}"]
     pair = [
         subprocess.Popen(command, cwd=ROOT, env=environment | {"JAX_PROCESS_ID": str(index)}, stdout=subprocess.PIPE)
         for index in (0, 1)

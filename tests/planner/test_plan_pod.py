@@ -50,7 +50,7 @@ def _run(monkeypatch, folder, *flags):
     arguments += [f"--config.mesh.{axis}=1" for axis in ("data", "fsdp", "expert")]
     arguments += ["--config.train.batch_size=1", f"--cache={folder}", "--json", *flags]
     arguments += ["--config.data.sequence_length=512"]
-    return run_here("scripts/plan_pod.py", arguments, monkeypatch)
+    return run_here("moe plan", arguments, monkeypatch)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_a_kept_plan_is_read_unless_settings_or_compile_ask_for_another(tmp_path
     of_slice = {"config": "tiny", "slices": ["h100:1x1"], "topology": "h100:1x1"}
     kept = kept_plans.best(kept_plans.read(PLANS), "mixtral_8x7b", "h100:8x8") | of_slice
     (tmp_path / "plans.json").write_text(json.dumps([kept]))
-    ended = run_here("scripts/plan_pod.py", ["--config=tiny", "--topology=h100:1x1", *flags], monkeypatch)
+    ended = run_here("moe plan", ["--config=tiny", "--topology=h100:1x1", *flags], monkeypatch)
     assert ended.code == 0, ended.errors
     assert ("A kept plan, read and not made" in ended.output) == is_read
     assert ("compiled in 1.0 s" in ended.output) != is_read
@@ -99,7 +99,7 @@ def test_changes_are_counted_in_the_scenario_of_the_plan(tmp_path, monkeypatch):
 
 def test_a_policy_chosen_by_fit_is_kept_and_not_tried_as_a_change(tmp_path, monkeypatch):
     """The policy "hidden" does not fit, so "outputs" is chosen: the kept plan sets it, and no change tries it again."""
-    (tmp_path / "plans.md").write_text("<!-- plans: made by scripts/plan_pod.py --record -->\n<!-- end of plans -->\n")
+    (tmp_path / "plans.md").write_text("<!-- plans: made by moe plan --record -->\n<!-- end of plans -->\n")
     gate = ("--config.model.moe.gate=deepseek_moe", "--config.model.moe.gate.k=2")
     plan = _plan_pod(monkeypatch, tmp_path, "--config.model.remat=fit", "--record", "--changes=20", *gate)
     assert plan["remat"] == "outputs"

@@ -262,7 +262,9 @@ SMALL = {
 def test_a_plan_for_gpus_has_two_exchanges_forward_four_backward_and_gathers_no_tokens(name):
     command = [
         sys.executable,
-        "scripts/plan_pod.py",
+        "-m",
+        "moe",
+        "plan",
         "--config=configs/mixtral_8x7b.py",
         f"--topology={name}",
         "--json",

@@ -458,7 +458,7 @@ def test_a_kept_plan_is_recounted_by_hand(made, tmp_path):
     assert "at least 10 % (peak) of the step" in text
     path, page = tmp_path / "plans.json", tmp_path / "pods.md"
     kept_plans.keep(path, kept)
-    page.write_text("a\n<!-- plans: made by scripts/plan_pod.py --record -->\nold\n<!-- end of plans -->\nb\n")
+    page.write_text("a\n<!-- plans: made by moe plan --record -->\nold\n<!-- end of plans -->\nb\n")
     kept_plans.recount(path, page)
     (row,) = kept_plans.read(path)
     assert f"{row['step_seconds']:.3g} (" in page.read_text()

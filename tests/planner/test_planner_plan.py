@@ -345,7 +345,7 @@ SMALL = {
 
 def _plan_pod(*flags, config="mixtral_8x7b"):
     root = Path(__file__).parents[2]
-    command = [sys.executable, "scripts/plan_pod.py", f"--config=configs/{config}.py"]
+    command = [sys.executable, "-m", "moe", "plan", f"--config=configs/{config}.py"]
     command += [f"--config.model.{name}={value}" for name, value in SMALL.items()]
     command += ["--config.data.sequence_length=512", "--config.train.batch_size=8", *flags]
     return subprocess.run(command, check=True, capture_output=True, text=True, cwd=root, env=os.environ.copy()).stdout

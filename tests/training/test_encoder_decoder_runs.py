@@ -153,7 +153,7 @@ def test_translation(tmp_path):
     train(tiny(tmp_path / "cache", **pairs, **{"optimizer.warmup_steps": 1}), str(tmp_path / "run"), ONE)
     report = (tmp_path / "run" / "report.txt").read_text()
     assert re.search(r"a target, text:\n.* >>> .*\(reference: document \d", report, re.S)
-    command = [sys.executable, "scripts/translate.py", f"--workdir={tmp_path / 'run'}", "--rows=3", "--show=1"]
+    command = [sys.executable, "-m", "moe", "translate", f"--workdir={tmp_path / 'run'}", "--rows=3", "--show=1"]
     root = Path(__file__).parents[2]
     done = subprocess.run(
         command, cwd=root, env=os.environ | {"PYTHONPATH": ".", "XLA_FLAGS": ""}, capture_output=True, text=True
