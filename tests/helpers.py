@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax import Array
 
 from moe.config import MeshConfig, ModelConfig, MoEConfig, flat
 from moe.config.changes import Changes
@@ -24,6 +25,7 @@ from moe.config.parse import build
 from moe.config.registry import LAYERS
 from moe.conformance import oracle
 from moe.dispatch import quantized
+from moe.layers.inputs import Rows
 from moe.layers.moe_layer import MoELayer
 from moe.models.factory import Model, abstract_model
 from moe.models.state import TrainState
@@ -281,3 +283,9 @@ def fill_disk(files: int):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", fsync)
         yield
+
+
+def mixed(block: Any, x: Array, rows: Rows) -> Array:
+    """x plus the output of a block's attention, whose norm comes before."""
+    h = block.attention_norm(x)
+    return x + block.attention.join(block.attention.prefill(h, rows)[0], h)

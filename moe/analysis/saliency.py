@@ -16,10 +16,11 @@ from moe.analysis.record import Records
 from moe.analysis.surgery import moe_layers
 from moe.config import ModelConfig
 from moe.dispatch.ffn import ffn
+from moe.layers.call import Call
 from moe.layers.moe_layer import MoELayer
-from moe.models.block import Block, Stream
 from moe.models.decoder import make_rows
-from moe.models.segments import join_moe_layers, restack_layers, unstack_layers
+from moe.models.segments import join_layers, restack_layers, unstack_layers
+from moe.models.stack import Flow
 from moe.routing.newer_gates import DocumentPools
 from moe.system.fields import require
 from moe.training.batches import PREFIX_KEY, Batch, forward, place
@@ -152,25 +153,24 @@ def deviation(moments: np.ndarray) -> np.ndarray:
 def _by_layer(model: Any, batch: Batch, sum_of: _Sum) -> tuple[Float[Array, "L E ..."], Float[Array, "L E"]]:
     """The sum, and the number of tokens, of each expert."""
     rows = make_rows(batch["tokens"], batch["segment_ids"], batch["positions"], prefix=batch.get(PREFIX_KEY))
-    rows = model.with_bias(rows)
+    call = Call(model.with_bias(rows), signals=("routing", "input"))
 
-    def body(block: Block, stream: Stream, state: Any, layer: Array) -> tuple[Stream, Any]:
-        del state, layer
-        x = block.mix(block.recall(stream.x, rows), rows)
-        h = block.ffn_input(x)
-        stream, record = stream.after(*block.feed_forward(x, rows, carry=stream.carry))
-        routing, h = record.routing, h.reshape(-1, h.shape[-1])  # [n,D]
-        if routing is None:
-            return stream, None
+    def body(block: Any, flow: Flow, state: Any, layer: Array) -> tuple[Flow, Any]:
+        del state
+        flow, report = model.apply(block, flow, call, layer)
+        if "routing" not in report.signals:
+            return flow, None
+        routing, h = report.signals["routing"], report.signals["input"]
+        h = h.reshape(-1, h.shape[-1])  # [n,D]
         index, amounts, chosen = (
             array.reshape(len(h), -1) for array in (routing.expert_index, routing.combine_weights, routing.chosen)
         )
         mine = (index[..., None] == jnp.arange(block.moe.config.num_experts)) & chosen[..., None]  # [n,K,E]
         weights = jnp.sum(jnp.where(mine, amounts[..., None], 0.0), axis=1)
-        return stream, (sum_of(block.moe, h, weights, jnp.any(mine, axis=1)), jnp.sum(mine, axis=(0, 1)))
+        return flow, (sum_of(block.moe, h, weights, jnp.any(mine, axis=1)), jnp.sum(mine, axis=(0, 1)))
 
     _, states = model.scan(body, model.begin(model.embed(rows.token_ids)))
-    return join_moe_layers(states)
+    return join_layers(states)
 
 
 def for_each_expert(layer: MoELayer, x: Float[Array, "n D"], measure: Callable[[Array, Array], Array]) -> Array:

@@ -23,10 +23,10 @@ from moe.checkpoints import parameters
 from moe.checkpoints.workdir import read_config
 from moe.config import ConfigError, MeshConfig
 from moe.data.tokenizer_files import find_tokenizer
+from moe.layers.call import Call
 from moe.models import sampling
 from moe.models.decoder import make_rows
 from moe.models.factory import abstract_model
-from moe.models.stack import Records
 from moe.parallel.mesh import make_mesh
 
 _SHORTEST = 16  # rows are padded to powers of two from here on, so that few programs are compiled
@@ -99,8 +99,9 @@ class WorkdirLM(TemplateLM):
             prefix = (context & (tokens >= 0)).astype(jnp.int32) if self._prefix else None
             model: Any = nnx.merge(graphdef, variables)
             rows = make_rows(jnp.maximum(tokens, 0), segments, positions, prefix=prefix)
-            x, _ = model.run(model.embed(rows.token_ids), rows, generating=True)
-            logits = model.output(x, Records(), rows).logits
+            call = Call(rows, generating=True)
+            x, report = model.run(model.embed(rows.token_ids), call)
+            logits = model.output(x, report, call).logits
             log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
             chosen = jnp.take_along_axis(log_probs, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
             real = targets >= 0

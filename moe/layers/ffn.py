@@ -12,7 +12,8 @@ from moe.config import ModelConfig
 from moe.dispatch import quantized
 from moe.dispatch.fake_quantized import rounding
 from moe.dispatch.ffn import GATED_ACTIVATIONS, ExpertWeights, activate
-from moe.layers.inputs import KEEP_ALL, Dropout
+from moe.layers.call import Call, Report
+from moe.layers.inputs import KEEP_ALL, Dropout, Site
 from moe.layers.parameter import matrix, zeros
 from moe.parallel.parameters import gather_for_matmul, matmul
 from moe.parallel.partition_specs import (
@@ -45,6 +46,10 @@ class DenseFFN(nnx.Module):
         gate = None if self.gate is None else checkpoint_name(self._matmul(x, self.gate), HIDDEN)
         hidden = drop(activate(self.activation, up, gate))
         return self._matmul(hidden, self.down)
+
+    def run(self, x: Float[Array, "B T D"], call: Call) -> tuple[Float[Array, "B T D"], Report]:
+        """The FFN as a part of a block."""
+        return self(x, call.drop.at(Site.FFN_HIDDEN)), Report()
 
     def _matmul(self, x: Array, weight: nnx.Param[Array]) -> Array:
         return quantized.matmul_in(self.precision, matmul)(x, gather_for_matmul(weight, x.dtype))

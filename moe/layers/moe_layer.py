@@ -19,8 +19,10 @@ from moe.config.references import import_object
 from moe.dispatch import modes
 from moe.dispatch.buffers import layer_capacity, plan_assignments
 from moe.dispatch.ffn import ExpertDropout, ExpertWeights
+from moe.layers.call import Call, Report
 from moe.layers.extras import Latent, NullExperts, RunExperts, Wrapper
 from moe.layers.ffn import Experts, SharedExpert
+from moe.layers.inputs import Rows
 from moe.layers.low_rank import LowRankExperts
 from moe.layers.router import Router
 from moe.parallel import partition_specs
@@ -158,6 +160,27 @@ class MoELayer(nnx.Module):
 
         y, report, routing = self._finish(x, tokens, routing, experts)
         return y, self._with_parameter_loss(report, keys.gate) if train else report, routing
+
+    def run(self, x: Float[Array, "B T D"], call: Call) -> tuple[Float[Array, "B T D"], Report]:
+        """The layer as a part of a block. Its signals are ``layers``, ``routing`` and ``input``, x."""
+        rows = call.rows
+        y, report, routing = self(
+            x,
+            self.real_tokens(rows),
+            token_ids=rows.token_ids,
+            positions=rows.positions if call.generating else None,
+            segment_ids=rows.segment_ids,
+            routing=call.replayed,
+            train=call.train,
+            rng=call.rng,
+            **call.gate,
+        )
+        losses = balancing.auxiliary_losses(report, self.config.losses)
+        return y, Report(losses=losses, signals={"layers": report, "routing": routing, "input": x})
+
+    def real_tokens(self, rows: Rows) -> Bool[Array, "B T"] | None:
+        """Mask of the tokens that are routed; None: all are, padding too."""
+        return None if self.config.route_padding else rows.as_keys > 0
 
     def _with_parameter_loss(self, report: balancing.LayerReport, rng: Array | None) -> balancing.LayerReport:
         """The report with the gate's loss of the parameters, if it has one; latent experts see W_g projected, and the

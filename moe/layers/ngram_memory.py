@@ -23,7 +23,8 @@ from jaxtyping import Array, Float, Int, UInt
 
 from moe.config import ModelConfig
 from moe.config.memory_section import Ngrams
-from moe.layers.inputs import KEEP_ALL, Dropout, Rows
+from moe.layers.call import Call, Report
+from moe.layers.inputs import KEEP_ALL, Dropout, Rows, Site
 from moe.layers.norms import RMSNorm
 from moe.layers.parameter import matrix, zeros
 from moe.parallel.mesh import AXES, ROW_AXES, axis_of, axis_size, constrain, on_mesh
@@ -137,6 +138,11 @@ class NgramMemory(nnx.Module):
         )
         self.query_norm, self.key_norm, self.value_norm = (RMSNorm.of(c) for _ in range(3))
         self.conv = zeros((m.conv_width, c.d_model))
+
+    def run(self, x: Float[Array, "B T D"], call: Call) -> tuple[Float[Array, "B T D"], Report]:
+        """Output for whole rows, or in generation for one more token."""
+        y, state = call.mixed("memory", self, x, call.drop.at(Site.MEMORY_OUTPUT))
+        return y, Report(state=state)
 
     @classmethod
     def empty_state(cls, config: ModelConfig, leading: tuple[int, int]) -> MemoryState:

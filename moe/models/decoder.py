@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +14,11 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from moe.config import ModelConfig
 from moe.config.model_section import check_is_model
+from moe.layers.call import Call, Report
 from moe.layers.embedding import Embedding, Unembedding, with_one
 from moe.layers.inputs import Rows
 from moe.models.prediction import PredictionLayer, predict
-from moe.models.stack import Records, Stack
+from moe.models.stack import Stack
 from moe.parallel import partition_specs
 from moe.parallel.mesh import constrain
 from moe.parallel.parameters import stacked, times
@@ -32,27 +34,23 @@ class Output:
     Attributes:
         logits: in the compute dtype.
         hidden: final hidden states: logits = hidden @ ``output_matrix()``.
-        layers: a LayerReport whose arrays have the MoE layers as leading axis; None in a dense model. An encoder's
-            layers come before the decoder's.
-        routing: a Routing whose arrays do likewise; None unless asked for. For an encoder-decoder a pair, since groups
-            differ: the encoder's, then the decoder's, each None for a stack without MoE layers.
+        report: of all layers, an encoder's before the decoder's.
+        routing: a Routing whose arrays have the MoE layers as leading axis; None unless asked for. For an
+            encoder-decoder a pair, since groups differ: the encoder's, then the decoder's, each None for a stack
+            without MoE layers.
         encoder_hidden: output of the encoder.
-        further: final hidden states of each depth of multi-token prediction, in training; its MoE layers are the last
-            of ``layers``.
-        mixers: a LayerReport of token mixers with experts, whose arrays lead with their layers and each one's routers;
-            None without any.
-        scores: the largest attention score of each layer that has attention, and of its heads, in training with
-            QK-clip; else None.
     """
 
     logits: Float[Array, "B T V"]
     hidden: Float[Array, "B T inputs"]
-    layers: LayerReport | None
-    routing: Routing | tuple[Routing | None, Routing | None] | None
+    report: Report
+    routing: Routing | tuple[Routing | None, Routing | None] | None = None
     encoder_hidden: Float[Array, "B U D"] | None = None
-    further: tuple[Float[Array, "B T inputs"], ...] = ()
-    mixers: LayerReport | None = None
-    scores: Float[Array, "layers N"] | None = None
+
+    @property
+    def layers(self) -> LayerReport | None:
+        """A LayerReport whose arrays have the MoE layers as leading axis; None in a dense model."""
+        return self.report.signals.get("layers")
 
 
 class LanguageModel(nnx.Module):
@@ -107,6 +105,7 @@ class Transformer(LanguageModel, Stack):
         routing: Routing | Choices | None = None,
         return_routing: bool = False,
         prefix: Int[ArrayLike, "B T"] | None = None,
+        signals: tuple[str, ...] = ("layers",),
     ) -> Output:
         """Compute the logits of the next token at every position.
 
@@ -120,44 +119,38 @@ class Transformer(LanguageModel, Stack):
                 be the same; dispatch mode and mesh may differ.
             return_routing: also return the Routing of every MoE layer.
             prefix: 1 for tokens that all tokens of their document see (prefix LM); None: attention is causal.
+            signals: names of what layers report (:class:`moe.layers.call.Call`).
         """
         rows = make_rows(token_ids, segment_ids, positions, prefix=None if prefix is None else jnp.asarray(prefix))
-        x, records = self.run(
-            self.embed(rows.token_ids), rows, train=train, rng=rng, routing=routing, return_routing=return_routing
-        )
-        return self.output(x, records, rows, train=train, rng=rng)
+        call = Call(rows, train=train, rng=rng, signals=(*signals, "routing") if return_routing else signals)
+        x, report = self.run(self.embed(rows.token_ids), call, routing)
+        return self.output(x, report, call)
 
-    def output(
-        self,
-        x: Float[Array, "B T D"],
-        records: Records,
-        rows: Rows,
-        *,
-        train: bool = False,
-        rng: PRNGKeyArray | None = None,
-    ) -> Output:
-        """Build the result from what the layers returned; arguments are those of :meth:`run` and what it returns."""
-        hidden, further, layers = self.scaled(x), (), records.layers
-        if train and self.config.prediction_layers:
-            further, more = predict(self.prediction, self.config, self.embed, x, rows, train=train, rng=rng)
-            layers = join_reports(layers, more)
-        further = tuple(map(self.scaled, further))
-        return Output(
-            self.logits(hidden),
-            hidden,
-            layers,
-            records.routing,
-            further=further,
-            mixers=records.mixers,
-            scores=records.scores,
-        )
+    def output(self, x: Float[Array, "B T D"], report: Report, call: Call) -> Output:
+        """Build the result from what :meth:`run` returned."""
+        hidden = self.scaled(x)
+        if call.train and self.config.prediction_layers:
+            further, of_layers = predict(self.prediction, self.config, self.embed, x, call)
+            handed = {"prediction": tuple(map(self.scaled, further))}
+            report = join_reports(report, of_layers).replace(handed=report.handed | handed)
+        report, routing = without_routing(report)
+        return Output(self.logits(hidden), hidden, report, routing)
 
 
-def join_reports(first: LayerReport | None, second: LayerReport | None) -> LayerReport | None:
-    """Reports of the MoE layers of two stacks, one after the other."""
-    if first is None or second is None:
-        return second if first is None else first
-    return jax.tree.map(lambda *parts: jnp.concatenate(parts), first, second)
+def without_routing(report: Report) -> tuple[Report, Any]:
+    """A report, and the routing that it has; None without one."""
+    rest = {name: value for name, value in report.signals.items() if name != "routing"}
+    return report.replace(signals=rest), report.signals.get("routing")
+
+
+def join_reports(first: Report, second: Report) -> Report:
+    """Reports of two stacks' layers, one after the other."""
+
+    def read(field: str, name: str) -> Any:
+        parts = [part[name] for part in (getattr(first, field), getattr(second, field)) if name in part]
+        return jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *parts)
+
+    return Report.by_entry(read, first.entries() | second.entries())
 
 
 def make_rows(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +12,11 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from moe.config import ConfigError, ModelConfig
 from moe.config.model_section import check_is_model
+from moe.layers.call import Call, Report
 from moe.layers.embedding import Embedding, Unembedding
 from moe.layers.inputs import Rows
-from moe.models.decoder import LanguageModel, Output, join_reports, make_rows
-from moe.models.stack import Records, Stack
+from moe.models.decoder import LanguageModel, Output, join_reports, make_rows, without_routing
+from moe.models.stack import Stack
 from moe.routing.routing import Routing
 
 #: Part of the names of the encoder's operations in a program.
@@ -58,6 +58,7 @@ class EncoderDecoder(LanguageModel):
         rng: PRNGKeyArray | None = None,
         routing: tuple[Routing | None, Routing | None] | None = None,
         return_routing: bool = False,
+        signals: tuple[str, ...] = ("layers",),
     ) -> Output:
         """Compute the logits of the next target at every position of the decoder.
 
@@ -69,30 +70,29 @@ class EncoderDecoder(LanguageModel):
             encoder_segment_ids: its documents; the decoder's document i attends to the encoder's document i.
             encoder_positions: as ``positions``.
             encoder_mask: instead of encoder_segment_ids, where a row is one document: 1 for its tokens, 0 for padding.
-            train: see :class:`moe.models.decoder.Transformer`, as ``rng`` and ``return_routing``.
+            train: see :class:`moe.models.decoder.Transformer`, as ``rng``, ``return_routing`` and ``signals``.
             routing: of the encoder's and of the decoder's MoE layers, to replay.
 
         Raises:
             ValueError: both a mask and segment ids.
         """
         replayed = routing or (None, None)
-        settings = {"train": train, "rng": rng, "return_routing": return_routing}
         source = encoder_rows(encoder_tokens, encoder_segment_ids, encoder_positions, encoder_mask)
-        encoded, of_encoder = self.encode(source, routing=replayed[0], **settings)
+        call = Call(source, train=train, rng=rng, signals=(*signals, "routing") if return_routing else signals)
+        encoded, report = self.encode(call, replayed[0])
+        of_encoder, first = without_routing(report)
         rows = make_rows(token_ids, segment_ids, positions)
         rows = dataclasses.replace(rows, encoded=encoded, encoded_segment_ids=source.as_keys)
-        embedded = self.embed(rows.token_ids)
-        x, of_decoder = self.decoder.run(embedded, rows, routing=replayed[1], **settings)
-        hidden = self.scaled(x)
-        layers = join_reports(of_encoder.layers, of_decoder.layers)
-        recorded = (of_encoder.routing, of_decoder.routing) if return_routing else None
-        return Output(self.logits(hidden), hidden, layers, recorded, encoded)
+        x, report = self.decoder.run(self.embed(rows.token_ids), call.replace(rows=rows), replayed[1])
+        of_decoder, second = without_routing(report)
+        hidden, recorded = self.scaled(x), (first, second) if return_routing else None
+        return Output(self.logits(hidden), hidden, join_reports(of_encoder, of_decoder), recorded, encoded)
 
-    def encode(self, rows: Rows, **settings: Any) -> tuple[Float[Array, "B U D"], Records]:
+    def encode(self, call: Call, routing: Routing | None = None) -> tuple[Float[Array, "B U D"], Report]:
         """Run the encoder; see :meth:`moe.models.stack.Stack.run`."""
         embedding = self.encoder.embedding if self.config.encoder_vocab_size else self.embedding
         with jax.named_scope(ENCODER_SCOPE):
-            return self.encoder.run(self.embed(rows.token_ids, embedding), rows, **settings)
+            return self.encoder.run(self.embed(call.rows.token_ids, embedding), call, routing)
 
 
 def encoder_rows(

@@ -7,8 +7,7 @@ output.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,16 +15,18 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moe.config import ModelConfig, stacks
 from moe.config.layer_kinds import LayerKind
-from moe.layers.inputs import KEEP_ALL, Rows
+from moe.layers.call import Call
+from moe.layers.cross_attention import STATE as CROSS
+from moe.layers.inputs import Rows
 from moe.layers.mixers.interface import MixerLayer
 from moe.layers.mixers.table import layer_class
 from moe.layers.ngram_memory import NgramMemory
-from moe.models.block import Block, Record, Stream
+from moe.layers.prompt import STATE as PROMPT
+from moe.models.block import Block
 from moe.models.encoder_decoder import EncoderDecoder, encoder_rows
 from moe.models.factory import Model
-from moe.models.segments import LayerStates, create_states, join_moe_layers
-from moe.models.stack import Stack
-from moe.routing.interface import GateInputs
+from moe.models.segments import LayerStates, create_states, join_layers
+from moe.models.stack import Flow, Stack
 from moe.routing.routing import Choices
 
 
@@ -43,25 +44,8 @@ class Encoded:
     mask: Array
 
 
-#: State of one layer (:class:`moe.layers.mixers.interface.MixerLayer`); with that of its memory if it has one, in a
-#: :class:`WithPrompt` if its gate keeps something of the prompt.
-Cache = Any
-
-
-class WithPrompt(NamedTuple):
-    """State of a layer whose gate keeps something of the prompt.
-
-    Attributes:
-        mixer: of its memory and mixer.
-        prompt: pytree of [L,B,...] (:meth:`moe.routing.interface.Gate.of_prompt`); None: before the prompt.
-    """
-
-    mixer: Cache
-    prompt: Any = None
-
-
-#: (mixer or memory, its input [B,T,D], its state) → (heads [B,T,N,H] or output [B,T,D], state)
-Mix = Callable[[MixerLayer | NgramMemory, Array, Cache], tuple[Array, Cache]]
+#: State of one layer by its parts: the mixer's, and that of others which keep one.
+Cache = dict[str, Any]
 
 
 def empty(config: ModelConfig, rows: int, length: int, *, ahead: int = 0) -> LayerStates:
@@ -81,17 +65,20 @@ def empty_layers(
 ) -> Cache:
     """The cache of equal layers, stacked over the repeats; ``length`` and ``ahead`` are those of :func:`empty`."""
     layer = layer_class(kind.mixer)
-    state = layer.empty_state(config, kind.mixer, (repeats, rows), length, ahead=ahead)
-    state = state if kind.memory is None else (state, NgramMemory.empty_state(config, (repeats, rows)))
-    return WithPrompt(state) if kind.gate is not None and kind.gate.keeps_prompt else state
+    cache: Cache = {"mixer": layer.empty_state(config, kind.mixer, (repeats, rows), length, ahead=ahead)}
+    if kind.memory is not None:
+        cache["memory"] = NgramMemory.empty_state(config, (repeats, rows))
+    if kind.gate is not None and kind.gate.keeps_prompt:
+        cache[PROMPT] = None
+    return cache
 
 
 def encode(model: EncoderDecoder, token_ids: Int[Array, "B U"], lengths: Int[Array, " B"]) -> Encoded:
     """Run the encoder; row b's source is its first lengths[b] tokens."""
     mask = jnp.arange(token_ids.shape[1]) < lengths[:, None]
-    hidden, _ = model.encode(encoder_rows(token_ids, mask=mask), generating=True)
+    hidden, _ = model.encode(Call(encoder_rows(token_ids, mask=mask), generating=True))
 
-    def body(block: Block, x: Array, _: None, layer: Array) -> tuple[Array, Any]:
+    def body(block: Any, x: Array, _: None, layer: Array) -> tuple[Array, Any]:
         del layer
         return x, block.cross.attention.project_keys(x, None)
 
@@ -122,7 +109,8 @@ def run_prompt(
     """
     rows = prompt_rows(token_ids, lengths)
     rows = dataclasses.replace(rows, prefix=rows.segment_ids) if prefix else rows
-    return _run(model, rows, caches, prompt_mix(_decoder(model).with_bias(rows), lengths), encoded)
+    rows = _decoder(model).with_bias(rows)
+    return _run(model, prompt_call(rows, lengths), caches, encoded)
 
 
 def prompt_logits(model: Model, x: Float[Array, "B T D"], lengths: Int[Array, " B"]) -> Float[Array, "B V"]:
@@ -139,14 +127,14 @@ def prompt_rows(token_ids: Int[Array, "B T"], lengths: Int[Array, " B"]) -> Rows
     return Rows(token_ids, segment_ids, positions)
 
 
-def prompt_mix(rows: Rows, lengths: Int[Array, " B"]) -> Mix:
-    """Mixing of prompts that fills the caches."""
+def prompt_call(rows: Rows, lengths: Int[Array, " B"]) -> Call:
+    """A call that runs prompts and fills the caches."""
 
-    def mix(part: MixerLayer | NgramMemory, x: Array, cache: Cache) -> tuple[Array, Cache]:
+    def mix(part: MixerLayer | NgramMemory, x: Array, cache: Any) -> tuple[Array, Any]:
         heads, found = part.prefill(x, rows)
         return heads, part.fill(cache, found, lengths)
 
-    return mix
+    return Call(rows, generating=True, mix=mix, signals=("routing",))
 
 
 def extend(
@@ -167,8 +155,8 @@ def extend(
     """
     rows = next_rows(token_ids, positions, active)
     # All distances from the largest on have the same bias.
-    biased = _decoder(model).with_bias(rows, model.config.relative_max_distance)
-    return _run(model, rows, caches, next_mix(biased), encoded)
+    rows = _decoder(model).with_bias(rows, model.config.relative_max_distance)
+    return _run(model, next_call(rows), caches, encoded)
 
 
 def next_rows(token_ids: Int[Array, "B T"], positions: Int[Array, "B T"], active: Bool[Array, " B"]) -> Rows:
@@ -176,13 +164,13 @@ def next_rows(token_ids: Int[Array, "B T"], positions: Int[Array, "B T"], active
     return Rows(token_ids, jnp.broadcast_to(active.astype(jnp.int32)[:, None], token_ids.shape), positions)
 
 
-def next_mix(rows: Rows) -> Mix:
-    """Mixing of further tokens with those in the caches, to which they are added first."""
+def next_call(rows: Rows) -> Call:
+    """A call that runs further tokens, which are added to the caches first."""
 
-    def mix(part: MixerLayer | NgramMemory, x: Array, cache: Cache) -> tuple[Array, Cache]:
+    def mix(part: MixerLayer | NgramMemory, x: Array, cache: Any) -> tuple[Array, Any]:
         return part.step(x, rows, cache)
 
-    return mix
+    return Call(rows, generating=True, mix=mix, signals=("routing",))
 
 
 def _decoder(model: Model) -> Stack:
@@ -191,61 +179,23 @@ def _decoder(model: Model) -> Stack:
 
 
 def _run(
-    model: Model, rows: Rows, caches: LayerStates, mix: Mix, encoded: Encoded | None
+    model: Model, call: Call, caches: LayerStates, encoded: Encoded | None
 ) -> tuple[Array, LayerStates, Choices | None]:
-    """Run all blocks with these mixers; return hidden states [B,T,D] before the final norm, caches, and experts."""
-    states = [[(cache, None) for cache in unit] for unit in caches]
+    """Run all blocks; return hidden states [B,T,D] before the final norm, caches, and experts."""
+    states, decoder = caches, _decoder(model)
     if encoded is not None:
-        states = [list(zip(*units, strict=True)) for units in zip(caches, encoded.layers, strict=True)]
+        pairs = zip(caches, encoded.layers, strict=True)
+        states = [[cache | {CROSS: keys} for cache, keys in zip(*unit, strict=True)] for unit in pairs]
+        call = call.replace(rows=dataclasses.replace(call.rows, encoded_segment_ids=encoded.mask.astype(jnp.int32)))
 
-    def body(block: Block, stream: Stream, state: Any, layer: Array) -> tuple[Stream, tuple[Cache, Choices | None]]:
-        del layer
-        x, cache = mixed(block, stream.x, state[0], mix)
-        if encoded is not None:
-            cross: Any = block.cross.attention
-            normalised = block.cross.norm(x)
-            query = cross.project_query(normalised, None)
-            mask = jnp.broadcast_to(encoded.mask[:, None, None], (len(x), 1, x.shape[1], encoded.mask.shape[1]))
-            x = x + cross.join(cross.attend_cached(query, *state[1], mask), normalised)
-        x, record, cache = feed_forward(block, x, rows, cache, carry=stream.carry)
-        stream, record = stream.after(x, record)
-        return stream, (cache, None if record.routing is None else record.routing.choices)
+    def body(block: Block, flow: Flow, cache: Cache, layer: Array) -> tuple[Flow, tuple[Cache, Choices | None]]:
+        flow, report = decoder.apply(block, flow, call.replace(state=cache), layer)
+        routing = report.signals.get("routing")
+        return flow, (report.state, None if routing is None else routing.choices)
 
-    decoder = _decoder(model)
-    stream, states = decoder.scan(body, decoder.begin(model.embed(rows.token_ids)), states)
+    flow, states = decoder.scan(body, decoder.begin(model.embed(call.rows.token_ids)), states)
     caches, choices = ([[state[i] for state in unit] for unit in states] for i in (0, 1))
-    return stream.x, caches, join_moe_layers(choices)
-
-
-def mixed(block: Block, x: Array, cache: Cache, mix: Mix) -> tuple[Array, Cache]:
-    """x plus the outputs of a block's memory and mixer, and its cache."""
-    if isinstance(cache, WithPrompt):
-        x, own = mixed(block, x, cache.mixer, mix)
-        return x, cache._replace(mixer=own)
-    memory = None
-    if block.kind.memory is not None:
-        cache, memory = cache
-        recalled, memory = mix(block.memory, x, memory)
-        x = block.add_recalled(x, recalled)
-    h = block.mixer_input(x)
-    heads, cache = mix(block.token_mixer, h, cache)
-    x = block.add_mixed(x, block.token_mixer.join(heads, h), KEEP_ALL)
-    return x, cache if memory is None else (cache, memory)
-
-
-def feed_forward(block: Block, x: Array, rows: Rows, cache: Cache, *, carry: Any = None) -> tuple[Array, Record, Cache]:
-    """:meth:`moe.models.block.Block.feed_forward`, and the layer's cache, into which the first call puts what the gate
-    keeps of the prompt."""
-    if not isinstance(cache, WithPrompt):
-        return *block.feed_forward(x, rows, carry=carry, generating=True), cache
-    x, record = block.feed_forward(x, rows, carry=carry, prompt=cache.prompt, generating=True)
-    if cache.prompt is None:
-        gate, routing = block.kind.gate, record.routing
-        assert gate is not None
-        assert routing is not None
-        inputs = GateInputs((rows.segment_ids > 0) & ~routing.broken, segment_ids=rows.segment_ids)
-        cache = cache._replace(prompt=gate.of_prompt(routing.router_logits, inputs))
-    return x, record, cache
+    return decoder.residual.last(flow.stream), caches, join_layers(choices)
 
 
 def next_logits(model: Model, x: Float[Array, "B 1 D"]) -> Float[Array, "B V"]:

@@ -27,12 +27,12 @@ from jax.sharding import PartitionSpec as P
 
 from moe.config import Config
 from moe.config.layer_kinds import layer_kinds
+from moe.layers.call import Call
 from moe.layers.inputs import Rows, StackSite
-from moe.models.block import Stream
 from moe.models.decoder import Output, Transformer
 from moe.models.factory import variable_specs
 from moe.models.segments import LayerStates, segments
-from moe.models.stack import Segment, join_records, scan_segment
+from moe.models.stack import Flow, Segment, joined, scan_segment
 from moe.models.stages import TAKEN_SCOPE, Schedule, pipelined_segment
 from moe.models.state import TrainState
 from moe.parallel import partition_specs
@@ -95,7 +95,7 @@ def _shift(tree: Any, by: int) -> Any:
 class Pipeline:
     """A model's layers, within ``shard_map`` over the axis; K·S microbatches, of which each device holds K."""
 
-    def __init__(self, model: Transformer, schedule: Schedule, rng: Array):
+    def __init__(self, model: Transformer, schedule: Schedule, rng: Array, signals: tuple[str, ...]):
         """Set up.
 
         Args:
@@ -103,15 +103,16 @@ class Pipeline:
                 no stage in :meth:`finish`; all of everything else.
             schedule: of the pipelined segment.
             rng: key of the step.
+            signals: names of what layers report.
         """
-        self.model, self.schedule, self.rng = model, schedule, rng
+        self.model, self.schedule, self.rng, self.signals = model, schedule, rng, signals
         self.index = pipelined_segment(model.config)
         self.segment: Segment = getattr(model, f"segment_{self.index}")
         #: Number of the segment's first layer.
         self.first = sum(len(unit) * repeats for unit, repeats in segments(model.kinds)[: self.index])
         self.settings: dict[str, Any] = {"remat": model.config.remat, "per_trip": model.config.layers_per_trip}
 
-    def run(self, x: Array, rows: Rows, numbers: Array, casts: Transformer) -> tuple[Stream, LayerStates]:
+    def run(self, x: Array, rows: Rows, numbers: Array, casts: Transformer) -> tuple[Flow, LayerStates]:
         """All layers up to the last pipelined one.
 
         Args:
@@ -121,50 +122,54 @@ class Pipeline:
             casts: model from which the stage's parameters are read; the gradients go to those of ``self.model``.
 
         Returns:
-            The stream of activations [K,b,T,D], and what the layers report, each leading with K.
+            What passes from layer to layer, and what the layers report, each leading with K.
         """
 
         def begin(_: None, inputs: tuple[Array, Rows, Array]) -> tuple[None, Any]:
             x, rows, number = inputs
-            key = jax.random.fold_in(self.rng, number)
-            x = self.model.outer_dropout(train=True, rng=key).at(StackSite.EMBEDDING)(x)
-            body = self.model.body(rows, train=True, rng=key)
-            return None, self.model.scan(body, self.model.begin(x), of=range(self.index), **self.settings)
+            call = self.call(rows, number)
+            x = self.model.outer_dropout(call).at(StackSite.EMBEDDING)(x)
+            return None, self.model.scan(
+                self.model.body(call), self.model.begin(x), of=range(self.index), **self.settings
+            )
 
-        _, (stream, before) = lax.scan(begin, None, (x, rows, numbers))
-        stream, pipelined = self._stages(stream, rows, nnx.state(getattr(casts, f"segment_{self.index}")))
-        return stream, [*before, pipelined]
+        _, (flow, before) = lax.scan(begin, None, (x, rows, numbers))
+        flow, pipelined = self._stages(flow, rows, nnx.state(getattr(casts, f"segment_{self.index}")))
+        return flow, [*before, pipelined]
 
-    def finish(self, stream: Stream, states: LayerStates, rows: Rows, number: Array) -> Output:
+    def call(self, rows: Rows, number: Array) -> Call:
+        """Call of the microbatch of this number."""
+        return Call(rows, train=True, rng=jax.random.fold_in(self.rng, number), signals=self.signals)
+
+    def finish(self, flow: Flow, states: LayerStates, rows: Rows, number: Array) -> Output:
         """The remaining layers and the result of one microbatch; arguments are those that :meth:`run` takes and
         returns, without their leading axis."""
-        model, key = self.model, jax.random.fold_in(self.rng, number)
-        body = model.body(rows, train=True, rng=key)
+        model, call = self.model, self.call(rows, number)
+        body = model.body(call)
         rest, further = self.segment, []
         if len(jax.tree.leaves(nnx.state(rest))[0]):
             first = self.first + self.schedule.pipelined * rest.size
-            stream, reports = scan_segment(rest, body, stream, [None] * rest.size, first, **self.settings)
+            flow, reports = scan_segment(rest, body, flow, [None] * rest.size, first, **self.settings)
             further = [reports]
         after = range(self.index + 1, len(segments(model.kinds)))
-        stream, others = model.scan(body, stream, of=after, **self.settings)
+        flow, others = model.scan(body, flow, of=after, **self.settings)
         further += others
-        records = join_records([*states, *further])
-        x = model.outer_dropout(train=True, rng=key).at(StackSite.OUTPUT)(model.final_norm(stream.x))
-        return model.output(x, records, rows, train=True, rng=key)
+        x = model.end(flow, model.outer_dropout(call))
+        return model.output(x, joined([*states, *further]), call)
 
-    def _stages(self, stream: Stream, rows: Rows, casts: nnx.State) -> tuple[Stream, list[Any]]:
+    def _stages(self, flow: Flow, rows: Rows, casts: nnx.State) -> tuple[Flow, list[Any]]:
         """The pipelined segment: [K,b,T,D] → [K,b,T,D], and the reports of its layers."""
-        stages, rounds, blocks = self.schedule.stages, self.schedule.rounds, len(stream.x)
+        stages, rounds, blocks = self.schedule.stages, self.schedule.rounds, len(rows.token_ids)
         stage, repeats, segment = lax.axis_index(axis_of("pipeline")), self.schedule.repeats, self.segment
         turns = rounds * blocks * stages
 
-        def layers(current: tuple[Stream, Rows], turn: Array) -> tuple[tuple[Stream, Rows], list[Any]]:
+        def layers(current: tuple[Flow, Rows], turn: Array) -> tuple[tuple[Flow, Rows], list[Any]]:
             """This stage's work of a turn, on the microbatch that has arrived; before its first and after its last
             turn its result is not used."""
-            stream, rows = current
+            flow, rows = current
             work = jnp.clip(turn - stage, 0, turns - 1)
             group = work // stages % rounds
-            key = jax.random.fold_in(self.rng, work // (rounds * stages) * stages + work % stages)
+            microbatch = work // (rounds * stages) * stages + work % stages
 
             # If a turn's slices of weights were inputs of a scan, they would be kept for the backward pass, and all of
             # their gradients stacked in every turn.
@@ -173,11 +178,11 @@ class Pipeline:
                 take_one = functools.partial(lax.dynamic_index_in_dim, index=place, keepdims=False)
                 return jax.tree.map(lambda x, cast: read_as(take_one(x), take_one(cast)), variables, casts)
 
-            body = self.model.body(rows, train=True, rng=key)
+            body = self.model.body(self.call(rows, microbatch))
             number = self.first + (group * stages + stage) * repeats * segment.size
             own = {"repeats": repeats, "take": take, **self.settings}
-            stream, reports = scan_segment(segment, body, stream, [None] * segment.size, number, **own)
-            return (stream, rows), reports
+            flow, reports = scan_segment(segment, body, flow, [None] * segment.size, number, **own)
+            return (flow, rows), reports
 
         def exchange(current: Any, waiting: Any, turn: Array | int) -> tuple[Any, Any]:
             """Swap, on the first stage, a microbatch that has passed all layers for one that has not.
@@ -208,12 +213,12 @@ class Pipeline:
             return (_shift(current, 1), waiting), reports
 
         # One more block, in which the last microbatches come home.
-        waiting = jax.tree.map(lambda x: jnp.pad(x, ((0, 1), *((0, 0),) * (x.ndim - 1))), (stream, rows))
-        empty = jax.tree.map(lambda x: jnp.zeros_like(x[0]), (stream, rows))
+        waiting = jax.tree.map(lambda x: jnp.pad(x, ((0, 1), *((0, 0),) * (x.ndim - 1))), (flow, rows))
+        empty = jax.tree.map(lambda x: jnp.zeros_like(x[0]), (flow, rows))
         carry, reports = lax.scan(turn, (empty, waiting), jnp.arange(turns + stages - 1))
-        _, (stream, _) = exchange(carry[0], carry[1], turns + stages - 1)
-        stream = jax.tree.map(lambda x: x[1:], stream)
-        return stream, jax.tree.map(functools.partial(self._home, stage, blocks), reports)
+        _, (flow, _) = exchange(carry[0], carry[1], turns + stages - 1)
+        flow = jax.tree.map(lambda x: x[1:], flow)
+        return flow, jax.tree.map(functools.partial(self._home, stage, blocks), reports)
 
     def _home(self, stage: Array, blocks: int, report: Array) -> Array:
         """[turns,n,...] of this stage's layers → [K,R,...] of all R repeats, of this device's microbatches."""
@@ -274,6 +279,7 @@ def gradients(
     batch: dict[str, Array],
     rng: Array,
     count: Array,
+    signals: tuple[str, ...],
 ) -> tuple[tuple[Array, Any, Any], Any]:
     """(loss, numbers, reports [A,L,...]) and gradients of microbatches [A,b,T], as without a pipeline.
 
@@ -281,6 +287,7 @@ def gradients(
         loss: see :data:`Loss`.
         rng: key of the step; microbatch m has ``fold_in(rng, m)``.
         count: number of targets in all microbatches.
+        signals: names of what layers report.
     """
     axis, stored = axis_of("pipeline"), _StoredLayers(config)
     schedule, segment = stored.schedule, stored.segment
@@ -310,26 +317,26 @@ def gradients(
             of_stage = dataclasses.replace(state, parameters=parameters, biases=state.biases | biases)
             return nnx.merge(graphdef, of_stage.variables)
 
-        def run(outside: Any, own: Any, x: Array) -> tuple[Stream, LayerStates]:
-            stage = Pipeline(model(outside | own, own_biases), schedule, rng)
+        def run(outside: Any, own: Any, x: Array) -> tuple[Flow, LayerStates]:
+            stage = Pipeline(model(outside | own, own_biases), schedule, rng, signals)
             return stage.run(x, rows, numbers, model(outside | casts, own_biases))
 
-        def finish(outside: Any, stream: Stream, reports: LayerStates, inputs: tuple[Any, ...]) -> Any:
+        def finish(outside: Any, flow: Flow, reports: LayerStates, inputs: tuple[Any, ...]) -> Any:
             rows, microbatch, number = inputs
-            end = Pipeline(model(outside, rest_biases), schedule, rng)
-            return loss(end.model, end.finish(stream, reports, rows, number), microbatch, count)
+            end = Pipeline(model(outside, rest_biases), schedule, rng, signals)
+            return loss(end.model, end.finish(flow, reports, rows, number), microbatch, count)
 
         def accumulate(sums: Any, inputs: tuple[Any, ...]) -> Any:
-            stream, reports, *others = inputs
-            of_microbatch = jax.value_and_grad(finish, (0, 1, 2), has_aux=True)(after, stream, reports, tuple(others))
+            flow, reports, *others = inputs
+            of_microbatch = jax.value_and_grad(finish, (0, 1, 2), has_aux=True)(after, flow, reports, tuple(others))
             (share, (numbers, layers)), (gradient, *cotangents) = of_microbatch
             return jax.tree.map(jnp.add, sums, (share, gradient)), (numbers, layers, cotangents)
 
-        (stream, reports), back_through_stages = jax.vjp(run, outside, own, x)
+        (flow, reports), back_through_stages = jax.vjp(run, outside, own, x)
         # What follows the last stage is differentiated microbatch by microbatch, so that none of it is kept.
         after = outside | rest
         zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, after)
-        inputs = stream, reports, rows, batch, numbers
+        inputs = flow, reports, rows, batch, numbers
         (share, gradient), (shown, layers, cotangents) = lax.scan(accumulate, zeros, inputs)
         before, of_own, of_x = back_through_stages(tuple(cotangents))
         (of_layers,) = back((of_own, {segment: gradient.pop(segment)}))

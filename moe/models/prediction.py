@@ -8,17 +8,18 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float
 
 from moe.config import ModelConfig
 from moe.config.layer_kinds import stacks
-from moe.layers.inputs import Rows
+from moe.layers.call import Call, Report
+from moe.layers.inputs import Dropout, Rows
 from moe.layers.norms import RMSNorm
 from moe.layers.parameter import matrix
-from moe.models.block import Block, Record
+from moe.layers.residuals.table import residual_class
+from moe.models.block import Block
 from moe.parallel.parameters import gather_for_matmul
 from moe.parallel.partition_specs import IN, REMAT_POLICIES
-from moe.routing.balancing import LayerReport
 
 
 class PredictionLayer(nnx.Module):
@@ -31,27 +32,13 @@ class PredictionLayer(nnx.Module):
         self.embedding_norm = RMSNorm.of(config)
         self.project = matrix(rngs, (2 * d, d), IN, fan_in=2 * d, scale=config.init_scale)
         self.block = Block(config, stacks(config)[""][-1], rngs=rngs)
+        self.residual = residual_class(config)(config, rngs=rngs)
         self.output_norm = RMSNorm.of(config)
 
-    def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        embedded: Float[Array, "B T D"],
-        rows: Rows,
-        *,
-        train: bool = False,
-        rng: PRNGKeyArray | None = None,
-    ) -> tuple[Float[Array, "B T D"], Record]:
-        """Hidden states of the next depth, before its norm.
-
-        Args:
-            x: hidden states of the previous depth; for the first depth, the model's final hidden states.
-            embedded: embedding of the token that x predicted.
-            rows: of the embedded tokens.
-            train: see :meth:`moe.models.stack.Stack.run`.
-            rng: key of this layer.
-        """
-        return self.block(self.join(x, embedded), rows, train=train, rng=rng)
+    def apply(self, x: Float[Array, "B T D"], call: Call) -> tuple[Float[Array, "B T D"], Report]:
+        """The block alone: hidden states of the depth, before its norm, of :meth:`join`'s output."""
+        stream, report = self.block(self.residual.first(x), call)
+        return self.residual.last(stream), report
 
     def join(self, x: Float[Array, "B T D"], embedded: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Input of the block (equation 21; the published weights have the embedding first)."""
@@ -75,12 +62,9 @@ def predict(
     config: ModelConfig,
     embed: Callable[[Array], Array],
     x: Float[Array, "B T D"],
-    rows: Rows,
-    *,
-    train: bool,
-    rng: PRNGKeyArray | None,
-) -> tuple[tuple[Float[Array, "B T D"], ...], LayerReport | None]:
-    """Normalised hidden states of every depth, and the reports of their MoE layers, stacked.
+    call: Call,
+) -> tuple[tuple[Float[Array, "B T D"], ...], Report]:
+    """Normalised hidden states of every depth, and the reports of their layers, stacked.
 
     Where the document ends before the token that a depth needs, the hidden states are of some other token; such
     positions have no target, and no earlier position sees them.
@@ -89,24 +73,23 @@ def predict(
         layers: stacked.
         embed: token ids → vectors.
         x: final hidden states of the model.
-        train: see :meth:`moe.models.stack.Stack.run`.
-        rng: key of the run's noise.
+        call: of the run.
     """
     graphdef, stacked = nnx.split(layers)
-    hidden, records = [], []
+    rows, hidden, reports = call.rows, [], []
     for i in range(config.prediction_layers):
         own = Rows(shift(rows.token_ids, i + 1, 0), rows.segment_ids, rows.positions)
-        key = None if rng is None else jax.random.fold_in(rng, config.num_layers + 1 + i)
+        key = None if call.rng is None else jax.random.fold_in(call.rng, config.num_layers + 1 + i)
+        of_layer = Call(own, call.train, key, Dropout(config.dropout, key if call.train else None), call.signals)
 
-        def step(variables, x, own=own, key=key):
+        def step(variables, x, of_layer=of_layer):
             layer = nnx.merge(graphdef, variables)
-            x, record = layer(x, embed(own.token_ids), own, train=train, rng=key)
-            return x, layer.output_norm(x), record.report
+            x, report = layer.apply(layer.join(x, embed(of_layer.rows.token_ids)), of_layer)
+            return x, layer.output_norm(x), report
 
         if config.remat != "none":
             step = jax.checkpoint(step, policy=REMAT_POLICIES[config.remat])
         x, normalised, report = step(jax.tree.map(lambda leaf, i=i: leaf[i], stacked), x)
         hidden.append(normalised)
-        records.append(report)
-    reports = jax.tree.map(lambda *parts: jnp.stack(parts), *records)
-    return tuple(hidden), reports
+        reports.append(report.replace(handed={}))
+    return tuple(hidden), jax.tree.map(lambda *parts: jnp.stack(parts), *reports)

@@ -90,8 +90,8 @@ def split_moe_layers(layers: tuple[LayerKind, ...], tree: Any) -> LayerStates:
     return result
 
 
-def join_moe_layers(states: LayerStates) -> Any:
-    """Undo :func:`split_moe_layers`: the states that are not None, stacked in layer order; None if all are."""
+def join_layers(states: LayerStates) -> Any:
+    """The states that are not None, stacked in layer order; None if all are. Undoes :func:`split_moe_layers`."""
     parts = []
     for blocks in states:
         sparse = [state for state in blocks if state is not None]

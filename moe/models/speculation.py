@@ -20,11 +20,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moe.config import ConfigError, ModelConfig, layer_kinds
 from moe.config.layer_kinds import require_ability
-from moe.layers.inputs import Rows
+from moe.layers.call import Call
 from moe.models import kv_cache
 from moe.models.decoder import Transformer
 from moe.models.factory import abstract_model
-from moe.models.kv_cache import Cache, Mix
+from moe.models.kv_cache import Cache
 from moe.models.prediction import PredictionLayer, shift
 from moe.models.sampling import check_prompts, pad_prompts, without_drops
 from moe.models.segments import LayerStates
@@ -142,7 +142,7 @@ def _programs(
         own = kv_cache.prompt_rows(shift(token_ids, 1, 0), lengths - 1)
         stacked = kv_cache.empty_layers(config, kind, 1, rows, length, ahead=AHEAD)
         cache = jax.tree.map(lambda leaf: leaf[0], stacked)
-        _, cache = _predict(model, layer, hidden, own, cache, kv_cache.prompt_mix(own, lengths - 1))
+        _, cache = _predict(model, layer, hidden, kv_cache.prompt_call(own, lengths - 1), cache)
         drafts, cache = _draft(model, layer, of_last, tokens[:, None], last, cache)
         return _State(tokens, drafts[:, 0], lengths, caches, cache)
 
@@ -178,13 +178,12 @@ def _draft(
 ) -> tuple[Int[Array, "B T"], Cache]:
     """Draft the tokens after ``token_ids``, which the hidden states at ``positions`` predicted."""
     rows = kv_cache.next_rows(token_ids, positions, jnp.ones(len(token_ids), bool))
-    x, cache = _predict(model, layer, hidden, rows, cache, kv_cache.next_mix(rows))
+    x, cache = _predict(model, layer, hidden, kv_cache.next_call(rows), cache)
     return _likeliest(model, layer.output_norm(x)), cache
 
 
 def _predict(
-    model: Transformer, layer: PredictionLayer, hidden: Array, rows: Rows, cache: Cache, mix: Mix
+    model: Transformer, layer: PredictionLayer, hidden: Array, call: Call, cache: Cache
 ) -> tuple[Float[Array, "B T D"], Cache]:
-    x, cache = kv_cache.mixed(layer.block, layer.join(hidden, model.embed(rows.token_ids)), cache, mix)
-    x, _, cache = kv_cache.feed_forward(layer.block, x, rows, cache)
-    return x, cache
+    x, report = layer.apply(layer.join(hidden, model.embed(call.rows.token_ids)), call.replace(state=cache))
+    return x, report.state

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,51 +15,45 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int
 
-from moe.config import ModelConfig, MoEConfig
+from moe.config import ModelConfig
 from moe.config.layer_kinds import LayerKind, stacks
 from moe.layers.attention.scoring import RelativeBias
+from moe.layers.call import Call, Report
 from moe.layers.embedding import Embedding
-from moe.layers.inputs import Dropout, Rows, StackSite
+from moe.layers.inputs import KEEP_ALL, Dropout, Rows, StackSite
 from moe.layers.norms import RMSNorm
-from moe.models.block import Block, Record, Stream
-from moe.models.segments import LayerStates, join_moe_layers, segments, split_moe_layers
+from moe.layers.residuals.table import residual_class
+from moe.models.block import Block
+from moe.models.parts import handed_to_first
+from moe.models.segments import LayerStates, join_layers, segments, split_moe_layers
 from moe.parallel.mesh import axis_size
 from moe.parallel.parameters import stacked, take_layer
 from moe.parallel.partition_specs import INNER_INPUT, REMAT_POLICIES
-from moe.routing.balancing import LayerReport
-from moe.routing.carry import first_carry, of_tokens
 from moe.routing.routing import Choices, Routing
 
 #: (block, x, the layer's state, layer number) → (x, the layer's new state)
 Body = Callable[[Block, Any, Any, Int[Array, ""]], tuple[Any, Any]]
 
 
-class Records(NamedTuple):
-    """Reports of a stack's layers: of its MoE layers with their routing, of token mixers with experts, and the largest
-    attention scores [L,N], each stacked over the layers that have one; None without any."""
+class Flow(NamedTuple):
+    """What passes from layer to layer: the residual stream, and what layers hand on, by name."""
 
-    layers: LayerReport | None = None
-    routing: Routing | None = None
-    mixers: LayerReport | None = None
-    scores: Array | None = None
+    stream: Any
+    handed: dict[str, Any]
 
 
-def join_records(records: LayerStates) -> Records:
-    """Reports of a stack's layers, in layer order."""
+def joined(reports: LayerStates) -> Report:
+    """Reports of a stack's layers as one, each entry stacked over the layers that have it; metrics, which lead with a
+    part's rows, are joined by them."""
+    entries = {entry for unit in reports for report in unit for entry in report.entries()}
 
-    def join(read: Callable[[Record], Any]) -> Any:
-        return join_moe_layers([[read(record) for record in unit] for unit in records])
+    def read(field: str, name: str) -> Any:
+        found = join_layers([[getattr(report, field).get(name) for report in unit] for unit in reports])
+        return found.reshape(-1, *found.shape[2:]) if field == "metrics" else found
 
-    layers, mixers = join(operator.attrgetter("report")), join(operator.attrgetter("mixer"))
-    return Records(layers, join(operator.attrgetter("routing")), mixers, join(operator.attrgetter("scores")))
-
-
-def carry_of(moe: MoEConfig, layers: tuple[LayerKind, ...]) -> Any:
-    """Initial carry of one token for the routers of a stack (:func:`moe.routing.carry.first_carry`)."""
-    gates = [kind.gate for kind in layers if kind.gate is not None]
-    return first_carry(gates, moe.num_experts + moe.null_experts)
+    return Report.by_entry(read, entries)
 
 
 class Segment(nnx.Module):
@@ -92,6 +85,7 @@ class Stack(nnx.Module):
         for i, (unit, repeats) in enumerate(segments(self.kinds)):
             setattr(self, f"segment_{i}", stacked(functools.partial(Segment, config, unit), repeats, rngs))
         self.relative_bias = RelativeBias.of(config, bidirectional=name == "encoder", rngs=rngs)
+        self.residual = residual_class(config)(config, rngs=rngs)
         self.final_norm = RMSNorm.of(config)
 
     @property
@@ -100,40 +94,30 @@ class Stack(nnx.Module):
         return stacks(self.config)[self.name]
 
     def run(
-        self,
-        x: Float[Array, "B T D"],
-        rows: Rows,
-        *,
-        train: bool = False,
-        rng: PRNGKeyArray | None = None,
-        routing: Routing | Choices | None = None,
-        return_routing: bool = False,
-        generating: bool = False,
-    ) -> tuple[Float[Array, "B T D"], Records]:
+        self, x: Float[Array, "B T D"], call: Call, routing: Routing | Choices | None = None
+    ) -> tuple[Float[Array, "B T D"], Report]:
         """All layers and the final norm.
 
         Args:
-            rows: the tokens' documents and positions, and the encoder's output.
-            train: use training capacity factors and dropout.
-            rng: key of routing noise and dropout; None: deterministic.
+            call: of the run.
             routing: of every MoE layer of this stack, to replay.
-            return_routing: also return it.
-            generating: see :meth:`moe.models.block.Block.feed_forward`.
 
         Returns:
             Final hidden states, and what the layers report.
         """
-        c, drop = self.config, self.outer_dropout(train=train, rng=rng)
-        body = self.body(rows, train=train, rng=rng, return_routing=return_routing, generating=generating)
+        c, drop = self.config, self.outer_dropout(call)
         states = split_moe_layers(self.kinds, routing)
-        x = drop.at(StackSite.EMBEDDING)(x)
-        stream, records = self.scan(body, self.begin(x), states, remat=c.remat, per_trip=c.layers_per_trip)
-        return drop.at(StackSite.OUTPUT)(self.final_norm(stream.x)), join_records(records)
+        flow = self.begin(drop.at(StackSite.EMBEDDING)(x))
+        flow, reports = self.scan(self.body(call), flow, states, remat=c.remat, per_trip=c.layers_per_trip)
+        return self.end(flow, drop), joined(reports)
 
-    def begin(self, x: Float[Array, "B T D"]) -> Stream:
+    def begin(self, x: Float[Array, "B T D"]) -> Flow:
         """Input of the first layer. Raises ConfigError if routers hand on different shapes."""
-        late = jnp.zeros_like(x) if self.config.moe.shortcut else None
-        return Stream(x, of_tokens(carry_of(self.config.moe, self.kinds), x.shape[:2]), late)
+        return Flow(self.residual.first(x), handed_to_first(self.config, self.kinds, x))
+
+    def end(self, flow: Flow, drop: Dropout = KEEP_ALL) -> Float[Array, "B T D"]:
+        """Final hidden states."""
+        return drop.at(StackSite.OUTPUT)(self.final_norm(self.residual.last(flow.stream)))
 
     @property
     def _first(self) -> int:
@@ -147,33 +131,34 @@ class Stack(nnx.Module):
         length = rows.token_ids.shape[1] if farthest is None else farthest + 1
         return dataclasses.replace(rows, bias=self.relative_bias.by_distance(length))
 
-    def outer_dropout(self, *, train: bool, rng: PRNGKeyArray | None) -> Dropout:
+    def outer_dropout(self, call: Call) -> Dropout:
         """Dropout before the first and after the last layer."""
         c, key = self.config, None
-        if train and rng is not None:
-            key = jax.random.fold_in(rng, c.encoder_layers + c.num_layers + self._first)
+        if call.train and call.rng is not None:
+            key = jax.random.fold_in(call.rng, c.encoder_layers + c.num_layers + self._first)
         return Dropout(c.dropout, key)
 
-    def body(
-        self,
-        rows: Rows,
-        *,
-        train: bool = False,
-        rng: PRNGKeyArray | None = None,
-        return_routing: bool = False,
-        generating: bool = False,
-    ) -> Body:
-        """One layer over a :class:`Stream`, for :meth:`scan`; arguments are those of :meth:`run`. A layer's input state
-        is the routing to replay, its output state what it reports."""
-        rows = self.with_bias(rows)
+    def body(self, call: Call) -> Body:
+        """One layer over a :class:`Flow`, for :meth:`scan`. A layer's input state is the routing to replay, its output
+        state what it reports."""
+        call = call.replace(rows=self.with_bias(call.rows))
 
-        def body(block: Block, stream: Stream, replayed: Routing | Choices | None, layer: Array) -> tuple[Stream, Any]:
-            key = None if rng is None else jax.random.fold_in(rng, self._first + layer)
-            settings = {"train": train, "rng": key, "generating": generating}
-            stream, record = stream.after(*block(stream.x, rows, carry=stream.carry, routing=replayed, **settings))
-            return stream, record if return_routing else record._replace(routing=None)
+        def body(block: Block, flow: Flow, replayed: Routing | Choices | None, layer: Array) -> tuple[Flow, Report]:
+            return self.apply(block, flow, call.replace(replayed=replayed), layer)
 
         return body
+
+    def apply(self, block: Block, flow: Flow, call: Call, layer: Int[Array, ""]) -> tuple[Flow, Report]:
+        """One layer.
+
+        Args:
+            call: of the run, with the layer's ``replayed`` and ``state``.
+            layer: its number in the stack.
+        """
+        key = None if call.rng is None else jax.random.fold_in(call.rng, self._first + layer)
+        drop = Dropout(self.config.dropout, key if call.train else None)
+        stream, report = block(flow.stream, call.replace(rng=key, drop=drop, handed=flow.handed))
+        return Flow(stream, flow.handed | report.handed), report.replace(handed={})
 
     def scan(
         self,

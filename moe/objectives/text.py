@@ -117,10 +117,11 @@ class NextToken(Objective):
         if teacher is not None:
             soft = soft_cross_entropy(output.logits, teacher[1].logits, batch["targets"])
             loss = loss + config.distill.soft_share * (soft - nll)
-        for depth, hidden in enumerate(output.further, start=1):  # DeepSeek-V3, equations 24 and 25
+        depths = output.report.handed.get("prediction", ())
+        for depth, hidden in enumerate(depths, start=1):  # DeepSeek-V3, equations 24 and 25
             targets = further_targets(batch["targets"], batch["segment_ids"], depth)
             further, _ = linear_cross_entropy(hidden, matrix, targets)
-            loss = loss + config.model.prediction_weight / len(output.further) * further
+            loss = loss + config.model.prediction_weight / len(depths) * further
             terms[f"cross_entropy_{depth}_further"] = further
         return Sums(loss, nll, terms)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import types
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -109,6 +110,20 @@ class LayerReport:
     def metrics(self) -> dict[str, Array]:
         """All attributes but the sums, by name."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "sums"}
+
+
+def auxiliary_losses(report: LayerReport, weights: Any) -> dict[str, Array]:
+    """Weighted auxiliary terms by name, to be summed over the MoE layers (Switch 2021, section 2.2).
+
+    Args:
+        report: of a layer, or stacked over layers.
+        weights: :class:`moe.config.moe_section.Losses`.
+    """
+    # Terms with weight 0 are only metrics; XLA cannot remove the computation of a gradient that is multiplied by 0.
+    used = {name: weight for name, (field, _) in AUXILIARY.items() if (weight := getattr(weights, field))}
+    return {name: weight * getattr(report, name) for name, weight in used.items()} | {
+        "sparsity_penalty": report.sparsity_penalty
+    }
 
 
 def count_per_expert(

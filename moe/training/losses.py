@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +12,11 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from moe.config import MoEConfig
+from moe.layers.call import Report
 from moe.parallel import partition_specs, target
 from moe.parallel.mesh import TOKEN_AXES, axis_size, constrain
 from moe.parallel.parameters import read_as
-from moe.routing.balancing import AUXILIARY, PER_ASSIGNMENT, LayerReport, step_target
+from moe.routing.balancing import AUXILIARY, PER_ASSIGNMENT, LayerReport, auxiliary_losses, step_target
 
 #: Named scope of the chunked loss, by which the planner finds it in a compiled program.
 LOSS_SCOPE = "loss"
@@ -201,17 +203,27 @@ def auxiliary_loss(layers: LayerReport | None, config: MoEConfig) -> Array:
     Args:
         layers: reports with a leading axis [L], or None in a dense model.
     """
-    if layers is None:
-        return jnp.zeros((), jnp.float32)
-    weights = {term: getattr(config.losses, weight) for term, (weight, _) in AUXILIARY.items()}
-    # Terms with weight 0 are only metrics; XLA cannot remove the computation of a gradient that is multiplied by 0.
-    terms = [weight * getattr(layers, term) for term, weight in weights.items() if weight]
-    return sum((jnp.sum(term) for term in (*terms, layers.sparsity_penalty)), jnp.zeros((), jnp.float32))
+    terms = {} if layers is None else auxiliary_losses(layers, config.losses)
+    return sum(map(jnp.sum, terms.values()), jnp.zeros((), jnp.float32))
 
 
-def without_needed(reports: LayerReport) -> LayerReport:
-    """The reports without the selection biases that single tokens need, which are large."""
-    return dataclasses.replace(reports, sums=dataclasses.replace(reports.sums, needed=None))
+def of_one_batch(signal: Any) -> Any:
+    """A signal of a step without microbatches: a LayerReport without the selection biases that single tokens need,
+    which are large."""
+    if not isinstance(signal, LayerReport):
+        return signal
+    return dataclasses.replace(signal, sums=dataclasses.replace(signal.sums, needed=None))
+
+
+def over_microbatches(report: Report) -> Report:
+    """Report of a step from those of its microbatches, stacked over a leading axis: means of metrics, the largest of
+    other signals, and of LayerReports :func:`mean_reports`."""
+    metrics = jax.tree.map(lambda values: jnp.mean(values, axis=0), report.metrics)
+    signals = {
+        name: mean_reports(value) if isinstance(value, LayerReport) else jnp.max(value, axis=0)
+        for name, value in report.signals.items()
+    }
+    return report.replace(metrics=metrics, signals=signals)
 
 
 def mean_reports(reports: LayerReport) -> LayerReport:
@@ -221,7 +233,7 @@ def mean_reports(reports: LayerReport) -> LayerReport:
     assignments, means over tokens, and ``broken_tokens`` as a sum; so is the selection bias that would have balanced
     them, if the reports have what each token needs.
     """
-    needed, reports = reports.sums.needed, without_needed(reports)
+    needed, reports = reports.sums.needed, of_one_batch(reports)
     mean = jax.tree.map(lambda values: jnp.mean(values, axis=0), reports)
     if needed is not None:
         target = step_target(needed, reports.sums.tokens)

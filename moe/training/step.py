@@ -14,14 +14,13 @@ from jax.sharding import Mesh, NamedSharding
 from jax.typing import ArrayLike
 
 from moe.config import Config, ConfigError, ModelConfig, stacks
+from moe.layers.handed_on import first_handed
 from moe.layers.mixers import table
 from moe.layers.moe_layer import replace_gate
 from moe.layers.router import SelectionBias
 from moe.models import pipeline
 from moe.models.adapters import initial_adapters
-from moe.models.block import report_scores
 from moe.models.factory import Model, abstract_model, create_model, variable_specs
-from moe.models.stack import carry_of
 from moe.models.stages import Schedule
 from moe.models.state import AdaptedState, TrainState, state_specs
 from moe.parallel import partition_specs, target
@@ -104,7 +103,7 @@ def build(
     teacher_model, teacher_variables = teacher or (config.model, None)
     parts = Parts(
         config,
-        _graphdef(config.model, gate, scores=config.optimizer.qk_clip > 0),
+        _graphdef(config.model, gate),
         _graphdef(teacher_model),
         make_optimizer(config.optimizer, config.train.num_steps, None if config.lora.rank else config.model),
         learning_rate_schedule(config.optimizer, config.train.num_steps),
@@ -207,17 +206,15 @@ def _probe_own_gates(config: Config) -> None:
         if fitting := min(groups, _PROBED // (size * columns)):
             shapes.append((fitting, size))
     for layers in stacks(model).values():
-        carry_of(moe, layers)
+        first_handed(moe, layers, (1, 1))
     for gate in set(moe.gates):
         if is_own(gate):
             probe(gate, moe.num_experts, null_experts=moe.null_experts, shapes=shapes)
             probe_rule(gate, columns)
 
 
-def _graphdef(model: ModelConfig, gate: Gate | None = None, *, scores: bool = False) -> nnx.GraphDef[Model]:
+def _graphdef(model: ModelConfig, gate: Gate | None = None) -> nnx.GraphDef[Model]:
     abstract = abstract_model(model)
-    if scores:
-        report_scores(abstract)
     if gate is not None:
         replace_gate(abstract, gate)
     return nnx.graphdef(abstract)

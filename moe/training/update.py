@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 
 from moe.config import Config
 from moe.config.objectives import Objective
+from moe.layers.call import Report
 from moe.models import pipeline
 from moe.models.decoder import Output
 from moe.models.factory import Model
@@ -22,16 +23,12 @@ from moe.models.segments import map_routers, selection_biases
 from moe.models.state import TrainState, set_schedule_step
 from moe.parallel import partition_specs
 from moe.parallel.mesh import axis_size, constrain
-from moe.routing.balancing import BalanceSums, LayerReport, balance_weights, over_step
+from moe.routing.balancing import BalanceSums, LayerReport, auxiliary_losses, balance_weights, over_step
 from moe.routing.balancing_rules import restored, stored
 from moe.training import spikes
 from moe.training.batches import Batch, forward
-from moe.training.losses import auxiliary_loss, mean_reports, row_cross_entropy, without_needed
+from moe.training.losses import of_one_batch, over_microbatches, row_cross_entropy
 from moe.training.optimizer import gradient_norm
-
-#: Fields of the reports of token mixers with experts that are logged, as ``mixer_<field>``, [routers,...]: by layer, by
-#: the mixer's order within one.
-MIXER_METRICS = ("load_balancing_loss", "router_z_loss", "router_entropy", "expert_load")
 
 
 @jax.tree_util.register_dataclass
@@ -47,8 +44,8 @@ class TrainMetrics:
         learning_rate: [] of the schedule, before the factors of a base model.
         skipped: [] float32, 1 if the loss or a gradient was not finite or a spike and nothing was updated, else 0.
         layers: LayerReport with leading axis [L], or None in a dense model.
-        terms: further numbers of the objective by name, [] each, :data:`MIXER_METRICS`, and with QK-clip
-            ``largest_score``, [L] by layer with attention, and ``clipped_heads``, [] of all layers.
+        terms: further numbers of the objective by name, [] each, what layers report as ``Report.metrics``, and with
+            QK-clip ``largest_score``, [L] by layer with attention, and ``clipped_heads``, [] of all layers.
     """
 
     loss: Array
@@ -78,27 +75,6 @@ class EvalMetrics:
     layers: LayerReport | None
 
 
-class Reports(NamedTuple):
-    """Reports of the layers in training.
-
-    Attributes:
-        layers: LayerReport with leading axis [L], or None in a dense model.
-        scores: [L,N] largest attention scores of the layers with attention; None without QK-clip.
-    """
-
-    layers: LayerReport | None = None
-    scores: Array | None = None
-
-    def over_microbatches(self) -> Reports:
-        """Reports of a step from those of its microbatches, stacked over a leading axis."""
-        layers = self.layers if self.layers is None else mean_reports(self.layers)
-        return Reports(layers, self.scores if self.scores is None else jnp.max(self.scores, axis=0))
-
-    def of_one_batch(self) -> Reports:
-        """Reports of a step without microbatches."""
-        return self._replace(layers=self.layers if self.layers is None else without_needed(self.layers))
-
-
 @dataclasses.dataclass(frozen=True)
 class Parts:
     """Static parts of a run that the traced functions share."""
@@ -109,6 +85,11 @@ class Parts:
     optimizer: optax.GradientTransformationExtraArgs
     schedule: optax.Schedule
     objective: Objective
+
+    @property
+    def signals(self) -> tuple[str, ...]:
+        """Names of what the step reads of the layers."""
+        return ("layers", "largest_scores") if self.config.optimizer.qk_clip else ("layers",)
 
     def of_rows(self, rows: int) -> Parts:
         """Parts of a step whose batch has so many rows, in microbatches of the same size: those of batch ramp-up have
@@ -127,21 +108,23 @@ def train_step(
     if parts.config.train.rampup_rows:
         parts = parts.of_rows(len(batch["tokens"]))
     rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-    (loss, (cross_entropy, terms), reports), gradients = _gradients(parts, state, batch, rng, teacher_variables)
+    (loss, (cross_entropy, terms), report), gradients = _gradients(parts, state, batch, rng, teacher_variables)
     norm = gradient_norm(parts.config.optimizer, gradients)
     learning_rate = jnp.asarray(parts.schedule(state.step))
-    biases = _next_biases(parts.config, state.biases, reports.layers)
+    layers = report.signals.get("layers")
+    biases = _next_biases(parts.config, state.biases, layers)
     if parts.config.optimizer.memory == "host":
         # After the gradients: fetched earlier, it would be in memory together with the activations.
         stored, norm = jax.lax.optimization_barrier((state.optimizer, norm))
         state = dataclasses.replace(state, optimizer=jax.device_put(stored, jax.memory.Space.Device))
     spike = spikes.is_spike(state.optimizer, parts.config.optimizer.skip_sigmas, loss, norm)
     sound = jnp.isfinite(loss) & jnp.isfinite(norm) & ~spike
-    terms = terms | _score_metrics(parts.config, reports.scores)
+    scores = report.signals.get("largest_scores")
+    terms = terms | report.metrics | _score_metrics(parts.config, scores)
     skipped = 1.0 - sound.astype(jnp.float32)
-    metrics = TrainMetrics(loss, cross_entropy, norm, learning_rate, skipped, reports.layers, terms)
+    metrics = TrainMetrics(loss, cross_entropy, norm, learning_rate, skipped, layers, terms)
     # A select joins the loop that writes the update; a branch would keep old and new state side by side.
-    updated = (*_update(parts, gradients, norm, reports.scores, state), biases)
+    updated = (*_update(parts, gradients, norm, scores, state), biases)
     kept = state.parameters, set_schedule_step(state.optimizer, state.step + 1), state.biases
     parameters, optimizer_state, biases = jax.tree.map(functools.partial(jnp.where, sound), updated, kept)
     optimizer_state = spikes.recorded(optimizer_state, loss, norm)
@@ -151,14 +134,14 @@ def train_step(
 
 def _gradients(
     parts: Parts, state: TrainState, batch: Batch, rng: Array, teacher_variables: dict[str, Any] | None
-) -> tuple[tuple[Array, tuple[Array, dict[str, Array]], Reports], Any]:
-    """(loss, cross-entropy and terms, reports) and gradients of a batch, in ``accumulation_steps`` microbatches."""
+) -> tuple[tuple[Array, tuple[Array, dict[str, Array]], Report], Any]:
+    """(loss, cross-entropy and terms, report) and gradients of a batch, in ``accumulation_steps`` microbatches."""
     microbatches = parts.config.train.accumulation_steps
     count = parts.objective.count(batch)
 
     def loss_of(parameters, microbatch, key, totals=None):
         model = nnx.merge(parts.graphdef, dataclasses.replace(state, parameters=parameters).variables)
-        output = forward(model, microbatch, train=True, rng=_noise_key(parts, key))
+        output = forward(model, microbatch, train=True, rng=_noise_key(parts, key), signals=parts.signals)
         teacher = None
         if teacher_variables is not None:
             taught_by = nnx.merge(parts.teacher_graphdef, teacher_variables)
@@ -167,30 +150,31 @@ def _gradients(
 
     value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
     if microbatches == 1:
-        (loss, (shown, reports)), gradients = value_and_grad(state.parameters, batch, rng)
-        return (loss, shown, reports.of_one_batch()), gradients
+        (loss, (shown, report)), gradients = value_and_grad(state.parameters, batch, rng)
+        signals = {name: of_one_batch(value) for name, value in report.signals.items()}
+        return (loss, shown, report.replace(signals=signals)), gradients
 
     def accumulate(sums, inputs):
         microbatch, index = inputs
         result = value_and_grad(state.parameters, microbatch, jax.random.fold_in(rng, index), totals)
-        (loss, ((nll, terms), reports)), gradients = result
-        return jax.tree.map(jnp.add, sums, (loss, nll, gradients)), (terms, reports)
+        (loss, ((nll, terms), report)), gradients = result
+        return jax.tree.map(jnp.add, sums, (loss, nll, gradients)), (terms, report)
 
     # [B,T,...] → [B/A,A,T,...] → [A,B/A,T,...]: microbatch i takes every A-th row, so that each device keeps its rows.
     split = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
     if axis_size("pipeline") > 1:
         loss = functools.partial(_loss, parts)
-        (loss, shown, reports), gradients = pipeline.gradients(
-            parts.config, parts.graphdef, loss, state, split, rng, count
+        (loss, shown, report), gradients = pipeline.gradients(
+            parts.config, parts.graphdef, loss, state, split, rng, count, parts.signals
         )
-        return (loss, shown, reports.over_microbatches()), gradients
+        return (loss, shown, over_microbatches(report)), gradients
     split = jax.tree.map(lambda x: constrain(x, partition_specs.MICROBATCHES), split)
     losses = parts.config.model.moe.losses
     totals = _balance_totals(parts, state, split, rng) if losses.scope == "step" and losses.balance else None
     zeros = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.parameters))
-    (loss, nll, gradients), (terms, reports) = jax.lax.scan(accumulate, zeros, (split, jnp.arange(microbatches)))
+    (loss, nll, gradients), (terms, report) = jax.lax.scan(accumulate, zeros, (split, jnp.arange(microbatches)))
     terms = jax.tree.map(lambda values: jnp.sum(values, axis=0), terms)
-    return (loss, (nll, terms), reports.over_microbatches()), gradients
+    return (loss, (nll, terms), over_microbatches(report)), gradients
 
 
 def _noise_key(parts: Parts, rng: Array) -> Array | None:
@@ -220,23 +204,23 @@ def _loss(
     count: Array,
     teacher: tuple[Model, Output] | None = None,
     totals: BalanceSums | None = None,
-) -> tuple[Array, tuple[tuple[Array, dict[str, Array]], Reports]]:
-    """A microbatch's share of the batch's loss, and (its shares of cross-entropy and terms, layer reports); with the
+) -> tuple[Array, tuple[tuple[Array, dict[str, Array]], Report]]:
+    """A microbatch's share of the loss, and (its shares of cross-entropy and terms, the layers' report); with the
     totals of the step, its load-balancing loss is over the step."""
     config = parts.config
     sums = parts.objective.sums(config, model, output, batch, teacher)
     loss, *shown = jax.tree.map(lambda x: x / jnp.maximum(count, 1), (sums.loss, sums.cross_entropy, sums.terms))
-    layers, microbatches = output.layers, config.train.accumulation_steps
-    if layers is not None and totals is not None:
+    shown = tuple(shown)
+    report, microbatches = output.report.replace(handed={}, losses={}), config.train.accumulation_steps
+    losses = output.report.losses
+    if totals is not None:
         moe = config.model.moe
         weights = balance_weights(moe.num_experts, moe.null_experts, moe.losses.null)
-        layers = over_step(layers, totals, weights, microbatches)
-    loss, (cross_entropy, terms) = loss + auxiliary_loss(layers, config.model.moe) / microbatches, shown
-    if output.mixers is not None:
-        routers = jax.tree.map(lambda values: values.reshape(-1, *values.shape[2:]) / microbatches, output.mixers)
-        loss += jnp.sum(routers.sparsity_penalty)
-        terms = terms | {f"mixer_{name}": getattr(routers, name) for name in MIXER_METRICS}
-    return loss, ((cross_entropy, terms), Reports(layers, output.scores))
+        layers = over_step(report.signals["layers"], totals, weights, microbatches)
+        losses = losses | auxiliary_losses(layers, moe.losses)
+        report = report.replace(signals=report.signals | {"layers": layers})
+    auxiliary = sum(map(jnp.sum, losses.values()), jnp.zeros((), jnp.float32)) / microbatches
+    return loss + auxiliary, (shown, report)
 
 
 def _score_metrics(config: Config, scores: Array | None) -> dict[str, Array]:

@@ -286,7 +286,7 @@ def test_factors_are_not_rounded_to_bfloat16():
     for got, want in (
         (mean(times(x, 0.22)), 0.22 * mean(x)),
         (mean(model.scaled(x)), 0.22 * mean(x)),
-        (mean(block.add_mixed(jnp.zeros_like(x), x, Dropout())), 0.22 * mean(x)),
+        (mean(block.attention_residual.write(jnp.zeros_like(x), x)), 0.22 * mean(x)),
         (mean(model.embed(ids, embedding)), 0.22 * mean(embedding(ids, x.dtype))),
     ):
         assert got == pytest.approx(want, rel=3e-4)

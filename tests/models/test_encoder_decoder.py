@@ -14,11 +14,13 @@ from flax import nnx
 from moe.config import MeshConfig, layer_kinds
 from moe.config.rope_section import RopeScalingConfig
 from moe.layers.attention.scoring import bias_of_rows, relative_bucket
+from moe.layers.call import Call, Report
 from moe.models import kv_cache, sampling
-from moe.models.block import Block, Record, Stream
+from moe.models.block import Block
 from moe.models.decoder import make_rows
 from moe.models.factory import abstract_model
 from moe.models.segments import unstack_layers
+from moe.models.stack import Flow
 from moe.parallel import partition_specs
 from moe.parallel.mesh import make_mesh
 from moe.parallel.parameters import parameter_specs
@@ -299,10 +301,12 @@ def test_all_layers_of_both_stacks_draw_different_noise():
     model, key = abstract_model(tiny_encoder_decoder(relative_buckets=0)), jax.random.key(0)
     rows, keys = make_rows(np.zeros((1, 4), np.int32), None, None), []
     for stack in (model.encoder, model.decoder):
-        body = stack.body(rows, train=True, rng=key)
-        block = mock.Mock(spec=Block, side_effect=lambda x, rows, **settings: (settings["rng"], Record()))
-        keys += [body(block, Stream(jnp.zeros(())), None, jnp.asarray(layer))[0].x for layer in range(len(stack.kinds))]
-        keys.append(stack.outer_dropout(train=True, rng=key).rng)
+        run = Call(rows, train=True, rng=key)
+        body = stack.body(run)
+        block = mock.Mock(spec=Block, side_effect=lambda stream, call: (call.rng, Report()))
+        flow = Flow(jnp.zeros(()), {})
+        keys += [body(block, flow, None, jnp.asarray(layer))[0].stream for layer in range(len(stack.kinds))]
+        keys.append(stack.outer_dropout(run).rng)
     # Three layers and two, and in each stack the dropout outside its layers.
     assert len({tuple(np.asarray(jax.random.key_data(key)).tolist()) for key in keys}) == len(keys) == 7
 

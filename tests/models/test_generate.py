@@ -291,9 +291,9 @@ def test_the_ring_holds_the_window_by_hand():
     model = nnx.merge(nnx.graphdef(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))), variables)
     tokens = jnp.asarray([[1, 2, 3, 4, 5], [1, 2, 0, 0, 0]])
     _, filled, _ = kv_cache.run_prompt(model, tokens, jnp.asarray([5, 2]), kv_cache.empty(config, 2, 9))
-    assert filled[0][0].position[0].tolist() == [[3, 4, 2], [0, 1, -1]]
+    assert filled[0][0]["mixer"].position[0].tolist() == [[3, 4, 2], [0, 1, -1]]
     _, filled, _ = kv_cache.extend(model, tokens[:, :1], jnp.asarray([[5], [2]]), jnp.ones(2, bool), filled)
-    assert filled[0][0].position[0].tolist() == [[3, 4, 5], [0, 1, 2]]
+    assert filled[0][0]["mixer"].position[0].tolist() == [[3, 4, 5], [0, 1, 2]]
 
 
 @pytest.mark.parametrize(

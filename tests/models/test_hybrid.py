@@ -178,7 +178,7 @@ def test_a_multi_token_prediction_layer_has_the_mixer_of_the_last_layer():
     variables, tokens = nnx.to_pure_dict(state), jax.ShapeDtypeStruct((2, 6), jnp.int32)
     assert "delta_net" in variables["prediction"]["block"]
     output = jax.eval_shape(lambda v, tokens: nnx.merge(graphdef, v)(tokens, train=True), variables, tokens)
-    assert [hidden.shape for hidden in output.further] == [(2, 6, 16)]
+    assert [hidden.shape for hidden in output.report.handed["prediction"]] == [(2, 6, 16)]
 
 
 def test_drafts_are_refused():

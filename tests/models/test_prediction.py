@@ -17,6 +17,7 @@ from moe.config.rope_section import RopeScalingConfig
 from moe.configs import base
 from moe.interop import export_checkpoint, import_checkpoint
 from moe.interop.load import load_huggingface
+from moe.layers.call import Call
 from moe.models import sampling, speculation
 from moe.models.decoder import make_rows
 from moe.models.prediction import further_targets
@@ -71,7 +72,7 @@ def loop(model, config, batch):
     graphdef, stacked = nnx.split(model.prediction)
     layers = [nnx.merge(graphdef, jax.tree.map(lambda leaf, i=i: leaf[i], stacked)) for i in range(c.prediction_layers)]
     run_model = nnx.jit(lambda model, ids: model(ids).hidden)
-    run_block = nnx.jit(lambda block, x, ids: block(x, make_rows(ids, None, None))[0])
+    run_block = nnx.jit(lambda block, x, ids: block(x, Call(make_rows(ids, None, None)))[0])
     for row in range(len(batch["tokens"])):
         for document in (1, 2):
             ids = batch["tokens"][row][batch["segment_ids"][row] == document][None]

@@ -1,6 +1,7 @@
 """Shortcut-connected MoE: the experts' output is added after the FFN of the next layer."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +11,15 @@ from flax import nnx
 
 from moe.config import Config, ConfigError, MeshConfig
 from moe.interop.config_json import write_config
+from moe.layers.call import Call
 from moe.layers.inputs import Dropout, Rows, Site
+from moe.layers.shortcut import Late
 from moe.models import sampling
-from moe.models.block import Block, Record, Stream
 from moe.models.decoder import make_rows
 from moe.parallel import partition_specs
 from moe.parallel.mesh import make_mesh
 from moe.parallel.parameters import parameter_shardings
-from tests.helpers import random_parameters, slow_case, tiny_model
+from tests.helpers import mixed, random_parameters, slow_case, tiny_model
 from tests.models.test_generate import GREEDY, PROMPTS, _without_cache
 
 SETTINGS = {"gate": "mixtral", "shortcut": True, "layers": (0, 2), "num_layers": 4, "shared_d_ff": 12}
@@ -26,12 +28,10 @@ SEGMENTS = np.asarray([[1, 1, 1, 1, 2, 2], [1] * 6, [1, 1, 1, 1, 1, 0], [1, 2, 2
 
 
 def test_what_is_late_by_hand():
-    """An MoE layer hands 3 on; the dense one after it gives 5, so 5 + 3, and hands 0 on."""
-    one = jnp.ones((1, 1, 1))
-    stream, record = Stream(one, late=0 * one).after(2 * one, Record(late=3 * one))
-    assert (float(stream.x[0, 0, 0]), float(stream.late[0, 0, 0]), record.late) == (2, 3, None)
-    stream, _ = stream.after(5 * one, Record())
-    assert (float(stream.x[0, 0, 0]), float(stream.late[0, 0, 0])) == (8, 0)
+    """The layer below handed 3 on: that is the output of the part, which hands 0 on."""
+    ids = jnp.ones((1, 1), jnp.int32)
+    y, report = Late().run(jnp.ones((1, 1, 1)), Call(Rows(ids, ids, ids), handed={"late": jnp.full((1, 1, 1), 3.0)}))
+    assert (y.item(), report.handed["late"].item()) == (3, 0)
 
 
 def _plain(model, tokens, segment_ids):
@@ -45,7 +45,7 @@ def _plain(model, tokens, segment_ids):
             for i in range(len(jax.tree.leaves(stacked)[0])):
                 blocks += nnx.merge(graphdef, jax.tree.map(lambda leaf, i=i: leaf[i], stacked)).blocks()
     for block in blocks:
-        x = block.mix(x, rows)
+        x = mixed(block, x, rows)
         h = block.ffn_norm(x)
         if not block.kind.sparse:
             x = x + block.dense(h, Dropout())
@@ -113,10 +113,13 @@ def test_late_outputs_are_dropped_by_themselves(rng):
 
     @jax.jit
     def outputs(variables, x):
-        block: Block = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[0], variables)).blocks()[0]
+        block: Any = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[0], variables)).blocks()[0]
         key = jax.random.key(3)
-        first, second = (block.feed_forward(x, Rows(ids, ids, ids), train=True, rng=rng) for rng in (None, key))
-        return first[0], first[1].late, second[1].late, Dropout(0.5, key).at(Site.SHORTCUT)(jnp.ones_like(x))
+        call, run = Call(Rows(ids, ids, ids), train=True), block.parts[-1].run
+        first = run(block.moe, x, call)
+        second = run(block.moe, x, call.replace(rng=key, drop=Dropout(0.5, key)))
+        late = (report.handed["late"] for _, report in (first, second))
+        return x + first[0], *late, Dropout(0.5, key).at(Site.SHORTCUT)(jnp.ones_like(x))
 
     same, late, dropped, factors = outputs(stacked, x)
     np.testing.assert_array_equal(same, x)

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from moe.config import MeshConfig, layer_kinds, sparse_layers
+from moe.layers.call import Call
 from moe.layers.inputs import Rows
 from moe.models.block import Block
 from moe.models.decoder import Transformer
@@ -240,8 +241,9 @@ def _explicit(config, parameters, tokens, segment_ids, positions, *, train, rng)
         )
         key = None if rng is None else jax.random.fold_in(rng, layer)
         block = nnx.merge(block_def, variables)
-        x, record = block(x, Rows(tokens, segment_ids, positions), train=train, rng=key)
-        records.append(record)
+        rows = Rows(tokens, segment_ids, positions)
+        x, report = block(x, Call(rows, train=train, rng=key, signals=("layers", "routing")))
+        records.append((report.signals.get("layers"), report.signals.get("routing")))
     return model.final_norm(x) @ model.output_matrix(), records
 
 
@@ -265,8 +267,8 @@ def test_layers_run_in_order_and_report_each_for_itself(overrides, rng):
     logits, layers, routing = _forward(config, train=True)(parameters, tokens, rng=key)
     explicit = jax.jit(functools.partial(_explicit, config, train=True))
     expected_logits, records = explicit(parameters, tokens, segment_ids, positions, rng=key)
-    assert [record.routing is not None for record in records] == list(sparse_layers(config))
-    records = [(record.report, record.routing) for record in records if record.routing is not None]
+    assert [routing is not None for _, routing in records] == list(sparse_layers(config))
+    records = [record for record in records if record[1] is not None]
     expected_layers, expected_routing = jax.tree.map(lambda *arrays: jnp.stack(arrays), *records)
     np.testing.assert_array_equal(routing.expert_index, expected_routing.expert_index)
     _assert_trees_close((logits, layers, routing), (expected_logits, expected_layers, expected_routing))

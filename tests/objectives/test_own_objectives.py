@@ -30,6 +30,7 @@ from moe.config.parse import from_config_dict, from_workdir_dict
 from moe.config.user_code import user_code
 from moe.data import pipeline, preparation
 from moe.lab import identity
+from moe.layers.call import Report
 from moe.models import pipeline as stages
 from moe.objectives.encoder_decoder import EncoderDecoder
 from moe.parallel.mesh import make_mesh
@@ -137,7 +138,7 @@ def test_a_loss_by_hand(guide):
     objective = guide.FillInTheMiddle(weight=2.0)
     batch = {"targets": jnp.array([[1, 2, 3, -1]]), "middle": jnp.array([[0, 0, 1, 0]])}
     model, output = SimpleNamespace(output_matrix=lambda: jnp.eye(4)), SimpleNamespace(hidden=jnp.zeros((1, 4, 4)))
-    output.further = ()
+    output.report = Report()
     with jax.set_mesh(make_mesh(MeshConfig(), run_helpers.ONE)):
         found = jax.jit(lambda batch: vars(objective.sums(Config(), model, output, batch, None)))(batch)
     assert objective.count(batch) == 3

@@ -29,7 +29,7 @@ from moe.parallel.mesh import make_mesh
 from moe.routing.carry import first_carry
 from moe.routing.gates import TopK
 from moe.routing.own_gates import probe
-from tests.helpers import random_parameters, slow_case, tiny_model
+from tests.helpers import mixed, random_parameters, slow_case, tiny_model
 from tests.models.test_generate import GREEDY, PROMPTS, _without_cache
 
 VECTOR = "tests.routing.test_carry:Vector"
@@ -95,7 +95,7 @@ def _by_hand(gate: str, config: ModelConfig, parameters: Any, tokens: Any) -> An
             lambda path, _, layer=layer: layers[layer, tuple(key.key for key in path)], nnx.to_pure_dict(state)
         )
         block = nnx.merge(graphdef, own)
-        x = block.mix(x, rows)
+        x = mixed(block, x, rows)
         h = block.ffn_norm(x)
         if not kind.sparse:
             x = x + block.dense(h)

@@ -36,6 +36,8 @@ class Attention(MixerLayer):
     (T5). Attention to an encoder's output has no positions at all.
     """
 
+    signals = ("largest_scores",)
+
     def __init__(self, config: ModelConfig, mixer: GroupedQuery, *, rngs: nnx.Rngs):
         super().__init__(config, mixer, rngs=rngs)
         c, m = config, mixer

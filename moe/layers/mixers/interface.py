@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from moe.config import ModelConfig
-from moe.layers.inputs import KEEP_ALL, Dropout, Rows
+from moe.layers.call import Call, Report
+from moe.layers.inputs import KEEP_ALL, Dropout, Rows, Site
 from moe.routing.balancing import LayerReport
+
+#: Fields of a mixer's :class:`LayerReport` that are logged, as ``mixer_<field>``.
+_METRICS = ("load_balancing_loss", "router_z_loss", "router_entropy", "expert_load")
 
 
 class MixerLayer(nnx.Module):
     """Base of the layers of token mixers: ``join(heads, x)`` of what :meth:`prefill` or :meth:`step` return.
 
     Generation carries a state for every row and layer: any pytree of arrays [L,B,...], equal layers stacked.
+
+    Attributes:
+        signals: names of the signals that the layer has (``Call.signals``), each a method of (x, rows).
     """
+
+    signals: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: ModelConfig, mixer: Any, *, rngs: nnx.Rngs):
         """Keep the settings; subclasses create their parameters.
@@ -29,6 +38,18 @@ class MixerLayer(nnx.Module):
         del rngs
         self.config = config
         self.mixer = mixer
+        self.reports = mixer.reports
+
+    def run(self, x: Float[Array, "B T D"], call: Call) -> tuple[Float[Array, "B T D"], Report]:
+        """Output for whole rows, or in generation for further tokens."""
+        heads, state = call.mixed("mixer", self, x, call.drop.at(Site.ATTENTION_WEIGHTS))
+        report = Report(state=state)
+        if self.reports and call.mix is None:
+            of_routers = self.report(x, call.rows)
+            metrics = {f"mixer_{name}": getattr(of_routers, name) for name in _METRICS}
+            report = report.replace(losses={"mixer": of_routers.sparsity_penalty}, metrics=metrics)
+        signals = {name: getattr(self, name)(x, call.rows) for name in self.signals if name in call.signals}
+        return self.join(heads, x), report.replace(signals=signals)
 
     @classmethod
     def empty_state(
@@ -70,10 +91,6 @@ class MixerLayer(nnx.Module):
         Its ``sparsity_penalty``, a weighted loss, is added to the objective.
         """
         raise NotImplementedError(f"{type(self).__name__} has no method report(x, rows)")
-
-    def largest_scores(self, x: Float[Array, "B T D"], rows: Rows) -> Float[Array, " N"]:
-        """Largest attention score of each head, of a mixer with the ability to be clipped."""
-        raise NotImplementedError(f"{type(self).__name__} has no method largest_scores(x, rows)")
 
     @classmethod
     def score_factors(cls, mixer: Any, factors: Float[Array, "*layers N"]) -> dict[str, Float[Array, ...]]:

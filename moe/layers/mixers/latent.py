@@ -37,6 +37,8 @@ class LatentAttention(MixerLayer):
     The rotated part of the key is one vector for all heads. Documents packed into one row never attend to each other.
     """
 
+    signals = ("largest_scores",)
+
     def __init__(self, config: ModelConfig, mixer: MultiHeadLatent, *, rngs: nnx.Rngs):
         super().__init__(config, mixer, rngs=rngs)
         c, m = config, mixer

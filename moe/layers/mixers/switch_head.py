@@ -41,6 +41,7 @@ class SwitchHeadAttention(Attention):
         self.switch = mixer
         n, h = mixer.heads, mixer.head_dim
         super().__init__(config, GroupedQuery(heads=n, kv_heads=n, head_dim=h), rngs=rngs)
+        self.reports = mixer.reports
 
     @classmethod
     def empty_state(

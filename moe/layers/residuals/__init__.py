@@ -1,0 +1,1 @@
+"""Residual streams: how the parts of a block read and write what passes from layer to layer."""
