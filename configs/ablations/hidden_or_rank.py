@@ -1,6 +1,6 @@
 """Smaller hidden size or low rank: eight experts with fewer parameters, and dense against sparse mixtures of eight.
 
-    python scripts/ablate.py --suite=configs/ablations/hidden_or_rank.py --workdir=/tmp/lab --jobs=2
+    moe ablate --suite=configs/ablations/hidden_or_rank.py --workdir=/tmp/lab --jobs=2
 
 Experts of rank r are one FFN plus a product of rank r for each matrix (`model.moe.expert_rank`), merged before they
 are applied, so that they cost the FLOPs of the FFN. Rank 19 has the total parameters of eight experts of half the

@@ -1,6 +1,6 @@
 """The arms of hidden_or_rank.py at width 32 and 500 steps, 1.0M tokens: the question where two shared cores answer it.
 
-python scripts/ablate.py --suite=configs/ablations/hidden_or_rank_w32.py --workdir=/tmp/lab --jobs=2
+moe ablate --suite=configs/ablations/hidden_or_rank_w32.py --workdir=/tmp/lab --jobs=2
 
 Rank 10 has the total parameters of eight experts of half the width within 4 %, rank 22 those of eight of full width.
 40 runs of half a minute on one idle core; 25 of them are of the question itself and come first.

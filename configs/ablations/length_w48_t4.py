@@ -1,6 +1,6 @@
 """Dense, Switch's and Mixtral's arms of width 48 on 4 tokens for each active parameter: 650 steps, five seeds.
 
-python scripts/ablate.py --suite=configs/ablations/length_w48_t4.py --workdir=/tmp/lab --jobs=2
+moe ablate --suite=configs/ablations/length_w48_t4.py --workdir=/tmp/lab --jobs=2
 
 15 runs of about 40 seconds on one idle core. The rate follows muP from width 64 and is not swept.
 """

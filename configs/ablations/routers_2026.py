@@ -4,9 +4,8 @@
 
 Sign biases without a loss, their gate with a balance loss instead, and quantile balancing; each with its own sweep of
 three rates on two reserved seeds. Seventy compared runs and about 36 of the sweep, of ten to 17 minutes: 18 to 30
-core-hours. All arms start at scale 0.1. Rules that the package does not have yet are added as arms with claims of their
-own: momentum biases with a soft clamp (arXiv 2602.17004), thresholds in training (2603.11535), the coupling loss
-(2512.23447), the cosine router (2604.14419), pools by document, low-rank experts on a shared FFN.
+core-hours. All arms start at scale 0.1. Suite `balancing_2026` has momentum biases with a soft clamp (arXiv
+2602.17004), thresholds in training (2603.11535), the coupling loss (2512.23447) and the cosine router (2604.14419).
 """
 
 from typing import Any

@@ -109,6 +109,20 @@ def test_the_decided_claims_at_switchs_scale_are_those_of_the_table():
     assert text.index("claim 52") < text.index("claim 26") < text.index("claim 42.2")
 
 
+def test_no_claim_says_that_something_is_free_whose_interval_excludes_zero():
+    """Equivalence within a bound is a cost of at most the bound: claim 73 is for it at +0.0092 [+0.0001, +0.0184]."""
+    costly = set()
+    for number, claim in claims().items():
+        for place, part in enumerate(claim["part"], 1):
+            if part["rule"] in ("within", "not_above") and (RESULTS / claim["suite"] / "records.parquet").exists():
+                values = recomputed(f"claim {number}.{place}")
+                if len(values) > 1 and again.interval(values)[1] > 0:
+                    costly.add(number)
+                    sentence = claim.get("wording") or claim["text"]
+                    assert not re.search(r"nothing|no cost|no worse|lossless", sentence), f"claim {number}: {sentence}"
+    assert 73 in costly
+
+
 def test_losses_by_seed():
     """Both columns of every row, by the suites and the arm that its comment names."""
     text = (RESULTS / "README.md").read_text().partition("## Losses by seed")[2].partition("\n## ")[0]

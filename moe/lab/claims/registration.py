@@ -76,8 +76,8 @@ class Claim:
         min_steps: horizon from which the claim applies; shorter results are below the crossing.
         requires: value that must be below zero, interval included, for the claim to apply at all; empty: none.
         family: one of :data:`FAMILIES`, or empty for an exploratory claim.
-        wording: text in the place of ``text``, where that one names the arms wrongly; not part of the hash, since what
-            is tested stays as it was registered. Empty: none.
+        wording: text in the place of ``text``, where that misnames the arms or the bound; not part of the hash, since
+            what is tested stays as it was registered. Empty: none.
     """
 
     number: Step

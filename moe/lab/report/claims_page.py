@@ -119,7 +119,7 @@ def _standing(finding: Finding, found: Table | None, spreads: Mapping[int, float
     """Remarks on the verdict, and what would decide the claim."""
     parts = [POST_HOC] if finding.post_hoc else []
     if finding.claim.wording:
-        parts.append(f"reworded, as its arms are; registered as: {markdown_text(finding.claim.text)}")
+        parts.append(f"reworded; registered as: {markdown_text(finding.claim.text)}")
     parts += [markdown_text(finding.note)] if finding.note else []
     parts += finding.lacks
     seeds = [inference.seeds_needed(o.effect.sd, _distance(o)) for o in finding.outcomes if _open(o)]
