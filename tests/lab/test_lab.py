@@ -174,7 +174,7 @@ def test_a_report_says_that_learning_rates_are_not_tuned(tmp_path):
 
 
 def test_every_claim_names_arms_of_its_suite():
-    assert [claim.number for claim in CLAIMS] == [*range(1, 21), *range(23, 75)]
+    assert [claim.number for claim in CLAIMS] == [*range(1, 21), *range(23, CLAIMS[-1].number + 1)]
     suites = {path.stem: shipped_suite(path.stem) for path in SUITES}
     for claim in CLAIMS:
         assert set(decide.arms_of(claim)) <= set(suites[claim.suite].variants), claim.number
