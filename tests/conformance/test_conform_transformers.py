@@ -1,16 +1,13 @@
 """The diagnosis of the transformers library's blocks: they conform, and planted bugs are named."""
 
-import dataclasses
-import re
-from pathlib import Path
-
 import numpy as np
 import pytest
 
-from moe.conformance import recorded
 from moe.conformance.judge import evidence
+from moe.conformance.judge.checking import check
 from moe.conformance.judge.diagnosis import diagnose, page
 from moe.conformance.judge.rule import Rule
+from moe.conformance.judge.torch_recorder import record
 
 pytestmark = pytest.mark.transformers
 
@@ -78,20 +75,14 @@ def _diagnosis(results):
     return diagnose(RULE, LAYER, results, devices=(2, 4, 8))
 
 
-def test_blocks_of_transformers_conform(tmp_path):
+def test_blocks_of_transformers_conform():
     results = _record(_block("mixtral"))
     found = _diagnosis(results)
     assert found.conforms, page(RULE, found)
     assert {check.quantity for check in found.checks} >= {"y", "balance_loss", "grad_router", "grad_x", "grad_down"}
     found = _diagnosis(_record(_block("qwen3", norm_topk_prob=True)))
     assert found.conforms, page(RULE, found)
-    # A file that the snippet of docs/conform.md writes conforms too.
-    guide = (Path(__file__).parents[2] / "docs" / "conform.md").read_text()
-    (code,) = re.findall(r"```python\n(import numpy as np, torch.*?)```", guide, re.DOTALL)
-    exec(code, scope := {})
-    scope["record"](_block("mixtral").float(), scope["torch"].from_numpy(LAYER.x).float(), tmp_path / "layer.npz")
-    found = diagnose(dataclasses.replace(RULE, balance_weight=0.0), *recorded.read(str(tmp_path / "layer.npz")))
-    assert found.conforms
+    found = check(record(_block("mixtral").float()), "mixtral", k=RULE.k)
     assert {check.quantity for check in found.checks} >= {"y", "grad_router", "grad_x", "grad_gate", "grad_down"}
 
 

@@ -73,6 +73,12 @@ def write(
     write_atomic(out / "scoreboard.md", page(kept))
 
 
+#: How a maintainer reruns a row.
+RERUN = """To rerun a library's row, type the command beside its version; another release is another pin in
+`moe/conformance/peers/environments.toml`. `DIR/reproduce/` then has, for each cell that differs, a script that needs
+the library alone. A block of your own: [ten lines](../conform.md)."""
+
+
 def page(libraries: Mapping[str, Mapping[str, Any]]) -> str:
     """Markdown of scoreboard.json."""
     found = {name: [Cell(**cell) for cell in row["cells"]] for name, row in libraries.items()}
@@ -84,7 +90,9 @@ def page(libraries: Mapping[str, Mapping[str, Any]]) -> str:
         "# Scoreboard of other libraries' MoE layers",
         "",
         f"{blocks} blocks of {len(names)} {'library' if len(names) == 1 else 'libraries'}, {checks} checks. "
-        "[conform](../conform.md#other-libraries) explains the columns, and how to run it again.",
+        "[conform](../conform.md#other-libraries) explains the columns.",
+        "",
+        RERUN,
         "",
         "`=` equal to the claimed rule in float64 within 1e-4; `doc` equal with a deviation that the library "
         "documents; **≠** deviates; `bf16` a bfloat16 block rounds its router's product to bfloat16, which changes "
