@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import datetime
 import itertools
 import json
 import math
@@ -489,7 +490,12 @@ def test_the_pace_counts_only_the_steps_of_this_process(tmp_path, monkeypatch):
         shown._follow(key, 7, 2.0)
     lines = (tmp_path / "progress.log").read_text().splitlines()
     assert lines[-2].endswith("step 6 of 8, loss 2.000; time left not known yet")
-    assert lines[-1].endswith("step 7 of 8, loss 2.000; 0 h 2 min left at the pace of this process")
+    said, _, end = lines[-1].partition(", until ")
+    assert said.endswith("test, run 1 of 1, a, 8 steps, learning rate 0.001, seed 0: step 7 of 8, loss 2.000; "
+                         "0 h 2 min left at the pace of this process")  # fmt: skip
+    said_at = datetime.datetime.fromisoformat(lines[-1][:19])
+    ends = {f"{said_at + datetime.timedelta(minutes=2, seconds=late):%d %B %H:%M}" for late in (0, 5)}
+    assert end in ends
     assert shown._trained == pytest.approx(suite.costs("a", 8)["flops"] / 4)
 
 

@@ -1,4 +1,4 @@
-"""Progress of a suite: runs, steps and time left, as lines on the terminal and in ``progress.log``."""
+"""Progress of a suite: its name, runs, steps and time left, as lines on the terminal and in ``progress.log``."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Progress:
         left = [run for run in planned if run not in done]
         self._left = sum(self._flops(run) for run in (*left, *unnamed))
         total = f"about {len(planned) + len(unnamed)}" if unnamed else f"{len(planned)}"
-        self._title = f"run {len(planned) - len(left) + 1} of {total}, {key}"
+        self._title = f"{self._suite.name}, run {len(planned) - len(left) + 1} of {total}, {key}"
         self.say(f"{self._title}: start")
 
     @contextlib.contextmanager
@@ -82,9 +82,15 @@ class Progress:
         return self._suite.costs(key.variant, key.steps)["flops"]
 
     def _time_left(self, current: float, *, running: bool = False) -> str:
-        """Time left for all planned runs at this process's pace so far; ``current``: FLOPs done of the current run."""
+        """Time left for all planned runs at this process's pace so far, and when they would end.
+
+        Args:
+            current: FLOPs done of the current run.
+            running: whether they are part of what this process has done so far.
+        """
         trained = self._trained + (current - self._before) * running
         if trained <= 0:
             return "time left not known yet"
         minutes = round((self._left - current) * (time.monotonic() - self._start) / trained / 60)
-        return f"{minutes // 60} h {minutes % 60} min left at the pace of this process"
+        end = datetime.datetime.now() + datetime.timedelta(minutes=minutes)
+        return f"{minutes // 60} h {minutes % 60} min left at the pace of this process, until {end:%d %B %H:%M}"
