@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ from typing import Any
 import pydantic
 
 from moe.config import Config, ConfigError, load_python_file
+from moe.config.registry import find_gate
 from moe.data.corpora import DOMAINS
 from moe.lab.schedule import PlannedRuns
-from moe.lab.suite import NAME, QUANTITIES, SIZES, Comparison, Suite, Sweep
+from moe.lab.suite import NAME, QUANTITIES, SIZES, Comparison, Suite, Sweep, Variant
 from moe.system.fields import exits_as_errors
 from moe.system.foreign_files import first_sentence
 
@@ -82,6 +84,52 @@ def with_seeds(suite: Suite, seeds: Sequence[int]) -> Suite:
         none = f", and none of the reserved {sorted(suite.reserved_seeds)}" if suite.reserved_seeds else ""
         raise ConfigError(f"--seeds={','.join(map(str, seeds))}: must be different{none}")
     return dataclasses.replace(suite, seeds=tuple(seeds), registered=suite.registered_seeds)
+
+
+def with_gate(suite: Suite, gate: str) -> tuple[Suite, tuple[str, str]]:
+    """The suite with one more arm, of another gate, and the names of the arm that it is compared with and of this one.
+
+    The arm has the model, experts and K of the baseline of the first comparison at equal total parameters, the same
+    learning rate and seeds; everything else of the layer is the gate's own (:func:`moe.config.registry.find_layer`).
+
+    Args:
+        gate: ``model.moe.gate``, as ``module:object``.
+
+    Raises:
+        ConfigError: no such gate, no such comparison, or an arm that is not equal to its baseline.
+    """
+    sets_k = find_gate(gate).sets_k
+    kept = ("num_experts", "d_ff", "dispatch", *["gate.k"] * sets_k)
+    layers = {
+        title: suite.variants[comparison.baseline]
+        for title, comparison in suite.comparisons.items()
+        if "total_parameters" in comparison.equal
+        and suite.variants[comparison.baseline].overrides.get("model.moe.gate", "none") != "none"
+    }
+    if not layers:
+        raise ConfigError(f"--gate={gate}: suite {suite.name!r} compares no MoE layers at equal total parameters")
+    title, baseline = next(iter(layers.items()))
+    comparison = suite.comparisons[title]
+    own = {
+        name: value
+        for name, value in baseline.overrides.items()
+        if not name.startswith("model.moe.") or name.removeprefix("model.moe.") in kept
+    }
+    name = re.sub(r"[^A-Za-z0-9_.-]", ".", gate)
+    if name in suite.variants:
+        raise ConfigError(f"--gate={gate}: suite {suite.name!r} has an arm {name!r} already; train it with --arms")
+    arm = Variant(
+        {**own, "model.moe.gate": gate}, rate_from=baseline.rate_from or comparison.baseline, note=f"gate {gate}"
+    )
+    wider = dataclasses.replace(comparison, variants=(*comparison.variants, name))
+    added = dataclasses.replace(
+        suite,
+        variants={**suite.variants, name: arm},
+        comparisons={**suite.comparisons, title: wider},
+        dropping_differs=suite.dropping_differs or "an arm was added by --gate",
+    )
+    check(added)
+    return added, (comparison.baseline, name)
 
 
 def check(suite: Suite) -> None:

@@ -12,7 +12,7 @@ in DIR/progress.log; TensorBoard on DIR/runs compares them.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,6 +36,9 @@ _OUTPUT = flags.DEFINE_string("output", "", "Folder for the report and the pages
 _SIZE = flags.DEFINE_string("size", "laptop", "laptop (two CPU cores) or pod.")
 _SEEDS = flags.DEFINE_list("seeds", [], "Seeds to train instead of the suite's.")
 _ARMS = flags.DEFINE_list("arms", [], "Train only these arms; the report covers all. Default: every arm.")
+_GATE = flags.DEFINE_string(
+    "gate", "", "A gate of your own, as module:object: one more arm, trained and paired with the arm it is compared to."
+)
 _HORIZONS = flags.DEFINE_list("horizons", [], "Train only runs of these numbers of steps. Default: every horizon.")
 _JOBS = flags.DEFINE_integer("jobs", 0, "Processes, each pinned to one core; 0: this one, on all cores.", lower_bound=0)
 _SWEEP = flags.DEFINE_bool("sweep", True, "Sweep learning rates first, if the suite says so.")
@@ -55,7 +58,7 @@ def main() -> None:
     """Train, measure and report as the flags say."""
     from moe.lab import merging
     from moe.lab.claims.registration import CLAIMS_FILE, read_claims
-    from moe.lab.loading import load_suite, load_suites, with_seeds
+    from moe.lab.loading import load_suite, load_suites, with_gate, with_seeds
     from moe.lab.records import read_all
     from moe.lab.report import page
     from moe.lab.report.missing import missing
@@ -74,6 +77,10 @@ def main() -> None:
     suite = load_suite(_suite_file(), _SIZE.value)
     if _SEEDS.value:
         suite = with_seeds(suite, [_seed(seed) for seed in _SEEDS.value])
+    arms: Sequence[str] = _ARMS.value
+    if _GATE.value:
+        suite, pair = with_gate(suite, _GATE.value)
+        arms = arms or pair
     suites = _suites()
     registered = read_claims(suites / CLAIMS_FILE)
     runner.check_start(suite, registered.claims)
@@ -85,7 +92,7 @@ def main() -> None:
         entry = merging.merge(workdir, Path(_MERGE.value), suite, registered.claims)
         print(f"{sum(map(len, entry.runs.values()))} new runs, {entry.repeated} repeated; {workdir / merging.PAGE}")
         return
-    only = runner.only(suite, _ARMS.value, _HORIZONS.value)
+    only = runner.only(suite, arms, _HORIZONS.value)
     if _MISSING.value:
         print(missing(suite, read_all(workdir), only, sweep=_SWEEP.value))
         return
@@ -139,8 +146,8 @@ def _suites() -> Path:
 
 def _command() -> str:
     """The command that the report names, without the name of the folder and what does not change the numbers."""
-    flags_given = {"size": _SIZE.value, "seeds": ",".join(_SEEDS.value), "sweep": _SWEEP.value}
-    defaults = {"size": "laptop", "seeds": "", "sweep": True}
+    flags_given = {"size": _SIZE.value, "gate": _GATE.value, "seeds": ",".join(_SEEDS.value), "sweep": _SWEEP.value}
+    defaults = {"size": "laptop", "gate": "", "seeds": "", "sweep": True}
     others = [
         f" --{name}={value}" if name != "sweep" else " --nosweep"
         for name, value in flags_given.items()

@@ -21,7 +21,7 @@ from moe.lab import costs, identity, records, results
 from moe.lab.claims import decide
 from moe.lab.claims.registration import Claim, Part, read_claims
 from moe.lab.expressions import Term, parse
-from moe.lab.loading import check, load_suite, load_suites, with_seeds
+from moe.lab.loading import check, load_suite, load_suites, with_gate, with_seeds
 from moe.lab.records import DIVERGED, PRIMARY, Key
 from moe.lab.report import answer, figures, page, sections
 from moe.lab.report.missing import missing
@@ -140,6 +140,21 @@ def test_fields_of_a_users_gate_are_part_of_the_identity_of_a_run(monkeypatch, n
 
     assert run(4.0) == run(4.0) != run(9.0)
     assert (run(4.0) != run(4.0, "first_choice")) == (named == "LAYER")
+
+
+def test_a_gate_of_ones_own_is_an_arm_beside_the_suites_with_the_same_experts():
+    """Its recorded pairs stay: no other arm's run has another hash, and the new arm has its baseline's rate."""
+    suite = shipped_suite("paper_scale")
+    added, pair = with_gate(suite, "moe.routing.gates:TopK")
+    assert pair == ("top1_drop", "moe.routing.gates.TopK")
+    arm = added.config(pair[1])
+    assert (arm.model.moe.num_experts, arm.model.moe.gate.k, arm.model.init_scale) == (8, 1, 0.1)
+    assert added.variants[pair[1]].rate_from == "top1_free"
+    assert added.comparisons["equal active and total parameters"].variants[-1] == pair[1]
+    point = {"steps": 8000, "learning_rate": 4e-3, "parents": {}}
+    assert all(suite.run(name, 25, **point) == added.run(name, 25, **point) for name in suite.variants)
+    with pytest.raises(ConfigError, match="'own' compares no MoE layers at equal total parameters"):
+        with_gate(common.suite("laptop", name="own", question="?", variants={}, comparisons={}), "switch")
 
 
 def test_the_page_of_the_question_is_only_for_its_suite():
