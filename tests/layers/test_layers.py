@@ -17,7 +17,7 @@ from moe.config.mixers import GroupedQuery
 from moe.config.rope_section import RopeScalingConfig
 from moe.conformance import reference
 from moe.dispatch.ffn import ExpertDropout, activate
-from moe.layers.attention.scoring import rotate
+from moe.layers.attention.scoring import Rotation
 from moe.layers.embedding import Embedding
 from moe.layers.ffn import DenseFFN, SharedExpert
 from moe.layers.inputs import Dropout, Rows, Site
@@ -71,28 +71,27 @@ def test_rotate(rng):
         [[reference_attention.rope(head, int(positions[b, t]), 100.0) for head in x[b, t]] for t in range(5)]
         for b in range(2)
     ]
-    np.testing.assert_allclose(
-        rotate(jnp.asarray(x), jnp.asarray(positions), CONFIG_100), expected, rtol=1e-4, atol=1e-5
-    )
+    rotate = Rotation.of(CONFIG_100)
+    np.testing.assert_allclose(rotate(jnp.asarray(x), jnp.asarray(positions)), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_rotate_by_hand():
     # H = 4, theta 100: pair (0, 2) turns by the position, pair (1, 3) by a tenth of it (100^(-2/4)).
     head, position = jnp.asarray([1.0, 1.0, 0.0, 0.0]).reshape(1, 1, 1, 4), jnp.asarray([[2]])
     expected = [math.cos(2), math.cos(0.2), math.sin(2), math.sin(0.2)]
-    np.testing.assert_allclose(rotate(head, position, CONFIG_100).reshape(4), expected, rtol=1e-6)
+    np.testing.assert_allclose(Rotation.of(CONFIG_100)(head, position).reshape(4), expected, rtol=1e-6)
     # A base of its own is not scaled.
     scaled = ModelConfig(rope_theta=7.0, rope_scaling=RopeScalingConfig(kind="linear", factor=4.0))
-    np.testing.assert_allclose(rotate(head, position, scaled, theta=100.0).reshape(4), expected, rtol=1e-6)
+    np.testing.assert_allclose(Rotation.of(scaled, theta=100.0)(head, position).reshape(4), expected, rtol=1e-6)
 
 
 def test_rotated_products_depend_on_relative_positions_alone(rng):
     query, key = (jnp.asarray(rng.normal(size=(1, 1, 1, 8)), jnp.float32) for _ in range(2))
 
+    rotate = Rotation.of(ModelConfig())
+
     def product(i, j):
-        return float(
-            jnp.sum(rotate(query, jnp.asarray([[i]]), ModelConfig()) * rotate(key, jnp.asarray([[j]]), ModelConfig()))
-        )
+        return float(jnp.sum(rotate(query, jnp.asarray([[i]])) * rotate(key, jnp.asarray([[j]]))))
 
     assert product(7, 3) == pytest.approx(product(104, 100), rel=1e-4)
     assert product(7, 3) != pytest.approx(product(7, 4), rel=1e-2)

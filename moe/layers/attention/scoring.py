@@ -107,46 +107,65 @@ def append_sink(
     return query, key, jnp.pad(value, further), mask, bias
 
 
-def rotate(
-    x: Float[Array, "B T N H"],
-    positions: Int[Array, "B T"],
-    config: ModelConfig,
-    *,
-    interleaved: bool = False,
-    theta: float = 0.0,
-) -> Float[Array, "B T N H"]:
-    """Rotate the first ``model.rope_dim`` dimensions of each head by angles proportional to the position.
+@dataclasses.dataclass(frozen=True)
+class Rotation:
+    """Rotary positions of a layer's queries and keys, read from its config when the layer is made.
 
-    Args:
-        x: queries or keys.
-        positions: within the documents.
-        config: base and scaling.
+    Attributes:
+        dim: first dimensions of each head that are rotated; 0: all.
+        theta: base.
+        scaling: of the frequencies.
         interleaved: whether pairs are neighbours (2i, 2i + 1), as in RoFormer and DeepSeek, or halves (i, i + H/2), as
             in most open checkpoints.
-        theta: base in place of the config's, without its scaling; 0: the config's.
+        factor: of the rotated queries and keys.
+        follows_length: whether the angles of a text depend on how long it is.
     """
-    base, scaling = (theta, RopeScalingConfig()) if theta else (config.rope_theta, config.rope_scaling)
-    size = config.rope_dim or x.shape[-1]
-    if size >= x.shape[-1]:
-        return _rotate_all(x, positions, base, scaling, interleaved)
-    rotated, rest = jnp.split(x, [size], axis=-1)
-    return jnp.concatenate([_rotate_all(rotated, positions, base, scaling, interleaved), rest], axis=-1)
 
+    dim: int
+    theta: float
+    scaling: RopeScalingConfig
+    interleaved: bool
+    factor: float
+    follows_length: bool
 
-def _rotate_all(x: Array, positions: Array, theta: float, scaling: RopeScalingConfig, interleaved: bool) -> Array:
-    length = _document_lengths(positions)[..., None] if scaling.follows_length else 0
-    frequencies = inverse_frequencies(x.shape[-1], theta, scaling, length)
-    angles = positions.astype(jnp.float32)[..., None, None] * frequencies  # [B,T,1,H/2]
-    factor = attention_factor(scaling)
-    cos, sin = jnp.cos(angles) * factor, jnp.sin(angles) * factor
-    x32 = x.astype(jnp.float32)
-    if interleaved:
-        pairs = x32.reshape(*x.shape[:-1], -1, 2)
-        first, second = pairs[..., 0], pairs[..., 1]
-        rotated = jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=-1)
-        return rotated.reshape(x.shape).astype(x.dtype)
-    first, second = jnp.split(x32, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    @classmethod
+    def of(cls, config: ModelConfig, *, interleaved: bool = False, theta: float = 0.0) -> Rotation:
+        """The rotation of a model's layers.
+
+        Args:
+            config: base, scaling and ``rope_dim``.
+            interleaved: see the class.
+            theta: base in place of the config's, without its scaling; 0: the config's.
+        """
+        base, scaling = (theta, RopeScalingConfig()) if theta else (config.rope_theta, config.rope_scaling)
+        return cls(config.rope_dim, base, scaling, interleaved, attention_factor(scaling), scaling.follows_length)
+
+    def __call__(self, x: Float[Array, "B T N H"], positions: Int[Array, "B T"]) -> Float[Array, "B T N H"]:
+        """Rotate the first ``dim`` dimensions of each head by angles proportional to the position.
+
+        Args:
+            x: queries or keys.
+            positions: within the documents.
+        """
+        size = self.dim or x.shape[-1]
+        if size >= x.shape[-1]:
+            return self._rotate_all(x, positions)
+        rotated, rest = jnp.split(x, [size], axis=-1)
+        return jnp.concatenate([self._rotate_all(rotated, positions), rest], axis=-1)
+
+    def _rotate_all(self, x: Array, positions: Array) -> Array:
+        length = _document_lengths(positions)[..., None] if self.follows_length else 0
+        frequencies = inverse_frequencies(x.shape[-1], self.theta, self.scaling, length)
+        angles = positions.astype(jnp.float32)[..., None, None] * frequencies  # [B,T,1,H/2]
+        cos, sin = jnp.cos(angles) * self.factor, jnp.sin(angles) * self.factor
+        x32 = x.astype(jnp.float32)
+        if self.interleaved:
+            pairs = x32.reshape(*x.shape[:-1], -1, 2)
+            first, second = pairs[..., 0], pairs[..., 1]
+            rotated = jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=-1)
+            return rotated.reshape(x.shape).astype(x.dtype)
+        first, second = jnp.split(x32, 2, axis=-1)
+        return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
 def grow(
@@ -154,8 +173,6 @@ def grow(
 ) -> Float[Array, "B T N H"]:
     """Scale queries by 1 + β·ln(1 + ⌊p/L⌋) at position p of a document, L being the context of pre-training, so that
     attention stays sharp over more keys (Mistral 4, ``transformers.models.mistral4``)."""
-    if not scaling.query_growth:
-        return query
     times = jnp.log1p((positions // scaling.original_length).astype(jnp.float32))
     return query * (1 + scaling.query_growth * times)[..., None, None].astype(query.dtype)
 

@@ -18,7 +18,7 @@ from moe.dispatch import quantized
 from moe.layers.attention.attend import attend
 from moe.layers.attention.cache import LayerCache, slots
 from moe.layers.attention.largest import largest_scores
-from moe.layers.attention.scoring import Scoring, append_sink, grow, rotate
+from moe.layers.attention.scoring import Rotation, Scoring, append_sink, grow
 from moe.layers.inputs import KEEP_ALL, Dropout, Rows
 from moe.layers.mixers.interface import MixerLayer
 from moe.layers.norms import RMSNorm
@@ -42,6 +42,10 @@ class Attention(MixerLayer):
         super().__init__(config, mixer, rngs=rngs)
         c, m = config, mixer
         self.scale = m.scale or (1.0 if m.buckets else None)
+        self.rotation, self.growth = None, None
+        if m.rotated and not m.buckets:
+            self.rotation = Rotation.of(c, interleaved=c.rope_interleaved, theta=m.theta)
+            self.growth = c.rope_scaling if c.rope_scaling.query_growth and not m.theta else None
         query_fan_in = c.d_model * (m.head_dim if m.buckets else 1)
         heads, kv_heads = (m.heads, m.head_dim), (m.kv_heads, m.head_dim)
         self.query = matrix(rngs, (c.d_model, *heads), HEADS_IN, fan_in=query_fan_in, scale=c.init_scale)
@@ -170,20 +174,13 @@ class Attention(MixerLayer):
     def project_query(self, x: Float[Array, "B T D"], positions: Int[Array, "B T"] | None) -> Float[Array, "B T N H"]:
         """Queries, rotated and scaled where they have positions."""
         query = self._rotated("query", x, positions)
-        if positions is None or not self._rotates or self.mixer.theta:
-            return query
-        return grow(query, positions, self.config.rope_scaling)
+        return query if positions is None or self.growth is None else grow(query, positions, self.growth)
 
     def project_keys(
         self, x: Float[Array, "B U D"], positions: Int[Array, "B U"] | None
     ) -> tuple[Float[Array, "B U M H"], Float[Array, "B U M H"]]:
         """Keys and values; keys are rotated where they have positions."""
         return self._rotated("key", x, positions), self._finish(self.project_heads("value", x), None)
-
-    @property
-    def _rotates(self) -> bool:
-        """Whether queries and keys have rotary positions."""
-        return self.mixer.rotated and not self.mixer.buckets
 
     def _rotated(self, name: str, x: Array, positions: Array | None) -> Array:
         """Queries or keys, normalised before the rotation or after it."""
@@ -197,7 +194,7 @@ class Attention(MixerLayer):
 
     def project_heads(self, name: str, x: Array) -> Array:
         """[B,T,D] → heads by the matrix and the bias of this name."""
-        heads = project_in(x, getattr(self, name), self.config)
+        heads = project_in(x, getattr(self, name), self.precision)
         if self.mixer.bias == "none":
             return heads
         return _add_bias(heads, getattr(self, f"{name}_bias"))
@@ -207,16 +204,15 @@ class Attention(MixerLayer):
         clip = self.mixer.clip
         if clip:
             heads = jnp.clip(heads, -clip, clip)
-        if positions is not None and self._rotates:
-            interleaved = self.config.rope_interleaved
-            heads = rotate(heads, positions, self.config, interleaved=interleaved, theta=self.mixer.theta)
+        if positions is not None and self.rotation is not None:
+            heads = self.rotation(heads, positions)
         return constrain(heads, partition_specs.HEADS)
 
     def join(self, heads: Float[Array, "B T N H"], x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Output projection of all heads, gated by the layer's input if the mixer is."""
         if self.mixer.gated:
             heads *= jax.nn.sigmoid(self.project_heads("gate", x))
-        y = project_in(heads, self.out, self.config)
+        y = project_in(heads, self.out, self.precision)
         return _add_bias(y, self.out_bias) if self.mixer.bias == "all" else y
 
     def _normalise(self, norm: RMSNorm, heads: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
@@ -227,9 +223,8 @@ class Attention(MixerLayer):
         return norm(heads.reshape(*heads.shape[:2], -1)).reshape(heads.shape)
 
 
-def project_in(x: Array, weights: nnx.Param[Array], config: ModelConfig) -> Array:
-    """:func:`moe.parallel.parameters.project`, with quantised factors where the config asks for them."""
-    precision = config.low_precision_everywhere
+def project_in(x: Array, weights: nnx.Param[Array], precision: str) -> Array:
+    """:func:`moe.parallel.parameters.project`, with factors quantised to this precision unless it is none."""
     if precision == "none":
         return project(x, weights)
     return project_joined(x, weights, functools.partial(quantized.matmul, precision=precision))

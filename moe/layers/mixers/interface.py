@@ -39,6 +39,7 @@ class MixerLayer(nnx.Module):
         self.config = config
         self.mixer = mixer
         self.reports = mixer.reports
+        self.precision = config.low_precision_everywhere
 
     def run(self, x: Float[Array, "B T D"], call: Call) -> tuple[Float[Array, "B T D"], Report]:
         """Output for whole rows, or in generation for further tokens."""

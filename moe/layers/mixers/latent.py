@@ -16,7 +16,7 @@ from moe.dispatch import quantized
 from moe.layers.attention.attend import attend
 from moe.layers.attention.cache import LayerCache, slots
 from moe.layers.attention.largest import largest_scores
-from moe.layers.attention.scoring import Scoring, grow, rotate, yarn_mscale
+from moe.layers.attention.scoring import Rotation, Scoring, grow, yarn_mscale
 from moe.layers.inputs import KEEP_ALL, Dropout, Rows
 from moe.layers.mixers.attention import project_in
 from moe.layers.mixers.interface import MixerLayer
@@ -43,6 +43,7 @@ class LatentAttention(MixerLayer):
         super().__init__(config, mixer, rngs=rngs)
         c, m = config, mixer
         self.unrotated_dim = m.head_dim - m.rope_dim
+        self.rotation = Rotation.of(c)
         heads, scale = (m.heads, m.head_dim), c.init_scale
 
         def from_model(rank: int) -> nnx.Param[Array]:
@@ -146,7 +147,7 @@ class LatentAttention(MixerLayer):
     def join(self, heads: Float[Array, "B T N V"], x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Project the heads back to the model dimension; the layer's input is not used."""
         del x
-        return project_in(heads, self.out, self.config)
+        return project_in(heads, self.out, self.precision)
 
     def _query(self, x: Array, positions: Array) -> Array:
         """[B,T,D] → rotated queries [B,T,N,H]."""
@@ -157,18 +158,19 @@ class LatentAttention(MixerLayer):
         # The matrix is split rather than its product, whose parts would each be copied.
         ups = jnp.split(gather_for_matmul(up, x.dtype), [self.unrotated_dim], axis=-1)
         query, rotated = (self._up(x, part) for part in (ups[0], self._in_halves(ups[1])))
-        query = jnp.concatenate([query, rotate(rotated, positions, self.config)], axis=-1)
-        query = grow(query, positions, self.config.rope_scaling)
+        query = jnp.concatenate([query, self.rotation(rotated, positions)], axis=-1)
+        if self.config.rope_scaling.query_growth:
+            query = grow(query, positions, self.config.rope_scaling)
         return constrain(query, partition_specs.HEADS)
 
     def _down(self, x: Array, weights: nnx.Param[Array]) -> Array:
         """[B,T,D] → [B,T,rank]."""
-        by = quantized.matmul_in(self.config.low_precision_everywhere, jnp.matmul)
+        by = quantized.matmul_in(self.precision, jnp.matmul)
         return by(x, gather_for_matmul(weights, x.dtype))
 
     def _up(self, x: Array, matrix: Array) -> Array:
         """Queries or a part of them by a gathered matrix [rank,N,H]: [B,T,rank] → [B,T,N,H]."""
-        precision = self.config.low_precision_everywhere
+        precision = self.precision
         if precision == "none":
             return jnp.tensordot(x, matrix, 1)
         joined = quantized.matmul(x, matrix.reshape(matrix.shape[0], -1), precision)
@@ -185,7 +187,7 @@ class LatentAttention(MixerLayer):
         """[B,T,D] → [B,T,1,rank + rope_dim]: the normalised latent and the rotated key."""
         latent = self._down(x, self.kv_down)
         compressed, key = jnp.split(latent, [self.mixer.rank], axis=-1)
-        key = rotate(self._in_halves(key)[:, :, None], positions, self.config)
+        key = self.rotation(self._in_halves(key)[:, :, None], positions)
         return jnp.concatenate([self.kv_latent_norm(compressed)[:, :, None], key], axis=-1)
 
     def _score_scale(self) -> float:

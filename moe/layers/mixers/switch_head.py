@@ -107,6 +107,6 @@ class SwitchHeadAttention(Attention):
 
     def _product(self, x: Array, weights: nnx.Param[Array]) -> Array:
         """x times the matrices of all experts, whose axes are joined."""
-        precision = self.config.low_precision_everywhere
+        precision = self.precision
         by = matmul if precision == "none" else functools.partial(quantized.matmul, precision=precision)
         return project_joined(x, weights, by)
