@@ -40,6 +40,7 @@ LEFT_OUT = {
     "hf download": "needs the network",
     "mistralai/": "needs a download",
     "/tmp/mixtral ": "needs a download",
+    "--topology=h100:2x8 --config": "needs the CUDA plugin, 4 GB",
     "--libraries=": "installs another library",
     "tensorboard --logdir": "serves until it is stopped",
     "main.py": "needs a checkout",
