@@ -31,6 +31,7 @@ class Call:
         signals: names of the signals to report; a part gives those that it has.
         replayed: routing, or choices, of the layer to use instead of the router's own.
         gate: further inputs of the layer's gate, by the names of :class:`moe.routing.interface.GateInputs`.
+        read: the same with an entry for each token, [B,T,...].
         handed: what the layers below hand on, by name.
         generating: gates that draw or count tokens do so by a token's position, so that no row depends on the others.
         mix: how parts with a state mix tokens in generation; None: whole rows, without a state.
@@ -44,6 +45,7 @@ class Call:
     signals: tuple[str, ...] = ("layers",)
     replayed: Any = None
     gate: Mapping[str, Any] = _NOTHING
+    read: Mapping[str, Any] = _NOTHING
     handed: Mapping[str, Any] = _NOTHING
     generating: bool = False
     mix: Mix | None = None

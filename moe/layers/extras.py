@@ -156,3 +156,23 @@ class Latent(Wrapper):
         """P → D, in the compute dtype, normalised first with ``moe.latent_norm``."""
         x = x if self.norm is None else self.norm(x)
         return x.astype(dtype) @ gather_for_matmul(self.up, dtype)
+
+
+class Wrapped(nnx.Module):
+    """A layer with parts around its FFN experts that the config may ask for, the innermost first."""
+
+    wrappers: ClassVar[tuple[type[Wrapper], ...]] = (Latent, NullExperts)
+
+    latent: Latent | None
+    null: NullExperts | None
+
+    def wrap(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
+        """Create the parts of a config."""
+        for wrapper in self.wrappers:
+            setattr(self, wrapper.name, wrapper(config, rngs=rngs) if wrapper.is_in(config.moe) else None)
+
+    def around(self, experts: RunExperts) -> RunExperts:
+        """Wrap the FFN experts in the parts that there are."""
+        for part in (getattr(self, wrapper.name) for wrapper in self.wrappers):
+            experts = experts if part is None else part.around(experts)
+        return experts

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from moe.config import ModelConfig
 from moe.dispatch import quantized
@@ -27,6 +30,7 @@ from moe.parallel.partition_specs import (
     OUT,
     REPLICATED,
 )
+from moe.routing.routing import Routing
 
 
 class DenseFFN(nnx.Module):
@@ -106,6 +110,18 @@ class Experts(nnx.Module):
             keeps_hidden=self.remat in KEEP_HIDDEN,
             keeps_outputs=self.remat in KEEP_OUTPUTS,
         )
+
+    def with_output_biases(
+        self, y: Float[Array, "G S D"], routing: Routing, kept: Bool[Array, "G S K"], dtype: Any
+    ) -> Float[Array, "G S D"]:
+        """Add the weighted sum of the output biases of each token's experts, cast to this dtype, in float32."""
+        biases = self.down_bias
+        if biases is None:
+            return y
+        choices = jax.nn.one_hot(routing.expert_index, biases.shape[0], dtype=jnp.float32)  # [G,S,K,E]
+        weights = jnp.einsum("gsk,gske->gse", jnp.where(kept, routing.combine_weights, 0), choices)
+        # Cast while gathering: XLA would gather an array that is not cast where the scan slices it, outside its scope.
+        return y + weights @ gather_for_matmul(biases, dtype)
 
 
 class SharedExpert(nnx.Module):

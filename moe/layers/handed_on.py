@@ -14,9 +14,7 @@ from moe.config.layer_kinds import LayerKind
 from moe.layers.call import Call, Report
 from moe.parallel import partition_specs
 from moe.parallel.mesh import constrain
-from moe.routing.carry import first_carry, of_tokens, regrouped
-
-_NAME = "carry"
+from moe.routing.carry import HANDED, first_carry, of_tokens, regrouped
 
 
 def first_handed(moe: MoEConfig, kinds: Iterable[LayerKind], shape: tuple[int, ...]) -> dict[str, Any]:
@@ -27,7 +25,7 @@ def first_handed(moe: MoEConfig, kinds: Iterable[LayerKind], shape: tuple[int, .
     """
     gates = [kind.gate for kind in kinds if kind.gate is not None]
     carry = first_carry(gates, moe.num_experts + moe.null_experts)
-    return {} if carry is None else {_NAME: of_tokens(carry, shape)}
+    return {} if carry is None else {HANDED: of_tokens(carry, shape)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,11 +36,11 @@ class HandedOn:
 
     def __call__(self, layer: Any, x: Array, call: Call) -> tuple[Array, Report]:
         """Apply the layer; one that replays a whole routing hands on what it was handed."""
-        if _NAME not in call.handed:
+        if HANDED not in call.handed:
             return self.run(layer, x, call)
-        y, report = self.run(layer, x, call.replace(gate={**call.gate, _NAME: call.handed[_NAME]}))
+        y, report = self.run(layer, x, call.replace(read={HANDED: call.handed[HANDED]}))
         carry = report.signals["routing"].carry
         if carry is None:
             return y, report
         carry = jax.tree.map(lambda leaf: constrain(leaf, partition_specs.BATCH), regrouped(carry, x.shape[:2]))
-        return y, report.replace(handed=report.handed | {_NAME: carry})
+        return y, report.replace(handed=report.handed | {HANDED: carry})

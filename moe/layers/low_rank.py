@@ -52,3 +52,8 @@ class LowRankExperts(Experts):
         first, last = (self.pairs[f"{name}_{part}"][...] for part in ("first", "last"))
         merged = shared[...] + jnp.einsum("eir,ero->eio", first, last)
         return constrain(merged, EXPERTS_OUT if name == "down" else EXPERTS_IN)
+
+
+def create_experts(config: ModelConfig, rngs: nnx.Rngs) -> Experts:
+    """The FFN experts of a config, of low rank with ``moe.expert_rank``."""
+    return (LowRankExperts if config.moe.expert_rank else Experts)(config, rngs=rngs)

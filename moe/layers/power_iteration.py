@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from moe.layers.moe_layer import Keys, MoELayer, Tokens
+from moe.layers.moe_layer import MoELayer
+from moe.layers.tokens import Keys, Tokens
 from moe.routing.newer_gates import PowerIteration
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -13,7 +14,8 @@ from jaxtyping import Array, Float
 from moe.config import ModelConfig
 from moe.layers.parameter import matrix, parameter, zeros
 from moe.parallel import partition_specs
-from moe.routing.balancing_rules import stored
+from moe.routing.balancing_rules import restored, stored
+from moe.routing.carry import HANDED
 from moe.routing.interface import Gate, RouterKind
 
 
@@ -68,6 +70,34 @@ class Router(nnx.Module):
         logits = matmul(features.astype(self.dtype), columns.astype(self.dtype)).astype(jnp.float32)
         logits = logits if self.logit_bias is None else logits + self.logit_bias[...]
         return self.softcap * jnp.tanh(logits / self.softcap) if self.softcap else logits
+
+    def logits(
+        self, x: Float[Array, "G S D"], read: Mapping[str, Any], *, jitter: float, rng: Array | None
+    ) -> tuple[Float[Array, "G S *columns"], Mapping[str, Any]]:
+        """Router logits, and what tokens read (``Tokens.read``) with what the router hands on."""
+        if HANDED not in read:
+            return self(x, jitter=jitter, rng=rng), read
+        output = self(x, jitter=jitter, rng=rng, **{HANDED: read[HANDED]})
+        return (output[0], {**read, HANDED: output[1]}) if isinstance(output, tuple) else (output, read)
+
+    def balancing_inputs(self, gate: Gate) -> dict[str, Any]:
+        """State of the gate's balancing rule, and the selection bias that follows from it; {} without a state."""
+        state = self._state(gate)
+        if state is None or gate.balancing is None:
+            return {}
+        return {"selection_bias": gate.balancing.selection_bias(state), "state": state}
+
+    def penalty(self, gate: Gate) -> Float[Array, ""] | None:
+        """Strength of the sparsity penalty by the gate's balancing rule; None without one."""
+        state = self._state(gate)
+        return None if state is None or gate.balancing is None else gate.balancing.penalty(state)
+
+    def _state(self, gate: Gate) -> Any:
+        """State of the gate's balancing rule; None without one."""
+        kept, rule = self.bias, gate.balancing
+        if kept is None or rule is None:
+            return None
+        return restored(rule, {k: v[...] for k, v in kept.items()} if isinstance(kept, nnx.Dict) else kept[...])
 
     def features(self, x: Float[Array, "G S D"]) -> Float[Array, "G S inputs"]:
         """Inputs of W_g: x, unless a derived router changes it."""

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import types
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from moe.config import ModelConfig
 from moe.config.registry import find_layer
 from moe.dispatch.modes import mix
-from moe.layers.moe_layer import Keys, MoELayer
+from moe.layers.moe_layer import MoELayer
 from moe.layers.router import Router
+from moe.layers.tokens import Keys
 from moe.routing import balancing, gates
 from moe.routing.routing import Choices, Routing, route
 
@@ -52,14 +54,11 @@ class SoftMoE(MoELayer):
         x: Float[Array, "B T D"],
         mask: Bool[ArrayLike, "B T"] | None = None,
         *,
-        token_ids: Int[ArrayLike, "B T"] | None = None,
-        positions: Int[ArrayLike, "B T"] | None = None,
-        segment_ids: Int[ArrayLike, "B T"] | None = None,
-        carry: Any = None,
-        prompt: Any = None,
         routing: Routing | Choices | None = None,
         train: bool = False,
         rng: PRNGKeyArray | None = None,
+        gate_inputs: Mapping[str, Any] = types.MappingProxyType({}),
+        **read: Any,
     ) -> tuple[Float[Array, "B T D"], balancing.LayerReport, Routing]:
         """Mix, apply the experts, mix back; arguments and result are those of :class:`moe.layers.moe_layer.MoELayer`.
 
@@ -70,9 +69,9 @@ class SoftMoE(MoELayer):
         """
         if routing is not None:
             raise ValueError("a routing cannot be replayed by Soft MoE: its slots are not in it")
-        tokens, keys = self._group(x, mask, token_ids, positions, segment_ids, carry=carry), Keys.split(rng)
+        tokens, keys = self.group(x, mask, read), Keys.split(rng)
         slot_logits, tokens = self._logits(tokens, keys)
-        inputs = self._inputs(tokens, keys, prompt=prompt, train=train)
+        inputs = self._inputs(tokens, keys, train=train, **gate_inputs)
         routing = route(self.gate, expert_logits(slot_logits), inputs)
         weights = slot_weights(slot_logits, tokens.mask & ~routing.broken)
 

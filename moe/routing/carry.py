@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -11,6 +11,9 @@ from jax import Array
 
 from moe.routing.interface import Gate
 from moe.system.fields import ConfigError
+
+#: Name of the carry among what gates read.
+HANDED = "carry"
 
 
 def first_carry(gates: Iterable[Gate], num_experts: int) -> Any:
@@ -38,6 +41,13 @@ def first_carry(gates: Iterable[Gate], num_experts: int) -> Any:
                 f"same model, {describe(first)}"
             )
     return first
+
+
+def begin(gate: Gate, num_experts: int, read: Mapping[str, Any], shape: tuple[int, ...]) -> Mapping[str, Any]:
+    """What tokens of this shape read, with the gate's first carry if nothing was handed on."""
+    if read.get(HANDED) is not None:
+        return read
+    return {**read, HANDED: of_tokens(first_carry([gate], num_experts), shape)}
 
 
 def of_tokens(carry: Any, shape: tuple[int, ...]) -> Any:

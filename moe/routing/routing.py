@@ -64,6 +64,10 @@ class Routing:
     needed_bias: Array | None = None
     carry: Any = None
 
+    def without_report_inputs(self) -> Routing:
+        """The routing without what only a layer's report reads."""
+        return dataclasses.replace(self, smooth_load=None, needed_bias=None)
+
     @property
     def choices(self) -> Choices:
         """The experts without their weights."""

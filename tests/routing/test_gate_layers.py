@@ -14,9 +14,10 @@ from moe.config.registry import LAYERS
 from moe.conformance.oracle_cases import ONE_GROUP
 from moe.dispatch.modes import CONFIG_MODES
 from moe.interop.layers import single_layer
-from moe.layers.moe_layer import Keys, MoELayer
+from moe.layers.moe_layer import MoELayer
 from moe.layers.router import Router
 from moe.layers.soft_moe import expert_logits, slot_weights
+from moe.layers.tokens import Keys
 from moe.parallel.mesh import make_mesh
 from moe.routing import balancing
 from tests.helpers import random_model, routed, tiny_model

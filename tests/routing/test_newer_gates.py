@@ -17,8 +17,9 @@ from moe.config.registry import LAYERS
 from moe.conformance import oracle, oracle_cases, reference_gates
 from moe.interop.layers import single_layer
 from moe.layers.cosine import CosineMoE
-from moe.layers.moe_layer import Keys, MoELayer
+from moe.layers.moe_layer import MoELayer
 from moe.layers.router import SelectionBias
+from moe.layers.tokens import Keys
 from moe.parallel import partition_specs
 from moe.parallel.mesh import make_mesh
 from moe.routing import balancing, interface
