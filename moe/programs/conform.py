@@ -6,16 +6,30 @@ oracle computes the rule that the flags state, in float64; where results differ,
 factors for the one that gives the same numbers.
 """
 
+from __future__ import annotations
+
 import sys
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, Literal, cast
 
 from absl import flags
 
 from moe.programs import cli
 from moe.system.fields import ConfigError, whole_number
 
+if TYPE_CHECKING:
+    from moe.conformance.judge.rule import Rule
+
 _NPZ = cli.define_path("npz", "File of weights, inputs and results (docs/conform.md).")
+_STEP = cli.define_path("step", "File of steps that a trainer recorded (docs/conform.md), of AdamW.")
+_RATE = flags.DEFINE_float("learning_rate", 1e-2, "With --step: of AdamW.", lower_bound=0.0)
+_BETAS = flags.DEFINE_list("betas", ["0.9", "0.95"], "With --step: of AdamW.")
+_EPS = flags.DEFINE_float("eps", 1e-8, "With --step: of AdamW.", lower_bound=0.0)
+_DECAY = flags.DEFINE_float("weight_decay", 0.1, "With --step: decoupled.", lower_bound=0.0)
+_CLIP = flags.DEFINE_float("clip", 1.0, "With --step: largest gradient norm; 0: no clipping.", lower_bound=0.0)
+_SCOPE = flags.DEFINE_enum("balance_scope", "microbatch", ["microbatch", "step"], "With --step: of f and P.")
+_BIAS_RATE = flags.DEFINE_float("bias_rate", 0.0, "With --step: u of the selection bias.", lower_bound=0.0)
+_ADAPTER = flags.DEFINE_float("adapter_scale", 1.0, "With --step: alpha / rank.")
 _LAYER = flags.DEFINE_string("layer", None, "JAX layer as package.module:function.")
 _K = flags.DEFINE_integer("k", 2, "Experts per token.", lower_bound=1)
 _SCORE = flags.DEFINE_enum("score", "softmax", ["softmax", "sigmoid", "sqrt_softplus"], "Scores of the router logits.")
@@ -83,10 +97,16 @@ def _judge() -> None:
     if not all(map(whole_number, _DEVICES.value)):
         raise ConfigError(f"--devices={','.join(_DEVICES.value)}: positive whole numbers, such as 2,4,8")
     devices = tuple(int(count) for count in _DEVICES.value)
-    if _NPZ.value is not None and _LAYER.value is not None:
-        raise ConfigError("give one of --npz=FILE and --layer=package.module:function")
+    if sum(flag.value is not None for flag in (_NPZ, _LAYER, _STEP)) > 1:
+        raise ConfigError("give one of --npz=FILE, --step=FILE and --layer=package.module:function")
+    of_steps = (_RATE, _BETAS, _EPS, _DECAY, _CLIP, _SCOPE, _BIAS_RATE, _ADAPTER)
+    cli.only_with(_STEP.value is not None, "is read only with --step", *of_steps)
+    cli.only_with(_STEP.value is None, "is not read with --step", _EXPERTS, _MESH)
     cli.only_with(_NPZ.value is None, "is not read with --npz", _EXPERTS, _MESH)
     cli.only_with(_GROUPS.value > 1, "is read only with --groups above 1", _KEPT, _SCORES)
+    if _STEP.value is not None:
+        _judge_steps(rule, devices)
+        return
     conforms = True
     if _NPZ.value is not None:
         runs = [("", *recorded.read(str(_NPZ.value)))]
@@ -105,6 +125,36 @@ def _judge() -> None:
         print(page(rule, diagnosis))
         conforms &= diagnosis.conforms
     if not conforms:
+        sys.exit(1)
+
+
+def _judge_steps(rule: Rule, devices: tuple[int, ...]) -> None:
+    """Compare recorded steps and print; exit with 1 where they do not conform."""
+    from moe.conformance.judge.step import StepRule
+    from moe.conformance.judge.step_diagnosis import diagnose_steps, step_page, steps_from_arrays
+    from moe.system.npz_files import read_arrays
+
+    try:
+        b1, b2 = map(float, _BETAS.value)
+    except ValueError as error:
+        raise ConfigError(f"--betas={','.join(_BETAS.value)}: two numbers, such as 0.9,0.95") from error
+    whole = StepRule(
+        layer=rule,
+        balance_scope=cast(Literal["step", "microbatch"], _SCOPE.value),
+        clip=_CLIP.value,
+        learning_rate=_RATE.value,
+        b1=b1,
+        b2=b2,
+        eps=_EPS.value,
+        weight_decay=_DECAY.value,
+        bias_rate=_BIAS_RATE.value,
+        adapter_scale=_ADAPTER.value,
+    )
+    path = str(_STEP.value)
+    steps, results = steps_from_arrays(read_arrays(path, f"--step={path}"), path)
+    found = diagnose_steps(whole, steps, results, devices=devices, tolerance=_TOLERANCE.value)
+    print(f"rule: {rule}\n\n{step_page(found)}")
+    if not found.conforms:
         sys.exit(1)
 
 

@@ -195,14 +195,14 @@ def _values(
         return Check(quantity, np.inf, False, text=f"shape {theirs.shape} instead of {ours.shape}")
     if quantity in ("y", "combine_weights"):
         ours, theirs = ours * layer.mask[..., None], theirs * layer.mask[..., None]
-    error = _error(ours, theirs)
+    error = relative_error(ours, theirs)
     natural = np.abs(expected.get("grad_x", 0.0)).max(initial=0.0)
     if quantity.startswith("grad_") and np.abs(ours).max(initial=0.0) < 1e-9 * natural:
         # The exact gradient is 0 up to rounding, as a router's at K = 1 with renormalised weights.
         error = float(np.abs(theirs).max(initial=0.0) / natural) if np.isfinite(theirs).all() else np.inf
     if error <= tolerance:
         return Check(quantity, error, True)
-    factor = _factor(ours, theirs, tolerance)
+    factor = constant_factor(ours, theirs, tolerance)
     if factor is not None:
         return Check(quantity, error, False, factor, f"{factor:.4g} times the expected value{_name(factor, named)}")
     text = ""
@@ -213,19 +213,20 @@ def _values(
     return Check(quantity, error, False, text=text)
 
 
-def _error(ours: np.ndarray, theirs: np.ndarray) -> float:
+def relative_error(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """Largest difference over the largest expected value; infinite where results are not finite."""
     if not np.isfinite(theirs).all():
         return np.inf
     return float(np.abs(ours - theirs).max(initial=0.0) / max(np.abs(ours).max(initial=0.0), 1e-30))
 
 
-def _factor(ours: np.ndarray, theirs: np.ndarray, tolerance: float) -> float | None:
+def constant_factor(ours: np.ndarray, theirs: np.ndarray, tolerance: float) -> float | None:
     """The constant c with theirs = c · ours; None: there is none, or c is 0 or 1."""
     square = float((ours * ours).sum())
     c = float((ours * theirs).sum()) / square if square else 0.0
     if abs(c) < 1e-9 or abs(c - 1) <= tolerance:
         return None
-    return c if _error(c * ours, theirs) <= tolerance else None
+    return c if relative_error(c * ours, theirs) <= tolerance else None
 
 
 def _name(factor: float, named: Mapping[str, float]) -> str:
@@ -274,8 +275,8 @@ def _experts(
     tolerance: float,
 ) -> str:
     """Describe the experts whose gradients are wrong, and by which factor."""
-    wrong = [e for e in range(len(ours)) if _error(ours[e], theirs[e]) > tolerance]
-    factors = {e: _factor(ours[e], theirs[e], tolerance) for e in wrong}
+    wrong = [e for e in range(len(ours)) if relative_error(ours[e], theirs[e]) > tolerance]
+    factors = {e: constant_factor(ours[e], theirs[e], tolerance) for e in wrong}
     loads = np.bincount(expert_index[kept], minlength=len(ours))
     if all(factor is not None and abs(factor * loads[e] - 1) < 1e-3 for e, factor in factors.items()):
         return "the gradient of every expert is divided by its own number of rows"

@@ -108,7 +108,7 @@ def compute(rule: Rule, variant: Variant, layer: Layer) -> dict[str, np.ndarray]
         cotangent = layer.cotangent
 
         def objective(arrays: Mapping[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
-            results = _forward(rule, variant, layer, decisions, arrays)
+            results = forward(rule, variant, layer, decisions, arrays)
             total = rule.balance_weight * results["balance_loss"] + rule.z_weight * results["z_loss"]
             return total + (0.0 if cotangent is None else jnp.sum(results["y"] * cotangent)), results
 
@@ -121,7 +121,7 @@ def compute(rule: Rule, variant: Variant, layer: Layer) -> dict[str, np.ndarray]
         return {name: np.asarray(value) for name, value in results.items()}
 
 
-def _forward(
+def forward(
     rule: Rule, variant: Variant, layer: Layer, decisions: Decisions, arrays: Mapping[str, jax.Array]
 ) -> dict[str, jax.Array]:
     """Output and losses, differentiable in ``arrays``."""
