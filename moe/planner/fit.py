@@ -31,7 +31,7 @@ from moe.models.segments import segments
 from moe.models.stages import Schedule, pipelined_segment
 from moe.parallel.parameters import flat_variables, optimizer_specs, parameter_specs
 from moe.parallel.partition_specs import KEEP_HIDDEN, shard_bytes
-from moe.training.optimizer import make_optimizer
+from moe.training.optimizer import in_steps, make_optimizer
 
 #: Remat policies to try until a program fits, from the least recomputation to the most.
 LADDER = ("hidden", "outputs", "attention", "offload", "full")
@@ -170,7 +170,7 @@ def same_parameters(model: ModelConfig) -> ModelConfig:
 def _shapes(model: ModelConfig, lora: LoraConfig, optimizer: OptimizerConfig) -> tuple[Any, Any, Any]:
     """The parameters, those that are trained, and the optimizer's state with ShapeDtypeStructs as values."""
     trained = abstract_trained(model, lora)
-    init = make_optimizer(optimizer, optimizer.warmup_steps + 1).init
+    init = in_steps(optimizer, make_optimizer(optimizer, optimizer.warmup_steps + 1)).init
     return abstract_parameters(model), trained, jax.eval_shape(init, nnx.to_pure_dict(trained))
 
 

@@ -16,11 +16,12 @@ from jax import Array
 
 from moe.config import ConfigError, ModelConfig, OptimizerConfig
 from moe.config.references import import_object
+from moe.layers.call import Report
 from moe.models.segments import part_of
 from moe.system.fields import raised_as_errors
-from moe.training import spikes
-from moe.training.qk_clip import qk_clip
+from moe.training import host_memory, qk_clip, spikes
 from moe.training.rates import gains, is_matrix, matrix_axes, rates
+from moe.training.skipping import follow_steps, skip_not_finite
 
 
 def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
@@ -85,7 +86,7 @@ def make_optimizer(
     config: OptimizerConfig, num_steps: int, model: ModelConfig | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """The optimizer that ``config.name`` names; its ``update`` takes ``norm=``, the result of :func:`gradient_norm`,
-    and with ``qk_clip`` also ``scores=`` (:func:`moe.training.qk_clip.qk_clip`).
+    and with ``qk_clip`` also ``report=`` (:func:`moe.training.qk_clip.qk_clip`). :func:`in_steps` is what trains.
 
     Args:
         model: whose parameters get individual rates if it has a base model's sizes, and whose heads are clipped; None:
@@ -99,18 +100,41 @@ def make_optimizer(
         optimizer = _transferred(config, schedule, model)
     else:
         optimizer = _named(config, schedule)
-    if config.moment_dtype != "float32":
-        optimizer = _stored_in(jnp.dtype(config.moment_dtype), optimizer)
-    if config.gradient_clip > 0:
-        optimizer = optax.chain(_clip(config.gradient_clip), optimizer)
-    if config.frozen:
-        optimizer = _without_frozen(config, optimizer)
-    if model is not None and config.qk_clip:
-        optimizer = optax.chain(optimizer, qk_clip(model, config.qk_clip))
-    if config.ema_decay:
-        optimizer = optax.chain(optimizer, _averaging(config.ema_decay))
-    optimizer = optax.with_extra_args_support(optimizer)
-    return spikes.watched(optimizer) if config.skip_sigmas else optimizer
+    for link in LINKS:
+        if link.is_in(config):
+            optimizer = link.around(optimizer, config, model)
+    return optax.with_extra_args_support(optimizer)
+
+
+def in_steps(
+    config: OptimizerConfig, optimizer: optax.GradientTransformationExtraArgs
+) -> optax.GradientTransformationExtraArgs:
+    """The optimizer of :func:`make_optimizer` in a train step, which applies an update or skips it.
+
+    Its ``update`` takes ``step=``, ``loss=``, ``norm=`` and ``report=``; the state that this returns is an
+    :class:`~moe.training.skipping.Outcome`.
+    """
+    optimizer = skip_not_finite(optimizer)
+    for link in STEP_LINKS:
+        if link.is_in(config):
+            optimizer = link.around(optimizer, config, None)
+    return follow_steps(optimizer)
+
+
+def signals(config: OptimizerConfig) -> tuple[str, ...]:
+    """Names of the layers' signals that links read."""
+    return tuple(link.signal for link in LINKS if link.signal and link.is_in(config))
+
+
+def signal_shapes(config: OptimizerConfig, model: ModelConfig) -> Report:
+    """Report with the shapes of the signals that links read."""
+    return Report(signals={link.signal: link.shape(model) for link in LINKS if link.shape and link.is_in(config)})
+
+
+def link_metrics(config: OptimizerConfig, report: Report) -> dict[str, Array]:
+    """Metrics of the links of a step, by name."""
+    found = (link.metrics(config, report) for link in LINKS if link.metrics and link.is_in(config))
+    return {name: value for metrics in found for name, value in metrics.items()}
 
 
 def _stored_in(dtype: jnp.dtype, optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -322,7 +346,7 @@ def probe_own(
     optimizer: optax.GradientTransformation,
     parameters: Any,
     state: Any,
-    scores: Any = None,
+    report: Any = None,
 ) -> None:
     """Refuse an optimizer of a user's module that cannot update a model; nothing is computed.
 
@@ -330,7 +354,7 @@ def probe_own(
         optimizer: of :func:`make_optimizer`.
         parameters: ShapeDtypeStructs of what is trained.
         state: ShapeDtypeStructs of its state.
-        scores: ShapeDtypeStruct of the attention scores that ``qk_clip`` reads; None without it.
+        report: ShapeDtypeStructs of what its links read of the layers; None: nothing.
 
     Raises:
         ConfigError: update raises, or changes the structure, a shape or a type of the updates or of the state.
@@ -339,8 +363,10 @@ def probe_own(
         return
     where, update = f"optimizer.name={config.name!r}", optax.with_extra_args_support(optimizer).update
     with raised_as_errors(f"{where}: its update"):
-        known = {"norm": jnp.ones(())} | ({} if scores is None else {"scores": jnp.ones(scores.shape)})
-        found = jax.eval_shape(lambda tree, state: update(tree, state, tree, **known), parameters, state)
+        norm = jnp.ones(())
+        found = jax.eval_shape(
+            lambda tree, state, report: update(tree, state, tree, norm=norm, report=report), parameters, state, report
+        )
     if not (isinstance(found, tuple) and len(found) == 2):
         raise ConfigError(f"{where}: its update must return (updates, state), not {type(found).__name__}")
     for name, before, after in (("updates", parameters, found[0]), ("state", state, found[1])):
@@ -368,3 +394,48 @@ def _clip(largest: float) -> optax.GradientTransformationExtraArgs:
         return jax.tree.map(lambda gradient: gradient * factor, updates), state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+
+
+def _clipped_heads(optimizer: Any, config: OptimizerConfig, model: ModelConfig | None) -> Any:
+    """The optimizer, then QK-clip where the model's heads are trained."""
+    return optimizer if model is None else optax.chain(optimizer, qk_clip.qk_clip(model, config.qk_clip))
+
+
+class Link(NamedTuple):
+    """A link of the chain that a setting asks for.
+
+    Attributes:
+        setting: field of the section.
+        off: its value without the link.
+        around: (optimizer, section, model or None) → optimizer with the link.
+        signal: name of the layers' signal that it reads (``Call.signals``); empty: none.
+        shape: of the signal.
+        metrics: (section, report) → numbers to log by name.
+    """
+
+    setting: str
+    off: Any
+    around: Callable[[Any, OptimizerConfig, ModelConfig | None], Any]
+    signal: str = ""
+    shape: Callable[[ModelConfig], jax.ShapeDtypeStruct] | None = None
+    metrics: Callable[[OptimizerConfig, Report], dict[str, Array]] | None = None
+
+    def is_in(self, config: OptimizerConfig) -> bool:
+        """Whether the setting asks for it."""
+        return getattr(config, self.setting) != self.off
+
+
+#: Links of :func:`make_optimizer`, from the innermost.
+LINKS = (
+    Link("moment_dtype", "float32", lambda optimizer, config, _: _stored_in(jnp.dtype(config.moment_dtype), optimizer)),
+    Link("gradient_clip", 0.0, lambda optimizer, config, _: optax.chain(_clip(config.gradient_clip), optimizer)),
+    Link("frozen", (), lambda optimizer, config, _: _without_frozen(config, optimizer)),
+    Link("qk_clip", 0.0, _clipped_heads, qk_clip.SIGNAL, qk_clip.shape_of_scores, qk_clip.score_metrics),
+    Link("ema_decay", 0.0, lambda optimizer, config, _: optax.chain(optimizer, _averaging(config.ema_decay))),
+)
+
+#: Links of :func:`in_steps`, from the innermost, around optimizers that skip updates.
+STEP_LINKS = (
+    Link("skip_sigmas", 0.0, lambda optimizer, config, _: spikes.skip_spikes(optimizer, config.skip_sigmas)),
+    Link("memory", "device", lambda optimizer, _, __: host_memory.fetched(optimizer)),
+)

@@ -22,15 +22,26 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from moe.config import ModelConfig
+from moe.config import ModelConfig, OptimizerConfig
 from moe.config.layer_kinds import layer_kinds
+from moe.layers.call import Report
 from moe.layers.mixers.table import layer_class
 from moe.models.segments import stacked_layers
+
+#: Name of the layers' signal that is read.
+SIGNAL = "largest_scores"
 
 
 def score_factor(scores: Float[Array, "*heads"], threshold: float) -> Float[Array, "*heads"]:
     """γ of each head: τ / S where S > τ, else 1."""
     return threshold / jnp.maximum(scores, threshold)
+
+
+def score_metrics(config: OptimizerConfig, report: Report) -> dict[str, Array]:
+    """``largest_score`` of each layer with attention, and the number of ``clipped_heads`` of all of them."""
+    scores = report.signals[SIGNAL]
+    clipped = jnp.sum(scores > config.qk_clip).astype(jnp.float32)
+    return {"largest_score": jnp.max(scores, axis=1), "clipped_heads": clipped}
 
 
 def shape_of_scores(model: ModelConfig) -> jax.ShapeDtypeStruct:
@@ -44,8 +55,8 @@ def _scored(model: ModelConfig) -> list[int]:
 
 
 def qk_clip(model: ModelConfig, threshold: float) -> optax.GradientTransformationExtraArgs:
-    """Change updates so that they lead to clipped parameters; ``update`` takes ``scores=``, the largest attention
-    scores [L,N] of the layers that have attention."""
+    """Change updates so that they lead to clipped parameters; ``update`` takes ``report=``, whose ``largest_scores``
+    are the largest attention scores [L,N] of the layers that have attention."""
     kinds = layer_kinds(model)
     rows = {layer: row for row, layer in enumerate(_scored(model))}
 
@@ -62,7 +73,7 @@ def qk_clip(model: ModelConfig, threshold: float) -> optax.GradientTransformatio
         return layer_class(mixer).score_factors(mixer, own).get(rest[0])
 
     def update(updates: Any, state: Any, params: Any = None, **known: Any) -> tuple[Any, Any]:
-        gamma = score_factor(known["scores"], threshold)
+        gamma = score_factor(known["report"].signals[SIGNAL], threshold)
 
         def leaf(path: Any, moved: Array, parameter: Array) -> Array:
             factor = factors([key.key for key in path], gamma)

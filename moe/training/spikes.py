@@ -1,6 +1,6 @@
 """Spikes: steps whose loss or gradient norm is far above those of the steps before (OLMo-core's SkipStepOptimizer).
 
-The train step applies no update of such a step. The losses and norms of the last steps are part of the optimizer's
+The update of such a step is skipped. The losses and norms of the last steps are part of the optimizer's
 state, so a continued run decides as an uninterrupted one. Values that are not finite are left out of them.
 """
 
@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float
+
+from moe.training.skipping import Outcome, kept_unless
 
 #: Last steps that a step is compared with; there is no spike before half of them.
 WINDOW = 128
@@ -59,31 +61,25 @@ class Watched(NamedTuple):
     optimizer: Any
 
 
-def watched(optimizer: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
-    """The optimizer with room for the history in its state; its updates are unchanged."""
+def skip_spikes(
+    optimizer: optax.GradientTransformationExtraArgs, deviations: float
+) -> optax.GradientTransformationExtraArgs:
+    """Skip updates of spikes too, by ``loss=`` and ``norm=``, which the history of the steps then gets if both are
+    finite. The optimizer's own state after an update is an :class:`~moe.training.skipping.Outcome`."""
 
     def init(params: Any) -> Watched:
         empty = History(jnp.zeros((), jnp.int32), jnp.zeros(WINDOW), jnp.zeros(WINDOW))
         return Watched(empty, optimizer.init(params))
 
-    def update(updates: Any, state: Any, params: Any = None, **more: Any) -> tuple[Any, Watched]:
-        updates, inner = optimizer.update(updates, state.optimizer, params, **more)
-        return updates, Watched(state.history, inner)
+    def update(updates: Any, state: Any, params: Any = None, **known: Any) -> tuple[Any, Outcome]:
+        loss, norm = known["loss"], known["norm"]
+        spike = state.history.is_spike(deviations, loss, norm)
+        moved, outcome = optimizer.update(updates, state.optimizer, params, **known)
+        moved, kept = kept_unless(~spike, moved, outcome.state, state.optimizer)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        history = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), state.history.recorded(loss, norm), state.history
+        )
+        return moved, Outcome(Watched(history, kept), outcome.applied & ~spike)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def is_spike(state: Any, deviations: float, loss: Float[Array, ""], norm: Float[Array, ""]) -> Bool[Array, ""]:
-    """Whether a step is a spike by an optimizer's state; False unless the optimizer is :func:`watched`."""
-    return state.history.is_spike(deviations, loss, norm) if isinstance(state, Watched) else jnp.zeros((), bool)
-
-
-def recorded(state: Any, loss: Float[Array, ""], norm: Float[Array, ""]) -> Any:
-    """The state of a watched optimizer with the loss and the norm of a step, if both are finite."""
-    if not isinstance(state, Watched):
-        return state
-    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-    history = jax.tree.map(
-        lambda new, old: jnp.where(finite, new, old), state.history.recorded(loss, norm), state.history
-    )
-    return state._replace(history=history)

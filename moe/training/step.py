@@ -10,10 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
-from moe.config import Config, ConfigError, ModelConfig, stacks
+from moe.config import Config, ModelConfig, stacks
 from moe.layers.handed_on import first_handed
 from moe.layers.mixers import table
 from moe.layers.moe_layer import replace_gate
@@ -28,10 +28,10 @@ from moe.routing.interface import Gate
 from moe.routing.own_gates import probe
 from moe.routing.own_rules import probe_rule
 from moe.system.guarded import is_own
+from moe.training import host_memory
 from moe.training.batches import Batch, batch_shapes
 from moe.training.losses import describe_auxiliary
-from moe.training.optimizer import learning_rate_schedule, make_optimizer, probe_own
-from moe.training.qk_clip import shape_of_scores
+from moe.training.optimizer import in_steps, learning_rate_schedule, make_optimizer, probe_own, signal_shapes
 from moe.training.update import EvalMetrics, Parts, TrainMetrics, eval_step, train_step
 
 #: A teacher's model config and variables.
@@ -101,21 +101,23 @@ def build(
         table.probe(config.model, config.model.mixer)
     pipeline.check(config, mesh.shape)
     teacher_model, teacher_variables = teacher or (config.model, None)
+    optimizer = make_optimizer(config.optimizer, config.train.num_steps, None if config.lora.rank else config.model)
     parts = Parts(
         config,
         _graphdef(config.model, gate),
         _graphdef(teacher_model),
-        make_optimizer(config.optimizer, config.train.num_steps, None if config.lora.rank else config.model),
+        in_steps(config.optimizer, optimizer),
         learning_rate_schedule(config.optimizer, config.train.num_steps),
         config.objective,
     )
     init = functools.partial(_init, parts)
     shapes = jax.eval_shape(init, 0)
-    scores = shape_of_scores(config.model) if config.optimizer.qk_clip else None
-    probe_own(config.optimizer, parts.optimizer, shapes.parameters, shapes.optimizer, scores)
+    optimizer_shapes = jax.eval_shape(optimizer.init, shapes.parameters)
+    probed = signal_shapes(config.optimizer, config.model)
+    probe_own(config.optimizer, optimizer, shapes.parameters, optimizer_shapes, probed)
     state_shardings = partition_specs.shardings(mesh, state_specs(config, shapes))
     if config.optimizer.memory == "host":
-        stored = jax.tree.map(_in_host_memory, shapes.optimizer, state_shardings.optimizer)
+        stored = jax.tree.map(host_memory.stored, shapes.optimizer, state_shardings.optimizer)
         state_shardings = dataclasses.replace(state_shardings, optimizer=stored)
     variable_shardings = partition_specs.shardings(mesh, variable_specs(config.model))
     batch_sharding, replicated = partition_specs.shardings(mesh, (partition_specs.BATCH, partition_specs.REPLICATED))
@@ -174,20 +176,6 @@ def _about(config: Config) -> str:
     """Line about the objective and the auxiliary losses."""
     about = config.objective.about(config)
     return f"objective: {about}; auxiliary losses: {describe_auxiliary(config.model.moe)}" if about else ""
-
-
-def _in_host_memory(shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> NamedSharding:
-    """Where an array of the optimizer is stored; counters stay on the device.
-
-    Raises:
-        ConfigError: JAX does not know the memories of these devices, as of absent GPUs.
-    """
-    stored = sharding.with_memory_kind("pinned_host") if shape.ndim else sharding
-    if shape.ndim and stored.memory_kind != "pinned_host":
-        raise ConfigError(
-            "optimizer.memory=host: must be device in a plan for GPUs: JAX 0.12 does not know memories of absent ones"
-        )
-    return stored
 
 
 #: Most numbers in the logits with which a user's gate is probed.

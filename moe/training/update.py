@@ -19,16 +19,14 @@ from moe.layers.call import Report
 from moe.models import pipeline
 from moe.models.decoder import Output
 from moe.models.factory import Model
-from moe.models.segments import map_routers, selection_biases
-from moe.models.state import TrainState, set_schedule_step
+from moe.models.state import TrainState
 from moe.parallel import partition_specs
 from moe.parallel.mesh import axis_size, constrain
 from moe.routing.balancing import BalanceSums, LayerReport, auxiliary_losses, balance_weights, over_step
-from moe.routing.balancing_rules import restored, stored
-from moe.training import spikes
 from moe.training.batches import Batch, forward
 from moe.training.losses import of_one_batch, over_microbatches, row_cross_entropy
-from moe.training.optimizer import gradient_norm
+from moe.training.optimizer import gradient_norm, link_metrics, signals
+from moe.training.rules import update_routers
 
 
 @jax.tree_util.register_dataclass
@@ -89,7 +87,7 @@ class Parts:
     @property
     def signals(self) -> tuple[str, ...]:
         """Names of what the step reads of the layers."""
-        return ("layers", "largest_scores") if self.config.optimizer.qk_clip else ("layers",)
+        return ("layers", *signals(self.config.optimizer))
 
     def of_rows(self, rows: int) -> Parts:
         """Parts of a step whose batch has so many rows, in microbatches of the same size: those of batch ramp-up have
@@ -104,32 +102,22 @@ class Parts:
 def train_step(
     parts: Parts, state: TrainState, batch: Batch, teacher_variables: dict[str, Any] | None = None
 ) -> tuple[TrainState, TrainMetrics]:
-    """Compute gradients, then update unless the loss or a gradient is not finite, or a spike."""
+    """Compute gradients, then update, unless the optimizer skips the update of this step."""
     if parts.config.train.rampup_rows:
         parts = parts.of_rows(len(batch["tokens"]))
     rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
     (loss, (cross_entropy, terms), report), gradients = _gradients(parts, state, batch, rng, teacher_variables)
     norm = gradient_norm(parts.config.optimizer, gradients)
+    known = {"step": state.step, "loss": loss, "norm": norm, "report": report}
+    updates, optimizer = parts.optimizer.update(gradients, state.optimizer, state.parameters, **known)
+    routers = update_routers(parts.config, state.biases, report, optimizer.applied)
+    parameters = optax.apply_updates(state.parameters, updates)
+    following = TrainState(state.step + 1, parameters, routers, optimizer.state, state.rng)
+    terms = terms | report.metrics | link_metrics(parts.config.optimizer, report)
     learning_rate = jnp.asarray(parts.schedule(state.step))
+    skipped = 1.0 - optimizer.applied.astype(jnp.float32)
     layers = report.signals.get("layers")
-    biases = _next_biases(parts.config, state.biases, layers)
-    if parts.config.optimizer.memory == "host":
-        # After the gradients: fetched earlier, it would be in memory together with the activations.
-        stored, norm = jax.lax.optimization_barrier((state.optimizer, norm))
-        state = dataclasses.replace(state, optimizer=jax.device_put(stored, jax.memory.Space.Device))
-    spike = spikes.is_spike(state.optimizer, parts.config.optimizer.skip_sigmas, loss, norm)
-    sound = jnp.isfinite(loss) & jnp.isfinite(norm) & ~spike
-    scores = report.signals.get("largest_scores")
-    terms = terms | report.metrics | _score_metrics(parts.config, scores)
-    skipped = 1.0 - sound.astype(jnp.float32)
-    metrics = TrainMetrics(loss, cross_entropy, norm, learning_rate, skipped, layers, terms)
-    # A select joins the loop that writes the update; a branch would keep old and new state side by side.
-    updated = (*_update(parts, gradients, norm, scores, state), biases)
-    kept = state.parameters, set_schedule_step(state.optimizer, state.step + 1), state.biases
-    parameters, optimizer_state, biases = jax.tree.map(functools.partial(jnp.where, sound), updated, kept)
-    optimizer_state = spikes.recorded(optimizer_state, loss, norm)
-    following = TrainState(state.step + 1, parameters, biases, optimizer_state, state.rng)
-    return state.restored(following), metrics
+    return state.restored(following), TrainMetrics(loss, cross_entropy, norm, learning_rate, skipped, layers, terms)
 
 
 def _gradients(
@@ -221,38 +209,6 @@ def _loss(
         report = report.replace(signals=report.signals | {"layers": layers})
     auxiliary = sum(map(jnp.sum, losses.values()), jnp.zeros((), jnp.float32)) / microbatches
     return loss + auxiliary, (shown, report)
-
-
-def _score_metrics(config: Config, scores: Array | None) -> dict[str, Array]:
-    """Metrics of the largest attention scores [L,N], if there are any."""
-    if scores is None:
-        return {}
-    clipped = jnp.sum(scores > config.optimizer.qk_clip).astype(jnp.float32)
-    return {"largest_score": jnp.max(scores, axis=1), "clipped_heads": clipped}
-
-
-def _update(parts: Parts, gradients: Any, norm: Array, scores: Array | None, state: TrainState) -> tuple[Any, Any]:
-    """(parameters, optimizer state) after an update, at the learning rate of ``state.step``."""
-    optimizer_state = set_schedule_step(state.optimizer, state.step)
-    known = {"norm": norm} | ({} if scores is None else {"scores": scores})
-    updates, optimizer_state = parts.optimizer.update(gradients, optimizer_state, state.parameters, **known)
-    return optax.apply_updates(state.parameters, updates), optimizer_state
-
-
-def _next_biases(config: Config, biases: dict[str, Any], layers: LayerReport | None) -> dict[str, Any]:
-    """States of the routers after a step, from the step's reports; no gradient is involved.
-
-    ``optimizer.frozen`` with "router", and adapters without a trained router, keep them as they are.
-    """
-    fixed = "router" not in config.lora.trained if config.lora.rank else "router" in config.optimizer.frozen
-    if not biases or layers is None or fixed:
-        return biases
-    moe = config.model.moe
-    assert moe.gate is not None
-    rule = moe.gate.balancing
-    assert rule is not None
-    signals = selection_biases(config.model, rule.signal(layers, moe.experts_per_token))
-    return map_routers(lambda kept, signal: stored(rule.next_state(restored(rule, kept), signal)), biases, signals)
 
 
 def eval_step(

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 
 from moe.config import Config, DataConfig, LoraConfig, MeshConfig, OptimizerConfig, StartConfig, TrainConfig
+from moe.layers.call import Report
 from moe.models.state import TrainState
 from moe.parallel.mesh import make_mesh
 from moe.training import losses, spikes, update
-from moe.training.optimizer import gradient_norm, learning_rate_schedule, make_optimizer
+from moe.training.optimizer import gradient_norm, in_steps, learning_rate_schedule, make_optimizer
+from moe.training.rules import next_states
 from moe.training.step import build
 from tests.helpers import tiny_model
 from tests.run_helpers import Interrupted
@@ -164,20 +166,22 @@ def test_a_router_that_is_not_trained_keeps_its_biases():
     lora = LoraConfig(rank=2, trained=("embedding",))
     adapted = Config(model=tiny_model(**gate), lora=lora, start=StartConfig(checkpoint="base"))
     biases = {"bias": jnp.ones(8)}
-    assert all(update._next_biases(config, biases, object()) is biases for config in (frozen, adapted))
+    report = Report(signals={"layers": object()})
+    assert all(next_states(config, biases, report) is biases for config in (frozen, adapted))
 
 
 def test_a_non_finite_gradient_skips_the_update(monkeypatch):
     """Even if the loss is finite."""
     config = Config(model=tiny_model(gate="none"), optimizer=OptimizerConfig(schedule="constant", warmup_steps=0))
-    optimizer, parameters = make_optimizer(config.optimizer, 10), {"dense": {"up": jnp.ones((2, 2))}}
+    optimizer = in_steps(config.optimizer, make_optimizer(config.optimizer, 10))
+    parameters = {"dense": {"up": jnp.ones((2, 2))}}
     schedule = learning_rate_schedule(config.optimizer, 10)
     parts = update.Parts(config, None, None, optimizer, schedule, config.objective)
     key = jax.random.key_data(jax.random.key(0))
     state = TrainState(jnp.zeros((), jnp.int32), parameters, {}, optimizer.init(parameters), key)
     for value, skipped in ((jnp.inf, 1), (1.0, 0)):
         gradients = {"dense": {"up": jnp.ones((2, 2)).at[0, 0].set(value)}}
-        found = (jnp.ones(()), (jnp.ones(()), {}), update.Reports()), gradients
+        found = (jnp.ones(()), (jnp.ones(()), {}), Report()), gradients
         monkeypatch.setattr(update, "_gradients", lambda *_, found=found: found)
         after, metrics = update.train_step(parts, state, {})
         assert metrics.skipped == skipped
@@ -189,7 +193,8 @@ def test_a_spike_skips_the_update(monkeypatch):
     are recorded too, unless they are not finite."""
     settings = OptimizerConfig(schedule="constant", warmup_steps=0, skip_sigmas=6.0)
     config = Config(model=tiny_model(gate="none"), optimizer=settings)
-    optimizer, parameters = make_optimizer(settings, 10), {"dense": {"up": jnp.ones((2, 2))}}
+    optimizer = in_steps(settings, make_optimizer(settings, 10))
+    parameters = {"dense": {"up": jnp.ones((2, 2))}}
     schedule = learning_rate_schedule(settings, 10)
     parts = update.Parts(config, None, None, optimizer, schedule, config.objective)
     key = jax.random.key_data(jax.random.key(0))
@@ -203,7 +208,7 @@ def test_a_spike_skips_the_update(monkeypatch):
         (seen, 64, jnp.nan, 1),
         (seen, 130, 8.05, 1),
     ):
-        found = (jnp.asarray(loss), (jnp.ones(()), {}), update.Reports()), {"dense": {"up": jnp.ones((2, 2))}}
+        found = (jnp.asarray(loss), (jnp.ones(()), {}), Report()), {"dense": {"up": jnp.ones((2, 2))}}
         monkeypatch.setattr(update, "_gradients", lambda *_, found=found: found)
         history = spikes.History(jnp.asarray(number), seen, norms)
         before = dataclasses.replace(state, optimizer=state.optimizer._replace(history=history))

@@ -10,11 +10,13 @@ import pytest
 
 from moe.config import Changes, Config, ConfigError, TrainConfig
 from moe.config.parse import from_config_dict
+from moe.layers.call import Report
 from moe.models.state import TrainState
 from moe.parallel.mesh import make_mesh
 from moe.routing.balancing import NeededBias, step_target
 from moe.training import update
 from moe.training.batches import place
+from moe.training.rules import next_states
 from moe.training.step import build
 from tests.helpers import moe_config, random_state, set_moe, slow_case, step_gradients, tiny_model
 
@@ -51,8 +53,8 @@ def gradients(program, state=None):
 
     @jax.jit
     def needed(state, batch):
-        (loss, _, (layers, _)), gradient = run(state, batch)
-        return loss, layers.load_balancing_loss, gradient
+        (loss, _, report), gradient = run(state, batch)
+        return loss, report.signals["layers"].load_balancing_loss, gradient
 
     with jax.set_mesh(program.mesh):
         return needed(state or program.init(), batch(program))
@@ -122,12 +124,12 @@ def test_without_accumulation_the_scopes_step_and_batch_are_equal():
 
 
 def test_microbatches_draw_separately_and_the_balance_of_the_step_uses_the_same_draws(monkeypatch):
-    def forward(model, batch, *, train, rng):
+    def forward(model, batch, *, train, rng, signals=()):
         drawn = jax.random.uniform(rng)
         return SimpleNamespace(drawn=drawn, layers=SimpleNamespace(sums=drawn))
 
     def loss(parts, model, output, batch, count, teacher, totals):
-        return totals, ((output.drawn, {}), update.Reports())
+        return totals, ((output.drawn, {}), Report())
 
     monkeypatch.setattr(update, "forward", forward)
     monkeypatch.setattr(update, "_loss", loss)
@@ -184,10 +186,10 @@ def test_states_after_microbatches_are_those_after_one_batch(gate, scope, mesh, 
     after = {}
     for name, run in runs.items():
         with jax.set_mesh(run.mesh):
-            (_, _, (layers, _)), _ = jax.jit(step_gradients(run, seed=0))(state, batch(run))
-        assert layers.sums.needed is None
-        biases, signals = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), (state.biases, layers))
-        after[name] = jax.tree.map(np.asarray, update._next_biases(run.config, biases, signals))
+            (_, _, report), _ = jax.jit(step_gradients(run, seed=0))(state, batch(run))
+        assert report.signals["layers"].sums.needed is None
+        biases, report = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), (state.biases, report))
+        after[name] = jax.tree.map(np.asarray, next_states(run.config, biases, report))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), after["step"], after["whole"])
     changed = jax.tree.map(lambda new, old: np.abs(new - np.asarray(old)).max(), after["step"], state.biases)
     assert max(jax.tree.leaves(changed)) > 1e-4
