@@ -47,6 +47,7 @@ def follow_steps(optimizer: optax.GradientTransformationExtraArgs) -> optax.Grad
 
     def update(updates: Any, state: Any, params: Any = None, **known: Any) -> tuple[Any, Outcome]:
         step = known["step"]
+        outcome: Any
         moved, outcome = optimizer.update(updates, set_schedule_step(state, step), params, **known)
         return moved, outcome._replace(state=set_schedule_step(outcome.state, step + 1))
 

@@ -74,6 +74,7 @@ def skip_spikes(
     def update(updates: Any, state: Any, params: Any = None, **known: Any) -> tuple[Any, Outcome]:
         loss, norm = known["loss"], known["norm"]
         spike = state.history.is_spike(deviations, loss, norm)
+        outcome: Any
         moved, outcome = optimizer.update(updates, state.optimizer, params, **known)
         moved, kept = kept_unless(~spike, moved, outcome.state, state.optimizer)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)

@@ -109,9 +109,10 @@ def train_step(
     (loss, (cross_entropy, terms), report), gradients = _gradients(parts, state, batch, rng, teacher_variables)
     norm = gradient_norm(parts.config.optimizer, gradients)
     known = {"step": state.step, "loss": loss, "norm": norm, "report": report}
+    optimizer: Any
     updates, optimizer = parts.optimizer.update(gradients, state.optimizer, state.parameters, **known)
     routers = update_routers(parts.config, state.biases, report, optimizer.applied)
-    parameters = optax.apply_updates(state.parameters, updates)
+    parameters: Any = optax.apply_updates(state.parameters, updates)
     following = TrainState(state.step + 1, parameters, routers, optimizer.state, state.rng)
     terms = terms | report.metrics | link_metrics(parts.config.optimizer, report)
     learning_rate = jnp.asarray(parts.schedule(state.step))
