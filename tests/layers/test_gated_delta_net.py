@@ -11,7 +11,8 @@ from flax import nnx
 from moe.config import Config, ConfigError, DeltaNetConfig, MeshConfig, ModelConfig
 from moe.config.mixers import GatedDelta
 from moe.layers.inputs import Rows
-from moe.layers.mixers.delta_net import CHUNK, GatedDeltaNet, delta_rule, delta_step, short_convolution
+from moe.layers.mixers.delta_net import CHUNK, GatedDeltaNet, delta_rule, delta_step
+from moe.layers.mixers.recurrence import short_convolution
 from moe.parallel.mesh import make_mesh
 from moe.parallel.partition_specs import BATCH, HEADS, shardings
 from tests.helpers import slow_case

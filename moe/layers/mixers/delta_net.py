@@ -10,82 +10,30 @@ N heads of values share M heads of queries and keys, J = N / M each.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from moe.config import ModelConfig
 from moe.config.mixers import GatedDelta
-from moe.layers.inputs import KEEP_ALL, Dropout, Rows
-from moe.layers.mixers.interface import MixerLayer
+from moe.layers.mixers.recurrence import Recurrent, RecurrentState, unit, unit_lower_inverse
 from moe.layers.norms import RMSNorm
 from moe.layers.parameter import matrix, parameter
 from moe.parallel import partition_specs
 from moe.parallel.mesh import ROW_AXES, constrain
 from moe.parallel.parameters import gather_for_matmul, project
-from moe.parallel.partition_specs import ATTENTION, HEADS_IN, HEADS_OUT, IN
+from moe.parallel.partition_specs import HEADS_IN, HEADS_OUT, IN
 
 #: Tokens whose updates are computed at once.
 CHUNK = 64
 
-#: Added to the squared length of queries and keys, as in the published code.
-_LENGTH_EPS = 1e-6
-
 #: Products in full float32, which accelerators would otherwise round to fewer bits.
 _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-
-
-def short_convolution(
-    x: Float[Array, "B T N H"], weight: Float[Array, "W N H"], segment_ids: Int[Array, "B T"]
-) -> Float[Array, "B T N H"]:
-    """Silu of a causal convolution of each channel over W tokens of its document."""
-    width, length = weight.shape[0], x.shape[1]
-    x32, y = x.astype(jnp.float32), jnp.zeros(x.shape, jnp.float32)
-    for back in range(width):
-        shifted = jnp.pad(x32, ((0, 0), (back, 0), (0, 0), (0, 0)))[:, :length]
-        same = jnp.pad(segment_ids, ((0, 0), (back, 0)), constant_values=-1)[:, :length] == segment_ids
-        y += jnp.where(same[..., None, None], shifted, 0) * weight[width - 1 - back].astype(jnp.float32)
-    return jax.nn.silu(y).astype(x.dtype)
-
-
-def _inverse(lower: Float[Array, "*batch C C"]) -> Float[Array, "*batch C C"]:
-    """Inverse of I + L, for L strictly lower triangular and C a power of two.
-
-    Inverses of diagonal blocks are joined into those of blocks of twice the size: that of [[A,0],[B,C]] is
-    [[A',0],[-C'BA',C']]. A power series of L would be shorter and cancel badly where keys repeat. The last line is a
-    Newton step: it has the gradient of the inverse, so that the loop needs none, and corrects its rounding.
-    """
-    size, constant = lower.shape[-1], jax.lax.stop_gradient(lower)
-    rows, columns = np.arange(size)[:, None], np.arange(size)
-    identity = jnp.eye(size, dtype=lower.dtype)
-
-    def below(power: Array | int) -> Array:
-        """B of every block of 2^(power + 1)."""
-        row, column = (jax.lax.shift_right_logical(index, power) for index in (rows, columns))
-        return jnp.where((row == column + 1) & (row % 2 == 1), constant, 0)
-
-    def join(power: Array, inverse: Array) -> Array:
-        # Three bfloat16 passes are exact enough, as the Newton step squares their error: 9e-8 after it, 8e-8 with six.
-        product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGH)
-        return inverse - product(product(inverse, below(power)), inverse)
-
-    # A loop of cheap products, since a product in six passes takes XLA for TPUs seconds to compile.
-    inverse = jax.lax.fori_loop(1, size.bit_length() - 1, join, identity - below(0))
-    product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
-    return inverse + product(inverse, identity - product(identity + lower, inverse))
-
-
-def _unit(x: Float[Array, "*batch H"]) -> Float[Array, "*batch H"]:
-    """Vectors of length 1, float32."""
-    x = x.astype(jnp.float32)
-    return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + _LENGTH_EPS)
 
 
 @jax.checkpoint
@@ -111,7 +59,7 @@ def delta_rule(
         segment_ids: the document of each token; the memory is reset where one begins. Padding (0) leaves it unchanged.
     """
     length, size = query.shape[1], min(CHUNK, 1 << (query.shape[1] - 1).bit_length())
-    query, key = _unit(query) * query.shape[-1] ** -0.5, _unit(key)
+    query, key = unit(query) * query.shape[-1] ** -0.5, unit(key)
     real = (segment_ids > 0)[..., None, None]
     decay, beta = jnp.where(real, decay, 0.0), jnp.where(real, beta, 0.0)
     begins = (segment_ids[:, 1:] != segment_ids[:, :-1]) & (segment_ids[:, 1:] > 0)
@@ -133,7 +81,7 @@ def delta_rule(
     from_before = jnp.exp(_einsum("ik,nbmqk->nbmqi", later, decay)) * (document == 0)[:, :, None, None]
 
     products = _einsum("nbimh,nbjmh->nbmij", key, key)[:, :, :, None]
-    solved = _inverse(jnp.tril(products * decays * beta[..., None], -1))
+    solved = unit_lower_inverse(jnp.tril(products * decays * beta[..., None], -1))
     of_values = _einsum("nbmqij,nbjmqv->nbmqiv", solved * beta[..., None, :], value)
     of_memory = _einsum("nbmqij,nbjmh->nbmqih", solved * (beta * from_before)[..., None, :], key)
     scores = _einsum("nbimh,nbjmh->nbmij", query, key)[:, :, :, None] * decays
@@ -163,7 +111,7 @@ def delta_step(
     memory: Float[Array, "B M J H V"],
 ) -> tuple[Float[Array, "B M J V"], Float[Array, "B M J H V"]]:
     """:func:`delta_rule` for one more token, given the memory of those before it."""
-    query, key = _unit(query) * query.shape[-1] ** -0.5, _unit(key)
+    query, key = unit(query) * query.shape[-1] ** -0.5, unit(key)
     memory = memory * jnp.exp(decay)[..., None, None]
     written = (value.astype(jnp.float32) - _einsum("bmh,bmqhv->bmqv", key, memory)) * beta[..., None]
     memory += _einsum("bmh,bmqv->bmqhv", key, written)
@@ -174,21 +122,7 @@ def delta_step(
 _FIRST_STEPS = 1e-3, 1e-1
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class DeltaState:
-    """State of one layer after a token; stacked over layers it gains a leading axis.
-
-    Attributes:
-        inputs: queries, keys and values of the last W-1 tokens before the convolution, [B,W-1,heads,dim] each.
-        memory: [B,M,J,H,V] float32.
-    """
-
-    inputs: tuple[Array, ...]
-    memory: Array
-
-
-class GatedDeltaNet(MixerLayer):
+class GatedDeltaNet(Recurrent):
     """Short convolutions of queries, keys and values, the gated delta rule, and a gated norm of its outputs."""
 
     def __init__(self, config: ModelConfig, mixer: GatedDelta, *, rngs: nnx.Rngs):
@@ -221,7 +155,7 @@ class GatedDeltaNet(MixerLayer):
     @classmethod
     def empty_state(
         cls, config: ModelConfig, mixer: GatedDelta, leading: tuple[int, int], length: int, *, ahead: int = 0
-    ) -> DeltaState:
+    ) -> RecurrentState:
         """A state of fixed size, whatever the length."""
         del length, ahead
         m, dtype = mixer, jnp.dtype(config.dtype)
@@ -232,45 +166,21 @@ class GatedDeltaNet(MixerLayer):
 
         shape = (*leading, m.key_heads, m.value_heads // m.key_heads, m.key_dim, m.value_dim)
         memory = constrain(jnp.zeros(shape, jnp.float32), P(None, ROW_AXES, "tensor"))
-        return DeltaState((zeros(keys), zeros(keys), zeros(values)), memory)
+        return RecurrentState((zeros(keys), zeros(keys), zeros(values)), memory)
 
-    def prefill(
-        self, x: Float[Array, "B T D"], rows: Rows, drop: Dropout = KEEP_ALL
-    ) -> tuple[Float[Array, "B T N V"], DeltaState]:
-        """Run whole rows, each document separately; ``drop`` is not used, as there are no attention weights.
-
-        Returns:
-            The heads, and the state after the last token of each row that is not padding.
-        """
-        del drop
-        rows.require_plain()
-        segment_ids = rows.segment_ids
-        raw = self._inputs(x)
-        query, key, value = (
-            checkpoint_name(short_convolution(heads, weight, segment_ids), ATTENTION)
-            for heads, weight in zip(raw, self._kernels(), strict=True)
-        )
-        decay, beta = self._rates(x)
+    def rule(
+        self, query: Array, key: Array, value: Array, decay: Array, beta: Array, segment_ids: Array
+    ) -> tuple[Float[Array, "B T N V"], Array]:
+        """:func:`delta_rule` with the values of each head of keys together."""
         y, memory = delta_rule(query, key, self._grouped(value), decay, beta, segment_ids)
-        heads = checkpoint_name(self._joined(y).astype(x.dtype), ATTENTION)
-        return heads, DeltaState(self._last(raw, segment_ids), memory)
+        return self._joined(y), memory
 
-    def step(
-        self, x: Float[Array, "B 1 D"], rows: Rows, state: DeltaState
-    ) -> tuple[Float[Array, "B 1 N V"], DeltaState]:
-        """Run one more token of each row."""
-        del rows
-        raw = self._inputs(x)
-        pairs = zip(state.inputs, raw, strict=True)
-        inputs = [jnp.concatenate([old, new.astype(old.dtype)], axis=1) for old, new in pairs]
-        ones = jnp.ones(inputs[0].shape[:2], jnp.int32)
-        query, key, value = (
-            short_convolution(heads, weight, ones)[:, -1] for heads, weight in zip(inputs, self._kernels(), strict=True)
-        )
-        decay, beta = (rate[:, 0] for rate in self._rates(x))
-        y, memory = delta_step(query, key, self._grouped(value), decay, beta, state.memory)
-        last = tuple(heads[:, 1:] for heads in inputs)
-        return self._joined(y).astype(x.dtype)[:, None], DeltaState(last, memory)
+    def rule_step(
+        self, query: Array, key: Array, value: Array, decay: Array, beta: Array, memory: Array
+    ) -> tuple[Float[Array, "B N V"], Array]:
+        """:func:`delta_step` with the values of each head of keys together."""
+        y, memory = delta_step(query, key, self._grouped(value), decay, beta, memory)
+        return self._joined(y), memory
 
     def join(self, heads: Float[Array, "B T N V"], x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Output projection of all heads, normalised and gated by the layer's input."""
@@ -278,15 +188,7 @@ class GatedDeltaNet(MixerLayer):
         heads = (self.norm(heads) * jax.nn.silu(gate.astype(jnp.float32))).astype(x.dtype)
         return project(heads, self.out)
 
-    def _inputs(self, x: Array) -> tuple[Array, ...]:
-        """Queries, keys and values before their convolutions."""
-        weights = self.query, self.key, self.value
-        return tuple(constrain(project(x, weight), partition_specs.HEADS) for weight in weights)
-
-    def _kernels(self) -> tuple[Array, Array, Array]:
-        return self.query_conv[...], self.key_conv[...], self.value_conv[...]
-
-    def _rates(self, x: Array) -> tuple[Array, Array]:
+    def rates(self, x: Array) -> tuple[Array, Array]:
         """Logarithm of the decay, and share that is replaced, [B,T,M,J] float32."""
         decay, beta = ((x @ gather_for_matmul(w, x.dtype)).astype(jnp.float32) for w in (self.decay, self.beta))
         scale, bias = (w[...].astype(jnp.float32) for w in (self.log_decay_scale, self.decay_bias))
@@ -302,17 +204,3 @@ class GatedDeltaNet(MixerLayer):
     def _joined(self, y: Array) -> Array:
         """[...,M,J,V] → [...,N,V]."""
         return y.reshape(*y.shape[:-3], -1, y.shape[-1])
-
-    def _last(self, raw: tuple[Array, ...], segment_ids: Array) -> tuple[Array, ...]:
-        """The last W-1 tokens of each row's last document, zeros before its first."""
-        columns = np.arange(segment_ids.shape[1])
-        last = jnp.max(jnp.where(segment_ids > 0, columns, 0), axis=1, keepdims=True)
-        at = last - np.arange(self.mixer.conv_width - 2, -1, -1)  # [B,W-1]
-        index = jnp.maximum(at, 0)
-        documents = (jnp.take_along_axis(segment_ids, where, axis=1) for where in (index, last))
-        kept = (at >= 0) & (next(documents) == next(documents))
-
-        def take(heads: Array) -> Array:
-            return jnp.where(kept[..., None, None], jnp.take_along_axis(heads, index[..., None, None], axis=1), 0)
-
-        return tuple(map(take, raw))
