@@ -287,8 +287,33 @@ class SwitchHead(Mixer):
         return (2 + self.experts) * dim, (1 + self.experts) * dim
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KimiDelta(Mixer):
+    """Kimi delta attention (Kimi Linear: Kimi Team 2025, arXiv 2510.26692): gated DeltaNet whose channels decay each by
+    itself. Kimi Linear of 48B parameters has 32 heads of 128."""
+
+    abilities: ClassVar[frozenset[Ability]] = frozenset({"clipping"})  # it has no scores that could be too large
+
+    name: str = "kimi_delta"
+    heads: int = setting(4, least=1, most=2**16, split="tensor")  # N
+    dim: int = setting(32, least=1, most=2**16)  # H of queries, keys and values, and rank of both gates
+    conv_width: int = setting(4, least=1, most=64, unit="tokens")  # W, of the convolution of queries, keys and values
+
+    def flops(self, length: int) -> float:
+        """3 products with the H x H memory of each head, whatever the length: to read what is replaced, to write, and
+        to read for the query."""
+        del length
+        return 18 * self.heads * self.dim**2
+
+    def activations(self, tensor: int, lanes: int) -> tuple[float, float]:
+        """Elements of queries, keys, values, decays and gates, and of the inner vectors of the last two."""
+        del lanes
+        heads = self.heads * self.dim / tensor
+        return 5 * heads + 2 * self.dim, heads
+
+
 #: Token mixers that ``model.mixer`` names without a module.
-MIXERS: Mapping[str, type[Mixer]] = types.MappingProxyType({"switch_head": SwitchHead})
+MIXERS: Mapping[str, type[Mixer]] = types.MappingProxyType({"switch_head": SwitchHead, "kimi_delta": KimiDelta})
 
 #: Mixers that follow from other settings of the model.
 BUILT_IN: tuple[type[Mixer], ...] = (GroupedQuery, MultiHeadLatent, GatedDelta)

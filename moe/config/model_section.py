@@ -107,7 +107,7 @@ class ModelConfig(Section, path=_MODEL):
     #: one more key per head, with a learned logit and no value (gpt-oss)
     attention_sinks: bool = setting(False, page=True)
     delta_net: DeltaNetConfig = DeltaNetConfig()
-    #: a token mixer in place of attention: switch_head, or module:object (docs/own_mixers.md); None: attention
+    #: token mixer in place of attention: switch_head, kimi_delta or module:object (docs/own_mixers.md); None: attention
     mixer: Mixer | None = setting(None, page=True)
     memory: MemoryConfig = MemoryConfig()
     #: clip queries, keys and values to [-c, c] before the rotation (OLMoE); 0: no clipping

@@ -11,11 +11,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe.config import ModelConfig
-from moe.config.mixers import FIELD, GatedDelta, GroupedQuery, Mixer, MultiHeadLatent, SwitchHead
+from moe.config.mixers import FIELD, GatedDelta, GroupedQuery, KimiDelta, Mixer, MultiHeadLatent, SwitchHead
 from moe.layers.inputs import Rows
 from moe.layers.mixers.attention import Attention
 from moe.layers.mixers.delta_net import GatedDeltaNet
 from moe.layers.mixers.interface import MixerLayer
+from moe.layers.mixers.kimi_delta import KimiDeltaAttention
 from moe.layers.mixers.latent import LatentAttention
 from moe.layers.mixers.switch_head import SwitchHeadAttention
 from moe.system.fields import ConfigError, raised_as_errors, require
@@ -27,6 +28,7 @@ LAYERS: Mapping[type[Mixer], type[MixerLayer]] = types.MappingProxyType(
         MultiHeadLatent: LatentAttention,
         GatedDelta: GatedDeltaNet,
         SwitchHead: SwitchHeadAttention,
+        KimiDelta: KimiDeltaAttention,
     }
 )
 
