@@ -76,7 +76,7 @@ def effects_of(path):
         yield -mean, -high, -low
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "docs/concepts.md"], ids=lambda path: str(path.relative_to(ROOT)))
 def test_numbers_with_a_source(page):
     text, wrong = page.read_text(), []
     comments = [*COMMENT.finditer(text.partition("## Losses by seed")[0])]
