@@ -56,7 +56,7 @@ def test_eight_tokens():
 def test_every_answer_links_to_its_evidence():
     docs = Path(__file__).parents[1] / "docs"
     _, *sections = (docs / "concepts.md").read_text().split("\n## ")
-    assert len(sections) == 14
+    assert len(sections) == 13
     for section in sections:
         evidence = section.partition("*Evidence.*")[2]
         targets = re.findall(r"\]\(([^)]+)\)", evidence)

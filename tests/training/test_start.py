@@ -46,6 +46,7 @@ from moe.config.registry import find_layer
 from moe.configs import base, upcycle
 from moe.data.tokenizer import train_tokenizer
 from moe.interop import import_checkpoint, load_huggingface
+from moe.layers.call import Report
 from moe.models.state import set_schedule_step
 from moe.objectives.text import Causal
 from moe.parallel.mesh import make_mesh
@@ -174,7 +175,7 @@ def test_soft_targets_by_hand():
 def test_soft_targets_replace_their_share_of_the_hard_targets():
     """Student and teacher as above; the hard target is the first of the two."""
     logits, targets = jnp.log(jnp.asarray([[[0.25, 0.75]]])), jnp.zeros((1, 1), jnp.int32)
-    output, taught = (SimpleNamespace(hidden=x, logits=x, further=()) for x in (logits, jnp.zeros((1, 1, 2))))
+    output, taught = (SimpleNamespace(hidden=x, logits=x, report=Report()) for x in (logits, jnp.zeros((1, 1, 2))))
     model, config = SimpleNamespace(output_matrix=lambda: jnp.eye(2)), Config(distill=DistillConfig("other", 0.25))
     sums = Causal().sums(config, model, output, {"targets": targets}, (None, taught))
     hard, soft = -math.log(0.25), -(math.log(0.25) + math.log(0.75)) / 2
