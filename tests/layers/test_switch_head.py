@@ -193,7 +193,9 @@ def test_the_name_gives_it_and_what_it_lacks_is_refused():
     ):
         with pytest.raises(ConfigError, match=message):
             dataclasses.replace(SMALL, **wrong)
-    with pytest.raises(ConfigError, match=r"model\.mixer='switch': must be one of none, switch_head, kimi_delta, or module:object"):
+    with pytest.raises(
+        ConfigError, match=r"model\.mixer='switch': must be one of none, switch_head, kimi_delta, or module:object"
+    ):
         find_mixer("switch")
     with pytest.raises(ConfigError, match=r"prediction_layers=1: must be 0 where model\.mixer='switch_head' is set"):
         tiny_model(mixer=SMALL, prediction_layers=1)
