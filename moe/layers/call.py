@@ -1,4 +1,4 @@
-"""What passes down to the parts of a block, and what they report."""
+"""The call that passes down to the parts of a block, and the report that they return."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What routers hand on from MoE layer to MoE layer (:meth:`moe.routing.interface.Gate.first_carry`)."""
+"""Arrays that routers hand on from MoE layer to MoE layer (:meth:`moe.routing.interface.Gate.first_carry`)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from moe.routing.carry import HANDED, first_carry, of_tokens, regrouped
 
 
 def first_handed(moe: MoEConfig, kinds: Iterable[LayerKind], shape: tuple[int, ...]) -> dict[str, Any]:
-    """What the lowest MoE layer reads, for tokens of this shape [B,T]; {} if nothing is handed on.
+    """Initial arrays, read by the lowest MoE layer, for tokens of this shape [B,T]; {} if nothing is handed on.
 
     Raises:
         ConfigError: gates hand on different shapes.

@@ -26,7 +26,7 @@ _NAME = "late"
 
 
 def first_late(x: Float[Array, "B T D"]) -> dict[str, Any]:
-    """What the first layer reads: zeros."""
+    """Zeros, which the first layer reads."""
     return {_NAME: jnp.zeros_like(x)}
 
 
@@ -48,7 +48,7 @@ class Late(nnx.Module):
     """Part of a dense layer that adds the output of the experts of the layer below."""
 
     def run(self, x: Float[Array, "B T D"], call: Call) -> tuple[Float[Array, "B T D"], Report]:
-        """What was handed on; 0 is handed to the layer above."""
+        """The output that the layer below handed on; hands 0 to the layer above."""
         del x
         late = call.handed[_NAME]
         return late, Report(handed={_NAME: jnp.zeros_like(late)})

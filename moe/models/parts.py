@@ -65,7 +65,7 @@ def create_parts(config: ModelConfig, kind: LayerKind, rngs: nnx.Rngs) -> Iterat
     run: Run = run_layer
     if kind.gate.keeps_prompt:
         run = KeepsPrompt(run)
-    if any(gate.hands_on for gate in config.moe.gates):
+    if _hands_on(config):
         run = HandedOn(run)
     if config.moe.shortcut:
         run = Shortcut(run)
@@ -73,9 +73,14 @@ def create_parts(config: ModelConfig, kind: LayerKind, rngs: nnx.Rngs) -> Iterat
 
 
 def handed_to_first(config: ModelConfig, kinds: tuple[LayerKind, ...], x: Float[Array, "B T D"]) -> dict[str, Any]:
-    """What the first layer of a stack reads as handed on by the layer below. Raises ConfigError if routers hand on
-    different shapes."""
+    """Input of the first layer of a stack in the place of what a layer below hands on. Raises ConfigError if routers
+    hand on different shapes."""
     handed = first_late(x) if config.moe.shortcut else {}
-    if any(gate.hands_on for gate in config.moe.gates):
+    if _hands_on(config):
         handed |= first_handed(config.moe, kinds, x.shape[:2])
     return handed
+
+
+def _hands_on(config: ModelConfig) -> bool:
+    """Whether a router of the model hands anything on to that of the next MoE layer."""
+    return any(gate.hands_on for gate in config.moe.gates)

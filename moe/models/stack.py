@@ -38,7 +38,7 @@ Body = Callable[[Block, Any, Any, Int[Array, ""]], tuple[Any, Any]]
 
 
 class Flow(NamedTuple):
-    """What passes from layer to layer: the residual stream, and what layers hand on, by name."""
+    """The residual stream and, by name, what layers hand on: all that passes from layer to layer."""
 
     stream: Any
     handed: dict[str, Any]

@@ -44,7 +44,7 @@ def first_carry(gates: Iterable[Gate], num_experts: int) -> Any:
 
 
 def begin(gate: Gate, num_experts: int, read: Mapping[str, Any], shape: tuple[int, ...]) -> Mapping[str, Any]:
-    """What tokens of this shape read, with the gate's first carry if nothing was handed on."""
+    """Inputs that tokens of this shape read, with the gate's first carry if nothing was handed on."""
     if read.get(HANDED) is not None:
         return read
     return {**read, HANDED: of_tokens(first_carry([gate], num_experts), shape)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -203,8 +204,12 @@ def auxiliary_loss(layers: LayerReport | None, config: MoEConfig) -> Array:
     Args:
         layers: reports with a leading axis [L], or None in a dense model.
     """
-    terms = {} if layers is None else auxiliary_losses(layers, config.losses)
-    return sum(map(jnp.sum, terms.values()), jnp.zeros((), jnp.float32))
+    return total({} if layers is None else auxiliary_losses(layers, config.losses))
+
+
+def total(losses: Mapping[str, Array]) -> Array:
+    """Sum of weighted losses over their names and layers."""
+    return sum(map(jnp.sum, losses.values()), jnp.zeros((), jnp.float32))
 
 
 def of_one_batch(signal: Any) -> Any:

@@ -24,7 +24,7 @@ from moe.parallel import partition_specs
 from moe.parallel.mesh import axis_size, constrain
 from moe.routing.balancing import BalanceSums, LayerReport, auxiliary_losses, balance_weights, over_step
 from moe.training.batches import Batch, forward
-from moe.training.losses import of_one_batch, over_microbatches, row_cross_entropy
+from moe.training.losses import of_one_batch, over_microbatches, row_cross_entropy, total
 from moe.training.optimizer import gradient_norm, link_metrics, signals
 from moe.training.rules import update_routers
 
@@ -208,8 +208,7 @@ def _loss(
         layers = over_step(report.signals["layers"], totals, weights, microbatches)
         losses = losses | auxiliary_losses(layers, moe.losses)
         report = report.replace(signals=report.signals | {"layers": layers})
-    auxiliary = sum(map(jnp.sum, losses.values()), jnp.zeros((), jnp.float32)) / microbatches
-    return loss + auxiliary, (shown, report)
+    return loss + total(losses) / microbatches, (shown, report)
 
 
 def eval_step(

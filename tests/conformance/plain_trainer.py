@@ -126,7 +126,7 @@ def save_and_load(weights, folder, fault):
 
 
 def train(weights, tokens, targets, folder, fault=""):
-    """What a judge compares, of steps with a restart after the first."""
+    """Arrays that a judge compares, of steps with a restart after the first."""
     moments, numbers, results = {}, [], {}
     weights = {name: jnp.asarray(array) for name, array in weights.items()}
     for count in range(len(tokens)):

@@ -25,7 +25,7 @@ KINDS = ("embedding", "unembedding", "router", *EXPERTS)
 
 @dataclasses.dataclass(frozen=True)
 class StepRule:
-    """What a step is meant to compute.
+    """Settings of a step: the computation that is meant.
 
     Attributes:
         layer: of every MoE layer, with the weights of its losses.
