@@ -33,6 +33,11 @@ class LayerKind(NamedTuple):
         """Tokens that a query attends to, including its own; 0: all, or no attention."""
         return getattr(self.mixer, "window", 0)
 
+    @property
+    def parts(self) -> int:
+        """Parts that write to the residual stream: memory, mixer, cross-attention, FFN."""
+        return 2 + (self.memory is not None) + (self.role == "cross")
+
     def lacks(self, ability: Ability) -> str:
         """The setting because of which the layer lacks an ability (:meth:`moe.config.mixers.Mixer.lacks`)."""
         forgets = self.memory is None or ability != "drafting"

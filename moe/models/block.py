@@ -13,7 +13,7 @@ from moe.config import ModelConfig
 from moe.config.layer_kinds import LayerKind
 from moe.layers.call import Call, Report
 from moe.layers.norms import RMSNorm
-from moe.layers.residuals.table import residual_class
+from moe.layers.residuals.table import residual_kind
 from moe.models.parts import create_parts
 from moe.parallel import partition_specs
 from moe.parallel.mesh import constrain
@@ -33,7 +33,7 @@ class Block(nnx.Module):
         parts = []
         for part, layer in create_parts(config, kind, rngs):
             setattr(self, part.layer, layer)
-            setattr(self, f"{part.layer}_residual", residual_class(config)(config, rngs=rngs))
+            setattr(self, f"{part.layer}_residual", residual_kind(config).residual(config, rngs=rngs))
             if part.norm is not None:
                 setattr(self, f"{part.norm}_norm", RMSNorm.of(config))
                 if config.norms == "both":
@@ -45,7 +45,7 @@ class Block(nnx.Module):
         """Apply all parts.
 
         Args:
-            stream: of :class:`moe.layers.residuals.interface.Residual`.
+            stream: see :class:`moe.layers.residuals.interface.Stream`.
             call: of this layer.
         """
         stream = checkpoint_name(stream, partition_specs.LAYER_INPUT)
@@ -54,10 +54,10 @@ class Block(nnx.Module):
             # The scopes name the parts of a layer in profiles and in plans.
             with jax.named_scope(part.scope):
                 residual = getattr(self, f"{part.layer}_residual")
-                x = self._normed(part.norm, residual.read(stream))
-                y, of_part = part.run(getattr(self, part.layer), x, call)
+                x, kept = residual.read(stream)
+                y, of_part = part.run(getattr(self, part.layer), self._normed(part.norm, x), call)
                 y = self._normed_output(part.norm, y)
-                stream = residual.write(stream, y if part.site is None else call.drop.at(part.site)(y))
+                stream = residual.write(kept, y if part.site is None else call.drop.at(part.site)(y))
                 report |= of_part
         return constrain(stream, partition_specs.BATCH), report.asked(call.signals)
 

@@ -14,6 +14,7 @@ from flax import nnx
 from moe.config import Config, ModelConfig, stacks
 from moe.config.mixers import GroupedQuery
 from moe.dispatch.buffers import layer_capacity
+from moe.layers.residuals.table import residual_kind
 from moe.models.factory import abstract_model
 from moe.parallel.parameters import flat_variables
 
@@ -76,7 +77,8 @@ def train_flops_per_token(config: ModelConfig, sequence_length: int, input_lengt
     (T+1)/2 on average if causal; all U in an encoder and from decoder to encoder. Document boundaries inside a row
     are not subtracted. Experts of low rank compute as much as others of their size; the products of their factors, once
     a call, are not counted. Soft MoE's mixing of tokens into slots and back is 2 matmuls of D for every slot. What an
-    encoder computes, for U tokens a row, is divided by T.
+    encoder computes, for U tokens a row, is divided by T. Residual streams add what their kind says
+    (:meth:`moe.layers.residuals.interface.Stream.flops`).
     """
     lengths = row_lengths(sequence_length, input_length)
     share = {stack: length / sequence_length for stack, length in lengths.items()}
@@ -87,8 +89,10 @@ def train_flops_per_token(config: ModelConfig, sequence_length: int, input_lengt
         multiplied -= config.vocab_size * config.d_model
     multiplied -= config.encoder_vocab_size * config.d_model * share["encoder"]
     slots = 0 if config.moe.gate is None else config.moe.num_experts * config.moe.gate.slots_per_expert
-    mixing = 0.0
+    mixing, stream = 0.0, residual_kind(config).stream
     for stack, kinds in stacks(config).items():
+        mixing += stream.flops(config, kinds) * share[stack]
+        mixing += stream.flops(config, kinds[-1:]) * config.prediction_layers
         kinds = (*kinds, *kinds[-1:] * config.prediction_layers)  # each depth has a layer of the last one's kind
         mixing += 12 * slots * config.expert_dim * sum(kind.sparse for kind in kinds) * share[stack]
         for kind in kinds:

@@ -16,7 +16,7 @@ from moe.layers.call import Call, Report
 from moe.layers.inputs import Dropout, Rows
 from moe.layers.norms import RMSNorm
 from moe.layers.parameter import matrix
-from moe.layers.residuals.table import residual_class
+from moe.layers.residuals.table import residual_kind
 from moe.models.block import Block
 from moe.parallel.parameters import gather_for_matmul
 from moe.parallel.partition_specs import IN, REMAT_POLICIES
@@ -31,8 +31,9 @@ class PredictionLayer(nnx.Module):
         self.hidden_norm = RMSNorm.of(config)
         self.embedding_norm = RMSNorm.of(config)
         self.project = matrix(rngs, (2 * d, d), IN, fan_in=2 * d, scale=config.init_scale)
-        self.block = Block(config, stacks(config)[""][-1], rngs=rngs)
-        self.residual = residual_class(config)(config, rngs=rngs)
+        kind = stacks(config)[""][-1]
+        self.block = Block(config, kind, rngs=rngs)
+        self.residual = residual_kind(config).stream(config, (kind,), rngs=rngs)
         self.output_norm = RMSNorm.of(config)
 
     def apply(self, x: Float[Array, "B T D"], call: Call) -> tuple[Float[Array, "B T D"], Report]:

@@ -24,7 +24,7 @@ from moe.layers.call import Call, Report
 from moe.layers.embedding import Embedding
 from moe.layers.inputs import KEEP_ALL, Dropout, Rows, StackSite
 from moe.layers.norms import RMSNorm
-from moe.layers.residuals.table import residual_class
+from moe.layers.residuals.table import residual_kind
 from moe.models.block import Block
 from moe.models.parts import handed_to_first
 from moe.models.segments import LayerStates, join_layers, segments, split_moe_layers
@@ -85,7 +85,7 @@ class Stack(nnx.Module):
         for i, (unit, repeats) in enumerate(segments(self.kinds)):
             setattr(self, f"segment_{i}", stacked(functools.partial(Segment, config, unit), repeats, rngs))
         self.relative_bias = RelativeBias.of(config, bidirectional=name == "encoder", rngs=rngs)
-        self.residual = residual_class(config)(config, rngs=rngs)
+        self.residual = residual_kind(config).stream(config, self.kinds, rngs=rngs)
         self.final_norm = RMSNorm.of(config)
 
     @property

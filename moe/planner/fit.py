@@ -24,6 +24,7 @@ from moe.config import Config, LayerKind, LoraConfig, ModelConfig, OptimizerConf
 from moe.dispatch.backends import gpu
 from moe.dispatch.exchange import ROUND_SIZE
 from moe.dispatch.ffn import GATED_ACTIVATIONS, ExpertWeights
+from moe.layers.residuals.table import residual_kind
 from moe.models import flops
 from moe.models.adapters import LORA_B
 from moe.models.factory import abstract_parameters, abstract_trained
@@ -210,10 +211,11 @@ def _layers(config: Config, sizes: Mapping[str, int], arrays: _Arrays, rows: int
     for name, kinds in stacks(config.model).items():
         length = config.data.input_length if name == "encoder" else config.data.sequence_length
         length //= sizes.get("context", 1)  # of a row, on one device
+        stream = residual_kind(config.model).stream.size(config.model, kinds)
         for unit, repeats in segments(kinds):
             layers = [_layer(config, sizes, arrays, kind, rows * length) for kind in unit]
             kept_inputs = {"offload": 0, "offload_inputs": 0, "none": 1, "dots": 1, "full": 1}.get(remat, len(unit))
-            inputs = float(kept_inputs * config.model.d_model * (1 + config.model.moe.shortcut))
+            inputs = float(kept_inputs * config.model.d_model * (stream + config.model.moe.shortcut))
             kept += repeats * length * (inputs + sum(layer.kept for layer in layers))
             alive = max(alive, length * sum(layer.alive for layer in layers))
             if sizes["fsdp"] > 1:

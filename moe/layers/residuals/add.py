@@ -17,10 +17,10 @@ class Add(Residual):
         super().__init__(config, rngs=rngs)
         self.scale = config.residual_scale
 
-    def read(self, stream: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def read(self, stream: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
         """The stream itself."""
-        return stream
+        return stream, stream
 
-    def write(self, stream: Float[Array, "B T D"], y: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def write(self, kept: Float[Array, "B T D"], y: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Add the part's output."""
-        return stream + times(y, self.scale)
+        return kept + times(y, self.scale)

@@ -1,13 +1,27 @@
-"""The residual stream of a model."""
+"""Residual streams by name."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from moe.config import ModelConfig
 from moe.layers.residuals.add import Add
-from moe.layers.residuals.interface import Residual
+from moe.layers.residuals.interface import Residual, Stream
 
 
-def residual_class(config: ModelConfig) -> type[Residual]:
-    """Class of a model's residual streams."""
+class Kind(NamedTuple):
+    """A kind of residual stream.
+
+    Attributes:
+        stream: class of its ends.
+        residual: class of the rule of each part.
+    """
+
+    stream: type[Stream]
+    residual: type[Residual]
+
+
+def residual_kind(config: ModelConfig) -> Kind:
+    """Kind of a model's residual streams."""
     del config
-    return Add
+    return Kind(Stream, Add)
