@@ -114,11 +114,10 @@ def in_steps(
     Its ``update`` takes ``step=``, ``loss=``, ``norm=`` and ``report=``; the state that this returns is an
     :class:`~moe.training.skipping.Outcome`.
     """
-    optimizer = skip_not_finite(optimizer)
     for link in STEP_LINKS:
         if link.is_in(config):
             optimizer = link.around(optimizer, config, None)
-    return follow_steps(optimizer)
+    return optimizer
 
 
 def signals(config: OptimizerConfig) -> tuple[str, ...]:
@@ -405,7 +404,7 @@ class Link(NamedTuple):
     """A link of the chain that a setting asks for.
 
     Attributes:
-        setting: field of the section.
+        setting: field of the section; empty: the link is always there.
         off: its value without the link.
         around: (optimizer, section, model or None) → optimizer with the link.
         signal: name of the layers' signal that it reads (``Call.signals``); empty: none.
@@ -422,7 +421,7 @@ class Link(NamedTuple):
 
     def is_in(self, config: OptimizerConfig) -> bool:
         """Whether the setting asks for it."""
-        return getattr(config, self.setting) != self.off
+        return not self.setting or getattr(config, self.setting) != self.off
 
 
 #: Links of :func:`make_optimizer`, from the innermost.
@@ -434,8 +433,11 @@ LINKS = (
     Link("ema_decay", 0.0, lambda optimizer, config, _: optax.chain(optimizer, _averaging(config.ema_decay))),
 )
 
-#: Links of :func:`in_steps`, from the innermost, around optimizers that skip updates.
+#: Links of :func:`in_steps`, from the innermost. A schedule's step is set on the device: had it been fetched with the
+#: state, XLA would compute the learning rate in every loop that writes an update, and round it otherwise.
 STEP_LINKS = (
+    Link("", None, lambda optimizer, _, __: skip_not_finite(optimizer)),
     Link("skip_sigmas", 0.0, lambda optimizer, config, _: spikes.skip_spikes(optimizer, config.skip_sigmas)),
+    Link("", None, lambda optimizer, _, __: follow_steps(optimizer)),
     Link("memory", "device", lambda optimizer, _, __: host_memory.fetched(optimizer)),
 )
